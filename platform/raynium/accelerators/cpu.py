@@ -1,0 +1,71 @@
+"""The CPU twin: every code path of training, on any machine."""
+
+import ipaddress
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+_CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")  # cgroup v2, as containers see it; "max": no limit
+
+
+class CpuAccelerator:
+    """Ranks share the machine's cores and memory evenly."""
+
+    name = "cpu"
+    device_type = "cpu"
+    process_group_backend = "gloo"
+    compile_backend = "inductor"
+
+    def environment(self, *, local_rank: int, local_world_size: int, master_host: str) -> dict[str, str]:
+        variables = {
+            # OpenMP under torch, and our own set_device: without it each rank starts a thread per core of the machine.
+            "OMP_NUM_THREADS": str(max(1, usable_cores() // local_world_size)),
+        }
+        if is_loopback(master_host):
+            # gloo, when the process group starts: by default it binds what the host's name resolves to, which on laptops
+            # and in containers is often an address that nothing answers on.
+            variables["GLOO_SOCKET_IFNAME"] = "lo0" if sys.platform == "darwin" else "lo"
+        return variables
+
+    def set_device(self, local_rank: int) -> "torch.device":
+        import torch
+
+        # OpenMP reads OMP_NUM_THREADS when it is loaded, which in a forked rank was long ago, in the template.
+        if "OMP_NUM_THREADS" in os.environ:
+            torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+        return torch.device("cpu")
+
+    def memory_bytes(self, *, local_rank: int, local_world_size: int) -> int:
+        return machine_memory_bytes() // local_world_size
+
+    def peak_flops(self, dtype: str) -> float | None:
+        return None  # depends on vector units, clocks and neighbours; an MFU made of a guess misleads
+
+
+def usable_cores() -> int:
+    """Cores this process may run on: fewer than the machine's under taskset and in many containers."""
+    if hasattr(os, "sched_getaffinity"):  # not on macOS
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def machine_memory_bytes() -> int:
+    """Physical memory, or the container's limit where that is less."""
+    physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if _CGROUP_LIMIT.exists() and (limit := _CGROUP_LIMIT.read_text().strip()) != "max":
+        return min(physical, int(limit))
+    return physical
+
+
+def is_loopback(address: str) -> bool:
+    """Whether a host name or address means this machine only. Other names are not resolved: that may block."""
+    if address == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(address).is_loopback
+    except ValueError:  # a host name
+        return False

@@ -1,0 +1,112 @@
+"""Boxes: axis-aligned blocks of an N-dimensional array, as (offsets, shape), and how they meet. No torch.
+
+A tensor of no dims has one element, and one box: ((), ()). Flat ranges count elements in C order.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+Ints = tuple[int, ...]
+
+
+class Box(NamedTuple):
+    """Where a block begins and how far it reaches, one number per dim."""
+
+    offsets: Ints
+    shape: Ints
+
+    @property
+    def volume(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    def slices(self) -> tuple[slice, ...]:
+        """The block as an index into the whole array."""
+        return tuple(slice(start, start + length) for start, length in zip(self.offsets, self.shape, strict=True))
+
+    def relative_to(self, origin: Ints) -> "Box":
+        """The same block, counted from `origin`."""
+        return Box(tuple(start - zero for start, zero in zip(self.offsets, origin, strict=True)), self.shape)
+
+
+def intersect(first: Box, second: Box) -> Box | None:
+    """What two boxes share; None if nothing."""
+    starts, lengths = [], []
+    for start, length, other_start, other_length in zip(*first, *second, strict=True):
+        low, high = max(start, other_start), min(start + length, other_start + other_length)
+        if low >= high:
+            return None
+        starts.append(low)
+        lengths.append(high - low)
+    return Box(tuple(starts), tuple(lengths))
+
+
+def tiling_problem(shape: Ints, boxes: Sequence[Box]) -> str | None:
+    """Why `boxes` do not cover an array of `shape` exactly once; None if they do.
+
+    Boxes must not be empty; an array of no elements has exactly one box, itself.
+    """
+    for box in boxes:
+        if not len(box.offsets) == len(box.shape) == len(shape):
+            return f"block {box.offsets} + {box.shape} has another number of dims than the shape {shape}"
+        ends = (start + length for start, length in zip(*box, strict=True))
+        if min(box.offsets, default=0) < 0 or any(end > size for end, size in zip(ends, shape, strict=True)):
+            return f"block {box.offsets} + {box.shape} lies outside the shape {shape}"
+    total = math.prod(shape)
+    if total == 0:
+        return None if list(boxes) == [Box((0,) * len(shape), shape)] else f"an empty {shape} must be one block"
+    if any(box.volume == 0 for box in boxes):
+        return "a block is empty"
+    if overlap := _first_overlap(boxes):
+        return "blocks {0.offsets} + {0.shape} and {1.offsets} + {1.shape} overlap".format(*overlap)
+    covered = sum(box.volume for box in boxes)
+    return None if covered == total else f"blocks cover {covered:,} of {total:,} elements"
+
+
+def _first_overlap(boxes: Sequence[Box]) -> tuple[Box, Box] | None:
+    """Sweep along the dim with the most distinct starts, so that few boxes are open at a time (n·log n for FSDP)."""
+    if len(boxes) < 2:
+        return None
+    num_dims = len(boxes[0].shape)
+    if num_dims == 0:
+        return boxes[0], boxes[1]
+    dim = max(range(num_dims), key=lambda d: len({box.offsets[d] for box in boxes}))
+    open_boxes: list[Box] = []
+    for box in sorted(boxes, key=lambda box: box.offsets[dim]):
+        open_boxes = [other for other in open_boxes if other.offsets[dim] + other.shape[dim] > box.offsets[dim]]
+        for other in open_boxes:
+            if intersect(box, other):
+                return other, box
+        open_boxes.append(box)
+    return None
+
+
+def boxes_of_flat_range(shape: Ints, start: int, end: int) -> Iterator[tuple[int, Box]]:
+    """Cut elements [start, end) of an array of `shape` into boxes that are each contiguous: (first element, box).
+
+    At most 2 × dims + 1 of them: the rest of a begun row, whole rows, the begin of a last row, at each depth.
+    """
+    if start >= end:
+        return
+    if not shape:
+        yield start, Box((), ())
+        return
+    row = math.prod(shape[1:])  # elements per index of the first dim
+    first, last = -(-start // row), end // row  # whole rows: [first, last)
+    if first > last:  # both ends lie inside one row
+        yield from _in_row(shape, last, start, end)
+        return
+    if start < first * row:
+        yield from _in_row(shape, first - 1, start, first * row)
+    if first < last:
+        yield first * row, Box((first, *(0,) * (len(shape) - 1)), (last - first, *shape[1:]))
+    if last * row < end:
+        yield from _in_row(shape, last, last * row, end)
+
+
+def _in_row(shape: Ints, index: int, start: int, end: int) -> Iterator[tuple[int, Box]]:
+    """`boxes_of_flat_range` for a range inside one index of the first dim."""
+    base = index * math.prod(shape[1:])
+    for element, box in boxes_of_flat_range(shape[1:], start - base, end - base):
+        yield base + element, Box((index, *box.offsets), (1, *box.shape))

@@ -1,0 +1,185 @@
+"""A store in a folder. Every node of the run must see the same folder (a laptop's disk, or FSx/EFS/NFS). No torch."""
+
+import errno
+import mmap
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+from uuid import uuid4
+
+from raynium.checkpoint.checksum import FileChecksums, checksum, num_parts
+from raynium.checkpoint.store import KeyExists, KeyMissing, Listing
+from raynium.errors import StoreError
+
+_TEMPORARY_PREFIX = ".tmp-"  # no key may begin with a dot, so listings tell these apart
+_PROBE_BYTES = 64 * 1024
+
+_REMEDIES = {
+    errno.EACCES: "give this user write permission there, or set run.root to a folder it owns",
+    errno.EPERM: "give this user write permission there, or set run.root to a folder it owns",
+    errno.EROFS: "the file system is mounted read-only: remount it, or set run.root to another",
+    errno.ENOSPC: "free space there, or set run.root to a larger file system",
+    errno.EDQUOT: "raise the quota or free space there, or set run.root to another file system",
+    errno.ENOTDIR: "a file is where a folder is needed: remove it, or set run.root to another folder",
+    errno.EISDIR: "a folder is where a file is needed: remove it, or set run.root to another folder",
+    errno.EMLINK: "the file system cannot make hard links, which exclusive creation needs: use another, or s3://",
+    errno.EOPNOTSUPP: "the file system cannot make hard links, which exclusive creation needs: use another, or s3://",
+}
+
+
+class FileBackend:
+    """Keys are paths under `root`. A key appears by link or rename of a finished, synced temporary file beside it."""
+
+    def __init__(self, root: Path):
+        self.root = root
+
+    def put(self, key: str, data: bytes, *, exclusive: bool) -> None:
+        with self._errors(key), self._new_file(key, exclusive=exclusive) as file:
+            file.write(data)
+
+    def read_into(self, key: str, start: int, buffer: memoryview) -> None:
+        with self._errors(key), (self.root / key).open("rb", buffering=0) as file:
+            done = 0
+            while done < len(buffer):
+                count = os.preadv(file.fileno(), [buffer[done:]], start + done)
+                if count == 0:
+                    raise StoreError(
+                        f"{self._uri(key)} ends at byte {start + done:,} of {start + len(buffer):,} needed"
+                    )
+                done += count
+
+    def size(self, key: str) -> int:
+        with self._errors(key):
+            path = self.root / key
+            if path.is_dir():  # as in S3, a folder is not a key
+                raise KeyMissing(f"{self._uri(key)} does not exist")
+            return path.stat().st_size
+
+    def list(self, folder: str, *, recursive: bool) -> Listing:
+        sizes: dict[str, int] = {}
+        folders: list[str] = []
+        waiting = [folder]
+        while waiting:
+            current = waiting.pop()
+            for entry in self._entries(current):
+                name = f"{current}/{entry.name}" if current else entry.name
+                if entry.name.startswith("."):
+                    continue
+                if entry.is_dir():
+                    (waiting if recursive else folders).append(name)
+                else:
+                    try:
+                        sizes[name] = entry.stat().st_size
+                    except FileNotFoundError:
+                        continue  # deleted since we read the folder: then it is not there
+        return Listing(dict(sorted(sizes.items())), tuple(sorted(folders)))
+
+    def delete(self, key: str) -> None:
+        with self._errors(key):
+            (self.root / key).unlink(missing_ok=True)
+
+    def delete_prefix(self, folder: str) -> int:
+        with self._errors(folder):
+            count = len(self.list(folder, recursive=True).sizes)
+            if (self.root / folder).is_dir():
+                shutil.rmtree(self.root / folder)
+            return count
+
+    def upload_file(self, key: str, path: Path, *, part_bytes: int) -> FileChecksums:
+        crcs: list[int] = []
+        with self._errors(key, source=path), path.open("rb") as source:
+            size = os.fstat(source.fileno()).st_size
+            view = mapped(source, size)
+            with self._new_file(key, exclusive=True) as file:
+                for index in range(num_parts(size, part_bytes)):
+                    part = view[index * part_bytes : (index + 1) * part_bytes]
+                    crcs.append(checksum(part))
+                    file.write(part)
+        return FileChecksums(size, part_bytes, tuple(crcs))
+
+    def check_reachable(self, *, need_bytes: int) -> None:
+        probe = f"probe-{uuid4().hex}"
+        self.put(probe, bytes(_PROBE_BYTES), exclusive=True)  # large enough to meet a full disk
+        self.delete(probe)
+        with self._errors(""):
+            free = shutil.disk_usage(self.root).free
+        if free < need_bytes:
+            raise StoreError(
+                f"file://{self.root} has {free:,} bytes free and the run needs {need_bytes:,}: "
+                "free space there, lower checkpoint.keep_last, or set run.root to a larger file system"
+            )
+
+    def _uri(self, key: str) -> str:
+        return f"file://{self.root}/{key}".rstrip("/")
+
+    def _entries(self, folder: str) -> Sequence[os.DirEntry[str]]:
+        with self._errors(folder):
+            try:
+                with os.scandir(self.root / folder) as entries:
+                    return list(entries)
+            except FileNotFoundError:
+                return []  # as in S3: a folder is there only if a key is in it
+
+    @contextmanager
+    def _new_file(self, key: str, *, exclusive: bool) -> Iterator[BinaryIO]:
+        """A file to write, which becomes `key` when the block ends well and vanishes when it does not."""
+        target = self.root / key
+        temporary = target.parent / f"{_TEMPORARY_PREFIX}{uuid4().hex}"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with temporary.open("xb", buffering=0) as file:
+                yield _WholeWrites(file)  # pyright: ignore[reportReturnType]
+                os.fsync(file.fileno())  # else a crash of the machine could leave the name without its bytes
+            if exclusive:
+                os.link(temporary, target)  # fails if the name is taken, unlike rename
+            else:
+                temporary.replace(target)
+        finally:
+            temporary.unlink(missing_ok=True)
+        sync_folder(target.parent)
+
+    @contextmanager
+    def _errors(self, key: str, source: Path | None = None) -> Iterator[None]:
+        """Turn the operating system's errors into StoreErrors that say what to do."""
+        try:
+            yield
+        except FileExistsError as error:
+            if error.filename2 is None:  # not from link(): a file is in the way of a folder
+                raise StoreError(f"{self._uri(key)}: {error}; {_REMEDIES[errno.ENOTDIR]}") from error
+            raise KeyExists(f"{self._uri(key)} exists already; another writer was first") from error
+        except FileNotFoundError as error:
+            if source is not None and error.filename == str(source):
+                raise StoreError(f"cannot upload {source} to {self._uri(key)}: there is no such file") from error
+            raise KeyMissing(f"{self._uri(key)} does not exist") from error
+        except OSError as error:
+            remedy = _REMEDIES.get(error.errno or 0, "check the file system")
+            raise StoreError(f"{self._uri(key)}: {error.strerror or error}; {remedy}") from error
+
+
+class _WholeWrites:
+    """An unbuffered file whose `write` writes all of its argument (the system call may stop short)."""
+
+    def __init__(self, file: BinaryIO):
+        self._file = file
+
+    def write(self, data: bytes | memoryview) -> None:
+        view = memoryview(data)
+        while view:
+            view = view[self._file.write(view) :]
+
+
+def mapped(file: BinaryIO, size: int) -> memoryview:
+    """The file's bytes without a copy, for as long as the view or a slice of it is referred to."""
+    return memoryview(mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)) if size else memoryview(b"")
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a new name in `folder` survive a crash of the machine."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

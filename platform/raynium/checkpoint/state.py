@@ -1,0 +1,22 @@
+"""What an engine hands to checkpoints: the training state as named blocks of logical tensors."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """One rank's block of one logical tensor.
+
+    The same object serves both ways: saving reads `tensor`, loading copies into it. A logical tensor's name, global
+    shape and dtype do not depend on the world size, the layout or the engine; only the blocks do.
+    """
+
+    name: str  # e.g. "model/blocks.0.attention.q.weight", "optimizer/exp_avg/blocks.0.attention.q.weight"
+    global_shape: tuple[int, ...]
+    offsets: tuple[int, ...]  # where this block begins in the global tensor, one per dim
+    tensor: "Tensor"  # this rank's block, on any device; shape gives the block's extent
+    saved_here: bool  # of the ranks that hold this block exactly one saves it

@@ -1,0 +1,193 @@
+"""The run's store: one folder, on a file system or in S3, that holds everything a run keeps. No torch.
+
+    Store("/data/runs/first")            a folder of this machine, or of a file system that all nodes mount
+    Store("file:///data/runs/first")     the same folder
+    Store("s3://bucket/runs/first")      S3, through s3fs; reads the usual AWS environment
+
+Two writers may race for one key: `write_new` and `upload_file` create a key or raise `KeyExists`, and a key is
+never seen half-written. Every failure is a `StoreError` that names the store, the key, the cause and what to do.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+from urllib.parse import urlsplit
+from uuid import uuid4
+
+from raynium.checkpoint.checksum import PART_BYTES, FileChecksums
+from raynium.errors import StoreError
+
+MAX_READ_BYTES = 2**30  # `read` is for records and manifests; data goes through `read_into`
+_KEY_PART = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=+-]{0,199}", re.ASCII)  # no leading dot: those are our temporary files
+_MAX_KEY_CHARS = 700  # S3 allows 1,024 bytes, of which the store's own prefix takes some
+
+
+class KeyExists(StoreError):
+    """An exclusive create found the key taken; nothing was written."""
+
+
+class KeyMissing(StoreError):
+    """The key to read does not exist."""
+
+
+@dataclass(frozen=True)
+class Listing:
+    """What lies under a folder; names are relative to the store."""
+
+    sizes: Mapping[str, int] = field(default_factory=dict)  # key → bytes
+    folders: tuple[str, ...] = ()  # one level down, without the closing slash; empty for a recursive listing
+
+
+class Backend(Protocol):
+    """What a kind of storage must do. Keys are already checked and relative to the store; errors are StoreErrors."""
+
+    def put(self, key: str, data: bytes, *, exclusive: bool) -> None: ...
+    def read_into(self, key: str, start: int, buffer: memoryview) -> None: ...
+    def size(self, key: str) -> int: ...
+    def list(self, folder: str, *, recursive: bool) -> Listing: ...
+    def delete(self, key: str) -> None: ...
+    def delete_prefix(self, folder: str) -> int: ...
+    def upload_file(self, key: str, path: Path, *, part_bytes: int) -> FileChecksums: ...
+    def check_reachable(self, *, need_bytes: int) -> None: ...
+
+
+class Store:
+    """One run's folder (or, for the driver, the folder of all runs). Safe to use from several threads and processes.
+
+    url: a path, a file:// URL or an s3:// URL; StoreError for any other. `options` go to s3fs
+    (`endpoint_url`, `key`, `secret`); without them it reads the AWS environment and profile.
+    """
+
+    def __init__(self, url: str | Path, *, options: Mapping[str, Any] | None = None):
+        self.url, self._backend = _open(str(url), dict(options or {}))
+        self._options = options
+
+    def __repr__(self) -> str:
+        return f"Store({self.url!r})"
+
+    def child(self, folder: str) -> "Store":
+        """The same storage, one or more levels down."""
+        return Store(self.uri(folder), options=self._options)
+
+    def uri(self, key: str) -> str:
+        """Where `key` lies, for people, logs and MLflow."""
+        return f"{self.url}/{checked_key(key)}"
+
+    def write_new(self, key: str, data: bytes) -> None:
+        """Create `key`. KeyExists if it is there already, whoever wrote it.
+
+        On S3 a lost answer is asked for again, so KeyExists may also meet our own first try: a caller to whom that
+        matters puts something unique in `data` and reads the key back.
+        """
+        self._backend.put(checked_key(key), data, exclusive=True)
+
+    def replace(self, key: str, data: bytes) -> None:
+        """Write `key` whole, over what was there. Readers see the old or the new bytes, never a mixture."""
+        self._backend.put(checked_key(key), data, exclusive=False)
+
+    def read(self, key: str, *, max_bytes: int = MAX_READ_BYTES) -> bytes:
+        """All of a small object. KeyMissing; StoreError if it is larger than `max_bytes`."""
+        size = self.size(key)
+        if size > max_bytes:
+            raise StoreError(f"{self.uri(key)} has {size:,} bytes, more than the {max_bytes:,} a record may have")
+        return self.read_range(key, 0, size)
+
+    def read_range(self, key: str, start: int, length: int) -> bytes:
+        """Exactly `length` bytes from `start`. KeyMissing; StoreError if the object ends before."""
+        buffer = bytearray(length)
+        self.read_into(key, start, memoryview(buffer))
+        return bytes(buffer)
+
+    def read_into(self, key: str, start: int, buffer: memoryview) -> None:
+        """Fill `buffer` (flat bytes) from byte `start` of `key`. KeyMissing; StoreError if the object ends before."""
+        if len(buffer):
+            self._backend.read_into(checked_key(key), start, buffer)
+
+    def size(self, key: str) -> int:
+        """Bytes of `key`. KeyMissing."""
+        return self._backend.size(checked_key(key))
+
+    def exists(self, key: str) -> bool:
+        try:
+            self.size(key)
+        except KeyMissing:
+            return False
+        return True
+
+    def list(self, folder: str = "", *, recursive: bool = True) -> Listing:
+        """Everything under `folder` ("" is the whole store), however many; nothing if there is no such folder.
+
+        recursive=False lists one level: the keys in it, and the folders.
+        """
+        return self._backend.list(checked_key(folder) if folder else "", recursive=recursive)
+
+    def delete(self, key: str) -> None:
+        """Remove `key`; nothing happens if it is not there."""
+        self._backend.delete(checked_key(key))
+
+    def delete_prefix(self, folder: str) -> int:
+        """Remove all keys under `folder`, which may not be the whole store. Returns how many there were."""
+        return self._backend.delete_prefix(checked_key(folder))
+
+    def upload_file(self, key: str, path: str | Path, *, part_bytes: int = PART_BYTES) -> FileChecksums:
+        """Create `key` from a file of any size, durably, and say what was sent. KeyExists if it is there already.
+
+        The checksums are of the very bytes that were sent; S3 checks them on arrival.
+        """
+        return self._backend.upload_file(checked_key(key), Path(path), part_bytes=part_bytes)
+
+    def check_writable(self, *, need_bytes: int = 0) -> None:
+        """Write, read and delete a probe, so that a run that could not save fails before it starts.
+
+        need_bytes: also refuse a file system with less free space (S3 has no such limit).
+        """
+        probe = f"probe-{uuid4().hex}"
+        data = probe.encode()
+        self._backend.check_reachable(need_bytes=need_bytes)
+        self.write_new(probe, data)
+        if self.read(probe) != data:
+            raise StoreError(f"{self.url} does not give back what was written to it; use another store")
+        self.delete(probe)
+
+
+def checked_key(key: str) -> str:
+    """`key` itself if it names something inside a store. StoreError otherwise."""
+    if len(key) > _MAX_KEY_CHARS or not all(_KEY_PART.fullmatch(part) for part in key.split("/")):
+        raise StoreError(
+            f"{key[:200]!r} is not a valid key: use parts of letters, digits and ._=+- that start with a letter or "
+            f"digit, joined by single slashes, at most {_MAX_KEY_CHARS} characters in all"
+        )
+    return key
+
+
+def _open(url: str, options: dict[str, Any]) -> tuple[str, Backend]:
+    """The normalised address (never with credentials, so it can be logged) and the backend for `url`."""
+    # Imported here: s3fs takes a second to import, and the file backend must not pay it
+    if "://" not in url:
+        url = f"file://{Path(url).expanduser().absolute()}"
+    parts = urlsplit(url)
+    if "@" in parts.netloc or parts.query or parts.fragment:  # not echoed: it may hold a secret
+        raise StoreError(
+            f"a {parts.scheme}:// store address may not hold credentials, a query or a fragment, because addresses are "
+            "logged: put credentials in the environment (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY) or a profile"
+        )
+    folder = parts.path.rstrip("/")
+    if ".." in folder.split("/"):
+        raise StoreError(f"{url!r} holds '..': give the folder's own path")
+    if parts.scheme == "file":
+        from raynium.checkpoint.file_store import FileBackend
+
+        if parts.netloc not in ("", "localhost") or not folder:
+            raise StoreError(
+                f"{url!r} is not a local folder: a file address has three slashes, as in file:///data/runs"
+            )
+        return f"file://{folder}", FileBackend(Path(folder))
+    if parts.scheme == "s3":
+        from raynium.checkpoint.s3_store import S3Backend
+
+        if not parts.netloc:
+            raise StoreError(f"{url!r} names no bucket: write s3://bucket/folder")
+        return f"s3://{parts.netloc}{folder}", S3Backend(parts.netloc, folder.lstrip("/"), options)
+    raise StoreError(f"{url!r} has the scheme {parts.scheme!r}: use a path, file:// or s3://")

@@ -1,0 +1,142 @@
+"""What the schema accepts, field by field: dotted names, "did you mean", and the words that error messages use."""
+
+import difflib
+import types
+import typing
+from dataclasses import dataclass
+from functools import cache
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+from pydantic.fields import FieldInfo
+
+from raynium.config.schema import Config, Section
+
+
+@dataclass(frozen=True)
+class SchemaField:
+    """One field or section of the schema.
+
+    type: the annotation without `None` and `Annotated`; a subclass of Section for a section.
+    limits: the constraints that came with the annotation (pydantic's objects with ge, gt, le or lt).
+    """
+
+    name: str  # dotted, e.g. "model.rope_scaling.factor"
+    type: Any
+    limits: tuple[Any, ...]
+    nullable: bool
+    required: bool
+    description: str | None
+
+    @property
+    def is_section(self) -> bool:
+        return isinstance(self.type, type) and issubclass(self.type, Section)
+
+    @property
+    def accepted(self) -> str:
+        """What may be given here, in words a user reads."""
+        if self.is_section:
+            words = "a section with " + ", ".join(self.type.model_fields)
+        else:
+            words = self.description or _in_words(self.type, self.limits)
+        return words + (", or null" if self.nullable else "")
+
+
+@cache
+def schema_fields() -> dict[str, SchemaField]:
+    """Every section and field of the schema by dotted name, in the schema's order."""
+    return {field.name: field for field in _walk(Config, "")}
+
+
+def fields_below(section: str) -> list[SchemaField]:
+    """The direct members of a section ("" for the whole config)."""
+    prefix = section + "." if section else ""
+    members = (f for name, f in schema_fields().items() if name.startswith(prefix))
+    return [field for field in members if "." not in field.name[len(prefix) :]]
+
+
+def similar_names(name: str) -> list[str]:
+    """Up to three dotted names a user may have meant by `name`, the likeliest first.
+
+    Sure signs: the same last part in another place ("steps" for "train.steps"), its initials ("lr"), a slip of a
+    letter. Only without any: names that contain it, and near spellings of the whole name or of its last part.
+    """
+    names = list(schema_fields())
+    wanted = name.rpartition(".")[2]
+    last_parts = {full: full.rpartition(".")[2] for full in names}
+    initials = {full: "".join(word[:1] for word in last.split("_")) for full, last in last_parts.items()}
+    sure = [
+        *(full for full in names if last_parts[full] == wanted or (len(wanted) > 1 and initials[full] == wanted)),
+        *difflib.get_close_matches(name, names, n=2, cutoff=0.85),
+    ]
+    near_last_parts = difflib.get_close_matches(wanted, set(last_parts.values()), n=2, cutoff=0.75)
+    near = [
+        *(full for full in names if len(wanted) > 3 and wanted in last_parts[full]),
+        *difflib.get_close_matches(name, names, n=2, cutoff=0.7),
+        *(full for last in near_last_parts for full in names if last_parts[full] == last),
+    ]
+    own_sections = {name[:at] for at, letter in enumerate(name) if letter == "."}
+    return [full for full in dict.fromkeys(sure or near) if full not in own_sections][:3]
+
+
+def did_you_mean(name: str) -> str:
+    """The end of a message about the unknown key `name`: near names, or the names that exist beside it."""
+    if similar := similar_names(name):
+        return f"did you mean {' or '.join(similar)}?"
+    section = name.rpartition(".")[0]
+    known = schema_fields().get(section)
+    section = section if known and known.is_section else ""
+    members = ", ".join(field.name for field in fields_below(section))
+    return f"the {'fields of ' + section if section else 'sections'} are {members}"
+
+
+def split_annotation(annotation: Any) -> tuple[Any, tuple[Any, ...], bool, str | None]:
+    """(type, limits, nullable, description) of an annotation such as `Annotated[int, Field(ge=1)] | None`."""
+    limits: list[Any] = []
+    description = None
+    nullable = False
+    while True:
+        origin = get_origin(annotation)
+        if origin is Annotated:
+            annotation, *metadata = get_args(annotation)
+            for item in metadata:
+                limits += item.metadata if isinstance(item, FieldInfo) else [item]
+                description = getattr(item, "description", None) or description
+        elif origin in (types.UnionType, typing.Union):
+            members = [member for member in get_args(annotation) if member is not type(None)]
+            assert len(members) == 1, f"the schema may only unite one type with None, not {annotation}"
+            annotation, nullable = members[0], True
+        else:
+            return annotation, tuple(limits), nullable, description
+
+
+def _walk(section: type[Section], prefix: str) -> typing.Iterator[SchemaField]:
+    for key, info in section.model_fields.items():
+        bare_type, limits, nullable, description = split_annotation(info.annotation)
+        field = SchemaField(
+            name=prefix + key,
+            type=bare_type,
+            limits=(*info.metadata, *limits),
+            nullable=nullable,
+            required=info.is_required(),
+            description=info.description or description,
+        )
+        yield field
+        if field.is_section:
+            yield from _walk(bare_type, field.name + ".")
+
+
+def _in_words(bare_type: Any, limits: tuple[Any, ...]) -> str:
+    if get_origin(bare_type) is Literal:
+        return "one of " + ", ".join(map(str, get_args(bare_type)))
+    if get_origin(bare_type) is tuple:
+        members = get_args(bare_type)
+        member_type, member_limits, _, _ = split_annotation(members[0])
+        length = "" if members[-1] is Ellipsis else f" of {len(members)}"
+        return f"a list{length}, each {_in_words(member_type, member_limits)}"
+    nouns = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
+    return " ".join(filter(None, [nouns[bare_type], " and ".join(filter(None, map(_limit_in_words, limits)))]))
+
+
+def _limit_in_words(limit: Any) -> str:
+    words = {"ge": "of at least", "gt": "above", "le": "of at most", "lt": "below"}
+    return " and ".join(f"{words[name]} {getattr(limit, name)}" for name in words if hasattr(limit, name))

@@ -1,0 +1,103 @@
+"""Every path of a config absolute or a URL, before it leaves the submitting machine.
+
+A Ray Train worker runs in another folder than the driver, and a job's own folder is thrown away after it: a relative
+path would name another place in each process.
+"""
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from raynium.config.schema import Config
+from raynium.errors import ConfigError
+
+HOME_VARIABLE = "RAYNIUM_HOME"
+# Set by Ray for the driver of a submitted job (ray/_private/runtime_env/constants.py).
+RAY_JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+# Where Ray unpacks a job's working_dir: <session>/runtime_resources/working_dir_files/_ray_pkg_<hash>.
+RAY_UNPACKED = "/runtime_resources/working_dir_files/"
+URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://.")
+BROKEN_URL = re.compile(r"(s3|gs|gcs|abfs|az|file|http|https|sqlite|postgresql|mysql):", re.IGNORECASE)
+WORDS_FOR_SOURCE = {"python-stdlib"}  # data.source values that are no path
+WORDS_FOR_TRACKING = {"databricks"}  # tracking.uri values that MLflow knows by name
+
+
+def resolve(config: Config, *, base_folder: str | Path | None = None) -> Config:
+    """The same config with run.root, data.path, data.source, data.tokenizer and tracking.uri absolute or URLs.
+
+    Relative paths begin at $RAYNIUM_HOME where it is set (a folder or a URL); else, inside a Ray job, at the user's
+    home folder, because the current folder is Ray's unpacked copy and is deleted; else at `base_folder` (None: the
+    current folder). `~` is the home folder. Resolving twice changes nothing. Raises ConfigError with every problem.
+    """
+    problems: list[str] = []
+    home = relative_paths_begin_at(os.environ, Path(base_folder) if base_folder is not None else Path.cwd(), problems)
+
+    def place(name: str, text: str) -> str:
+        return _absolute(name, text, home, problems)
+
+    data, tracking = config.data, config.tracking
+    resolved = config.model_copy(
+        update={
+            "run": config.run.model_copy(update={"root": place("run.root", config.run.root)}),
+            "data": data.model_copy(
+                update={
+                    "path": place("data.path", data.path),
+                    "source": data.source
+                    if data.source is None or data.source in WORDS_FOR_SOURCE
+                    else place("data.source", data.source),
+                    "tokenizer": data.tokenizer and place("data.tokenizer", data.tokenizer),
+                }
+            ),
+            "tracking": tracking.model_copy(update={"uri": tracking.uri and _tracking_uri(tracking.uri, place)}),
+        }
+    )
+    if problems:
+        raise ConfigError(problems)
+    return resolved
+
+
+def relative_paths_begin_at(environment: Mapping[str, str], current_folder: Path, problems: list[str]) -> str:
+    """The folder or URL that relative paths of a config are below; see `resolve`."""
+    if home := environment.get(HOME_VARIABLE):
+        home = home if URL.match(home) else os.path.expanduser(home)
+        if not (URL.match(home) or os.path.isabs(home)):
+            problems.append(f"{HOME_VARIABLE} is {home!r}: it must be an absolute folder or a URL; or unset it")
+        return home
+    if in_ray_job(environment, current_folder):
+        return os.path.expanduser("~")
+    return str(current_folder.absolute())
+
+
+def in_ray_job(environment: Mapping[str, str], current_folder: Path) -> bool:
+    """Whether this process belongs to a submitted Ray job, whose current folder is a throw-away copy."""
+    return RAY_JOB_VARIABLE in environment or RAY_UNPACKED in current_folder.as_posix() + "/"
+
+
+def _absolute(name: str, text: str, home: str, problems: list[str]) -> str:
+    if URL.match(text):
+        return text
+    if BROKEN_URL.match(text):
+        problems.append(f"{name} is {text!r}: a URL has two slashes and a name after its scheme, as s3://bucket/folder")
+        return text
+    expanded = os.path.expanduser(text)
+    if expanded.startswith("~"):
+        problems.append(f"{name} is {text!r}: there is no user of that name; give an absolute path")
+        return text
+    if os.path.isabs(expanded):
+        return os.path.normpath(expanded)
+    relative = os.path.normpath(expanded)
+    if not URL.match(home):
+        return os.path.normpath(os.path.join(home, relative))
+    if relative.startswith(".."):
+        problems.append(f"{name} is {text!r}: below {HOME_VARIABLE}={home} a path cannot go up; give a whole URL")
+    return f"{home.rstrip('/')}/{relative}"
+
+
+def _tracking_uri(uri: str, place) -> str:
+    if uri in WORDS_FOR_TRACKING:
+        return uri
+    prefix = "sqlite:///"  # followed by a path, which is relative unless it begins with another slash
+    if uri.startswith(prefix):
+        return prefix + place("tracking.uri", uri.removeprefix(prefix))
+    return place("tracking.uri", uri)

@@ -1,0 +1,111 @@
+"""What a config may change when a run goes on from a checkpoint.
+
+| kind  | meaning                                                                     | fields                           |
+|-------|-----------------------------------------------------------------------------|----------------------------------|
+| fixed | the saved weights, moments or data position would mean something else       | `FIXED`, with the reason of each |
+| noted | allowed, and said: the losses are no longer an uninterrupted run's          | `NOTED`, with what changes       |
+| free  | where, how fast and how safely the same numbers are computed, or after them | `FREE`                           |
+
+A name stands for itself and for everything below it. Every field of the schema is in exactly one table (a test says so),
+so a new field has to take a side.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from raynium.config.schema import Config
+
+_WEIGHTS = "the checkpoint's weights have this shape or meaning"
+_POSITION = "the data position counts samples of this kind and order"
+_MOMENTS = "the optimizer's moments were gathered with it"
+
+FIXED: Mapping[str, str] = {
+    "run.seed": _POSITION,
+    "model.family": _WEIGHTS,
+    "model.vocab_size": _WEIGHTS,
+    "model.hidden_size": _WEIGHTS,
+    "model.num_layers": _WEIGHTS,
+    "model.num_heads": _WEIGHTS,
+    "model.num_kv_heads": _WEIGHTS,
+    "model.head_dim": _WEIGHTS,
+    "model.ffn_size": _WEIGHTS,
+    "model.rope_theta": _WEIGHTS,
+    "model.rope_scaling": _WEIGHTS,
+    "model.norm_eps": _WEIGHTS,
+    "model.embeddings": _WEIGHTS,
+    "data.path": _POSITION,
+    "data.tokenizer": "token ids would mean other text",
+    "data.heldout_fraction": "documents would move between training and evaluation",
+    "data.seq_len": _POSITION,
+    "optimizer.betas": _MOMENTS,
+    "optimizer.eps": _MOMENTS,
+    "train.global_batch_size": _POSITION,
+}
+
+NOTED: Mapping[str, str] = {
+    "train.steps": "the learning-rate schedule now ends at another step, so the rate changes from here on",
+    "engine.kind": "another engine rounds differently",
+    "engine.dtype": "the loss is computed in another precision from here on",
+    "optimizer.learning_rate": "the rate changes from here on",
+    "optimizer.schedule": "the rate changes from here on",
+    "optimizer.warmup_steps": "the rate changes from here on where the warm-up is not over",
+    "optimizer.decay_fraction": "the rate changes from here on",
+    "optimizer.final_learning_rate_ratio": "the rate changes from here on",
+    "optimizer.weight_decay": "weights decay at another pace from here on",
+    "optimizer.clip_norm": "gradients are clipped elsewhere from here on",
+}
+
+FREE = (
+    "run.name",  # the checkpoint was found by it
+    "run.root",
+    "cluster",
+    "model.max_seq_len",  # a bound, no weight; rules check data.seq_len against it
+    "model.init_std",  # used once, at step 0
+    "data.source",  # read only where no store exists yet
+    "parallel",
+    "engine.activation_checkpointing",
+    "engine.compile",
+    "train.micro_batch_size",
+    "checkpoint",
+    "evaluate",
+    "tracking",
+    "fault",
+    "sample",
+)
+
+
+def resume_conflicts(saved: Mapping[str, Any], now: Config) -> list[str]:
+    """Why the checkpoint of the config `saved` cannot go on with the config `now`; [] when it can.
+
+    saved: the resolved config of the checkpoint in its stored form (`model_dump(mode="json")`). Fields it lacks, because an
+        older Raynium wrote it, are not compared.
+    now: resolved too, so that paths compare.
+    """
+    return [
+        f"{name} is {_shown(after)}, but the checkpoint was trained with {_shown(before)}: {reason}. "
+        f"Set {name} back to {_shown(before)}, or give the run another run.name to start anew"
+        for name, before, after, reason in _changes_in(FIXED, saved, now)
+    ]
+
+
+def resume_notes(saved: Mapping[str, Any], now: Config) -> list[str]:
+    """Changes that are allowed, and that a user must be told of: one line each, to be logged when the run resumes."""
+    return [
+        f"{name} changed from {_shown(before)} to {_shown(after)}: {effect}"
+        for name, before, after, effect in _changes_in(NOTED, saved, now)
+    ]
+
+
+def _changes_in(table: Mapping[str, str], saved: Mapping[str, Any], now: Config) -> Iterator[tuple[str, Any, Any, str]]:
+    """(field, before, after, the table's words) of every field of the table that both have and that differs."""
+    values_now = now.model_dump(mode="json")
+    for name, words in table.items():
+        section, key = name.split(".")
+        before = saved.get(section, {})
+        if key in before and before[key] != values_now[section][key]:
+            yield name, before[key], values_now[section][key], words
+
+
+def _shown(value: Any) -> str:
+    return json.dumps(value)

@@ -1,0 +1,243 @@
+"""Rules that cross parts of a config: batch × ranks, tensor parallelism × heads × cores, memory.
+
+`check` runs on the submitting machine, before any node is paid for, and reports every problem at once. A rule is a plain
+function that yields messages; each message says field, value, rule and what to set. A rule that depends on an earlier one
+(memory needs a whole data-parallel size) yields nothing where that one already speaks.
+"""
+
+import difflib
+from collections.abc import Iterator, Mapping
+
+from raynium.config.schema import Config
+from raynium.hardware.catalog import INSTANCES, Instance
+from raynium.models.plan import divided_sizes
+from raynium.planning.memory import GIB, USABLE_FRACTION, estimate_memory
+
+MAX_VOCAB_SIZE = 2**32  # a document store keeps token ids as uint16 or, from 65,537 ids on, uint32
+NXD_IS_LATER = "this release has no nxd engine yet (neuronx-distributed on torch-xla comes in a later one)"
+
+
+def check(config: Config, hardware: Mapping[str, Instance] = INSTANCES) -> list[str]:
+    """Every problem of a config that crosses its parts, each with its remedy; [] when it may run.
+
+    hardware: instance types by name. Rules that need one are left out when cluster.instance_type is null.
+    """
+    problems = [message for rule in RULES for message in rule(config)]
+    name = config.cluster.instance_type
+    if name is None:
+        return problems
+    if name not in hardware:
+        near = difflib.get_close_matches(name, hardware, n=2, cutoff=0.5)
+        hint = f"did you mean {' or '.join(near)}? " if near else ""
+        known = ", ".join(hardware)
+        problems.append(
+            f"cluster.instance_type is {name!r}, which is not in the hardware catalogue: {hint}"
+            f"Known are {known}; null skips the checks against an instance"
+        )
+        return problems
+    return problems + [message for rule in HARDWARE_RULES for message in rule(config, hardware[name])]
+
+
+# ------------------------------------------------------------------------------------------------- model
+
+
+def head_counts(config: Config) -> Iterator[str]:
+    model = config.model
+    if model.num_heads % model.num_kv_heads:
+        yield (
+            f"model.num_heads is {model.num_heads} and model.num_kv_heads {model.num_kv_heads}: every key/value head "
+            f"serves the same number of query heads, so set num_kv_heads to {_choices(_divisors(model.num_heads))}"
+        )
+    if model.head_dim % 2:
+        yield (
+            f"model.head_dim is {model.head_dim}: rotary embeddings turn pairs of its elements, so it must be even; "
+            f"set {_choices(sorted({max(2, model.head_dim - 1), model.head_dim + 1}))}"
+        )
+
+
+def sequence_length(config: Config) -> Iterator[str]:
+    if config.data.seq_len > config.model.max_seq_len:
+        yield (
+            f"data.seq_len is {config.data.seq_len}, longer than model.max_seq_len {config.model.max_seq_len}, the "
+            "longest sequence the rotary embeddings are valid for: lower data.seq_len or raise model.max_seq_len"
+        )
+    scaling = config.model.rope_scaling
+    if scaling and scaling.low_freq_factor >= scaling.high_freq_factor:
+        yield (
+            f"model.rope_scaling.low_freq_factor is {scaling.low_freq_factor:g} and high_freq_factor "
+            f"{scaling.high_freq_factor:g}: low must be below high, as Llama 3.1's 1 and 4"
+        )
+
+
+def vocabulary(config: Config) -> Iterator[str]:
+    if config.model.vocab_size > MAX_VOCAB_SIZE:
+        yield (
+            f"model.vocab_size is {config.model.vocab_size}: a document store keeps token ids in at most 32 bits, so "
+            f"set {MAX_VOCAB_SIZE} or less"
+        )
+
+
+# ------------------------------------------------------------------------------------------------- layout and batch
+
+
+def tensor_parallel(config: Config) -> Iterator[str]:
+    tensor, per_node = config.parallel.tensor, config.cluster.ranks_per_node
+    sizes = divided_sizes(config.model, seq_len=config.data.seq_len)
+    undivided = [f"{name} {size}" for name, size in sizes.items() if size % tensor]
+    legal = [degree for degree in _divisors(per_node) if not any(size % degree for size in sizes.values())]
+    if undivided:
+        yield (
+            f"parallel.tensor is {tensor}, which does not divide {', '.join(undivided)}: every rank of a tensor group "
+            f"holds an equal share, so set parallel.tensor to {_choices(legal)}"
+        )
+    if per_node % tensor:
+        yield (
+            f"parallel.tensor is {tensor} and cluster.ranks_per_node {per_node}: tensor groups stay within a node, where "
+            f"the links are fast, and fill it evenly, so set parallel.tensor to {_choices(legal)}"
+        )
+
+
+def batch_size(config: Config) -> Iterator[str]:
+    if config.cluster.ranks_per_node % config.parallel.tensor:
+        return  # then there is no data-parallel size to divide by
+    batch, micro, data_parallel = (
+        config.train.global_batch_size,
+        config.train.micro_batch_size,
+        config.data_parallel_size,
+    )
+    unit = data_parallel * micro
+    if batch % unit:
+        below = batch // unit * unit
+        yield (
+            f"train.global_batch_size is {batch}: it must be a multiple of {unit} = {data_parallel} data-parallel ranks "
+            f"(world size {config.world_size} / parallel.tensor {config.parallel.tensor}) × train.micro_batch_size "
+            f"{micro}; set {f'{below} or ' if below else ''}{below + unit}"
+        )
+
+
+# ------------------------------------------------------------------------------------------------- schedule and engine
+
+
+def schedule(config: Config) -> Iterator[str]:
+    optimizer, steps = config.optimizer, config.train.steps
+    if optimizer.warmup_steps >= steps:
+        yield (
+            f"optimizer.warmup_steps is {optimizer.warmup_steps} of train.steps {steps}: the learning rate would never "
+            f"reach its peak; set warmup_steps below {steps}, for example {steps // 10}"
+        )
+    elif optimizer.schedule == "wsd" and optimizer.warmup_steps + optimizer.decay_fraction * steps > steps:
+        room = (steps - optimizer.warmup_steps) / steps
+        yield (
+            f"optimizer.warmup_steps {optimizer.warmup_steps} and optimizer.decay_fraction {optimizer.decay_fraction:g} "
+            f"of train.steps {steps} overlap: set decay_fraction to at most {room:.3g}, or fewer warmup_steps"
+        )
+    if optimizer.schedule == "wsd" and optimizer.decay_fraction == 0:
+        yield (
+            "optimizer.schedule is wsd with optimizer.decay_fraction 0, which never decays: set schedule to constant, "
+            "or decay_fraction above 0 (0.2 is usual)"
+        )
+
+
+def engine(config: Config) -> Iterator[str]:
+    kind, accelerator = config.engine.kind, config.cluster.accelerator
+    if kind == "nxd":
+        other = (
+            ""
+            if accelerator == "neuron_xla"
+            else f", and it would need cluster.accelerator neuron_xla, not {accelerator}"
+        )
+        yield f"engine.kind is nxd: {NXD_IS_LATER}{other}; set engine.kind to native, with cpu, cuda or neuron"
+    elif accelerator == "neuron_xla":
+        yield (
+            f"cluster.accelerator is neuron_xla with engine.kind native, which runs on cpu, cuda and neuron: torch-xla "
+            f"needs engine.kind nxd, and {NXD_IS_LATER}; on Trainium2 set cluster.accelerator to neuron"
+        )
+
+
+# ------------------------------------------------------------------------------------------------- hardware
+
+
+def accelerator_of_instance(config: Config, instance: Instance) -> Iterator[str]:
+    accelerator = config.cluster.accelerator
+    if accelerator == "auto" or accelerator in instance.accelerators:
+        return
+    if accelerator == "neuron" and instance.chip == "trainium1":
+        remedy = f"Trainium1 needs torch-xla, and {NXD_IS_LATER}; choose a trn2 instance type"
+    else:
+        remedy = (
+            f"set cluster.accelerator to {instance.accelerators[0]}, or choose another cluster.instance_type "
+            "(null for a machine of your own)"
+        )
+    yield (
+        f"cluster.accelerator is {accelerator}, but {instance.name} ({instance.chip}) is driven by "
+        f"{' or '.join(instance.accelerators)}: {remedy}"
+    )
+
+
+def core_count(config: Config, instance: Instance) -> Iterator[str]:
+    """How many cores of a node a job may take: a block that the collectives' hardware routes accept."""
+    nodes, per_node = config.cluster.nodes, config.cluster.ranks_per_node
+    core = instance.name_of_core
+    if per_node > instance.cores:
+        yield (
+            f"cluster.ranks_per_node is {per_node}, but {instance.name} has {instance.cores} {core}s, one a rank: "
+            f"set {instance.cores}, or more cluster.nodes"
+        )
+    elif per_node not in instance.core_blocks:
+        yield (
+            f"cluster.ranks_per_node is {per_node}: on {instance.name} the collectives accept "
+            f"{_choices(instance.core_blocks)} of its {instance.cores} {core}s; set one of these"
+        )
+    elif nodes > 1 and instance.is_neuron and per_node != instance.cores:
+        yield (
+            f"cluster.ranks_per_node is {per_node} with cluster.nodes {nodes}: a job over several {instance.name} takes "
+            f"whole nodes; set ranks_per_node to {instance.cores}, or nodes to 1"
+        )
+    elif instance.chip == "trainium1" and not _legal_on_trainium1(config.world_size):
+        yield (
+            f"cluster.nodes {nodes} × cluster.ranks_per_node {per_node} is {config.world_size} cores: Trainium1 "
+            "collectives accept 1, 2, 8, 16 or a multiple of 32; change cluster.nodes"
+        )
+
+
+def memory_fit(config: Config, instance: Instance) -> Iterator[str]:
+    if config.cluster.ranks_per_node % config.parallel.tensor:
+        return
+    estimate = estimate_memory(config)
+    usable = instance.memory_gib_per_core * USABLE_FRACTION * GIB
+    if estimate.total > usable:
+        yield (
+            f"memory: by estimate this needs {estimate.in_words()}, and {instance.name} has {usable / GIB:.2f} GiB usable "
+            f"of {instance.memory_gib_per_core:g} GiB a {instance.name_of_core}; {_memory_remedies(config)}"
+        )
+
+
+def _memory_remedies(config: Config) -> str:
+    remedies = []
+    if config.engine.activation_checkpointing == "none":
+        remedies.append("set engine.activation_checkpointing to full (activations)")
+    if config.engine.dtype == "float32":
+        remedies.append("set engine.dtype to bfloat16 (activations, logits, gathered blocks)")
+    if config.train.micro_batch_size > 1:
+        remedies.append("lower train.micro_batch_size (activations, logits)")
+    remedies.append("raise parallel.tensor (activations, logits, gathered blocks)")
+    remedies.append("add cluster.nodes or cluster.ranks_per_node (parameters, gradients, optimizer)")
+    remedies.append("lower data.seq_len (activations, logits)")
+    return "; or ".join(remedies)
+
+
+RULES = (head_counts, sequence_length, vocabulary, tensor_parallel, batch_size, schedule, engine)
+HARDWARE_RULES = (accelerator_of_instance, core_count, memory_fit)
+
+
+def _divisors(number: int) -> list[int]:
+    return [candidate for candidate in range(1, number + 1) if number % candidate == 0]
+
+
+def _choices(numbers: list[int] | tuple[int, ...]) -> str:
+    *most, last = map(str, numbers)
+    return f"{', '.join(most)} or {last}" if most else last
+
+
+def _legal_on_trainium1(num_cores: int) -> bool:
+    return num_cores in (1, 2, 8, 16) or num_cores % 32 == 0

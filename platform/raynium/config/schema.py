@@ -1,0 +1,188 @@
+"""The one schema of a run. A job file holds only what differs from these defaults.
+
+Every model is frozen and refuses unknown keys. A model checks its own fields here; rules that cross parts
+(batch × ranks, tensor parallelism × heads × cores, memory) are in `config/rules.py`.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+PositiveInt = Annotated[int, Field(ge=1)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+FractionBelowOne = Annotated[float, Field(ge=0, lt=1)]
+Location = Annotated[str, Field(min_length=1, description="a folder, a file or a URL")]
+
+
+class Section(BaseModel):
+    """A frozen part of the config; unknown keys are refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False)
+
+
+class RunSection(Section):
+    """Who the run is and where it lives. Everything it writes is under `<root>/<name>/`."""
+
+    name: Annotated[
+        str,
+        Field(
+            pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$",
+            description="1 to 63 of a-z, 0-9, '.', '_' and '-', a letter or digit first",
+        ),
+    ]
+    root: Location = "runs"  # folder or URL (s3://bucket/prefix); shared by all nodes
+    seed: NonNegativeInt = 0
+
+
+class ClusterSection(Section):
+    """The machines. One Ray Train worker (the node agent) per node forks `ranks_per_node` ranks."""
+
+    accelerator: Literal["auto", "cpu", "cuda", "neuron", "neuron_xla"] = "auto"
+    instance_type: str | None = None  # a name of the hardware catalogue; None: not checked against one
+    nodes: PositiveInt = 1
+    ranks_per_node: PositiveInt = 1  # one rank per NeuronCore, GPU, or CPU slot
+
+
+class RopeScaling(Section):
+    """Llama 3.1's frequency scaling (transformers: `rope_type: llama3`)."""
+
+    factor: PositiveFloat
+    low_freq_factor: PositiveFloat
+    high_freq_factor: PositiveFloat
+    original_max_seq_len: PositiveInt
+
+
+class ModelSection(Section):
+    """A decoder's dimensions. `family` settles the architecture's fixed points (Qwen 3 normalises q and k)."""
+
+    family: Literal["llama3", "qwen3"] = "llama3"
+    vocab_size: PositiveInt
+    hidden_size: PositiveInt
+    num_layers: PositiveInt
+    num_heads: PositiveInt
+    num_kv_heads: PositiveInt
+    head_dim: PositiveInt
+    ffn_size: PositiveInt  # inner width of the SwiGLU block
+    max_seq_len: PositiveInt  # the longest sequence RoPE is valid for
+    rope_theta: PositiveFloat = 500_000.0
+    rope_scaling: RopeScaling | None = None
+    norm_eps: PositiveFloat = 1e-5
+    embeddings: Literal["tied", "untied"] = "untied"
+    init_std: PositiveFloat = 0.02
+
+
+class DataSection(Section):
+    """A document store: token shards and a manifest under `path`.
+
+    If `path` holds no store yet and `source` is given, the driver makes one before training.
+    """
+
+    path: Location  # folder or URL of the document store
+    source: Location | None = None  # "python-stdlib", or a folder of .txt / .py / .jsonl files
+    tokenizer: Location | None = None  # tokenizer.json to use; None: train a byte-level BPE on the source
+    heldout_fraction: FractionBelowOne = 0.05  # of documents, chosen by a hash of their names
+    seq_len: PositiveInt
+
+
+class ParallelSection(Section):
+    """How the ranks are laid out. Data parallel (FSDP) takes what tensor parallel leaves."""
+
+    tensor: PositiveInt = 1  # tensor parallel degree; sequence parallelism comes with it
+
+
+class EngineSection(Section):
+    """How a step is computed."""
+
+    kind: Literal["native", "nxd"] = "native"
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of compute; master weights and optimizer are float32
+    activation_checkpointing: Literal["none", "full"] = "none"
+    compile: Literal["none", "block"] = "none"  # "block": torch.compile each decoder block
+
+
+class OptimizerSection(Section):
+    """AdamW with decoupled weight decay on matrices only, and the learning-rate schedule."""
+
+    learning_rate: PositiveFloat = 3e-4
+    betas: tuple[FractionBelowOne, FractionBelowOne] = (0.9, 0.95)
+    eps: PositiveFloat = 1e-8
+    weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    clip_norm: PositiveFloat = 1.0
+    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
+    warmup_steps: NonNegativeInt = 0
+    decay_fraction: Fraction = 0.2  # wsd: the share of all steps spent in the final decay
+    final_learning_rate_ratio: Fraction = 0.1  # of the peak, reached at the last step
+
+
+class TrainSection(Section):
+    """How long, and how much per step. Batch sizes count sequences of `data.seq_len` tokens."""
+
+    steps: PositiveInt
+    global_batch_size: PositiveInt
+    micro_batch_size: PositiveInt = 1  # per data-parallel rank and forward pass
+
+
+class CheckpointSection(Section):
+    every_steps: PositiveInt = 100
+    keep_last: PositiveInt = 2
+
+
+class EvaluateSection(Section):
+    """Held-out loss in bits per byte."""
+
+    every_steps: PositiveInt = 100
+    max_documents: PositiveInt = 64
+
+
+class TrackingSection(Section):
+    uri: str | None = None  # None: MLFLOW_TRACKING_URI, else SQLite at <root>/mlflow.db
+    experiment: str = "raynium"
+
+
+class FaultSection(Section):
+    """What a failure may cost before the run gives up."""
+
+    max_restarts_without_progress: NonNegativeInt = 3  # generations that failed with no new checkpoint between
+    max_node_failures: NonNegativeInt = 8  # Ray Train worker-group restarts
+
+
+class SampleSection(Section):
+    """Text drawn from the model when the run ends."""
+
+    prompts: tuple[str, ...] = ()
+    max_new_tokens: PositiveInt = 120
+    temperature: Annotated[float, Field(ge=0)] = 0.8
+
+
+class Config(Section):
+    """A whole run. The resolved form is printed, logged to MLflow, stored in the run record, and runs again as it is."""
+
+    run: RunSection
+    cluster: ClusterSection = ClusterSection()
+    model: ModelSection
+    data: DataSection
+    parallel: ParallelSection = ParallelSection()
+    engine: EngineSection = EngineSection()
+    optimizer: OptimizerSection = OptimizerSection()
+    train: TrainSection
+    checkpoint: CheckpointSection = CheckpointSection()
+    evaluate: EvaluateSection = EvaluateSection()
+    tracking: TrackingSection = TrackingSection()
+    fault: FaultSection = FaultSection()
+    sample: SampleSection = SampleSection()
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks over all nodes."""
+        return self.cluster.nodes * self.cluster.ranks_per_node
+
+    @property
+    def data_parallel_size(self) -> int:
+        """Number of ranks that see different samples (rules check that it is whole)."""
+        return self.world_size // self.parallel.tensor
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens that contribute to one optimizer step, over all ranks."""
+        return self.train.global_batch_size * self.data.seq_len

@@ -1,0 +1,161 @@
+"""YAML text to plain values, guided by the schema.
+
+The schema says what a scalar is meant to be, so YAML's guesses never decide: `name: 123` stays text where text is
+asked for, `1e-4` is a number (YAML 1.1 wants `1.0e-4`), `on` and `no` are words, `010` is ten.
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, get_args, get_origin
+
+import yaml
+
+from raynium.config.fields import did_you_mean, fields_below, schema_fields, split_annotation
+
+NULLS = {"", "~", "null", "Null", "NULL"}
+BOOLEANS = {"true": True, "True": True, "TRUE": True, "false": False, "False": False, "FALSE": False}
+INTEGER = re.compile(r"[-+]?[0-9]{1,30}(_[0-9]{1,30}){0,9}")  # bounded: int() refuses thousands of digits
+NUMBER = re.compile(r"[-+]?([0-9]+(_[0-9]+)*(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]+)?")
+SPECIAL_NUMBERS = {".inf": "inf", "+.inf": "inf", "-.inf": "-inf", ".nan": "nan"}
+
+
+@dataclass
+class Reading:
+    """What was read so far: nested values, where each came from, and the problems met on the way."""
+
+    values: dict[str, Any] = field(default_factory=dict)
+    origins: dict[str, str] = field(default_factory=dict)  # dotted name → "jobs/a.yaml line 3"
+    problems: list[str] = field(default_factory=list)
+    refused: set[str] = field(default_factory=set)  # names that were given, but in a form that was already reported
+
+    def refuse(self, name: str, problem: str) -> None:
+        """Note a problem of a name that the schema knows; that it is then missing is no second problem."""
+        self.problems.append(problem)
+        self.refused.add(name)
+
+    def put(self, name: str, value: Any, origin: str) -> None:
+        """Set the value of a dotted name; a section is replaced as a whole."""
+        *sections, key = name.split(".")
+        level = self.values
+        for section in sections:
+            if not isinstance(level.get(section), dict):
+                level[section] = {}
+            level = level[section]
+        level[key] = value
+        self.origins[name] = origin
+
+
+def compose(text: str, source: str, name: str, reading: Reading) -> yaml.Node | None:
+    """The YAML node tree of `text`, the value of `name`; None where it is empty or unreadable (then it is refused)."""
+    try:
+        return yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f" line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        what = " ".join(filter(None, [getattr(error, "context", None), getattr(error, "problem", None)])) or str(error)
+        reading.refuse(name, f"{source}{place} is not valid YAML: {what}")
+        return None
+
+
+def read_section(node: yaml.Node, name: str, source: str, reading: Reading) -> None:
+    """Take over a mapping node as the section `name` ("" for the whole config) of the schema."""
+    if not isinstance(node, yaml.MappingNode):
+        accepted = schema_fields()[name].accepted if name else "sections such as `train:` with fields below them"
+        given = f"{name} is {shown(node)} ({_place(node, source)})" if name else f"{source} is {shown(node)}"
+        reading.refuse(name, f"{given}: it must be {accepted}")
+        return
+    if name:
+        reading.put(name, {}, _place(node, source))
+    known = {member.name for member in fields_below(name)}
+    for key_node, child in _members(node, name, source, reading):
+        full_name = f"{name}.{key_node.value}" if name else key_node.value
+        if full_name not in known:
+            reading.problems.append(_unknown_key(key_node.value, full_name, _place(key_node, source)))
+        else:
+            read_field(child, full_name, source, reading)
+
+
+def read_field(node: yaml.Node, name: str, source: str, reading: Reading) -> None:
+    """Take over a node as the value of the field or section `name`, which the schema knows."""
+    known = schema_fields()[name]
+    if known.is_section and not (known.nullable and _is_null(node)):
+        read_section(node, name, source, reading)
+    elif isinstance(node, yaml.MappingNode):
+        reading.refuse(name, f"{name} is a section here ({_place(node, source)}): it must be {known.accepted}")
+    else:
+        reading.put(name, _value(node, known.type), _place(node, source))
+
+
+def shown(node: yaml.Node) -> str:
+    """A node as a message shows it."""
+    if isinstance(node, yaml.ScalarNode):
+        return "empty" if _is_null(node) else repr(node.value)
+    return "a list" if isinstance(node, yaml.SequenceNode) else "a section"
+
+
+def _members(
+    node: yaml.MappingNode, name: str, source: str, reading: Reading
+) -> Iterator[tuple[yaml.ScalarNode, yaml.Node]]:
+    """(key, value) nodes of a mapping, once per key; a key given twice is a problem."""
+    first_lines: dict[str, int] = {}
+    for key_node, child in node.value:
+        place = _place(key_node, source)
+        if not isinstance(key_node, yaml.ScalarNode):
+            reading.problems.append(f"{place} has {shown(key_node)} for a key: a key must be the name of a field")
+            continue
+        key = key_node.value
+        if key in first_lines:
+            where = f"{name}.{key}" if name else key
+            reading.problems.append(
+                f"{where} is given twice ({place}, first on line {first_lines[key]}): keep one of them"
+            )
+            continue
+        first_lines[key] = key_node.start_mark.line + 1
+        yield key_node, child
+
+
+def _place(node: yaml.Node, source: str) -> str:
+    """Where a node stands; an override is one line, and a node made for an empty one stands nowhere."""
+    return source if source.startswith("override") else f"{source} line {node.start_mark.line + 1}"
+
+
+def _unknown_key(key: str, full_name: str, place: str) -> str:
+    if "." in key and key in schema_fields():
+        section, _, last = key.rpartition(".")
+        return f"{key} is one word here ({place}): in a file, write `{last}:` below `{section.replace('.', ': ')}:`"
+    return f"{full_name} is not a field ({place}): {did_you_mean(full_name)}"
+
+
+def _is_null(node: yaml.Node) -> bool:
+    return isinstance(node, yaml.ScalarNode) and node.style is None and node.value in NULLS
+
+
+def _value(node: yaml.Node, wanted: Any) -> Any:
+    """A plain value of a node that is not a mapping. What does not fit `wanted` stays as it is: pydantic refuses it."""
+    if isinstance(node, yaml.SequenceNode):
+        members = get_args(wanted) if get_origin(wanted) is tuple else ()
+        member_type = split_annotation(members[0])[0] if members else str
+        # No list of the schema holds lists or sections: an empty dict stands for one, and is refused. (Following it
+        # would not end where a YAML alias points back to its own list.)
+        return [_value(child, member_type) if isinstance(child, yaml.ScalarNode) else {} for child in node.value]
+    assert isinstance(node, yaml.ScalarNode)
+    if _is_null(node):
+        return None
+    if node.style is not None or wanted not in (int, float, bool):
+        return node.value
+    return _number(node.value, wanted)
+
+
+def _number(text: str, wanted: type) -> Any:
+    if text in BOOLEANS:
+        return BOOLEANS[text]
+    if INTEGER.fullmatch(text):
+        return int(text)
+    if text in SPECIAL_NUMBERS:
+        return float(SPECIAL_NUMBERS[text])
+    if NUMBER.fullmatch(text):
+        number = float(text)
+        # 1e3 steps is a whole number, however it is written.
+        return int(number) if wanted is int and number.is_integer() else number
+    return text

@@ -1,0 +1,37 @@
+"""What a model must be compared with: two compressors that need no training run, on the same held-out documents.
+
+All figures are bits per byte of the documents' UTF-8 text.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from raynium.data.evaluation import bits_per_byte
+from raynium.data.store import DocumentStore
+
+
+@dataclass(frozen=True)
+class Baselines:
+    unigram_bits_per_byte: float  # each token by its frequency in the training stream, add-one smoothed
+    zlib_bits_per_byte: float  # zlib, level 9, on each document by itself
+    num_documents: int
+    num_bytes: int
+
+
+def compute_baselines(store: DocumentStore, *, max_documents: int | None = None) -> Baselines:
+    """On the documents of `evaluation_set` with the same `max_documents`; quick, for the store has the counts."""
+    documents = store.heldout_documents(max_documents)
+    num_bytes = sum(document.utf8_bytes for document in documents)
+    counts = store.train_token_counts() + 1
+    nats_of_token = np.log(counts.sum()) - np.log(counts)
+    stream = store.heldout_stream()
+    unigram_nats = sum(
+        float(nats_of_token[stream.read(document.offset, document.num_tokens)].sum()) for document in documents
+    )
+    return Baselines(
+        unigram_bits_per_byte=bits_per_byte(unigram_nats, num_bytes),
+        zlib_bits_per_byte=8 * sum(document.zlib_bytes for document in documents) / num_bytes,
+        num_documents=len(documents),
+        num_bytes=num_bytes,
+    )

@@ -1,0 +1,100 @@
+"""The seam between the training loop and whatever computes a step. B, T as in `data/batch.py`."""
+
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+
+from raynium.checkpoint.state import Chunk
+from raynium.data.batch import IGNORED_LABEL, Batch
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """One optimizer step, the same numbers on every rank."""
+
+    loss: float  # nats per token: the token-weighted mean over all ranks and micro-batches
+    grad_norm: float  # global 2-norm of that mean's gradient, before clipping
+    tokens: int  # counted labels, over all ranks
+    learning_rate: float
+    stop_agreed: bool  # some rank asked to stop at this step
+
+
+class EvalSum(NamedTuple):
+    """Sums over all data ranks, the same on every rank."""
+
+    nats: float
+    tokens: int
+
+
+class Engine(Protocol):
+    """A model and its optimizer on all ranks. Every method but `state` and `set_step` is collective: all ranks call it.
+
+    If a rank dies, the others wait in (or fail out of) the step's collectives until the agents end the generation.
+    """
+
+    data_rank: int  # which slice of the samples this rank takes; ranks of one tensor group share it
+    data_size: int
+
+    def step(self, batch: Batch, *, step: int, stop_requested: bool) -> StepResult:
+        """One optimizer step; `step` counts from 1. B is micro_steps * micro_batch_size rows of this data rank."""
+        ...
+
+    def evaluate(self, batch: Batch) -> EvalSum:
+        """Loss without learning. B is the same on all ranks; rows to leave out carry IGNORED_LABEL."""
+        ...
+
+    def state(self) -> list[Chunk]:
+        """This rank's blocks of everything learned. They alias live memory: read or overwrite them between steps only."""
+        ...
+
+    def set_step(self, step: int) -> None:
+        """Tells the optimizer how many steps the state just loaded has seen (AdamW's bias correction)."""
+        ...
+
+    def close(self) -> None:
+        """Gives back what the engine itself opened."""
+        ...
+
+
+class FakeEngine:
+    """An engine without a model, for tests of the loop: its losses are a pure function of all batches it has seen.
+
+    So a resumed run shows the losses of an uninterrupted one only if it got the same state, step and samples.
+    """
+
+    def __init__(self, *, data_rank: int = 0, data_size: int = 1):
+        self.data_rank = data_rank
+        self.data_size = data_size
+        self._mixed = torch.zeros(1, dtype=torch.int64)  # below 2**31, so that the products below cannot overflow
+
+    def step(self, batch: Batch, *, step: int, stop_requested: bool) -> StepResult:
+        seen = int(batch.tokens_BT.sum())
+        self._mixed.mul_(1_103_515_245).add_(seen + step).remainder_(2**31)
+        return StepResult(
+            loss=self._loss(),
+            grad_norm=1.0,
+            tokens=self.data_size * _count(batch),
+            learning_rate=1e-3,
+            stop_agreed=stop_requested,
+        )
+
+    def evaluate(self, batch: Batch) -> EvalSum:
+        tokens = self.data_size * _count(batch)
+        return EvalSum(nats=self._loss() * tokens, tokens=tokens)
+
+    def state(self) -> list[Chunk]:
+        return [Chunk("model/mixed", (1,), (0,), self._mixed, saved_here=self.data_rank == 0)]
+
+    def set_step(self, step: int) -> None:
+        """Nothing to keep: the step reaches the losses through `step()`."""
+
+    def close(self) -> None:
+        """Nothing was opened."""
+
+    def _loss(self) -> float:
+        return 1.0 + self._mixed.item() / 2**31
+
+
+def _count(batch: Batch) -> int:
+    return int((batch.labels_BT != IGNORED_LABEL).sum())

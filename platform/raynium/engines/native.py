@@ -1,0 +1,313 @@
+"""The native engine: FSDP2 and DTensor tensor parallelism of stock torch, for cpu/gloo and cuda/nccl.
+
+One optimizer step is: micro-batches forward and backward with gradients of the *sum* of nats; one all-reduce of four numbers (nats,
+tokens, squared gradient norm, wishes to stop); then one scale for all gradients, which divides by the
+token count and clips, and AdamW. The scale stays on the device, so a GPU is not waited for until the step is over.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Partial, Shard
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from raynium.accelerators import Accelerator
+from raynium.checkpoint.state import Chunk
+from raynium.config.schema import Config
+from raynium.data.batch import IGNORED_LABEL, Batch
+from raynium.engines.base import EvalSum, StepResult
+from raynium.engines.cross_entropy import summed_nats
+from raynium.engines.parallelize import apply_fsdp, apply_tensor_parallel, fsdp_modules, parameter_names, wrap_blocks
+from raynium.models.decoder import Decoder
+from raynium.models.flops import parameter_count
+from raynium.models.init import init_parameter
+from raynium.models.plan import divided_sizes
+from raynium.optim import decays, learning_rate
+
+
+class Layout(NamedTuple):
+    """This rank's place on the mesh. mesh is None for one rank that needs no process group."""
+
+    mesh: DeviceMesh | None
+    data_rank: int
+    data_size: int
+    tensor_rank: int
+    tensor_size: int
+
+
+class Block(NamedTuple):
+    """This rank's block of one parameter, and where it lies in the whole."""
+
+    name: str
+    parameter: Tensor  # the model's: a DTensor when there is a mesh
+    local: Tensor  # float32, aliases the parameter's memory
+    global_shape: tuple[int, ...]
+    offsets: tuple[int, ...]
+    first_holder: bool  # of the ranks that hold the same block, this is the one that counts and saves it
+
+
+def build_native_engine(config: Config, accelerator: Accelerator) -> "NativeEngine":
+    """Model and optimizer of this rank, at step 0. All ranks call it, after `accelerator.set_device`.
+
+    torch.distributed must be initialised when there is more than one rank. One rank works without: in float32 it is plain
+    torch; in bfloat16 FSDP does the casting, for the same math as on many ranks, over a one-rank group that the engine opens.
+    """
+    dtype = getattr(torch, config.engine.dtype)
+    assert config.world_size == 1 or dist.is_initialized(), f"{config.world_size} ranks and no process group"
+    sharded = config.world_size > 1 or dtype != torch.float32
+    opens_group = sharded and not dist.is_initialized()
+    if opens_group:
+        dist.init_process_group(accelerator.process_group_backend, store=dist.HashStore(), rank=0, world_size=1)
+    layout = _layout(config, accelerator) if sharded else Layout(None, 0, 1, 0, 1)
+    blocks_and_model = _build_model(config, accelerator, layout, dtype)
+    return NativeEngine(config, accelerator, layout, *blocks_and_model, opened_group=opens_group)
+
+
+class NativeEngine:
+    """See `engines/base.py`, Engine."""
+
+    def __init__(
+        self,
+        config: Config,
+        accelerator: Accelerator,
+        layout: Layout,
+        model: Decoder,
+        blocks: list[Block],
+        *,
+        opened_group: bool,
+    ):
+        self.data_rank, self.data_size = layout.data_rank, layout.data_size
+        self._config = config
+        self._device = torch.device(accelerator.device_type)
+        self._layout = layout
+        self._model = model
+        self._blocks = blocks
+        self._opened_group = opened_group
+        self._optimizer = _build_optimizer(config, blocks)
+        self._vocabulary_group = (
+            layout.mesh.get_group("tensor") if layout.mesh is not None and layout.tensor_size > 1 else None
+        )
+        # With whole gradients kept between micro-batches, only the last one talks to other ranks.
+        self._syncs_last_only = layout.mesh is not None and _fits_gathered(config, accelerator)
+
+    # ---- a step ----------------------------------------------------------------------------------------------------
+
+    def step(self, batch: Batch, *, step: int, stop_requested: bool) -> StepResult:
+        nats = self._accumulate_gradients(batch)
+        gradients = self._local_gradients()
+        nats, tokens, square_norm, stops = self._sum_over_ranks(nats, batch, gradients, stop_requested=stop_requested)
+
+        # A step in which no label counts (tokens 0) changes nothing but AdamW's momentum.
+        tokens_or_1 = tokens.clamp(min=1)
+        norm = square_norm.sqrt() / tokens_or_1
+        scale = (self._config.optimizer.clip_norm / (norm + 1e-6)).clamp(max=1) / tokens_or_1
+        torch._foreach_mul_([gradient for _, gradient in gradients], scale.float())
+
+        rate = learning_rate(self._config.optimizer, step=step, total_steps=self._config.train.steps)
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate
+        for block, gradient in gradients:
+            block.local.grad = gradient
+        self._optimizer.step()
+        for block in self._blocks:
+            block.local.grad = block.parameter.grad = None
+
+        # The step's one wait for the device.
+        loss, norm, tokens, stops = torch.stack((nats / tokens_or_1, norm, tokens, stops)).tolist()
+        return StepResult(
+            loss=loss, grad_norm=norm, tokens=int(tokens), learning_rate=rate, stop_agreed=stops > 0
+        )
+
+    def _accumulate_gradients(self, batch: Batch) -> Tensor:
+        """Forward and backward of every micro-batch; returns this data rank's summed nats, a float64 scalar."""
+        micro_batches = self._micro_batches(batch)
+        nats = torch.zeros((), dtype=torch.float64, device=self._device)
+        for index, (tokens_BT, labels_BT) in enumerate(micro_batches):
+            if self._syncs_last_only:
+                last = index == len(micro_batches) - 1
+                self._model.set_requires_gradient_sync(last)
+                self._model.set_reshard_after_backward(last)
+                self._model.set_is_last_backward(last)
+            logits_BTV = self._model(tokens_BT)
+            nats += self._summed_nats(logits_BTV.detach(), labels_BT, want_gradient=True)
+            logits_BTV.backward(logits_BTV.detach())  # they now hold their own gradient
+        return nats
+
+    def _local_gradients(self) -> list[tuple[Block, Tensor]]:
+        """This rank's blocks with the gradients of the summed nats, summed over data ranks."""
+        gradients = []
+        for block in self._blocks:
+            gradient = block.parameter.grad
+            assert gradient is not None, f"{block.name} took no part in the forward pass"
+            gradients.append((block, _local(gradient)))
+        return gradients
+
+    def _sum_over_ranks(
+        self, nats: Tensor, batch: Batch, gradients: list[tuple[Block, Tensor]], *, stop_requested: bool
+    ) -> Tensor:
+        """[nats, tokens, squared gradient norm, wishes to stop] over all ranks, float64: the step's only all-reduce of its own.
+
+        Each number is contributed once: nats and tokens by one rank of a tensor group, a gradient block by its first holder.
+        """
+        counts_here = self._layout.tensor_rank == 0
+        tokens = int((batch.labels_BT != IGNORED_LABEL).sum())
+        norms = torch._foreach_norm([gradient for block, gradient in gradients if block.first_holder])
+        square_norm = torch.stack(norms).double().square().sum()
+        mine = torch.tensor([0, tokens * counts_here, 0, stop_requested], dtype=torch.float64, device=self._device)
+        mine[0], mine[2] = nats * counts_here, square_norm
+        if dist.is_initialized():
+            dist.all_reduce(mine)
+        return mine
+
+    # ---- evaluation --------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def evaluate(self, batch: Batch) -> EvalSum:
+        sums = torch.zeros(2, dtype=torch.float64, device=self._device)
+        for tokens_BT, labels_BT in self._micro_batches(batch):
+            sums[0] += self._summed_nats(self._model(tokens_BT), labels_BT, want_gradient=False)
+            sums[1] += (labels_BT != IGNORED_LABEL).sum()
+        for module in fsdp_modules(self._model):
+            module.reshard()  # no backward will: the whole parameters would outlive a load of new ones
+        sums *= self._layout.tensor_rank == 0
+        if dist.is_initialized():
+            dist.all_reduce(sums)
+        nats, tokens = sums.tolist()
+        return EvalSum(nats=nats, tokens=int(tokens))
+
+    def _micro_batches(self, batch: Batch) -> list[tuple[Tensor, Tensor]]:
+        rows, size = batch.tokens_BT.shape[0], self._config.train.micro_batch_size
+        assert rows % size == 0, f"{rows} rows do not make whole micro-batches of {size}"
+        tokens_BT = batch.tokens_BT.to(self._device, non_blocking=True)
+        labels_BT = batch.labels_BT.to(self._device, non_blocking=True)
+        return list(zip(tokens_BT.split(size), labels_BT.split(size), strict=True))
+
+    def _summed_nats(self, logits_BTV: Tensor, labels_BT: Tensor, *, want_gradient: bool) -> Tensor:
+        return summed_nats(
+            logits_BTV.flatten(0, 1),
+            labels_BT.flatten(),
+            vocabulary_group=self._vocabulary_group,
+            want_gradient=want_gradient,
+        )
+
+    # ---- state ---------------------------------------------------------------------------------------------------------
+
+    def state(self) -> list[Chunk]:
+        chunks = []
+        for block in self._blocks:
+            moments = self._optimizer.state[block.local]
+            for prefix, tensor in (
+                ("model", block.local),
+                ("optimizer/exp_avg", moments["exp_avg"]),
+                ("optimizer/exp_avg_sq", moments["exp_avg_sq"]),
+            ):
+                name = f"{prefix}/{block.name}"
+                chunks.append(Chunk(name, block.global_shape, block.offsets, tensor, saved_here=block.first_holder))
+        return chunks
+
+    def set_step(self, step: int) -> None:
+        for moments in self._optimizer.state.values():
+            moments["step"].fill_(step)
+
+    def close(self) -> None:
+        if self._opened_group:
+            dist.destroy_process_group()
+
+
+# ---- Building --------------------------------------------------------------------------------------------------------
+
+
+def _layout(config: Config, accelerator: Accelerator) -> Layout:
+    tensor = config.parallel.tensor
+    mesh = init_device_mesh(
+        accelerator.device_type, (config.data_parallel_size, tensor), mesh_dim_names=("data", "tensor")
+    )
+    return Layout(mesh, mesh.get_local_rank("data"), config.data_parallel_size, mesh.get_local_rank("tensor"), tensor)
+
+
+def _build_model(
+    config: Config, accelerator: Accelerator, layout: Layout, dtype: torch.dtype
+) -> tuple[Decoder, list[Block]]:
+    """The parallelised decoder with its first weights. On the meta device until it is sharded, so no rank ever holds more
+    than its own blocks and one whole parameter."""
+    with torch.device("meta"):
+        model = Decoder(config.model)
+    if layout.tensor_size > 1:
+        assert layout.mesh is not None
+        for field, size in divided_sizes(config.model, seq_len=config.data.seq_len).items():
+            assert size % layout.tensor_size == 0, f"{field} {size} is not a multiple of {layout.tensor_size}"
+        apply_tensor_parallel(model, layout.mesh["tensor"])
+    wrap_blocks(model, config.engine, compile_backend=accelerator.compile_backend)
+    if layout.mesh is not None:
+        gathered = _fits_gathered(config, accelerator)
+        apply_fsdp(model, layout.mesh["data"], compute_dtype=dtype, gathered=gathered)
+    model.to_empty(device=accelerator.device_type)
+    model.tie()  # to_empty gave embedding and head memory of their own
+
+    blocks = [_block(name, parameter, layout) for name, parameter in parameter_names(model).items()]
+    for block in blocks:
+        whole = init_parameter(block.name, shape=block.global_shape, seed=config.run.seed, config=config.model)
+        block.local.copy_(whole[_extent(block)])
+    return model, [block for block in blocks if block.local.numel() > 0]
+
+
+def _block(name: str, parameter: Tensor, layout: Layout) -> Block:
+    local = _local(parameter.detach())
+    if not isinstance(parameter, DTensor):
+        return Block(name, parameter, local, tuple(parameter.shape), (0,) * parameter.ndim, first_holder=True)
+    shape, offsets = compute_local_shape_and_global_offset(
+        parameter.shape, parameter.device_mesh, parameter.placements
+    )
+    assert tuple(shape) == tuple(local.shape), f"{name}: {shape} expected, {tuple(local.shape)} held"
+    split_over_tensor = any(isinstance(placement, Shard) for placement in parameter.placements[1:])
+    first_holder = split_over_tensor or layout.tensor_rank == 0
+    return Block(name, parameter, local, tuple(parameter.shape), tuple(offsets), first_holder)
+
+
+def _extent(block: Block) -> tuple[slice, ...]:
+    return tuple(slice(begin, begin + size) for begin, size in zip(block.offsets, block.local.shape, strict=True))
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """This rank's part of a DTensor that needs no more communication; any other tensor as it is."""
+    if not isinstance(tensor, DTensor):
+        return tensor
+    assert not any(isinstance(placement, Partial) for placement in tensor.placements)
+    return tensor.to_local()
+
+
+def _fits_gathered(config: Config, accelerator: Accelerator) -> bool:
+    """Whether whole parameters and whole float32 gradients are a small part (an eighth) of a rank's memory.
+
+    Then they are kept through a step: one gather and one reduction a step instead of two and one per block and micro-batch.
+    """
+    compute_bytes = getattr(torch, config.engine.dtype).itemsize
+    whole = parameter_count(config.model).total * (compute_bytes + 4) // config.parallel.tensor
+    memory = accelerator.memory_bytes(local_rank=0, local_world_size=config.cluster.ranks_per_node)
+    return whole <= memory // 8
+
+
+def _build_optimizer(config: Config, blocks: list[Block]) -> torch.optim.AdamW:
+    """AdamW over plain local blocks: it works element by element, so it need not know of DTensor, whose dispatch costs more
+    than the arithmetic of a small model. Moments exist from the start: a checkpoint of step 0 is complete.
+    """
+    settings = config.optimizer
+    matrices = [block.local for block in blocks if decays(block.global_shape)]
+    others = [block.local for block in blocks if not decays(block.global_shape)]
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}],
+        lr=settings.learning_rate,
+        betas=settings.betas,
+        eps=settings.eps,
+        fused=True,
+    )
+    for block in blocks:
+        optimizer.state[block.local] = {
+            "step": torch.zeros((), dtype=torch.float32, device=block.local.device),
+            "exp_avg": torch.zeros_like(block.local),
+            "exp_avg_sq": torch.zeros_like(block.local),
+        }
+    return optimizer

@@ -1,0 +1,95 @@
+"""Lays a decoder over a device mesh: tensor parallelism by the plan, then checkpointing, compiling and FSDP2, in that order.
+
+The mesh has two axes, ("data", "tensor"), tensor innermost: ranks of one tensor group are neighbours on a node.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    ParallelStyle,
+    PrepareModuleInput,
+    RowwiseParallel,
+    SequenceParallel,
+    parallelize_module,
+)
+
+from raynium.config.schema import EngineSection
+from raynium.models.decoder import Decoder
+from raynium.models.plan import Split, tensor_parallel_plan
+
+# checkpoint_wrapper puts this into parameter names; checkpoints must not see it.
+_WRAPPER_PREFIX = "_checkpoint_wrapped_module."
+
+
+def apply_tensor_parallel(model: Decoder, mesh: DeviceMesh) -> None:
+    """Splits parameters over the tensor axis in place. The model must be on the meta device: nothing is sent."""
+    for rule in tensor_parallel_plan(model.config):
+        parallelize_module(model, mesh, {rule.module: _style(rule.split)})
+    model.tie()  # embedding and head have become two parameters
+
+
+def _style(split: Split) -> ParallelStyle:
+    tokens = Shard(1)  # dim T of BTD
+    match split:
+        case "vocabulary":
+            return RowwiseParallel(input_layouts=Replicate(), output_layouts=tokens)
+        case "gather":
+            return PrepareModuleInput(input_layouts=tokens, desired_input_layouts=Replicate())
+        case "column":
+            return ColwiseParallel()
+        case "row":
+            return RowwiseParallel(output_layouts=tokens)
+        case "sequence":
+            return SequenceParallel()
+        case "heads":
+            return SequenceParallel(sequence_dim=2, use_local_output=True)  # dim H of BTHK
+        case "logits":
+            return ColwiseParallel(input_layouts=tokens)
+
+
+def wrap_blocks(model: Decoder, engine: EngineSection, *, compile_backend: str) -> None:
+    """Activation checkpointing and compilation, block by block. Before FSDP, so that its gathering stays outside of both."""
+    if engine.activation_checkpointing == "full":
+        for index, block in enumerate(model.blocks):
+            # No dropout in the model, so no random state to keep.
+            model.blocks[index] = checkpoint_wrapper(block, preserve_rng_state=False)
+    if engine.compile == "block":
+        for block in model.blocks:
+            block.compile(backend=compile_backend, dynamic=False)
+
+
+def apply_fsdp(model: Decoder, mesh: DeviceMesh, *, compute_dtype: torch.dtype, gathered: bool) -> None:
+    """Shards parameters, gradients and optimizer state over the data axis.
+
+    gathered: keep whole parameters from forward to backward, in one group, so a step has one all-gather and one reduce-scatter:
+    for models that are small beside the device. Otherwise a group per block, whole only while it computes.
+    Gradients are summed over the ranks, in float32; the engine divides by the token count.
+    """
+    policy = MixedPrecisionPolicy(
+        param_dtype=compute_dtype if compute_dtype != torch.float32 else None,
+        reduce_dtype=torch.float32,
+        cast_forward_inputs=False,  # activations follow the embedding's dtype; RoPE tables stay float32
+    )
+    if not gathered:
+        for block in model.blocks:
+            fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+    for module in fsdp_modules(model):
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)  # gloo has no other
+
+
+def fsdp_modules(model: nn.Module) -> Iterator[FSDPModule]:
+    return (module for module in model.modules() if isinstance(module, FSDPModule))
+
+
+def parameter_names(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Every parameter once, under the name it has in an unwrapped decoder."""
+    return {name.replace(_WRAPPER_PREFIX, ""): parameter for name, parameter in model.named_parameters()}

@@ -1,0 +1,72 @@
+"""Every error a user can meet, as one tree.
+
+    RayniumError
+    ├── ConfigError            the job file, an override, or a rule across parts (also a ValueError)
+    ├── DataError              a corpus, tokenizer or document store that cannot be used
+    ├── CheckpointError        a checkpoint that cannot be written or read
+    │   ├── CheckpointDamaged      bytes differ from what the manifest says
+    │   └── CheckpointMismatch     whole, but contradicts the model or the config that asks for it
+    ├── StoreError             the run's folder or bucket: missing, full, or not permitted
+    ├── TrackingError          MLflow cannot be reached, or refused what it was given
+    └── LaunchError            the cluster, a node or a rank
+        ├── RunInUse               another live process owns this run name
+        └── RunFailed              the run ended without finishing; the message carries the cause
+
+Messages say what was given, the rule, and what to do.
+"""
+
+
+class RayniumError(Exception):
+    """Root of the tree: catch this to catch everything Raynium raises on purpose."""
+
+
+class ConfigError(RayniumError, ValueError):
+    """One or more problems in the configuration; all of them are listed, not only the first.
+
+    problems: one message each, already carrying field, value, rule and remedy.
+    """
+
+    def __init__(self, problems: list[str]):
+        self.problems = problems
+        super().__init__(problems)
+
+    def __str__(self) -> str:
+        if len(self.problems) == 1:
+            return self.problems[0]
+        return f"{len(self.problems)} problems:\n" + "\n".join(f"  - {problem}" for problem in self.problems)
+
+
+class DataError(RayniumError):
+    """A corpus, tokenizer or document store that cannot be used."""
+
+
+class CheckpointError(RayniumError):
+    """A checkpoint that cannot be written or read."""
+
+
+class CheckpointDamaged(CheckpointError):
+    """The stored bytes differ from what the manifest says they are."""
+
+
+class CheckpointMismatch(CheckpointError):
+    """The checkpoint is whole, but contradicts the model or the config that asks for it."""
+
+
+class StoreError(RayniumError):
+    """The run's folder or bucket is missing, full, or not permitted."""
+
+
+class TrackingError(RayniumError):
+    """MLflow cannot be reached, or refused what it was given."""
+
+
+class LaunchError(RayniumError):
+    """The cluster, a node or a rank."""
+
+
+class RunInUse(LaunchError):
+    """Another live process owns this run name."""
+
+
+class RunFailed(LaunchError):
+    """The run ended without finishing; the message carries the cause."""

@@ -1,0 +1,51 @@
+"""Our Ray Train backend: one node agent per node, and a name for each life of the worker group. Sets environment only.
+
+An exception in `on_start` would leave the worker group and its placement group behind, holding the cores for ever
+(Ray 2.60); so it cleans up itself and raises the one error that Ray Train retries.
+"""
+
+import os
+import secrets
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+import ray.train
+from ray.train.backend import Backend, BackendConfig
+
+ATTEMPT_VARIABLE = "RAYNIUM_ATTEMPT"  # read by `driver.run_agent` in each worker
+
+
+@dataclass
+class NodeAgentConfig(BackendConfig):
+    """Backend of the workers that run node agents."""
+
+    @property
+    def backend_cls(self) -> type["NodeAgentBackend"]:
+        return NodeAgentBackend
+
+
+class NodeAgentBackend(Backend):
+    """Checks the placement and names the attempt."""
+
+    def on_start(self, worker_group: Any, backend_config: BackendConfig) -> None:
+        node_ids = worker_group.execute(_node_id)
+        crowded = [node_id for node_id, count in Counter(node_ids).items() if count > 1]
+        if crowded:
+            worker_group._clear_state()
+            raise ray.train.WorkerGroupError(
+                f"Ray placed {len(node_ids)} node agents on {len(set(node_ids))} node(s); the rule is one per node. "
+                f"Set cluster.nodes to the number of nodes that have cluster.ranks_per_node free cores",
+                worker_failures={},
+            )
+        attempt = secrets.token_hex(4)
+        worker_group.execute(_set_environment, {ATTEMPT_VARIABLE: attempt})
+
+
+def _node_id() -> str:
+    return ray.get_runtime_context().get_node_id()
+
+
+def _set_environment(variables: dict[str, str]) -> None:
+    os.environ.update(variables)

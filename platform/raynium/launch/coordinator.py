@@ -1,0 +1,323 @@
+"""The run coordinator: numbers generations, hands out their rendezvous, commits checkpoints, decides when to give up.
+
+One small actor per run. It is an ordinary asyncio class: `driver.py` makes a Ray actor of it, tests run it on a loop.
+If it dies, Ray starts a new one without memory; the agents' `watch` then returns "over", they join again, and the run
+goes on from the newest checkpoint. What must outlive it is in the run's store.
+"""
+
+import asyncio
+import secrets
+import threading
+import time
+from collections import deque
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from raynium.checkpoint.catalog import apply_retention, resume_point
+from raynium.checkpoint.commit import StepTaken, commit_checkpoint
+from raynium.checkpoint.manifest import ShardEntry
+from raynium.checkpoint.store import Store
+from raynium.config.schema import Config
+from raynium.errors import CheckpointError, StoreError
+from raynium.launch.protocol import AgentInfo, Event, Order, RankExit, Status, Verdict
+
+EVENTS_KEPT = 1000
+
+
+@dataclass
+class _Generation:
+    """One life of the ranks."""
+
+    number: int
+    id: str
+    resume_step: int | None
+    state: Literal["running", "over"] = "running"
+    cause: str = ""
+    exits: dict[int, list[RankExit]] = field(default_factory=dict)  # node rank → its ranks' ends
+    shards: dict[int, dict[int, ShardEntry]] = field(default_factory=dict)  # step → rank → entry
+    commits: set[asyncio.Task[None]] = field(default_factory=set)
+
+
+class RunCoordinator:
+    """All methods are coroutines on one loop, so each runs unbroken between its awaits."""
+
+    def __init__(self, config: dict[str, Any], run_url: str, last_generation: int):
+        """config: the resolved config as a dict; last_generation: of the run's earlier drivers, 0 for a new run."""
+        self.config = Config.model_validate(config)
+        self.store = Store(run_url)
+        self._changed = asyncio.Condition()
+        self._attempt = ""
+        self._joined: dict[int, AgentInfo] = {}
+        self._orders: dict[tuple[str, int], Order] = {}
+        self._number = last_generation
+        self._generation: _Generation | None = None
+        self._generations: dict[int, _Generation] = {}
+        self._stop_requested = False
+        self._failures_without_progress = 0
+        self._committed_step: int | None = None
+        self._committed_uri: str | None = None
+        self._step = 0
+        self._metrics: dict[str, float] = {}
+        self._events: deque[Event] = deque(maxlen=EVENTS_KEPT)
+        self._event_count = 0
+        self._ended: Literal["finished", "stopped", "failed"] | None = None
+        self._cause: str | None = None
+
+    # ---- node agents -----------------------------------------------------------------------------------------------
+
+    async def join(self, agent: AgentInfo) -> Order:
+        """Waits until every node is ready, then orders the next generation. An agent joins with no rank running."""
+        async with self._changed:
+            if agent.attempt != self._attempt:
+                # Ray Train started a new worker group: the agents of the one before are gone.
+                self._attempt = agent.attempt
+                self._joined.clear()
+                if self._generation is not None and self._generation.state == "running":
+                    self._over(self._generation, "a node agent was lost; Ray Train started the node agents again")
+            key = (agent.attempt, agent.node_rank)
+            self._orders.pop(key, None)
+            self._joined[agent.node_rank] = agent
+            if len(self._joined) == self.config.cluster.nodes and self._ended is None:
+                await self._order_generation()
+            await self._changed.wait_for(
+                lambda: self._ended is not None or key in self._orders or self._attempt != agent.attempt
+            )
+            if self._ended is not None or self._attempt != agent.attempt:
+                return Order("end")
+            return self._orders[key]
+
+    async def watch(self, generation: int, stop_known: bool) -> Verdict:
+        """Returns when the agent must act: the generation is over, or a stop was asked for that it does not know."""
+
+        def over() -> bool:
+            current = self._generations.get(generation)
+            return current is None or current.state == "over" or self._ended is not None
+
+        async with self._changed:
+            await self._changed.wait_for(lambda: over() or (self._stop_requested and not stop_known))
+            if not over():
+                return Verdict("stop")
+            known = self._generations.get(generation)
+            return Verdict("over", known.cause if known else "the run coordinator was started again")
+
+    async def exited(self, generation: int, node_rank: int, exits: list[RankExit]) -> None:
+        """All ranks of one node have ended. One that should not have takes the generation down."""
+        current = self._generations.get(generation)
+        if current is None:
+            return
+        async with self._changed:
+            current.exits[node_rank] = exits
+            first = _first_cause(exits)
+            if first is not None:
+                self._report_failure(current, first)
+            elif len(current.exits) < self.config.cluster.nodes or current.state == "over":
+                return
+        if first is None:
+            await self._finish(current, exits[0])
+
+    async def shard_saved(self, generation: int, step: int, rank: int, entry_json: str) -> None:
+        """One rank's shard is in the store, verified. The last one of a step commits the checkpoint."""
+        current = self._generations.get(generation)
+        if current is None:
+            return
+        shards = current.shards.setdefault(step, {})
+        shards[rank] = ShardEntry.from_json(entry_json)
+        if len(shards) == self.config.world_size:
+            task = asyncio.create_task(self._commit(current, step))
+            current.commits.add(task)
+            await task
+
+    async def shard_failed(self, generation: int, step: int, rank: int, cause: str) -> None:
+        """A shard could not be uploaded: this step's checkpoint will never exist; training goes on."""
+        await self.tell(f"checkpoint of step {step} is lost: rank {rank}'s shard could not be saved: {cause}")
+
+    async def report(self, step: int, metrics: dict[str, float]) -> None:
+        """Rank 0's numbers, for the driver's display."""
+        self._step = step
+        self._metrics.update(metrics)
+
+    async def tell(self, text: str) -> None:
+        """A line for the user's terminal."""
+        self._event_count += 1
+        self._events.append(Event(self._event_count, time.time(), text))
+
+    # ---- driver ----------------------------------------------------------------------------------------------------
+
+    async def request_stop(self) -> None:
+        """Every rank saves at the next step and ends. Before any rank runs, the run just ends."""
+        async with self._changed:
+            self._stop_requested = True
+            if self._generation is None or self._generation.state == "over":
+                self._end("stopped", None)
+            self._changed.notify_all()
+
+    async def status(self, events_after: int) -> Status:
+        """Events numbered above `events_after` come along."""
+        current = self._generation
+        return Status(
+            generation=self._number,
+            running=current is not None and current.state == "running",
+            resume_step=current.resume_step if current else None,
+            step=self._step,
+            metrics=dict(self._metrics),
+            committed_step=self._committed_step,
+            committed_uri=self._committed_uri,
+            ended=self._ended,
+            cause=self._cause,
+            events=tuple(event for event in self._events if event.number > events_after),
+        )
+
+    # ---- inside ----------------------------------------------------------------------------------------------------
+
+    async def _order_generation(self) -> None:
+        """All agents are here and no rank runs. Called with the lock held."""
+        try:
+            checkpoint = await asyncio.to_thread(resume_point, self.store)
+        except (StoreError, CheckpointError) as error:
+            self._end("failed", f"the newest checkpoint could not be found: {error}")
+            return
+        resume_step = checkpoint.step if checkpoint else None
+        if checkpoint is not None:
+            self._committed_step, self._committed_uri = checkpoint.step, checkpoint.uri
+        self._number += 1
+        # The suffix keeps two drivers apart that count from the same number.
+        generation_id = f"g{self._number:05d}-{secrets.token_hex(4)}"
+        self._generation = _Generation(self._number, generation_id, resume_step)
+        self._generations[self._number] = self._generation
+        self._step = resume_step or 0
+        head = self._joined[0]
+        for agent in self._joined.values():
+            self._orders[(agent.attempt, agent.node_rank)] = Order(
+                "run", self._number, generation_id, head.host, head.free_port, resume_step
+            )
+        self._joined.clear()
+        ranks = f"{self.config.world_size} ranks on {self.config.cluster.nodes} node(s)"
+        origin = f"from the checkpoint of step {resume_step}" if resume_step is not None else "from step 0"
+        await self.tell(f"generation {self._number}: {ranks}, {origin}")
+        self._changed.notify_all()
+
+    def _report_failure(self, current: _Generation, first: RankExit) -> None:
+        """Called with the lock held."""
+        if current.state == "over":  # the ranks were killed because another node's died: not a cause of its own
+            return
+        assert first.cause is not None
+        cause = f"rank {first.rank}: {first.cause}"
+        for line in first.last_lines:
+            self._append_event(f"  rank {first.rank} | {line}")
+        self._append_event(f"generation {current.number} failed: {cause}")
+        if not first.retry:
+            self._over(current, cause)
+            self._end("failed", cause)
+            return
+        self._over(current, cause)
+
+    def _over(self, current: _Generation, cause: str) -> None:
+        """Called with the lock held."""
+        current.state, current.cause = "over", cause
+        self._failures_without_progress += 1
+        limit = self.config.fault.max_restarts_without_progress
+        if self._stop_requested:
+            self._end("stopped", None)
+        elif self._failures_without_progress > limit:
+            self._end(
+                "failed",
+                f"{cause}. It was the {self._failures_without_progress}th failure without a new checkpoint between "
+                f"(fault.max_restarts_without_progress={limit})",
+            )
+        self._changed.notify_all()
+
+    async def _commit(self, current: _Generation, step: int) -> None:
+        entries = [entry for _, entry in sorted(current.shards.pop(step).items())]
+        config = self.config
+        try:
+            reference = await asyncio.to_thread(
+                commit_checkpoint,
+                self.store,
+                step=step,
+                generation=current.id,
+                entries=entries,
+                state=checkpoint_state(config, step),
+                world_size=config.world_size,
+                layout=layout(config),
+                parent_step=current.resume_step,
+            )
+            if self._committed_step is None or step > self._committed_step:
+                self._committed_step, self._committed_uri = step, reference.uri
+                self._failures_without_progress = 0
+            await asyncio.to_thread(
+                apply_retention, self.store, keep_last=config.checkpoint.keep_last, generation=current.id
+            )
+        except StepTaken as error:
+            await self.tell(f"step {step} was already committed by another generation: {error}")
+        except (StoreError, CheckpointError) as error:
+            await self.tell(f"checkpoint of step {step} failed; training goes on: {error}")
+
+    async def _finish(self, current: _Generation, last: RankExit) -> None:
+        """Every rank of every node ended as it should."""
+        await asyncio.gather(*current.commits)
+        assert last.outcome is not None
+        step, reason = last.outcome["step"], last.outcome["reason"]
+        async with self._changed:
+            current.state = "over"
+            if self._committed_step is not None and self._committed_step >= step:
+                self._step = step
+                self._end(reason, None)
+            else:
+                self._end(
+                    "failed", f"training reached step {step}, but its checkpoint could not be committed (see above)"
+                )
+
+    def _end(self, ended: Literal["finished", "stopped", "failed"], cause: str | None) -> None:
+        """Called with the lock held."""
+        if self._ended is None:
+            self._ended, self._cause = ended, cause
+        self._changed.notify_all()
+
+    def _append_event(self, text: str) -> None:
+        self._event_count += 1
+        self._events.append(Event(self._event_count, time.time(), text))
+
+
+def checkpoint_state(config: Config, step: int) -> dict[str, Any]:
+    """What a manifest holds beside tensors: the position in the data is a pure function of the step."""
+    return {
+        "step": step,
+        "next_sample": step * config.train.global_batch_size,
+        "tokens": step * config.tokens_per_step,
+        "config": config.model_dump(mode="json"),
+    }
+
+
+def layout(config: Config) -> dict[str, int]:
+    """The degrees the state was cut by; for people, since any layout reads any other."""
+    return {"data": config.data_parallel_size, "tensor": config.parallel.tensor}
+
+
+def _first_cause(exits: list[RankExit]) -> RankExit | None:
+    """The exit that explains the others: a signal before an exception, what cannot be retried before all.
+
+    When a rank is killed its peers fail a moment later with a broken connection; those are consequences.
+    """
+    failed = [each for each in exits if each.cause is not None]
+    if not failed:
+        return None
+    return min(failed, key=lambda each: (each.retry, each.exit_code >= 0, each.rank))
+
+
+class CoordinatorOnLoop:
+    """A coordinator on an asyncio loop in a thread of this process: for tests, and for anything without Ray."""
+
+    def __init__(self, coordinator: RunCoordinator):
+        self.coordinator = coordinator
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="coordinator", daemon=True)
+        self._thread.start()
+
+    def call(self, method: str, *arguments: Any) -> "Future[Any]":
+        return asyncio.run_coroutine_threadsafe(getattr(self.coordinator, method)(*arguments), self._loop)
+
+    def close(self) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()

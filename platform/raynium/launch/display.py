@@ -1,0 +1,90 @@
+"""What the person at the terminal sees: lines as things happen, and one live line of progress."""
+
+import time
+
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
+
+from raynium.launch.protocol import Status
+
+# Without a terminal (a job's log) the progress line becomes ordinary lines, at most this often.
+LOG_SECONDS = 10.0
+
+
+def progress_line(status: Status, total_steps: int, steps_per_second: float | None) -> str:
+    """`step 120/400 · loss 3.214 · 2.31 bits/byte · 5,210 tok/s · ETA 0:48 · checkpoint 100`."""
+    parts = [f"step {status.step:,}/{total_steps:,}"]
+    if "train/loss" in status.metrics:
+        parts.append(f"loss {status.metrics['train/loss']:.3f}")
+    if "eval/bits_per_byte" in status.metrics:
+        parts.append(f"held-out {status.metrics['eval/bits_per_byte']:.3f} bits/byte")
+    if "throughput/tokens_per_second" in status.metrics:
+        parts.append(f"{status.metrics['throughput/tokens_per_second']:,.0f} tokens/s")
+    if steps_per_second:
+        minutes, seconds = divmod(round((total_steps - status.step) / steps_per_second), 60)
+        hours, minutes = divmod(minutes, 60)
+        parts.append(f"ETA {hours}:{minutes:02d}:{seconds:02d}" if hours else f"ETA {minutes}:{seconds:02d}")
+    if status.committed_step is not None:
+        parts.append(f"checkpoint {status.committed_step:,}")
+    return " · ".join(parts)
+
+
+class Pace:
+    """Steps per second, smoothed, from (time, step) sightings; starts again when a generation does."""
+
+    def __init__(self) -> None:
+        self._first: tuple[float, int] | None = None
+        self._generation = 0
+
+    def update(self, generation: int, step: int, now: float) -> float | None:
+        """now: seconds of a steady clock. None until there is something to go by."""
+        if self._first is None or generation != self._generation or step < self._first[1]:
+            self._first, self._generation = (now, step), generation
+            return None
+        began, first_step = self._first
+        if step == first_step:
+            self._first = (now, step) if step == 0 else self._first  # waiting for the first step is not training
+            return None
+        return (step - first_step) / (now - began)
+
+
+class Display:
+    """Use as a context manager around a run."""
+
+    def __init__(self, total_steps: int, console: Console | None = None):
+        self.console = console or Console(highlight=False)
+        self._total_steps = total_steps
+        self._pace = Pace()
+        self._live = (
+            Live(console=self.console, transient=True, auto_refresh=False) if self.console.is_terminal else None
+        )
+        self._last_log = 0.0
+        self._last_step = -1
+
+    def __enter__(self) -> "Display":
+        if self._live is not None:
+            self._live.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+    def line(self, text: str) -> None:
+        """Something happened."""
+        self.console.print(Text(text), soft_wrap=True)
+
+    def show(self, status: Status) -> None:
+        """The state of things, several times a second."""
+        now = time.monotonic()
+        pace = self._pace.update(status.generation, status.step, now)
+        if not status.running or status.step == self._last_step:
+            return
+        text = progress_line(status, self._total_steps, pace)
+        if self._live is not None:
+            self._live.update(Text(text), refresh=True)
+        elif now - self._last_log >= LOG_SECONDS or status.step == self._total_steps:
+            self._last_log = now
+            self.line(text)
+        self._last_step = status.step

@@ -1,0 +1,94 @@
+"""Ray jobs: how a run reaches a cluster, and what runs there."""
+
+import json
+import os
+import secrets
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import raynium
+from raynium.errors import LaunchError
+
+# `ray job stop` sends SIGTERM, and SIGKILL this long after (Ray's default: 3 s): time for a checkpoint.
+STOP_WAIT_SECONDS = 600
+
+# Ray sets this for a job's driver (ray/_private/ray_constants.py); its metadata holds the submission id.
+JOB_CONFIG_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+
+
+def connect_jobs(address: str) -> Any:
+    """A Ray JobSubmissionClient. Raises LaunchError if nothing answers there, or the token is refused."""
+    from ray.job_submission import JobSubmissionClient
+
+    token = find_token()
+    headers = {"Authorization": f"Bearer {token}"} if token else None
+    try:
+        return JobSubmissionClient(address, headers=headers)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise LaunchError(
+            f"cannot reach a Ray cluster at {address}: {error}. Give the address of its dashboard (`ray start --head` "
+            f"prints it), and if it asks for a token put that into RAY_AUTH_TOKEN or ~/.ray/auth_token"
+        ) from error
+
+
+def find_token() -> str | None:
+    """The cluster's token, from where Ray itself looks, in Ray's order."""
+    if token := os.environ.get("RAY_AUTH_TOKEN"):
+        return token
+    path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
+    return path.read_text().strip() if path.is_file() else None
+
+
+def runtime_env(working_dir: str) -> dict[str, Any]:
+    """What a job takes along: its folder, and this very package, so that the cluster runs the code that was checked.
+
+    The same as `cluster/runtime_env.yaml`, for code that runs outside a checkout.
+    """
+    return {
+        "working_dir": working_dir,
+        "py_modules": [str(Path(raynium.__file__).parent)],
+        "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_SECONDS)},
+    }
+
+
+def submit_job(client: Any, name: str, config_yaml: str) -> str:
+    """Starts a resolved config as a job; returns its submission id."""
+    with tempfile.TemporaryDirectory(prefix="raynium-job-") as folder:
+        Path(folder, "config.yaml").write_text(config_yaml)
+        return client.submit_job(
+            entrypoint="exec python -m raynium.launch.jobs config.yaml",  # exec: signals reach Python, not a shell
+            submission_id=f"raynium-{name}-{secrets.token_hex(3)}",
+            runtime_env=runtime_env(folder),
+            metadata={"run": name},
+        )
+
+
+def current_job_id() -> str | None:
+    """The submission id, inside a Ray job's driver."""
+    config = json.loads(os.environ.get(JOB_CONFIG_VARIABLE, "{}"))
+    return config.get("metadata", {}).get("job_submission_id")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """A job's driver: `CONFIG [key=value …]`, on the cluster it runs in. Exits with 1 and the reason on failure."""
+    import logging
+
+    from raynium.config.load import load_config
+    from raynium.errors import RayniumError
+    from raynium.launch.report import report_lines
+    from raynium.launch.run import run
+
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    config, *overrides = sys.argv[1:] if arguments is None else arguments
+    job_id = current_job_id()
+    try:
+        record = run(load_config(config, overrides), address="auto" if job_id else None, job_id=job_id)
+    except RayniumError as error:
+        sys.exit(f"error: {error}")
+    sys.stdout.write("\n".join(report_lines(record)) + "\n")
+
+
+if __name__ == "__main__":
+    main()

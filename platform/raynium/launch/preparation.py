@@ -1,0 +1,136 @@
+"""Everything a driver checks and makes before it asks Ray for a node. No ray in here.
+
+The order is: what the config says about itself, then the places it names, then the run's own past; only then is the
+run's name taken and anything written. An error leaves nothing behind.
+"""
+
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from raynium.checkpoint.catalog import latest
+from raynium.checkpoint.store import Store
+from raynium.config.load import dump_yaml
+from raynium.config.paths import resolve
+from raynium.config.resume import resume_conflicts
+from raynium.config.rules import check
+from raynium.config.schema import Config
+from raynium.data.remote import prepare_store
+from raynium.data.store import TOKENIZER_NAME, DocumentStore
+from raynium.errors import ConfigError, DataError
+from raynium.launch.record import RecordKeeper, RunRecord, claim, read_record
+from raynium.tracking.client import check_reachable
+from raynium.tracking.provenance import provenance_tags
+from raynium.tracking.runs import TrackedRun, log_artifact_text, open_run, resolve_uri
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A claimed run, ready for its ranks."""
+
+    config: Config  # resolved
+    store: Store  # the run's folder
+    keeper: RecordKeeper
+    mlflow: TrackedRun
+    documents: DocumentStore  # on this machine
+    scratch: str  # node-local folder for spools and caches, the same path on every node
+
+
+def scratch_folder() -> str:
+    """Per user: two users of one machine must not meet in it."""
+    return os.path.join(tempfile.gettempdir(), f"raynium-{os.getuid()}")
+
+
+def finished_record(config: Config) -> RunRecord | None:
+    """The record of this very run, if it has already reached the steps that the config asks for."""
+    record = read_record(run_store(config))
+    if record is None or record.state != "finished" or record.step < config.train.steps:
+        return None
+    return record
+
+
+def run_store(config: Config) -> Store:
+    """Where this run writes: `<root>/<name>`."""
+    return Store(config.run.root).child(config.run.name)
+
+
+def checked(config: Config) -> Config:
+    """The config, resolved and free of contradictions; raises ConfigError with every problem."""
+    config = resolve(config)
+    if problems := check(config):
+        raise ConfigError(problems)
+    return config
+
+
+def prepare(config: Config, *, job_id: str | None, tell: Callable[[str], None]) -> Prepared:
+    """Checks all that can be checked without a node, takes the run's name, and makes what the ranks will need.
+
+    config: from `checked`. tell: gets a line for each thing that takes time. Raises RayniumError.
+    """
+    store = run_store(config)
+    store.check_writable()
+    uri = resolve_uri(config.tracking.uri, config.run.root)
+    check_reachable(uri)
+    checkpoint = latest(store)
+    if checkpoint is not None:
+        if conflicts := resume_conflicts(checkpoint.manifest.state["config"], config):
+            raise ConfigError(conflicts)
+        if checkpoint.step > config.train.steps:
+            raise ConfigError(
+                [
+                    f"train.steps is {config.train.steps}, but run {config.run.name!r} has a checkpoint of step "
+                    f"{checkpoint.step}. Set train.steps to {checkpoint.step} or more, or give another run.name"
+                ]
+            )
+    keeper = claim(store, config.run.name, config.model_dump(mode="json"))
+    try:
+        documents = prepare_data(config, tell)
+        mlflow = _open_mlflow(config, keeper, uri)
+        if not store.exists(TOKENIZER_NAME):  # the run keeps its own, so that it can be sampled without the data
+            store.replace(TOKENIZER_NAME, (documents.path / TOKENIZER_NAME).read_bytes())
+        store.replace("config.yaml", dump_yaml(config).encode())
+    except BaseException as error:
+        keeper.update(state="failed", cause=f"{type(error).__name__}: {error}")
+        raise
+    keeper.update(
+        mlflow_uri=mlflow.uri, mlflow_run_id=mlflow.run_id, mlflow_experiment_id=mlflow.experiment_id, job_id=job_id
+    )
+    return Prepared(config, store, keeper, mlflow, documents, scratch_folder())
+
+
+def prepare_data(config: Config, tell: Callable[[str], None]) -> DocumentStore:
+    """The document store on this machine, built first if the config names a source and there is none."""
+    began = time.monotonic()
+    documents = prepare_store(
+        config.data, model_vocab_size=config.model.vocab_size, cache_dir=os.path.join(scratch_folder(), "data")
+    )
+    train, heldout = documents.manifest.train, documents.manifest.heldout
+    tell(
+        f"data: {train.documents:,} documents, {train.utf8_bytes / 1e6:.1f} MB, {train.tokens:,} tokens of a "
+        f"vocabulary of {documents.manifest.vocab_size:,}; {heldout.documents} documents held out "
+        f"({time.monotonic() - began:.1f} s)"
+    )
+    if len(documents.train_stream()) < config.data.seq_len + 1:
+        raise DataError(
+            f"document store {documents.path} has {len(documents.train_stream()):,} training tokens; one sample takes "
+            f"data.seq_len + 1 = {config.data.seq_len + 1}. Give more text, or a shorter data.seq_len"
+        )
+    return documents
+
+
+def _open_mlflow(config: Config, keeper: RecordKeeper, uri: str) -> TrackedRun:
+    """The run's one MLflow run: opened again if it has one at this address."""
+    record = keeper.record
+    mlflow = open_run(
+        uri,
+        experiment=config.tracking.experiment,
+        run_name=config.run.name,
+        run_id=record.mlflow_run_id if record.mlflow_uri == uri else None,
+        params=config.model_dump(mode="json"),
+        tags=provenance_tags(Path.cwd(), accelerator=config.cluster.accelerator) | {"raynium.run": config.run.name},
+    )
+    log_artifact_text(mlflow.uri, mlflow.run_id, "config.yaml", dump_yaml(config))
+    return mlflow

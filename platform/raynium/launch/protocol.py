@@ -1,0 +1,81 @@
+"""What driver, coordinator and node agents say to each other. Plain data: no ray, no torch."""
+
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+
+@dataclass(frozen=True)
+class AgentInfo:
+    """A node agent that is ready to run ranks."""
+
+    attempt: str  # one life of the Ray Train worker group; every agent of it carries the same
+    node_rank: int
+    host: str  # address the other nodes reach this one at
+    free_port: int  # for the rendezvous, used if this is node 0
+
+
+@dataclass(frozen=True)
+class Order:
+    """The coordinator's answer to `join`: run one generation, or go home."""
+
+    kind: Literal["run", "end"]
+    generation: int = 0
+    generation_id: str = ""  # in every key this generation writes, so that an older one can never overwrite
+    master_host: str = ""
+    master_port: int = 0
+    resume_step: int | None = None  # None: start from the initial weights
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The coordinator's answer to `watch`."""
+
+    kind: Literal["stop", "over"]  # stop: save at the next step and end; over: kill the ranks and join again
+    cause: str = ""
+
+
+@dataclass(frozen=True)
+class RankExit:
+    """How one rank ended. `cause` is None when it ended as it should."""
+
+    rank: int
+    exit_code: int  # negative: the signal that killed it
+    cause: str | None
+    retry: bool  # False: the same would happen again
+    outcome: dict[str, Any] | None = None  # {"step", "reason"} of a rank that ended as it should
+    last_lines: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Event:
+    """A line for the user's terminal."""
+
+    number: int
+    unix: float
+    text: str
+
+
+@dataclass(frozen=True)
+class Status:
+    """What the driver shows and records."""
+
+    generation: int
+    running: bool  # ranks have been ordered and have not ended
+    resume_step: int | None
+    step: int
+    metrics: dict[str, float]  # the last value of every metric
+    committed_step: int | None
+    committed_uri: str | None
+    ended: Literal["finished", "stopped", "failed"] | None
+    cause: str | None  # of a failure
+    events: Sequence[Event] = field(default_factory=tuple)
+
+
+class CoordinatorCalls(Protocol):
+    """How an agent reaches the coordinator: a Ray actor in production, an asyncio loop in tests."""
+
+    def call(self, method: str, *arguments: Any) -> "Future[Any]":
+        """Calls a coroutine of `RunCoordinator` by name; never blocks."""
+        ...

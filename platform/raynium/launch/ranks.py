@@ -1,0 +1,218 @@
+"""The rank processes of one node: forked from a warm template, watched, and taken down together.
+
+The template is `multiprocessing`'s forkserver with torch preloaded. Nothing that owns a device, a thread or a socket
+exists in it; the device library is imported in the fork, after its environment is set. No ray in here: a rank must
+not pay for its import, and the tests of this file need no cluster.
+"""
+
+import contextlib
+import json
+import multiprocessing
+import multiprocessing.connection
+import os
+import signal
+import sys
+import time
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from multiprocessing.context import ForkServerProcess
+from typing import Any
+
+from raynium import rank_entry
+from raynium.launch.protocol import RankExit
+
+# What every rank would import anyway and that starts no thread and opens no device.
+PRELOADED_MODULES = [
+    "raynium.rank_entry",
+    "torch",
+    "torch.distributed.fsdp",
+    "torch.distributed.tensor",
+    "raynium.rank",
+]
+
+# Read when the template starts. AUTOLOAD: torch would open torch_neuronx's device at import. The BLAS libraries would
+# start their thread pools at import, and threads do not survive a fork.
+TEMPLATE_ENVIRONMENT = {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+
+LAST_LINES = 20  # of a dead rank's output that reach the user's terminal
+
+
+@dataclass
+class RankProcess:
+    """One rank as its agent sees it."""
+
+    rank: int
+    process: ForkServerProcess
+    connection: Connection  # messages, both ways; see train/link.py
+    output: Connection  # its stdout and stderr
+    last_lines: deque[str] = field(default_factory=lambda: deque(maxlen=LAST_LINES))
+    partial_line: bytes = b""
+    outcome: dict[str, Any] | None = None
+    failure: dict[str, Any] | None = None
+
+    def exit(self) -> RankExit:
+        """Valid once the process has ended and its connections are drained."""
+        exit_code = self.process.exitcode
+        assert exit_code is not None
+        lines = tuple(self.last_lines)
+        if exit_code == 0 and self.outcome is not None:
+            return RankExit(self.rank, 0, None, retry=False, outcome=self.outcome)
+        if self.failure is not None:
+            return RankExit(self.rank, exit_code, self.failure["cause"], self.failure["retry"], last_lines=lines)
+        if exit_code < 0:
+            name = signal.Signals(-exit_code).name
+            hint = " (out of memory? look for 'oom-kill' in the kernel's log)" if name == "SIGKILL" else ""
+            return RankExit(self.rank, exit_code, f"killed by {name}{hint}", retry=True, last_lines=lines)
+        return RankExit(self.rank, exit_code, f"exit code {exit_code} without a reason", retry=True, last_lines=lines)
+
+
+@contextlib.contextmanager
+def _main_module_hidden() -> Iterator[None]:
+    """multiprocessing re-imports the parent's `__main__` in each child: here Ray's worker script, which imports ray."""
+    main = sys.modules["__main__"]
+    hidden = {name: getattr(main, name) for name in ("__spec__", "__file__") if hasattr(main, name)}
+    main.__spec__ = None
+    if "__file__" in hidden:
+        del main.__file__
+    try:
+        yield
+    finally:
+        for name, value in hidden.items():
+            setattr(main, name, value)
+
+
+def start_template() -> None:
+    """Starts the warm template of this process; returns at once, the imports go on in the background."""
+    from multiprocessing import forkserver
+
+    multiprocessing.set_forkserver_preload(PRELOADED_MODULES)
+    before = {name: os.environ.get(name) for name in TEMPLATE_ENVIRONMENT}
+    os.environ.update(TEMPLATE_ENVIRONMENT)
+    try:
+        with _main_module_hidden():
+            forkserver.ensure_running()
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+class RankGroup:
+    """The ranks of one generation on this node.
+
+    `poll()` is called in a loop by one thread: it moves messages and output, and returns what arrived.
+    """
+
+    def __init__(self, environments: dict[int, dict[str, str]], plan_json: str):
+        """environments: rank → all variables it needs; plan_json: `rank.RankPlan`, the same for all ranks."""
+        start_template()
+        context = multiprocessing.get_context("forkserver")
+        self.ranks: dict[int, RankProcess] = {}
+        for rank, environment in environments.items():
+            ours, theirs = context.Pipe(duplex=True)
+            output_reader, output_writer = context.Pipe(duplex=False)
+            process = context.Process(
+                target=rank_entry.main,
+                args=(environment, plan_json, theirs, output_writer),
+                name=f"rank-{rank:05d}",
+                daemon=True,
+            )
+            with _main_module_hidden():
+                process.start()
+            theirs.close()
+            output_writer.close()
+            self.ranks[rank] = RankProcess(rank, process, ours, output_reader)
+        self._open: dict[Any, RankProcess] = {}
+        for each in self.ranks.values():
+            self._open[each.connection] = each
+            self._open[each.output] = each
+
+    def poll(self, timeout_seconds: float) -> tuple[list[tuple[int, dict[str, Any]]], list[tuple[int, str]]]:
+        """Waits for news: (rank, message) pairs and (rank, output line) pairs, each in the order they arrived."""
+        messages: list[tuple[int, dict[str, Any]]] = []
+        lines: list[tuple[int, str]] = []
+        watched: list[Any] = [*self._open, *(each.process.sentinel for each in self.alive())]
+        if not watched:
+            return messages, lines
+        for ready in multiprocessing.connection.wait(watched, timeout_seconds):
+            each = self._open.get(ready)
+            if each is None:  # a sentinel: somebody ended, seen through `ended()`
+                continue
+            if ready is each.connection:
+                self._receive(each, messages)
+            else:
+                self._read_output(each, lines)
+        return messages, lines
+
+    def alive(self) -> list[RankProcess]:
+        return [each for each in self.ranks.values() if each.process.exitcode is None]
+
+    def ended(self) -> list[RankProcess]:
+        return [each for each in self.ranks.values() if each.process.exitcode is not None]
+
+    def send(self, rank: int, message: dict[str, Any]) -> None:
+        """A rank that is already gone is not told: its end is reported through `ended()`."""
+        with contextlib.suppress(BrokenPipeError, OSError):
+            self.ranks[rank].connection.send_bytes(json.dumps(message).encode())
+
+    def broadcast(self, message: dict[str, Any]) -> None:
+        for rank in self.ranks:
+            self.send(rank, message)
+
+    def kill(self) -> None:
+        """SIGKILL to all that live, and waits for them: the next generation needs their cores and ports."""
+        for each in self.alive():
+            each.process.kill()
+        for each in self.ranks.values():
+            each.process.join()
+
+    def drain(self) -> tuple[list[tuple[int, dict[str, Any]]], list[tuple[int, str]]]:
+        """What ended ranks left in their pipes. Call after all have ended."""
+        messages: list[tuple[int, dict[str, Any]]] = []
+        lines: list[tuple[int, str]] = []
+        deadline = time.monotonic() + 5.0  # a grandchild that inherited the pipe must not hold us
+        while self._open and time.monotonic() < deadline:
+            for ready in multiprocessing.connection.wait(list(self._open), 0.2):
+                each = self._open.get(ready)
+                if each is None:
+                    continue
+                if ready is each.connection:
+                    self._receive(each, messages)
+                else:
+                    self._read_output(each, lines)
+        return messages, lines
+
+    def close(self) -> None:
+        for each in self.ranks.values():
+            each.connection.close()
+            each.output.close()
+            each.process.close()
+        self._open.clear()
+
+    def _receive(self, each: RankProcess, messages: list[tuple[int, dict[str, Any]]]) -> None:
+        try:
+            message = json.loads(each.connection.recv_bytes())
+        except (EOFError, OSError):
+            del self._open[each.connection]
+            return
+        if message["kind"] == "outcome":
+            each.outcome = message
+        elif message["kind"] == "failed":
+            each.failure = message
+        messages.append((each.rank, message))
+
+    def _read_output(self, each: RankProcess, lines: list[tuple[int, str]]) -> None:
+        data = os.read(each.output.fileno(), 65536)
+        if not data:
+            del self._open[each.output]
+        *complete, each.partial_line = (each.partial_line + data).split(b"\n")
+        if not data and each.partial_line:
+            complete, each.partial_line = [each.partial_line], b""
+        for raw in complete:
+            line = raw.decode(errors="replace").rstrip()
+            each.last_lines.append(line)
+            lines.append((each.rank, line))

@@ -1,0 +1,169 @@
+"""The run record: what a run is, where it got to, and which process owns it. Lives in the run's store; no ray.
+
+<root>/<name>/run.json              the record, rewritten by the owner: also its heartbeat
+<root>/<name>/claims/000007.json    one per driver that ever owned the run; created exclusively, so that of two
+                                    drivers that start at once exactly one wins
+<root>/<name>/stop-requested        somebody asked the owner to save and end
+"""
+
+import json
+import os
+import platform
+import socket
+import time
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
+
+from raynium.checkpoint.store import KeyExists, KeyMissing, Store
+from raynium.errors import RunInUse, StoreError
+
+RECORD_KEY = "run.json"
+STOP_KEY = "stop-requested"
+HEARTBEAT_SECONDS = 10.0
+# An owner on another host is taken for dead after this long without a heartbeat. On the same host we look at its pid.
+OWNER_LOST_SECONDS = 60.0
+
+State = Literal["preparing", "running", "finished", "stopped", "failed"]
+LIVE_STATES = ("preparing", "running")
+
+
+@dataclass(frozen=True)
+class Owner:
+    """A process, told apart from a later one with the same pid."""
+
+    host: str
+    boot_id: str
+    pid: int
+    pid_started: str
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """Everything the CLI, the SDK and the next driver need to know about a run."""
+
+    name: str
+    config: dict[str, Any]  # resolved; enough to run the job again
+    state: State
+    owner: Owner
+    created_unix: float
+    heartbeat_unix: float
+    generation: int = 0
+    step: int = 0
+    metrics: dict[str, float] | None = None  # the last value of every metric
+    mlflow_uri: str | None = None
+    mlflow_run_id: str | None = None
+    mlflow_experiment_id: str | None = None
+    log_path: str | None = None  # of the driver, on its host
+    job_id: str | None = None  # Ray job submission id, when it runs as one
+    cause: str | None = None  # of a failure
+    result: dict[str, Any] | None = None  # of a finished run: evaluation, baselines, samples
+
+    def to_json(self) -> bytes:
+        return json.dumps(asdict(self), indent=1).encode()
+
+    @classmethod
+    def from_json(cls, text: bytes) -> "RunRecord":
+        fields = json.loads(text)
+        return cls(**fields | {"owner": Owner(**fields["owner"])})
+
+    def owner_is_alive(self, now_unix: float) -> bool:
+        """False once the owner has ended, cleanly or not."""
+        if self.state not in LIVE_STATES:
+            return False
+        if self.owner.host == socket.gethostname() and self.owner.boot_id == _boot_id():
+            return _pid_started(self.owner.pid) == self.owner.pid_started
+        return now_unix - self.heartbeat_unix < OWNER_LOST_SECONDS
+
+
+def this_process() -> Owner:
+    return Owner(socket.gethostname(), _boot_id(), os.getpid(), _pid_started(os.getpid()))
+
+
+def _boot_id() -> str:
+    if platform.system() != "Linux":
+        return ""
+    with open("/proc/sys/kernel/random/boot_id") as file:
+        return file.read().strip()
+
+
+def _pid_started(pid: int) -> str:
+    """The process's start time in clock ticks since boot; empty when there is no such process."""
+    if platform.system() != "Linux":
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return ""
+        return str(pid)
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            # The second field is the name in brackets and may hold spaces; the start time is the 22nd.
+            return file.read().rpartition(")")[2].split()[19]
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
+
+
+def read_record(store: Store) -> RunRecord | None:
+    """The record of the run that this store holds; None if there is no run."""
+    try:
+        return RunRecord.from_json(store.read(RECORD_KEY))
+    except KeyMissing:
+        return None
+    except (ValueError, TypeError, KeyError) as error:
+        raise StoreError(
+            f"{store.uri(RECORD_KEY)} is not a run record ({error}). Give another run.name, or move the folder away"
+        ) from error
+
+
+class RecordKeeper:
+    """The owner's hand on the record. One per driver; not thread-safe."""
+
+    def __init__(self, store: Store, record: RunRecord):
+        self._store = store
+        self.record = record
+
+    def update(self, **changes: Any) -> None:
+        """Writes the record with these fields changed and a fresh heartbeat."""
+        self.record = replace(self.record, **changes, heartbeat_unix=time.time())
+        self._store.replace(RECORD_KEY, self.record.to_json())
+
+    def beat(self, **changes: Any) -> None:
+        """Like `update`, at most once every HEARTBEAT_SECONDS."""
+        if time.time() - self.record.heartbeat_unix >= HEARTBEAT_SECONDS:
+            self.update(**changes)
+
+    def stop_requested(self) -> bool:
+        return self._store.exists(STOP_KEY)
+
+
+def claim(store: Store, name: str, config: dict[str, Any]) -> RecordKeeper:
+    """Takes the run for this process. Raises RunInUse while its owner lives, or when another driver was faster."""
+    earlier = read_record(store)
+    now = time.time()
+    if earlier is not None and earlier.owner_is_alive(now):
+        owner = earlier.owner
+        raise RunInUse(
+            f"run {name!r} at {store.url} is in use by process {owner.pid} on {owner.host} "
+            f"({earlier.state}, step {earlier.step}). Stop it with `raynium stop {name}`, or give another run.name"
+        )
+    numbers = [int(key.rpartition("/")[2].removesuffix(".json")) for key in store.list("claims").sizes]
+    number = max(numbers, default=0) + 1
+    owner = this_process()
+    try:
+        store.write_new(f"claims/{number:06d}.json", json.dumps(asdict(owner)).encode())
+    except KeyExists as error:
+        raise RunInUse(
+            f"run {name!r} at {store.url} was taken by another driver a moment ago. Give another run.name, or wait"
+        ) from error
+    store.delete(STOP_KEY)  # asked of an earlier owner
+    if earlier is None:
+        record = RunRecord(name, config, "preparing", owner, created_unix=now, heartbeat_unix=now)
+    else:
+        record = replace(earlier, config=config, state="preparing", owner=owner, cause=None, result=None)
+    keeper = RecordKeeper(store, record)
+    keeper.update()
+    return keeper
+
+
+def request_stop(store: Store) -> None:
+    """Asks the run's owner to save at the next step and end."""
+    store.replace(STOP_KEY, b"")

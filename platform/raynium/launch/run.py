@@ -1,0 +1,79 @@
+"""Runs one config to its end and writes down the result: what `raynium train` and `jobs/pretrain.py` call."""
+
+from typing import Any
+
+from raynium.config.load import dump_yaml
+from raynium.config.schema import Config
+from raynium.launch.display import Display
+from raynium.launch.preparation import Prepared, checked, finished_record, prepare, run_store
+from raynium.launch.protocol import Status
+from raynium.launch.record import RunRecord
+from raynium.tracking.runs import finish_run, log_artifact_text
+
+
+def run(config: Config, *, address: str | None, job_id: str | None = None) -> RunRecord:
+    """Trains `config` on the Ray cluster at `address`, or on one that it starts on this machine (None).
+
+    Returns the record of the finished or stopped run; raises RayniumError otherwise. A run that was interrupted goes on
+    from its newest checkpoint; one that has already finished is not run again.
+    """
+    config = checked(config)
+    with Display(config.train.steps) as display:
+        display.line(dump_yaml(config))
+        if (record := finished_record(config)) is not None:
+            display.line(f"run {config.run.name!r} has already finished at step {record.step}")
+            return record
+        prepared = prepare(config, job_id=job_id, tell=display.line)
+        try:
+            status = _train(prepared, display, address)
+            result = _result(prepared, status, display) if status.ended == "finished" else None
+        except BaseException as error:
+            prepared.keeper.update(state="failed", cause=f"{type(error).__name__}: {error}")
+            finish_run(prepared.mlflow.uri, prepared.mlflow.run_id, "FAILED")
+            raise
+        assert status.ended in ("finished", "stopped")
+        finish_run(prepared.mlflow.uri, prepared.mlflow.run_id, "FINISHED" if status.ended == "finished" else "KILLED")
+        prepared.keeper.update(
+            state=status.ended, step=status.step, generation=status.generation, metrics=status.metrics, result=result
+        )
+        return prepared.keeper.record
+
+
+def _train(prepared: Prepared, display: Display, address: str | None) -> Status:
+    """Connects to Ray and drives the run to its end."""
+    from raynium.launch.driver import Driver, connect, settle_accelerator, stop_on_signals
+
+    with connect(address) as resources:
+        driver = Driver(settle_accelerator(prepared.config, resources), prepared, display)
+        with stop_on_signals(driver):
+            return driver.run()
+
+
+def _result(prepared: Prepared, status: Status, display: Display) -> dict[str, Any]:
+    """What a finished run shows: held-out bits per byte beside two baselines, and text from the model."""
+    from raynium.data.baselines import compute_baselines  # imports torch, which takes seconds
+
+    config = prepared.config
+    baselines = compute_baselines(prepared.documents, max_documents=config.evaluate.max_documents)
+    result: dict[str, Any] = {
+        "bits_per_byte": status.metrics["eval/bits_per_byte"],
+        "unigram_bits_per_byte": baselines.unigram_bits_per_byte,
+        "zlib_bits_per_byte": baselines.zlib_bits_per_byte,
+        "checkpoint": status.committed_uri,
+        "samples": [],
+    }
+    if config.sample.prompts:
+        from raynium.sampling import open_sampler
+
+        sampler = open_sampler(run_store(config).url)
+        for prompt in config.sample.prompts:
+            text = sampler.text(
+                prompt,
+                max_new_tokens=config.sample.max_new_tokens,
+                temperature=config.sample.temperature,
+                seed=config.run.seed,
+            )
+            result["samples"].append(text)
+        samples = "\n\n----------\n\n".join(result["samples"])
+        log_artifact_text(prepared.mlflow.uri, prepared.mlflow.run_id, "samples.txt", samples)
+    return result

@@ -1,0 +1,42 @@
+"""Parameter counts and FLOPs per token from a config alone: arithmetic, no torch."""
+
+from typing import NamedTuple
+
+from raynium.config.schema import ModelSection
+
+
+class ParameterCount(NamedTuple):
+    """total: every parameter once. multiplied: those that a token is multiplied with (see `flops_per_token`)."""
+
+    total: int
+    multiplied: int
+
+
+class FlopsPerToken(NamedTuple):
+    """Floating point operations of forward and backward for one token."""
+
+    six_n: int
+    with_attention: int
+
+
+def parameter_count(model: ModelSection) -> ParameterCount:
+    """Counts of the decoder in `models/decoder.py`."""
+    table = model.vocab_size * model.hidden_size
+    attention = model.hidden_size * model.head_dim * (2 * model.num_heads + 2 * model.num_kv_heads)
+    ffn = 3 * model.hidden_size * model.ffn_size
+    norms = 2 * model.hidden_size + (2 * model.head_dim if model.family == "qwen3" else 0)
+    multiplied = model.num_layers * (attention + ffn + norms) + model.hidden_size + table  # this table is the head
+    lookup = table if model.embeddings == "untied" else 0
+    return ParameterCount(total=multiplied + lookup, multiplied=multiplied)
+
+
+def flops_per_token(model: ModelSection, seq_len: int) -> FlopsPerToken:
+    """PaLM, appendix B (arXiv 2204.02311), as nanoGPT's `estimate_mfu` has it: 6 N + 12 L H K T.
+
+    N leaves out an untied input embedding, which is looked up and not multiplied with, and counts the head, tied or not.
+    The attention term counts the whole T × T square although half of it is masked: that is the convention of published
+    MFU numbers. Recomputation by activation checkpointing is not counted (it is not useful work).
+    """
+    six_n = 6 * parameter_count(model).multiplied
+    attention = 12 * model.num_layers * model.num_heads * model.head_dim * seq_len
+    return FlopsPerToken(six_n=six_n, with_attention=six_n + attention)

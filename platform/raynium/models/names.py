@@ -1,0 +1,29 @@
+"""Our parameter names beside Hugging Face's (Llama and Qwen 3 use the same). Shapes and layouts are equal: no transposes."""
+
+from raynium.config.schema import ModelSection
+
+_BLOCK = {
+    "attention_norm": "input_layernorm",
+    "attention.q": "self_attn.q_proj",
+    "attention.k": "self_attn.k_proj",
+    "attention.v": "self_attn.v_proj",
+    "attention.o": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn.gate": "mlp.gate_proj",
+    "ffn.up": "mlp.up_proj",
+    "ffn.down": "mlp.down_proj",
+}
+_QWEN3_BLOCK = {"attention.q_norm": "self_attn.q_norm", "attention.k_norm": "self_attn.k_norm"}
+
+
+def hugging_face_names(model: ModelSection) -> dict[str, str]:
+    """Ours to theirs, every parameter once. Tied embeddings have no `head.weight`, as in Hugging Face's files."""
+    names = {"embedding.weight": "model.embed_tokens.weight"}
+    block = _BLOCK | (_QWEN3_BLOCK if model.family == "qwen3" else {})
+    for layer in range(model.num_layers):
+        for ours, theirs in block.items():
+            names[f"blocks.{layer}.{ours}.weight"] = f"model.layers.{layer}.{theirs}.weight"
+    names["final_norm.weight"] = "model.norm.weight"
+    if model.embeddings == "untied":
+        names["head.weight"] = "lm_head.weight"
+    return names

@@ -1,0 +1,138 @@
+"""How much device memory a rank needs: an *estimate* by arithmetic, before any node is paid for.
+
+What it counts, for the native engine (FSDP2 over the data-parallel ranks × tensor and sequence parallelism):
+
+- parameters, gradients and AdamW's two moments: float32, each sharded over all ranks (norms over the FSDP ranks only);
+- gathered blocks: FSDP holds the block at work and the one fetched ahead in the compute type, with the gradients of the
+  one at work; the embedding and the output head, which begin and end the pass, stay gathered through it;
+- activations saved for the backward pass, after Korthikanti et al. 2022 (arXiv 2205.05198, §4), with their terms
+  recounted for this decoder: RMSNorm, grouped-query attention by a fused kernel (no seq × seq scores), SwiGLU, no
+  dropout. DTensor keeps the gathered input of a column-parallel layer, so that term is not divided by the tensor degree;
+- logits: once, in the compute type, because the loss turns them into their gradient in place.
+
+Not counted: the compiler's scratch space, collective buffers, fragmentation. `USABLE_FRACTION` leaves room for them.
+"""
+
+from dataclasses import dataclass, fields
+
+from raynium.config.schema import Config, ModelSection
+from raynium.models.flops import parameter_count
+
+GIB = 2**30
+FLOAT32_BYTES = 4
+BYTES_OF_DTYPE = {"float32": 4, "bfloat16": 2}
+# An assumption, not a measurement: what a plan may fill of a core's nominal memory.
+USABLE_FRACTION = 0.9
+
+
+@dataclass(frozen=True)
+class ParameterParts:
+    """A decoder's parameters by how they are sharded; the parts add up to `models.flops.parameter_count`."""
+
+    embeddings: int  # the token embedding, and the output head where it is untied: split by tensor parallelism
+    matrices_per_block: int  # split by tensor parallelism
+    norms_per_block: int  # whole on every tensor-parallel rank
+    final_norm: int
+    num_blocks: int
+
+    @property
+    def split(self) -> int:
+        return self.embeddings + self.num_blocks * self.matrices_per_block
+
+    @property
+    def norms(self) -> int:
+        return self.num_blocks * self.norms_per_block + self.final_norm
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Estimated bytes a rank holds at the peak of a step."""
+
+    parameters: int
+    gradients: int
+    optimizer: int
+    gathered_blocks: int
+    activations: int
+    logits: int
+
+    @property
+    def total(self) -> int:
+        return sum(getattr(self, part.name) for part in fields(self))
+
+    def in_words(self) -> str:
+        """Each part in GiB, for messages and tables."""
+        parts = ", ".join(f"{p.name.replace('_', ' ')} {getattr(self, p.name) / GIB:.2f}" for p in fields(self))
+        return f"{self.total / GIB:.2f} GiB a rank ({parts})"
+
+
+def parameter_parts(model: ModelSection) -> ParameterParts:
+    """Exact counts, in numbers of parameters."""
+    embeddings = model.vocab_size * model.hidden_size * (2 if model.embeddings == "untied" else 1)
+    norms_per_block = 2 * model.hidden_size + (2 * model.head_dim if model.family == "qwen3" else 0)
+    norms = model.num_layers * norms_per_block + model.hidden_size
+    return ParameterParts(
+        embeddings=embeddings,
+        matrices_per_block=(parameter_count(model).total - embeddings - norms) // model.num_layers,
+        norms_per_block=norms_per_block,
+        final_norm=model.hidden_size,
+        num_blocks=model.num_layers,
+    )
+
+
+def estimate_memory(config: Config) -> MemoryEstimate:
+    """Estimated peak bytes per rank; the world size must be divisible by the tensor degree (`rules.check` says)."""
+    parts = parameter_parts(config.model)
+    compute_bytes = BYTES_OF_DTYPE[config.engine.dtype]
+    tensor = config.parallel.tensor
+    own_parameters = _per_rank(parts, tensor, config.data_parallel_size)
+    return MemoryEstimate(
+        parameters=own_parameters * FLOAT32_BYTES,
+        gradients=own_parameters * FLOAT32_BYTES,
+        optimizer=own_parameters * 2 * FLOAT32_BYTES,
+        gathered_blocks=_gathered_bytes(parts, tensor, config.data_parallel_size, compute_bytes),
+        activations=_activation_bytes(config, compute_bytes),
+        logits=_logit_bytes(config, compute_bytes),
+    )
+
+
+def _per_rank(parts: ParameterParts, tensor: int, data_parallel: int) -> int:
+    """Parameters one rank keeps: matrices over all ranks, norms over the FSDP ranks, rounded up."""
+    split = -(-parts.split // (tensor * data_parallel))
+    return split + -(-parts.norms // data_parallel)
+
+
+def _gathered_bytes(parts: ParameterParts, tensor: int, data_parallel: int, compute_bytes: int) -> int:
+    # One data-parallel rank still casts to the compute type where that differs from the float32 it keeps.
+    if data_parallel == 1 and compute_bytes == FLOAT32_BYTES:
+        return 0
+    block = parts.matrices_per_block // tensor + parts.norms_per_block
+    held_blocks = min(2, parts.num_blocks) + 1  # at work, fetched ahead, and the gradients of the one at work
+    return (held_blocks * block + 2 * parts.embeddings // tensor) * compute_bytes
+
+
+def _activation_bytes(config: Config, compute_bytes: int) -> int:
+    """Saved activations: of every block, or with checkpointing every block's input and one block while it is redone."""
+    model, tensor = config.model, config.parallel.tensor
+    tokens = config.train.micro_batch_size * config.data.seq_len
+    query_size = model.num_heads * model.head_dim
+    key_value_size = model.num_kv_heads * model.head_dim
+    # Per token and block. Every norm keeps its input, in float32, and the normalised input: split over the tensor axis
+    # along the tokens (Qwen 3's norms of q and k: along the heads).
+    normed_elements = 2 * model.hidden_size
+    if model.family == "qwen3":
+        normed_elements += query_size + key_value_size
+    norms = normed_elements * (FLOAT32_BYTES + compute_bytes) / tensor
+    gathered = 2 * model.hidden_size * compute_bytes  # inputs of q/k/v and of gate/up, whole on every rank
+    attention = (2 * query_size + 2 * key_value_size) * compute_bytes / tensor  # q, k, v and the output
+    feed_forward = 4 * model.ffn_size * compute_bytes / tensor  # gate, up, silu(gate), their product
+    block = norms + gathered + attention + feed_forward
+    if config.engine.activation_checkpointing == "full":
+        inputs = model.num_layers * model.hidden_size * compute_bytes / tensor
+        return int(tokens * (inputs + block))
+    return int(tokens * model.num_layers * block)
+
+
+def _logit_bytes(config: Config, compute_bytes: int) -> int:
+    tokens = config.train.micro_batch_size * config.data.seq_len
+    logits = tokens * config.model.vocab_size // config.parallel.tensor
+    return logits * compute_bytes

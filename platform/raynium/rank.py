@@ -1,0 +1,154 @@
+"""Builds one rank's parts from the plan and runs the loop: all that a rank process does.
+
+This is the only place that knows every constructor. A node agent forks it (`rank_entry.py`); for debugging,
+`torchrun --nproc-per-node 2 -m raynium.rank RESOLVED.yaml` starts the same ranks without Ray (see `standalone.py`).
+"""
+
+import logging
+import os
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from raynium.accelerators.base import Accelerator
+from raynium.accelerators.detect import detect
+from raynium.checkpoint.catalog import open_checkpoint
+from raynium.checkpoint.image import ImageFile, plan_image, write_image
+from raynium.checkpoint.load import load_checkpoint
+from raynium.checkpoint.state import Chunk
+from raynium.checkpoint.store import Store
+from raynium.config.schema import Config
+from raynium.data.evaluation import bits_per_byte, evaluation_set
+from raynium.data.loader import Loader
+from raynium.data.store import DocumentStore, open_store
+from raynium.engines.base import Engine
+from raynium.engines.native import build_native_engine
+from raynium.models.flops import flops_per_token
+from raynium.rank_plan import RankPlan
+from raynium.train.link import Link
+from raynium.train.loop import Cadence, Outcome, train
+from raynium.train.metrics import Throughput
+
+logger = logging.getLogger(__name__)
+
+# Longer than any step or save should take; shorter than a person's patience. The agent's own verdict comes first.
+COLLECTIVE_TIMEOUT = timedelta(minutes=10)
+
+
+def run(plan: RankPlan, link: Link) -> Outcome:
+    """One generation of this rank, from process group to the last snapshot. Every rank of the world calls it.
+
+    Reads the standard environment: RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT.
+    """
+    config = plan.config
+    rank, world_size, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+
+    # ---- the process group first: on Trainium nothing may touch the device before it -------------------------------
+    link.phase("start", 0)
+    accelerator = detect(config.cluster.accelerator)
+    accelerator.set_device(local_rank)
+    dist.init_process_group(
+        accelerator.process_group_backend, rank=rank, world_size=world_size, timeout=COLLECTIVE_TIMEOUT
+    )
+    torch.manual_seed(config.run.seed + rank)
+
+    # ---- model, optimizer, and the state they start from -----------------------------------------------------------
+    engine = build_native_engine(config, accelerator)
+    state = Snapshots(engine, link, Path(plan.image_folder) / f"rank-{rank:05d}.safetensors")
+    start_step = state.restore(Store(plan.run_url), plan.resume_step) if plan.resume_step is not None else 0
+
+    # ---- data ------------------------------------------------------------------------------------------------------
+    documents = open_store(plan.data_folder)
+    loader = Loader(
+        documents,
+        seq_len=config.data.seq_len,
+        global_batch_size=config.train.global_batch_size,
+        data_rank=engine.data_rank,
+        data_size=engine.data_size,
+        seed=config.run.seed,
+    )
+    evaluation = Evaluation(engine, documents, config)
+
+    # ---- train -----------------------------------------------------------------------------------------------------
+    outcome = train(
+        engine=engine,
+        batches=loader,
+        cadence=Cadence(config.train.steps, config.checkpoint.every_steps, config.evaluate.every_steps),
+        start_step=start_step,
+        evaluate=evaluation.metrics,
+        save=state.save,
+        throughput=_throughput(config, accelerator, world_size),
+        link=link,
+    )
+    engine.close()
+    dist.destroy_process_group()
+    return outcome
+
+
+class Snapshots:
+    """This rank's training state, to and from its file image in shared memory."""
+
+    def __init__(self, engine: Engine, link: Link, image_path: Path):
+        self._engine = engine
+        self._link = link
+        self._image = ImageFile(image_path)
+        self._random_state = torch.get_rng_state()  # uint8 [5056], the same tensor each time: chunks hold it
+        self._rank = dist.get_rank()
+
+    def _chunks(self) -> list[Chunk]:
+        name = f"rng/rank-{self._rank:05d}"
+        random = Chunk(name, tuple(self._random_state.shape), (0,), self._random_state, saved_here=True)
+        return [*self._engine.state(), random]
+
+    def save(self, step: int) -> None:
+        """Copies the state into the image and hands it to the agent. Waits only if the last upload still runs."""
+        self._link.wait_image_free()
+        self._random_state.copy_(torch.get_rng_state())
+        chunks = self._chunks()
+        plan = plan_image(chunks)
+        write_image(plan, chunks, self._image.reserve(plan.size))
+        self._link.image(plan.info(step=step, path=self._image.path).to_json())
+
+    def restore(self, store: Store, step: int) -> int:
+        """Reads the checkpoint of `step` into the engine, in whatever layout it was written; returns the step."""
+        loaded = load_checkpoint(open_checkpoint(store, step), self._chunks())
+        self._engine.set_step(step)
+        if not loaded.absent:  # a rank that did not exist when it was saved keeps its fresh seed
+            torch.set_rng_state(self._random_state)
+        logger.info("resumed from step %d, %.1f MB read", step, loaded.num_bytes_read / 1e6)
+        return step
+
+
+class Evaluation:
+    """Held-out loss. Every rank calls `metrics()` at the same step; all get the same numbers."""
+
+    def __init__(self, engine: Engine, documents: DocumentStore, config: Config):
+        self._engine = engine
+        self._held_out = evaluation_set(
+            documents,
+            seq_len=config.data.seq_len,
+            batch_size=config.train.micro_batch_size,
+            data_rank=engine.data_rank,
+            data_size=engine.data_size,
+            max_documents=config.evaluate.max_documents,
+        )
+
+    def metrics(self) -> dict[str, float]:
+        """eval/loss is nats per token over all held-out tokens, eval/bits_per_byte over their UTF-8 bytes."""
+        sums = [self._engine.evaluate(batch) for batch in self._held_out.batches]
+        nats, tokens = sum(each.nats for each in sums), sum(each.tokens for each in sums)
+        return {"eval/loss": nats / tokens, "eval/bits_per_byte": bits_per_byte(nats, self._held_out.num_bytes)}
+
+
+def _throughput(config: Config, accelerator: Accelerator, world_size: int) -> Throughput:
+    flops = flops_per_token(config.model, config.data.seq_len)
+    return Throughput(
+        world_size=world_size,
+        tokens_per_step=config.tokens_per_step,
+        global_batch_size=config.train.global_batch_size,
+        flops_per_token_6n=flops.six_n,
+        flops_per_token_with_attention=flops.with_attention,
+        peak_flops_per_rank=accelerator.peak_flops(config.engine.dtype),
+    )

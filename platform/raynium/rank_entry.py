@@ -1,0 +1,61 @@
+"""The first code of a forked rank: environment, output and parent-death, before torch sees anything.
+
+Kept apart from `rank.py` so that unpickling the process's target imports nothing.
+"""
+
+import ctypes
+import logging
+import os
+import signal
+import sys
+import traceback
+from multiprocessing import forkserver
+from multiprocessing.connection import Connection
+
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+def main(environment: dict[str, str], plan_json: str, connection: Connection, output: Connection) -> None:
+    """Runs one rank in a fresh fork of the template. Exits non-zero when it did not end as it should.
+
+    environment: every variable the rank needs, set before any device library is imported.
+    connection: to the node agent, messages of `train/link.py`. output: becomes this process's stdout and stderr.
+    """
+    os.environ.update(environment)
+    for descriptor in (1, 2):
+        os.dup2(output.fileno(), descriptor)
+    output.close()
+    _die_with_the_agent()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole terminal group; the agent decides
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s", force=True)
+
+    from raynium.errors import CheckpointMismatch, ConfigError, DataError
+    from raynium.rank import RankPlan, run
+    from raynium.train.guard import BadStep
+    from raynium.train.link import AgentLink
+
+    link = AgentLink(connection, reports_steps=environment["RANK"] == "0")
+    try:
+        outcome = run(RankPlan.from_json(plan_json), link)
+    except Exception as error:
+        traceback.print_exc()
+        happens_again = isinstance(error, BadStep | CheckpointMismatch | ConfigError | DataError)
+        link.failed(f"{type(error).__name__}: {error}", retry=not happens_again)
+        link.close()
+        sys.stderr.flush()
+        os._exit(1)  # not sys.exit: a collective's background thread may still wait for a peer
+    link.outcome(outcome.step, outcome.reason)
+    link.close()
+
+
+def _die_with_the_agent() -> None:
+    """When the agent is killed the template ends, and the kernel then kills this process, whatever it is doing.
+
+    The template ends when the last holder of its alive pipe does; a fork inherits one and must give it back. The
+    attribute is multiprocessing's own (3.11 to 3.14); the test that kills an agent fails if it moves.
+    """
+    os.close(forkserver._forkserver._forkserver_alive_fd)  # pyright: ignore[reportAttributeAccessIssue]
+    forkserver._forkserver._forkserver_alive_fd = None  # pyright: ignore[reportAttributeAccessIssue]
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

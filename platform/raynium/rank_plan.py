@@ -1,0 +1,25 @@
+"""What a rank must know and the standard environment does not say. Made by the agent, read by the rank; no torch."""
+
+import json
+from dataclasses import dataclass
+
+from raynium.config.schema import Config
+
+
+@dataclass(frozen=True)
+class RankPlan:
+    """The same for all ranks of a node and generation."""
+
+    config: Config
+    run_url: str  # the run's folder or URL
+    resume_step: int | None  # of the checkpoint to start from; None: the initial weights
+    data_folder: str  # the document store, on this node's disk
+    image_folder: str  # shared memory that outlives the rank
+
+    def to_json(self) -> str:
+        return json.dumps(vars(self) | {"config": self.config.model_dump(mode="json")})
+
+    @classmethod
+    def from_json(cls, text: str) -> "RankPlan":
+        fields = json.loads(text)
+        return cls(**fields | {"config": Config.model_validate(fields["config"])})

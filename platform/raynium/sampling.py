@@ -1,0 +1,68 @@
+"""Text from a checkpoint: reads the model's weights and continues a prompt. One process, on the CPU; imports torch."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from raynium.checkpoint.catalog import CheckpointRef, latest, open_checkpoint
+from raynium.checkpoint.load import read_tensors
+from raynium.checkpoint.store import Store
+from raynium.config.schema import Config
+from raynium.data.store import TOKENIZER_NAME
+from raynium.data.tokenizer import Tokenizer
+from raynium.errors import CheckpointError
+from raynium.models.decoder import Decoder
+
+MODEL_PREFIX = "model/"
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """A model with its tokenizer, ready to continue prompts."""
+
+    model: Decoder
+    tokenizer: Tokenizer
+    step: int  # of the checkpoint
+
+    @torch.no_grad()
+    def tokens(self, prompt: str, *, max_new_tokens: int, temperature: float, seed: int) -> Iterator[int]:
+        """Token ids one by one, until the end of the document. temperature 0: the likeliest token each time.
+
+        The whole context runs through the model for each token: right for looking at a model, slow for serving one.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        end = self.tokenizer.end_of_document_id
+        context = [end, *self.tokenizer.encode(prompt).tolist()]
+        for _ in range(max_new_tokens):
+            window_BT = torch.tensor([context[-self.model.config.max_seq_len :]])
+            logits_V = self.model(window_BT)[0, -1].float()
+            if temperature == 0:
+                token = int(logits_V.argmax())
+            else:
+                token = int(torch.multinomial(torch.softmax(logits_V / temperature, -1), 1, generator=generator))
+            if token == end:
+                return
+            context.append(token)
+            yield token
+
+    def text(self, prompt: str, *, max_new_tokens: int = 120, temperature: float = 0.8, seed: int = 0) -> str:
+        """The prompt and its continuation."""
+        tokens = self.tokens(prompt, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
+        return prompt + self.tokenizer.decode(tokens)
+
+
+def open_sampler(run_url: str, step: int | None = None) -> Sampler:
+    """The model of a run's newest checkpoint, or of `step`. Raises CheckpointError if there is none."""
+    store = Store(run_url)
+    reference: CheckpointRef | None = open_checkpoint(store, step) if step is not None else latest(store)
+    if reference is None:
+        raise CheckpointError(f"run {store.url} has no checkpoint yet. Wait for its first one (checkpoint.every_steps)")
+    config = Config.model_validate(reference.manifest.state["config"])
+    weights = read_tensors(reference, prefix=MODEL_PREFIX)
+    with torch.device("meta"):
+        model = Decoder(config.model)
+    model.load_state_dict({name.removeprefix(MODEL_PREFIX): tensor for name, tensor in weights.items()}, assign=True)
+    model.tie()
+    tokenizer = Tokenizer(store.read(TOKENIZER_NAME).decode(), store.uri(TOKENIZER_NAME))
+    return Sampler(model.eval(), tokenizer, reference.step)

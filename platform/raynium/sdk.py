@@ -1,0 +1,208 @@
+"""The Python SDK: submit a run to a cluster and look at it. Importing it loads neither torch, ray nor mlflow.
+
+from raynium import Client
+
+run = Client("http://127.0.0.1:8265").submit("jobs/configs/quickstart.yaml", overrides={"train.steps": 50})
+run.wait()
+run.metrics("train/loss")
+"""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from raynium.errors import RunFailed, RunInUse, StoreError
+
+if TYPE_CHECKING:
+    from raynium.checkpoint.catalog import CheckpointSummary
+    from raynium.checkpoint.store import Store
+    from raynium.launch.record import RunRecord
+    from raynium.tracking.runs import MetricPoint
+
+POLL_SECONDS = 1.0
+LOG_LINES_IN_ERRORS = 30
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run, by where it lives. It need not run, nor exist yet: a submitted job takes its name when it starts."""
+
+    name: str
+    url: str  # <root>/<name>: a folder or URL that this machine can read
+    client: "Client | None" = None  # of the cluster it was submitted to
+    job_id: str | None = None
+
+    def record(self) -> "RunRecord":
+        """What the run is and how far it got. Raises StoreError while it has written nothing."""
+        from raynium.launch.record import read_record
+
+        record = read_record(self._store())
+        if record is None:
+            raise StoreError(
+                f"no run {self.name!r} at {self.url}. Check the name with `raynium runs`, and that this machine "
+                f"can read the run's root"
+            )
+        return record
+
+    def wait(self, timeout_seconds: float | None = None) -> "RunRecord":
+        """Returns when the run has finished or was stopped. Raises RunFailed with the cause, TimeoutError in time."""
+        from raynium.launch.record import LIVE_STATES, read_record
+
+        deadline = None if timeout_seconds is None else time.monotonic() + timeout_seconds
+        while True:
+            job_state = self.client.job_state(self.job_id) if self.client and self.job_id else None
+            record = read_record(self._store())
+            if record is not None and self.job_id in (None, record.job_id):
+                if record.state == "failed":
+                    raise RunFailed(f"run {self.name!r} failed: {record.cause}")
+                if record.state not in LIVE_STATES:
+                    return record
+                if not record.owner_is_alive(time.time()):
+                    raise RunFailed(
+                        f"run {self.name!r}: its driver died at step {record.step}. Start it again to go on"
+                    )
+            elif job_state == "SUCCEEDED" and record is not None:
+                return record  # it had finished before this job, which therefore had nothing to do
+            elif job_state in ("FAILED", "STOPPED", "SUCCEEDED"):
+                raise RunFailed(f"the job of run {self.name!r} ended as {job_state}. Its last lines:\n{self._tail()}")
+            if deadline is not None and time.monotonic() > deadline:
+                raise TimeoutError(f"run {self.name!r} has not ended after {timeout_seconds:g} s")
+            time.sleep(POLL_SECONDS)
+
+    def metrics(self, name: str) -> "list[MetricPoint]":
+        """All points of one metric, by step; names are those of `raynium.tracking.metrics.METRICS`."""
+        from raynium.tracking.runs import read_metric
+
+        record = self.record()
+        if record.mlflow_uri is None or record.mlflow_run_id is None:
+            return []
+        return read_metric(record.mlflow_uri, record.mlflow_run_id, name)
+
+    def checkpoints(self) -> "list[CheckpointSummary]":
+        """The committed checkpoints, oldest first."""
+        from raynium.checkpoint.catalog import list_checkpoints
+
+        return list_checkpoints(self._store())
+
+    def sample(
+        self,
+        prompt: str,
+        *,
+        step: int | None = None,
+        max_new_tokens: int = 120,
+        temperature: float = 0.8,
+        seed: int = 0,
+    ) -> str:
+        """The prompt and its continuation by the newest checkpoint, or that of `step`. Runs here, on the CPU."""
+        from raynium.sampling import open_sampler
+
+        sampler = open_sampler(self.url, step)
+        return sampler.text(prompt, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
+
+    def logs(self) -> str:
+        """The driver's output so far."""
+        if self.client is not None and self.job_id is not None:
+            return self.client.job_logs(self.job_id)
+        path = self.record().log_path
+        if path is None or not Path(path).exists():
+            raise StoreError(f"the log of run {self.name!r} is {path} on the host of its driver, not on this one")
+        return Path(path).read_text()
+
+    def stop(self) -> None:
+        """Asks the run to save a checkpoint at its next step and end. Returns at once; `wait()` for it."""
+        from raynium.launch.record import request_stop
+
+        request_stop(self._store())
+
+    def _store(self) -> "Store":
+        from raynium.checkpoint.store import Store
+
+        return Store(self.url)
+
+    def _tail(self) -> str:
+        return "\n".join(self.logs().splitlines()[-LOG_LINES_IN_ERRORS:])
+
+
+class Client:
+    """A Ray cluster, by the address of its dashboard (`http://127.0.0.1:8265`).
+
+    If the cluster asks for a token, it is read from RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token.
+    """
+
+    def __init__(self, address: str):
+        self.address = address
+        self._jobs: Any = None
+
+    def submit(
+        self,
+        config: str | Path,
+        overrides: Mapping[str, Any] | Sequence[str] = (),
+        *,
+        name: str | None = None,
+    ) -> Run:
+        """Checks a job file, then starts it as a job of the cluster; returns at once.
+
+        config: a YAML file or the name of a preset. Raises ConfigError with every problem, RunInUse while a live run
+        has this name, LaunchError if the cluster cannot be reached. Nothing is started then.
+        """
+        from raynium.config.load import dump_yaml, load_config
+        from raynium.launch.jobs import submit_job
+        from raynium.launch.preparation import checked, run_store
+        from raynium.launch.record import read_record
+
+        loaded = load_config(config, overrides)
+        if name is not None:
+            loaded = load_config(config, {**_as_mapping(overrides), "run.name": name})
+        resolved = checked(loaded)
+        store = run_store(resolved)
+        record = read_record(store)
+        if record is not None and record.owner_is_alive(time.time()):
+            raise RunInUse(
+                f"run {resolved.run.name!r} at {store.url} is in use ({record.state}, step {record.step}). "
+                f"Stop it with `raynium stop {resolved.run.name}`, or give another name"
+            )
+        job_id = submit_job(self._connected(), resolved.run.name, dump_yaml(resolved))
+        return Run(resolved.run.name, store.url, self, job_id)
+
+    def job_state(self, job_id: str) -> str:
+        """Ray's word: PENDING, RUNNING, SUCCEEDED, STOPPED or FAILED."""
+        return str(self._connected().get_job_status(job_id).value)
+
+    def job_logs(self, job_id: str) -> str:
+        """All output of the job's driver so far."""
+        return str(self._connected().get_job_logs(job_id))
+
+    def _connected(self) -> Any:
+        if self._jobs is None:
+            from raynium.launch.jobs import connect_jobs
+
+            self._jobs = connect_jobs(self.address)
+        return self._jobs
+
+
+def find_run(name: str, root: str = "runs") -> Run:
+    """The run of this name under `root` (a folder or URL; relative ones as in a config's run.root)."""
+    from raynium.config.paths import absolute_root
+
+    root = absolute_root(root)
+    return Run(name, f"{root.rstrip('/')}/{name}")
+
+
+def list_runs(root: str = "runs") -> "list[RunRecord]":
+    """The records of all runs under `root`, newest first."""
+    from raynium.checkpoint.store import Store
+    from raynium.config.paths import absolute_root
+    from raynium.launch.record import read_record
+
+    store = Store(absolute_root(root))
+    folders = store.list(recursive=False).folders
+    records = [read_record(store.child(folder.rstrip("/"))) for folder in folders]
+    return sorted((each for each in records if each is not None), key=lambda each: -each.created_unix)
+
+
+def _as_mapping(overrides: Mapping[str, Any] | Sequence[str]) -> dict[str, Any]:
+    if isinstance(overrides, Mapping):
+        return dict(overrides)
+    return dict(each.split("=", 1) for each in overrides)

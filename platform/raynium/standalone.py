@@ -1,0 +1,119 @@
+"""Ranks without Ray, for debugging: `torchrun --nproc-per-node 2 -m raynium.standalone CONFIG [key=value …]`.
+
+The same `rank.run` with another link: each rank saves its own shard, rank 0 commits, metrics go to the log. No
+restarts, no MLflow. The run's folder and its checkpoints are the same as under Ray, so either continues what the other began.
+"""
+
+import logging
+import os
+import secrets
+import signal
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from raynium.checkpoint.catalog import apply_retention, latest
+from raynium.checkpoint.commit import commit_checkpoint
+from raynium.checkpoint.manifest import ImageInfo, ShardEntry
+from raynium.checkpoint.store import Store
+from raynium.checkpoint.upload import upload_shard
+from raynium.config.load import load_config
+from raynium.config.schema import Config
+from raynium.data.store import TOKENIZER_NAME
+from raynium.errors import RayniumError
+from raynium.launch.coordinator import checkpoint_state, layout
+from raynium.launch.preparation import checked, prepare_data, run_store
+from raynium.rank import run
+from raynium.rank_plan import RankPlan
+
+logger = logging.getLogger(__name__)
+
+
+class StandaloneLink:
+    """The link of a rank that nobody watches. Saving blocks the loop; every rank calls `image` at the same step."""
+
+    def __init__(self, config: Config, store: Store):
+        self._config = config
+        self._store = store
+        self._stop = False
+        self._generation = ""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._request_stop)
+
+    def _request_stop(self, signal_number: int, frame: Any) -> None:
+        self._stop = True
+
+    def phase(self, name: str, step: int) -> None:
+        logger.debug("%s, step %d", name, step)
+
+    def step(self, step: int, metrics: dict[str, float]) -> None:
+        if dist.get_rank() == 0:
+            logger.info("step %d: %s", step, ", ".join(f"{name} {value:.6g}" for name, value in metrics.items()))
+
+    def stop_requested(self) -> bool:
+        return self._stop
+
+    def wait_image_free(self) -> None:
+        return  # `image` returns when the image is no longer needed
+
+    def image(self, info: str) -> None:
+        """Uploads this rank's shard; rank 0 commits when all are in. A rank that dies in here stops the others."""
+        if not self._generation:
+            names = [f"torchrun-{secrets.token_hex(4)}"]
+            dist.broadcast_object_list(names)
+            self._generation = names[0]
+        image = ImageInfo.from_json(info)
+        entry = upload_shard(self._store, image, generation=self._generation, rank=dist.get_rank())
+        entries: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(entries, entry.to_json())
+        if dist.get_rank() == 0:
+            commit_checkpoint(
+                self._store,
+                step=image.step,
+                generation=self._generation,
+                entries=[ShardEntry.from_json(each) for each in entries],
+                state=checkpoint_state(self._config, image.step),
+                world_size=self._config.world_size,
+                layout=layout(self._config),
+            )
+            apply_retention(self._store, keep_last=self._config.checkpoint.keep_last, generation=self._generation)
+            logger.info("checkpoint of step %d committed", image.step)
+        dist.barrier()
+
+
+def main() -> None:
+    """One rank's process; torchrun has set the standard environment."""
+    logging.basicConfig(level=logging.INFO, format=f"rank {os.environ['RANK']} %(levelname)s: %(message)s")
+    path, *overrides = sys.argv[1:]
+    try:
+        config = checked(load_config(path, overrides))
+        if int(os.environ["WORLD_SIZE"]) != config.world_size:
+            sys.exit(
+                f"error: torchrun started {os.environ['WORLD_SIZE']} ranks, the config asks for {config.world_size} "
+                f"(cluster.nodes × cluster.ranks_per_node). Make them equal"
+            )
+        store = run_store(config)
+        store.check_writable()
+        documents = prepare_data(config, logger.info)  # one rank builds, the others wait and use it
+        if os.environ["RANK"] == "0" and not store.exists(TOKENIZER_NAME):
+            store.replace(TOKENIZER_NAME, (documents.path / TOKENIZER_NAME).read_bytes())
+        checkpoint = latest(store)
+        with tempfile.TemporaryDirectory(prefix="raynium-") as images:
+            plan = RankPlan(
+                config=config,
+                run_url=store.url,
+                resume_step=checkpoint.step if checkpoint else None,
+                data_folder=str(documents.path),
+                image_folder=str(Path(images)),
+            )
+            outcome = run(plan, StandaloneLink(config, store))
+    except RayniumError as error:
+        sys.exit(f"error: {error}")
+    logger.info("%s at step %d", outcome.reason, outcome.step)
+
+
+if __name__ == "__main__":
+    main()

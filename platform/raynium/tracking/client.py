@@ -1,0 +1,212 @@
+"""The one door to the mlflow library: imported on first use, silent, sending nothing home, and never hanging.
+
+mlflow takes a second to import, so nothing here imports it at module level.
+"""
+
+import fcntl
+import logging
+import os
+import re
+import shutil
+import socket
+import sqlite3
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+
+from raynium.errors import TrackingError
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+SERVER_SCHEMES = ("http", "https")
+DATABASE_PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
+
+# Read by mlflow's telemetry in every process that imports it, the UI's server included.
+NO_TELEMETRY = {"MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true"}
+
+_limits_mutex = threading.Lock()
+_limits_depth = 0
+_limits_saved: dict[str, str | None] = {}
+
+
+@contextmanager
+def mlflow_client(uri: str, *, timeout_seconds: float) -> Iterator["MlflowClient"]:
+    """An MlflowClient whose requests wait `timeout_seconds` at most and are not repeated.
+
+    Whatever mlflow raises inside becomes a TrackingError that names the address, the cause and a remedy.
+    """
+    client_class = _load_mlflow()
+    from mlflow.exceptions import MlflowException
+    from requests import RequestException
+    from sqlalchemy.exc import SQLAlchemyError
+
+    with _request_limits(timeout_seconds):
+        try:
+            if uri.startswith("sqlite"):
+                _make_sqlite(sqlite_path(uri), client_class)
+            yield client_class(tracking_uri=uri, registry_uri=uri)
+        except (MlflowException, RequestException, SQLAlchemyError, OSError) as error:
+            raise TrackingError(_describe(error, uri=uri, timeout_seconds=timeout_seconds)) from error
+
+
+def _load_mlflow() -> "type[MlflowClient]":
+    os.environ.update(NO_TELEMETRY)  # before the import, which starts the telemetry thread
+    os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")  # GitPython warns where git is not installed
+    # Progress of schema creation: dozens of INFO lines on the first use of an SQLite file.
+    for name in ("alembic", "mlflow.store.db.utils"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+
+    # mlflow 3.17 on SQLAlchemy 2.1; where warnings are errors, its tables would stay broken for the whole process.
+    warnings.filterwarnings("ignore", message="The ``noload`` loader strategy is deprecated")
+
+    from mlflow import MlflowClient
+    from mlflow.telemetry import get_telemetry_client, set_telemetry_client
+
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # logs with traceback what it also raises
+    if get_telemetry_client() is not None:  # the caller's process had imported mlflow before us
+        set_telemetry_client()
+    return MlflowClient
+
+
+@contextmanager
+def _request_limits(timeout_seconds: float) -> Iterator[None]:
+    """Bound mlflow's HTTP requests, which wait 120 s and are repeated 7 times by default.
+
+    mlflow reads the environment at each request and has no argument for these, so they are set while one of our calls
+    runs and put back after the last. Calls that overlap in time share the limits of the one that began last.
+    """
+    global _limits_depth
+    limits = {
+        "MLFLOW_HTTP_REQUEST_TIMEOUT": str(max(1, round(timeout_seconds))),
+        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
+    }
+    with _limits_mutex:
+        if _limits_depth == 0:
+            _limits_saved.update({name: os.environ.get(name) for name in limits})
+        _limits_depth += 1
+        os.environ.update(limits)
+    try:
+        yield
+    finally:
+        with _limits_mutex:
+            _limits_depth -= 1
+            if _limits_depth == 0:
+                for name, value in _limits_saved.items():
+                    os.environ.pop(name, None) if value is None else os.environ.update({name: value})
+                _limits_saved.clear()
+
+
+def check_reachable(uri: str, *, timeout_seconds: float = 5.0) -> None:
+    """Raise TrackingError, within about `timeout_seconds`, unless MLflow at `uri` answers and may be written.
+
+    An SQLite file is created if it is missing; its folder must exist.
+    """
+    scheme = urlsplit(uri).scheme.partition("+")[0]
+    if scheme == "sqlite":
+        _check_sqlite(sqlite_path(uri))
+    elif scheme in DATABASE_PORTS:
+        _check_port(uri, default_port=DATABASE_PORTS[scheme], timeout_seconds=timeout_seconds)
+    with mlflow_client(uri, timeout_seconds=timeout_seconds) as client:
+        client.search_experiments(max_results=1)
+
+
+def _check_sqlite(path: Path) -> None:
+    """mlflow itself tries for a minute before it says that it cannot open a file."""
+    if not path.parent.is_dir():
+        raise TrackingError(f"tracking store {path}: folder {path.parent} does not exist. Make it, or set tracking.uri")
+    try:
+        connection = sqlite3.connect(path, timeout=20)
+        try:
+            connection.execute("BEGIN IMMEDIATE")
+            connection.execute("CREATE TABLE raynium_write_check (x)")
+            connection.rollback()
+        finally:
+            connection.close()
+    except sqlite3.Error as error:
+        raise TrackingError(
+            f"tracking store {path}: {error}. It must be an SQLite file that this user may write, on a disk with room. "
+            "Repair or remove it, or set tracking.uri"
+        ) from error
+
+
+def _make_sqlite(path: Path, client_class: "type[MlflowClient]") -> None:
+    """Make MLflow's tables in a new file, whole or not at all.
+
+    Left to mlflow, two processes that meet a new file at once, or one killed while its hundred migrations run, leave
+    a database that no later start can repair. So they run on a file beside it, one process at a time.
+    """
+    if path.exists() and path.stat().st_size > 0:
+        return
+    with open(f"{path}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if path.exists() and path.stat().st_size > 0:
+            return
+        folder = Path(f"{path}.new")
+        shutil.rmtree(folder, ignore_errors=True)  # of a process that was killed here
+        folder.mkdir()
+        client_class(tracking_uri=f"sqlite:///{folder}/new.db")
+        shutil.copyfile(folder / "new.db", folder / "copy.db")  # mlflow keeps a connection to the first
+        os.replace(folder / "copy.db", path)
+        shutil.rmtree(folder)
+
+
+def _check_port(uri: str, *, default_port: int, timeout_seconds: float) -> None:
+    """mlflow tries for minutes before it says that a database server is not there."""
+    parts = urlsplit(uri)
+    try:
+        socket.create_connection((parts.hostname or "localhost", parts.port or default_port), timeout_seconds).close()
+    except OSError as error:
+        raise TrackingError(_describe(error, uri=uri, timeout_seconds=timeout_seconds)) from error
+
+
+def sqlite_path(uri: str) -> Path:
+    """The file of an `sqlite:///path` address."""
+    return Path(uri.partition(":///")[2].partition("?")[0])
+
+
+def redact(text: str) -> str:
+    """Remove credentials from the URLs in a text: `user:password@`, and query parameters that look like secrets."""
+    text = re.sub(r"(?<=://)[^/@\s'\"]+@", "***@", text)
+    return re.sub(r"(?i)([?&][^=&\s]*(?:password|secret|token|key|signature)[^=&\s]*=)[^&\s'\"]+", r"\1***", text)
+
+
+def _describe(error: BaseException, *, uri: str, timeout_seconds: float) -> str:
+    """One line: address, cause, remedy."""
+    causes = list(_chain(error))
+    names = {type(cause).__name__ for cause in causes}
+    system = next((cause for cause in causes if isinstance(cause, OSError) and cause.errno and cause.strerror), None)
+    if names & {"ReadTimeout", "ConnectTimeout", "ReadTimeoutError", "ConnectTimeoutError", "TimeoutError"}:
+        cause, remedy = f"no answer within {timeout_seconds:g} s", "Check that the server is well"
+    elif names & {"NameResolutionError", "gaierror"}:
+        cause, remedy = "no such host", "Check the address"
+    elif system is not None:
+        cause, remedy = system.strerror, "Check the address and that the server runs"
+    else:
+        cause, remedy = " ".join(str(error).split())[:400], "Check the server's log"
+        if "out-of-date database schema" in cause:
+            remedy = "Back up the database, then run `mlflow db upgrade` on it"
+        elif "PERMISSION_DENIED" in cause or "401" in cause or "403" in cause:
+            remedy = "Set MLFLOW_TRACKING_TOKEN, or MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+        elif "RESOURCE_DOES_NOT_EXIST" in cause or "not found" in cause:
+            remedy = "It was deleted, or this is another MLflow: check tracking.uri"
+        elif "deleted" in cause:
+            remedy = "Restore it in MLflow"
+    return redact(f"MLflow at {uri}: {cause}. {remedy}, or set tracking.uri (or MLFLOW_TRACKING_URI)")
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    """The error and what caused it; requests and urllib3 keep causes in `args` and `reason`."""
+    waiting, seen = [error], set()
+    while waiting:
+        current = waiting.pop(0)
+        if id(current) in seen:
+            continue
+        seen.add(id(current))
+        yield current
+        linked = [current.__cause__, current.__context__, getattr(current, "reason", None), *current.args]
+        waiting += [link for link in linked if isinstance(link, BaseException)]

@@ -1,0 +1,45 @@
+"""The names under which a run reports. They are an interface: dashboards, the SDK and people's notebooks read them.
+
+A name is `area/name_unit`. Only these are accepted, so a renamed or misspelt metric fails in a test, not in a chart.
+The x axis is the optimizer step. Losses are token-weighted means over all ranks and micro-batches.
+"""
+
+import difflib
+from collections.abc import Mapping
+from numbers import Real
+
+METRICS: dict[str, str] = {
+    "train/loss": "nats per token: cross-entropy of the step, before its update",
+    "train/grad_norm": "L2 norm over all parameters, before clipping",
+    "train/learning_rate": "rate used by this step's update",
+    "train/tokens": "tokens trained on since step 0, over all ranks",
+    "train/samples": "sequences trained on since step 0, over all ranks",
+    "eval/loss": "nats per token: cross-entropy on the held-out documents",
+    "eval/bits_per_byte": "bits per byte of the held-out documents' text; does not depend on the tokenizer",
+    "time/step_seconds": "seconds from the start of this step to its end, checkpoints and evaluation excluded",
+    "time/data_seconds": "seconds of the step spent waiting for the loader",
+    "time/eval_seconds": "seconds spent in the evaluation",
+    "throughput/tokens_per_second": "tokens per second, over all ranks",
+    "throughput/tokens_per_second_per_rank": "tokens per second of one rank",
+    "throughput/mfu_6n": "fraction of peak FLOP/s, at 6 FLOPs per parameter and token",
+    "throughput/mfu_with_attention": "fraction of peak FLOP/s, attention's score and value products included",
+    "memory/device_peak_bytes": "bytes: largest allocation on rank 0's device so far",
+    "checkpoint/save_seconds": "seconds the training loop stood still for this save",
+    "checkpoint/commit_seconds": "seconds from the snapshot to the committed checkpoint",
+    "checkpoint/bytes": "bytes of the committed checkpoint, over all ranks",
+    "run/generation": "number of the generation (one life of the ranks) that computed this step",
+    "run/restart_seconds": "seconds from a generation's end to the first step of the next",
+}
+
+
+def check_metrics(metrics: Mapping[str, float]) -> None:
+    """Raise ValueError unless every name is one of METRICS and every value a real number (nan and inf are allowed)."""
+    if not metrics:
+        raise ValueError("no metrics given: a point needs at least one name and value")
+    for name, value in metrics.items():
+        if name not in METRICS:
+            near = difflib.get_close_matches(name, METRICS, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else "add it, with its unit, to METRICS in tracking/metrics.py"
+            raise ValueError(f"metric {name!r} is not one of the names a run reports under; {hint}")
+        if isinstance(value, bool) or not isinstance(value, Real):
+            raise ValueError(f"metric {name!r} = {value!r} ({type(value).__name__}) is not a number; pass int or float")

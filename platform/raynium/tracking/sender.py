@@ -1,0 +1,223 @@
+"""Sends what the spool holds to MLflow, from a thread of its own, each point once.
+
+How a point arrives exactly once, whatever dies between MLflow's commit and our acknowledgement:
+
+- A batch of unknown outcome is sent again with the same names, steps, values *and times*; MLflow's SQL stores keep one
+  row for each such quintuple (the primary key of their `metrics` table).
+- A resumed run computes some steps a second time, at another time. On connecting, the sender asks MLflow for the last
+  step of each name; a point beyond it is new. For a point at or below it, MLflow's history of that name says whether
+  that very step is there: points of an earlier agent may still be on their way, so "at or below" alone proves nothing.
+"""
+
+import logging
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from raynium.errors import TrackingError
+from raynium.tracking.client import mlflow_client
+from raynium.tracking.spool import MetricSpool, Record
+from raynium.tracking.tracker import TrackerStatus
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+logger = logging.getLogger(__name__)
+
+MAX_POINTS_PER_REQUEST = 1000  # MLflow's limit on metrics in one log_batch
+FIRST_RETRY_SECONDS = 0.5
+LAST_RETRY_SECONDS = 30.0
+
+
+class _LoggedSteps:
+    """Which steps of each metric MLflow holds."""
+
+    def __init__(self, client: "MlflowClient", run_id: str):
+        run = client.get_run(run_id)
+        self._last_step: dict[str, int] = {point.key: point.step for point in run.to_proto().data.metrics}
+        self._floor: dict[str, int] = {}  # name -> `_steps` is complete from this step on
+        self._steps: dict[str, set[int]] = {}
+
+    def holds(self, client: "MlflowClient", run_id: str, *, name: str, step: int) -> bool:
+        """Asks MLflow for the metric's history the first time it meets a step that is not beyond the last."""
+        if name not in self._last_step or step > self._last_step[name]:
+            return False
+        if name not in self._floor or step < self._floor[name]:
+            history = client.get_metric_history(run_id, name)
+            self._steps[name] = {point.step for point in history if point.step >= step}
+            self._floor[name] = step
+        return step in self._steps[name]
+
+    def add(self, *, name: str, step: int) -> None:
+        self._last_step[name] = max(step, self._last_step.get(name, step))
+        if name in self._steps:
+            self._steps[name].add(step)
+
+
+class MetricSender:
+    """Owns the thread that empties `spool` into one MLflow run. It retries for ever; nothing is dropped on an error.
+
+    flush_seconds: how long a point waits at most while MLflow is well.
+    request_timeout_seconds: how long one request may take; a hung server costs this thread that long, nobody else.
+    """
+
+    def __init__(
+        self,
+        spool: MetricSpool,
+        *,
+        uri: str,
+        run_id: str,
+        flush_seconds: float = 2.0,
+        request_timeout_seconds: float = 10.0,
+    ):
+        self._spool = spool
+        self._uri = uri
+        self._run_id = run_id
+        self._flush_seconds = flush_seconds
+        self._request_timeout_seconds = request_timeout_seconds
+        self._logged: _LoggedSteps | None = None
+        self._closing = threading.Event()
+        self._mutex = threading.Lock()  # guards acknowledging against `close`, and the counters
+        self._abandoned = False
+        self._points_sent = 0
+        self._points_repeated = 0
+        self._last_error: str | None = None
+        self._failing_since: float | None = None
+        self._thread = threading.Thread(target=self._run, name="mlflow-sender", daemon=True)
+        self._thread.start()
+
+    def status(self) -> TrackerStatus:
+        with self._mutex:
+            failing_seconds = 0.0 if self._failing_since is None else time.monotonic() - self._failing_since
+            return TrackerStatus(
+                points_appended=self._spool.points_appended,
+                points_sent=self._points_sent,
+                points_repeated=self._points_repeated,
+                points_pending=self._spool.points_pending,
+                points_lost=self._spool.points_lost,
+                artifacts_pending=self._spool.artifacts_pending,
+                last_error=self._last_error,
+                failing_seconds=failing_seconds,
+            )
+
+    def close(self, *, timeout_seconds: float) -> TrackerStatus:
+        """Send what is left, for `timeout_seconds` at most. The spool keeps the rest for the next process."""
+        self._closing.set()
+        self._thread.join(timeout_seconds)
+        with self._mutex:
+            self._abandoned = True  # a request may still hang; its thread must not touch the spool any more
+        return self.status()
+
+    def _run(self) -> None:
+        retry_seconds = FIRST_RETRY_SECONDS
+        pause_seconds = self._flush_seconds
+        while not self._abandoned:
+            is_last_round = self._closing.wait(pause_seconds)
+            try:
+                self._send_all()
+            except Exception as error:  # a thread that dies of a surprise would leave points waiting unseen
+                self._note_failure(error)
+                pause_seconds = retry_seconds
+                retry_seconds = min(2 * retry_seconds, LAST_RETRY_SECONDS)
+                if is_last_round:
+                    time.sleep(min(pause_seconds, 1.0))  # `closing` is set: its wait no longer pauses
+            else:
+                self._note_success()
+                retry_seconds, pause_seconds = FIRST_RETRY_SECONDS, self._flush_seconds
+                if is_last_round:
+                    return
+
+    def _send_all(self) -> None:
+        while not self._abandoned:
+            records = self._spool.read_batch(max_points=MAX_POINTS_PER_REQUEST)
+            artifacts = [] if records else self._spool.read_artifacts()
+            if not records and not artifacts:
+                return
+            with mlflow_client(self._uri, timeout_seconds=self._request_timeout_seconds) as client:
+                if records:
+                    self._send(client, records)
+                for artifact in artifacts:
+                    client.log_text(self._run_id, artifact.text, artifact.path)
+                    self._spool.remove_artifact(artifact)
+
+    def _send(self, client: "MlflowClient", records: list[Record]) -> None:
+        from mlflow.entities import Metric
+
+        if self._logged is None:
+            self._logged = _LoggedSteps(client, self._run_id)
+        points: dict[tuple[str, int], Metric] = {}
+        num_points = 0
+        for record in records:
+            num_points += len(record.metrics)
+            for name, value in record.metrics.items():
+                identity = (name, record.step)
+                if identity not in points and not self._logged.holds(client, self._run_id, name=name, step=record.step):
+                    points[identity] = Metric(name, value, record.unix_ms, record.step)
+        if points:
+            # Dying here, or a lost answer, leaves the outcome unknown: the same points are sent again.
+            client.log_batch(self._run_id, metrics=list(points.values()))
+        with self._mutex:
+            if self._abandoned:
+                return
+            self._spool.acknowledge(through=records[-1].number)
+            self._points_sent += len(points)
+            self._points_repeated += num_points - len(points)
+        for name, step in points:
+            self._logged.add(name=name, step=step)
+
+    def _note_failure(self, error: Exception) -> None:
+        message = str(error) if isinstance(error, TrackingError) else f"{type(error).__name__}: {error}"
+        with self._mutex:
+            if self._failing_since is None:
+                self._failing_since = time.monotonic()
+                expected = isinstance(error, TrackingError | OSError)
+                logger.warning("%s; metrics wait on disk and are sent later", message, exc_info=not expected)
+            self._last_error = message
+
+    def _note_success(self) -> None:
+        with self._mutex:
+            if self._failing_since is not None:
+                logger.info("MLflow answers again after %.0f s", time.monotonic() - self._failing_since)
+            self._failing_since = self._last_error = None
+
+
+class MlflowTracker:
+    """A `Tracker` that delivers to one MLflow run through a spool. Built by the agent of rank 0's node only.
+
+    spool_folder: on a local disk; the same path in every attempt on this node, so that leftovers are sent.
+    Raises TrackingError if another live process uses that folder. MLflow itself may be down.
+    """
+
+    def __init__(
+        self,
+        spool_folder: str | Path,
+        *,
+        uri: str,
+        run_id: str,
+        flush_seconds: float = 2.0,
+        request_timeout_seconds: float = 10.0,
+    ):
+        self._spool = MetricSpool(spool_folder)
+        self._sender = MetricSender(
+            self._spool,
+            uri=uri,
+            run_id=run_id,
+            flush_seconds=flush_seconds,
+            request_timeout_seconds=request_timeout_seconds,
+        )
+
+    def append(self, metrics: Mapping[str, float], *, step: int, unix_ms: int) -> None:
+        self._spool.append(metrics, step=step, unix_ms=unix_ms)
+
+    def artifact(self, path: str, text: str) -> None:
+        self._spool.put_artifact(path, text)
+
+    def status(self) -> TrackerStatus:
+        return self._sender.status()
+
+    def close(self, *, timeout_seconds: float) -> TrackerStatus:
+        status = self._sender.close(timeout_seconds=timeout_seconds)
+        self._spool.close()
+        return status

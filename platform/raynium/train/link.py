@@ -1,0 +1,136 @@
+"""A rank's one line to the outside: the node agent, or nothing when it was started by torchrun.
+
+Messages are JSON both ways:
+    rank → agent   {"kind": "phase", "name", "step"}        heartbeat
+                   {"kind": "step", "step", "metrics"}      rank 0 only
+                   {"kind": "image", "info": "…"}           a snapshot lies complete in shared memory
+                   {"kind": "outcome", "step", "reason"}    the loop ended as it should
+                   {"kind": "failed", "cause", "retry"}     an exception ended the rank
+    agent → rank   {"kind": "stop"}                         save at the next step, then end
+                   {"kind": "image-free"}                   the image was uploaded and may be overwritten
+"""
+
+import json
+import os
+import queue
+import threading
+from multiprocessing.connection import Connection
+from typing import Any, Protocol
+
+# The rank's exit code when its agent is gone; EX_UNAVAILABLE of sysexits.h.
+AGENT_LOST_EXIT_CODE = 69
+
+
+class Link(Protocol):
+    """What a rank tells, and may be told. No method waits for the network, except `wait_image_free`."""
+
+    def phase(self, name: str, step: int) -> None:
+        """Heartbeat: what this rank does now."""
+        ...
+
+    def step(self, step: int, metrics: dict[str, float]) -> None:
+        """One finished step."""
+        ...
+
+    def stop_requested(self) -> bool:
+        """True once somebody asked the run to stop."""
+        ...
+
+    def wait_image_free(self) -> None:
+        """Blocks until the snapshot image handed over last may be overwritten."""
+        ...
+
+    def image(self, info: str) -> None:
+        """Hands over a complete snapshot image; `info` is a checkpoint.manifest.ImageInfo as JSON."""
+        ...
+
+
+class AgentLink:
+    """The link of a rank that a node agent forked. Sends from a thread of its own, so that training never waits."""
+
+    def __init__(self, connection: Connection, *, reports_steps: bool):
+        self._connection = connection
+        self._reports_steps = reports_steps  # rank 0's numbers are everybody's: the others stay silent
+        self._outbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        self._stop = threading.Event()
+        self._image_free = threading.Event()
+        self._image_free.set()
+        self._sender = threading.Thread(target=self._send_all, name="agent-link-send", daemon=True)
+        self._sender.start()
+        threading.Thread(target=self._receive_all, name="agent-link-receive", daemon=True).start()
+
+    def phase(self, name: str, step: int) -> None:
+        self._post({"kind": "phase", "name": name, "step": step})
+
+    def step(self, step: int, metrics: dict[str, float]) -> None:
+        if self._reports_steps:
+            self._post({"kind": "step", "step": step, "metrics": metrics})
+        else:
+            self.phase("step", step)
+
+    def stop_requested(self) -> bool:
+        return self._stop.is_set()
+
+    def wait_image_free(self) -> None:
+        self._image_free.wait()
+
+    def image(self, info: str) -> None:
+        self._image_free.clear()
+        self._post({"kind": "image", "info": info})
+
+    def outcome(self, step: int, reason: str) -> None:
+        """The last message of a rank that ended as it should."""
+        self._post({"kind": "outcome", "step": step, "reason": reason})
+
+    def failed(self, cause: str, *, retry: bool) -> None:
+        """The last message of a rank that an exception ended."""
+        self._post({"kind": "failed", "cause": cause, "retry": retry})
+
+    def close(self) -> None:
+        """Returns when everything posted has been handed to the kernel."""
+        self._outbox.put(None)
+        self._sender.join()
+
+    def _post(self, message: dict[str, Any]) -> None:
+        self._outbox.put(json.dumps(message).encode())
+
+    def _send_all(self) -> None:
+        while (message := self._outbox.get()) is not None:
+            self._connection.send_bytes(message)
+
+    def _receive_all(self) -> None:
+        while True:
+            try:
+                message = json.loads(self._connection.recv_bytes())
+            except (EOFError, OSError):
+                # The agent died. Nobody can restart, stop or hear this rank: free its cores for the next attempt.
+                os._exit(AGENT_LOST_EXIT_CODE)
+            if message["kind"] == "stop":
+                self._stop.set()
+            elif message["kind"] == "image-free":
+                self._image_free.set()
+
+
+class MemoryLink:
+    """The fake: remembers what it was told. `stop_at` asks for a stop once that step has been reported."""
+
+    def __init__(self, *, stop_at: int | None = None):
+        self.steps: dict[int, dict[str, float]] = {}
+        self.phases: list[tuple[str, int]] = []
+        self.images: list[str] = []
+        self._stop_at = stop_at
+
+    def phase(self, name: str, step: int) -> None:
+        self.phases.append((name, step))
+
+    def step(self, step: int, metrics: dict[str, float]) -> None:
+        self.steps[step] = metrics
+
+    def stop_requested(self) -> bool:
+        return self._stop_at is not None and self._stop_at in self.steps
+
+    def wait_image_free(self) -> None:
+        return
+
+    def image(self, info: str) -> None:
+        self.images.append(info)

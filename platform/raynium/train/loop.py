@@ -1,0 +1,102 @@
+"""The training loop. Every part it needs is an argument; `rank.py` builds them.
+
+One call of `train()` is one generation's work on one rank: from the step after the checkpoint it resumed from, to the
+last step of the run or to the first step at which some rank was asked to stop.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from raynium.data.batch import Batch
+from raynium.engines.base import Engine, StepResult
+from raynium.train.guard import judge
+from raynium.train.link import Link
+from raynium.train.metrics import Throughput
+
+
+class Batches(Protocol):
+    """This rank's batches, in step order."""
+
+    def batch(self, step: int) -> Batch:
+        """The batch of step `step` (steps count from 1)."""
+        ...
+
+
+@dataclass(frozen=True)
+class Cadence:
+    """When the loop does what. All counts are optimizer steps; the last step always evaluates and saves."""
+
+    total_steps: int
+    checkpoint_every: int
+    evaluate_every: int
+
+    def saves(self, step: int) -> bool:
+        return step % self.checkpoint_every == 0 or step == self.total_steps
+
+    def evaluates(self, step: int) -> bool:
+        return step % self.evaluate_every == 0 or step == self.total_steps
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How one generation ended on this rank; equal on all ranks."""
+
+    step: int  # the last step taken; its state is in the last checkpoint
+    reason: Literal["finished", "stopped"]
+
+
+def train(
+    *,
+    engine: Engine,
+    batches: Batches,
+    cadence: Cadence,
+    start_step: int,
+    evaluate: Callable[[], dict[str, float]],
+    save: Callable[[int], None],
+    throughput: Throughput,
+    link: Link,
+) -> Outcome:
+    """Trains from the step after `start_step` until the run is finished or stopped. All ranks call it together.
+
+    `evaluate()` returns metrics and `save(step)` hands over a snapshot; both are collective. A rank that dies anywhere
+    in here takes the generation down: the agents kill the others, which may be waiting for it in a collective.
+    """
+    for step in range(start_step + 1, cadence.total_steps + 1):
+        began = time.perf_counter()
+
+        # ---- fetch: the samples of this step are a pure function of the step ------------------------------------
+        batch = batches.batch(step)
+        fetched = time.perf_counter()
+
+        # ---- step: forward, backward, clip, update. Ends with the loss known on every rank ----------------------
+        result: StepResult = engine.step(batch, step=step, stop_requested=link.stop_requested())
+        stepped = time.perf_counter()
+
+        # ---- judge: a bad step must not reach a checkpoint --------------------------------------------------------
+        judge(step, result)
+
+        # ---- report: rank 0's go to MLflow through the agent, never on this thread's time -----------------------
+        metrics = throughput.metrics(step, result, step_seconds=stepped - began, data_seconds=fetched - began)
+
+        # ---- evaluate before saving, so that a checkpoint at this step implies its evaluation was reported ------
+        stopping = result.stop_agreed
+        if cadence.evaluates(step):
+            link.phase("evaluate", step)
+            metrics |= evaluate()
+            metrics["time/eval_seconds"] = time.perf_counter() - stepped
+        link.step(step, metrics)
+
+        # ---- save: the copy into shared memory is the only stall ------------------------------------------------
+        if stopping or cadence.saves(step):
+            link.phase("save", step)
+            saving = time.perf_counter()
+            save(step)
+            link.step(step, {"checkpoint/save_seconds": time.perf_counter() - saving})
+
+        # ---- stop: agreed inside the step's all-reduce, so all ranks leave at the same step ---------------------
+        if stopping and step < cadence.total_steps:
+            return Outcome(step, "stopped")
+
+    return Outcome(cadence.total_steps, "finished")

@@ -1,0 +1,85 @@
+"""Loader against a bare numpy.memmap gather of the same rows: python tests/benchmarks/bench_loader.py
+
+Both take turns in one process on a store in the page cache, so what is compared is our own code: window numbers,
+shards, tensors. The bare gather knows its row numbers beforehand and makes one int64 array [B, T + 1]; the loader
+computes them and makes two tensors [B, T]. Passes if every ratio is at least 0.7.
+"""
+
+import argparse
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from raynium.data.loader import Loader
+from raynium.data.store import DocumentStore
+from raynium.data.store_build import build_store
+
+LEAST_RATIO = 0.7
+NUM_STEPS = 300
+NUM_ROUNDS = 9
+SHAPES_BT = [
+    (8, 256),
+    (32, 256),
+    (16, 512),
+    (8, 2048),
+    (4, 4096),
+    (2, 8192),
+]  # sequences per rank and step, tokens each
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--store", type=Path, help="an existing store of python-stdlib (default: build one)")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        path = arguments.store or Path(scratch) / "store"
+        started = time.perf_counter()
+        store = build_store(path, source="python-stdlib", vocab_size=4096)
+        train = store.manifest.train
+        print(f"store: {train.tokens:,} training tokens, ready in {time.perf_counter() - started:.1f} s\n")
+        print("| B × T | bare, µs | loader, µs | bare, Mtokens/s | loader, Mtokens/s | ratio |")
+        print("|---|---|---|---|---|---|")
+        ratios = [compare(store, batch_size, seq_len) for batch_size, seq_len in SHAPES_BT]
+    print(f"\nsmallest ratio {min(ratios):.2f}, required {LEAST_RATIO}")
+    return 0 if min(ratios) >= LEAST_RATIO else 1
+
+
+def compare(store: DocumentStore, batch_size: int, seq_len: int) -> float:
+    """Print one row of the table; returns loader speed / bare speed."""
+    loader = Loader(store, seq_len=seq_len, global_batch_size=batch_size, data_rank=0, data_size=1, seed=0)
+    [shard] = store.manifest.train.shards
+    tokens = np.memmap(store.path / shard, dtype=store.manifest.numpy_dtype, mode="r")
+    offsets = np.arange(seq_len + 1)
+    starts_of_step = [loader.sample_ids(step) * seq_len for step in range(1, NUM_STEPS + 1)]
+
+    def bare(step: int) -> np.ndarray:
+        return tokens[starts_of_step[step - 1][:, None] + offsets].astype(np.int64)
+
+    assert np.array_equal(bare(NUM_STEPS)[:, :-1], loader.batch(NUM_STEPS).tokens_BT)
+    bare_seconds, loader_seconds = [], []
+    for _ in range(NUM_ROUNDS):  # in turns, so that a busy machine slows both
+        bare_seconds.append(seconds_per_step(bare))
+        loader_seconds.append(seconds_per_step(loader.batch))
+    bare_best, loader_best = min(bare_seconds), min(loader_seconds)
+    speeds = [batch_size * seq_len / seconds / 1e6 for seconds in (bare_best, loader_best)]
+    ratio = bare_best / loader_best
+    print(
+        f"| {batch_size} × {seq_len} | {bare_best * 1e6:.1f} | {loader_best * 1e6:.1f} "
+        f"| {speeds[0]:.0f} | {speeds[1]:.0f} | {ratio:.2f} |"
+    )
+    return ratio
+
+
+def seconds_per_step(call: Callable[[int], object]) -> float:
+    started = time.perf_counter()
+    for step in range(1, NUM_STEPS + 1):
+        call(step)
+    return (time.perf_counter() - started) / NUM_STEPS
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,175 @@
+"""A node agent with real ranks, a real store and a real coordinator; only Ray and MLflow are left out."""
+
+import logging
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from raynium.accelerators.detect import detect
+from raynium.checkpoint.catalog import latest, list_checkpoints
+from raynium.checkpoint.store import Store
+from raynium.config.load import parse_config
+from raynium.config.schema import Config
+from raynium.data.store_build import build_store
+from raynium.launch.agent import Node, NodeAgent
+from raynium.launch.coordinator import CoordinatorOnLoop, RunCoordinator
+from raynium.launch.protocol import Status
+from raynium.tracking.tracker import MemoryTracker
+
+JOB = """
+run: {name: test}
+cluster: {accelerator: cpu, ranks_per_node: 2}
+model: {vocab_size: 512, hidden_size: 32, num_layers: 2, num_heads: 2, num_kv_heads: 1, head_dim: 16, ffn_size: 64,
+        max_seq_len: 64}
+data: {path: /nowhere, seq_len: 32}
+optimizer: {learning_rate: 3.0e-3}
+train: {steps: 12, global_batch_size: 4}
+checkpoint: {every_steps: 4, keep_last: 2}
+evaluate: {every_steps: 6, max_documents: 2}
+"""
+
+
+@pytest.fixture(scope="module")
+def document_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    source = tmp_path_factory.mktemp("text")
+    for number in range(40):
+        text = "\n".join(f"def function_{number}_{line}(x): return x * {line}" for line in range(60))
+        (source / f"{number}.py").write_text(text)
+    store = tmp_path_factory.mktemp("documents")
+    build_store(store, source=str(source), vocab_size=512, heldout_fraction=0.2)
+    return store
+
+
+class Played:
+    """One run of an agent in a thread, and what came of it."""
+
+    def __init__(self, config: Config, run_folder: Path, document_folder: Path):
+        self.run_folder = run_folder
+        self.tracker = MemoryTracker()
+        self.coordinator = CoordinatorOnLoop(RunCoordinator(config.model_dump(mode="json"), str(run_folder), 0))
+        self.agent = NodeAgent(
+            config=config,
+            run_url=str(run_folder),
+            node=Node("a", 0, "127.0.0.1"),
+            accelerator=detect("cpu"),
+            coordinator=self.coordinator,
+            open_tracker=lambda: self.tracker,
+            data_folder=lambda: str(document_folder),
+        )
+        self.thread = threading.Thread(target=self.agent.run)
+
+    def status(self) -> Status:
+        return self.coordinator.call("status", 0).result()
+
+    def finish(self) -> Status:
+        self.thread.join(120)
+        assert not self.thread.is_alive()
+        status = self.status()
+        self.coordinator.close()
+        return status
+
+    def losses(self) -> dict[int, list[float]]:
+        """step → its loss, once for each generation that computed it."""
+        losses: dict[int, list[float]] = {}
+        for step, loss in self.tracker.values("train/loss"):
+            losses.setdefault(step, []).append(loss)
+        return losses
+
+
+@pytest.fixture
+def play(tmp_path: Path, document_folder: Path) -> Iterator[Callable[..., Played]]:
+    """Starts an agent of the one run in `tmp_path`; a second one goes on where the first ended."""
+    played: list[Played] = []
+
+    def start(data_folder: Path = document_folder, **changes: Any) -> Played:
+        run = Played(parse_config(JOB, changes), tmp_path / "run", data_folder)
+        played.append(run)
+        run.thread.start()
+        return run
+
+    yield start
+    for run in played:
+        run.thread.join(60)
+
+
+def wait_for(condition: Callable[[], Any], seconds: float = 60) -> Any:
+    deadline = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.005)
+    return value
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory, document_folder: Path) -> Played:
+    run = Played(parse_config(JOB), tmp_path_factory.mktemp("reference") / "run", document_folder)
+    run.thread.start()
+    assert run.finish().ended == "finished"
+    return run
+
+
+def test_a_run_ends_with_its_checkpoints_and_metrics(uninterrupted: Played) -> None:
+    assert sorted(uninterrupted.losses()) == list(range(1, 13))
+    assert [each.step for each in list_checkpoints(Store(uninterrupted.run_folder))] == [8, 12]
+    assert [step for step, _ in uninterrupted.tracker.values("eval/bits_per_byte")] == [6, 12]
+    assert uninterrupted.losses()[12] < uninterrupted.losses()[1]
+    assert uninterrupted.tracker.closed
+    assert not [each for each in os.listdir("/dev/shm") if each.startswith("raynium-test-")]
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_rank_costs_one_generation_and_changes_no_bit(
+    play: Callable[..., Played], uninterrupted: Played, victim: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    run = play()
+    wait_for(lambda: (run.status().committed_step or 0) >= 4)
+    os.kill(run.agent.rank_pids()[victim], signal.SIGKILL)
+    status = run.finish()
+    assert (status.ended, status.generation) == ("finished", 2)
+    assert f"generation 1 failed: rank {victim}: killed by SIGKILL" in "\n".join(each.text for each in status.events)
+    reference = uninterrupted.losses()
+    for step, losses in run.losses().items():
+        assert set(losses) == set(reference[step]), f"step {step}"
+    assert run.tracker.values("eval/bits_per_byte")[-1] == uninterrupted.tracker.values("eval/bits_per_byte")[-1]
+
+
+def test_a_stop_saves_at_the_next_step_and_the_next_driver_goes_on(
+    play: Callable[..., Played], uninterrupted: Played
+) -> None:
+    first = play()
+    wait_for(lambda: first.status().step >= 2)
+    first.coordinator.call("request_stop").result()
+    status = first.finish()
+    assert status.ended == "stopped"
+    stopped_at = status.step
+    checkpoint = latest(Store(first.run_folder))
+    assert checkpoint is not None and checkpoint.step == stopped_at < 12
+    second = play()
+    assert second.finish().ended == "finished"
+    assert min(second.losses()) == stopped_at + 1
+    assert second.losses()[12] == uninterrupted.losses()[12]
+
+
+def test_a_rank_that_cannot_start_is_quoted_and_not_tried_again(play: Callable[..., Played], tmp_path: Path) -> None:
+    run = play(data_folder=tmp_path / "empty")
+    status = run.finish()
+    assert (status.ended, status.generation) == ("failed", 1)
+    assert "DataError" in (status.cause or "") and "is no document store" in (status.cause or "")
+    assert any("Traceback" in each.text for each in status.events)
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_reaches_no_checkpoint(play: Callable[..., Played]) -> None:
+    run = play(**{"optimizer.learning_rate": 1e30, "optimizer.clip_norm": 1e30, "checkpoint.every_steps": 1})
+    status = run.finish()
+    assert (status.ended, status.generation) == ("failed", 1)
+    assert "both must be finite" in (status.cause or "")
+    bad_step = max(run.losses(), default=0) + 1
+    checkpoint = latest(Store(run.run_folder))
+    assert checkpoint is None or checkpoint.step < bad_step

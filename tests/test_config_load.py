@@ -1,0 +1,355 @@
+"""Reading job files: what is accepted, and every message for what is not."""
+
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from raynium.config.load import (
+    Difference,
+    diff_configs,
+    digest,
+    dump_yaml,
+    flatten,
+    load_config,
+    parse_config,
+    preset_names,
+)
+from raynium.config.schema import Config
+from raynium.errors import ConfigError
+
+MINIMAL = """
+run: {name: tiny}
+model: {vocab_size: 64, hidden_size: 8, num_layers: 1, num_heads: 2, num_kv_heads: 1, head_dim: 4, ffn_size: 16, max_seq_len: 32}
+data: {path: store, seq_len: 16}
+train: {steps: 10, global_batch_size: 4}
+"""
+
+
+def problems_of(text=MINIMAL, overrides=(), **kwargs):
+    with pytest.raises(ConfigError) as caught:
+        parse_config(text, overrides, **kwargs)
+    return caught.value.problems
+
+
+def only_problem_of(*args, **kwargs):
+    problems = problems_of(*args, **kwargs)
+    assert len(problems) == 1, problems
+    return problems[0]
+
+
+# ------------------------------------------------------------------------------------------------- values
+
+
+@pytest.mark.parametrize(
+    ("override", "read"),
+    [
+        ("optimizer.learning_rate=1e-4", lambda c: c.optimizer.learning_rate == 1e-4),  # text in YAML 1.1
+        ("optimizer.learning_rate=3", lambda c: c.optimizer.learning_rate == 3.0),
+        ("train.steps=1e3", lambda c: c.train.steps == 1000),
+        ("train.steps=1_000", lambda c: c.train.steps == 1000),
+        ("train.steps=010", lambda c: c.train.steps == 10),  # octal in YAML 1.1
+        ("train.steps = 7 ", lambda c: c.train.steps == 7),
+        ("run.name=123", lambda c: c.run.name == "123"),
+        ("run.name=1e3", lambda c: c.run.name == "1e3"),
+        ("run.name=on", lambda c: c.run.name == "on"),  # true in YAML 1.1
+        ("run.name=null", lambda c: c.run.name == "null"),
+        ('run.name="quoted"', lambda c: c.run.name == "quoted"),
+        ("data.path=s3://bucket/a: b #c", lambda c: c.data.path == "s3://bucket/a: b #c"),
+        ("data.source=null", lambda c: c.data.source is None),
+        ("data.source=", lambda c: c.data.source is None),
+        ("data.source=~", lambda c: c.data.source is None),
+        ("data.source=~/corpus", lambda c: c.data.source == "~/corpus"),
+        ("engine.compile=none", lambda c: c.engine.compile == "none"),
+        ("optimizer.betas=[0.8, 99e-2]", lambda c: c.optimizer.betas == (0.8, 0.99)),
+        ('sample.prompts=[no, 1, "import "]', lambda c: c.sample.prompts == ("no", "1", "import ")),
+        ("evaluate={every_steps: 5}", lambda c: c.evaluate.every_steps == 5),
+        ("model.rope_scaling=null", lambda c: c.model.rope_scaling is None),
+    ],
+)
+def test_an_override_is_read_as_the_schema_means_it(override, read):
+    assert read(parse_config(MINIMAL, [override]))
+
+
+def test_the_file_is_read_by_the_same_rules():
+    text = MINIMAL.replace("name: tiny", "name: 007").replace("steps: 10", "steps: 1e2")
+    config = parse_config(text + "optimizer: {learning_rate: 1e-4}\nsample:\n  prompts: [yes, off, 12]\n")
+    assert (config.run.name, config.train.steps, config.optimizer.learning_rate) == ("007", 100, 1e-4)
+    assert config.sample.prompts == ("yes", "off", "12")
+
+
+def test_overrides_may_be_a_mapping_of_python_values():
+    overrides = {
+        "train.steps": 50,
+        "run.name": 123,
+        "data.source": None,
+        "data.path": Path("folder/store"),
+        "optimizer.betas": (0.5, 0.6),
+        "optimizer.eps": "1e-7",
+        "model.rope_scaling.factor": 8,
+        "model.rope_scaling.low_freq_factor": 1,
+        "model.rope_scaling.high_freq_factor": 4,
+        "model.rope_scaling.original_max_seq_len": 16,
+    }
+    config = parse_config(MINIMAL, overrides)
+    assert (config.train.steps, config.run.name, config.data.path) == (50, "123", "folder/store")
+    assert (config.data.source, config.optimizer.betas, config.optimizer.eps) == (None, (0.5, 0.6), 1e-7)
+    assert config.model.rope_scaling and config.model.rope_scaling.factor == 8
+    section = {"model.rope_scaling": config.model.rope_scaling}
+    assert parse_config(MINIMAL, section).model == config.model
+
+
+def test_a_python_value_that_nothing_takes_is_refused_under_its_name():
+    assert only_problem_of(overrides={"train.steps": 3j}) == (
+        'train.steps is "3j" (override train.steps): it must be a whole number of at least 1'
+    )
+
+
+def test_the_last_override_wins():
+    assert parse_config(MINIMAL, ["train.steps=1", "train.steps=2"]).train.steps == 2
+
+
+# ------------------------------------------------------------------------------------------------- unknown names
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ("train.stepz", "train.steps"),
+        ("steps", "train.steps"),
+        ("lr", "optimizer.learning_rate"),
+        ("optimizer.lr", "optimizer.learning_rate"),
+        ("trian.steps", "train.steps"),
+        ("model.seq_len", "data.seq_len"),
+        ("model.rope_scaling.facter", "model.rope_scaling.factor"),
+        ("optimiser", "optimizer"),
+        ("batch_size", "global_batch_size"),
+        ("--train.steps", "train.steps"),
+    ],
+)
+def test_an_unknown_override_names_the_nearest(given, meant):
+    problem = only_problem_of(overrides=[f"{given}=3"])
+    assert problem.startswith(f"{given} is not a field (override): did you mean ")
+    assert meant in problem
+
+
+def test_an_unknown_key_of_a_file_names_its_line_and_the_nearest():
+    text = MINIMAL + "optimizer:\n  learning_rat: 1\n"
+    assert only_problem_of(text, origin="a.yaml") == (
+        "optimizer.learning_rat is not a field (a.yaml line 7): did you mean optimizer.learning_rate?"
+    )
+
+
+def test_an_unknown_section_is_one_problem():
+    assert only_problem_of(MINIMAL + "chekpoint: {every_steps: 3}") == (
+        "chekpoint is not a field (the config line 6): did you mean checkpoint?"
+    )
+
+
+def test_a_name_like_no_other_is_answered_with_the_names_there_are():
+    assert only_problem_of(overrides=["train.zzz=1"]) == (
+        "train.zzz is not a field (override): "
+        "the fields of train are train.steps, train.global_batch_size, train.micro_batch_size"
+    )
+    assert "the sections are run, cluster, model" in only_problem_of(overrides=["zzz=1"])
+    assert "the sections are run, cluster, model" in only_problem_of(overrides=["train.steps.zzz=1"])
+    assert only_problem_of(overrides=["=1"]).startswith("an override without a name is not a field")
+
+
+def test_a_dotted_key_in_a_file_is_told_how_to_nest():
+    assert only_problem_of(MINIMAL + "train.steps: 3") == (
+        "train.steps is one word here (the config line 6): in a file, write `steps:` below `train:`"
+    )
+
+
+# ------------------------------------------------------------------------------------------------- wrong values
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.steps=abc", 'train.steps is "abc" (override train.steps): it must be a whole number of at least 1'),
+        ("train.steps=0", "train.steps is 0 (override train.steps): it must be a whole number of at least 1"),
+        ("train.steps=2.5", "train.steps is 2.5 (override train.steps): it must be a whole number of at least 1"),
+        ("train.steps=true", "train.steps is true (override train.steps): it must be a whole number of at least 1"),
+        ('train.steps="3"', 'train.steps is "3" (override train.steps): it must be a whole number of at least 1'),
+        ("train.steps=", "train.steps is null (override train.steps): it must be a whole number of at least 1"),
+        ("train.steps={a: 1}", "train.steps is a section here (override train.steps): it must be a whole number of"),
+        ("train=3", "train is '3' (override train): it must be a section with steps, global_batch_size, micro_batch_size"),
+        ("train=[3]", "train is a list (override train): it must be a section with"),
+        ("train=", "train is empty (override train): it must be a section with"),
+        ("model.rope_scaling=3", "model.rope_scaling is '3' (override model.rope_scaling): it must be a section with fac"),
+        ("optimizer.learning_rate=.inf", "optimizer.learning_rate is Infinity (override optimizer.learning_rate): it mu"),
+        ("optimizer.learning_rate=.nan", "optimizer.learning_rate is NaN (override optimizer.learning_rate): it must be"),
+        ("optimizer.learning_rate=0", "optimizer.learning_rate is 0 (override optimizer.learning_rate): it must be a numb"),
+        ("optimizer.betas=[0.9]", "optimizer.betas is [0.9] (override optimizer.betas): it must be a list of 2, each a num"),
+        ("optimizer.betas=[0.9, 1.0]", "optimizer.betas is [0.9, 1.0] (override optimizer.betas): it must be a list of 2"),
+        ("sample.prompts=text", 'sample.prompts is "text" (override sample.prompts): it must be a list, each text'),
+        ("sample.prompts=[{a: b}]", "sample.prompts is [{}] (override sample.prompts): it must be a list, each text"),
+        ("sample.prompts=&a [*a]", "sample.prompts is [{}] (override sample.prompts): it must be a list, each text"),
+        ("run.name=Two Words", "run.name is \"Two Words\" (override run.name): it must be 1 to 63 of a-z, 0-9, '.', '_' a"),
+        ("data.path=", 'data.path is "" (override data.path): it must be a folder, a file or a URL'),
+        ("engine.kind=nativ", 'engine.kind is "nativ" (override engine.kind): it must be one of native, nxd; did you mean'),
+        ("data.heldout_fraction=1", "data.heldout_fraction is 1 (override data.heldout_fraction): it must be a number of"),
+        ("train.steps=[1", "override train.steps line 1, column 3 is not valid YAML: "),
+        ("train.steps=" + "9" * 5000, "train.steps is "),
+    ],
+)  # fmt: skip
+def test_a_wrong_value_is_one_problem_with_field_value_and_rule(override, message):
+    assert only_problem_of(overrides=[override]).startswith(message)
+
+
+def test_an_override_needs_an_equals_sign():
+    assert only_problem_of(overrides=["train.steps"]) == ("override 'train.steps' has no '=': write train.steps=VALUE")
+
+
+def test_overrides_in_one_text_are_refused():
+    assert only_problem_of(overrides="train.steps=3") == (
+        "overrides is the text 'train.steps=3': it must be a list such as ['train.steps=3']"
+    )
+
+
+def test_all_problems_come_at_once():
+    problems = problems_of(
+        MINIMAL.replace("seq_len: 16", "seq_len: x"), ["train.stepz=3", "nope", "run.name=A", "optimizer.eps=-1"]
+    )
+    assert [problem.split(" ")[0] for problem in problems] == [
+        "train.stepz", "override", "run.name", "data.seq_len", "optimizer.eps",
+    ]  # fmt: skip
+
+
+def test_missing_fields_and_sections_say_what_to_give():
+    assert problems_of("run: {}\ndata: {seq_len: 3}\nmodel: 3\n") == [
+        "model is '3' (the config line 3): it must be a section with family, vocab_size, hidden_size, num_layers, "
+        "num_heads, num_kv_heads, head_dim, ffn_size, max_seq_len, rope_theta, rope_scaling, norm_eps, embeddings, init_std",
+        "run.name is missing: give 1 to 63 of a-z, 0-9, '.', '_' and '-', a letter or digit first",
+        "data.path is missing: give a folder, a file or a URL",
+        "train is missing: it must hold train.steps, train.global_batch_size",
+    ]
+
+
+# ------------------------------------------------------------------------------------------------- files
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "the config is empty: it must hold run, model, data, train"),
+        ("# only a comment\n", "the config is empty: it must hold run, model, data, train"),
+        ("[1, 2]", "the config is a list: it must be sections such as `train:` with fields below them"),
+        ("a: b: c", "the config line 1, column 5 is not valid YAML: mapping values are not allowed here"),
+        ("a: 1\n---\nb: 2", "the config line 2, column 1 is not valid YAML: expected a single document in the stream"),
+        ("a: \x07", "the config is not valid YAML: unacceptable character"),
+    ],
+)
+def test_a_text_that_is_no_config_is_one_problem(text, message):
+    assert only_problem_of(text).startswith(message)
+
+
+def test_a_key_given_twice_is_refused():
+    assert only_problem_of(MINIMAL + "run: {name: other}") == (
+        "run is given twice (the config line 6, first on line 2): keep one of them"
+    )
+    assert only_problem_of(MINIMAL + "optimizer:\n  eps: 1\n  eps: 2") == (
+        "optimizer.eps is given twice (the config line 8, first on line 7): keep one of them"
+    )
+
+
+def test_a_key_that_is_no_name_is_refused():
+    assert only_problem_of(MINIMAL + "? [a, b]\n: 3\n") == (
+        "the config line 6 has a list for a key: a key must be the name of a field"
+    )
+
+
+def test_a_path_is_read_relative_to_the_base_folder(tmp_path):
+    (tmp_path / "job.yaml").write_text(MINIMAL)
+    assert load_config("job.yaml", ["train.steps=3"], base_folder=tmp_path).train.steps == 3
+    assert load_config(tmp_path / "job.yaml").train.steps == 10
+
+
+def test_a_bare_name_is_a_preset_of_the_working_folder_before_the_checkout(tmp_path, monkeypatch):
+    (tmp_path / "jobs/configs").mkdir(parents=True)
+    (tmp_path / "jobs/configs/mine.yaml").write_text(MINIMAL)
+    (tmp_path / "jobs/configs/quickstart.yaml").write_text(MINIMAL)
+    monkeypatch.chdir(tmp_path)
+    assert load_config("mine").run.name == "tiny"
+    assert load_config("quickstart").run.name == "tiny"
+    assert load_config("llama3-8b").run.name == "llama3-8b"
+    assert {"mine", "quickstart", "llama3-8b"} <= set(preset_names())
+
+
+def test_a_missing_file_lists_the_presets(tmp_path):
+    with pytest.raises(
+        ConfigError, match=r"there is no preset 'quickstrt': did you mean the preset quickstart\? Give the p"
+    ):
+        load_config("quickstrt")
+    with pytest.raises(ConfigError) as caught:
+        load_config("missing.yaml", base_folder=tmp_path)
+    assert str(caught.value).startswith(
+        f"there is no job file 'missing.yaml' in {tmp_path}: Give the path of a YAML file"
+    )
+    assert "quickstart" in str(caught.value)
+
+
+def test_a_file_that_is_no_text_is_refused(tmp_path):
+    (tmp_path / "job.yaml").write_bytes(b"\xff\xfe\x00\x81")
+    with pytest.raises(ConfigError, match="cannot be read as text"):
+        load_config(tmp_path / "job.yaml")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read every file")
+def test_a_file_that_may_not_be_read_is_refused(tmp_path):
+    path = tmp_path / "job.yaml"
+    path.write_text(MINIMAL)
+    path.chmod(0)
+    with pytest.raises(ConfigError, match="Permission denied"):
+        load_config(path)
+
+
+# ------------------------------------------------------------------------------------------------- writing
+
+TEXT = st.text(st.characters(codec="utf-8", exclude_categories=["Cs", "Cc"]), min_size=1, max_size=12)
+NUMBERS = st.floats(min_value=1e-300, max_value=1e300)
+
+
+@settings(max_examples=60, deadline=None)
+@given(prompts=st.lists(TEXT | st.sampled_from(["", "null", "~", "no", "1e3", "a: b", "- x", "'", '"', "\n", "\t"])),
+       path=TEXT, source=st.none() | TEXT, rate=NUMBERS, name=st.from_regex(r"[a-z0-9][a-z0-9._-]{0,9}", fullmatch=True))  # fmt: skip
+def test_dumped_text_reads_back_as_the_same_config(prompts, path, source, rate, name):
+    values = parse_config(MINIMAL).model_dump()
+    values["sample"]["prompts"] = tuple(prompts)
+    values["data"] |= {"path": path, "source": source}
+    values["optimizer"]["learning_rate"] = rate
+    values["run"]["name"] = name
+    config = Config.model_validate(values)
+    assert parse_config(dump_yaml(config)) == config
+
+
+def test_flatten_names_every_field_once_with_a_scalar():
+    flat = flatten(parse_config(MINIMAL, ["sample.prompts=[a, b]"]))
+    assert flat["train.steps"] == 10
+    assert flat["optimizer.betas"] == "[0.9, 0.95]"
+    assert flat["sample.prompts"] == '["a", "b"]'
+    assert flat["model.rope_scaling"] is None
+    assert all(value is None or isinstance(value, str | int | float) for value in flat.values())
+    assert flatten(load_config("llama3-8b"))["model.rope_scaling.factor"] == 8
+
+
+def test_the_digest_is_of_the_values_not_the_text():
+    one = parse_config(MINIMAL, ["optimizer.learning_rate=1e-3"])
+    same = parse_config("# a comment\n" + MINIMAL, {"optimizer.learning_rate": 0.001})
+    other = parse_config(MINIMAL, ["optimizer.learning_rate=1e-3", "run.seed=1"])
+    assert digest(one) == digest(same) != digest(other)
+    assert len(digest(one)) == 16
+
+
+def test_diff_names_every_changed_field():
+    before = parse_config(MINIMAL)
+    after = parse_config(MINIMAL, ["train.steps=11", "data.source=corpus"])
+    assert diff_configs(before, after) == [
+        Difference("data.source", None, "corpus"),
+        Difference("train.steps", 10, 11),
+    ]
+    assert diff_configs(before, before) == []

@@ -1,0 +1,78 @@
+"""Which fields a run may change when it goes on from a checkpoint."""
+
+import pytest
+
+from raynium.config.fields import schema_fields
+from raynium.config.load import load_config
+from raynium.config.resume import FIXED, FREE, NOTED, resume_conflicts, resume_notes
+
+
+def saved(*overrides):
+    return load_config("llama3-8b", overrides).model_dump(mode="json")
+
+
+def test_every_field_has_exactly_one_side():
+    tables = [*FIXED, *NOTED, *FREE]
+    for field in schema_fields().values():
+        if not field.is_section:
+            covering = [name for name in tables if field.name == name or field.name.startswith(name + ".")]
+            assert len(covering) == 1, f"{field.name} must be in one of FIXED, NOTED and FREE, and is in {covering}"
+    assert set(tables) <= set(schema_fields())
+
+
+def test_an_unchanged_config_resumes_without_a_word():
+    assert resume_conflicts(saved(), load_config("llama3-8b")) == []
+    assert resume_notes(saved(), load_config("llama3-8b")) == []
+
+
+def test_a_contradiction_names_field_values_and_remedy():
+    assert resume_conflicts(saved(), load_config("llama3-8b", ["data.seq_len=4096", "model.num_layers=4"])) == [
+        "model.num_layers is 4, but the checkpoint was trained with 32: the checkpoint's weights have this shape or "
+        "meaning. Set model.num_layers back to 32, or give the run another run.name to start anew",
+        "data.seq_len is 4096, but the checkpoint was trained with 8192: the data position counts samples of this kind "
+        "and order. Set data.seq_len back to 8192, or give the run another run.name to start anew",
+    ]
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["run.seed=1", "data.path=elsewhere", "data.tokenizer=null", "data.heldout_fraction=0.2", "train.global_batch_size=64",
+     "optimizer.betas=[0.9, 0.99]", "optimizer.eps=1e-7", "model.rope_scaling=null", "model.rope_scaling.factor=9",
+     "model.embeddings=tied", "model.norm_eps=1e-6"],
+)  # fmt: skip
+def test_each_fixed_field_is_refused(override):
+    (conflict,) = resume_conflicts(saved(), load_config("llama3-8b", [override]))
+    name = override.split("=")[0].removesuffix(".factor")
+    assert conflict.startswith(f"{name} is ")
+
+
+def test_a_section_that_was_null_is_compared_too():
+    (conflict,) = resume_conflicts(saved("model.rope_scaling=null"), load_config("llama3-8b"))
+    assert conflict.startswith('model.rope_scaling is {"factor": 8.0') and "trained with null" in conflict
+
+
+def test_machines_and_bookkeeping_may_change_freely():
+    now = load_config(
+        "llama3-8b",
+        ["cluster.nodes=4", "cluster.accelerator=cuda", "cluster.instance_type=p5.48xlarge", "cluster.ranks_per_node=8",
+         "parallel.tensor=2", "train.micro_batch_size=2", "engine.compile=none", "engine.activation_checkpointing=none",
+         "run.root=elsewhere", "checkpoint.every_steps=7", "sample.prompts=[a]", "tracking.experiment=e"],
+    )  # fmt: skip
+    assert resume_conflicts(saved(), now) == []
+    assert resume_notes(saved(), now) == []
+
+
+def test_changes_that_move_the_losses_are_allowed_and_said():
+    now = load_config("llama3-8b", ["train.steps=200000", "optimizer.learning_rate=1e-4"])
+    assert resume_conflicts(saved(), now) == []
+    assert resume_notes(saved(), now) == [
+        "train.steps changed from 150000 to 200000: the learning-rate schedule now ends at another step, so the rate "
+        "changes from here on",
+        "optimizer.learning_rate changed from 0.0003 to 0.0001: the rate changes from here on",
+    ]
+
+
+def test_a_field_that_an_older_checkpoint_lacks_is_not_compared():
+    old = saved()
+    del old["model"]["norm_eps"], old["run"]
+    assert resume_conflicts(old, load_config("llama3-8b", ["run.seed=3"])) == []

@@ -1,0 +1,349 @@
+"""A document store is whole or absent, says what it is, and names what is wrong with it."""
+
+import json
+import logging
+import multiprocessing
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from raynium.data import store_build
+from raynium.data.corpus import Document, name_hash, read_documents
+from raynium.data.manifest import Manifest, token_dtype_for
+from raynium.data.store import DocumentStore, open_store
+from raynium.data.store_build import build_store
+from raynium.data.tokenizer import END_OF_DOCUMENT, Tokenizer
+from raynium.errors import DataError
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("source")
+    for i in range(50):
+        (folder / f"{i}.txt").write_text(f"Döcument {i}: {END_OF_DOCUMENT} is only text here, {i * 37}\n" * (i % 5 + 1))
+    (folder / "empty.txt").write_text("")
+    (folder / "binary.txt").write_bytes(b"\xff\xff")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(source: Path, tmp_path_factory: pytest.TempPathFactory) -> DocumentStore:
+    return build(source, tmp_path_factory.mktemp("finished") / "store")
+
+
+@pytest.fixture
+def store(finished: DocumentStore, tmp_path: Path) -> DocumentStore:
+    """A copy that a test may damage."""
+    shutil.copytree(finished.path, tmp_path / "store")
+    return open_store(tmp_path / "store")
+
+
+def build(source: Path, path: Path, **changes: Any) -> DocumentStore:
+    arguments = {"source": str(source), "vocab_size": 400, "heldout_fraction": 0.2, "shard_tokens": 500, **changes}
+    return build_store(path, **arguments)
+
+
+def edit_manifest(store: DocumentStore, **fields: Any) -> None:
+    path = store.path / "manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+
+
+def test_store_holds_every_document_once(finished: DocumentStore, source: Path):
+    tokenizer, manifest = finished.tokenizer(), finished.manifest
+    texts = {item.name: item.text for item in read_documents(str(source)) if isinstance(item, Document)}
+    stream = finished.train_stream().read(0, manifest.train.tokens)
+    ends = np.flatnonzero(stream == tokenizer.end_of_document_id)
+    train_texts = [tokenizer.decode(piece[:-1]) for piece in np.split(stream, ends + 1)[:-1]]
+    assert ends[-1] == len(stream) - 1 and len(manifest.train.shards) > 2
+
+    heldout_stream = finished.heldout_stream()
+    heldout = {
+        document.name: tokenizer.decode(heldout_stream.read(document.offset, document.num_tokens))
+        for document in finished.heldout_documents()
+    }
+    assert heldout == {name: texts[name] for name in heldout}
+    assert train_texts == [text for name, text in texts.items() if name not in heldout]
+    assert (manifest.train.documents, manifest.heldout.documents) == (len(train_texts), len(heldout))
+    assert manifest.train.utf8_bytes == sum(len(text.encode()) for text in train_texts)
+    assert manifest.heldout.utf8_bytes == sum(len(text.encode()) for text in heldout.values())
+    assert manifest.heldout.tokens == sum(document.num_tokens for document in finished.heldout_documents())
+    assert (manifest.skipped_undecodable, manifest.skipped_empty) == (1, 1)
+    assert manifest.token_dtype == "uint16" and manifest.tokenizer_sha256 == tokenizer.sha256
+    assert np.array_equal(finished.train_token_counts(), np.bincount(stream, minlength=manifest.vocab_size))
+    finished.verify()
+
+
+def test_heldout_documents_come_by_hash_of_name_with_their_sizes(finished: DocumentStore, source: Path):
+    documents = finished.heldout_documents()
+    assert [document.name for document in documents] == sorted((d.name for d in documents), key=name_hash)
+    assert finished.heldout_documents(3) == documents[:3]
+    for document in documents:
+        text = (source / document.name).read_bytes()
+        assert (document.utf8_bytes, document.zlib_bytes) == (len(text), len(zlib.compress(text, 9)))
+
+
+def test_equal_documents_give_equal_bytes(finished: DocumentStore, source: Path, tmp_path: Path):
+    again = build(source, tmp_path / "again")
+    for name in [*(file.name for file in finished.manifest.files), "manifest.json"]:
+        assert (again.path / name).read_bytes() == (finished.path / name).read_bytes(), name
+
+
+def test_tokenizer_learns_from_training_documents_only(source: Path, tmp_path: Path):
+    marked = tmp_path / "marked"
+    shutil.copytree(source, marked)
+    store = build(source, tmp_path / "plain")
+    for document in store.heldout_documents():
+        (marked / document.name).write_text("zqzqzqzq " * 400)
+    assert build(marked, tmp_path / "with-marks").manifest.tokenizer_sha256 == store.manifest.tokenizer_sha256
+
+
+def test_tokenizer_sample_is_capped(finished: DocumentStore, source: Path, tmp_path: Path):
+    capped = build(source, tmp_path / "capped", tokenizer_sample_bytes=1)  # one document, the first by hash
+    assert capped.manifest.vocab_size < finished.manifest.vocab_size
+
+
+def test_given_tokenizer_is_used_as_it_is(finished: DocumentStore, source: Path, tmp_path: Path):
+    mine = tmp_path / "mine.json"
+    mine.write_text(Tokenizer.train(["other text " * 9], vocab_size=300).file_text)
+    store = build(source, tmp_path / "store", tokenizer_path=str(mine))
+    assert (store.path / "tokenizer.json").read_text() == mine.read_text()
+    assert store.manifest.vocab_size == Tokenizer.load(mine).vocab_size
+
+
+def test_large_vocabularies_take_wider_shards(source: Path, tmp_path: Path):
+    fields = json.loads(Tokenizer.train(["some text"], vocab_size=257).file_text)
+    fields["added_tokens"].append({**fields["added_tokens"][0], "id": 70_000, "content": "<|far|>"})
+    fields["model"]["vocab"]["<|far|>"] = 70_000
+    (tmp_path / "wide.json").write_text(json.dumps(fields))
+    store = build(source, tmp_path / "store", tokenizer_path=str(tmp_path / "wide.json"), vocab_size=80_000)
+    assert store.manifest.token_dtype == "uint32" and store.manifest.vocab_size == 70_001
+    first = store.heldout_documents(1)[0]
+    text = store.tokenizer().decode(store.heldout_stream().read(first.offset, first.num_tokens))
+    assert text.encode() == (source / first.name).read_bytes()
+
+
+def test_token_type_is_the_smallest_that_holds_the_vocabulary():
+    assert [token_dtype_for(size) for size in (1, 2**16, 2**16 + 1, 2**32)] == ["uint16", "uint16", "uint32", "uint32"]
+    with pytest.raises(DataError, match="use a smaller tokenizer"):
+        token_dtype_for(2**32 + 1)
+
+
+def test_lossy_tokenizer_is_warned_about(source: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    fields = json.loads(Tokenizer.train(["some text"], vocab_size=257).file_text)
+    (tmp_path / "lossy.json").write_text(json.dumps({**fields, "normalizer": {"type": "Lowercase"}}))
+    with caplog.at_level(logging.WARNING):
+        store = build(source, tmp_path / "store", tokenizer_path=str(tmp_path / "lossy.json"))
+    heldout = store.manifest.heldout.documents
+    assert f"does not give back the text of {heldout} of {heldout} held-out documents" in caplog.text
+
+
+# ---- building: absent or whole ---------------------------------------------------------------------------------------
+
+
+def test_finished_store_is_used_not_built(finished: DocumentStore, source: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(store_build, "_build", None)
+    assert build(source, finished.path).manifest == finished.manifest
+    assert build(source, finished.path, vocab_size=4000).manifest == finished.manifest  # spare rows do no harm
+
+
+@pytest.mark.parametrize("dies_at", ["train-00002.bin", "heldout-00000.bin", "tokenizer.json", "manifest.json"])
+def test_killed_build_leaves_no_store_and_the_next_one_succeeds(
+    finished: DocumentStore, source: Path, tmp_path: Path, dies_at: str
+):
+    """SIGKILL at the moment the named file is opened for writing."""
+    path = tmp_path / "store"
+    script = (
+        "import os, signal, sys\n"
+        "from raynium.data.store_build import build_store\n"
+        "def kill(event, arguments):\n"
+        "    if event == 'open' and arguments[1] == 'w':\n"
+        f"        if os.path.basename(str(arguments[0])).startswith({dies_at!r}):\n"
+        "            os.kill(os.getpid(), signal.SIGKILL)\n"
+        "sys.addaudithook(kill)\n"
+        f"build_store({str(path)!r}, source={str(source)!r}, vocab_size=400, heldout_fraction=0.2, shard_tokens=100)\n"
+    )
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert result.returncode == -signal.SIGKILL, result.stderr
+    with pytest.raises(DataError, match=r"no document store: it has no manifest\.json; set data\.source"):
+        open_store(path)
+    store = build(source, path)  # with fewer, larger shards than the one that died
+    store.verify()
+    assert store.manifest == finished.manifest
+    on_disk = {file.name for file in path.iterdir()} - {"manifest.json", ".build.lock"}
+    assert on_disk - {f"{dies_at}.partial"} == {file.name for file in store.manifest.files}
+
+
+def build_and_report(source: Path, path: Path, barrier: Any, results: Any) -> None:
+    built = []
+    build_for_real = store_build._build
+    store_build._build = lambda *arguments: built.append(1) or build_for_real(*arguments)
+    barrier.wait()
+    store = build(source, path)
+    store.verify()
+    results.put((len(built), store.manifest.model_dump_json()))
+
+
+def test_of_two_builders_one_builds_and_the_other_uses_it(source: Path, tmp_path: Path):
+    context = multiprocessing.get_context("spawn")
+    barrier, results = context.Barrier(3), context.Queue()
+    arguments = (source, tmp_path / "store", barrier, results)
+    processes = [context.Process(target=build_and_report, args=arguments) for _ in range(3)]
+    for process in processes:
+        process.start()
+    reports = [results.get(timeout=60) for _ in processes]
+    for process in processes:
+        process.join()
+    assert sorted(builds for builds, _ in reports) == [0, 0, 1]
+    assert len({manifest for _, manifest in reports}) == 1
+
+
+def test_unusable_sources_are_refused_and_leave_no_store(source: Path, tmp_path: Path):
+    with pytest.raises(DataError, match="no such folder"):
+        build(tmp_path / "absent", tmp_path / "store")
+    only_empty = tmp_path / "only-empty"
+    only_empty.mkdir()
+    (only_empty / "a.txt").write_text("")
+    with pytest.raises(
+        DataError, match=r"gives 0 training and 0 held-out documents with data\.heldout_fraction = 0\.2"
+    ):
+        build(only_empty, tmp_path / "store")
+    with pytest.raises(DataError, match="50 training and 0 held-out documents"):
+        build(source, tmp_path / "store", heldout_fraction=0.0)
+    with pytest.raises(DataError, match="0 training and 50 held-out documents"):
+        build(source, tmp_path / "store", heldout_fraction=1.0)
+    assert not (tmp_path / "store" / "manifest.json").exists()
+
+
+def test_path_that_cannot_be_written_is_refused(source: Path, tmp_path: Path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(DataError, match=r"cannot be built: .*check permissions and free space"):
+        build(source, tmp_path / "file" / "store")
+
+
+def test_full_disk_is_refused(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(DataError, match="No space left on device; check permissions and free space"):
+        build(source, tmp_path / "store")
+    assert not (tmp_path / "store" / "manifest.json").exists()
+
+
+# ---- fit: store against config ---------------------------------------------------------------------------------------
+
+
+def test_store_built_from_something_else_is_refused(finished: DocumentStore, source: Path, tmp_path: Path):
+    with pytest.raises(DataError, match=r"built with data\.heldout_fraction = 0\.2, the config says 0\.1; set it back"):
+        build(source, finished.path, heldout_fraction=0.1)
+    with pytest.raises(DataError, match=r"built with data\.source = .*the config says 'python-stdlib'"):
+        build_store(finished.path, source="python-stdlib", vocab_size=400, heldout_fraction=0.2)
+
+
+def test_another_tokenizer_is_refused_with_both_hashes(finished: DocumentStore, source: Path, tmp_path: Path):
+    other = Tokenizer.train(["other"], vocab_size=257)
+    (tmp_path / "other.json").write_text(other.file_text)
+    for refuse in (
+        lambda path: finished.check_fits(model_vocab_size=400, tokenizer_path=path),
+        lambda path: build(source, finished.path, tokenizer_path=path),
+    ):
+        with pytest.raises(DataError, match=r"remove data\.tokenizer to use the store's own") as caught:
+            refuse(str(tmp_path / "other.json"))
+        assert other.sha256 in str(caught.value) and finished.manifest.tokenizer_sha256 in str(caught.value)
+    finished.check_fits(model_vocab_size=400, tokenizer_path=str(finished.path / "tokenizer.json"))
+
+
+def test_model_vocabulary_smaller_than_the_tokenizers_is_refused(finished: DocumentStore, source: Path, tmp_path: Path):
+    size = finished.manifest.vocab_size
+    finished.check_fits(model_vocab_size=size, tokenizer_path=None)
+    finished.check_fits(model_vocab_size=size + 1, tokenizer_path=None)
+    with pytest.raises(DataError, match=rf"model\.vocab_size = {size - 1}: .*set model\.vocab_size to {size} or more"):
+        finished.check_fits(model_vocab_size=size - 1, tokenizer_path=None)
+    with pytest.raises(DataError, match=rf"tokenizer '.*' has token ids up to {size - 1}"):  # before tokenising
+        build(source, tmp_path / "s", vocab_size=size - 1, tokenizer_path=str(finished.path / "tokenizer.json"))
+
+
+# ---- damage ----------------------------------------------------------------------------------------------------------
+
+
+def test_truncated_and_missing_files_are_named_when_opening(store: DocumentStore):
+    shard = store.path / "train-00001.bin"
+    os.truncate(shard, 998)
+    (store.path / "tokenizer.json").unlink()
+    with pytest.raises(DataError, match=r"is damaged: .*; delete the folder") as caught:
+        open_store(store.path)
+    assert "train-00001.bin (998 bytes, expected 1000 bytes)" in str(caught.value)
+    assert "tokenizer.json (missing, expected" in str(caught.value)
+    assert "train-00000.bin" not in str(caught.value)
+
+
+def test_flipped_bit_is_found_by_verify(store: DocumentStore):
+    for name in ("heldout-00000.bin", "train-00002.bin"):
+        content = bytearray((store.path / name).read_bytes())
+        content[len(content) // 2] ^= 0x10
+        (store.path / name).write_bytes(content)
+    reopened = open_store(store.path)  # sizes are right
+    with pytest.raises(DataError, match=r"is damaged: train-00002\.bin, heldout-00000\.bin; delete"):
+        reopened.verify()
+
+
+def test_damaged_heldout_index_is_named(store: DocumentStore):
+    index = store.path / "heldout-documents.json"
+    original = index.read_text()
+    for damaged in (original.replace("[", "{", 1), original.replace('"offset"', '"offfet"', 1)):
+        index.write_text(damaged)
+        with pytest.raises(DataError, match=r"is damaged: heldout-documents\.json \("):
+            open_store(store.path).heldout_documents()
+
+
+def test_manifest_of_a_newer_format_is_refused_as_such(store: DocumentStore):
+    edit_manifest(store, format_version=2, something_new=[])
+    with pytest.raises(DataError, match="has format 2, this Raynium reads up to 1; upgrade Raynium"):
+        open_store(store.path)
+
+
+@pytest.mark.parametrize("content", ["", "{", "\x00\x00", "[]", "null", "5"])
+def test_manifest_that_is_none_is_refused(store: DocumentStore, content: str):
+    (store.path / "manifest.json").write_text(content)
+    with pytest.raises(DataError, match=r"manifest\.json is damaged: .*; delete the folder and build"):
+        open_store(store.path)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"vocab_size": "400"}, "vocab_size: Input should be a valid integer"),
+        ({"format_version": "1"}, "format_version: Input should be 1"),
+        ({"token_dtype": "int64"}, "token_dtype: Input should be 'uint16' or 'uint32'"),
+        ({"token_dtype": "uint32"}, "do not add up to"),
+        ({"vocab_size": 70_000}, "vocab_size 70000 does not fit token_dtype uint16"),
+        ({"end_of_document_id": 400}, "end_of_document_id 400 is outside the vocabulary"),
+        ({"files": []}, r"train\.shards names 'train-00000\.bin', which is not in files"),
+        ({"train": {"documents": 1}}, r"train\.tokens: Field required"),
+        ({"surprise": 1}, "surprise: Extra inputs are not permitted"),
+        ({"files": [{"name": "../x", "size_bytes": 1, "crc64nvme": "0" * 16}]}, r"files\.0\.name: String should match"),
+    ],
+)
+def test_manifest_with_wrong_fields_is_refused_by_name(store: DocumentStore, fields: dict[str, Any], message: str):
+    edit_manifest(store, **fields)
+    with pytest.raises(DataError, match=message):
+        open_store(store.path)
+
+
+def test_manifest_survives_its_own_json(finished: DocumentStore):
+    assert Manifest.parse(finished.manifest.to_json(), "here") == finished.manifest
+
+
+def test_path_without_a_store_is_refused(tmp_path: Path):
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path, tmp_path / "absent", tmp_path / "file"):
+        with pytest.raises(DataError, match="is no document store"):
+            open_store(path)

@@ -1,0 +1,76 @@
+"""The catalogue: figures that other figures imply, and a source for each."""
+
+import dataclasses
+
+import pytest
+
+from raynium.hardware.catalog import INSTANCES, Instance
+
+FIGURES = (
+    "cores",
+    "core_blocks",
+    "memory_gib_per_core",
+    "bf16_flops_per_core",
+    "vcpus",
+    "ram_gib",
+    "efa_gbps",
+    "usd_per_hour",
+)
+every_instance = pytest.mark.parametrize("instance", INSTANCES.values(), ids=INSTANCES)
+
+
+def test_the_instances_of_the_plan_are_there_under_their_own_names():
+    assert list(INSTANCES) == [
+        "trn1.2xlarge", "trn1.32xlarge", "trn1n.32xlarge", "trn2.3xlarge", "trn2.48xlarge", "trn2u.48xlarge",
+        "p4d.24xlarge", "p5.48xlarge", "p5en.48xlarge", "p6-b200.48xlarge",
+    ]  # fmt: skip
+    assert all(name == instance.name for name, instance in INSTANCES.items())
+
+
+@every_instance
+def test_every_figure_names_its_source_and_a_known_one_its_date(instance: Instance):
+    assert set(instance.sources) == set(FIGURES)
+    for figure in FIGURES:
+        note = instance.sources[figure]
+        if getattr(instance, figure) is None:
+            assert any(word in note for word in ("no ", "not ")), f"{figure} is unknown and must say why, not {note!r}"
+        elif figure != "core_blocks" or instance.is_neuron:
+            assert "2026-" in note, f"{figure} must say when it was read"
+
+
+@every_instance
+def test_all_cores_together_are_a_legal_block(instance: Instance):
+    assert instance.core_blocks[-1] == instance.cores
+    assert list(instance.core_blocks) == sorted(set(instance.core_blocks))
+    assert instance.cores % instance.chips == 0
+
+
+@pytest.mark.parametrize(
+    # Published per instance in the AWS Neuron docs: device memory GiB, dense bf16 TFLOPS.
+    ("name", "memory_gib", "tflops"),
+    [("trn1.2xlarge", 32, 190), ("trn1.32xlarge", 512, 3_040), ("trn2.3xlarge", 96, 667), ("trn2.48xlarge", 1_536, 10_672)],
+)  # fmt: skip
+def test_cores_add_up_to_the_published_instance(name, memory_gib, tflops):
+    instance = INSTANCES[name]
+    assert instance.cores * instance.memory_gib_per_core == memory_gib
+    assert instance.cores * instance.bf16_flops_per_core == pytest.approx(tflops * 1e12)
+
+
+def test_figures_nobody_published_are_unknown():
+    assert INSTANCES["trn2.48xlarge"].usd_per_hour is None
+    assert "Capacity Blocks" in INSTANCES["trn2.48xlarge"].sources["usd_per_hour"]
+    assert INSTANCES["trn2.3xlarge"].efa_gbps is None
+    assert INSTANCES["p6-b200.48xlarge"].ram_gib is None
+
+
+def test_torchneuron_does_not_drive_trainium1():
+    assert INSTANCES["trn1.32xlarge"].accelerators == ("neuron_xla",)
+    assert INSTANCES["trn2.48xlarge"].accelerators == ("neuron", "neuron_xla")
+    assert INSTANCES["p5.48xlarge"].accelerators == ("cuda",)
+
+
+def test_the_catalogue_cannot_be_changed():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        INSTANCES["p5.48xlarge"].cores = 9  # pyright: ignore[reportAttributeAccessIssue]
+    with pytest.raises(TypeError):
+        INSTANCES["mine"] = INSTANCES["p5.48xlarge"]  # pyright: ignore[reportIndexIssue]

@@ -1,0 +1,155 @@
+"""Which tokens a step gets: an exact shuffle, the same at every world size, from the step alone."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from raynium.data.loader import BLOCK_SAMPLES, Loader
+from raynium.data.permutation import shuffled
+from raynium.data.store import DocumentStore, TokenStream
+from raynium.data.store_build import build_store
+from raynium.errors import DataError
+
+SEQ_LEN = 16
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> DocumentStore:
+    """A few thousand tokens in shards of 101, so that windows cross shards often."""
+    folder = tmp_path_factory.mktemp("loader")
+    (folder / "source").mkdir()
+    for i in range(60):
+        (folder / "source" / f"{i}.txt").write_text(f"document {i} says {i * i} and then {i**3}\n" * (i % 7 + 1))
+    return build_store(
+        folder / "store", source=str(folder / "source"), vocab_size=300, heldout_fraction=0.1, shard_tokens=101
+    )
+
+
+def loader_of(store: DocumentStore, **changes: int) -> Loader:
+    arguments = {"seq_len": SEQ_LEN, "global_batch_size": 12, "data_rank": 0, "data_size": 1, "seed": 3, **changes}
+    return Loader(store, **arguments)
+
+
+@settings(max_examples=150, deadline=None)
+@given(length=st.integers(1, 5000), seed=st.integers(0, 2**40), epoch=st.integers(0, 2**20))
+@example(length=1, seed=0, epoch=0)
+@example(length=2, seed=0, epoch=0)
+@example(length=4096, seed=0, epoch=0)
+@example(length=4097, seed=0, epoch=0)
+def test_shuffle_is_a_bijection(length: int, seed: int, epoch: int):
+    values = shuffled(np.arange(length), length=length, seed=seed, epoch=epoch)
+    assert np.array_equal(np.sort(values), np.arange(length))
+
+
+def test_shuffle_differs_by_epoch_and_seed_and_any_position_can_be_asked_for_alone():
+    everything = {
+        (seed, epoch): shuffled(np.arange(1000), length=1000, seed=seed, epoch=epoch)
+        for seed, epoch in itertools.product(range(3), range(3))
+    }
+    for (first, values), (second, others) in itertools.combinations(everything.items(), 2):
+        assert (values == others).mean() < 0.02, (first, second)  # chance: 0.001
+    alone = [shuffled(np.array([i]), length=1000, seed=1, epoch=2)[0] for i in range(1000)]
+    assert np.array_equal(alone, everything[1, 2])
+
+
+@pytest.mark.parametrize("length", [100, 1000, 65_537])
+def test_shuffle_looks_random(length: int):
+    """Against what a random permutation gives, at five standard deviations."""
+    places = np.arange(length)
+    z_scores = []
+    for epoch in range(40):
+        values = shuffled(places, length=length, seed=0, epoch=epoch)
+        centred_places, centred = places - places.mean(), values - values.mean()
+        variance = (centred**2).mean()
+        # correlation of place with value, and of neighbours: each about normal with deviation 1/sqrt(length)
+        z_scores.append((centred_places * centred).mean() / variance * np.sqrt(length))
+        z_scores.append((centred[1:] * centred[:-1]).mean() / variance * np.sqrt(length))
+    assert np.abs(z_scores).max() < 5
+    assert 0.7 < np.std(z_scores) < 1.3
+
+
+def test_shuffle_of_a_huge_set_takes_any_position():
+    length = 10**12 + 39
+    values = shuffled(np.array([0, 1, length - 1]), length=length, seed=0, epoch=0)
+    assert ((values >= 0) & (values < length)).all() and len(set(values.tolist())) == 3
+
+
+def test_shuffle_is_frozen():
+    """Another order would silently change what a resumed run trains on."""
+    assert shuffled(np.arange(10), length=10, seed=0, epoch=0).tolist() == [5, 4, 1, 7, 3, 9, 8, 2, 0, 6]
+    assert shuffled(np.array([0, 12345]), length=10**12, seed=7, epoch=3).tolist() == [30582759394, 65394010825]
+
+
+def test_each_token_is_a_label_exactly_once_per_epoch(store: DocumentStore):
+    loader = loader_of(store, global_batch_size=1)
+    stream = store.train_stream().read(0, store.manifest.train.tokens)
+    n = loader.samples_per_epoch
+    assert n == (len(stream) - 1) // SEQ_LEN and len(store.manifest.train.shards) > 10
+    for epoch in range(2):
+        label_counts = np.zeros(len(stream), dtype=int)
+        for step in range(epoch * n + 1, (epoch + 1) * n + 1):
+            first = int(loader.sample_ids(step)[0]) * SEQ_LEN
+            batch = loader.batch(step)
+            assert np.array_equal(batch.tokens_BT[0], stream[first : first + SEQ_LEN])
+            assert np.array_equal(batch.labels_BT[0], stream[first + 1 : first + SEQ_LEN + 1])
+            label_counts[first + 1 : first + SEQ_LEN + 1] += 1
+        assert (label_counts[1 : n * SEQ_LEN + 1] == 1).all() and label_counts.sum() == n * SEQ_LEN
+
+
+def test_batches_are_int64_cpu_tensors(store: DocumentStore):
+    batch = loader_of(store, data_size=4).batch(1)
+    for tensor in batch:
+        assert tensor.dtype == torch.int64 and tensor.shape == (3, SEQ_LEN) and tensor.device.type == "cpu"
+
+
+@pytest.mark.parametrize("data_size", [2, 3, 4, 12])
+def test_global_batch_is_the_same_at_every_world_size(store: DocumentStore, data_size: int):
+    alone = loader_of(store)
+    ranks = [loader_of(store, data_rank=rank, data_size=data_size) for rank in range(data_size)]
+    epoch_end = alone.samples_per_epoch // 12 + 1  # a step with samples of two epochs
+    for step in (1, 2, epoch_end, epoch_end + 1, 3 * epoch_end):
+        together = torch.cat([rank.batch(step).tokens_BT for rank in ranks])
+        assert torch.equal(together, alone.batch(step).tokens_BT)
+        assert np.array_equal(np.concatenate([rank.sample_ids(step) for rank in ranks]), alone.sample_ids(step))
+
+
+def test_steps_can_be_asked_for_in_any_order_by_a_fresh_loader(store: DocumentStore):
+    first = loader_of(store)
+    # more steps than a block of samples, so that batches cross the blocks' borders
+    num_steps = 3 * BLOCK_SAMPLES // 12
+    in_order = [first.sample_ids(step) for step in range(1, num_steps + 1)]
+    resumed = loader_of(store)
+    for step in (num_steps, 1, BLOCK_SAMPLES // 12, BLOCK_SAMPLES // 12 + 1, 2, 2 * BLOCK_SAMPLES // 12 + 1):
+        assert np.array_equal(resumed.sample_ids(step), in_order[step - 1])
+        assert torch.equal(resumed.batch(step).labels_BT, first.batch(step).labels_BT)
+
+
+def test_batch_size_does_not_change_the_order_of_samples(store: DocumentStore):
+    small, large = loader_of(store, global_batch_size=4), loader_of(store, global_batch_size=12)
+    assert np.array_equal(np.concatenate([small.sample_ids(step) for step in (4, 5, 6)]), large.sample_ids(2))
+
+
+def test_seeds_give_other_orders(store: DocumentStore):
+    assert not np.array_equal(loader_of(store, seed=1).sample_ids(1), loader_of(store, seed=2).sample_ids(1))
+
+
+def test_one_shard_and_many_hold_the_same_rows(store: DocumentStore):
+    many = store.train_stream()
+    one = TokenStream([many.read(0, len(many))])
+    starts = np.arange(0, len(many) - SEQ_LEN, 13)
+    gathered = one.gather(starts, SEQ_LEN + 1)
+    assert np.array_equal(gathered, many.gather(starts, SEQ_LEN + 1))
+    assert np.array_equal(gathered[5], many.read(65, SEQ_LEN + 1))
+    # longer than a shard of 101 tokens, ending with the last token
+    assert np.array_equal(one.gather(np.array([len(many) - 350]), 350), many.gather(np.array([len(many) - 350]), 350))
+
+
+def test_sequence_longer_than_the_stream_is_refused(store: DocumentStore):
+    tokens = store.manifest.train.tokens
+    assert loader_of(store, seq_len=tokens - 1).samples_per_epoch == 1
+    with pytest.raises(DataError, match=f"data.seq_len = {tokens}: .* set data.seq_len to {tokens - 1} or less"):
+        loader_of(store, seq_len=tokens)

@@ -1,0 +1,97 @@
+"""Who owns a run: exactly one live driver, whatever died before it."""
+
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from raynium.checkpoint.store import Store
+from raynium.errors import RunInUse, StoreError
+from raynium.launch.record import (
+    OWNER_LOST_SECONDS,
+    STOP_KEY,
+    Owner,
+    RunRecord,
+    claim,
+    read_record,
+    request_stop,
+    this_process,
+)
+
+CONFIG = {"train": {"steps": 4}}
+
+
+def test_a_record_survives_the_store(tmp_path: Path) -> None:
+    keeper = claim(Store(tmp_path), "first", CONFIG)
+    keeper.update(state="running", step=3, metrics={"train/loss": 1.5})
+    assert read_record(Store(tmp_path)) == keeper.record
+    assert read_record(Store(tmp_path / "other")) is None
+
+
+def test_a_live_owner_keeps_its_run(tmp_path: Path) -> None:
+    claim(Store(tmp_path), "first", CONFIG)
+    with pytest.raises(RunInUse, match=r"in use by process \d+ .*raynium stop first"):
+        claim(Store(tmp_path), "first", CONFIG)
+
+
+def test_a_dead_owner_loses_its_run_at_once_and_the_mlflow_run_stays(tmp_path: Path) -> None:
+    script = (
+        "import sys; from raynium.checkpoint.store import Store; from raynium.launch.record import claim;"
+        "claim(Store(sys.argv[1]), 'first', {}).update(state='running', mlflow_run_id='m1', generation=2);"
+        "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=False)
+    dead = read_record(Store(tmp_path))
+    assert dead is not None and not dead.owner_is_alive(time.time())
+    record = claim(Store(tmp_path), "first", CONFIG).record
+    assert (record.mlflow_run_id, record.generation, record.owner) == ("m1", 2, this_process())
+
+
+def test_an_owner_on_another_host_is_alive_while_its_heart_beats(tmp_path: Path) -> None:
+    now = time.time()
+    owner = Owner("elsewhere", "boot", 1, "1")
+    record = RunRecord("first", CONFIG, "running", owner, created_unix=now, heartbeat_unix=now)
+    assert record.owner_is_alive(now + OWNER_LOST_SECONDS - 1)
+    assert not record.owner_is_alive(now + OWNER_LOST_SECONDS + 1)
+    assert not replace(record, state="finished").owner_is_alive(now)
+
+
+def test_a_pid_that_was_given_away_is_not_the_owner() -> None:
+    owner = replace(this_process(), pid_started="1")
+    record = RunRecord("first", CONFIG, "running", owner, created_unix=0, heartbeat_unix=time.time())
+    assert owner.host == socket.gethostname() and not record.owner_is_alive(time.time())
+
+
+def test_of_two_drivers_that_start_at_once_one_wins(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    keeper = claim(store, "first", CONFIG)
+    keeper.update(state="failed")
+    store.write_new("claims/000002.json", b"{}")  # the other was faster, but has written no record yet
+
+    class Late(Store):
+        def list(self, prefix: str = "", *, recursive: bool = True):  # what a slower driver saw a moment before
+            listing = super().list(prefix, recursive=recursive)
+            return replace(listing, sizes={key: size for key, size in listing.sizes.items() if "000002" not in key})
+
+    with pytest.raises(RunInUse, match="taken by another driver"):
+        claim(Late(tmp_path), "first", CONFIG)
+
+
+def test_a_stop_asked_of_an_earlier_owner_does_not_stop_the_next(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    claim(store, "first", CONFIG).update(state="failed")
+    request_stop(store)
+    keeper = claim(store, "first", CONFIG)
+    assert not store.exists(STOP_KEY) and not keeper.stop_requested()
+    request_stop(store)
+    assert keeper.stop_requested()
+
+
+def test_a_foreign_file_in_the_records_place_is_named(tmp_path: Path) -> None:
+    Store(tmp_path).replace("run.json", b"[]")
+    with pytest.raises(StoreError, match=r"run\.json is not a run record"):
+        read_record(Store(tmp_path))

@@ -1,0 +1,244 @@
+"""Every rule: its message, in full, and the configs on the legal side of it."""
+
+import re
+
+import pytest
+
+from raynium.config.load import load_config
+from raynium.config.rules import check
+
+EIGHT_B = "llama3-8b"  # 64 ranks of trn2.48xlarge, tensor 4, batch 128
+LATER = "this release has no nxd engine yet (neuronx-distributed on torch-xla comes in a later one)"
+
+
+def problems(preset, *overrides):
+    return check(load_config(preset, overrides))
+
+
+def only_problem(preset, *overrides):
+    found = problems(preset, *overrides)
+    assert len(found) == 1, found
+    return found[0]
+
+
+# ------------------------------------------------------------------------------------------------- model
+
+
+def test_key_value_heads_divide_the_heads():
+    assert only_problem("quickstart", "model.num_kv_heads=3") == (
+        "model.num_heads is 4 and model.num_kv_heads 3: every key/value head serves the same number of query heads, so "
+        "set num_kv_heads to 1, 2 or 4"
+    )
+
+
+@pytest.mark.parametrize(("given", "nearest"), [(63, "62 or 64"), (1, "2")])
+def test_head_dim_is_even(given, nearest):
+    assert only_problem("quickstart", f"model.head_dim={given}") == (
+        f"model.head_dim is {given}: rotary embeddings turn pairs of its elements, so it must be even; set {nearest}"
+    )
+
+
+def test_the_sequence_is_no_longer_than_rope_allows():
+    assert problems("quickstart", "data.seq_len=512") == []
+    assert only_problem("quickstart", "data.seq_len=513") == (
+        "data.seq_len is 513, longer than model.max_seq_len 512, the longest sequence the rotary embeddings are valid "
+        "for: lower data.seq_len or raise model.max_seq_len"
+    )
+
+
+def test_rope_scaling_has_low_below_high():
+    assert only_problem(EIGHT_B, "model.rope_scaling.low_freq_factor=4") == (
+        "model.rope_scaling.low_freq_factor is 4 and high_freq_factor 4: low must be below high, as Llama 3.1's 1 and 4"
+    )
+
+
+def test_the_vocabulary_fits_the_token_type():
+    assert problems("quickstart", f"model.vocab_size={2**32}") == []
+    assert only_problem("quickstart", f"model.vocab_size={2**32 + 1}") == (
+        "model.vocab_size is 4294967297: a document store keeps token ids in at most 32 bits, so set 4294967296 or less"
+    )
+
+
+# ------------------------------------------------------------------------------------------------- layout and batch
+
+
+def test_the_tensor_degree_divides_what_it_splits():
+    assert only_problem(EIGHT_B, "parallel.tensor=16") == (
+        "parallel.tensor is 16, which does not divide model.num_kv_heads 8: every rank of a tensor group holds an equal "
+        "share, so set parallel.tensor to 1, 2, 4 or 8"
+    )
+    uneven = ("model.ffn_size=14334", "model.vocab_size=128255", "data.seq_len=8190")
+    assert only_problem(EIGHT_B, *uneven) == (
+        "parallel.tensor is 4, which does not divide model.ffn_size 14334, model.vocab_size 128255, data.seq_len 8190: "
+        "every rank of a tensor group holds an equal share, so set parallel.tensor to 1"
+    )
+
+
+@pytest.mark.parametrize("tensor", [8, 16])
+def test_a_tensor_group_stays_within_a_node_and_fills_it(tensor):
+    degrees = "1 or 2" if tensor == 8 else "1, 2 or 4"
+    shape = ("cluster.ranks_per_node=6",) if tensor == 8 else ("cluster.ranks_per_node=4",)
+    heads = ("model.num_heads=32", "model.num_kv_heads=32", "cluster.nodes=4", "train.global_batch_size=96")
+    assert only_problem("quickstart", f"parallel.tensor={tensor}", *shape, *heads) == (
+        f"parallel.tensor is {tensor} and cluster.ranks_per_node {shape[0][-1]}: tensor groups stay within a node, where "
+        f"the links are fast, and fill it evenly, so set parallel.tensor to {degrees}"
+    )
+
+
+def test_the_global_batch_is_a_multiple_of_ranks_times_micro_batch():
+    assert problems("quickstart", "train.global_batch_size=32") == []
+    assert only_problem("quickstart", "train.global_batch_size=40") == (
+        "train.global_batch_size is 40: it must be a multiple of 16 = 2 data-parallel ranks (world size 2 / "
+        "parallel.tensor 1) × train.micro_batch_size 8; set 32 or 48"
+    )
+    assert only_problem("quickstart", "train.global_batch_size=3").endswith("train.micro_batch_size 8; set 16")
+    assert "= 16 data-parallel ranks (world size 64 / parallel.tensor 4)" in only_problem(
+        EIGHT_B, "train.global_batch_size=100"
+    )
+
+
+# ------------------------------------------------------------------------------------------------- schedule and engine
+
+
+def test_the_warm_up_ends_before_training_does():
+    assert problems("quickstart", "train.steps=200", "optimizer.schedule=cosine", "optimizer.warmup_steps=199") == []
+    assert only_problem("quickstart", "train.steps=200", "optimizer.warmup_steps=200") == (
+        "optimizer.warmup_steps is 200 of train.steps 200: the learning rate would never reach its peak; set "
+        "warmup_steps below 200, for example 20"
+    )
+
+
+def test_warm_up_and_decay_do_not_overlap():
+    assert problems("quickstart", "optimizer.decay_fraction=0.95") == []  # 20 of 400 steps are warm-up
+    assert only_problem("quickstart", "optimizer.decay_fraction=0.96") == (
+        "optimizer.warmup_steps 20 and optimizer.decay_fraction 0.96 of train.steps 400 overlap: set decay_fraction to "
+        "at most 0.95, or fewer warmup_steps"
+    )
+    assert problems("quickstart", "optimizer.decay_fraction=0.96", "optimizer.schedule=cosine") == []
+
+
+def test_wsd_decays():
+    assert only_problem("quickstart", "optimizer.decay_fraction=0") == (
+        "optimizer.schedule is wsd with optimizer.decay_fraction 0, which never decays: set schedule to constant, or "
+        "decay_fraction above 0 (0.2 is usual)"
+    )
+
+
+def test_the_nxd_engine_is_said_to_come_later():
+    assert only_problem("quickstart", "engine.kind=nxd") == (
+        f"engine.kind is nxd: {LATER}, and it would need cluster.accelerator neuron_xla, not cpu; set engine.kind to "
+        "native, with cpu, cuda or neuron"
+    )
+    assert only_problem("quickstart", "engine.kind=nxd", "cluster.accelerator=neuron_xla") == (
+        f"engine.kind is nxd: {LATER}; set engine.kind to native, with cpu, cuda or neuron"
+    )
+
+
+def test_the_native_engine_does_not_run_on_torch_xla():
+    assert only_problem(EIGHT_B, "cluster.accelerator=neuron_xla") == (
+        "cluster.accelerator is neuron_xla with engine.kind native, which runs on cpu, cuda and neuron: torch-xla needs "
+        f"engine.kind nxd, and {LATER}; on Trainium2 set cluster.accelerator to neuron"
+    )
+
+
+# ------------------------------------------------------------------------------------------------- hardware
+
+
+def test_an_unknown_instance_type_names_the_nearest():
+    problem = only_problem(EIGHT_B, "cluster.instance_type=trn2.48xl")
+    assert problem.startswith(
+        "cluster.instance_type is 'trn2.48xl', which is not in the hardware catalogue: did you mean trn2.48xlarge or "
+        "trn2u.48xlarge? Known are trn1.2xlarge, "
+    )
+    assert problem.endswith("; null skips the checks against an instance")
+    assert "did you mean" not in only_problem(EIGHT_B, "cluster.instance_type=zzz")
+
+
+def test_the_accelerator_fits_the_instance():
+    gpus = ("cluster.instance_type=p5.48xlarge", "cluster.ranks_per_node=8")
+    assert problems(EIGHT_B, *gpus, "cluster.accelerator=cuda") == []
+    assert problems(EIGHT_B, *gpus, "cluster.accelerator=auto") == []
+    assert only_problem(EIGHT_B, *gpus) == (
+        "cluster.accelerator is neuron, but p5.48xlarge (h100) is driven by cuda: set cluster.accelerator to cuda, or "
+        "choose another cluster.instance_type (null for a machine of your own)"
+    )
+    assert only_problem("llama3-1b", "cluster.accelerator=cpu").startswith(
+        "cluster.accelerator is cpu, but trn2.3xlarge (trainium2) is driven by neuron or neuron_xla: set"
+    )
+    assert only_problem("llama3-1b", "cluster.instance_type=trn1.2xlarge", "cluster.ranks_per_node=2") == (
+        "cluster.accelerator is neuron, but trn1.2xlarge (trainium1) is driven by neuron_xla: Trainium1 needs "
+        f"torch-xla, and {LATER}; choose a trn2 instance type"
+    )
+
+
+def test_a_node_has_as_many_ranks_as_cores_at_most():
+    assert only_problem(EIGHT_B, "cluster.ranks_per_node=128") == (
+        "cluster.ranks_per_node is 128, but trn2.48xlarge has 64 NeuronCores, one a rank: set 64, or more cluster.nodes"
+    )
+
+
+def test_part_of_a_trainium_node_is_a_block_the_collectives_accept():
+    assert problems(EIGHT_B, "cluster.ranks_per_node=16") == []
+    assert only_problem(EIGHT_B, "cluster.ranks_per_node=32") == (
+        "cluster.ranks_per_node is 32: on trn2.48xlarge the collectives accept 1, 4, 16 or 64 of its 64 NeuronCores; set "
+        "one of these"
+    )
+    gpus = ("cluster.instance_type=p5.48xlarge", "cluster.accelerator=cuda", "parallel.tensor=1", "data.seq_len=4096")
+    assert problems(EIGHT_B, *gpus, "cluster.ranks_per_node=3", "train.global_batch_size=129") == []
+
+
+def test_several_trainium_nodes_are_taken_whole():
+    assert problems(EIGHT_B, "cluster.nodes=2") == []
+    assert only_problem(EIGHT_B, "cluster.nodes=2", "cluster.ranks_per_node=16") == (
+        "cluster.ranks_per_node is 16 with cluster.nodes 2: a job over several trn2.48xlarge takes whole nodes; set "
+        "ranks_per_node to 64, or nodes to 1"
+    )
+
+
+@pytest.mark.parametrize(
+    ("nodes", "legal"), [(1, True), (2, False), (3, False), (4, True), (8, True), (16, True), (24, False)]
+)
+def test_trainium1_accepts_only_some_world_sizes(nodes, legal):
+    found = problems(
+        "llama3-1b", "cluster.instance_type=trn1.2xlarge", "cluster.accelerator=auto", "cluster.ranks_per_node=2",
+        f"cluster.nodes={nodes}", f"train.global_batch_size={nodes * 16}", "data.seq_len=1024",
+    )  # fmt: skip
+    assert (
+        found == []
+        if legal
+        else found
+        == [
+            f"cluster.nodes {nodes} × cluster.ranks_per_node 2 is {nodes * 2} cores: Trainium1 collectives accept 1, 2, 8, "
+            "16 or a multiple of 32; change cluster.nodes"
+        ]
+    )
+
+
+def test_a_plan_that_does_not_fit_says_what_fills_the_memory_and_what_helps():
+    problem = only_problem(
+        EIGHT_B, "engine.activation_checkpointing=none", "engine.dtype=float32", "train.micro_batch_size=2"
+    )
+    assert re.fullmatch(
+        r"memory: by estimate this needs [\d.]+ GiB a rank \(parameters 0\.47, gradients 0\.47, optimizer 0\.93, "
+        r"gathered blocks [\d.]+, activations [\d.]+, logits [\d.]+\), and trn2\.48xlarge has 21\.60 GiB usable of 24 GiB a "
+        r"NeuronCore; set engine\.activation_checkpointing to full .*; or set engine\.dtype to bfloat16 .*; or lower "
+        r"train\.micro_batch_size .*; or raise parallel\.tensor .*; or add cluster\.nodes .*; or lower data\.seq_len .*",
+        problem,
+    )
+    problem = only_problem("llama3-70b", "cluster.nodes=1")
+    assert "activation_checkpointing to full" not in problem and "bfloat16" not in problem and "micro" not in problem
+
+
+def test_memory_is_not_judged_without_an_instance_type():
+    assert problems("llama3-70b", "cluster.nodes=1", "cluster.instance_type=null") == []
+
+
+def test_all_problems_of_all_parts_come_at_once():
+    found = problems(
+        EIGHT_B, "data.seq_len=262144", "parallel.tensor=16", "optimizer.warmup_steps=200000", "engine.kind=nxd",
+        "train.global_batch_size=3", "cluster.accelerator=cuda", "cluster.ranks_per_node=32",
+        "train.micro_batch_size=16",
+    )  # fmt: skip
+    starts = ["data.seq_len", "parallel.tensor", "train.global_batch_size", "optimizer.warmup_steps", "engine.kind",
+              "cluster.accelerator", "cluster.ranks_per_node", "memory:"]  # fmt: skip
+    assert [problem.split(" ")[0] for problem in found] == starts

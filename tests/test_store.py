@@ -1,0 +1,273 @@
+"""The store's promises, the same on a file system and on a real S3 server."""
+
+import os
+import subprocess
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from uuid import uuid4
+
+import pytest
+
+from raynium.checkpoint.checksum import checksum
+from raynium.checkpoint.store import KeyExists, KeyMissing, Store
+from raynium.errors import StoreError
+
+PART = 5 * 2**20  # the smallest part S3 takes
+
+
+@pytest.fixture(params=["file", pytest.param("s3", marks=pytest.mark.s3)])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
+    """An empty store of each kind."""
+    if request.param == "file":
+        return Store(tmp_path / "run")
+    server = request.getfixturevalue("s3_server")
+    return Store(server.create_bucket(f"b-{uuid4().hex[:12]}") + "/runs/first", options=server.options)
+
+
+def in_parallel(count: int, work: Callable[[int], None]) -> list[BaseException]:
+    """Run `work(i)` on `count` threads that start together; the exceptions, by whichever came first."""
+    errors: list[BaseException] = []
+    barrier = threading.Barrier(count)
+
+    def attempt(index: int) -> None:
+        barrier.wait()
+        try:
+            work(index)
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=attempt, args=(index,)) for index in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return errors
+
+
+# ---- the verbs ---------------------------------------------------------------------------------------------------
+
+
+def test_what_is_written_is_read_listed_and_deleted(store: Store) -> None:
+    store.write_new("a/b/one.json", b"first")
+    store.replace("a/two", b"")
+    store.replace("a/two", b"22")
+    store.write_new("top", bytes(range(256)))
+    assert store.read("a/b/one.json") == b"first" and store.read("a/two") == b"22"
+    assert store.read_range("top", 10, 5) == bytes(range(10, 15)) and store.read_range("top", 3, 0) == b""
+    assert store.size("top") == 256 and store.exists("a/two") and not store.exists("a/b")
+
+    assert dict(store.list().sizes) == {"a/b/one.json": 5, "a/two": 2, "top": 256}
+    one_level = store.list("a", recursive=False)
+    assert dict(one_level.sizes) == {"a/two": 2} and one_level.folders == ("a/b",)
+    assert store.list(recursive=False).folders == ("a",) and not store.list("nothing").sizes
+    assert dict(store.child("a").list("b").sizes) == {"b/one.json": 5}
+
+    store.delete("a/two")
+    store.delete("a/two")
+    assert store.delete_prefix("a") == 1 and store.delete_prefix("a") == 0
+    assert dict(store.list().sizes) == {"top": 256}
+
+
+def test_a_folder_is_not_a_prefix_of_names(store: Store) -> None:
+    store.write_new("step-1/x", b"1")
+    store.write_new("step-10/x", b"2")
+    assert list(store.list("step-1").sizes) == ["step-1/x"]
+    store.delete_prefix("step-1")
+    assert list(store.list().sizes) == ["step-10/x"]
+
+
+def test_missing_keys_and_short_objects_are_told_apart(store: Store) -> None:
+    for read in (lambda: store.read("no"), lambda: store.size("no"), lambda: store.read_range("no", 0, 1)):
+        with pytest.raises(KeyMissing, match="/no does not exist"):
+            read()
+    store.write_new("short", b"12345")
+    with pytest.raises(StoreError, match="short ends"):
+        store.read_range("short", 3, 5)
+    with pytest.raises(StoreError, match="short ends"):
+        store.read_range("short", 9, 5)
+    with pytest.raises(StoreError, match="5 bytes, more than the 4"):
+        store.read("short", max_bytes=4)
+
+
+def test_of_many_writers_of_one_key_exactly_one_wins(store: Store) -> None:
+    errors = in_parallel(8, lambda index: store.write_new("manifest", b"%d" % index * 100))
+    assert [type(error) for error in errors] == [KeyExists] * 7
+    assert store.read("manifest") in [b"%d" % index * 100 for index in range(8)]
+
+
+@pytest.mark.parametrize("size", [0, 1, PART, PART + 1, 3 * PART + 4097])
+def test_a_file_arrives_whole_with_its_checksums(store: Store, tmp_path: Path, size: int) -> None:
+    data = os.urandom(size)
+    (tmp_path / "image").write_bytes(data)
+    sent = store.upload_file("shard", tmp_path / "image", part_bytes=PART)
+    assert store.read("shard") == data
+    assert sent.size == size and sent.crc == checksum(data)
+    assert list(sent.part_crcs) == [checksum(data[start : start + PART]) for start in range(0, size, PART)]
+
+
+def test_an_upload_never_replaces(store: Store, tmp_path: Path) -> None:
+    for name, size in (("small", 10), ("large", 2 * PART)):
+        (tmp_path / "image").write_bytes(b"1" * size)
+        store.upload_file(name, tmp_path / "image", part_bytes=PART)
+        (tmp_path / "image").write_bytes(b"2" * size)
+        with pytest.raises(KeyExists, match="another writer was first"):
+            store.upload_file(name, tmp_path / "image", part_bytes=PART)
+        assert store.read_range(name, 0, 1) == b"1"
+
+
+def test_a_missing_file_to_upload_is_named(store: Store, tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match=r"cannot upload .*gone"):
+        store.upload_file("shard", tmp_path / "gone")
+
+
+def test_the_probe_leaves_nothing(store: Store) -> None:
+    store.check_writable()
+    assert not store.list().sizes
+
+
+# ---- addresses and keys ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("key", ["", "/a", "a/", "a//b", "..", "a/../b", ".hidden", "a b", "a\\b", "a\n", "é", "x" * 701])
+def test_keys_outside_the_store_are_refused(tmp_path: Path, key: str) -> None:
+    with pytest.raises(StoreError, match="not a valid key"):
+        Store(tmp_path).write_new(key, b"")
+    assert not list(tmp_path.iterdir())
+
+
+def test_paths_and_file_urls_are_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Store("runs/first").write_new("a", b"1")
+    for address in (f"file://{tmp_path}/runs/first", f"{tmp_path}/runs/first/", tmp_path / "runs/first"):
+        assert Store(address).read("a") == b"1"
+        assert Store(address).uri("a") == f"file://{tmp_path}/runs/first/a"
+
+
+@pytest.mark.parametrize(
+    ("url", "problem"),
+    [
+        ("gs://bucket/x", "use a path, file:// or s3://"),
+        ("s3:///x", "names no bucket"),
+        ("file://host/x", "three slashes"),
+        ("file:///", "three slashes"),
+        ("s3://b/a/../c", "holds '..'"),
+        ("s3://AKIAKEY:hunter2@bucket/x", "may not hold credentials"),
+        ("s3://bucket/x?token=hunter2", "may not hold credentials"),
+    ],
+)
+def test_unusable_addresses_are_refused_without_secrets(url: str, problem: str) -> None:
+    with pytest.raises(StoreError, match=problem) as caught:
+        Store(url)
+    assert "hunter2" not in str(caught.value) and "remedy" not in str(caught.value)
+
+
+def test_credentials_in_the_endpoint_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://me:hunter2@127.0.0.1:1")
+    with pytest.raises(StoreError, match="endpoint's address may not hold credentials") as caught:
+        Store("s3://bucket/x")
+    assert "hunter2" not in str(caught.value)
+
+
+# ---- a file system that fails ------------------------------------------------------------------------------------
+
+
+def test_a_file_in_the_way_is_explained(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    for folder in ("file", "file/deeper"):
+        with pytest.raises(StoreError, match="a file is in the way|a file is where a folder is needed"):
+            Store(tmp_path / folder).check_writable()
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(StoreError, match="a folder is where a file is needed"):
+        Store(tmp_path).replace("folder", b"")
+
+
+@pytest.fixture
+def tiny_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 1 MiB."""
+    folder = tmp_path / "tiny"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], capture_output=True).returncode:
+        pytest.skip("mounting needs root")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+def test_a_full_disk_leaves_no_trace(tiny_disk: Path, tmp_path: Path) -> None:
+    (tmp_path / "image").write_bytes(bytes(4 * 2**20))
+    store = Store(tiny_disk)
+    with pytest.raises(StoreError, match="No space left.*free space"):
+        store.upload_file("shard", tmp_path / "image", part_bytes=2**20)
+    with pytest.raises(StoreError, match="No space left.*free space"):
+        store.replace("record", bytes(4 * 2**20))
+    assert not list(tiny_disk.iterdir())
+
+    with pytest.raises(StoreError, match=r"bytes free and the run needs 4,000,000"):
+        store.check_writable(need_bytes=4_000_000)
+    store.write_new("filler", bytes(2**20 - 8192))
+    with pytest.raises(StoreError, match="No space left"):
+        store.check_writable()
+
+
+def test_a_read_only_disk_is_explained(tiny_disk: Path) -> None:
+    subprocess.run(["mount", "-o", "remount,ro", tiny_disk], check=True)
+    with pytest.raises(StoreError, match="read-only"):
+        Store(tiny_disk / "run").check_writable()
+
+
+def test_leftovers_of_a_killed_writer_are_invisible(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / ".tmp-1234").write_bytes(b"half")
+    store = Store(tmp_path)
+    assert not store.list().sizes
+    store.delete_prefix("a")
+    assert not (tmp_path / "a").exists()
+
+
+# ---- an S3 server that refuses -----------------------------------------------------------------------------------
+
+
+@pytest.mark.s3
+def test_listing_and_deleting_more_than_one_page(s3_server) -> None:
+    store = Store(s3_server.create_bucket("many"), options=s3_server.options)
+    keys = [f"steps/step-{index:04d}/x" for index in range(1005)]
+    per_thread = len(keys) // 5
+    assert not in_parallel(
+        5, lambda t: [store.write_new(key, b"1") for key in keys[t * per_thread : (t + 1) * per_thread]] and None
+    )
+    assert list(store.list("steps").sizes) == keys
+    assert list(store.list("steps", recursive=False).folders) == [key[:-2] for key in keys]
+    assert store.delete_prefix("steps") == 1005 and not store.list().sizes
+
+
+@pytest.mark.s3
+def test_s3_refusals_name_the_remedy(s3_server, tmp_path: Path) -> None:
+    bucket = s3_server.create_bucket("refusals")
+    cases = [
+        ("s3://no-such-bucket/x", s3_server.options, "create the bucket"),
+        (bucket, s3_server.options | {"secret": "wrong"}, "the secret key is wrong"),
+        (bucket, s3_server.options | {"key": "nobody"}, "the access key is unknown"),
+        (bucket, s3_server.options | {"key": s3_server.options["key"] + "-reader"}, "allow s3:GetObject, s3:PutObject"),
+        (bucket, s3_server.options | {"endpoint_url": "http://127.0.0.1:9"}, "check the network, and AWS_ENDPOINT_URL"),
+    ]
+    for url, options, remedy in cases:
+        with pytest.raises(StoreError, match=remedy) as caught:
+            Store(url, options=options).check_writable()
+        assert url in str(caught.value) and s3_server.options["secret"] not in str(caught.value)
+
+
+@pytest.mark.s3
+def test_a_failed_part_leaves_no_open_upload(s3_server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Store(s3_server.create_bucket("parts"), options=s3_server.options)
+    (tmp_path / "image").write_bytes(os.urandom(3 * PART))
+    # The server is told a wrong checksum for the second part, as if its bytes had changed on the way
+    right = __import__("raynium.checkpoint.s3_store", fromlist=["to_text"]).to_text
+    wrong_for = checksum((tmp_path / "image").read_bytes()[PART : 2 * PART])
+    monkeypatch.setattr(
+        "raynium.checkpoint.s3_store.to_text", lambda crc: right(crc ^ 1) if crc == wrong_for else right(crc)
+    )
+    with pytest.raises(StoreError, match="parts/shard"):
+        store.upload_file("shard", tmp_path / "image", part_bytes=PART)
+    assert not store.exists("shard")
+    fs = store._backend._fs  # pyright: ignore[reportAttributeAccessIssue]
+    assert not fs.call_s3("list_multipart_uploads", Bucket="parts").get("Uploads")
