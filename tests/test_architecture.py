@@ -16,7 +16,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "platform/raynium"
 
-# From the bottom up. A module imports from its own unit and from lower layers; units of one layer do not know each other.
+# From the bottom up. A module imports from its own unit and from lower layers; units of a layer do not know each other.
 # A dotted unit is a module that stands elsewhere than the folder it is in. raynium/__init__.py is above all.
 LAYERS = (
     ("errors",),
@@ -46,9 +46,12 @@ HOMES = {
     "ray": {"launch"},
     "mlflow": {"tracking"},
     "boto3": {"cluster"},
-    "torch": {"models", "data", "optim", "checkpoint", "accelerators", "engines", "train", "rank", "rank_entry", "standalone", "sampling"},
-    **dict.fromkeys(NEURON_LIBRARIES, {"accelerators", "engines"}),
-}  # fmt: skip
+    "torch": {
+        *("models", "data", "optim", "checkpoint", "accelerators", "engines"),
+        *("sampling", "train", "rank", "rank_entry", "standalone"),
+    },
+    **{library: {"accelerators", "engines"} for library in NEURON_LIBRARIES},
+}
 # Formats that run code when they are read. Ray itself pickles what launch/ hands it.
 UNSAFE_MODULES = {"pickle", "cPickle", "dill", "marshal", "shelve", "joblib", "cloudpickle"}
 UNSAFE_CALLS = {
@@ -109,7 +112,9 @@ def test_platform_is_a_folder_and_not_a_package():
 
 
 def test_import_platform_is_the_standard_library_with_the_repository_first_on_the_path():
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import platform, uuid; print(platform.__file__, platform.system())"
+    code = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); import platform; print(platform.__file__, platform.system())"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     file, system = done.stdout.split()
     assert not Path(file).is_relative_to(ROOT / "platform")
@@ -179,8 +184,10 @@ def test_neuron_libraries_are_imported_inside_functions_only():
     assert wrong == []
 
 
-LIGHT = ["raynium", "raynium.sdk", "raynium.cli", "raynium.config.load", "raynium.config.rules", "raynium.config.resume",
-         "raynium.hardware.catalog", "raynium.planning.memory", "raynium.models.flops", "raynium.models.plan"]  # fmt: skip
+LIGHT = [
+    *("raynium", "raynium.sdk", "raynium.cli", "raynium.config.load", "raynium.config.rules", "raynium.config.resume"),
+    *("raynium.hardware.catalog", "raynium.planning.memory", "raynium.models.flops", "raynium.models.plan"),
+]
 
 
 @pytest.mark.parametrize("module", LIGHT)

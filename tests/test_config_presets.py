@@ -47,7 +47,12 @@ def test_the_preset_passes_the_rules_of_its_hardware(preset):
     ("preset", "published"),
     # Safetensors totals of the Hugging Face model pages: meta-llama/Llama-3.2-1B, Llama-3.1-8B, Llama-3.1-70B and
     # Qwen/Qwen3-8B-Base.
-    [("llama3-1b", 1_235_814_400), ("llama3-8b", 8_030_261_248), ("llama3-70b", 70_553_706_496), ("qwen3-8b", 8_190_735_360)],
-)  # fmt: skip
+    [
+        ("llama3-1b", 1_235_814_400),
+        ("llama3-8b", 8_030_261_248),
+        ("llama3-70b", 70_553_706_496),
+        ("qwen3-8b", 8_190_735_360),
+    ],
+)
 def test_the_parameter_count_is_the_published_one(preset, published):
     assert parameter_count(load_config(preset, base_folder=ROOT).model).total == published

@@ -36,7 +36,8 @@ def test_a_contradiction_names_field_values_and_remedy():
 
 @pytest.mark.parametrize(
     "override",
-    ["run.seed=1", "data.path=elsewhere", "data.tokenizer=null", "data.heldout_fraction=0.2", "train.global_batch_size=64",
+    ["run.seed=1", "data.path=elsewhere", "data.tokenizer=null", "data.heldout_fraction=0.2",
+     "train.global_batch_size=64",
      "optimizer.betas=[0.9, 0.99]", "optimizer.eps=1e-7", "model.rope_scaling=null", "model.rope_scaling.factor=9",
      "model.embeddings=tied", "model.norm_eps=1e-6"],
 )  # fmt: skip

@@ -30,7 +30,7 @@ def coordinator(folder: Path, **changes: Any) -> RunCoordinator:
 
 
 def agent(node_rank: int, attempt: str = "a") -> AgentInfo:
-    return AgentInfo(attempt, node_rank, f"127.0.0.{node_rank + 2}", 29500 + node_rank)
+    return AgentInfo(attempt, node_rank, f"127.0.0.{node_rank + 2}", 29500 + node_rank, pid=1)
 
 
 def test_a_generation_starts_when_every_node_is_there_and_all_get_the_same_rendezvous(tmp_path: Path) -> None:

@@ -90,4 +90,5 @@ def test_held_out_documents_are_the_stated_share_and_stay_held_out():
     assert held_out[0.05] < held_out[0.2]
     assert 0.04 < len(held_out[0.05]) / len(names) < 0.06
     # frozen: another value would silently move documents between the splits of existing stores
+    assert [i for i in range(60) if is_held_out(f"{i}.txt", 0.1)] == [14, 48]
     assert name_hash("json/decoder.py") == 2101820494204920077

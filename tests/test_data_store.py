@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from raynium.data import store_build
-from raynium.data.corpus import Document, name_hash, read_documents
+from raynium.data.corpus import Document, is_held_out, name_hash, read_documents
 from raynium.data.manifest import Manifest, token_dtype_for
 from raynium.data.store import DocumentStore, open_store
 from raynium.data.store_build import build_store
@@ -324,7 +324,7 @@ def test_manifest_that_is_none_is_refused(store: DocumentStore, content: str):
         ({"format_version": "1"}, "format_version: Input should be 1"),
         ({"token_dtype": "int64"}, "token_dtype: Input should be 'uint16' or 'uint32'"),
         ({"token_dtype": "uint32"}, "do not add up to"),
-        ({"vocab_size": 70_000}, "vocab_size 70000 does not fit token_dtype uint16"),
+        ({"vocab_size": 65_537}, "vocab_size 65537 does not fit token_dtype uint16"),
         ({"end_of_document_id": 400}, "end_of_document_id 400 is outside the vocabulary"),
         ({"files": []}, r"train\.shards names 'train-00000\.bin', which is not in files"),
         ({"train": {"documents": 1}}, r"train\.tokens: Field required"),
@@ -338,6 +338,19 @@ def test_manifest_with_wrong_fields_is_refused_by_name(store: DocumentStore, fie
         open_store(store.path)
 
 
+def test_identity_of_the_training_data_ignores_its_place_but_not_its_content(
+    finished: DocumentStore, source: Path, tmp_path: Path
+):
+    changed = tmp_path / "changed"
+    shutil.copytree(source, changed)
+    assert build(changed, tmp_path / "copy").manifest.train_sha256 == finished.manifest.train_sha256
+    [first, *_] = [name for name in sorted(os.listdir(source)) if not is_held_out(name, 0.2)]
+    tokenizer_path = str(finished.path / "tokenizer.json")
+    (changed / first).write_text((source / first).read_text().replace("only", "ylno"))
+    altered = build(changed, tmp_path / "altered", tokenizer_path=tokenizer_path)
+    assert altered.manifest.train_sha256 != finished.manifest.train_sha256
+
+
 def test_manifest_survives_its_own_json(finished: DocumentStore):
     assert Manifest.parse(finished.manifest.to_json(), "here") == finished.manifest
 
@@ -347,3 +360,9 @@ def test_path_without_a_store_is_refused(tmp_path: Path):
     for path in (tmp_path, tmp_path / "absent", tmp_path / "file"):
         with pytest.raises(DataError, match="is no document store"):
             open_store(path)
+
+
+def test_building_and_reading_stores_loads_no_torch():
+    """The driver and the CLI do it, and torch takes seconds to import."""
+    script = "import sys, raynium.data.remote, raynium.data.store_build; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script]).returncode == 0

@@ -48,8 +48,13 @@ def test_all_cores_together_are_a_legal_block(instance: Instance):
 @pytest.mark.parametrize(
     # Published per instance in the AWS Neuron docs: device memory GiB, dense bf16 TFLOPS.
     ("name", "memory_gib", "tflops"),
-    [("trn1.2xlarge", 32, 190), ("trn1.32xlarge", 512, 3_040), ("trn2.3xlarge", 96, 667), ("trn2.48xlarge", 1_536, 10_672)],
-)  # fmt: skip
+    [
+        ("trn1.2xlarge", 32, 190),
+        ("trn1.32xlarge", 512, 3_040),
+        ("trn2.3xlarge", 96, 667),
+        ("trn2.48xlarge", 1_536, 10_672),
+    ],
+)
 def test_cores_add_up_to_the_published_instance(name, memory_gib, tflops):
     instance = INSTANCES[name]
     assert instance.cores * instance.memory_gib_per_core == memory_gib

@@ -104,6 +104,7 @@ def test_batches_are_int64_cpu_tensors(store: DocumentStore):
     batch = loader_of(store, data_size=4).batch(1)
     for tensor in batch:
         assert tensor.dtype == torch.int64 and tensor.shape == (3, SEQ_LEN) and tensor.device.type == "cpu"
+        assert tensor.is_contiguous()  # engines may call .view
 
 
 @pytest.mark.parametrize("data_size", [2, 3, 4, 12])
@@ -133,7 +134,11 @@ def test_batch_size_does_not_change_the_order_of_samples(store: DocumentStore):
     assert np.array_equal(np.concatenate([small.sample_ids(step) for step in (4, 5, 6)]), large.sample_ids(2))
 
 
-def test_seeds_give_other_orders(store: DocumentStore):
+def test_epochs_and_seeds_give_other_orders(store: DocumentStore):
+    loader = loader_of(store, global_batch_size=1)
+    n = loader.samples_per_epoch
+    epochs = [np.concatenate([loader.sample_ids(e * n + i + 1) for i in range(n)]) for e in range(2)]
+    assert (epochs[0] == epochs[1]).mean() < 0.1
     assert not np.array_equal(loader_of(store, seed=1).sample_ids(1), loader_of(store, seed=2).sample_ids(1))
 
 

@@ -64,8 +64,8 @@ def test_the_vocabulary_fits_the_token_type():
 
 def test_the_tensor_degree_divides_what_it_splits():
     assert only_problem(EIGHT_B, "parallel.tensor=16") == (
-        "parallel.tensor is 16, which does not divide model.num_kv_heads 8: every rank of a tensor group holds an equal "
-        "share, so set parallel.tensor to 1, 2, 4 or 8"
+        "parallel.tensor is 16, which does not divide model.num_kv_heads 8: every rank of a tensor group holds an "
+        "equal share, so set parallel.tensor to 1, 2, 4 or 8"
     )
     uneven = ("model.ffn_size=14334", "model.vocab_size=128255", "data.seq_len=8190")
     assert only_problem(EIGHT_B, *uneven) == (
@@ -80,8 +80,8 @@ def test_a_tensor_group_stays_within_a_node_and_fills_it(tensor):
     shape = ("cluster.ranks_per_node=6",) if tensor == 8 else ("cluster.ranks_per_node=4",)
     heads = ("model.num_heads=32", "model.num_kv_heads=32", "cluster.nodes=4", "train.global_batch_size=96")
     assert only_problem("quickstart", f"parallel.tensor={tensor}", *shape, *heads) == (
-        f"parallel.tensor is {tensor} and cluster.ranks_per_node {shape[0][-1]}: tensor groups stay within a node, where "
-        f"the links are fast, and fill it evenly, so set parallel.tensor to {degrees}"
+        f"parallel.tensor is {tensor} and cluster.ranks_per_node {shape[0][-1]}: tensor groups stay within a node, "
+        f"where the links are fast, and fill it evenly, so set parallel.tensor to {degrees}"
     )
 
 
@@ -136,8 +136,8 @@ def test_the_nxd_engine_is_said_to_come_later():
 
 def test_the_native_engine_does_not_run_on_torch_xla():
     assert only_problem(EIGHT_B, "cluster.accelerator=neuron_xla") == (
-        "cluster.accelerator is neuron_xla with engine.kind native, which runs on cpu, cuda and neuron: torch-xla needs "
-        f"engine.kind nxd, and {LATER}; on Trainium2 set cluster.accelerator to neuron"
+        "cluster.accelerator is neuron_xla with engine.kind native, which runs on cpu, cuda and neuron: torch-xla "
+        f"needs engine.kind nxd, and {LATER}; on Trainium2 set cluster.accelerator to neuron"
     )
 
 
@@ -180,8 +180,8 @@ def test_a_node_has_as_many_ranks_as_cores_at_most():
 def test_part_of_a_trainium_node_is_a_block_the_collectives_accept():
     assert problems(EIGHT_B, "cluster.ranks_per_node=16") == []
     assert only_problem(EIGHT_B, "cluster.ranks_per_node=32") == (
-        "cluster.ranks_per_node is 32: on trn2.48xlarge the collectives accept 1, 4, 16 or 64 of its 64 NeuronCores; set "
-        "one of these"
+        "cluster.ranks_per_node is 32: on trn2.48xlarge the collectives accept 1, 4, 16 or 64 of its 64 NeuronCores; "
+        "set one of these"
     )
     gpus = ("cluster.instance_type=p5.48xlarge", "cluster.accelerator=cuda", "parallel.tensor=1", "data.seq_len=4096")
     assert problems(EIGHT_B, *gpus, "cluster.ranks_per_node=3", "train.global_batch_size=129") == []
@@ -208,8 +208,8 @@ def test_trainium1_accepts_only_some_world_sizes(nodes, legal):
         if legal
         else found
         == [
-            f"cluster.nodes {nodes} × cluster.ranks_per_node 2 is {nodes * 2} cores: Trainium1 collectives accept 1, 2, 8, "
-            "16 or a multiple of 32; change cluster.nodes"
+            f"cluster.nodes {nodes} × cluster.ranks_per_node 2 is {nodes * 2} cores: Trainium1 collectives accept "
+            "1, 2, 8, 16 or a multiple of 32; change cluster.nodes"
         ]
     )
 
@@ -220,9 +220,10 @@ def test_a_plan_that_does_not_fit_says_what_fills_the_memory_and_what_helps():
     )
     assert re.fullmatch(
         r"memory: by estimate this needs [\d.]+ GiB a rank \(parameters 0\.47, gradients 0\.47, optimizer 0\.93, "
-        r"gathered blocks [\d.]+, activations [\d.]+, logits [\d.]+\), and trn2\.48xlarge has 21\.60 GiB usable of 24 GiB a "
-        r"NeuronCore; set engine\.activation_checkpointing to full .*; or set engine\.dtype to bfloat16 .*; or lower "
-        r"train\.micro_batch_size .*; or raise parallel\.tensor .*; or add cluster\.nodes .*; or lower data\.seq_len .*",
+        r"gathered blocks [\d.]+, activations [\d.]+, logits [\d.]+\), and trn2\.48xlarge has 21\.60 GiB usable "
+        r"of 24 GiB a NeuronCore; set engine\.activation_checkpointing to full .*; or set engine\.dtype to .*; "
+        r"or lower train\.micro_batch_size .*; or raise parallel\.tensor .*; or add cluster\.nodes .*; "
+        r"or lower data\.seq_len .*",
         problem,
     )
     problem = only_problem("llama3-70b", "cluster.nodes=1")

@@ -64,7 +64,7 @@ class Server:
         self.process.wait()
 
 
-def wait_until(condition: Callable[[], bool], message: str, *, seconds: float = 60) -> None:
+def wait_until(condition: Callable[[], bool], message: str, *, seconds: float = 120) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, message

@@ -114,6 +114,18 @@ def test_a_damaged_acknowledgement_sends_again_rather_than_losing(tmp_path: Path
     assert "sent again" in caplog.text
 
 
+def test_acknowledging_works_again_after_the_acknowledgement_was_damaged(tmp_path: Path):
+    spool = MetricSpool(tmp_path, segment_bytes=1)
+    for step in range(10):
+        append(spool, step)
+    spool.acknowledge(through=4)
+    (tmp_path / "acknowledged").unlink()
+    spool = reopen(spool, tmp_path, segment_bytes=1)
+    records = spool.read_batch(max_points=100)
+    spool.acknowledge(through=records[-2].number)
+    assert steps_waiting(reopen(spool, tmp_path)) == [9]
+
+
 class FullDisk:
     """No file of this process may grow beyond a size: writes fail in the middle of a line, as on a full disk."""
 

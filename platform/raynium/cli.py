@@ -106,6 +106,7 @@ def status(name: RunArgument, root: RootOption = "runs") -> None:
 def logs(
     name: RunArgument,
     root: RootOption = "runs",
+    ranks: Annotated[bool, Option("--ranks", help="The ranks' output on this host instead.")] = False,
     address: Annotated[
         str, Option(help="Dashboard of the Ray cluster, for a submitted run.", envvar="RAY_API_SERVER_ADDRESS")
     ] = "http://127.0.0.1:8265",
@@ -115,6 +116,9 @@ def logs(
 
     run = find_run(name, root)
     job_id = run.record().job_id
+    if ranks:
+        _print(run.logs(of="ranks").rstrip())
+        return
     _print((Run(run.name, run.url, Client(address), job_id) if job_id else run).logs().rstrip())
 
 

@@ -9,8 +9,8 @@ def learning_rate(optimizer: OptimizerSection, *, step: int, total_steps: int) -
     """The learning rate of optimizer step `step`, which counts from 1 to total_steps.
 
     Warm-up is linear and reaches the peak at step `warmup_steps` (the first step is not wasted on a rate of 0). Then
-    cosine falls to peak * final_learning_rate_ratio at the last step; wsd (warm-up, stable, decay) holds the peak and falls
-    linearly to the same rate over the last `decay_fraction` of all steps; constant holds the peak.
+    cosine falls to peak * final_learning_rate_ratio at the last step; wsd (warm-up, stable, decay) holds the peak and
+    falls linearly to the same rate over the last `decay_fraction` of all steps; constant holds the peak.
     """
     assert 1 <= step <= total_steps, f"step {step} of {total_steps}"
     peak, final = optimizer.learning_rate, optimizer.learning_rate * optimizer.final_learning_rate_ratio
@@ -34,5 +34,5 @@ def _progress(step: int, *, begin: int, end: int) -> float:
 
 
 def decays(shape: tuple[int, ...]) -> bool:
-    """Whether weight decay applies: to matrices, which includes embedding and head (as in GPT-3 and nanoGPT), not to norms."""
+    """Whether weight decay applies: to matrices, embedding and head among them (as in nanoGPT), not to norms."""
     return len(shape) >= 2

@@ -59,10 +59,13 @@ def open_sampler(run_url: str, step: int | None = None) -> Sampler:
     if reference is None:
         raise CheckpointError(f"run {store.url} has no checkpoint yet. Wait for its first one (checkpoint.every_steps)")
     config = Config.model_validate(reference.manifest.state["config"])
-    weights = read_tensors(reference, prefix=MODEL_PREFIX)
+    weights = {
+        name.removeprefix(MODEL_PREFIX): tensor for name, tensor in read_tensors(reference, prefix=MODEL_PREFIX).items()
+    }
+    if config.model.embeddings == "tied":  # stored once
+        weights["head.weight"] = weights["embedding.weight"]
     with torch.device("meta"):
         model = Decoder(config.model)
-    model.load_state_dict({name.removeprefix(MODEL_PREFIX): tensor for name, tensor in weights.items()}, assign=True)
-    model.tie()
+    model.load_state_dict(weights, assign=True)
     tokenizer = Tokenizer(store.read(TOKENIZER_NAME).decode(), store.uri(TOKENIZER_NAME))
     return Sampler(model.eval(), tokenizer, reference.step)

@@ -11,7 +11,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from raynium.errors import RunFailed, RunInUse, StoreError
 
@@ -101,8 +101,12 @@ class Run:
         sampler = open_sampler(self.url, step)
         return sampler.text(prompt, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
 
-    def logs(self) -> str:
-        """The driver's output so far."""
+    def logs(self, *, of: Literal["driver", "ranks"] = "driver") -> str:
+        """The output so far of the driver, or of the ranks that ran on this host."""
+        if of == "ranks":
+            from raynium.launch.scratch import log_folder
+
+            return "".join(path.read_text() for path in sorted(log_folder(self.url).glob("node-*.log")))
         if self.client is not None and self.job_id is not None:
             return self.client.job_logs(self.job_id)
         path = self.record().log_path

@@ -26,8 +26,8 @@ class CpuAccelerator:
             "OMP_NUM_THREADS": str(max(1, usable_cores() // local_world_size)),
         }
         if is_loopback(master_host):
-            # gloo, when the process group starts: by default it binds what the host's name resolves to, which on laptops
-            # and in containers is often an address that nothing answers on.
+            # gloo, when the process group starts: by default it binds what the host's name resolves to, which on
+            # laptops and in containers is often an address that nothing answers on.
             variables["GLOO_SOCKET_IFNAME"] = "lo0" if sys.platform == "darwin" else "lo"
         return variables
 

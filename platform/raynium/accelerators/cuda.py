@@ -30,8 +30,8 @@ class CudaAccelerator:
 
     def environment(self, *, local_rank: int, local_world_size: int, master_host: str) -> dict[str, str]:
         return {
-            # cuBLAS, when its first handle is made: fixed workspaces, so that equal inputs give equal bits and a resumed run
-            # repeats the losses of an uninterrupted one.
+            # cuBLAS, when its first handle is made: fixed workspaces, so that equal inputs give equal bits and a
+            # resumed run repeats the losses of an uninterrupted one.
             "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
         }
 

@@ -29,8 +29,8 @@ def detect(name: str, *, device_folder: Path = Path("/dev")) -> Accelerator:
         case "auto":
             if any(device_folder.glob("neuron[0-9]*")):
                 raise LaunchError(
-                    f"cluster.accelerator is 'auto' and this machine has Neuron devices ({device_folder}/neuron0), which "
-                    "this build cannot use (it has cpu and cuda): set it to 'cpu' to train on this machine's CPU"
+                    f"cluster.accelerator is 'auto' and this machine has Neuron devices ({device_folder}/neuron0), "
+                    "which this build cannot use (it has cpu and cuda): set it to 'cpu' to train on the machine's CPU"
                 )
             return CudaAccelerator() if gpus else CpuAccelerator()
         case _:

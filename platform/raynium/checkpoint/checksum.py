@@ -1,7 +1,6 @@
 """CRC64NVME, the checksum that S3 itself keeps for every object, over whole files and over their parts. No torch."""
 
 import base64
-import binascii
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
@@ -31,6 +30,13 @@ def checksum(buffer: bytes | bytearray | memoryview) -> int:
     return crc64nvme(buffer)  # pyright: ignore[reportArgumentType]  (any contiguous buffer works)
 
 
+def checksum_parts(buffer: bytes | memoryview, part_bytes: int) -> FileChecksums:
+    """The checksums of a file with these contents."""
+    view = memoryview(buffer)
+    crcs = (checksum(view[start : start + part_bytes]) for start in range(0, len(view), part_bytes))
+    return FileChecksums(len(view), part_bytes, tuple(crcs))
+
+
 def combine(crcs: Sequence[int], lengths: Sequence[int]) -> int:
     """CRC64NVME of the concatenation of blocks with these checksums and lengths in bytes; 0 for no block."""
     pairs = zip(crcs, lengths, strict=True)
@@ -56,7 +62,7 @@ def from_text(text: str) -> int:
     """Inverse of `to_text`. ValueError if `text` is not exactly that form."""
     try:
         raw = base64.b64decode(text, validate=True)
-    except binascii.Error as error:
+    except ValueError as error:
         raise ValueError(f"{text!r} is not base64") from error
     if len(raw) != 8 or to_text(int.from_bytes(raw, "big")) != text:
         raise ValueError(f"{text!r} is not the base64 of 8 bytes")

@@ -41,7 +41,7 @@ class ImagePlan:
 def plan_image(chunks: Sequence[Chunk]) -> ImagePlan:
     """Lay out the blocks that this rank saves (`saved_here`). Every rank calls it with its own chunks, without talking.
 
-    Blocks without elements are left out, except that of a tensor that has none at all.
+    Blocks without elements are left out, except those of a tensor that has none at all.
     """
     saved = [chunk for chunk in chunks if chunk.saved_here and (chunk.tensor.numel() or 0 in chunk.global_shape)]
     # Widest elements first keeps all of them aligned without gaps, which safetensors forbids; then the largest first,
@@ -121,7 +121,7 @@ class ImageFile:
     def reserve(self, size: int) -> memoryview:
         """`size` bytes of it, writable, with every page already there; the same memory again for the same size.
 
-        CheckpointError if there is not enough shared memory. Views given out before, for another size, must be dropped.
+        CheckpointError if there is not enough shared memory. Views of another size must not be used any more.
         """
         assert size > 0
         if self._pages is None or len(self._pages) != size:
@@ -157,10 +157,8 @@ class ImageFile:
         )
 
     def close(self) -> None:
-        """Unmap; the file stays."""
-        if self._pages is not None:
-            self._pages.close()
-            self._pages = None
+        """Let go of the memory; it is unmapped once no view refers to it. The file stays."""
+        self._pages = None
 
     def unlink(self) -> None:
         """Give the memory back, once nobody reads the file."""

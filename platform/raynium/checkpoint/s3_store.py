@@ -6,7 +6,7 @@ Checksums are CRC64NVME, given by us: S3 (and SeaweedFS, and Ceph) refuse bytes 
 import asyncio
 import os
 import threading
-from collections.abc import Coroutine, Iterator, MutableSequence
+from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,14 +15,15 @@ from urllib.parse import urlsplit
 import s3fs
 from botocore.exceptions import BotoCoreError, ClientError
 
-from raynium.checkpoint.checksum import FileChecksums, checksum, num_parts, to_text
+from raynium.checkpoint.checksum import FileChecksums, checksum, checksum_parts, num_parts, to_text
 from raynium.checkpoint.file_store import mapped
 from raynium.checkpoint.store import KeyExists, KeyMissing, Listing
 from raynium.errors import StoreError
 
 T = TypeVar("T")
 
-PARTS_IN_FLIGHT = 4  # of 64 MiB: hides S3's latency; each is one copy in memory
+UNITS_IN_FLIGHT = 4  # of 64 MiB: hides S3's latency; each is one copy in memory
+_MIN_UPLOAD_BYTES, _MAX_UPLOAD_PARTS = 5 * 2**20, 10_000  # S3's limits of a multipart upload
 _DELETE_BATCH = 1000  # S3's limit
 _MAX_ATTEMPTS = 8  # per request, by botocore, with growing pauses
 _CLEANUP_SECONDS = 20
@@ -125,13 +126,14 @@ class S3Backend:
         size = os.fstat(source.fileno()).st_size
         with source, self._errors(key):
             view = mapped(source, size)
-            crcs = [0] * num_parts(size, part_bytes)
-            if len(crcs) <= 1:  # crcs is filled before the bytes leave, so that it is of what was sent
-                crcs = [checksum(view)] if size else []
-                self._run(self._put(key, bytes(view), exclusive=True, crc=crcs[0] if crcs else 0))
+            # S3 takes at most 10,000 parts a file and none but the last under 5 MiB: then it gets several in one
+            together = num_parts(max(_MIN_UPLOAD_BYTES, num_parts(size, _MAX_UPLOAD_PARTS)), part_bytes)
+            unit_bytes = together * part_bytes
+            if size <= unit_bytes:
+                sent = checksum_parts(body := bytes(view), part_bytes)
+                self._run(self._put(key, body, exclusive=True, crc=sent.crc))
             else:
-                self._run(self._upload_parts(key, view, part_bytes, crcs))
-        sent = FileChecksums(size, part_bytes, tuple(crcs))
+                sent = self._run(self._upload_units(key, view, unit_bytes, part_bytes))
         self._check_stored(key, sent)
         return sent
 
@@ -149,41 +151,40 @@ class S3Backend:
         request = {"Bucket": self.bucket, "Key": self._object(key), "Body": data, "ChecksumCRC64NVME": to_text(crc)}
         await self._conditional("put_object", **request, **condition)
 
-    async def _upload_parts(self, key: str, view: memoryview, part_bytes: int, crcs: MutableSequence[int]) -> None:
-        """One multipart upload; fills `crcs`. Whatever ends it early, no part is left behind to be paid for."""
+    async def _upload_units(self, key: str, view: memoryview, unit_bytes: int, part_bytes: int) -> FileChecksums:
+        """One multipart upload, in units of whole parts. Whatever ends it early, nothing is left behind to be paid."""
         target = {"Bucket": self.bucket, "Key": self._object(key)}
         kind = {"ChecksumAlgorithm": "CRC64NVME", "ChecksumType": "FULL_OBJECT"}
-        upload = {
-            **target,
-            "UploadId": (await self._fs._call_s3("create_multipart_upload", **target, **kind))["UploadId"],
-        }
-        free = asyncio.Semaphore(PARTS_IN_FLIGHT)
+        started = await self._fs._call_s3("create_multipart_upload", **target, **kind)
+        upload = {**target, "UploadId": started["UploadId"]}
+        free = asyncio.Semaphore(UNITS_IN_FLIGHT)
 
-        async def send(index: int) -> dict[str, Any]:
+        async def send(index: int) -> tuple[FileChecksums, dict[str, Any]]:
             async with free:
-                body = bytes(view[index * part_bytes : (index + 1) * part_bytes])
-                crcs[index] = checksum(body)
-                crc = to_text(crcs[index])
-                part = {"PartNumber": index + 1, "ChecksumCRC64NVME": crc}
-                answer = await self._fs._call_s3("upload_part", **upload, **part, Body=body)
-                return {**part, "ETag": answer["ETag"]}
+                body = bytes(view[index * unit_bytes : (index + 1) * unit_bytes])
+                sums = checksum_parts(body, part_bytes)  # of the copy that is sent: the image may be written meanwhile
+                unit = {"PartNumber": index + 1, "ChecksumCRC64NVME": to_text(sums.crc)}
+                answer = await self._fs._call_s3("upload_part", **upload, **unit, Body=body)
+                return sums, {**unit, "ETag": answer["ETag"]}
 
         try:
-            async with asyncio.TaskGroup() as group:  # one part fails: the others are cancelled
-                sends = [group.create_task(send(index)) for index in range(len(crcs))]
-            whole = to_text(FileChecksums(len(view), part_bytes, tuple(crcs)).crc)
+            async with asyncio.TaskGroup() as group:  # one fails: the others are cancelled
+                sends = [group.create_task(send(index)) for index in range(num_parts(len(view), unit_bytes))]
+            sums, units = zip(*(task.result() for task in sends), strict=True)
+            whole = FileChecksums(len(view), part_bytes, tuple(crc for some in sums for crc in some.part_crcs))
             await self._conditional(
                 "complete_multipart_upload",
                 **upload,
-                MultipartUpload={"Parts": [task.result() for task in sends]},
-                ChecksumCRC64NVME=whole,
+                MultipartUpload={"Parts": list(units)},
+                ChecksumCRC64NVME=to_text(whole.crc),
                 ChecksumType="FULL_OBJECT",
                 IfNoneMatch="*",
             )
+            return whole
         except BaseException as error:
             await asyncio.shield(self._fs._call_s3("abort_multipart_upload", **upload))
             if isinstance(error, BaseExceptionGroup):
-                raise error.exceptions[0] from error  # the first part that failed; the rest were cancelled
+                raise error.exceptions[0] from error  # the first that failed; the rest were cancelled
             raise
 
     async def _conditional(self, method: str, **request: Any) -> None:

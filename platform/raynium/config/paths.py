@@ -101,3 +101,13 @@ def _tracking_uri(uri: str, place) -> str:
     if uri.startswith(prefix):
         return prefix + place("tracking.uri", uri.removeprefix(prefix))
     return place("tracking.uri", uri)
+
+
+def absolute_root(root: str) -> str:
+    """A root given on the command line, placed as `resolve` places run.root. Raises ConfigError."""
+    problems: list[str] = []
+    home = relative_paths_begin_at(os.environ, Path.cwd(), problems)
+    place = _absolute("root", root, home, problems)
+    if problems:
+        raise ConfigError(problems)
+    return place

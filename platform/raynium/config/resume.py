@@ -1,13 +1,13 @@
 """What a config may change when a run goes on from a checkpoint.
 
-| kind  | meaning                                                                     | fields                           |
-|-------|-----------------------------------------------------------------------------|----------------------------------|
-| fixed | the saved weights, moments or data position would mean something else       | `FIXED`, with the reason of each |
-| noted | allowed, and said: the losses are no longer an uninterrupted run's          | `NOTED`, with what changes       |
-| free  | where, how fast and how safely the same numbers are computed, or after them | `FREE`                           |
+| table   | what it means when the field changed                                                 |
+|---------|--------------------------------------------------------------------------------------|
+| `FIXED` | refused: the saved weights, moments or data position would mean something else       |
+| `NOTED` | allowed and said: the losses are no longer those of an uninterrupted run             |
+| `FREE`  | allowed: where, how fast and how safely the same numbers are computed, or what after |
 
-A name stands for itself and for everything below it. Every field of the schema is in exactly one table (a test says so),
-so a new field has to take a side.
+A name stands for itself and for everything below it. Every field of the schema is in exactly one table (a test says
+so): a new field has to take a side.
 """
 
 import json
@@ -78,8 +78,8 @@ FREE = (
 def resume_conflicts(saved: Mapping[str, Any], now: Config) -> list[str]:
     """Why the checkpoint of the config `saved` cannot go on with the config `now`; [] when it can.
 
-    saved: the resolved config of the checkpoint in its stored form (`model_dump(mode="json")`). Fields it lacks, because an
-        older Raynium wrote it, are not compared.
+    saved: the resolved config of the checkpoint in its stored form (`model_dump(mode="json")`). Fields it lacks,
+        because an older Raynium wrote it, are not compared.
     now: resolved too, so that paths compare.
     """
     return [

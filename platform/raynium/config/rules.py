@@ -1,8 +1,8 @@
 """Rules that cross parts of a config: batch × ranks, tensor parallelism × heads × cores, memory.
 
-`check` runs on the submitting machine, before any node is paid for, and reports every problem at once. A rule is a plain
-function that yields messages; each message says field, value, rule and what to set. A rule that depends on an earlier one
-(memory needs a whole data-parallel size) yields nothing where that one already speaks.
+`check` runs on the submitting machine, before any node is paid for, and reports every problem at once. A rule is a
+plain function that yields messages; each message says field, value, rule and what to set. A rule that depends on an
+earlier one (memory needs a whole data-parallel size) yields nothing where that one already speaks.
 """
 
 import difflib
@@ -92,8 +92,8 @@ def tensor_parallel(config: Config) -> Iterator[str]:
         )
     if per_node % tensor:
         yield (
-            f"parallel.tensor is {tensor} and cluster.ranks_per_node {per_node}: tensor groups stay within a node, where "
-            f"the links are fast, and fill it evenly, so set parallel.tensor to {_choices(legal)}"
+            f"parallel.tensor is {tensor} and cluster.ranks_per_node {per_node}: tensor groups stay within a node, "
+            f"where the links are fast, and fill it evenly, so set parallel.tensor to {_choices(legal)}"
         )
 
 
@@ -109,9 +109,9 @@ def batch_size(config: Config) -> Iterator[str]:
     if batch % unit:
         below = batch // unit * unit
         yield (
-            f"train.global_batch_size is {batch}: it must be a multiple of {unit} = {data_parallel} data-parallel ranks "
-            f"(world size {config.world_size} / parallel.tensor {config.parallel.tensor}) × train.micro_batch_size "
-            f"{micro}; set {f'{below} or ' if below else ''}{below + unit}"
+            f"train.global_batch_size is {batch}: it must be a multiple of {unit} = {data_parallel} data-parallel "
+            f"ranks (world size {config.world_size} / parallel.tensor {config.parallel.tensor}) × "
+            f"train.micro_batch_size {micro}; set {f'{below} or ' if below else ''}{below + unit}"
         )
 
 
@@ -128,8 +128,9 @@ def schedule(config: Config) -> Iterator[str]:
     elif optimizer.schedule == "wsd" and optimizer.warmup_steps + optimizer.decay_fraction * steps > steps:
         room = (steps - optimizer.warmup_steps) / steps
         yield (
-            f"optimizer.warmup_steps {optimizer.warmup_steps} and optimizer.decay_fraction {optimizer.decay_fraction:g} "
-            f"of train.steps {steps} overlap: set decay_fraction to at most {room:.3g}, or fewer warmup_steps"
+            f"optimizer.warmup_steps {optimizer.warmup_steps} and optimizer.decay_fraction "
+            f"{optimizer.decay_fraction:g} of train.steps {steps} overlap: set decay_fraction to at most {room:.3g}, "
+            "or fewer warmup_steps"
         )
     if optimizer.schedule == "wsd" and optimizer.decay_fraction == 0:
         yield (
@@ -190,8 +191,8 @@ def core_count(config: Config, instance: Instance) -> Iterator[str]:
         )
     elif nodes > 1 and instance.is_neuron and per_node != instance.cores:
         yield (
-            f"cluster.ranks_per_node is {per_node} with cluster.nodes {nodes}: a job over several {instance.name} takes "
-            f"whole nodes; set ranks_per_node to {instance.cores}, or nodes to 1"
+            f"cluster.ranks_per_node is {per_node} with cluster.nodes {nodes}: a job over several {instance.name} "
+            f"takes whole nodes; set ranks_per_node to {instance.cores}, or nodes to 1"
         )
     elif instance.chip == "trainium1" and not _legal_on_trainium1(config.world_size):
         yield (
@@ -207,8 +208,8 @@ def memory_fit(config: Config, instance: Instance) -> Iterator[str]:
     usable = instance.memory_gib_per_core * USABLE_FRACTION * GIB
     if estimate.total > usable:
         yield (
-            f"memory: by estimate this needs {estimate.in_words()}, and {instance.name} has {usable / GIB:.2f} GiB usable "
-            f"of {instance.memory_gib_per_core:g} GiB a {instance.name_of_core}; {_memory_remedies(config)}"
+            f"memory: by estimate this needs {estimate.in_words()}, and {instance.name} has {usable / GIB:.2f} GiB "
+            f"usable of {instance.memory_gib_per_core:g} GiB a {instance.name_of_core}; {_memory_remedies(config)}"
         )
 
 

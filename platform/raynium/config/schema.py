@@ -156,7 +156,7 @@ class SampleSection(Section):
 
 
 class Config(Section):
-    """A whole run. The resolved form is printed, logged to MLflow, stored in the run record, and runs again as it is."""
+    """A whole run. Its resolved form is printed, logged to MLflow, kept in the run record, and runs again as it is."""
 
     run: RunSection
     cluster: ClusterSection = ClusterSection()

@@ -50,10 +50,13 @@ class Loader:
         self._block, self._block_windows = -1, np.empty(0, dtype=np.int64)
 
     def batch(self, step: int) -> Batch:
-        """This rank's share of a step; tensors are [B / data_size, T] int64 on the CPU, views of the same memory."""
+        """This rank's share of a step: contiguous int64 tensors [B / data_size, T] on the CPU."""
         starts = self.sample_ids(step) * self._seq_len
         rows = self._stream.gather(starts, self._seq_len + 1)
-        return Batch(tokens_BT=torch.from_numpy(rows[:, :-1]), labels_BT=torch.from_numpy(rows[:, 1:]))
+        return Batch(
+            tokens_BT=torch.from_numpy(rows[:, :-1].astype(np.int64)),
+            labels_BT=torch.from_numpy(rows[:, 1:].astype(np.int64)),
+        )
 
     def sample_ids(self, step: int) -> np.ndarray:
         """int64 [B / data_size]: the windows of this rank's rows, by their place in the stream."""

@@ -4,6 +4,7 @@ It is written last. A folder without a valid one is not a store. It holds nothin
 same documents (no dates, no host), so equal stores have equal manifests.
 """
 
+import hashlib
 import json
 from typing import Annotated, Any, Literal, Self
 
@@ -84,6 +85,13 @@ class Manifest(_Record):
     def numpy_dtype(self) -> np.dtype[Any]:
         """Of the tokens in shards."""
         return shard_dtype(self.token_dtype)
+
+    @property
+    def train_sha256(self) -> str:
+        """Equal for stores that give the same training samples, wherever they lie; a checkpoint can keep it."""
+        shards = [file for file in self.files if file.name in self.train.shards]
+        identity = [self.tokenizer_sha256, self.token_dtype, [(file.size_bytes, file.crc64nvme) for file in shards]]
+        return hashlib.sha256(json.dumps(identity).encode()).hexdigest()
 
     def _contradiction(self) -> str | None:
         sizes = {file.name: file.size_bytes for file in self.files}

@@ -63,7 +63,7 @@ class TokenStream:
         return np.concatenate([piece, self.read(start + len(piece), length - len(piece))])
 
     def gather(self, starts: np.ndarray, length: int) -> np.ndarray:
-        """int64 [rows, length]: row r holds tokens [starts[r], starts[r] + length)."""
+        """[rows, length] in the shards' dtype: row r holds tokens [starts[r], starts[r] + length)."""
         if len(self._shards) == 1:
             # The shard seen as all its windows, [tokens - length + 1, length] over the same memory: one numpy call
             # copies every row, up to five times as fast as the loop below when rows are short.
@@ -71,8 +71,8 @@ class TokenStream:
             all_windows = np.ndarray(
                 (len(shard) - length + 1, length), shard.dtype, buffer=shard, strides=2 * shard.strides
             )
-            return all_windows[starts].astype(np.int64)
-        rows = np.empty((len(starts), length), dtype=np.int64)
+            return all_windows[starts]
+        rows = np.empty((len(starts), length), dtype=self._shards[0].dtype)
         for row, start in enumerate(starts.tolist()):
             rows[row] = self.read(start, length)
         return rows

@@ -45,7 +45,7 @@ class Engine(Protocol):
         ...
 
     def state(self) -> list[Chunk]:
-        """This rank's blocks of everything learned. They alias live memory: read or overwrite them between steps only."""
+        """This rank's blocks of everything learned. They alias live memory: read or overwrite them between steps."""
         ...
 
     def set_step(self, step: int) -> None:

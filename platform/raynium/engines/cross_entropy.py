@@ -23,10 +23,10 @@ def summed_nats(
 ) -> Tensor:
     """Sum over counted labels of -log softmax(logits)[label]; a float64 scalar on the logits' device.
 
-    logits_NV: any float dtype; arithmetic is float32 or wider. With `want_gradient` it holds, afterwards, the sum's gradient.
+    logits_NV: any float dtype; arithmetic is float32 or wider. With `want_gradient` it ends up as the sum's gradient.
     labels_N: int64, IGNORED_LABEL where not counted; ids are of the whole vocabulary.
-    vocabulary_group: the ranks that hold the other parts of the vocabulary, in order; all of them call this and get the same
-    sum. None: the vocabulary is whole.
+    vocabulary_group: the ranks that hold the other parts of the vocabulary, in order; all of them call this and get
+    the same sum. None: the vocabulary is whole.
     """
     counted_N = labels_N != IGNORED_LABEL
     begin = 0 if vocabulary_group is None else vocabulary_group.rank() * logits_NV.shape[1]

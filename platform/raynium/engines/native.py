@@ -1,16 +1,18 @@
 """The native engine: FSDP2 and DTensor tensor parallelism of stock torch, for cpu/gloo and cuda/nccl.
 
-One optimizer step is: micro-batches forward and backward with gradients of the *sum* of nats; one all-reduce of four numbers (nats,
-tokens, squared gradient norm, wishes to stop); then one scale for all gradients, which divides by the
+One optimizer step is: micro-batches forward and backward with gradients of the *sum* of nats; one all-reduce of four
+numbers (nats, tokens, squared gradient norm, wishes to stop); then one scale for all gradients, which divides by the
 token count and clips, and AdamW. The scale stays on the device, so a GPU is not waited for until the step is over.
 """
 
 from typing import NamedTuple
 
 import torch
+import torch._dynamo  # the first optimizer loads it, 0.5 s; loaded here, a warm template has it before it forks ranks
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Partial, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
@@ -52,15 +54,17 @@ class Block(NamedTuple):
 def build_native_engine(config: Config, accelerator: Accelerator) -> "NativeEngine":
     """Model and optimizer of this rank, at step 0. All ranks call it, after `accelerator.set_device`.
 
-    torch.distributed must be initialised when there is more than one rank. One rank works without: in float32 it is plain
-    torch; in bfloat16 FSDP does the casting, for the same math as on many ranks, over a one-rank group that the engine opens.
+    torch.distributed must be initialised when there is more than one rank. One rank works without: in float32 it is
+    plain torch; in bfloat16 FSDP does the casting, for the same math as on many ranks, over a one-rank group that the
+    engine opens.
     """
     dtype = getattr(torch, config.engine.dtype)
     assert config.world_size == 1 or dist.is_initialized(), f"{config.world_size} ranks and no process group"
     sharded = config.world_size > 1 or dtype != torch.float32
     opens_group = sharded and not dist.is_initialized()
     if opens_group:
-        dist.init_process_group(accelerator.process_group_backend, store=dist.HashStore(), rank=0, world_size=1)
+        store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
+        dist.init_process_group(accelerator.process_group_backend, store=store, rank=0, world_size=1)
     layout = _layout(config, accelerator) if sharded else Layout(None, 0, 1, 0, 1)
     blocks_and_model = _build_model(config, accelerator, layout, dtype)
     return NativeEngine(config, accelerator, layout, *blocks_and_model, opened_group=opens_group)
@@ -91,9 +95,9 @@ class NativeEngine:
             layout.mesh.get_group("tensor") if layout.mesh is not None and layout.tensor_size > 1 else None
         )
         # With whole gradients kept between micro-batches, only the last one talks to other ranks.
-        self._syncs_last_only = layout.mesh is not None and _fits_gathered(config, accelerator)
+        self._syncs_last_only = _fits_gathered(config, accelerator)
 
-    # ---- a step ----------------------------------------------------------------------------------------------------
+    # ---- a step ------------------------------------------------------------------------------------------------------
 
     def step(self, batch: Batch, *, step: int, stop_requested: bool) -> StepResult:
         nats = self._accumulate_gradients(batch)
@@ -104,7 +108,9 @@ class NativeEngine:
         tokens_or_1 = tokens.clamp(min=1)
         norm = square_norm.sqrt() / tokens_or_1
         scale = (self._config.optimizer.clip_norm / (norm + 1e-6)).clamp(max=1) / tokens_or_1
-        torch._foreach_mul_([gradient for _, gradient in gradients], scale.float())
+        torch._foreach_mul_(  # pyright: ignore[reportPrivateImportUsage]
+            [gradient for _, gradient in gradients], scale.float()
+        )
 
         rate = learning_rate(self._config.optimizer, step=step, total_steps=self._config.train.steps)
         for group in self._optimizer.param_groups:
@@ -117,23 +123,22 @@ class NativeEngine:
 
         # The step's one wait for the device.
         loss, norm, tokens, stops = torch.stack((nats / tokens_or_1, norm, tokens, stops)).tolist()
-        return StepResult(
-            loss=loss, grad_norm=norm, tokens=int(tokens), learning_rate=rate, stop_agreed=stops > 0
-        )
+        return StepResult(loss=loss, grad_norm=norm, tokens=int(tokens), learning_rate=rate, stop_agreed=stops > 0)
 
     def _accumulate_gradients(self, batch: Batch) -> Tensor:
         """Forward and backward of every micro-batch; returns this data rank's summed nats, a float64 scalar."""
         micro_batches = self._micro_batches(batch)
         nats = torch.zeros((), dtype=torch.float64, device=self._device)
         for index, (tokens_BT, labels_BT) in enumerate(micro_batches):
-            if self._syncs_last_only:
+            if self._syncs_last_only and isinstance(self._model, FSDPModule):
                 last = index == len(micro_batches) - 1
                 self._model.set_requires_gradient_sync(last)
                 self._model.set_reshard_after_backward(last)
                 self._model.set_is_last_backward(last)
             logits_BTV = self._model(tokens_BT)
-            nats += self._summed_nats(logits_BTV.detach(), labels_BT, want_gradient=True)
-            logits_BTV.backward(logits_BTV.detach())  # they now hold their own gradient
+            # `.data`, since autograd must not learn that the logits become their own gradient: no backward reads them.
+            nats += self._summed_nats(logits_BTV.data, labels_BT, want_gradient=True)
+            logits_BTV.backward(logits_BTV.data)
         return nats
 
     def _local_gradients(self) -> list[tuple[Block, Tensor]]:
@@ -148,14 +153,15 @@ class NativeEngine:
     def _sum_over_ranks(
         self, nats: Tensor, batch: Batch, gradients: list[tuple[Block, Tensor]], *, stop_requested: bool
     ) -> Tensor:
-        """[nats, tokens, squared gradient norm, wishes to stop] over all ranks, float64: the step's only all-reduce of its own.
+        """[nats, tokens, squared gradient norm, wishes to stop] over all ranks, float64, in one all-reduce.
 
-        Each number is contributed once: nats and tokens by one rank of a tensor group, a gradient block by its first holder.
+        Each number is contributed once: nats and tokens by one rank of a tensor group, a gradient block by its first
+        holder. A rank that dies here leaves the others waiting until the agents end the generation.
         """
         counts_here = self._layout.tensor_rank == 0
         tokens = int((batch.labels_BT != IGNORED_LABEL).sum())
-        norms = torch._foreach_norm([gradient for block, gradient in gradients if block.first_holder])
-        square_norm = torch.stack(norms).double().square().sum()
+        norm = torch.nn.utils.get_total_norm([gradient for block, gradient in gradients if block.first_holder])
+        square_norm = norm.double().square()
         mine = torch.tensor([0, tokens * counts_here, 0, stop_requested], dtype=torch.float64, device=self._device)
         mine[0], mine[2] = nats * counts_here, square_norm
         if dist.is_initialized():
@@ -193,7 +199,7 @@ class NativeEngine:
             want_gradient=want_gradient,
         )
 
-    # ---- state ---------------------------------------------------------------------------------------------------------
+    # ---- state -------------------------------------------------------------------------------------------------------
 
     def state(self) -> list[Chunk]:
         chunks = []
@@ -231,8 +237,10 @@ def _layout(config: Config, accelerator: Accelerator) -> Layout:
 def _build_model(
     config: Config, accelerator: Accelerator, layout: Layout, dtype: torch.dtype
 ) -> tuple[Decoder, list[Block]]:
-    """The parallelised decoder with its first weights. On the meta device until it is sharded, so no rank ever holds more
-    than its own blocks and one whole parameter."""
+    """The parallelised decoder with its first weights.
+
+    On the meta device until it is sharded, so no rank ever holds more than its own blocks and one whole parameter.
+    """
     with torch.device("meta"):
         model = Decoder(config.model)
     if layout.tensor_size > 1:
@@ -258,9 +266,7 @@ def _block(name: str, parameter: Tensor, layout: Layout) -> Block:
     local = _local(parameter.detach())
     if not isinstance(parameter, DTensor):
         return Block(name, parameter, local, tuple(parameter.shape), (0,) * parameter.ndim, first_holder=True)
-    shape, offsets = compute_local_shape_and_global_offset(
-        parameter.shape, parameter.device_mesh, parameter.placements
-    )
+    shape, offsets = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
     assert tuple(shape) == tuple(local.shape), f"{name}: {shape} expected, {tuple(local.shape)} held"
     split_over_tensor = any(isinstance(placement, Shard) for placement in parameter.placements[1:])
     first_holder = split_over_tensor or layout.tensor_rank == 0
@@ -282,7 +288,7 @@ def _local(tensor: Tensor) -> Tensor:
 def _fits_gathered(config: Config, accelerator: Accelerator) -> bool:
     """Whether whole parameters and whole float32 gradients are a small part (an eighth) of a rank's memory.
 
-    Then they are kept through a step: one gather and one reduction a step instead of two and one per block and micro-batch.
+    Then they are kept through a step: one gather and one reduction a step, not three of them per block and micro-batch.
     """
     compute_bytes = getattr(torch, config.engine.dtype).itemsize
     whole = parameter_count(config.model).total * (compute_bytes + 4) // config.parallel.tensor
@@ -291,8 +297,8 @@ def _fits_gathered(config: Config, accelerator: Accelerator) -> bool:
 
 
 def _build_optimizer(config: Config, blocks: list[Block]) -> torch.optim.AdamW:
-    """AdamW over plain local blocks: it works element by element, so it need not know of DTensor, whose dispatch costs more
-    than the arithmetic of a small model. Moments exist from the start: a checkpoint of step 0 is complete.
+    """AdamW over plain local blocks: it works element by element, so it need not know of DTensor, whose dispatch costs
+    more than the arithmetic of a small model. Moments exist from the start: a checkpoint of step 0 is complete.
     """
     settings = config.optimizer
     matrices = [block.local for block in blocks if decays(block.global_shape)]

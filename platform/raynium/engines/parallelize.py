@@ -1,4 +1,4 @@
-"""Lays a decoder over a device mesh: tensor parallelism by the plan, then checkpointing, compiling and FSDP2, in that order.
+"""Lays a decoder over a device mesh: tensor parallelism by the plan, checkpointing, compiling, then FSDP2.
 
 The mesh has two axes, ("data", "tensor"), tensor innermost: ranks of one tensor group are neighbours on a node.
 """
@@ -55,7 +55,7 @@ def _style(split: Split) -> ParallelStyle:
 
 
 def wrap_blocks(model: Decoder, engine: EngineSection, *, compile_backend: str) -> None:
-    """Activation checkpointing and compilation, block by block. Before FSDP, so that its gathering stays outside of both."""
+    """Activation checkpointing and compilation, block by block; before FSDP, so that it gathers outside of both."""
     if engine.activation_checkpointing == "full":
         for index, block in enumerate(model.blocks):
             # No dropout in the model, so no random state to keep.
@@ -68,8 +68,8 @@ def wrap_blocks(model: Decoder, engine: EngineSection, *, compile_backend: str) 
 def apply_fsdp(model: Decoder, mesh: DeviceMesh, *, compute_dtype: torch.dtype, gathered: bool) -> None:
     """Shards parameters, gradients and optimizer state over the data axis.
 
-    gathered: keep whole parameters from forward to backward, in one group, so a step has one all-gather and one reduce-scatter:
-    for models that are small beside the device. Otherwise a group per block, whole only while it computes.
+    gathered: keep whole parameters from forward to backward, in one group, so a step has one all-gather and one
+    reduce-scatter: for models that are small beside the device. Otherwise a group per block, whole while it computes.
     Gradients are summed over the ranks, in float32; the engine divides by the token count.
     """
     policy = MixedPrecisionPolicy(

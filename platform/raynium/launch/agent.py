@@ -5,6 +5,7 @@ no ray: `driver.py` runs it inside a Ray Train worker and hands it a way to call
 """
 
 import logging
+import os
 import shutil
 import socket
 import tempfile
@@ -104,10 +105,11 @@ class NodeAgent:
 
     def rank_pids(self) -> list[int]:
         """Pids of the ranks that run now, in the order of their local ranks: for py-spy, gdb and tests."""
-        return [each.process.pid for each in self._group.alive()] if self._group else []
+        alive = self._group.alive() if self._group else []
+        return [each.process.pid for each in alive if each.process.pid is not None]
 
     def _info(self) -> AgentInfo:
-        return AgentInfo(self.node.attempt, self.node.node_rank, self.node.host, free_port(self.node.host))
+        return AgentInfo(self.node.attempt, self.node.node_rank, self.node.host, free_port(self.node.host), os.getpid())
 
     def _environments(self, order: Order) -> dict[int, dict[str, str]]:
         """Rank → its whole environment: the standard variables, and what the accelerator's libraries read."""

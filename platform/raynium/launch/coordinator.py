@@ -32,6 +32,7 @@ class _Generation:
     number: int
     id: str
     resume_step: int | None
+    agents: tuple[AgentInfo, ...]
     state: Literal["running", "over"] = "running"
     cause: str = ""
     exits: dict[int, list[RankExit]] = field(default_factory=dict)  # node rank → its ranks' ends
@@ -74,7 +75,9 @@ class RunCoordinator:
                 self._attempt = agent.attempt
                 self._joined.clear()
                 if self._generation is not None and self._generation.state == "running":
-                    self._over(self._generation, "a node agent was lost; Ray Train started the node agents again")
+                    cause = "a node agent was lost; Ray Train started the node agents again"
+                    self._append_event(f"generation {self._generation.number} failed: {cause}")
+                    self._over(self._generation, cause)
             key = (agent.attempt, agent.node_rank)
             self._orders.pop(key, None)
             self._joined[agent.node_rank] = agent
@@ -139,8 +142,7 @@ class RunCoordinator:
 
     async def tell(self, text: str) -> None:
         """A line for the user's terminal."""
-        self._event_count += 1
-        self._events.append(Event(self._event_count, time.time(), text))
+        self._append_event(text)
 
     # ---- driver ----------------------------------------------------------------------------------------------------
 
@@ -163,6 +165,7 @@ class RunCoordinator:
             metrics=dict(self._metrics),
             committed_step=self._committed_step,
             committed_uri=self._committed_uri,
+            agents=current.agents if current else (),
             ended=self._ended,
             cause=self._cause,
             events=tuple(event for event in self._events if event.number > events_after),
@@ -183,13 +186,13 @@ class RunCoordinator:
         self._number += 1
         # The suffix keeps two drivers apart that count from the same number.
         generation_id = f"g{self._number:05d}-{secrets.token_hex(4)}"
-        self._generation = _Generation(self._number, generation_id, resume_step)
+        agents = tuple(agent for _, agent in sorted(self._joined.items()))
+        self._generation = _Generation(self._number, generation_id, resume_step, agents)
         self._generations[self._number] = self._generation
         self._step = resume_step or 0
-        head = self._joined[0]
-        for agent in self._joined.values():
+        for agent in agents:
             self._orders[(agent.attempt, agent.node_rank)] = Order(
-                "run", self._number, generation_id, head.host, head.free_port, resume_step
+                "run", self._number, generation_id, agents[0].host, agents[0].free_port, resume_step
             )
         self._joined.clear()
         ranks = f"{self.config.world_size} ranks on {self.config.cluster.nodes} node(s)"

@@ -1,6 +1,8 @@
 """What the person at the terminal sees: lines as things happen, and one live line of progress."""
 
 import time
+from datetime import datetime
+from pathlib import Path
 
 from rich.console import Console
 from rich.live import Live
@@ -50,11 +52,12 @@ class Pace:
 
 
 class Display:
-    """Use as a context manager around a run."""
+    """Use as a context manager around a run. What it prints is also appended to a log file."""
 
-    def __init__(self, total_steps: int, console: Console | None = None):
-        self.console = console or Console(highlight=False)
+    def __init__(self, total_steps: int, console: Console, log_path: Path):
+        self.console = console
         self._total_steps = total_steps
+        self._log_path = log_path
         self._pace = Pace()
         self._live = (
             Live(console=self.console, transient=True, auto_refresh=False) if self.console.is_terminal else None
@@ -63,6 +66,8 @@ class Display:
         self._last_step = -1
 
     def __enter__(self) -> "Display":
+        self._log_path.parent.mkdir(parents=True, exist_ok=True)
+        self._log = self._log_path.open("a", buffering=1)
         if self._live is not None:
             self._live.start()
         return self
@@ -70,9 +75,11 @@ class Display:
     def __exit__(self, *exception: object) -> None:
         if self._live is not None:
             self._live.stop()
+        self._log.close()
 
     def line(self, text: str) -> None:
         """Something happened."""
+        self._log.write(f"{datetime.now():%Y-%m-%d %H:%M:%S} {text}\n")
         self.console.print(Text(text), soft_wrap=True)
 
     def show(self, status: Status) -> None:
@@ -84,7 +91,10 @@ class Display:
         text = progress_line(status, self._total_steps, pace)
         if self._live is not None:
             self._live.update(Text(text), refresh=True)
-        elif now - self._last_log >= LOG_SECONDS or status.step == self._total_steps:
+        if now - self._last_log >= LOG_SECONDS or status.step == self._total_steps:
             self._last_log = now
-            self.line(text)
+            if self._live is None:
+                self.line(text)
+            else:
+                self._log.write(f"{datetime.now():%Y-%m-%d %H:%M:%S} {text}\n")
         self._last_step = status.step

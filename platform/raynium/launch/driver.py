@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import ray
@@ -30,6 +31,7 @@ from raynium.launch.display import Display
 from raynium.launch.preparation import Prepared
 from raynium.launch.protocol import Status
 from raynium.launch.record import RecordKeeper
+from raynium.launch.scratch import log_folder
 
 logger = logging.getLogger(__name__)
 
@@ -66,10 +68,10 @@ def run_agent(settings: dict[str, Any]) -> None:
     from raynium.data.remote import localize
     from raynium.tracking.sender import MlflowTracker
 
-    logging.getLogger("raynium").setLevel(logging.INFO)
     config = Config.model_validate(settings["config"])
     context = ray.train.get_context()
     scratch = settings["scratch"]
+    log_to_file(log_folder(settings["run_url"]) / f"node-{context.get_node_rank():05d}.log")
     NodeAgent(
         config=config,
         run_url=settings["run_url"],
@@ -87,6 +89,16 @@ def run_agent(settings: dict[str, Any]) -> None:
         ),
         data_folder=lambda: str(localize(config.data.path, f"{scratch}/data")),
     ).run()
+
+
+def log_to_file(path: Path) -> None:
+    """This process's own log, which holds its ranks' output, beside Ray's: Ray's goes with its session."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(path)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    ours = logging.getLogger("raynium")
+    ours.setLevel(logging.INFO)
+    ours.addHandler(handler)
 
 
 class Driver:
@@ -169,7 +181,11 @@ class Driver:
             live: Literal["preparing", "running"] = "running" if status.running else "preparing"
             changed = status.generation != keeper.record.generation or live != keeper.record.state
             (keeper.update if changed else keeper.beat)(
-                state=live, generation=status.generation, step=status.step, metrics=status.metrics
+                state=live,
+                generation=status.generation,
+                agents=[{"host": agent.host, "pid": agent.pid} for agent in status.agents],
+                step=status.step,
+                metrics=status.metrics,
             )
             if status.ended is not None or over:
                 return status

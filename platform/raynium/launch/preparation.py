@@ -4,8 +4,6 @@ The order is: what the config says about itself, then the places it names, then 
 run's name taken and anything written. An error leaves nothing behind.
 """
 
-import os
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,7 +20,8 @@ from raynium.data.remote import prepare_store
 from raynium.data.store import TOKENIZER_NAME, DocumentStore
 from raynium.errors import ConfigError, DataError
 from raynium.launch.record import RecordKeeper, RunRecord, claim, read_record
-from raynium.tracking.client import check_reachable
+from raynium.launch.scratch import log_folder, scratch_folder
+from raynium.tracking.client import check_reachable, redact
 from raynium.tracking.provenance import provenance_tags
 from raynium.tracking.runs import TrackedRun, log_artifact_text, open_run, resolve_uri
 
@@ -36,12 +35,8 @@ class Prepared:
     keeper: RecordKeeper
     mlflow: TrackedRun
     documents: DocumentStore  # on this machine
-    scratch: str  # node-local folder for spools and caches, the same path on every node
-
-
-def scratch_folder() -> str:
-    """Per user: two users of one machine must not meet in it."""
-    return os.path.join(tempfile.gettempdir(), f"raynium-{os.getuid()}")
+    scratch: str  # node-local folder for spools, caches and logs, the same path on every node
+    log_path: Path  # of the driver, on this machine
 
 
 def finished_record(config: Config) -> RunRecord | None:
@@ -76,7 +71,9 @@ def prepare(config: Config, *, job_id: str | None, tell: Callable[[str], None]) 
     check_reachable(uri)
     checkpoint = latest(store)
     if checkpoint is not None:
-        if conflicts := resume_conflicts(checkpoint.manifest.state["config"], config):
+        saved = checkpoint.manifest.state["config"]
+        assert isinstance(saved, dict)
+        if conflicts := resume_conflicts(saved, config):
             raise ConfigError(conflicts)
         if checkpoint.step > config.train.steps:
             raise ConfigError(
@@ -95,17 +92,22 @@ def prepare(config: Config, *, job_id: str | None, tell: Callable[[str], None]) 
     except BaseException as error:
         keeper.update(state="failed", cause=f"{type(error).__name__}: {error}")
         raise
+    log_path = log_folder(store.url) / "driver.log"
     keeper.update(
-        mlflow_uri=mlflow.uri, mlflow_run_id=mlflow.run_id, mlflow_experiment_id=mlflow.experiment_id, job_id=job_id
+        mlflow_uri=redact(mlflow.uri),
+        mlflow_run_id=mlflow.run_id,
+        mlflow_experiment_id=mlflow.experiment_id,
+        job_id=job_id,
+        log_path=str(log_path),
     )
-    return Prepared(config, store, keeper, mlflow, documents, scratch_folder())
+    return Prepared(config, store, keeper, mlflow, documents, str(scratch_folder()), log_path)
 
 
 def prepare_data(config: Config, tell: Callable[[str], None]) -> DocumentStore:
     """The document store on this machine, built first if the config names a source and there is none."""
     began = time.monotonic()
     documents = prepare_store(
-        config.data, model_vocab_size=config.model.vocab_size, cache_dir=os.path.join(scratch_folder(), "data")
+        config.data, model_vocab_size=config.model.vocab_size, cache_dir=scratch_folder() / "data"
     )
     train, heldout = documents.manifest.train, documents.manifest.heldout
     tell(
@@ -128,7 +130,7 @@ def _open_mlflow(config: Config, keeper: RecordKeeper, uri: str) -> TrackedRun:
         uri,
         experiment=config.tracking.experiment,
         run_name=config.run.name,
-        run_id=record.mlflow_run_id if record.mlflow_uri == uri else None,
+        run_id=record.mlflow_run_id if record.mlflow_uri == redact(uri) else None,
         params=config.model_dump(mode="json"),
         tags=provenance_tags(Path.cwd(), accelerator=config.cluster.accelerator) | {"raynium.run": config.run.name},
     )

@@ -14,6 +14,7 @@ class AgentInfo:
     node_rank: int
     host: str  # address the other nodes reach this one at
     free_port: int  # for the rendezvous, used if this is node 0
+    pid: int  # of the agent; its ranks are named by its log
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,7 @@ class Status:
     metrics: dict[str, float]  # the last value of every metric
     committed_step: int | None
     committed_uri: str | None
+    agents: Sequence[AgentInfo]  # of the current generation, by node rank
     ended: Literal["finished", "stopped", "failed"] | None
     cause: str | None  # of a failure
     events: Sequence[Event] = field(default_factory=tuple)

@@ -48,6 +48,7 @@ class RunRecord:
     created_unix: float
     heartbeat_unix: float
     generation: int = 0
+    agents: list[dict[str, Any]] | None = None  # host and pid of each node's agent, by node rank
     step: int = 0
     metrics: dict[str, float] | None = None  # the last value of every metric
     mlflow_uri: str | None = None

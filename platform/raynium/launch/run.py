@@ -2,6 +2,9 @@
 
 from typing import Any
 
+from rich.console import Console
+from rich.text import Text
+
 from raynium.config.load import dump_yaml
 from raynium.config.schema import Config
 from raynium.launch.display import Display
@@ -18,12 +21,13 @@ def run(config: Config, *, address: str | None, job_id: str | None = None) -> Ru
     from its newest checkpoint; one that has already finished is not run again.
     """
     config = checked(config)
-    with Display(config.train.steps) as display:
-        display.line(dump_yaml(config))
-        if (record := finished_record(config)) is not None:
-            display.line(f"run {config.run.name!r} has already finished at step {record.step}")
-            return record
-        prepared = prepare(config, job_id=job_id, tell=display.line)
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(Text(dump_yaml(config)))
+    if (record := finished_record(config)) is not None:
+        console.print(Text(f"run {config.run.name!r} has already finished at step {record.step}"))
+        return record
+    prepared = prepare(config, job_id=job_id, tell=lambda line: console.print(Text(line)))
+    with Display(config.train.steps, console, prepared.log_path) as display:
         try:
             status = _train(prepared, display, address)
             result = _result(prepared, status, display) if status.ended == "finished" else None
@@ -66,12 +70,12 @@ def _result(prepared: Prepared, status: Status, display: Display) -> dict[str, A
         from raynium.sampling import open_sampler
 
         sampler = open_sampler(run_store(config).url)
-        for prompt in config.sample.prompts:
+        for number, prompt in enumerate(config.sample.prompts):
             text = sampler.text(
                 prompt,
                 max_new_tokens=config.sample.max_new_tokens,
                 temperature=config.sample.temperature,
-                seed=config.run.seed,
+                seed=config.run.seed + number,
             )
             result["samples"].append(text)
         samples = "\n\n----------\n\n".join(result["samples"])

@@ -33,7 +33,7 @@ class Decoder(nn.Module):
         self.tie()
 
     def tie(self) -> None:
-        """Make head and embedding one parameter if the config says so; again after anything that replaced one of them."""
+        """Make head and embedding one parameter if the config says so; again after anything that replaced one."""
         if self.config.embeddings == "tied":
             self.head.weight = self.embedding.weight
 

@@ -33,9 +33,9 @@ def parameter_count(model: ModelSection) -> ParameterCount:
 def flops_per_token(model: ModelSection, seq_len: int) -> FlopsPerToken:
     """PaLM, appendix B (arXiv 2204.02311), as nanoGPT's `estimate_mfu` has it: 6 N + 12 L H K T.
 
-    N leaves out an untied input embedding, which is looked up and not multiplied with, and counts the head, tied or not.
-    The attention term counts the whole T × T square although half of it is masked: that is the convention of published
-    MFU numbers. Recomputation by activation checkpointing is not counted (it is not useful work).
+    N leaves out an untied input embedding, which is looked up and not multiplied with, and counts the head, tied or
+    not. The attention term counts the whole T × T square although half of it is masked: the convention of
+    published MFU numbers. Recomputation by activation checkpointing is not counted (it is not useful work).
     """
     six_n = 6 * parameter_count(model).multiplied
     attention = 12 * model.num_layers * model.num_heads * model.head_dim * seq_len

@@ -1,10 +1,11 @@
-"""How a run's parameters begin: a pure function of (seed, name), so every layout and world size starts from the same bits."""
+"""How a run's parameters begin: a pure function of (seed, name), so every layout starts from the same bits."""
 
 import hashlib
 import math
 
 import numpy as np
 import torch
+from numpy.random import Generator, Philox  # by name: numpy loads the module late, and a forked rank should not
 from torch import Tensor, nn
 
 from raynium.config.schema import ModelSection
@@ -20,7 +21,7 @@ def init_parameter(name: str, *, shape: tuple[int, ...], seed: int, config: Mode
     if len(shape) == 1:
         return torch.ones(shape)
     digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=16).digest()
-    generator = np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "little")))
+    generator = Generator(Philox(key=int.from_bytes(digest, "little")))
     std = config.init_std
     if name.endswith(("attention.o.weight", "ffn.down.weight")):
         std /= math.sqrt(2 * config.num_layers)

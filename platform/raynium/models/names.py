@@ -1,4 +1,4 @@
-"""Our parameter names beside Hugging Face's (Llama and Qwen 3 use the same). Shapes and layouts are equal: no transposes."""
+"""Our parameter names beside Hugging Face's (the same for Llama and Qwen 3). Layouts are equal: no transposes."""
 
 from raynium.config.schema import ModelSection
 

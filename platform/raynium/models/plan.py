@@ -1,7 +1,7 @@
 """The tensor-parallel plan as data: how each module of the decoder is split over the ranks of the tensor axis.
 
-Torch-free, read by every engine. Sequence parallelism is part of it: between the matrix layers, hidden states are split over
-the tensor axis along tokens, so norms and residuals cost 1/tp of the memory and time.
+Torch-free, read by every engine. Sequence parallelism is part of it: between the matrix layers, hidden states are split
+over the tensor axis along tokens, so norms and residuals cost 1/tp of the memory and time.
 """
 
 from typing import Literal, NamedTuple
@@ -15,7 +15,7 @@ Split = Literal[
     "row",  # linear split by input features; output summed over ranks and split along tokens
     "sequence",  # parameter whole on every rank, each works on its tokens; gradients are summed over ranks
     "heads",  # parameter whole on every rank, each works on its heads; gradients are summed over ranks
-    "logits",  # linear split by vocabulary rows; input gathered from split-along-tokens, logits stay split by vocabulary
+    "logits",  # linear split by vocabulary rows; input gathered from split-along-tokens, logits stay split
 ]
 
 

@@ -7,7 +7,7 @@ What it counts, for the native engine (FSDP2 over the data-parallel ranks × ten
   one at work; the embedding and the output head, which begin and end the pass, stay gathered through it;
 - activations saved for the backward pass, after Korthikanti et al. 2022 (arXiv 2205.05198, §4), with their terms
   recounted for this decoder: RMSNorm, grouped-query attention by a fused kernel (no seq × seq scores), SwiGLU, no
-  dropout. DTensor keeps the gathered input of a column-parallel layer, so that term is not divided by the tensor degree;
+  dropout. DTensor keeps the gathered input of a column-parallel layer: that term is not divided by the tensor degree;
 - logits: once, in the compute type, because the loss turns them into their gradient in place.
 
 Not counted: the compiler's scratch space, collective buffers, fragmentation. `USABLE_FRACTION` leaves room for them.

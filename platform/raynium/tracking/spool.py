@@ -55,7 +55,7 @@ class _Segment:
 
 
 class MetricSpool:
-    """A queue on disk: `append` at one end, `read_batch` and `acknowledge` at the other. Thread-safe.
+    """A queue on disk: any thread may `append`, one thread at a time calls `read_batch` and `acknowledge`.
 
     Raises TrackingError if the folder cannot be made or another live process uses it.
     """
@@ -168,8 +168,8 @@ class MetricSpool:
                 if num_records and num_points + points > max_points:
                     break
                 num_records, num_points = num_records + 1, num_points + points
-            lines = self._read_lines(num_records)
-            return [_parse(line, number=self._acknowledged + index) for index, line in enumerate(lines)]
+            lines, first_number = self._read_lines(num_records), self._acknowledged
+        return [_parse(line, number=first_number + index) for index, line in enumerate(lines)]
 
     def _read_lines(self, num_records: int) -> list[bytes]:
         num_on_disk = len(self._unacknowledged) - len(self._held)
@@ -202,10 +202,10 @@ class MetricSpool:
                     self._next_number += 1
                     self._close_segment()  # within a segment numbers are consecutive
             self._acknowledged += num_records
-            try:
-                _replace_text(self._folder / "acknowledged", f"{self._acknowledged}\n")
-            except OSError as error:
-                self._warn_disk(f"{error}; after a crash, points will be sent again and dropped as repeats")
+        try:  # outside the mutex: an append must not wait for a rename
+            _replace_text(self._folder / "acknowledged", f"{self._acknowledged}\n")
+        except OSError as error:
+            self._warn_disk(f"{error}; after a crash, points will be sent again and dropped as repeats")
 
     def _remove_acknowledged_segments(self) -> None:
         while len(self._segments) > 1 and self._read_offset >= self._segments[0].num_bytes:

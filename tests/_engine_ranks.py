@@ -1,0 +1,107 @@
+"""Runs the native engine on forked gloo ranks. `test_native_engine.py` starts it and writes folders to its stdin.
+
+FOLDER/scenario.json says what to do (the keys are those of `run` in the test), FOLDER/batches.pt holds all samples.
+Each rank leaves FOLDER/rank-N.pt, what its steps returned and its last state; a line on stdout says that all have ended, and
+with which exit status. A process of its own because forking is only safe before torch has started threads.
+"""
+
+import json
+import multiprocessing
+import os
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from raynium.accelerators.cpu import CpuAccelerator
+from raynium.config.schema import Config
+from raynium.data.batch import Batch
+from raynium.engines.native import build_native_engine
+
+
+class TestAccelerator(CpuAccelerator):
+    """The CPU, with a memory that is as small as the test says and a compiler that needs no C++."""
+
+    compile_backend = "aot_eager"
+
+    def __init__(self, memory_bytes: int):
+        self._memory_bytes = memory_bytes
+
+    def memory_bytes(self, *, local_rank: int, local_world_size: int) -> int:
+        return self._memory_bytes
+
+
+def run_rank(rank: int, folder: Path, scenario: dict) -> None:
+    config = Config.model_validate(scenario["config"])
+    with (folder / "stderr").open("ab") as stderr:
+        os.dup2(stderr.fileno(), 2)
+    torch.set_num_threads(1)
+    if config.world_size > 1:
+        # A file and not a port: nothing to collide with.
+        store = dist.FileStore(str(folder / "rendezvous"), config.world_size)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=config.world_size)
+    engine = build_native_engine(config, TestAccelerator(scenario["memory_bytes"]))
+    samples = torch.load(folder / "batches.pt")
+    rows = config.train.global_batch_size // engine.data_size
+    mine = slice(engine.data_rank * rows, (engine.data_rank + 1) * rows)
+
+    def batch(step: int) -> Batch:
+        return Batch(samples["tokens"][step - 1, mine], samples["labels"][step - 1, mine])
+
+    pointers = [chunk.tensor.data_ptr() for chunk in engine.state()]
+    evaluations = []
+    if scenario["load_from"] is not None:
+        # Evaluated first: weights that a forward pass gathered must not survive the load.
+        engine.evaluate(batch(1))
+        load(engine.state(), Path(scenario["load_from"]))
+        engine.set_step(scenario["first_step"] - 1)
+    results = []
+    for step in range(scenario["first_step"], scenario["last_step"] + 1):
+        wish = scenario["stop"] == [rank, step]
+        results.append(vars(engine.step(batch(step), step=step, stop_requested=wish)))
+        if step % 5 == 0:
+            evaluations.append(tuple(engine.evaluate(batch(step))))
+    assert pointers == [chunk.tensor.data_ptr() for chunk in engine.state()], "a chunk aliases the same memory always"
+    state = [(c.name, c.global_shape, c.offsets, c.tensor, c.saved_here) for c in engine.state()]
+    torch.save({"results": results, "evaluations": evaluations, "state": state}, folder / f"rank-{rank}.pt")
+    engine.close()
+    if config.world_size > 1:
+        dist.destroy_process_group()
+    assert not dist.is_initialized()
+
+
+def load(chunks: list, folder: Path) -> None:
+    """Copies the blocks that another layout's ranks saved into this rank's."""
+    whole: dict[str, torch.Tensor] = {}
+    for path in folder.glob("rank-*.pt"):
+        for name, shape, offsets, tensor, saved_here in torch.load(path)["state"]:
+            if saved_here:
+                target = whole.setdefault(name, torch.full(shape, torch.nan))
+                target[extent(offsets, tensor.shape)] = tensor
+    for chunk in chunks:
+        chunk.tensor.copy_(whole[chunk.name][extent(chunk.offsets, chunk.tensor.shape)])
+
+
+def extent(offsets: tuple[int, ...], shape: tuple[int, ...]) -> tuple[slice, ...]:
+    return tuple(slice(begin, begin + size) for begin, size in zip(offsets, shape, strict=True))
+
+
+def main() -> None:
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo0" if sys.platform == "darwin" else "lo"
+    fork = multiprocessing.get_context("fork")
+    for line in sys.stdin:
+        folder = Path(line.rstrip("\n"))
+        scenario = json.loads((folder / "scenario.json").read_text())
+        ranks = range(scenario["config"]["cluster"]["ranks_per_node"])
+        processes = [fork.Process(target=run_rank, args=(rank, folder, scenario)) for rank in ranks]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join()
+        sys.stdout.write(f"{max(abs(process.exitcode or 0) for process in processes)}\n")
+        sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()

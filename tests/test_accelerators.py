@@ -1,0 +1,108 @@
+"""Choosing an accelerator, and what its ranks' environment says."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from raynium.accelerators import detect
+from raynium.accelerators.cpu import CpuAccelerator, is_loopback, machine_memory_bytes
+from raynium.accelerators.cuda import CudaAccelerator, peak_flops_of
+from raynium.errors import ConfigError, LaunchError
+
+
+def devices(folder: Path, *names: str) -> Path:
+    for name in names:
+        (folder / name).touch()
+    return folder
+
+
+def test_auto_takes_the_gpu_if_there_is_one(tmp_path: Path) -> None:
+    # nvidiactl alone means a driver without a GPU that this container may use
+    assert detect("auto", device_folder=devices(tmp_path, "null", "nvidiactl")).name == "cpu"
+    assert detect("auto", device_folder=devices(tmp_path, "nvidia0")).name == "cuda"
+    assert detect("cpu", device_folder=tmp_path).name == "cpu"
+    assert detect("cuda", device_folder=tmp_path).name == "cuda"
+
+
+def test_auto_does_not_quietly_train_on_the_cpu_of_a_neuron_machine(tmp_path: Path) -> None:
+    with pytest.raises(LaunchError, match=r"'auto' and this machine has Neuron devices .* set it to 'cpu'"):
+        detect("auto", device_folder=devices(tmp_path, "neuron0"))
+    assert detect("cpu", device_folder=tmp_path).name == "cpu"
+
+
+def test_a_missing_gpu_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(LaunchError, match=r"is 'cuda', but this machine has no GPU"):
+        detect("cuda", device_folder=tmp_path)
+
+
+@pytest.mark.parametrize("name", ["neuron", "neuron_xla"])
+def test_accelerators_that_this_build_lacks_are_named(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"'{name}', but this build has cpu and cuda"):
+        detect(name)
+
+
+def test_cpu_ranks_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("raynium.accelerators.cpu.usable_cores", lambda: 8)
+
+    def threads(ranks: int) -> str:
+        variables = CpuAccelerator().environment(local_rank=0, local_world_size=ranks, master_host="10.0.0.1")
+        return variables["OMP_NUM_THREADS"]
+
+    assert [threads(ranks) for ranks in (1, 3, 8, 16)] == ["8", "2", "1", "1"]
+
+
+@pytest.mark.parametrize(
+    ("host", "loopback"),
+    [
+        ("127.0.0.1", True),
+        ("127.9.9.9", True),
+        ("::1", True),
+        ("localhost", True),
+        ("10.0.0.1", False),
+        ("node", False),
+    ],
+)
+def test_gloo_is_bound_to_loopback_only_if_the_rendezvous_is(host: str, loopback: bool) -> None:
+    assert is_loopback(host) == loopback
+    variables = CpuAccelerator().environment(local_rank=0, local_world_size=1, master_host=host)
+    assert ("GLOO_SOCKET_IFNAME" in variables) == loopback
+
+
+def test_a_forked_rank_gets_its_threads_although_openmp_was_loaded_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = torch.get_num_threads()
+    monkeypatch.setenv("OMP_NUM_THREADS", str(before + 1))
+    try:
+        assert CpuAccelerator().set_device(0) == torch.device("cpu")
+        assert torch.get_num_threads() == before + 1
+        monkeypatch.delenv("OMP_NUM_THREADS")
+        CpuAccelerator().set_device(0)
+        assert torch.get_num_threads() == before + 1
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_cpu_ranks_share_the_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    limit = tmp_path / "memory.max"
+    monkeypatch.setattr("raynium.accelerators.cpu._CGROUP_LIMIT", limit)
+    assert machine_memory_bytes() == physical
+    limit.write_text("max\n")
+    assert machine_memory_bytes() == physical
+    limit.write_text("1000000\n")
+    assert CpuAccelerator().memory_bytes(local_rank=0, local_world_size=4) == 250_000
+
+
+def test_more_ranks_than_gpus_is_an_error() -> None:
+    ranks = torch.cuda.device_count()
+    with pytest.raises(LaunchError, match=rf"local rank {ranks} needs GPU {ranks}, but torch .* sees {ranks}"):
+        CudaAccelerator().set_device(ranks)
+
+
+def test_peak_flops_are_the_longest_names() -> None:
+    names = ["NVIDIA H100 80GB HBM3", "NVIDIA H100 PCIe", "NVIDIA A100-SXM4-40GB", "NVIDIA L40S", "NVIDIA L4"]
+    assert [peak_flops_of(name, "bfloat16") for name in names] == [989e12, 756e12, 312e12, 362e12, 121e12]
+    assert peak_flops_of("NVIDIA GeForce RTX 4090", "bfloat16") is None
+    assert peak_flops_of("NVIDIA L40", "float32") is None
+    assert CpuAccelerator().peak_flops("float32") is None

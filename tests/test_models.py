@@ -1,0 +1,210 @@
+"""The decoder against transformers' own Llama and Qwen 3; the arithmetic about it; how weights begin."""
+
+import math
+import re
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+from raynium.config.schema import ModelSection
+from raynium.models.decoder import Decoder, rope_tables
+from raynium.models.flops import flops_per_token, parameter_count
+from raynium.models.init import init_parameter, initialise
+from raynium.models.names import hugging_face_names
+from raynium.models.plan import divided_sizes, tensor_parallel_plan
+
+SMALL = {
+    "vocab_size": 97,
+    "hidden_size": 48,
+    "num_layers": 2,
+    "num_heads": 4,
+    "num_kv_heads": 4,
+    "head_dim": 12,
+    "ffn_size": 80,
+    "max_seq_len": 96,
+    "init_std": 0.15,  # large enough for attention to be far from uniform
+}
+SCALING = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_seq_len": 24}
+MODELS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "llama, grouped queries, tied": {"num_kv_heads": 2, "embeddings": "tied"},
+    "llama, one kv head, scaled rope": {"num_kv_heads": 1, "rope_scaling": SCALING, "rope_theta": 1e4},
+    "llama, wide heads": {"num_heads": 6, "num_kv_heads": 3, "head_dim": 32, "norm_eps": 1e-3},
+    "qwen3, grouped queries": {"family": "qwen3", "num_kv_heads": 2, "rope_theta": 1e6},
+    "qwen3, wide heads, tied": {"family": "qwen3", "num_kv_heads": 1, "head_dim": 16, "embeddings": "tied"},
+}
+
+
+def section(name: str) -> ModelSection:
+    return ModelSection.model_validate(SMALL | MODELS[name])
+
+
+def random_decoder(model: ModelSection) -> Decoder:
+    decoder = Decoder(model)
+    initialise(decoder, seed=3, config=model)
+    with torch.no_grad():
+        for name, parameter in decoder.named_parameters():
+            if "norm" in name:  # a norm of ones would hide a norm in the wrong place
+                parameter.uniform_(0.5, 1.5, generator=torch.Generator().manual_seed(len(name)))
+    return decoder
+
+
+def hugging_face(model: ModelSection) -> torch.nn.Module:
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": model.rope_theta}
+    if (scaling := model.rope_scaling) is not None:
+        rope |= {
+            "rope_type": "llama3",
+            "factor": scaling.factor,
+            "low_freq_factor": scaling.low_freq_factor,
+            "high_freq_factor": scaling.high_freq_factor,
+            "original_max_position_embeddings": scaling.original_max_seq_len,
+        }
+    config_class, model_class = {
+        "llama3": (LlamaConfig, LlamaForCausalLM),
+        "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+    }[model.family]
+    return model_class(
+        config_class(
+            vocab_size=model.vocab_size,
+            hidden_size=model.hidden_size,
+            intermediate_size=model.ffn_size,
+            num_hidden_layers=model.num_layers,
+            num_attention_heads=model.num_heads,
+            num_key_value_heads=model.num_kv_heads,
+            head_dim=model.head_dim,
+            max_position_embeddings=model.max_seq_len,
+            rms_norm_eps=model.norm_eps,
+            rope_parameters=rope,
+            tie_word_embeddings=model.embeddings == "tied",
+            attn_implementation="eager",
+        )
+    )
+
+
+@pytest.mark.parametrize("name", MODELS)
+@torch.no_grad()
+def test_logits_equal_transformers(name: str) -> None:
+    model = section(name)
+    ours, theirs = random_decoder(model), hugging_face(model)
+    renamed = {hugging_face_names(model)[name]: parameter for name, parameter in ours.named_parameters()}
+    loaded = theirs.load_state_dict(renamed, strict=False)
+    assert not loaded.unexpected_keys
+    assert loaded.missing_keys == (["lm_head.weight"] if model.embeddings == "tied" else [])
+    theirs.eval()
+
+    tokens = torch.randint(0, model.vocab_size, (3, 64), generator=torch.Generator().manual_seed(9))
+    logits, expected = ours(tokens), theirs(tokens).logits
+    assert expected.abs().max() > 1, "logits this small would agree whatever the model"
+    assert (logits - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_parameter_count_is_that_of_the_real_model(name: str) -> None:
+    model = section(name)
+    decoder = Decoder(model)
+    total = sum(parameter.numel() for parameter in decoder.parameters())
+    looked_up = decoder.embedding.weight.numel() if model.embeddings == "untied" else 0
+    assert parameter_count(model) == (total, total - looked_up)
+    assert hugging_face_names(model).keys() == dict(decoder.named_parameters()).keys()
+
+
+def test_flops_of_llama3_8b() -> None:
+    """Published: 8.03 billion parameters. Attention at 8,192 tokens adds 12 * 32 layers * 4096 * 8192."""
+    model = ModelSection(
+        vocab_size=128_256,
+        hidden_size=4096,
+        num_layers=32,
+        num_heads=32,
+        num_kv_heads=8,
+        head_dim=128,
+        ffn_size=14_336,
+        max_seq_len=8192,
+    )
+    assert parameter_count(model).total == 8_030_261_248
+    flops = flops_per_token(model, 8192)
+    assert flops.six_n == 6 * (8_030_261_248 - 128_256 * 4096)
+    assert flops.with_attention - flops.six_n == 12_884_901_888
+
+
+def test_rope_tables_are_float32_whatever_the_model_computes_in() -> None:
+    model = section("llama")
+    assert {table.dtype for table in rope_tables(model, num_tokens=4, device=torch.device("cpu"))} == {torch.float32}
+    with pytest.raises(AssertionError, match="97 tokens, but RoPE is valid for 96"):
+        rope_tables(model, num_tokens=97, device=torch.device("cpu"))
+
+
+def test_a_bfloat16_model_returns_bfloat16_logits_near_the_float32_ones() -> None:
+    decoder = random_decoder(section("qwen3, grouped queries"))
+    tokens = torch.arange(40)[None]
+    expected = decoder(tokens)
+    logits = decoder.bfloat16()(tokens)
+    assert logits.dtype == torch.bfloat16
+    assert (logits - expected).abs().max() < 0.05 * expected.abs().max()
+
+
+def test_the_model_looks_only_back() -> None:
+    decoder = random_decoder(section("qwen3, grouped queries"))
+    tokens = torch.arange(20)[None]
+    changed = tokens.clone()
+    changed[0, 12] = 90
+    same = (decoder(tokens) == decoder(changed)).all(-1)[0].tolist()
+    assert same == [True] * 12 + [False] * 8
+
+
+# ---- First weights ---------------------------------------------------------------------------------------------------
+
+
+def test_first_weights_depend_on_seed_and_name_only() -> None:
+    model = section("llama")
+
+    def draw(name: str, seed: int) -> torch.Tensor:
+        return init_parameter(name, shape=(40, 30), seed=seed, config=model)
+
+    torch.manual_seed(1)
+    first = draw("blocks.0.attention.q.weight", 0)
+    torch.manual_seed(2)
+    assert torch.equal(draw("blocks.0.attention.q.weight", 0), first)
+    assert not torch.equal(draw("blocks.0.attention.q.weight", 1), first)
+    assert not torch.equal(draw("blocks.1.attention.q.weight", 0), first)
+    # Bits that must not change between releases and machines: a run started elsewhere would not be the same run.
+    assert first.flatten()[:3].tolist() == [0.10308782011270523, 0.10901185125112534, 0.018691513687372208]
+
+
+def test_first_weights_have_the_promised_spread() -> None:
+    model = section("llama")
+
+    def std(name: str) -> float:
+        weight = init_parameter(name, shape=(400, 300), seed=0, config=model)
+        assert weight.dtype == torch.float32 and weight.mean().abs() < 0.01 * model.init_std
+        return weight.std().item() / model.init_std
+
+    plain = ["embedding.weight", "head.weight", "blocks.1.attention.v.weight", "blocks.1.ffn.gate.weight"]
+    into_residual = ["blocks.1.attention.o.weight", "blocks.0.ffn.down.weight"]
+    assert [std(name) for name in plain] == pytest.approx([1.0] * 4, rel=0.01)
+    assert [std(name) for name in into_residual] == pytest.approx([1 / math.sqrt(4)] * 2, rel=0.01)
+    assert init_parameter("final_norm.weight", shape=(8,), seed=0, config=model).tolist() == [1.0] * 8
+
+
+# ---- The tensor-parallel plan ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3, grouped queries"])
+def test_the_plan_names_every_module_that_has_parameters_and_no_other(name: str) -> None:
+    model = section(name)
+    planned = {rule.module for rule in tensor_parallel_plan(model)}
+    decoder = Decoder(model)
+    modules = {re.sub(r"\.\d+\.", ".*.", path) for path, _ in decoder.named_modules()}
+    owners = {re.sub(r"\.\d+\.", ".*.", path).removesuffix(".weight") for path, _ in decoder.named_parameters()}
+    assert owners <= planned <= modules
+
+
+def test_the_sizes_that_the_degree_must_divide() -> None:
+    assert divided_sizes(section("llama, wide heads"), seq_len=64) == {
+        "model.num_heads": 6,
+        "model.num_kv_heads": 3,
+        "model.ffn_size": 80,
+        "model.vocab_size": 97,
+        "data.seq_len": 64,
+    }

@@ -1,0 +1,303 @@
+"""The native engine on gloo ranks against a plain float64 loop, and its parts."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from raynium.config.schema import Config
+from raynium.data.batch import IGNORED_LABEL, Batch
+from raynium.engines.base import FakeEngine
+from raynium.engines.cross_entropy import ROWS_AT_ONCE, summed_nats
+from raynium.models.decoder import Decoder
+from raynium.models.init import initialise
+from raynium.optim import decays, learning_rate
+
+STEPS, ROWS, SEQ_LEN, VOCAB = 20, 12, 16, 64
+PLENTY = 1 << 40
+WORKER = Path(__file__).with_name("_engine_ranks.py")
+QWEN3 = {"family": "qwen3", "embeddings": "tied"}
+LLAMA3 = {"family": "llama3", "embeddings": "untied"}
+
+
+def config(*, ranks: int = 1, tensor: int = 1, model: dict[str, str] = QWEN3, **engine: str) -> Config:
+    sizes = {"vocab_size": VOCAB, "hidden_size": 32, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "head_dim": 16}
+    return Config.model_validate(
+        {
+            "run": {"name": "test", "seed": 5},
+            "cluster": {"accelerator": "cpu", "ranks_per_node": ranks},
+            "model": {**sizes, "ffn_size": 48, "max_seq_len": 32, "init_std": 0.1, **model},
+            "data": {"path": "/nowhere", "seq_len": SEQ_LEN},
+            "parallel": {"tensor": tensor},
+            "engine": engine,
+            "optimizer": {"learning_rate": 3e-3, "clip_norm": 0.5, "warmup_steps": 3, "eps": 1e-6},
+            "train": {"steps": STEPS, "global_batch_size": ROWS, "micro_batch_size": 2},
+        }
+    )
+
+
+def samples() -> dict[str, torch.Tensor]:
+    """Every step's global batch. The first rows count few labels, the last many: data ranks count differently."""
+    generator = torch.Generator().manual_seed(7)
+    # Each token follows from the one before it by a rule, so that there is something to learn.
+    first = torch.randint(0, VOCAB, (STEPS, ROWS, 1), generator=generator)
+    ids = (first * 3 ** torch.arange(5).repeat(4)[: SEQ_LEN + 1].reshape(1, 1, -1)) % VOCAB
+    labels = ids[..., 1:].clone()
+    ignored = torch.rand(labels.shape, generator=generator) < torch.linspace(0.9, 0.0, ROWS)[None, :, None]
+    labels[ignored] = IGNORED_LABEL
+    labels[:, :2] = IGNORED_LABEL  # a micro-batch in which nothing counts
+    return {"tokens": ids[..., :-1].contiguous(), "labels": labels}
+
+
+class Run(NamedTuple):
+    folder: Path
+    results: list[list[dict[str, Any]]]  # [rank][step]
+    evaluations: list[list[tuple[float, int]]]  # [rank][evaluation]
+    states: list[list[tuple[str, tuple[int, ...], tuple[int, ...], torch.Tensor, bool]]]  # [rank][chunk]
+
+    @property
+    def losses(self) -> list[float]:
+        return [result["loss"] for result in self.results[0]]
+
+    def whole_state(self) -> dict[str, torch.Tensor]:
+        """Every logical tensor from the blocks that are saved; each element must be saved exactly once."""
+        whole: dict[str, torch.Tensor] = {}
+        times: dict[str, torch.Tensor] = {}
+        for name, shape, offsets, tensor, saved_here in (chunk for state in self.states for chunk in state):
+            block = tuple(slice(begin, begin + size) for begin, size in zip(offsets, tensor.shape, strict=True))
+            whole.setdefault(name, torch.zeros(shape))[block] += tensor * saved_here
+            times.setdefault(name, torch.zeros(shape))[block] += saved_here
+        assert all((count == 1).all() for count in times.values())
+        return whole
+
+
+@pytest.fixture(scope="module")
+def forker() -> Iterator[subprocess.Popen[str]]:
+    """`_engine_ranks.py`, waiting for folders: it loads torch once and forks the ranks of every run."""
+    with subprocess.Popen(
+        [sys.executable, str(WORKER)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as it:
+        yield it  # leaving closes its stdin, which ends it
+
+
+def run(
+    forker: subprocess.Popen[str],
+    folder: Path,
+    config: Config,
+    *,
+    memory_bytes: int = PLENTY,
+    first_step: int = 1,
+    last_step: int = STEPS,
+    load_from: Path | None = None,
+    stop: tuple[int, int] | None = None,
+) -> Run:
+    """All ranks of `config` take the steps; stop: the (rank, step) that asks to stop."""
+    folder.mkdir()
+    torch.save(samples(), folder / "batches.pt")
+    scenario = {
+        "config": config.model_dump(mode="json"),
+        "memory_bytes": memory_bytes,
+        "first_step": first_step,
+        "last_step": last_step,
+        "load_from": None if load_from is None else str(load_from),
+        "stop": stop,
+    }
+    (folder / "scenario.json").write_text(json.dumps(scenario))
+    assert forker.stdin is not None and forker.stdout is not None
+    forker.stdin.write(f"{folder}\n")
+    forker.stdin.flush()
+    assert forker.stdout.readline() == "0\n", (folder / "stderr").read_text()[-6000:]
+    ranks = [torch.load(folder / f"rank-{rank}.pt") for rank in range(config.world_size)]
+    return Run(folder, *([rank[key] for rank in ranks] for key in ("results", "evaluations", "state")))
+
+
+class Reference(NamedTuple):
+    losses: list[float]
+    grad_norms: list[float]
+    nats: list[float]  # of the evaluations, every fifth step
+
+
+def reference(config: Config) -> Reference:
+    """The same training as a plain loop in float64 on whole batches."""
+    model = Decoder(config.model)
+    initialise(model, seed=config.run.seed, config=config.model)
+    model.double()
+    groups = [
+        {"params": [p for p in model.parameters() if decays(tuple(p.shape))], "weight_decay": 0.1},
+        {"params": [p for p in model.parameters() if not decays(tuple(p.shape))], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-6)
+    losses, norms, nats = [], [], []
+    data = samples()
+    for step in range(1, STEPS + 1):
+        tokens, labels = data["tokens"][step - 1], data["labels"][step - 1].flatten()
+        loss = F.cross_entropy(model(tokens).flatten(0, 1), labels, ignore_index=IGNORED_LABEL)
+        optimizer.zero_grad()
+        loss.backward()
+        norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.clip_norm).item())
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(config.optimizer, step=step, total_steps=STEPS)
+        optimizer.step()
+        losses.append(loss.item())
+        if step % 5 == 0:
+            logits = model(tokens).flatten(0, 1)
+            nats.append(F.cross_entropy(logits, labels, ignore_index=IGNORED_LABEL, reduction="sum").item())
+    return Reference(losses, norms, nats)
+
+
+# ---- Layouts ---------------------------------------------------------------------------------------------------------
+
+LAYOUTS = {
+    "one rank": ({"ranks": 1}, PLENTY),
+    "fsdp 2": ({"ranks": 2}, PLENTY),
+    "fsdp 3, a group per block": ({"ranks": 3}, 0),  # 3 divides no parameter: uneven shards
+    "tp 2": ({"ranks": 2, "tensor": 2}, PLENTY),
+    "fsdp 2 x tp 2": ({"ranks": 4, "tensor": 2}, PLENTY),
+    "fsdp 2 x tp 2, a group per block, untied": ({"ranks": 4, "tensor": 2, "model": LLAMA3}, 0),
+}
+
+
+@pytest.fixture(scope="module")
+def runs(forker: subprocess.Popen[str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
+    """Each layout's 20 steps, taken once and looked at by several tests."""
+    folder = tmp_path_factory.mktemp("layouts")
+    return {
+        name: run(forker, folder / str(index), config(**layout), memory_bytes=memory)
+        for index, (name, (layout, memory)) in enumerate(LAYOUTS.items())
+    }
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_trains_as_a_plain_float64_loop_does(runs: dict[str, Run], layout: str) -> None:
+    expected = reference(config(**LAYOUTS[layout][0]))
+    assert expected.losses[-1] < expected.losses[0] - 1, "nothing was learned, so the losses show little"
+    assert min(expected.grad_norms) > 0.5, "clipping must be active"
+    counted = [(labels != IGNORED_LABEL).sum().item() for labels in samples()["labels"]]
+    for results, evaluations in zip(runs[layout].results, runs[layout].evaluations, strict=True):
+        assert [result["loss"] for result in results] == pytest.approx(expected.losses, rel=3e-6)
+        assert [result["grad_norm"] for result in results] == pytest.approx(expected.grad_norms, rel=1e-4)
+        assert [result["tokens"] for result in results] == counted
+        assert [nats for nats, _ in evaluations] == pytest.approx(expected.nats, rel=3e-6)
+        assert [tokens for _, tokens in evaluations] == counted[4::5]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_each_element_is_saved_once_under_names_that_do_not_know_the_layout(runs: dict[str, Run], layout: str) -> None:
+    model = Decoder(config(**LAYOUTS[layout][0]).model)
+    expected = {
+        f"{prefix}/{name}": tuple(parameter.shape)
+        for name, parameter in model.named_parameters()
+        for prefix in ("model", "optimizer/exp_avg", "optimizer/exp_avg_sq")
+    }
+    assert {name: tuple(whole.shape) for name, whole in runs[layout].whole_state().items()} == expected
+
+
+def test_the_same_layout_twice_is_bitwise_equal(
+    runs: dict[str, Run], tmp_path: Path, forker: subprocess.Popen[str]
+) -> None:
+    again = run(forker, tmp_path / "again", config(ranks=4, tensor=2))
+    assert again.results == runs["fsdp 2 x tp 2"].results
+    first = runs["fsdp 2 x tp 2"].whole_state()
+    assert all(torch.equal(tensor, first[name]) for name, tensor in again.whole_state().items())
+
+
+def test_a_loaded_state_continues_bitwise_in_the_same_layout(
+    runs: dict[str, Run], tmp_path: Path, forker: subprocess.Popen[str]
+) -> None:
+    half = run(forker, tmp_path / "half", config(ranks=2), last_step=9)
+    rest = run(forker, tmp_path / "rest", config(ranks=2), first_step=10, load_from=half.folder)
+    assert half.losses + rest.losses == runs["fsdp 2"].losses
+
+
+@pytest.mark.parametrize("layout", ["one rank", "fsdp 3, a group per block", "tp 2"])
+def test_a_loaded_state_continues_in_another_layout(
+    layout: str, runs: dict[str, Run], tmp_path: Path, forker: subprocess.Popen[str]
+) -> None:
+    half = run(forker, tmp_path / "half", config(ranks=4, tensor=2), last_step=9)
+    arguments, memory = LAYOUTS[layout]
+    rest = run(
+        forker, tmp_path / "rest", config(**arguments), memory_bytes=memory, first_step=10, load_from=half.folder
+    )
+    assert rest.losses == pytest.approx(runs["one rank"].losses[9:], rel=3e-6)
+
+
+def test_all_ranks_learn_of_a_wish_to_stop_at_the_same_step(tmp_path: Path, forker: subprocess.Popen[str]) -> None:
+    asked = run(forker, tmp_path / "stop", config(ranks=4, tensor=2), last_step=4, stop=(3, 3))
+    for results in asked.results:
+        assert [result["stop_agreed"] for result in results] == [False, False, True, False]
+
+
+# ---- Options ---------------------------------------------------------------------------------------------------------
+
+
+def test_bfloat16_follows_float32_on_one_rank_and_on_four(
+    runs: dict[str, Run], tmp_path: Path, forker: subprocess.Popen[str]
+) -> None:
+    """One rank has no process group of its own here, as in a script."""
+    one = run(forker, tmp_path / "one", config(dtype="bfloat16"))
+    four = run(forker, tmp_path / "four", config(ranks=4, tensor=2, dtype="bfloat16"))
+    assert one.losses == pytest.approx(runs["one rank"].losses, rel=2e-2)
+    assert four.losses == pytest.approx(runs["one rank"].losses, rel=2e-2)
+    assert one.losses != runs["one rank"].losses
+    assert {tensor.dtype for _, _, _, tensor, _ in four.states[0]} == {torch.float32}, "master weights and moments"
+
+
+def test_activation_checkpointing_changes_no_bit(
+    runs: dict[str, Run], tmp_path: Path, forker: subprocess.Popen[str]
+) -> None:
+    checkpointed = run(forker, tmp_path / "run", config(ranks=2, activation_checkpointing="full"))
+    assert checkpointed.losses == runs["fsdp 2"].losses
+    assert checkpointed.whole_state().keys() == runs["fsdp 2"].whole_state().keys()
+
+
+def test_compiled_blocks_give_the_same_losses(
+    runs: dict[str, Run], tmp_path: Path, forker: subprocess.Popen[str]
+) -> None:
+    compiled = run(
+        forker, tmp_path / "run", config(ranks=2, compile="block", activation_checkpointing="full"), last_step=5
+    )
+    assert compiled.losses == pytest.approx(runs["fsdp 2"].losses[:5], rel=3e-6)
+
+
+# ---- Parts -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_cross_entropy_in_place_equals_torchs(dtype: torch.dtype) -> None:
+    rows = ROWS_AT_ONCE + 37  # a last chunk that is not whole
+    logits = torch.randn(rows, 50, dtype=dtype, generator=torch.Generator().manual_seed(1)) * 5
+    labels = torch.randint(0, 50, (rows,), generator=torch.Generator().manual_seed(2))
+    labels[::3] = IGNORED_LABEL
+    theirs = logits.clone().requires_grad_()
+    wide = torch.promote_types(dtype, torch.float32)
+    expected = F.cross_entropy(theirs.to(wide), labels, ignore_index=IGNORED_LABEL, reduction="sum")
+    expected.backward()
+
+    untouched = logits.clone()
+    nats = summed_nats(logits, labels, vocabulary_group=None, want_gradient=False)
+    assert torch.equal(logits, untouched)
+    assert nats.item() == pytest.approx(expected.item(), rel=1e-6)
+    assert summed_nats(logits, labels, vocabulary_group=None, want_gradient=True).item() == nats.item()
+    torch.testing.assert_close(logits, theirs.grad)
+
+
+def test_the_fake_engines_losses_tell_state_samples_and_steps_apart() -> None:
+    def losses(engine: FakeEngine, *, offset: int = 0, first: int = 1) -> list[float]:
+        batches = [Batch(torch.full((1, 4), step + offset), torch.zeros(1, 4)) for step in range(first, 4)]
+        return [engine.step(b, step=s, stop_requested=False).loss for s, b in enumerate(batches, start=first)]
+
+    whole = losses(FakeEngine())
+    assert losses(FakeEngine()) == whole and len(set(whole)) == 3
+    assert losses(FakeEngine(), offset=1) != whole
+    half, resumed = FakeEngine(), FakeEngine()
+    half.step(Batch(torch.full((1, 4), 1), torch.zeros(1, 4)), step=1, stop_requested=False)
+    assert losses(resumed, first=2) != whole[1:]
+    resumed = FakeEngine()
+    resumed.state()[0].tensor.copy_(half.state()[0].tensor)
+    assert losses(resumed, first=2) == whole[1:]

@@ -1,0 +1,266 @@
+"""The whole path on a real Ray cluster: `ray start`, jobs, Ray Train, agents, ranks, MLflow. One cluster for all.
+
+The cluster asks for a token and listens on loopback. Each test runs the same tiny model; whatever was killed on the
+way, its losses must be those of the run that nothing happened to.
+"""
+
+import contextlib
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from raynium import Client, Run, find_run
+from raynium.data.store_build import build_store
+from raynium.errors import ConfigError, LaunchError, RunFailed, RunInUse
+from raynium.launch.record import RunRecord
+
+pytestmark = pytest.mark.ray
+
+ROOT = Path(__file__).parents[1]
+JOB = """
+run: {name: test, root: ROOT}
+cluster: {accelerator: cpu, ranks_per_node: 2}
+model: {vocab_size: 512, hidden_size: 32, num_layers: 2, num_heads: 2, num_kv_heads: 1, head_dim: 16, ffn_size: 64,
+        max_seq_len: 64}
+data: {path: ROOT/data, seq_len: 32}
+optimizer: {learning_rate: 3.0e-3}
+train: {steps: 60, global_batch_size: 8}
+checkpoint: {every_steps: 10}
+evaluate: {every_steps: 30, max_documents: 2}
+sample: {prompts: ["def "], max_new_tokens: 8}
+"""
+LONG = 400  # steps of a run that is to be interrupted: some seconds
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """A head that accepts jobs. `environment` is what a process needs to reach it."""
+
+    address: str
+    environment: dict[str, str]
+    folder: Path  # runs, data, and the job file
+    job_file: Path
+
+    def client(self) -> Client:
+        return Client(self.address)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    folder = tmp_path_factory.mktemp("cluster")
+    source = folder / "text"
+    source.mkdir()
+    for number in range(40):
+        text = "\n".join(f"def function_{number}_{line}(x): return x * {line}" for line in range(60))
+        (source / f"{number}.py").write_text(text)
+    build_store(folder / "data", source=str(source), vocab_size=512, heldout_fraction=0.2)
+    job_file = folder / "job.yaml"
+    job_file.write_text(JOB.replace("ROOT", str(folder)))
+
+    environment = {
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",  # a job's entrypoint is `python …`
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAYNIUM_HOME": str(folder),
+    }
+    dashboard = free_port()
+    with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp") as ray_folder:  # short: Unix socket paths have a limit
+        command = [
+            *(str(Path(sys.executable).parent / "ray"), "start", "--head", "--block", "--disable-usage-stats"),
+            *("--node-ip-address=127.0.0.2", f"--port={free_port()}", f"--temp-dir={ray_folder}"),
+            *("--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}"),
+            *(f"--dashboard-agent-listen-port={free_port()}", f"--ray-client-server-port={free_port()}"),
+            *("--num-cpus=4", f"--object-store-memory={100 * 2**20}"),
+        ]
+        with (folder / "ray.log").open("wb") as log:
+            head = subprocess.Popen(
+                command, env=os.environ | environment, stdout=log, stderr=log, start_new_session=True
+            )
+        address = f"http://127.0.0.1:{dashboard}"
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in environment.items():
+                patch.setenv(name, value)
+            try:
+                _wait_until_it_answers(address, head, folder / "ray.log")
+                yield Cluster(address, environment, folder, job_file)
+            finally:
+                head.terminate()
+                head.wait(60)
+
+
+def _wait_until_it_answers(address: str, head: subprocess.Popen[bytes], log: Path) -> None:
+    from raynium.launch.jobs import connect_jobs
+
+    deadline = time.monotonic() + 90
+    while True:
+        with contextlib.suppress(LaunchError):
+            connect_jobs(address).list_jobs()
+            return
+        assert head.poll() is None and time.monotonic() < deadline, log.read_text()[-3000:]
+        time.sleep(0.5)
+
+
+def wait_for(condition: Callable[[], Any], seconds: float = 90) -> Any:
+    deadline = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.1)
+    return value
+
+
+def record_when_saved(run: Run, *, step: int) -> RunRecord:
+    """The run's record once it has committed a checkpoint of that step or a later one."""
+    wait_for(lambda: any(each.step >= step for each in run.checkpoints()))
+    return run.record()
+
+
+def losses(run: Run) -> dict[int, list[float]]:
+    """step → every loss that MLflow holds for it."""
+    found: dict[int, list[float]] = {}
+    for point in run.metrics("train/loss"):
+        found.setdefault(point.step, []).append(point.value)
+    return found
+
+
+def final_state(run: Run) -> dict[str, Any]:
+    from raynium.checkpoint.catalog import latest
+    from raynium.checkpoint.load import read_tensors
+    from raynium.checkpoint.store import Store
+
+    reference = latest(Store(run.url))
+    assert reference is not None
+    return read_tensors(reference, prefix="model/")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(cluster: Cluster) -> Run:
+    """The SDK's way, and the run that the others are compared with."""
+    run = cluster.client().submit(cluster.job_file, overrides={"train.steps": LONG}, name="uninterrupted")
+    assert run.wait(240).state == "finished"
+    return run
+
+
+def same_as(run: Run, uninterrupted: Run) -> None:
+    """Every step once in MLflow, with the very same loss, and the same weights at the end."""
+    import torch
+
+    ours, theirs = losses(run), losses(uninterrupted)
+    assert ours == theirs and set(ours) == set(range(1, LONG + 1))
+    assert all(len(values) == 1 for values in ours.values())
+    for name, tensor in final_state(uninterrupted).items():
+        assert torch.equal(final_state(run)[name], tensor), name
+
+
+def test_the_sdk_submits_waits_and_looks(uninterrupted: Run) -> None:
+    record = uninterrupted.record()
+    assert record.result is not None and record.result["bits_per_byte"] < record.result["unigram_bits_per_byte"]
+    assert uninterrupted.metrics("eval/bits_per_byte")[-1].value == record.result["bits_per_byte"]
+    assert [each.step for each in uninterrupted.checkpoints()] == [LONG - 10, LONG]
+    assert uninterrupted.sample("def function_1_2(", temperature=0, max_new_tokens=4).startswith("def function_1_2(")
+    assert "held-out documents" in uninterrupted.logs()
+    assert record.result["samples"][0].startswith("def ")
+
+
+def test_ray_job_submit_runs_the_job_script(cluster: Cluster) -> None:
+    command = [
+        *(str(Path(sys.executable).parent / "ray"), "job", "submit", "--address", cluster.address),
+        *("--runtime-env", "cluster/runtime_env.yaml", "--", "python", "jobs/pretrain.py", str(cluster.job_file)),
+        *("train.steps=50", "run.name=by-script"),
+    ]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=180)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "run by-script: finished at step 50 of 50" in done.stdout
+    assert "sampled from the model" in done.stdout
+    assert "MLflow page: http://127.0.0.1:5000/#/experiments/" in done.stdout
+
+
+def test_a_killed_agent_changes_no_bit(cluster: Cluster, uninterrupted: Run) -> None:
+    run = cluster.client().submit(cluster.job_file, overrides={"train.steps": LONG}, name="agent-killed")
+    record = record_when_saved(run, step=20)
+    assert record.agents is not None
+    os.kill(record.agents[0]["pid"], signal.SIGKILL)
+    assert run.wait(240).generation == 2
+    assert "a node agent was lost" in run.logs()
+    same_as(run, uninterrupted)
+
+
+def test_a_killed_driver_is_continued_by_the_next_one(cluster: Cluster, uninterrupted: Run) -> None:
+    run = cluster.client().submit(cluster.job_file, overrides={"train.steps": LONG}, name="driver-killed")
+    record = record_when_saved(run, step=20)
+    os.kill(record.owner.pid, signal.SIGKILL)
+    with pytest.raises(RunFailed, match="its driver died"):
+        run.wait(60)
+    again = cluster.client().submit(cluster.job_file, overrides={"train.steps": LONG}, name="driver-killed")
+    finished = again.wait(240)
+    assert finished.mlflow_run_id == record.mlflow_run_id
+    assert "from the checkpoint of step" in again.logs()
+    same_as(again, uninterrupted)
+
+
+def test_ray_job_stop_saves_first_and_the_same_job_goes_on(cluster: Cluster, uninterrupted: Run) -> None:
+    client = cluster.client()
+    run = client.submit(cluster.job_file, overrides={"train.steps": LONG}, name="job-stopped")
+    record_when_saved(run, step=20)
+    with pytest.raises(RunInUse, match="in use"):
+        client.submit(cluster.job_file, name="job-stopped")
+    client._connected().stop_job(run.job_id)
+    stopped = run.wait(120)
+    assert stopped.state == "stopped" and run.checkpoints()[-1].step == stopped.step
+    again = client.submit(cluster.job_file, overrides={"train.steps": LONG}, name="job-stopped")
+    assert again.wait(240).state == "finished"
+    same_as(again, uninterrupted)
+
+
+def test_raynium_stop_reaches_a_job(cluster: Cluster) -> None:
+    run = cluster.client().submit(cluster.job_file, overrides={"train.steps": 100_000}, name="asked-to-stop")
+    record_when_saved(run, step=20)
+    find_run("asked-to-stop", str(cluster.folder)).stop()
+    stopped = run.wait(120)
+    assert stopped.state == "stopped" and run.checkpoints()[-1].step == stopped.step > 20
+
+
+def test_a_job_that_cannot_run_ends_with_the_reason(cluster: Cluster) -> None:
+    run = cluster.client().submit(
+        cluster.job_file, overrides={"optimizer.learning_rate": 1e30, "optimizer.clip_norm": 1e30}, name="bad-rate"
+    )
+    with pytest.raises(RunFailed, match="both must be finite"):
+        run.wait(120)
+
+
+def test_bad_input_is_refused_before_anything_is_submitted(cluster: Cluster) -> None:
+    client = cluster.client()
+    before = len(client._connected().list_jobs())
+    with pytest.raises(ConfigError, match="did you mean"):
+        client.submit(cluster.job_file, overrides={"train.stepz": 3})
+    with pytest.raises(ConfigError, match="global_batch_size"):
+        client.submit(cluster.job_file, overrides={"train.global_batch_size": 3})
+    assert len(client._connected().list_jobs()) == before
+
+
+def test_a_cluster_that_does_not_answer_is_named() -> None:
+    with pytest.raises(LaunchError, match=r"cannot reach a Ray cluster at http://127\.0\.0\.1:1"):
+        Client("http://127.0.0.1:1").submit("quickstart", overrides={"run.name": "nowhere"})
+
+
+def test_a_refused_token_is_named(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "wrong")
+    with pytest.raises(LaunchError, match="RAY_AUTH_TOKEN"):
+        Client(cluster.address).submit(cluster.job_file, name="wrong-token")
