@@ -1,8 +1,8 @@
 """Runs the native engine on forked gloo ranks. `test_native_engine.py` starts it and writes folders to its stdin.
 
 FOLDER/scenario.json says what to do (the keys are those of `run` in the test), FOLDER/batches.pt holds all samples.
-Each rank leaves FOLDER/rank-N.pt, what its steps returned and its last state; a line on stdout says that all have ended, and
-with which exit status. A process of its own because forking is only safe before torch has started threads.
+Each rank leaves FOLDER/rank-N.pt, what its steps returned and its last state; a line on stdout says that all have
+ended, and with which exit status. A process of its own because forking is only safe before torch has started threads.
 """
 
 import json

@@ -37,7 +37,7 @@ def config(*, ranks: int = 1, tensor: int = 1, model: dict[str, str] = QWEN3, **
             "parallel": {"tensor": tensor},
             "engine": engine,
             "optimizer": {"learning_rate": 3e-3, "clip_norm": 0.5, "warmup_steps": 3, "eps": 1e-6},
-            "train": {"steps": STEPS, "global_batch_size": ROWS, "micro_batch_size": 2},
+            "train": {"steps": STEPS, "global_batch_size": ROWS, "micro_batch_size": ROWS // (ranks // tensor) // 2},
         }
     )
 
@@ -51,7 +51,7 @@ def samples() -> dict[str, torch.Tensor]:
     labels = ids[..., 1:].clone()
     ignored = torch.rand(labels.shape, generator=generator) < torch.linspace(0.9, 0.0, ROWS)[None, :, None]
     labels[ignored] = IGNORED_LABEL
-    labels[:, :2] = IGNORED_LABEL  # a micro-batch in which nothing counts
+    labels[:, :3] = IGNORED_LABEL  # at data size 2 and 3 that leaves a micro-batch in which nothing counts
     return {"tokens": ids[..., :-1].contiguous(), "labels": labels}
 
 
@@ -173,10 +173,16 @@ def runs(forker: subprocess.Popen[str], tmp_path_factory: pytest.TempPathFactory
     }
 
 
+@pytest.fixture(scope="module")
+def half(forker: subprocess.Popen[str], tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A run that ended early, for others to go on from."""
+    return run(forker, tmp_path_factory.mktemp("half") / "run", config(ranks=4, tensor=2), last_step=9)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_layout_trains_as_a_plain_float64_loop_does(runs: dict[str, Run], layout: str) -> None:
     expected = reference(config(**LAYOUTS[layout][0]))
-    assert expected.losses[-1] < expected.losses[0] - 1, "nothing was learned, so the losses show little"
+    assert expected.losses[-1] < expected.losses[0] - 0.8, "nothing was learned, so the losses show little"
     assert min(expected.grad_norms) > 0.5, "clipping must be active"
     counted = [(labels != IGNORED_LABEL).sum().item() for labels in samples()["labels"]]
     for results, evaluations in zip(runs[layout].results, runs[layout].evaluations, strict=True):
@@ -217,9 +223,8 @@ def test_a_loaded_state_continues_bitwise_in_the_same_layout(
 
 @pytest.mark.parametrize("layout", ["one rank", "fsdp 3, a group per block", "tp 2"])
 def test_a_loaded_state_continues_in_another_layout(
-    layout: str, runs: dict[str, Run], tmp_path: Path, forker: subprocess.Popen[str]
+    layout: str, runs: dict[str, Run], half: Run, tmp_path: Path, forker: subprocess.Popen[str]
 ) -> None:
-    half = run(forker, tmp_path / "half", config(ranks=4, tensor=2), last_step=9)
     arguments, memory = LAYOUTS[layout]
     rest = run(
         forker, tmp_path / "rest", config(**arguments), memory_bytes=memory, first_step=10, load_from=half.folder

@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -274,3 +275,95 @@ def test_a_failed_part_leaves_no_open_upload(s3_server, tmp_path: Path, monkeypa
     assert not store.exists("shard")
     fs = store._backend._fs  # pyright: ignore[reportAttributeAccessIssue]
     assert not fs.call_s3("list_multipart_uploads", Bucket="parts").get("Uploads")
+
+
+@pytest.mark.s3
+def test_a_broken_connection_goes_on_from_the_byte_received(s3_server, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Store(s3_server.create_bucket("breaks"), options=s3_server.options)
+    data = os.urandom(2**20)
+    store.write_new("object", data)
+    fs = store._backend._fs  # pyright: ignore[reportAttributeAccessIssue]
+    call_s3, ranges = fs._call_s3, []
+
+    class Breaking:
+        """A body that gives 100,000 bytes and then loses its connection, the first `breaks` times."""
+
+        def __init__(self, body, breaks: int):
+            self.body, self.left = body, 100_000 if len(ranges) <= breaks else len(data)
+            self.close = body.close
+
+        async def readinto(self, buffer: memoryview) -> int:
+            if not self.left:
+                raise ConnectionResetError("broken by the test")
+            count = await self.body.readinto(buffer[: self.left])
+            self.left -= count
+            return count
+
+    def break_connections(times: int) -> None:
+        async def breaking(method: str, **request):
+            answer = await call_s3(method, **request)
+            if method == "get_object":
+                ranges.append(request["Range"])
+                answer["Body"] = Breaking(answer["Body"], times)
+            return answer
+
+        monkeypatch.setattr(fs, "_call_s3", breaking)
+
+    break_connections(2)
+    assert store.read("object") == data
+    assert ranges == ["bytes=0-1048575", "bytes=100000-1048575", "bytes=200000-1048575"]
+    monkeypatch.setattr("raynium.checkpoint.s3_store._READ_ATTEMPTS", 2)
+    break_connections(99)
+    with pytest.raises(StoreError, match="broken by the test; check the bucket and the network"):
+        store.read("object")
+
+
+@pytest.mark.s3
+def test_a_server_that_holds_something_else_is_noticed(
+    s3_server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store(s3_server.create_bucket("lies"), options=s3_server.options)
+    (tmp_path / "image").write_bytes(b"123")
+    backend = store._backend
+    call = backend._call  # pyright: ignore[reportAttributeAccessIssue]
+    for change in ({"ContentLength": 2}, {"ChecksumCRC64NVME": "AAAAAAAAAAA="}):
+        monkeypatch.setattr(backend, "_call", lambda *a, change=change, **kw: call(*a, **kw) | change)
+        with pytest.raises(StoreError, match=r"sent 3 bytes with CRC64NVME .*, the server holds .*is not used"):
+            store.upload_file(f"shard-{next(iter(change))}", tmp_path / "image")
+    monkeypatch.undo()
+
+    refusal = {"Errors": [{"Key": "x", "Code": "AccessDenied"}]}
+    run = backend._run  # pyright: ignore[reportAttributeAccessIssue]
+    store.write_new("folder/x", b"")
+    monkeypatch.setattr(backend, "_run", lambda work: answer if "Contents" in (answer := run(work)) else refusal)
+    with pytest.raises(StoreError, match="cannot delete x: AccessDenied; allow s3:GetObject"):
+        store.delete_prefix("folder")
+
+
+def test_a_store_that_forgets_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Store(tmp_path)
+    monkeypatch.setattr(store, "read", lambda key: b"something else")
+    with pytest.raises(StoreError, match="does not give back what was written"):
+        store.check_writable()
+
+
+@pytest.mark.s3
+def test_ctrl_c_during_an_upload_cleans_up(s3_server, tmp_path: Path) -> None:
+    bucket = s3_server.create_bucket("ctrl-c")
+    (tmp_path / "image").write_bytes(os.urandom(3 * PART))
+    code = (
+        "import asyncio, os, signal, sys; from raynium.checkpoint.store import Store\n"
+        f"store = Store({bucket!r}); fs = store._backend._fs; call = fs._call_s3\n"
+        "async def slow(method, **request):\n"
+        "    if request.get('PartNumber') == 1: os.kill(os.getpid(), signal.SIGINT)\n"
+        "    if method == 'upload_part': await asyncio.sleep(30)\n"
+        "    return await call(method, **request)\n"
+        "fs._call_s3 = slow\n"
+        f"try: store.upload_file('shard', {str(tmp_path / 'image')!r}, part_bytes={PART})\n"
+        "except KeyboardInterrupt: sys.exit(7)\n"
+    )
+    env = {**s3_server.env, "PYTHONPATH": ":".join(sys.path)}
+    assert subprocess.run([sys.executable, "-c", code], env=env, timeout=120).returncode == 7
+    fs = Store(bucket, options=s3_server.options)._backend._fs  # pyright: ignore[reportAttributeAccessIssue]
+    assert not fs.call_s3("list_multipart_uploads", Bucket="ctrl-c").get("Uploads")
+    assert not Store(bucket, options=s3_server.options).exists("shard")

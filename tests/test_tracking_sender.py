@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -132,9 +133,16 @@ def test_steps_computed_again_after_a_resume_are_not_logged_twice(store: str, tm
     """Within one process, over a new process on the same node, and on a node whose disk knows nothing."""
     run_id = new_run(store, "resume")
     tracker = make_tracker(tmp_path / "spool", store, run_id)
-    for step in [*range(20), *range(10, 30)]:
+    for step in range(15):
+        append(tracker, step)
+    for step in range(10, 20):  # repeats, mostly within one batch: the first one counts
+        append(tracker, step, unix_ms=step + 1 if step >= 15 else 10_000 + step)
+    wait_until(lambda: tracker.status().points_pending == 0, "the first points never arrived")
+    for step in range(10, 30):  # and in a later one
         append(tracker, step, unix_ms=time.time_ns() // 1000)
-    assert tracker.close(timeout_seconds=CLOSE_SECONDS).points_repeated == 2 * 10
+    assert tracker.close(timeout_seconds=CLOSE_SECONDS).points_repeated == 2 * (5 + 10)
+    first_times = [point.unix_ms for point in read_metric(store, run_id, "train/loss")][:20]
+    assert first_times == [step + 1 for step in range(20)]
     for folder, first, last in (("spool", 25, 40), ("other-node", 35, 50)):
         tracker = make_tracker(tmp_path / folder, store, run_id)
         for step in range(first, last):
@@ -150,7 +158,9 @@ def test_late_points_of_an_earlier_node_still_arrive(store: str, tmp_path: Path)
     late = MlflowTracker(tmp_path / "a", uri="http://127.0.0.1:9", run_id=run_id, flush_seconds=0.05)
     for step in range(10):
         append(late, step)
+    (thread,) = [thread for thread in threading.enumerate() if thread.name == "mlflow-sender" and thread.is_alive()]
     assert late.close(timeout_seconds=0.2).points_pending == 20
+    wait_until(lambda: not thread.is_alive(), "a closed sender goes on trying")
     tracker = make_tracker(tmp_path / "b", store, run_id)
     for step in range(5, 20):
         append(tracker, step, unix_ms=1000 + step)
@@ -330,9 +340,14 @@ def test_unreachable_server_is_named_within_seconds():
 
 
 def test_listening_but_silent_server_is_named_within_seconds():
-    silent = socket.create_server(("127.0.0.1", 0))
-    with silent, pytest.raises(TrackingError, match="no answer within 1 s"):
-        check_reachable(f"http://127.0.0.1:{silent.getsockname()[1]}", timeout_seconds=1)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        silent.setblocking(False)
+        address = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        with pytest.raises(TrackingError, match="no answer within 1 s"):
+            check_reachable(address, timeout_seconds=1)
+        silent.accept()[0].close()
+        with pytest.raises(BlockingIOError):  # one request, not mlflow's eight
+            silent.accept()
 
 
 def test_request_limits_are_put_back(server: Server, monkeypatch: pytest.MonkeyPatch):

@@ -115,15 +115,16 @@ def test_a_damaged_acknowledgement_sends_again_rather_than_losing(tmp_path: Path
 
 
 def test_acknowledging_works_again_after_the_acknowledgement_was_damaged(tmp_path: Path):
-    spool = MetricSpool(tmp_path, segment_bytes=1)
-    for step in range(10):
+    spool = MetricSpool(tmp_path, segment_bytes=500)
+    for step in range(30):
         append(spool, step)
-    spool.acknowledge(through=4)
+    spool.acknowledge(through=20)
+    assert not (tmp_path / "points-000000000000.jsonl").exists()
     (tmp_path / "acknowledged").unlink()
-    spool = reopen(spool, tmp_path, segment_bytes=1)
+    spool = reopen(spool, tmp_path, segment_bytes=500)
     records = spool.read_batch(max_points=100)
     spool.acknowledge(through=records[-2].number)
-    assert steps_waiting(reopen(spool, tmp_path)) == [9]
+    assert steps_waiting(reopen(spool, tmp_path)) == [29]
 
 
 class FullDisk:

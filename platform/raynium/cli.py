@@ -11,12 +11,13 @@ from typing import Annotated
 import typer
 from typer import Argument, Option
 
-from raynium.errors import ConfigError, RayniumError
+from raynium.errors import ConfigError, RayniumError, StoreError
 
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # plain help: rich would cost 0.1 s
     help="Train large language models on AWS Trainium, on CUDA machines, or right here.",
 )
 
@@ -94,8 +95,6 @@ def status(name: RunArgument, root: RootOption = "runs") -> None:
     run = find_run(name, root)
     record = run.record()
     _print(*report_lines(record))
-    if record.state in ("preparing", "running") and not record.owner_is_alive(time.time()):
-        _print("its driver is gone: start it again to go on from the newest checkpoint")
     for key, value in sorted((record.metrics or {}).items()):
         _print(f"  {key:42} {value:,.6g}")
     for each in run.checkpoints():
@@ -135,9 +134,7 @@ def stop(
     run = find_run(name, root)
     record = run.record()
     if not record.owner_is_alive(time.time()):
-        _print(
-            f"run {name} does not run (it {'is ' + record.state if record.state != 'running' else 'was interrupted'})"
-        )
+        _print(f"run {name} does not run: it is {record.shown_state(time.time())} at step {record.step:,}")
         return
     run.stop()
     _print(f"asked run {name} to save and end")
@@ -175,6 +172,7 @@ def ui(
     from raynium.config.paths import absolute_root
     from raynium.launch.report import ui_lines
     from raynium.sdk import find_run
+    from raynium.tracking.client import sqlite_path
     from raynium.tracking.runs import resolve_uri, ui_command, ui_environment
 
     record = find_run(name, root).record() if name else None
@@ -185,11 +183,13 @@ def ui(
         if record is None:
             _print(f"MLflow: {uri}")
         return
+    if not sqlite_path(uri).exists():
+        raise StoreError(f"there is no {sqlite_path(uri)} yet: runs under {root} have tracked nothing there")
     if record is None:
         _print(f"MLflow: http://127.0.0.1:{port}")
     sys.stdout.flush()
     command = ui_command(uri, host="127.0.0.1", port=port)
-    os.execvpe(command[0], command, os.environ | ui_environment())
+    os.execve(command[0], command, ui_environment())
 
 
 def main() -> None:

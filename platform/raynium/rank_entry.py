@@ -4,18 +4,37 @@ Kept apart from `rank.py` so that unpickling the process's target imports nothin
 """
 
 import ctypes
+import faulthandler
 import logging
 import os
 import signal
 import sys
 import traceback
+from collections.abc import Callable
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from raynium.train.link import AgentLink
+    from raynium.train.loop import Outcome
+
+    Program = Callable[[str, AgentLink], Outcome]  # (plan as JSON, link): what a rank runs once it is set up
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
-def main(environment: dict[str, str], plan_json: str, connection: Connection, output: Connection) -> None:
+def train_plan(plan_json: str, link: "AgentLink") -> "Outcome":
+    """The program of every rank; tests give others."""
+    from raynium.rank import run
+    from raynium.rank_plan import RankPlan
+
+    return run(RankPlan.from_json(plan_json), link)
+
+
+def main(
+    environment: dict[str, str], plan_json: str, connection: Connection, output: Connection, program: "Program"
+) -> None:
     """Runs one rank in a fresh fork of the template. Exits non-zero when it did not end as it should.
 
     environment: every variable the rank needs, set before any device library is imported.
@@ -25,24 +44,26 @@ def main(environment: dict[str, str], plan_json: str, connection: Connection, ou
     for descriptor in (1, 2):
         os.dup2(output.fileno(), descriptor)
     output.close()
+    sys.stdout.reconfigure(line_buffering=True)  # pyright: ignore[reportAttributeAccessIssue]  # a kill loses no line
+    faulthandler.enable()  # a crash in native code leaves Python's stack among the last lines
     _die_with_the_agent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole terminal group; the agent decides
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s", force=True)
 
     from raynium.errors import CheckpointMismatch, ConfigError, DataError
-    from raynium.rank import RankPlan, run
     from raynium.train.guard import BadStep
     from raynium.train.link import AgentLink
 
     link = AgentLink(connection, reports_steps=environment["RANK"] == "0")
     try:
-        outcome = run(RankPlan.from_json(plan_json), link)
+        outcome = program(plan_json, link)
     except Exception as error:
         traceback.print_exc()
         happens_again = isinstance(error, BadStep | CheckpointMismatch | ConfigError | DataError)
         link.failed(f"{type(error).__name__}: {error}", retry=not happens_again)
         link.close()
+        sys.stdout.flush()
         sys.stderr.flush()
         os._exit(1)  # not sys.exit: a collective's background thread may still wait for a peer
     link.outcome(outcome.step, outcome.reason)

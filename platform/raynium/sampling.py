@@ -36,7 +36,8 @@ class Sampler:
         context = [end, *self.tokenizer.encode(prompt).tolist()]
         for _ in range(max_new_tokens):
             window_BT = torch.tensor([context[-self.model.config.max_seq_len :]])
-            logits_V = self.model(window_BT)[0, -1].float()
+            # A model's vocabulary may be padded: ids that the tokenizer does not have stand for no text.
+            logits_V = self.model(window_BT)[0, -1, : self.tokenizer.vocab_size].float()
             if temperature == 0:
                 token = int(logits_V.argmax())
             else:
@@ -57,7 +58,7 @@ def open_sampler(run_url: str, step: int | None = None) -> Sampler:
     store = Store(run_url)
     reference: CheckpointRef | None = open_checkpoint(store, step) if step is not None else latest(store)
     if reference is None:
-        raise CheckpointError(f"run {store.url} has no checkpoint yet. Wait for its first one (checkpoint.every_steps)")
+        raise CheckpointError(f"run {store.url} has no checkpoint. Check its name, or wait for its first one")
     config = Config.model_validate(reference.manifest.state["config"])
     weights = {
         name.removeprefix(MODEL_PREFIX): tensor for name, tensor in read_tensors(reference, prefix=MODEL_PREFIX).items()

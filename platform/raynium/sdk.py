@@ -7,19 +7,22 @@ run.wait()
 run.metrics("train/loss")
 """
 
+import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from raynium.errors import RunFailed, RunInUse, StoreError
+from raynium.errors import LaunchError, RunFailed, StoreError
 
 if TYPE_CHECKING:
     from raynium.checkpoint.catalog import CheckpointSummary
     from raynium.checkpoint.store import Store
     from raynium.launch.record import RunRecord
     from raynium.tracking.runs import MetricPoint
+
+logger = logging.getLogger(__name__)
 
 POLL_SECONDS = 1.0
 LOG_LINES_IN_ERRORS = 30
@@ -67,6 +70,8 @@ class Run:
                 return record  # it had finished before this job, which therefore had nothing to do
             elif job_state in ("FAILED", "STOPPED", "SUCCEEDED"):
                 raise RunFailed(f"the job of run {self.name!r} ended as {job_state}. Its last lines:\n{self._tail()}")
+            elif self.job_id is None:
+                self.record()  # no job will write it: raises
             if deadline is not None and time.monotonic() > deadline:
                 raise TimeoutError(f"run {self.name!r} has not ended after {timeout_seconds:g} s")
             time.sleep(POLL_SECONDS)
@@ -106,13 +111,17 @@ class Run:
         if of == "ranks":
             from raynium.launch.scratch import log_folder
 
-            return "".join(path.read_text() for path in sorted(log_folder(self.url).glob("node-*.log")))
+            folder = log_folder(self._store().url)
+            paths = sorted(folder.glob("node-*.log"))
+            if not paths:
+                raise StoreError(f"no rank of run {self.name!r} has run on this host: there are no logs in {folder}")
+            return "".join(path.read_text(errors="replace") for path in paths)
         if self.client is not None and self.job_id is not None:
             return self.client.job_logs(self.job_id)
         path = self.record().log_path
         if path is None or not Path(path).exists():
             raise StoreError(f"the log of run {self.name!r} is {path} on the host of its driver, not on this one")
-        return Path(path).read_text()
+        return Path(path).read_text(errors="replace")
 
     def stop(self) -> None:
         """Asks the run to save a checkpoint at its next step and end. Returns at once; `wait()` for it."""
@@ -153,37 +162,34 @@ class Client:
         """
         from raynium.config.load import dump_yaml, load_config
         from raynium.launch.jobs import submit_job
-        from raynium.launch.preparation import checked, run_store
-        from raynium.launch.record import read_record
+        from raynium.launch.preparation import check_resume, checked, run_store
+        from raynium.launch.record import unowned_record
 
-        loaded = load_config(config, overrides)
-        if name is not None:
-            loaded = load_config(config, {**_as_mapping(overrides), "run.name": name})
-        resolved = checked(loaded)
+        resolved = checked(load_config(config, _with_name(overrides, name)))
         store = run_store(resolved)
-        record = read_record(store)
-        if record is not None and record.owner_is_alive(time.time()):
-            raise RunInUse(
-                f"run {resolved.run.name!r} at {store.url} is in use ({record.state}, step {record.step}). "
-                f"Stop it with `raynium stop {resolved.run.name}`, or give another name"
-            )
-        job_id = submit_job(self._connected(), resolved.run.name, dump_yaml(resolved))
+        unowned_record(store, resolved.run.name)
+        check_resume(resolved, store)
+        job_id = self._ask(lambda jobs: submit_job(jobs, resolved.run.name, dump_yaml(resolved)))
         return Run(resolved.run.name, store.url, self, job_id)
 
     def job_state(self, job_id: str) -> str:
         """Ray's word: PENDING, RUNNING, SUCCEEDED, STOPPED or FAILED."""
-        return str(self._connected().get_job_status(job_id).value)
+        return self._ask(lambda jobs: str(jobs.get_job_status(job_id).value))
 
     def job_logs(self, job_id: str) -> str:
         """All output of the job's driver so far."""
-        return str(self._connected().get_job_logs(job_id))
+        return self._ask(lambda jobs: str(jobs.get_job_logs(job_id)))
 
-    def _connected(self) -> Any:
+    def _ask(self, question: Callable[[Any], str]) -> str:
+        """The answer of Ray's JobSubmissionClient. Raises LaunchError if there is none."""
         if self._jobs is None:
             from raynium.launch.jobs import connect_jobs
 
             self._jobs = connect_jobs(self.address)
-        return self._jobs
+        try:
+            return question(self._jobs)
+        except (OSError, RuntimeError) as error:  # what its HTTP library raises, and Ray for an answer other than 200
+            raise LaunchError(f"the Ray cluster at {self.address} did not do what it was asked: {error}") from error
 
 
 def find_run(name: str, root: str = "runs") -> Run:
@@ -201,12 +207,22 @@ def list_runs(root: str = "runs") -> "list[RunRecord]":
     from raynium.launch.record import read_record
 
     store = Store(absolute_root(root))
-    folders = store.list(recursive=False).folders
-    records = [read_record(store.child(folder.rstrip("/"))) for folder in folders]
-    return sorted((each for each in records if each is not None), key=lambda each: -each.created_unix)
+    records = []
+    for folder in store.list(recursive=False).folders:
+        try:
+            record = read_record(store.child(folder))
+        except StoreError as error:  # one that cannot be read must not hide the others
+            logger.warning("left out: %s", error)
+            continue
+        if record is not None:
+            records.append(record)
+    return sorted(records, key=lambda each: -each.created_unix)
 
 
-def _as_mapping(overrides: Mapping[str, Any] | Sequence[str]) -> dict[str, Any]:
+def _with_name(overrides: Mapping[str, Any] | Sequence[str], name: str | None) -> Mapping[str, Any] | Sequence[str]:
+    """The overrides with `run.name` laid over them; they are judged by `load_config`."""
+    if name is None or isinstance(overrides, str):
+        return overrides
     if isinstance(overrides, Mapping):
-        return dict(overrides)
-    return dict(each.split("=", 1) for each in overrides)
+        return {**overrides, "run.name": name}
+    return [*overrides, f"run.name={name}"]

@@ -1,7 +1,8 @@
 """Ranks without Ray, for debugging: `torchrun --nproc-per-node 2 -m raynium.standalone CONFIG [key=value …]`.
 
 The same `rank.run` with another link: each rank saves its own shard, rank 0 commits, metrics go to the log. No
-restarts, no MLflow. The run's folder and its checkpoints are the same as under Ray, so either continues what the other began.
+restarts, no MLflow. The run's folder and its checkpoints are the same as under Ray, so either continues what the other
+began.
 """
 
 import logging
@@ -10,7 +11,6 @@ import secrets
 import signal
 import sys
 import tempfile
-from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
@@ -22,10 +22,10 @@ from raynium.checkpoint.store import Store
 from raynium.checkpoint.upload import upload_shard
 from raynium.config.load import load_config
 from raynium.config.schema import Config
-from raynium.data.store import TOKENIZER_NAME
 from raynium.errors import RayniumError
 from raynium.launch.coordinator import checkpoint_state, layout
-from raynium.launch.preparation import checked, prepare_data, run_store
+from raynium.launch.preparation import check_resume, checked, keep_tokenizer, prepare_data, run_store
+from raynium.launch.record import unowned_record
 from raynium.rank import run
 from raynium.rank_plan import RankPlan
 
@@ -86,6 +86,8 @@ class StandaloneLink:
 
 def main() -> None:
     """One rank's process; torchrun has set the standard environment."""
+    if "RANK" not in os.environ or len(sys.argv) < 2:
+        sys.exit("usage: torchrun --nproc-per-node RANKS -m raynium.standalone CONFIG [key=value …]")
     logging.basicConfig(level=logging.INFO, format=f"rank {os.environ['RANK']} %(levelname)s: %(message)s")
     path, *overrides = sys.argv[1:]
     try:
@@ -96,10 +98,14 @@ def main() -> None:
                 f"(cluster.nodes × cluster.ranks_per_node). Make them equal"
             )
         store = run_store(config)
+        unowned_record(store, config.run.name)
+        notes = check_resume(config, store)
         store.check_writable()
         documents = prepare_data(config, logger.info)  # one rank builds, the others wait and use it
-        if os.environ["RANK"] == "0" and not store.exists(TOKENIZER_NAME):
-            store.replace(TOKENIZER_NAME, (documents.path / TOKENIZER_NAME).read_bytes())
+        if os.environ["RANK"] == "0":
+            for note in notes:
+                logger.info("note: %s", note)
+            keep_tokenizer(store, documents)
         checkpoint = latest(store)
         with tempfile.TemporaryDirectory(prefix="raynium-") as images:
             plan = RankPlan(
@@ -107,7 +113,7 @@ def main() -> None:
                 run_url=store.url,
                 resume_step=checkpoint.step if checkpoint else None,
                 data_folder=str(documents.path),
-                image_folder=str(Path(images)),
+                image_folder=images,
             )
             outcome = run(plan, StandaloneLink(config, store))
     except RayniumError as error:

@@ -8,6 +8,7 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from raynium.config.schema import Config
 from raynium.errors import ConfigError
@@ -19,6 +20,9 @@ RAY_JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 RAY_UNPACKED = "/runtime_resources/working_dir_files/"
 URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://.")
 BROKEN_URL = re.compile(r"(s3|gs|gcs|abfs|az|file|http|https|sqlite|postgresql|mysql):", re.IGNORECASE)
+# `user:password@`, or a query parameter that looks like a secret.
+SECRET = re.compile(r"://[^/@]*@|[?&][^=&]*(password|secret|token|key|signature)[^=&]*=", re.IGNORECASE)
+PLACEHOLDER = "YOUR-BUCKET"  # in the presets, which cannot know it
 WORDS_FOR_SOURCE = {"python-stdlib"}  # data.source values that are no path
 WORDS_FOR_TRACKING = {"databricks"}  # tracking.uri values that MLflow knows by name
 
@@ -28,13 +32,17 @@ def resolve(config: Config, *, base_folder: str | Path | None = None) -> Config:
 
     Relative paths begin at $RAYNIUM_HOME where it is set (a folder or a URL); else, inside a Ray job, at the user's
     home folder, because the current folder is Ray's unpacked copy and is deleted; else at `base_folder` (None: the
-    current folder). `~` is the home folder. Resolving twice changes nothing. Raises ConfigError with every problem.
+    current folder). `~` is the home folder. Resolving twice changes nothing. Raises ConfigError with every problem;
+    a secret in a URL is one, because the config is printed, logged and stored.
     """
     problems: list[str] = []
     home = relative_paths_begin_at(os.environ, Path(base_folder) if base_folder is not None else Path.cwd(), problems)
 
     def place(name: str, text: str) -> str:
-        return _absolute(name, text, home, problems)
+        placed = _absolute(name, text, home, problems)
+        if SECRET.search(placed):
+            problems.append(_secret_in_url(name, placed))
+        return placed
 
     data, tracking = config.data, config.tracking
     resolved = config.model_copy(
@@ -55,6 +63,22 @@ def resolve(config: Config, *, base_folder: str | Path | None = None) -> Config:
     if problems:
         raise ConfigError(problems)
     return resolved
+
+
+def placeholders(config: Config) -> list[str]:
+    """What of a preset has still to be filled in: one message for each field; [] when the config may run."""
+    places = {
+        "run.root": config.run.root,
+        "data.path": config.data.path,
+        "data.source": config.data.source,
+        "data.tokenizer": config.data.tokenizer,
+        "tracking.uri": config.tracking.uri,
+    }
+    return [
+        f"{name} is {place!r}: {PLACEHOLDER} stands for a bucket of yours; set {name} to a place that you may write"
+        for name, place in places.items()
+        if place is not None and PLACEHOLDER in place
+    ]
 
 
 def relative_paths_begin_at(environment: Mapping[str, str], current_folder: Path, problems: list[str]) -> str:
@@ -92,6 +116,20 @@ def _absolute(name: str, text: str, home: str, problems: list[str]) -> str:
     if relative.startswith(".."):
         problems.append(f"{name} is {text!r}: below {HOME_VARIABLE}={home} a path cannot go up; give a whole URL")
     return f"{home.rstrip('/')}/{relative}"
+
+
+def _secret_in_url(name: str, url: str) -> str:
+    parts = urlsplit(url)
+    shown = f"{parts.scheme}://***@{parts.netloc.rpartition('@')[2]}"
+    remedy = {
+        "http": "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN",
+        "https": "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN",
+        "s3": "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a profile",
+    }.get(parts.scheme, "the variables that the library of this kind of URL reads (PGPASSWORD for postgresql)")
+    return (
+        f"{name} is {shown}…, a URL that holds credentials: the config is printed, logged and stored, so it may hold "
+        f"none. Take them out, and set in the environment {remedy}"
+    )
 
 
 def _tracking_uri(uri: str, place) -> str:

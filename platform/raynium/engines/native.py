@@ -104,7 +104,7 @@ class NativeEngine:
         gradients = self._local_gradients()
         nats, tokens, square_norm, stops = self._sum_over_ranks(nats, batch, gradients, stop_requested=stop_requested)
 
-        # A step in which no label counts (tokens 0) changes nothing but AdamW's momentum.
+        # A step in which no label counts has loss 0 and a gradient of zeros, not NaN.
         tokens_or_1 = tokens.clamp(min=1)
         norm = square_norm.sqrt() / tokens_or_1
         scale = (self._config.optimizer.clip_norm / (norm + 1e-6)).clamp(max=1) / tokens_or_1

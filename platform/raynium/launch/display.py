@@ -33,22 +33,23 @@ def progress_line(status: Status, total_steps: int, steps_per_second: float | No
 
 
 class Pace:
-    """Steps per second, smoothed, from (time, step) sightings; starts again when a generation does."""
+    """Steps per second of this generation, from (time, step) sightings."""
 
     def __init__(self) -> None:
-        self._first: tuple[float, int] | None = None
         self._generation = 0
+        self._first_step = 0
+        self._counts_from: tuple[float, int] | None = None
 
     def update(self, generation: int, step: int, now: float) -> float | None:
         """now: seconds of a steady clock. None until there is something to go by."""
-        if self._first is None or generation != self._generation or step < self._first[1]:
-            self._first, self._generation = (now, step), generation
+        if generation != self._generation or step < self._first_step:
+            self._generation, self._first_step, self._counts_from = generation, step, None
+        if self._counts_from is None:
+            if step > self._first_step:  # counts from the end of the first step: it may have waited and compiled
+                self._counts_from = now, step
             return None
-        began, first_step = self._first
-        if step == first_step:
-            self._first = (now, step) if step == 0 else self._first  # waiting for the first step is not training
-            return None
-        return (step - first_step) / (now - began)
+        began, first_step = self._counts_from
+        return (step - first_step) / (now - began) if step > first_step else None
 
 
 class Display:

@@ -9,18 +9,19 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from raynium.checkpoint.catalog import latest
+from raynium.checkpoint.catalog import latest, list_checkpoints
 from raynium.checkpoint.store import Store
 from raynium.config.load import dump_yaml
-from raynium.config.paths import resolve
-from raynium.config.resume import resume_conflicts
+from raynium.config.paths import placeholders, resolve
+from raynium.config.resume import resume_conflicts, resume_notes
 from raynium.config.rules import check
 from raynium.config.schema import Config
 from raynium.data.remote import prepare_store
 from raynium.data.store import TOKENIZER_NAME, DocumentStore
 from raynium.errors import ConfigError, DataError
-from raynium.launch.record import RecordKeeper, RunRecord, claim, read_record
+from raynium.launch.record import RecordKeeper, RunRecord, claim, read_record, unowned_record
 from raynium.launch.scratch import log_folder, scratch_folder
+from raynium.models.flops import parameter_count
 from raynium.tracking.client import check_reachable, redact
 from raynium.tracking.provenance import provenance_tags
 from raynium.tracking.runs import TrackedRun, log_artifact_text, open_run, resolve_uri
@@ -40,10 +41,15 @@ class Prepared:
 
 
 def finished_record(config: Config) -> RunRecord | None:
-    """The record of this very run, if it has already reached the steps that the config asks for."""
+    """The record of this very run, if it has already finished at the steps that the config asks for.
+
+    Raises ConfigError when what finished under this name was trained in another way.
+    """
     record = read_record(run_store(config))
-    if record is None or record.state != "finished" or record.step < config.train.steps:
+    if record is None or record.state != "finished" or record.step != config.train.steps:
         return None
+    if conflicts := resume_conflicts(record.config, config):
+        raise ConfigError(conflicts)
     return record
 
 
@@ -55,9 +61,35 @@ def run_store(config: Config) -> Store:
 def checked(config: Config) -> Config:
     """The config, resolved and free of contradictions; raises ConfigError with every problem."""
     config = resolve(config)
-    if problems := check(config):
+    if problems := [*placeholders(config), *check(config)]:
         raise ConfigError(problems)
     return config
+
+
+def check_resume(config: Config, store: Store) -> list[str]:
+    """Whether the run's newest checkpoint, if there is one, can go on with this config; reads only.
+
+    Returns what has changed and is allowed, to be told to the user. Raises ConfigError for what is not.
+    """
+    checkpoint = latest(store)
+    if checkpoint is None:
+        return []
+    saved = checkpoint.manifest.state["config"]
+    assert isinstance(saved, dict)
+    problems = resume_conflicts(saved, config)
+    if checkpoint.step > config.train.steps:
+        problems.append(
+            f"train.steps is {config.train.steps}, but run {config.run.name!r} has a checkpoint of step "
+            f"{checkpoint.step}. Set train.steps to {checkpoint.step} or more, or give another run.name"
+        )
+    if problems:
+        raise ConfigError(problems)
+    return resume_notes(saved, config)
+
+
+def checkpoint_bytes(config: Config) -> int:
+    """Size of one checkpoint: each parameter and its two moments in float32."""
+    return 12 * parameter_count(config.model).total
 
 
 def prepare(config: Config, *, job_id: str | None, tell: Callable[[str], None]) -> Prepared:
@@ -66,35 +98,28 @@ def prepare(config: Config, *, job_id: str | None, tell: Callable[[str], None]) 
     config: from `checked`. tell: gets a line for each thing that takes time. Raises RayniumError.
     """
     store = run_store(config)
-    store.check_writable()
     uri = resolve_uri(config.tracking.uri, config.run.root)
+    unowned_record(store, config.run.name)
+    notes = check_resume(config, store)
+    # One more than is kept: the oldest is deleted only once the newest is whole.
+    checkpoints_to_come = max(1, config.checkpoint.keep_last + 1 - len(list_checkpoints(store)))
+    store.check_writable(need_bytes=checkpoints_to_come * checkpoint_bytes(config))
     check_reachable(uri)
-    checkpoint = latest(store)
-    if checkpoint is not None:
-        saved = checkpoint.manifest.state["config"]
-        assert isinstance(saved, dict)
-        if conflicts := resume_conflicts(saved, config):
-            raise ConfigError(conflicts)
-        if checkpoint.step > config.train.steps:
-            raise ConfigError(
-                [
-                    f"train.steps is {config.train.steps}, but run {config.run.name!r} has a checkpoint of step "
-                    f"{checkpoint.step}. Set train.steps to {checkpoint.step} or more, or give another run.name"
-                ]
-            )
+    for note in notes:
+        tell(f"note: {note}")
     keeper = claim(store, config.run.name, config.model_dump(mode="json"))
     try:
-        documents = prepare_data(config, tell)
-        mlflow = _open_mlflow(config, keeper, uri)
-        if not store.exists(TOKENIZER_NAME):  # the run keeps its own, so that it can be sampled without the data
-            store.replace(TOKENIZER_NAME, (documents.path / TOKENIZER_NAME).read_bytes())
-        store.replace("config.yaml", dump_yaml(config).encode())
+        with keeper.beating():
+            documents = prepare_data(config, tell)
+            mlflow = _open_mlflow(config, keeper, uri)
+            keep_tokenizer(store, documents)
+            store.replace("config.yaml", dump_yaml(config).encode())
     except BaseException as error:
         keeper.update(state="failed", cause=f"{type(error).__name__}: {error}")
         raise
     log_path = log_folder(store.url) / "driver.log"
     keeper.update(
-        mlflow_uri=redact(mlflow.uri),
+        mlflow_uri=_address(mlflow.uri),
         mlflow_run_id=mlflow.run_id,
         mlflow_experiment_id=mlflow.experiment_id,
         job_id=job_id,
@@ -123,6 +148,17 @@ def prepare_data(config: Config, tell: Callable[[str], None]) -> DocumentStore:
     return documents
 
 
+def _address(uri: str) -> str:
+    """Of MLflow, without what MLFLOW_TRACKING_URI may hold of credentials: it is stored and shown."""
+    return redact(uri).replace("***@", "")
+
+
+def keep_tokenizer(store: Store, documents: DocumentStore) -> None:
+    """The run keeps its own tokenizer, so that it can be sampled without the data."""
+    if not store.exists(TOKENIZER_NAME):
+        store.replace(TOKENIZER_NAME, (documents.path / TOKENIZER_NAME).read_bytes())
+
+
 def _open_mlflow(config: Config, keeper: RecordKeeper, uri: str) -> TrackedRun:
     """The run's one MLflow run: opened again if it has one at this address."""
     record = keeper.record
@@ -130,7 +166,7 @@ def _open_mlflow(config: Config, keeper: RecordKeeper, uri: str) -> TrackedRun:
         uri,
         experiment=config.tracking.experiment,
         run_name=config.run.name,
-        run_id=record.mlflow_run_id if record.mlflow_uri == redact(uri) else None,
+        run_id=record.mlflow_run_id if record.mlflow_uri == _address(uri) else None,
         params=config.model_dump(mode="json"),
         tags=provenance_tags(Path.cwd(), accelerator=config.cluster.accelerator) | {"raynium.run": config.run.name},
     )

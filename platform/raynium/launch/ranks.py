@@ -62,10 +62,17 @@ class RankProcess:
         if self.failure is not None:
             return RankExit(self.rank, exit_code, self.failure["cause"], self.failure["retry"], last_lines=lines)
         if exit_code < 0:
-            name = signal.Signals(-exit_code).name
+            name = _signal_name(-exit_code)
             hint = " (out of memory? look for 'oom-kill' in the kernel's log)" if name == "SIGKILL" else ""
             return RankExit(self.rank, exit_code, f"killed by {name}{hint}", retry=True, last_lines=lines)
         return RankExit(self.rank, exit_code, f"exit code {exit_code} without a reason", retry=True, last_lines=lines)
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # Python names the first and the last real-time signal only
+        return f"signal {number}"
 
 
 @contextlib.contextmanager
@@ -107,8 +114,14 @@ class RankGroup:
     `poll()` is called in a loop by one thread: it moves messages and output, and returns what arrived.
     """
 
-    def __init__(self, environments: dict[int, dict[str, str]], plan_json: str):
-        """environments: rank → all variables it needs; plan_json: `rank.RankPlan`, the same for all ranks."""
+    def __init__(
+        self,
+        environments: dict[int, dict[str, str]],
+        plan_json: str,
+        *,
+        program: "rank_entry.Program" = rank_entry.train_plan,
+    ):
+        """environments: rank → all variables it needs; plan_json: a `RankPlan`, the same for all ranks."""
         start_template()
         context = multiprocessing.get_context("forkserver")
         self.ranks: dict[int, RankProcess] = {}
@@ -117,7 +130,7 @@ class RankGroup:
             output_reader, output_writer = context.Pipe(duplex=False)
             process = context.Process(
                 target=rank_entry.main,
-                args=(environment, plan_json, theirs, output_writer),
+                args=(environment, plan_json, theirs, output_writer, program),
                 name=f"rank-{rank:05d}",
                 daemon=True,
             )
@@ -156,7 +169,7 @@ class RankGroup:
 
     def send(self, rank: int, message: dict[str, Any]) -> None:
         """A rank that is already gone is not told: its end is reported through `ended()`."""
-        with contextlib.suppress(BrokenPipeError, OSError):
+        with contextlib.suppress(OSError):
             self.ranks[rank].connection.send_bytes(json.dumps(message).encode())
 
     def broadcast(self, message: dict[str, Any]) -> None:

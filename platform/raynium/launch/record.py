@@ -7,15 +7,21 @@
 """
 
 import json
+import logging
 import os
 import platform
 import socket
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from raynium.checkpoint.store import KeyExists, KeyMissing, Store
 from raynium.errors import RunInUse, StoreError
+
+logger = logging.getLogger(__name__)
 
 RECORD_KEY = "run.json"
 STOP_KEY = "stop-requested"
@@ -75,6 +81,12 @@ class RunRecord:
             return _pid_started(self.owner.pid) == self.owner.pid_started
         return now_unix - self.heartbeat_unix < OWNER_LOST_SECONDS
 
+    def shown_state(self, now_unix: float) -> str:
+        """The state in the words of a person: a run whose owner is gone was interrupted."""
+        if self.state in LIVE_STATES and not self.owner_is_alive(now_unix):
+            return "interrupted"
+        return self.state
+
 
 def this_process() -> Owner:
     return Owner(socket.gethostname(), _boot_id(), os.getpid(), _pid_started(os.getpid()))
@@ -116,36 +128,64 @@ def read_record(store: Store) -> RunRecord | None:
 
 
 class RecordKeeper:
-    """The owner's hand on the record. One per driver; not thread-safe."""
+    """The owner's hand on the record. One per driver; threads may share it."""
 
     def __init__(self, store: Store, record: RunRecord):
         self._store = store
+        self._writing = threading.Lock()
         self.record = record
 
     def update(self, **changes: Any) -> None:
         """Writes the record with these fields changed and a fresh heartbeat."""
-        self.record = replace(self.record, **changes, heartbeat_unix=time.time())
-        self._store.replace(RECORD_KEY, self.record.to_json())
+        with self._writing:
+            self.record = replace(self.record, **changes, heartbeat_unix=time.time())
+            self._store.replace(RECORD_KEY, self.record.to_json())
 
     def beat(self, **changes: Any) -> None:
         """Like `update`, at most once every HEARTBEAT_SECONDS."""
         if time.time() - self.record.heartbeat_unix >= HEARTBEAT_SECONDS:
             self.update(**changes)
 
+    @contextmanager
+    def beating(self) -> Iterator[None]:
+        """Keeps the heart beating while this thread is busy with one long thing, such as making a document store."""
+        done = threading.Event()
+
+        def beat() -> None:
+            while not done.wait(HEARTBEAT_SECONDS):
+                try:
+                    self.update()
+                except StoreError as error:  # the next beat tries again; several may be missed before it matters
+                    logger.warning("a heartbeat of run %s was lost: %s", self.record.name, error)
+
+        thread = threading.Thread(target=beat, name="heartbeat", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()
+
     def stop_requested(self) -> bool:
         return self._store.exists(STOP_KEY)
 
 
-def claim(store: Store, name: str, config: dict[str, Any]) -> RecordKeeper:
-    """Takes the run for this process. Raises RunInUse while its owner lives, or when another driver was faster."""
-    earlier = read_record(store)
-    now = time.time()
-    if earlier is not None and earlier.owner_is_alive(now):
-        owner = earlier.owner
+def unowned_record(store: Store, name: str) -> RunRecord | None:
+    """The record of a run that nobody drives; None if there is no run. Raises RunInUse while its owner lives."""
+    record = read_record(store)
+    if record is not None and record.owner_is_alive(time.time()):
+        owner = record.owner
         raise RunInUse(
             f"run {name!r} at {store.url} is in use by process {owner.pid} on {owner.host} "
-            f"({earlier.state}, step {earlier.step}). Stop it with `raynium stop {name}`, or give another run.name"
+            f"({record.state}, step {record.step}). Stop it with `raynium stop {name}`, or give another run.name"
         )
+    return record
+
+
+def claim(store: Store, name: str, config: dict[str, Any]) -> RecordKeeper:
+    """Takes the run for this process. Raises RunInUse while its owner lives, or when another driver was faster."""
+    earlier = unowned_record(store, name)
+    now = time.time()
     numbers = [int(key.rpartition("/")[2].removesuffix(".json")) for key in store.list("claims").sizes]
     number = max(numbers, default=0) + 1
     owner = this_process()

@@ -1,22 +1,25 @@
 """The words at the end of a run, and of `raynium status`. No ray, torch or mlflow."""
 
 import shlex
+import time
 from datetime import datetime
 
 from raynium.launch.record import RunRecord
+from raynium.tracking.runs import page_url
 
 
 def report_lines(record: RunRecord) -> list[str]:
     """What a person wants to know about a run, a line each."""
     total = record.config["train"]["steps"]
-    lines = [f"run {record.name}: {record.state} at step {record.step:,} of {total:,}"]
+    state = record.shown_state(time.time())
+    lines = [f"run {record.name}: {state} at step {record.step:,} of {total:,}"]
     if record.cause:
         lines.append(f"cause: {record.cause}")
     if record.result is not None:
         lines += _result_lines(record.result)
     lines += ui_lines(record)
-    if record.state == "stopped":
-        lines.append(f"start it again to go on from step {record.step:,}")
+    if state in ("stopped", "interrupted", "failed"):
+        lines.append("start it again to go on from its newest checkpoint")
     return lines
 
 
@@ -38,19 +41,19 @@ def ui_lines(record: RunRecord, port: int = 5000) -> list[str]:
     """How to see the run's page: a server's address, or the command that serves the local store."""
     if record.mlflow_uri is None:
         return []
-    path = f"/#/experiments/{record.mlflow_experiment_id}/runs/{record.mlflow_run_id}"
-    if record.mlflow_uri.startswith("http"):
-        return [f"MLflow page: {record.mlflow_uri.rstrip('/')}{path}"]
+    assert record.mlflow_experiment_id is not None and record.mlflow_run_id is not None
+    has_server = record.mlflow_uri.startswith("http")
+    base = record.mlflow_uri if has_server else f"http://127.0.0.1:{port}"
+    page = page_url(base, record.mlflow_experiment_id, record.mlflow_run_id)
+    if has_server:
+        return [f"MLflow page: {page}"]
     command = shlex.join(["raynium", "ui", record.name, "--root", record.config["run"]["root"]])
-    return [f"MLflow page: http://127.0.0.1:{port}{path}", f"       served by: {command}"]
+    return [f"MLflow page: {page}", f"       served by: {command}"]
 
 
 def table_row(record: RunRecord, now_unix: float) -> tuple[str, str, str, str, str]:
     """name, state, step, held-out bits per byte, started."""
-    state = record.state
-    if state in ("preparing", "running") and not record.owner_is_alive(now_unix):
-        state = "interrupted"
     bits = (record.metrics or {}).get("eval/bits_per_byte")
     started = datetime.fromtimestamp(record.created_unix).strftime("%Y-%m-%d %H:%M")
     step = f"{record.step:,}/{record.config['train']['steps']:,}"
-    return record.name, state, step, f"{bits:.3f}" if bits is not None else "", started
+    return record.name, record.shown_state(now_unix), step, f"{bits:.3f}" if bits is not None else "", started

@@ -7,11 +7,12 @@ from rich.text import Text
 
 from raynium.config.load import dump_yaml
 from raynium.config.schema import Config
+from raynium.errors import TrackingError
 from raynium.launch.display import Display
 from raynium.launch.preparation import Prepared, checked, finished_record, prepare, run_store
 from raynium.launch.protocol import Status
 from raynium.launch.record import RunRecord
-from raynium.tracking.runs import finish_run, log_artifact_text
+from raynium.tracking.runs import RunStatus, finish_run, log_artifact_text
 
 
 def run(config: Config, *, address: str | None, job_id: str | None = None) -> RunRecord:
@@ -30,15 +31,21 @@ def run(config: Config, *, address: str | None, job_id: str | None = None) -> Ru
     with Display(config.train.steps, console, prepared.log_path) as display:
         try:
             status = _train(prepared, display, address)
-            result = _result(prepared, status, display) if status.ended == "finished" else None
+            with prepared.keeper.beating():
+                result = _result(prepared, status) if status.ended == "finished" else None
         except BaseException as error:
             prepared.keeper.update(state="failed", cause=f"{type(error).__name__}: {error}")
-            finish_run(prepared.mlflow.uri, prepared.mlflow.run_id, "FAILED")
+            _end_mlflow_run(prepared, display, "FAILED", samples=[])
             raise
         assert status.ended in ("finished", "stopped")
-        finish_run(prepared.mlflow.uri, prepared.mlflow.run_id, "FINISHED" if status.ended == "finished" else "KILLED")
         prepared.keeper.update(
             state=status.ended, step=status.step, generation=status.generation, metrics=status.metrics, result=result
+        )
+        _end_mlflow_run(
+            prepared,
+            display,
+            "FINISHED" if status.ended == "finished" else "KILLED",
+            samples=result["samples"] if result else [],
         )
         return prepared.keeper.record
 
@@ -53,7 +60,7 @@ def _train(prepared: Prepared, display: Display, address: str | None) -> Status:
             return driver.run()
 
 
-def _result(prepared: Prepared, status: Status, display: Display) -> dict[str, Any]:
+def _result(prepared: Prepared, status: Status) -> dict[str, Any]:
     """What a finished run shows: held-out bits per byte beside two baselines, and text from the model."""
     from raynium.data.baselines import compute_baselines  # imports torch, which takes seconds
 
@@ -78,6 +85,15 @@ def _result(prepared: Prepared, status: Status, display: Display) -> dict[str, A
                 seed=config.run.seed + number,
             )
             result["samples"].append(text)
-        samples = "\n\n----------\n\n".join(result["samples"])
-        log_artifact_text(prepared.mlflow.uri, prepared.mlflow.run_id, "samples.txt", samples)
     return result
+
+
+def _end_mlflow_run(prepared: Prepared, display: Display, status: RunStatus, *, samples: list[str]) -> None:
+    """Writes the end into MLflow. A server that is away by now costs the page its end, not the run its result."""
+    mlflow = prepared.mlflow
+    try:
+        if samples:
+            log_artifact_text(mlflow.uri, mlflow.run_id, "samples.txt", "\n\n----------\n\n".join(samples))
+        finish_run(mlflow.uri, mlflow.run_id, status)
+    except TrackingError as error:
+        display.line(f"the MLflow page does not show how the run ended: {error}")

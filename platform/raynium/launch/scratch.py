@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import stat
 import tempfile
 from pathlib import Path
 
@@ -9,13 +10,19 @@ from raynium.errors import StoreError
 
 
 def scratch_folder() -> Path:
-    """`<temporary folder>/raynium-<uid>`, the same on every node. Raises StoreError if it is somebody else's."""
+    """`<temporary folder>/raynium-<uid>`, the same on every node. Raises StoreError if others may write it."""
     folder = Path(tempfile.gettempdir(), f"raynium-{os.getuid()}")
-    folder.mkdir(mode=0o700, exist_ok=True)
-    owner = folder.stat().st_uid
-    if owner != os.getuid():  # anybody may make folders in /tmp; what a stranger can write we do not use
+    remedy = "Remove it, or set TMPDIR to a folder of yours"
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+    except OSError as error:
+        raise StoreError(f"{folder} cannot be made: {error.strerror}. {remedy}") from error
+    # Anybody may make folders and links in /tmp; what a stranger can write or point elsewhere we do not use.
+    found = folder.lstat()
+    if found.st_uid != os.getuid() or not stat.S_ISDIR(found.st_mode) or found.st_mode & 0o022:
         raise StoreError(
-            f"{folder} belongs to user {owner}, not to {os.getuid()}. Remove it, or set TMPDIR to a folder of yours"
+            f"{folder} must be a folder of user {os.getuid()} that nobody else may write; it has owner {found.st_uid} "
+            f"and mode {stat.filemode(found.st_mode)}. {remedy}"
         )
     return folder
 

@@ -83,7 +83,7 @@ def _request_limits(timeout_seconds: float) -> Iterator[None]:
     global _limits_depth
     limits = {
         "MLFLOW_HTTP_REQUEST_TIMEOUT": str(max(1, round(timeout_seconds))),
-        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "5",
+        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
     }
     with _limits_mutex:
         if _limits_depth == 0:

@@ -15,7 +15,7 @@ import os
 import queue
 import threading
 from multiprocessing.connection import Connection
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 # The rank's exit code when its agent is gone; EX_UNAVAILABLE of sysexits.h.
 AGENT_LOST_EXIT_CODE = 69
@@ -96,19 +96,26 @@ class AgentLink:
 
     def _send_all(self) -> None:
         while (message := self._outbox.get()) is not None:
-            self._connection.send_bytes(message)
+            try:
+                self._connection.send_bytes(message)
+            except OSError:
+                _end_without_agent()
 
     def _receive_all(self) -> None:
         while True:
             try:
                 message = json.loads(self._connection.recv_bytes())
             except (EOFError, OSError):
-                # The agent died. Nobody can restart, stop or hear this rank: free its cores for the next attempt.
-                os._exit(AGENT_LOST_EXIT_CODE)
+                _end_without_agent()
             if message["kind"] == "stop":
                 self._stop.set()
             elif message["kind"] == "image-free":
                 self._image_free.set()
+
+
+def _end_without_agent() -> NoReturn:
+    """The agent died. Nobody can restart, stop or hear this rank: free its cores for the next attempt."""
+    os._exit(AGENT_LOST_EXIT_CODE)
 
 
 class MemoryLink:
@@ -124,7 +131,7 @@ class MemoryLink:
         self.phases.append((name, step))
 
     def step(self, step: int, metrics: dict[str, float]) -> None:
-        self.steps[step] = metrics
+        self.steps[step] = self.steps.get(step, {}) | metrics
 
     def stop_requested(self) -> bool:
         return self._stop_at is not None and self._stop_at in self.steps

@@ -63,6 +63,7 @@ def train(
     `evaluate()` returns metrics and `save(step)` hands over a snapshot; both are collective. A rank that dies anywhere
     in here takes the generation down: the agents kill the others, which may be waiting for it in a collective.
     """
+    assert start_step <= cadence.total_steps
     if start_step == cadence.total_steps:
         # Killed between the last save and the end of the run: only the last evaluation may not have been reported.
         link.step(start_step, evaluate())

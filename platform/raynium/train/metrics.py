@@ -1,4 +1,4 @@
-"""What one step reports: a flat dict, keys `area/name_unit` (the list is `tracking/names.py`)."""
+"""What one step reports: a flat dict, keys `area/name_unit` (the list is `tracking/metrics.py`)."""
 
 from dataclasses import dataclass
 
