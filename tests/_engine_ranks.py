@@ -39,7 +39,7 @@ def run_rank(rank: int, folder: Path, scenario: dict) -> None:
     torch.set_num_threads(1)
     if config.world_size > 1:
         # A file and not a port: nothing to collide with.
-        store = dist.FileStore(str(folder / "rendezvous"), config.world_size)
+        store = dist.FileStore(str(folder / "rendezvous"), config.world_size)  # pyright: ignore[reportPrivateImportUsage]
         dist.init_process_group("gloo", store=store, rank=rank, world_size=config.world_size)
     engine = build_native_engine(config, TestAccelerator(scenario["memory_bytes"]))
     samples = torch.load(folder / "batches.pt")

@@ -35,9 +35,9 @@ def train(
         str | None, Option(help="Ray cluster to train on, e.g. auto. Default: one started here.")
     ] = None,
 ) -> None:
-    """Train here and now: prepares the data, trains, evaluates, and ends with text from the model.
+    """Train here and now.
 
-    Ctrl-C saves a checkpoint and ends; the same command goes on from it, also after a crash.
+    Prepares the data, trains, evaluates, and ends with text from the model. Ctrl-C saves a checkpoint and ends; the same command goes on from it, also after a crash.
     """
     from raynium.config.load import load_config
     from raynium.launch.report import report_lines
@@ -88,7 +88,7 @@ def runs(root: RootOption = "runs") -> None:
 
 @app.command()
 def status(name: RunArgument, root: RootOption = "runs") -> None:
-    """Show one run: state, step, last metrics, checkpoints, where its page is."""
+    """Show one run: state, metrics, checkpoints, page."""
     from raynium.launch.report import report_lines
     from raynium.sdk import find_run
 
@@ -168,7 +168,10 @@ def ui(
     root: RootOption = "runs",
     port: Annotated[int, Option(help="Port of the MLflow UI.")] = 5000,
 ) -> None:
-    """Serve the MLflow UI of the runs under a root, on this machine only."""
+    """Serve the MLflow UI of the runs under a root.
+
+    On this machine only: nothing asks who is looking.
+    """
     from raynium.config.paths import absolute_root
     from raynium.launch.report import ui_lines
     from raynium.sdk import find_run

@@ -44,19 +44,18 @@ def summed_nats(
     nats = (log_norm_N - label_logit_N).where(counted_N, 0).double().sum()
 
     if want_gradient:
-        # softmax(logits) - one_hot(label), and 0 for rows that are not counted
+        # softmax(logits) - one_hot(label); a norm of infinity makes it 0 in rows that are not counted
+        log_norm_N = log_norm_N.where(counted_N, torch.inf)
         one_hot_N = -here_N.to(wide)
-        for (chunk_NV, columns), log_norm, one_hot, counted in zip(
+        for (chunk_NV, columns), log_norm, one_hot in zip(
             chunks,
             log_norm_N.split(ROWS_AT_ONCE),
             one_hot_N.split(ROWS_AT_ONCE),
-            counted_N.split(ROWS_AT_ONCE),
             strict=True,
         ):
             in_place = chunk_NV if chunk_NV.dtype == wide else chunk_NV.to(wide)
             in_place.sub_(log_norm[:, None]).exp_()
             in_place.scatter_add_(1, columns[:, None], one_hot[:, None])
-            in_place.masked_fill_(~counted[:, None], 0)
             if in_place is not chunk_NV:
                 chunk_NV.copy_(in_place)
     return nats

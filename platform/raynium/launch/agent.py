@@ -8,7 +8,6 @@ import logging
 import os
 import shutil
 import socket
-import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,6 +21,7 @@ from raynium.checkpoint.store import Store
 from raynium.checkpoint.upload import upload_shard
 from raynium.config.schema import Config
 from raynium.errors import RayniumError
+from raynium.launch.images import make_image_folder
 from raynium.launch.protocol import AgentInfo, CoordinatorCalls, Order
 from raynium.launch.ranks import RankGroup, start_template
 from raynium.rank_plan import RankPlan
@@ -49,12 +49,6 @@ def free_port(host: str) -> int:
     with socket.socket() as probe:
         probe.bind((host, 0))
         return probe.getsockname()[1]
-
-
-def shared_memory_folder() -> Path:
-    """Where snapshot images live: memory that outlives a rank. Not Linux: the temporary folder stands in."""
-    shm = Path("/dev/shm")
-    return shm if shm.is_dir() else Path(tempfile.gettempdir())
 
 
 class NodeAgent:
@@ -87,7 +81,7 @@ class NodeAgent:
     def run(self) -> None:
         """Returns when the run has ended, however it ended; the coordinator knows how."""
         start_template()  # torch is imported in there while we prepare the data
-        images = Path(tempfile.mkdtemp(prefix=f"raynium-{self.config.run.name}-", dir=shared_memory_folder()))
+        images = make_image_folder(self.config.run.name)
         try:
             data_folder = self._data_folder()
             tracker = self._open_tracker() if self.node.node_rank == 0 else None

@@ -10,6 +10,7 @@ from typing import Any
 
 import raynium
 from raynium.errors import LaunchError
+from raynium.tracking.provenance import git_tags
 
 # `ray job stop` sends SIGTERM, and SIGKILL this long after (Ray's default: 3 s): time for a checkpoint.
 STOP_WAIT_SECONDS = 600
@@ -61,14 +62,14 @@ def submit_job(client: Any, name: str, config_yaml: str) -> str:
             entrypoint="exec python -m raynium.launch.jobs config.yaml",  # exec: signals reach Python, not a shell
             submission_id=f"raynium-{name}-{secrets.token_hex(3)}",
             runtime_env=runtime_env(folder),
-            metadata={"run": name},
+            # The job's own folder is a copy without .git: say where the code came from while we know.
+            metadata={"run": name} | git_tags(Path.cwd()),
         )
 
 
-def current_job_id() -> str | None:
-    """The submission id, inside a Ray job's driver."""
-    config = json.loads(os.environ.get(JOB_CONFIG_VARIABLE, "{}"))
-    return config.get("metadata", {}).get("job_submission_id")
+def job_metadata() -> dict[str, str]:
+    """Inside a Ray job's driver: what was submitted with it, and its `job_submission_id`. Empty elsewhere."""
+    return json.loads(os.environ.get(JOB_CONFIG_VARIABLE, "{}")).get("metadata", {})
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -82,9 +83,11 @@ def main(arguments: list[str] | None = None) -> None:
 
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     config, *overrides = sys.argv[1:] if arguments is None else arguments
-    job_id = current_job_id()
+    metadata = job_metadata()
+    job_id = metadata.get("job_submission_id")
+    tags = {name: value for name, value in metadata.items() if "git." in name}
     try:
-        record = run(load_config(config, overrides), address="auto" if job_id else None, job_id=job_id)
+        record = run(load_config(config, overrides), address="auto" if job_id else None, job_id=job_id, tags=tags)
     except RayniumError as error:
         sys.exit(f"error: {error}")
     sys.stdout.write("\n".join(report_lines(record)) + "\n")

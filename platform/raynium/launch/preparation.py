@@ -5,7 +5,7 @@ run's name taken and anything written. An error leaves nothing behind.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -92,7 +92,7 @@ def checkpoint_bytes(config: Config) -> int:
     return 12 * parameter_count(config.model).total
 
 
-def prepare(config: Config, *, job_id: str | None, tell: Callable[[str], None]) -> Prepared:
+def prepare(config: Config, *, job_id: str | None, tags: Mapping[str, str], tell: Callable[[str], None]) -> Prepared:
     """Checks all that can be checked without a node, takes the run's name, and makes what the ranks will need.
 
     config: from `checked`. tell: gets a line for each thing that takes time. Raises RayniumError.
@@ -111,7 +111,7 @@ def prepare(config: Config, *, job_id: str | None, tell: Callable[[str], None]) 
     try:
         with keeper.beating():
             documents = prepare_data(config, tell)
-            mlflow = _open_mlflow(config, keeper, uri)
+            mlflow = _open_mlflow(config, keeper, uri, tags)
             keep_tokenizer(store, documents)
             store.replace("config.yaml", dump_yaml(config).encode())
     except BaseException as error:
@@ -159,7 +159,7 @@ def keep_tokenizer(store: Store, documents: DocumentStore) -> None:
         store.replace(TOKENIZER_NAME, (documents.path / TOKENIZER_NAME).read_bytes())
 
 
-def _open_mlflow(config: Config, keeper: RecordKeeper, uri: str) -> TrackedRun:
+def _open_mlflow(config: Config, keeper: RecordKeeper, uri: str, tags: Mapping[str, str]) -> TrackedRun:
     """The run's one MLflow run: opened again if it has one at this address."""
     record = keeper.record
     mlflow = open_run(
@@ -168,7 +168,9 @@ def _open_mlflow(config: Config, keeper: RecordKeeper, uri: str) -> TrackedRun:
         run_name=config.run.name,
         run_id=record.mlflow_run_id if record.mlflow_uri == _address(uri) else None,
         params=config.model_dump(mode="json"),
-        tags=provenance_tags(Path.cwd(), accelerator=config.cluster.accelerator) | {"raynium.run": config.run.name},
+        tags=provenance_tags(Path.cwd(), accelerator=config.cluster.accelerator)
+        | {"raynium.run": config.run.name}
+        | dict(tags),
     )
     log_artifact_text(mlflow.uri, mlflow.run_id, "config.yaml", dump_yaml(config))
     return mlflow

@@ -9,7 +9,6 @@
 import json
 import logging
 import os
-import platform
 import socket
 import threading
 import time
@@ -20,6 +19,7 @@ from typing import Any, Literal
 
 from raynium.checkpoint.store import KeyExists, KeyMissing, Store
 from raynium.errors import RunInUse, StoreError
+from raynium.launch.process import boot_id, pid_started
 
 logger = logging.getLogger(__name__)
 
@@ -77,8 +77,8 @@ class RunRecord:
         """False once the owner has ended, cleanly or not."""
         if self.state not in LIVE_STATES:
             return False
-        if self.owner.host == socket.gethostname() and self.owner.boot_id == _boot_id():
-            return _pid_started(self.owner.pid) == self.owner.pid_started
+        if self.owner.host == socket.gethostname() and self.owner.boot_id == boot_id():
+            return pid_started(self.owner.pid) == self.owner.pid_started
         return now_unix - self.heartbeat_unix < OWNER_LOST_SECONDS
 
     def shown_state(self, now_unix: float) -> str:
@@ -89,30 +89,7 @@ class RunRecord:
 
 
 def this_process() -> Owner:
-    return Owner(socket.gethostname(), _boot_id(), os.getpid(), _pid_started(os.getpid()))
-
-
-def _boot_id() -> str:
-    if platform.system() != "Linux":
-        return ""
-    with open("/proc/sys/kernel/random/boot_id") as file:
-        return file.read().strip()
-
-
-def _pid_started(pid: int) -> str:
-    """The process's start time in clock ticks since boot; empty when there is no such process."""
-    if platform.system() != "Linux":
-        try:
-            os.kill(pid, 0)
-        except ProcessLookupError:
-            return ""
-        return str(pid)
-    try:
-        with open(f"/proc/{pid}/stat") as file:
-            # The second field is the name in brackets and may hold spaces; the start time is the 22nd.
-            return file.read().rpartition(")")[2].split()[19]
-    except (FileNotFoundError, ProcessLookupError):
-        return ""
+    return Owner(socket.gethostname(), boot_id(), os.getpid(), pid_started(os.getpid()))
 
 
 def read_record(store: Store) -> RunRecord | None:

@@ -1,5 +1,6 @@
 """Runs one config to its end and writes down the result: what `raynium train` and `jobs/pretrain.py` call."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
@@ -15,11 +16,13 @@ from raynium.launch.record import RunRecord
 from raynium.tracking.runs import RunStatus, finish_run, log_artifact_text
 
 
-def run(config: Config, *, address: str | None, job_id: str | None = None) -> RunRecord:
+def run(
+    config: Config, *, address: str | None, job_id: str | None = None, tags: Mapping[str, str] | None = None
+) -> RunRecord:
     """Trains `config` on the Ray cluster at `address`, or on one that it starts on this machine (None).
 
     Returns the record of the finished or stopped run; raises RayniumError otherwise. A run that was interrupted goes on
-    from its newest checkpoint; one that has already finished is not run again.
+    from its newest checkpoint; one that has already finished is not run again. tags: go to its MLflow run.
     """
     config = checked(config)
     console = Console(highlight=False, soft_wrap=True)
@@ -27,7 +30,7 @@ def run(config: Config, *, address: str | None, job_id: str | None = None) -> Ru
     if (record := finished_record(config)) is not None:
         console.print(Text(f"run {config.run.name!r} has already finished at step {record.step}"))
         return record
-    prepared = prepare(config, job_id=job_id, tell=lambda line: console.print(Text(line)))
+    prepared = prepare(config, job_id=job_id, tags=tags or {}, tell=lambda line: console.print(Text(line)))
     with Display(config.train.steps, console, prepared.log_path) as display:
         try:
             status = _train(prepared, display, address)

@@ -20,16 +20,22 @@ _SECRET_WORDS = re.compile(
 
 
 def provenance_tags(folder: str | Path, *, accelerator: str) -> dict[str, str]:
-    """MLflow tags for a run started from `folder`: git commit (if it is in a checkout), host, accelerator, versions.
-
-    Call it where the user's files are: a Ray job's working directory is a copy without `.git`.
-    """
+    """MLflow tags for a run started from `folder`: host, accelerator, versions, and `git_tags`."""
     tags = {"host": socket.gethostname(), "accelerator": accelerator, "version.python": platform.python_version()}
     for package in PACKAGES:
         try:
             tags[f"version.{package}"] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             tags[f"version.{package}"] = "not installed"
+    return tags | git_tags(folder)
+
+
+def git_tags(folder: str | Path) -> dict[str, str]:
+    """Commit and cleanliness of the checkout that `folder` is in; empty outside one.
+
+    Call it where the user's files are: a Ray job's working directory is a copy without `.git`.
+    """
+    tags = {}
     commit = _git(folder, "rev-parse", "HEAD")
     if commit:
         tags["mlflow.source.git.commit"] = commit  # the name that MLflow's own page shows

@@ -1,0 +1,76 @@
+"""What the ranks of `test_ranks.py` run in place of training. Imported in their processes by name."""
+
+import ctypes
+import json
+import os
+import signal
+import sys
+import time
+from typing import Any, NoReturn
+
+from raynium.errors import DataError
+from raynium.train.loop import Outcome
+
+
+def finish(plan_json: str, link: Any) -> Outcome:
+    """Says a few lines, the last without an end, and finishes at the step that the plan says."""
+    link.phase("up", 0)
+    sys.stdout.write("to stdout\n")
+    sys.stderr.write("to stderr\n")
+    sys.stdout.write("ünfinished")
+    return Outcome(json.loads(plan_json)["step"], "finished")
+
+
+def look_around(plan_json: str, link: Any) -> Outcome:
+    """Reports this process: its environment, and which libraries it has."""
+    found = {
+        "environment": {name: os.environ.get(name) for name in json.loads(plan_json)["names"]},
+        "loaded": sorted({"ray", "mlflow", "torch", "raynium.rank"} & set(sys.modules)),
+        "main": sys.modules["__main__"].__name__,
+    }
+    sys.stdout.write(json.dumps(found) + "\n")
+    return Outcome(0, "finished")
+
+
+def stop_when_told(plan_json: str, link: Any) -> Outcome:
+    link.phase("up", 0)
+    while not link.stop_requested():
+        time.sleep(0.001)
+    return Outcome(5, "stopped")
+
+
+def out_of_memory(plan_json: str, link: Any) -> NoReturn:
+    sys.stdout.write("last words\n")  # without a flush: the kernel's killer does not wait for one
+    os.kill(os.getpid(), signal.SIGKILL)
+    raise AssertionError
+
+
+def real_time_signal(plan_json: str, link: Any) -> NoReturn:
+    os.kill(os.getpid(), signal.SIGRTMIN + 6)
+    raise AssertionError
+
+
+def crash(plan_json: str, link: Any) -> Outcome:
+    """A null pointer in native code."""
+    ctypes.string_at(0)
+    raise AssertionError
+
+
+def bad_data(plan_json: str, link: Any) -> NoReturn:
+    raise DataError("no documents")
+
+
+def broken_network(plan_json: str, link: Any) -> NoReturn:
+    sys.stdout.write("connecting\n")
+    raise RuntimeError("connection reset by peer")
+
+
+def leave(plan_json: str, link: Any) -> NoReturn:
+    os._exit(json.loads(plan_json)["code"])
+
+
+def hold_the_gil(plan_json: str, link: Any) -> NoReturn:
+    """Stuck in native code: no thread of this process runs Python again, so none can notice anything."""
+    sys.stdout.write(f"{os.getpid()}\n")
+    ctypes.PyDLL(None).sleep(300)
+    raise AssertionError

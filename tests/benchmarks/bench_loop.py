@@ -1,0 +1,163 @@
+"""Our training loop against a bare PyTorch loop, same model, batch and optimizer: python tests/benchmarks/bench_loop.py
+
+Ours is what a rank runs: loader, native engine, guard, metrics, link. Bare is the shortest loop that trains the same:
+tensors at hand, cross_entropy, backward, clip_grad_norm_, AdamW; on two ranks with DistributedDataParallel. Both take
+turns in the same processes, a few steps each, so that what else the machine does falls on both; the ratio is taken turn
+by turn. Passes if the median ratio of tokens per second is at least 0.97 on one rank and on two.
+"""
+
+import argparse
+import os
+import socket
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as multiprocessing
+import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
+
+from raynium.accelerators.detect import detect
+from raynium.config.load import load_config
+from raynium.config.schema import Config
+from raynium.data.loader import Loader
+from raynium.data.store import open_store
+from raynium.data.store_build import build_store
+from raynium.engines.native import build_native_engine
+from raynium.models.decoder import Decoder
+from raynium.models.init import initialise
+from raynium.optim import decays
+from raynium.train.link import MemoryLink
+from raynium.train.loop import Cadence, train
+from raynium.train.metrics import Throughput
+
+LEAST_RATIO = 0.97
+TURNS = 12
+STEPS_PER_TURN = 6
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--turns", type=int, default=TURNS)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        build_store(Path(folder, "data"), source="python-stdlib", vocab_size=4096)
+        print("| ranks | model | rows × tokens per step | bare, tokens/s | ours, tokens/s | ratio |")
+        print("|---|---|---|---|---|---|")
+        ratios = []
+        for world_size in (1, 2):
+            multiprocessing.spawn(one_rank, (world_size, folder, arguments.turns, _free_port()), nprocs=world_size)
+            row = Path(folder, "row").read_text().split("\n")
+            print(row[0])
+            ratios.append(float(row[1]))
+    print(f"\nsmallest ratio {min(ratios):.3f}, required {LEAST_RATIO}")
+    return 0 if min(ratios) >= LEAST_RATIO else 1
+
+
+def one_rank(rank: int, world_size: int, folder: str, turns: int, port: int) -> None:
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=world_size)
+    config = load_config(
+        "quickstart", {"run.root": folder, "data.path": f"{folder}/data", "cluster.ranks_per_node": world_size}
+    )
+    ours, bare = our_turns(config), bare_turns(config, world_size)
+    seconds: dict[str, list[float]] = {"ours": [], "bare": []}
+    for turn in range(turns + 1):
+        for name, take_turn in (("ours", ours), ("bare", bare)):
+            dist.barrier()
+            began = time.perf_counter()
+            take_turn(turn)
+            dist.barrier()
+            if turn > 0:  # the first warms up
+                seconds[name].append(time.perf_counter() - began)
+    if rank == 0:
+        tokens = STEPS_PER_TURN * config.tokens_per_step
+        ratio = statistics.median(b / o for b, o in zip(seconds["bare"], seconds["ours"], strict=True))
+        rates = [tokens / statistics.median(seconds[name]) for name in ("bare", "ours")]
+        size = sum(parameter.numel() for parameter in Decoder(config.model).parameters()) / 1e6
+        shape = f"{config.train.global_batch_size} × {config.data.seq_len}"
+        cells = [str(world_size), f"{size:.1f} M", shape, *(f"{rate:,.0f}" for rate in rates), f"{ratio:.3f}"]
+        Path(folder, "row").write_text(f"| {' | '.join(cells)} |\n{ratio}")
+    dist.destroy_process_group()
+
+
+def our_turns(config: Config) -> Callable[[int], None]:
+    engine = build_native_engine(config, detect("cpu"))
+    loader = Loader(
+        open_store(config.data.path),
+        seq_len=config.data.seq_len,
+        global_batch_size=config.train.global_batch_size,
+        data_rank=engine.data_rank,
+        data_size=engine.data_size,
+        seed=config.run.seed,
+    )
+    throughput = Throughput(config.world_size, config.tokens_per_step, config.train.global_batch_size, 1.0, 1.0, 1.0)
+
+    def take_turn(turn: int) -> None:
+        never = 10**9
+        train(
+            engine=engine,
+            batches=loader,
+            cadence=_Turn((turn + 1) * STEPS_PER_TURN, checkpoint_every=never, evaluate_every=never),
+            start_step=turn * STEPS_PER_TURN,
+            evaluate=dict,
+            save=lambda step: None,
+            throughput=throughput,
+            link=MemoryLink(),
+        )
+
+    return take_turn
+
+
+class _Turn(Cadence):
+    """A turn's last step is not the run's: it neither saves nor evaluates."""
+
+    def saves(self, step: int) -> bool:
+        return False
+
+    def evaluates(self, step: int) -> bool:
+        return False
+
+
+def bare_turns(config: Config, world_size: int) -> Callable[[int], None]:
+    decoder = Decoder(config.model)
+    initialise(decoder, seed=config.run.seed, config=config.model)
+    model = DistributedDataParallel(decoder) if world_size > 1 else decoder
+    decayed = [parameter for parameter in decoder.parameters() if decays(tuple(parameter.shape))]
+    others = [parameter for parameter in decoder.parameters() if not decays(tuple(parameter.shape))]
+    groups = [{"params": decayed, "weight_decay": config.optimizer.weight_decay}, {"params": others, "weight_decay": 0}]
+    optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=config.optimizer.betas, fused=True)
+    rows = config.train.global_batch_size // world_size
+    tokens_RT = torch.randint(config.model.vocab_size, (rows, config.data.seq_len + 1))
+    micro_batches = tokens_RT.split(config.train.micro_batch_size)
+
+    def take_turn(turn: int) -> None:
+        for _ in range(STEPS_PER_TURN):
+            for index, tokens_BT in enumerate(micro_batches):
+                if isinstance(model, DistributedDataParallel):
+                    model.require_backward_grad_sync = index == len(micro_batches) - 1
+                logits_BTV = model(tokens_BT[:, :-1])
+                loss = F.cross_entropy(logits_BTV.flatten(0, 1), tokens_BT[:, 1:].flatten())
+                (loss / len(micro_batches)).backward()
+            torch.nn.utils.clip_grad_norm_(decoder.parameters(), config.optimizer.clip_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+            loss.item()
+
+    return take_turn
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

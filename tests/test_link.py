@@ -1,0 +1,158 @@
+"""A rank's line to its agent, over a real pipe between two processes: the messages are an interface of both."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from multiprocessing import Pipe
+from typing import Any
+
+import pytest
+
+from raynium.train.link import AGENT_LOST_EXIT_CODE, MemoryLink
+
+PROLOGUE = """
+import signal, sys, time
+from multiprocessing.connection import Connection
+from raynium.train.link import AgentLink
+signal.alarm(60)  # a test that fails must not hang
+link = AgentLink(Connection(int(sys.argv[1])), reports_steps=sys.argv[2] == "0")
+"""
+
+
+class Rank:
+    """A process that runs `PROLOGUE` and a script, as rank 0 or another; this test is its agent."""
+
+    def __init__(self, script: str, rank: int):
+        self.connection, theirs = Pipe(duplex=True)
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", PROLOGUE + script, str(theirs.fileno()), str(rank)],
+            pass_fds=[theirs.fileno()],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        theirs.close()
+
+    def receive(self) -> dict[str, Any]:
+        return json.loads(self.connection.recv_bytes())
+
+    def receive_all(self) -> list[dict[str, Any]]:
+        messages = []
+        try:
+            while True:
+                messages.append(self.receive())
+        except EOFError:
+            return messages
+
+    def send(self, kind: str) -> None:
+        self.connection.send_bytes(json.dumps({"kind": kind}).encode())
+
+    def end(self) -> tuple[int, str]:
+        """Exit code and stderr."""
+        _, errors = self.process.communicate(timeout=60)
+        return self.process.returncode, errors
+
+
+@pytest.fixture
+def start() -> Iterator[Callable[..., Rank]]:
+    ranks: list[Rank] = []
+
+    def start_rank(script: str, *, rank: int = 0) -> Rank:
+        ranks.append(Rank(script, rank))
+        return ranks[-1]
+
+    yield start_rank
+    for each in ranks:
+        each.process.kill()
+        each.process.communicate()
+        each.connection.close()
+
+
+CONVERSATION = """
+link.phase("start", 0)
+link.step(7, {"train/loss": 2.5})
+link.image('{"step": 7}')
+link.failed("ValueError: no", retry=True)
+link.outcome(7, "stopped")
+link.close()
+"""
+
+
+def test_the_messages_are_as_documented(start: Callable[..., Rank]) -> None:
+    rank = start(CONVERSATION)
+    assert rank.receive_all() == [
+        {"kind": "phase", "name": "start", "step": 0},
+        {"kind": "step", "step": 7, "metrics": {"train/loss": 2.5}},
+        {"kind": "image", "info": '{"step": 7}'},
+        {"kind": "failed", "cause": "ValueError: no", "retry": True},
+        {"kind": "outcome", "step": 7, "reason": "stopped"},
+    ]
+    assert rank.end() == (0, "")
+
+
+def test_other_ranks_report_a_step_as_a_heartbeat_without_numbers(start: Callable[..., Rank]) -> None:
+    messages = start(CONVERSATION, rank=1).receive_all()
+    assert messages[1] == {"kind": "phase", "name": "step", "step": 7}
+    assert len(messages) == 5
+
+
+def test_a_stop_arrives(start: Callable[..., Rank]) -> None:
+    rank = start(
+        'link.phase("asked" if link.stop_requested() else "not asked", 0)\n'
+        "while not link.stop_requested(): time.sleep(0.001)\n"
+        'link.outcome(1, "stopped")\nlink.close()'
+    )
+    assert rank.receive()["name"] == "not asked"
+    rank.send("stop")
+    assert rank.receive()["reason"] == "stopped"
+    assert rank.end() == (0, "")
+
+
+def test_the_next_image_waits_until_the_last_was_uploaded(start: Callable[..., Rank]) -> None:
+    rank = start(
+        "for number in range(2):\n"
+        "    link.wait_image_free()\n"
+        "    link.image(str(number))\n"
+        "link.wait_image_free()\n"
+        "link.close()"
+    )
+    for number in range(2):
+        assert rank.receive()["info"] == str(number)
+        assert not rank.connection.poll(0.2)
+        rank.send("image-free")
+    assert rank.end() == (0, "")
+
+
+def test_an_agent_that_does_not_read_never_stops_training(start: Callable[..., Rank]) -> None:
+    count = 20_000  # 1 MB: many times what a pipe holds
+    rank = start(
+        f"for step in range({count}): link.step(step, {{'train/loss': 1.0}})\n"
+        'print("trained", flush=True)\n'
+        "link.close()"
+    )
+    assert rank.process.stdout is not None
+    assert rank.process.stdout.readline() == "trained\n"
+    assert [each["step"] for each in rank.receive_all()] == list(range(count))
+    assert rank.end() == (0, "")
+
+
+@pytest.mark.parametrize(
+    "script",
+    ["time.sleep(100)", "while True: link.phase('step', 1)", "link.image('1'); link.wait_image_free()"],
+    ids=["training", "sending", "waiting"],
+)
+def test_a_rank_whose_agent_is_gone_ends_at_once(start: Callable[..., Rank], script: str) -> None:
+    rank = start('link.phase("up", 0)\n' + script)
+    rank.receive()
+    rank.connection.close()
+    assert rank.end() == (AGENT_LOST_EXIT_CODE, "")
+
+
+def test_the_fake_keeps_all_that_was_reported_of_a_step() -> None:
+    link = MemoryLink(stop_at=2)
+    assert not link.stop_requested()
+    link.step(2, {"train/loss": 1.0})
+    link.step(2, {"checkpoint/save_seconds": 0.1})
+    assert link.steps == {2: {"train/loss": 1.0, "checkpoint/save_seconds": 0.1}}
+    assert link.stop_requested()

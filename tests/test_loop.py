@@ -1,0 +1,233 @@
+"""The training loop, played with an engine without a model: what happens, in which order, and how it ends."""
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from raynium.data.batch import Batch
+from raynium.engines.base import FakeEngine, StepResult
+from raynium.tracking.metrics import METRICS, check_metrics
+from raynium.train.guard import BadStep, judge
+from raynium.train.link import MemoryLink
+from raynium.train.loop import Cadence, Outcome, train
+from raynium.train.metrics import Throughput
+
+GOOD = StepResult(loss=2.5, grad_norm=0.5, tokens=64, learning_rate=1e-3, stop_agreed=False)
+THROUGHPUT = Throughput(
+    world_size=4,
+    tokens_per_step=64,
+    global_batch_size=2,
+    flops_per_token_6n=6e6,
+    flops_per_token_with_attention=9e6,
+    peak_flops_per_rank=1e9,
+)
+
+
+class Batches:
+    """Step s holds the numbers s, s + 1, … and is told to whoever listens."""
+
+    def __init__(self, tell: Callable[[str], None]):
+        self._tell = tell
+
+    def batch(self, step: int) -> Batch:
+        self._tell(f"fetch {step}")
+        tokens_BT = torch.arange(step, step + 8).reshape(2, 4)
+        return Batch(tokens_BT, tokens_BT + 1)
+
+
+class Engine(FakeEngine):
+    """The fake, with a result that a test may change: `change[step]` are fields of StepResult."""
+
+    def __init__(self, tell: Callable[[str], None], change: dict[int, dict[str, Any]]):
+        super().__init__()
+        self._tell = tell
+        self._change = change
+
+    def step(self, batch: Batch, *, step: int, stop_requested: bool) -> StepResult:
+        self._tell(f"step {step}")
+        result = super().step(batch, step=step, stop_requested=stop_requested)
+        return replace(result, **self._change.get(step, {}))
+
+
+class Link(MemoryLink):
+    """The fake, which also writes everything into the journal."""
+
+    def __init__(self, tell: Callable[[str], None], stop_at: int | None):
+        super().__init__(stop_at=stop_at)
+        self._tell = tell
+
+    def phase(self, name: str, step: int) -> None:
+        self._tell(f"phase {name} {step}")
+        super().phase(name, step)
+
+    def step(self, step: int, metrics: dict[str, float]) -> None:
+        self._tell(f"report {step}: {', '.join(sorted({name.partition('/')[0] for name in metrics}))}")
+        super().step(step, metrics)
+
+
+class Play:
+    """One call of `train()`. `journal` is the sequence of all that happened; `states` the engine's at each save."""
+
+    def __init__(
+        self,
+        cadence: Cadence,
+        *,
+        start_step: int = 0,
+        start_state: torch.Tensor | None = None,
+        stop_at: int | None = None,
+        change: dict[int, dict[str, Any]] | None = None,
+    ):
+        self.journal: list[str] = []
+        self.states: dict[int, torch.Tensor] = {}
+        self.engine = Engine(self.journal.append, change or {})
+        if start_state is not None:
+            self.engine.state()[0].tensor.copy_(start_state)
+        self.link = Link(self.journal.append, stop_at)
+        self._arguments: dict[str, Any] = dict(
+            engine=self.engine,
+            batches=Batches(self.journal.append),
+            cadence=cadence,
+            start_step=start_step,
+            evaluate=self._evaluate,
+            save=self._save,
+            throughput=THROUGHPUT,
+            link=self.link,
+        )
+
+    def run(self) -> Outcome:
+        return train(**self._arguments)
+
+    def losses(self) -> dict[int, float]:
+        return {step: metrics["train/loss"] for step, metrics in self.link.steps.items()}
+
+    def _evaluate(self) -> dict[str, float]:
+        self.journal.append("evaluate")
+        return {"eval/loss": 1.0, "eval/bits_per_byte": 0.5}
+
+    def _save(self, step: int) -> None:
+        self.journal.append(f"save {step}")
+        self.states[step] = self.engine.state()[0].tensor.clone()
+
+
+def plain(step: int) -> list[str]:
+    return [f"fetch {step}", f"step {step}"]
+
+
+REPORT = "throughput, time, train"
+EVALUATED = "eval, throughput, time, train"
+
+
+def saved(step: int) -> list[str]:
+    return [f"phase save {step}", f"save {step}", f"report {step}: checkpoint"]
+
+
+def test_the_whole_sequence_of_a_run() -> None:
+    play = Play(Cadence(total_steps=5, checkpoint_every=3, evaluate_every=2))
+    assert play.run() == Outcome(5, "finished")
+    assert play.journal == [
+        *plain(1), f"report 1: {REPORT}",
+        *plain(2), "phase evaluate 2", "evaluate", f"report 2: {EVALUATED}",
+        *plain(3), f"report 3: {REPORT}", *saved(3),
+        *plain(4), "phase evaluate 4", "evaluate", f"report 4: {EVALUATED}",
+        *plain(5), "phase evaluate 5", "evaluate", f"report 5: {EVALUATED}", *saved(5),
+    ]  # fmt: skip
+
+
+def test_a_resumed_run_takes_the_steps_that_are_left_with_the_same_losses() -> None:
+    cadence = Cadence(total_steps=7, checkpoint_every=3, evaluate_every=100)
+    whole = Play(cadence)
+    whole.run()
+    resumed = Play(cadence, start_step=3, start_state=whole.states[3])
+    assert resumed.run() == Outcome(7, "finished")
+    assert resumed.losses() == {step: loss for step, loss in whole.losses().items() if step > 3}
+    assert torch.equal(resumed.states[7], whole.states[7])
+
+
+def test_a_run_that_died_after_its_last_save_only_evaluates() -> None:
+    play = Play(Cadence(total_steps=5, checkpoint_every=3, evaluate_every=2), start_step=5)
+    assert play.run() == Outcome(5, "finished")
+    assert play.journal == ["evaluate", "report 5: eval"]
+
+
+def test_a_stop_saves_at_the_very_step_at_which_it_is_agreed() -> None:
+    play = Play(Cadence(total_steps=9, checkpoint_every=100, evaluate_every=100), stop_at=2)
+    assert play.run() == Outcome(3, "stopped")
+    assert play.journal[-6:] == [*plain(3), f"report 3: {REPORT}", *saved(3)]
+
+
+def test_a_stop_that_another_rank_asked_for_counts_too() -> None:
+    play = Play(Cadence(total_steps=9, checkpoint_every=100, evaluate_every=100), change={4: {"stop_agreed": True}})
+    assert play.run() == Outcome(4, "stopped")
+    assert list(play.states) == [4]
+
+
+def test_a_stop_at_the_last_step_is_a_finish() -> None:
+    play = Play(Cadence(total_steps=3, checkpoint_every=100, evaluate_every=100), stop_at=2)
+    assert play.run() == Outcome(3, "finished")
+    assert play.journal.count("save 3") == play.journal.count("evaluate") == 1
+
+
+@pytest.mark.parametrize("field", ["loss", "grad_norm"])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_step_that_is_not_finite_ends_the_run_and_reaches_nothing(field: str, value: float) -> None:
+    play = Play(Cadence(total_steps=9, checkpoint_every=1, evaluate_every=1), change={3: {field: value}})
+    with pytest.raises(BadStep, match=r"step 3: loss .* both must be finite.*learning_rate"):
+        play.run()
+    assert list(play.states) == list(play.link.steps) == [1, 2]
+    assert play.journal[-1] == "step 3"
+
+
+def test_a_finite_step_passes() -> None:
+    judge(1, GOOD)
+
+
+@pytest.mark.parametrize(
+    ("cadence", "saves", "evaluates"),
+    [
+        (Cadence(total_steps=10, checkpoint_every=4, evaluate_every=3), [4, 8, 10], [3, 6, 9, 10]),
+        (Cadence(total_steps=8, checkpoint_every=4, evaluate_every=8), [4, 8], [8]),
+        (Cadence(total_steps=3, checkpoint_every=100, evaluate_every=1), [3], [1, 2, 3]),
+        (Cadence(total_steps=1, checkpoint_every=1, evaluate_every=100), [1], [1]),
+    ],
+)
+def test_the_cadence_as_a_sequence(cadence: Cadence, saves: list[int], evaluates: list[int]) -> None:
+    steps = range(1, cadence.total_steps + 1)
+    assert [step for step in steps if cadence.saves(step)] == saves
+    assert [step for step in steps if cadence.evaluates(step)] == evaluates
+
+
+def test_rates_are_of_all_ranks_and_positions_count_from_step_0() -> None:
+    metrics = THROUGHPUT.metrics(10, GOOD, step_seconds=0.5, data_seconds=0.125)
+    assert metrics == {
+        "train/loss": 2.5,
+        "train/grad_norm": 0.5,
+        "train/learning_rate": 1e-3,
+        "train/tokens": 640.0,
+        "train/samples": 20.0,
+        "time/step_seconds": 0.5,
+        "time/data_seconds": 0.125,
+        "throughput/tokens_per_second": 128.0,
+        "throughput/tokens_per_second_per_rank": 32.0,
+        "throughput/mfu_6n": pytest.approx(128 * 6e6 / 4e9),
+        "throughput/mfu_with_attention": pytest.approx(128 * 9e6 / 4e9),
+    }
+
+
+def test_without_a_known_peak_no_mfu_is_claimed() -> None:
+    with_peak = THROUGHPUT.metrics(1, GOOD, step_seconds=1, data_seconds=0)
+    without = replace(THROUGHPUT, peak_flops_per_rank=None).metrics(1, GOOD, step_seconds=1, data_seconds=0)
+    assert with_peak.keys() - without.keys() == {"throughput/mfu_6n", "throughput/mfu_with_attention"}
+
+
+def test_every_name_that_a_run_reports_is_known_to_tracking() -> None:
+    play = Play(Cadence(total_steps=4, checkpoint_every=2, evaluate_every=2))
+    play.run()
+    for metrics in play.link.steps.values():
+        check_metrics(metrics)
+    reported = {name for metrics in play.link.steps.values() for name in metrics}
+    of_others = {name for name in METRICS if name.partition("/")[0] in ("run", "memory")}
+    assert reported == METRICS.keys() - of_others - {"checkpoint/commit_seconds", "checkpoint/bytes"}

@@ -1,0 +1,404 @@
+"""Bad input, one by one: an error with the field, the value, the rule and the remedy; nothing stands in the way after.
+
+Everything is real but Ray: files, the document store, the MLflow store. Each test has a run of its own under one root.
+"""
+
+import itertools
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from raynium.checkpoint.checksum import PART_BYTES, checksum, to_text
+from raynium.checkpoint.commit import commit_checkpoint
+from raynium.checkpoint.manifest import FileEntry, SavedBlock, ShardEntry, shard_key, step_folder
+from raynium.checkpoint.store import Store
+from raynium.config.load import load_config, parse_config
+from raynium.config.schema import Config
+from raynium.data.store import TOKENIZER_NAME
+from raynium.data.store_build import build_store
+from raynium.data.tokenizer import Tokenizer
+from raynium.errors import ConfigError, DataError, RayniumError, RunInUse, StoreError, TrackingError
+from raynium.launch import preparation
+from raynium.launch import record as record_module
+from raynium.launch.preparation import Prepared, checked, finished_record, prepare, run_store
+from raynium.launch.record import RECORD_KEY, claim, read_record
+from raynium.tracking.runs import TrackedRun
+
+JOB = """
+run: {name: test}
+cluster: {accelerator: cpu, ranks_per_node: 2}
+model: {vocab_size: 512, hidden_size: 32, num_layers: 2, num_heads: 2, num_kv_heads: 1, head_dim: 16, ffn_size: 64,
+        max_seq_len: 64}
+data: {seq_len: 32}
+train: {steps: 6, global_batch_size: 4}
+"""
+run_numbers = itertools.count(1)
+
+TEXT = "\n".join(f"def function_{line}(x): return x * {line}" for line in range(60))
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The root of all runs of this file, with a document store in `data`; its MLflow store is made once."""
+    folder = tmp_path_factory.mktemp("root")
+    (folder / "text").mkdir()
+    for number in range(20):
+        (folder / "text" / f"{number}.py").write_text(TEXT.replace("function", f"function_{number}"))
+    build_store(folder / "data", source=str(folder / "text"), vocab_size=512, heldout_fraction=0.2)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.delenv("RAYNIUM_HOME", raising=False)
+
+
+class Attempt:
+    """A call is what a driver does before it asks for a node, for one run of its own. `told`: what it said."""
+
+    def __init__(self, root: Path, name: str):
+        self.root = root
+        self.name = name
+        self.told: list[str] = []
+
+    def config(self, **changes: Any) -> Config:
+        own = {"run.root": str(self.root), "run.name": self.name, "data.path": str(self.root / "data")}
+        return checked(parse_config(JOB, own | changes))
+
+    def __call__(self, **changes: Any) -> Prepared:
+        return prepare(self.config(**changes), job_id=None, tags={}, tell=self.told.append)
+
+    def refused(self, kind: type[RayniumError], match: str, **changes: Any) -> str:
+        """Tries with these changes, looks that nothing stands in the way of the next try, and returns the message."""
+        with pytest.raises(kind, match=match) as caught:
+            self(**changes)
+        store = Store(self.root / self.name)
+        found = read_record(store)
+        assert found is None or found.state == "failed"
+        assert not [key for key in store.list().sizes if "probe" in key]
+        claim(store, self.name, {}).update(state="failed")  # the next try gets the name
+        return str(caught.value)
+
+
+@pytest.fixture
+def attempt(root: Path) -> Attempt:
+    return Attempt(root, f"run-{next(run_numbers)}")
+
+
+# ------------------------------------------------------------------------------------------------- the config itself
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"train.stepz": 3}, r"train\.stepz is not a field .*did you mean train\.steps"),
+        ({"train.steps": "many"}, r"train\.steps is .*many.* must be a whole number of at least 1"),
+        ({"train.global_batch_size": 3}, r"train\.global_batch_size is 3: it must be a multiple of 2 .* set 2 or 4"),
+        ({"data.seq_len": 65}, r"data\.seq_len is 65, longer than model\.max_seq_len 64"),
+        ({"parallel.tensor": 3}, r"parallel\.tensor is 3, which does not divide .*set parallel\.tensor to 1"),
+        ({"parallel.tensor": 4, "model.num_heads": 4, "model.num_kv_heads": 4}, r"cluster\.ranks_per_node 2: tensor"),
+        ({"model.vocab_size": 2**33}, r"model\.vocab_size is 8589934592: .* at most 32 bits"),
+        ({"run.root": "s3://YOUR-BUCKET/runs"}, r"run\.root is 's3://YOUR-BUCKET/runs': YOUR-BUCKET stands for"),
+    ],
+)
+def test_a_config_that_cannot_run_is_refused(attempt: Attempt, changes: dict[str, Any], match: str) -> None:
+    with pytest.raises(ConfigError, match=match):
+        attempt(**changes)
+    assert not (attempt.root / attempt.name).exists()
+
+
+def test_all_places_of_a_preset_that_must_be_filled_in_are_named_at_once() -> None:
+    with pytest.raises(ConfigError) as caught:
+        checked(load_config("llama3-8b"))
+    assert [problem.split(" ")[0] for problem in caught.value.problems] == ["run.root", "data.path", "data.tokenizer"]
+
+
+def test_a_job_file_that_is_missing_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"there is no job file 'jobs/none\.yaml' in .* Give the path of a YAML"):
+        load_config("jobs/none.yaml")
+
+
+# ------------------------------------------------------------------------------------------------- credentials
+
+
+SECRETS = [
+    ("tracking.uri", "https://anna:hunter2@mlflow.example.com/x", "MLFLOW_TRACKING_USERNAME and"),
+    ("tracking.uri", "https://hunter2@mlflow.example.com", "MLFLOW_TRACKING_TOKEN"),
+    ("tracking.uri", "postgresql://anna:hunter2@db/mlflow", "PGPASSWORD"),
+    ("tracking.uri", "https://mlflow.example.com/?api_token=hunter2", "MLFLOW_TRACKING_TOKEN"),
+    ("run.root", "s3://AKIA:hunter2@bucket/runs", "AWS_ACCESS_KEY_ID"),
+    ("data.path", "s3://AKIA:hunter2@bucket/data", "AWS_ACCESS_KEY_ID"),
+    ("data.source", "s3://AKIA:hunter2@bucket/text", "AWS_ACCESS_KEY_ID"),
+    ("data.tokenizer", "https://anna:hunter2@host/tokenizer.json", "in the environment"),
+]
+
+
+@pytest.mark.parametrize(("field", "url", "remedy"), SECRETS)
+def test_a_config_holds_no_credentials(attempt: Attempt, field: str, url: str, remedy: str) -> None:
+    message = attempt.refused(ConfigError, "a URL that holds credentials", **{field: url})
+    assert message.startswith(f"{field} is ") and remedy in message
+    assert "hunter2" not in message
+
+
+def test_credentials_of_the_home_folder_do_not_get_into_a_config_either(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAYNIUM_HOME", "s3://AKIA:hunter2@bucket")
+    with pytest.raises(ConfigError, match=r"run\.root is s3://\*\*\*@bucket…"):
+        checked(parse_config(JOB, {"data.path": "data"}))
+
+
+def test_credentials_in_the_environment_reach_neither_record_nor_terminal(
+    attempt: Attempt, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    address = "https://anna:hunter2@mlflow.example.com:5000"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
+    opened = TrackedRun("m1", "1", address, None)
+    runs_asked_for: list[str | None] = []
+
+    def open_run(uri: str, **options: Any) -> TrackedRun:
+        assert uri == address
+        runs_asked_for.append(options["run_id"])
+        return opened
+
+    monkeypatch.setattr(preparation, "open_run", open_run)
+    monkeypatch.setattr(preparation, "check_reachable", lambda uri: None)
+    monkeypatch.setattr(preparation, "log_artifact_text", lambda *arguments: None)
+    prepared = attempt()
+    prepared.keeper.update(state="stopped")
+    assert prepared.keeper.record.mlflow_uri == "https://mlflow.example.com:5000"
+    attempt()
+    assert runs_asked_for == [None, "m1"], "the address without credentials is known again"
+    for path in (attempt.root / attempt.name).rglob("*.*"):
+        assert b"hunter2" not in path.read_bytes(), path
+    assert "hunter2" not in str(attempt.told) + repr(prepared)
+
+
+# ------------------------------------------------------------------------------------------------- data
+
+
+@pytest.fixture
+def other_tokenizer(tmp_path: Path) -> str:
+    path = tmp_path / "tokenizer.json"
+    path.write_text(Tokenizer.train(["quite another text"], vocab_size=260).file_text)
+    return str(path)
+
+
+def test_data_that_is_not_there_is_named(attempt: Attempt, tmp_path: Path) -> None:
+    attempt.refused(DataError, "is no document store.*data.source", **{"data.path": str(tmp_path / "no")})
+    told = attempt.refused(
+        DataError, str(tmp_path / "text"),
+        **{"data.path": str(tmp_path / "new"), "data.source": str(tmp_path / "text")},
+    )  # fmt: skip
+    assert not (tmp_path / "new" / "manifest.json").exists(), told
+
+
+def test_data_without_text_is_refused(attempt: Attempt, tmp_path: Path) -> None:
+    (tmp_path / "text").mkdir()
+    changes = {"data.path": str(tmp_path / "new"), "data.source": str(tmp_path / "text")}
+    attempt.refused(DataError, "text", **changes)
+    (tmp_path / "text" / "empty.txt").write_text("")
+    attempt.refused(DataError, "text", **changes)
+
+
+def test_data_shorter_than_a_sample_is_refused(attempt: Attempt, tmp_path: Path) -> None:
+    (tmp_path / "text").mkdir()
+    for number in range(10):
+        (tmp_path / "text" / f"{number}.txt").write_text("ab")
+    attempt.refused(
+        DataError, r"has \d+ training tokens; one sample takes data\.seq_len \+ 1 = 65",
+        **{"data.path": str(tmp_path / "new"), "data.source": str(tmp_path / "text"), "data.seq_len": 64, "data.heldout_fraction": 0.5},
+    )  # fmt: skip
+
+
+def test_a_store_of_another_tokenizer_is_refused(attempt: Attempt, other_tokenizer: str) -> None:
+    attempt.refused(DataError, "another tokenizer.*remove data.tokenizer", **{"data.tokenizer": other_tokenizer})
+
+
+def test_a_vocabulary_smaller_than_the_stores_is_refused(attempt: Attempt) -> None:
+    attempt.refused(DataError, "vocab_size", **{"model.vocab_size": 300})
+
+
+# ------------------------------------------------------------------------------------------------- places
+
+
+def test_a_file_in_the_way_of_the_root_is_named(attempt: Attempt, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    attempt.refused(StoreError, str(tmp_path / "file"), **{"run.root": str(tmp_path / "file")})
+
+
+def test_a_disk_without_room_for_the_checkpoints_is_refused(attempt: Attempt) -> None:
+    # 12 bytes for each of 400 G parameters, three times.
+    wide = {"model.num_layers": 100_000_000, "data.path": str(attempt.root / "data")}
+    attempt.refused(StoreError, r"bytes free and the run needs .*lower checkpoint\.keep_last", **wide)
+
+
+@pytest.mark.skipif(sys.platform != "linux" or os.getuid() != 0, reason="only root can mount a small disk")
+def test_a_full_disk_is_told_before_anything_is_started(attempt: Attempt, tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)], check=False).returncode:
+        pytest.skip("this container may not mount")
+    try:
+        with (disk / "filler").open("wb", buffering=0) as filler, pytest.raises(OSError):
+            while True:
+                filler.write(bytes(4096))
+        attempt.refused(StoreError, "[Nn]o space left", **{"run.root": str(disk)})
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+@pytest.mark.timeout(60)  # mlflow's own patience is many minutes
+@pytest.mark.parametrize("listens", [False, True], ids=["nobody listens", "nobody answers"])
+def test_an_mlflow_that_cannot_be_reached_is_told_in_seconds(attempt: Attempt, listens: bool) -> None:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        if listens:
+            server.listen()
+        address = f"http://127.0.0.1:{server.getsockname()[1]}"
+        attempt.refused(TrackingError, f"MLflow at {address}: .*set tracking.uri", **{"tracking.uri": address})
+
+
+def test_a_bucket_needs_an_mlflow_of_its_own(attempt: Attempt) -> None:
+    attempt.refused(ConfigError, r"tracking\.uri is not set and run\.root", **{"run.root": "s3://bucket/x"})
+
+
+# ------------------------------------------------------------------------------------------------- the run's past
+
+
+DATA = bytes(4096) + b"12345678"  # a header, and two float32
+
+
+def commit(store: Store, config: dict[str, Any], step: int) -> None:
+    """A checkpoint that holds one number."""
+    key = shard_key("g1", 0)
+    store.replace(f"{step_folder(step)}/{key}", DATA)
+    crc = to_text(checksum(DATA))
+    file = FileEntry(key=key, size=len(DATA), crc64nvme=crc, part_bytes=PART_BYTES, part_crc64nvme=(crc,))
+    block = SavedBlock(
+        name="model/x", dtype="float32", global_shape=(2,), offsets=(0,), shape=(2,), begin=4096, end=len(DATA)
+    )
+    commit_checkpoint(
+        store, step=step, generation="g1", entries=[ShardEntry(step=step, file=file, tensors=(block,))],
+        state={"step": step, "config": config}, world_size=1, layout={},
+    )  # fmt: skip
+
+
+def saved_run(attempt: Attempt, *, step: int = 4, state: str = "stopped", **changes: Any) -> Prepared:
+    prepared = attempt(**changes)
+    commit(prepared.store, prepared.config.model_dump(mode="json"), step)
+    prepared.keeper.update(state=state, step=step)
+    return prepared
+
+
+def test_the_name_of_a_live_run_is_refused_and_the_run_is_left_alone(
+    attempt: Attempt,
+) -> None:
+    live = attempt()
+    before = live.store.read(RECORD_KEY)
+    with pytest.raises(RunInUse, match=rf"is in use by process {os.getpid()} on .* Stop it with `raynium stop"):
+        attempt()
+    assert live.store.read(RECORD_KEY) == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"model.hidden_size": 64}, "model.hidden_size"),
+        ({"run.seed": 7}, "run.seed"),
+        ({"train.global_batch_size": 8}, "train.global_batch_size"),
+    ],
+)
+@pytest.mark.parametrize("state", ["stopped", "finished"])
+def test_a_config_that_contradicts_the_checkpoint_names_the_field(
+    attempt: Attempt, changes: dict[str, Any], field: str, state: str
+) -> None:
+    saved = saved_run(attempt, step=6 if state == "finished" else 4, state=state)
+    before = saved.store.read(RECORD_KEY)
+    with pytest.raises(ConfigError, match=rf"{field} is .* but the checkpoint was trained with .* Set {field} back to"):
+        if finished_record(attempt.config(**changes)) is None:
+            attempt(**changes)
+    assert saved.store.read(RECORD_KEY) == before
+
+
+def test_fewer_steps_than_the_checkpoint_has_are_refused(attempt: Attempt) -> None:
+    saved = saved_run(attempt, step=6, state="finished")
+    assert finished_record(saved.config) is not None
+    assert finished_record(attempt.config(**{"train.steps": 5})) is None
+    with pytest.raises(
+        ConfigError, match=r"train\.steps is 5, but run .* checkpoint of step 6\. Set train\.steps to 6"
+    ):
+        attempt(**{"train.steps": 5})
+
+
+def test_a_change_that_is_allowed_is_told(attempt: Attempt) -> None:
+    first = saved_run(attempt)
+    attempt.told.clear()
+    again = attempt(**{"optimizer.learning_rate": 1e-4, "checkpoint.every_steps": 2})
+    assert [line for line in attempt.told if line.startswith("note")] == [
+        "note: optimizer.learning_rate changed from 0.0003 to 0.0001: the rate changes from here on"
+    ]
+    assert again.mlflow.run_id == first.mlflow.run_id, "one MLflow run for the life of a run"
+    record = read_record(again.store)
+    assert record is not None and record.config["optimizer"]["learning_rate"] == 1e-4
+
+
+# ------------------------------------------------------------------------------------------------- what it makes
+
+
+def test_a_prepared_run_has_all_that_later_ones_need(attempt: Attempt) -> None:
+    prepared = attempt()
+    assert parse_config(prepared.store.read("config.yaml").decode()) == prepared.config
+    assert prepared.store.read(TOKENIZER_NAME) == (attempt.root / "data" / TOKENIZER_NAME).read_bytes()
+    record = read_record(prepared.store)
+    assert record is not None and record.state == "preparing" and record.mlflow_run_id == prepared.mlflow.run_id
+    assert record.config == prepared.config.model_dump(mode="json")
+    assert run_store(prepared.config).url == prepared.store.url
+
+
+def test_the_heart_beats_while_something_long_is_made(attempt: Attempt, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another host would take the run for dead after a minute of tokenising."""
+    monkeypatch.setattr(record_module, "HEARTBEAT_SECONDS", 0.01)
+    beats = []
+
+    def long_work(*arguments: Any, **options: Any) -> None:
+        store = Store(attempt.root / attempt.name)
+        deadline = time.monotonic() + 30
+        while len(set(beats)) < 3:
+            assert time.monotonic() < deadline
+            record = read_record(store)
+            assert record is not None
+            beats.append(record.heartbeat_unix)
+        raise DataError("no")
+
+    monkeypatch.setattr("raynium.launch.preparation.prepare_store", long_work)
+    with pytest.raises(DataError):
+        attempt()
+
+
+def test_a_heartbeat_that_is_lost_is_logged_and_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    keeper = claim(Store(tmp_path / "run"), "test", {})
+    monkeypatch.setattr(record_module, "HEARTBEAT_SECONDS", 0.01)
+    write = keeper._store.replace
+    fails = iter([True, True, False])
+
+    def sometimes(key: str, data: bytes) -> None:
+        if next(fails, False):
+            raise StoreError("throttled")
+        write(key, data)
+
+    monkeypatch.setattr(keeper._store, "replace", sometimes)
+    began = keeper.record.heartbeat_unix
+    with keeper.beating():
+        deadline = time.monotonic() + 30
+        while (found := read_record(Store(tmp_path / "run"))) is None or found.heartbeat_unix == began:
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+    assert caplog.text.count("a heartbeat of run test was lost: throttled") == 2

@@ -1,0 +1,105 @@
+"""The words at the end of a run, and those of `raynium status` and `raynium runs`."""
+
+import shlex
+import time
+from dataclasses import replace
+from datetime import datetime
+from typing import Any
+
+import pytest
+
+from raynium.launch.record import Owner, RunRecord, this_process
+from raynium.launch.report import report_lines, table_row, ui_lines
+
+CONFIG = {"train": {"steps": 2000}, "run": {"root": "/data/my runs"}}
+RESULT = {
+    "bits_per_byte": 2.0,
+    "unigram_bits_per_byte": 4.25,
+    "zlib_bits_per_byte": 2.5,
+    "checkpoint": "file:///data/my runs/first/checkpoints/step-000002000",
+    "samples": ["def main():\n    pass\n\n", "import os"],
+}
+PAGE = "http://127.0.0.1:5000/#/experiments/1/runs/m1"
+NOBODY = Owner("elsewhere", "boot", 1, "1")
+
+
+def record(**changes: Any) -> RunRecord:
+    fields: dict[str, Any] = {
+        "name": "first", "config": CONFIG, "state": "finished", "owner": NOBODY, "created_unix": 0.0,
+        "heartbeat_unix": 0.0, "step": 2000,
+    }  # fmt: skip
+    return RunRecord(**fields | changes)
+
+
+TRACKED = {"mlflow_uri": "sqlite:////data/my runs/mlflow.db", "mlflow_run_id": "m1", "mlflow_experiment_id": "1"}
+
+
+def test_a_finished_run_ends_with_its_words_its_numbers_and_its_page() -> None:
+    assert report_lines(record(result=RESULT, **TRACKED)) == [
+        "run first: finished at step 2,000 of 2,000",
+        "",
+        "-------------------- sampled from the model --------------------",
+        "def main():\n    pass",
+        "",
+        "-------------------- sampled from the model --------------------",
+        "import os",
+        "-" * 64,
+        "",
+        "held-out documents: 2.000 bits per byte (its tokens' unigram model 4.250, zlib 2.500)",
+        "checkpoint: file:///data/my runs/first/checkpoints/step-000002000",
+        f"MLflow page: {PAGE}",
+        "       served by: raynium ui first --root '/data/my runs'",
+    ]
+
+
+def test_without_prompts_there_is_no_frame_around_nothing() -> None:
+    lines = report_lines(record(result=RESULT | {"samples": []}))
+    assert lines[1].startswith("held-out documents") and len(lines) == 3
+
+
+AGAIN = "start it again to go on from its newest checkpoint"
+
+
+def test_a_stopped_run_says_how_to_go_on() -> None:
+    assert report_lines(record(state="stopped", step=120)) == ["run first: stopped at step 120 of 2,000", AGAIN]
+
+
+def test_a_failed_run_says_why() -> None:
+    lines = report_lines(record(state="failed", step=120, cause="RunFailed: rank 1: killed by SIGKILL"))
+    assert lines == ["run first: failed at step 120 of 2,000", "cause: RunFailed: rank 1: killed by SIGKILL", AGAIN]
+
+
+@pytest.mark.parametrize("state", ["preparing", "running"])
+def test_a_run_whose_driver_is_gone_was_interrupted(state: str) -> None:
+    assert report_lines(record(state=state, step=7)) == ["run first: interrupted at step 7 of 2,000", AGAIN]
+    now = time.time()
+    alive = record(state=state, step=7, owner=this_process(), heartbeat_unix=now)
+    assert report_lines(alive) == [f"run first: {state} at step 7 of 2,000"]
+
+
+def test_the_page_of_a_server_needs_no_command() -> None:
+    tracked = record(**TRACKED | {"mlflow_uri": "https://mlflow.example.com/"})
+    assert ui_lines(tracked) == ["MLflow page: https://mlflow.example.com/#/experiments/1/runs/m1"]
+
+
+def test_the_command_of_a_local_page_is_one_a_shell_reads_back() -> None:
+    page, served = ui_lines(record(**TRACKED), port=5001)
+    assert page == f"MLflow page: {PAGE.replace('5000', '5001')}"
+    assert shlex.split(served.partition(": ")[2]) == ["raynium", "ui", "first", "--root", "/data/my runs"]
+
+
+def test_before_tracking_has_begun_there_is_no_page() -> None:
+    assert ui_lines(record()) == []
+
+
+def test_a_line_of_the_list() -> None:
+    now = time.time()
+    running = record(
+        state="running", step=1500, owner=this_process(), created_unix=now, heartbeat_unix=now,
+        metrics={"eval/bits_per_byte": 2.34567},
+    )  # fmt: skip
+    started = datetime.fromtimestamp(now).strftime("%Y-%m-%d %H:%M")
+    assert table_row(running, now) == ("first", "running", "1,500/2,000", "2.346", started)
+    assert table_row(replace(running, owner=NOBODY, metrics=None), now + 3600)[1:4] == (
+        "interrupted", "1,500/2,000", "",
+    )  # fmt: skip
