@@ -81,11 +81,11 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAYNIUM_HOME": str(folder),
     }
-    dashboard = free_port()
+    dashboard, port = free_port(), free_port()
     with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp") as ray_folder:  # short: Unix socket paths have a limit
         command = [
             *(str(Path(sys.executable).parent / "ray"), "start", "--head", "--block", "--disable-usage-stats"),
-            *("--node-ip-address=127.0.0.2", f"--port={free_port()}", f"--temp-dir={ray_folder}"),
+            *("--node-ip-address=127.0.0.2", f"--port={port}", f"--temp-dir={ray_folder}"),
             *("--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}"),
             *(f"--dashboard-agent-listen-port={free_port()}", f"--ray-client-server-port={free_port()}"),
             *("--num-cpus=4", f"--object-store-memory={100 * 2**20}"),
@@ -98,12 +98,27 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         with pytest.MonkeyPatch.context() as patch:
             for name, value in environment.items():
                 patch.setenv(name, value)
+            node = None
             try:
                 _wait_until_it_answers(address, head, folder / "ray.log")
+                node = start_node(port, environment, folder)
                 yield Cluster(address, environment, folder, job_file)
             finally:
-                head.terminate()
-                head.wait(60)
+                for process in (node, head):
+                    if process is not None:
+                        process.terminate()
+                        process.wait(60)
+
+
+def start_node(port: int, environment: dict[str, str], folder: Path) -> subprocess.Popen[bytes]:
+    """A second node: another loopback address of this machine, with room for one rank."""
+    command = [
+        *(str(Path(sys.executable).parent / "ray"), "start", f"--address=127.0.0.2:{port}", "--block"),
+        *("--node-ip-address=127.0.0.3", "--num-cpus=1", f"--object-store-memory={100 * 2**20}"),
+        *(f"--dashboard-agent-listen-port={free_port()}", "--disable-usage-stats"),
+    ]
+    with (folder / "node.log").open("wb") as log:
+        return subprocess.Popen(command, env=os.environ | environment, stdout=log, stderr=log, start_new_session=True)
 
 
 def _wait_until_it_answers(address: str, head: subprocess.Popen[bytes], log: Path) -> None:
@@ -200,6 +215,27 @@ def test_a_killed_agent_changes_no_bit(cluster: Cluster, uninterrupted: Run) -> 
     assert run.wait(240).generation == 2
     assert "a node agent was lost" in run.logs()
     same_as(run, uninterrupted)
+
+
+def test_two_nodes_compute_the_same_bits_and_restart_together(cluster: Cluster, uninterrupted: Run) -> None:
+    two_nodes = {"train.steps": LONG, "cluster.nodes": 2, "cluster.ranks_per_node": 1}
+    run = cluster.client().submit(cluster.job_file, overrides=two_nodes, name="two-nodes")
+    record = record_when_saved(run, step=20)
+    assert record.agents is not None and {agent["host"] for agent in record.agents} == {"127.0.0.2", "127.0.0.3"}
+    os.kill(rank_pid(record.agents[1]["pid"]), signal.SIGKILL)
+    finished = run.wait(240)
+    assert finished.state == "finished" and finished.generation == 2
+    assert "generation 1 failed: rank 1: killed by SIGKILL" in run.logs()
+    same_as(run, uninterrupted)
+
+
+def rank_pid(agent_pid: int) -> int:
+    """The rank that this agent's template forked."""
+    templates = subprocess.run(["pgrep", "-P", str(agent_pid)], capture_output=True, text=True).stdout.split()
+    for template in templates:
+        if forked := subprocess.run(["pgrep", "-P", template], capture_output=True, text=True).stdout.split():
+            return int(forked[0])
+    raise AssertionError(f"agent {agent_pid} has no rank")
 
 
 def test_a_killed_driver_is_continued_by_the_next_one(cluster: Cluster, uninterrupted: Run) -> None:

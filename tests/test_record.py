@@ -95,3 +95,18 @@ def test_a_foreign_file_in_the_records_place_is_named(tmp_path: Path) -> None:
     Store(tmp_path).replace("run.json", b"[]")
     with pytest.raises(StoreError, match=r"run\.json is not a run record"):
         read_record(Store(tmp_path))
+
+
+def test_a_driver_that_was_taken_for_dead_notices_and_does_not_write(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store(tmp_path)
+    keeper = claim(store, "first", CONFIG)
+    keeper.update(state="running")
+    other = replace(keeper.record, owner=Owner("elsewhere", "boot", 7, "7"))
+    store.replace("run.json", other.to_json())
+    keeper.beat(step=5)  # too soon after the last one to say anything
+    monkeypatch.setattr("raynium.launch.record.HEARTBEAT_SECONDS", 0.0)
+    with pytest.raises(RunInUse, match="taken over by process 7 on elsewhere"):
+        keeper.beat(step=5)
+    assert read_record(store) == other

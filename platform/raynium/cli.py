@@ -37,13 +37,18 @@ def train(
 ) -> None:
     """Train here and now.
 
-    Prepares the data, trains, evaluates, and ends with text from the model. Ctrl-C saves a checkpoint and ends; the same command goes on from it, also after a crash.
+    Prepares the data, trains, evaluates, and ends with text from the model. Ctrl-C saves a checkpoint and ends; the
+    same command goes on from it, also after a crash.
     """
     from raynium.config.load import load_config
     from raynium.launch.report import report_lines
     from raynium.launch.run import run
 
-    record = run(load_config(config, overrides or []), address=address)
+    try:
+        record = run(load_config(config, overrides or []), address=address)
+    except KeyboardInterrupt:
+        _print("interrupted: the same command goes on from the newest checkpoint")
+        raise typer.Exit(130) from None
     _print(*report_lines(record))
 
 
@@ -198,7 +203,7 @@ def ui(
 def main() -> None:
     """Runs the command line. A mistake of the user's ends in one message, not in a traceback."""
     try:
-        app()
+        app(prog_name="raynium")
     except ConfigError as error:
         typer.secho(f"error: {error}", fg="red", err=True)
         sys.exit(2)

@@ -142,9 +142,15 @@ class Client:
     """A Ray cluster, by the address of its dashboard (`http://127.0.0.1:8265`).
 
     If the cluster asks for a token, it is read from RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token.
+    Raises LaunchError for another kind of address; whether the cluster answers is seen when it is asked.
     """
 
     def __init__(self, address: str):
+        if not address.startswith(("http://", "https://")):  # Ray would take another kind of address, and wait for it
+            raise LaunchError(
+                f"{address!r} is not the address of a Ray dashboard: it begins with http:// or https://, as in "
+                f"http://127.0.0.1:8265 (`ray start --head` prints it)"
+            )
         self.address = address
         self._jobs: Any = None
 

@@ -24,8 +24,9 @@ from raynium.config.load import load_config
 from raynium.config.schema import Config
 from raynium.errors import RayniumError
 from raynium.launch.coordinator import checkpoint_state, layout
-from raynium.launch.preparation import check_resume, checked, keep_tokenizer, prepare_data, run_store
+from raynium.launch.preparation import check_resume, checked, keep_tokenizer, prepare_data, run_store, saved_config
 from raynium.launch.record import unowned_record
+from raynium.launch.settle import settled
 from raynium.rank import run
 from raynium.rank_plan import RankPlan
 
@@ -97,6 +98,7 @@ def main() -> None:
                 f"error: torchrun started {os.environ['WORLD_SIZE']} ranks, the config asks for {config.world_size} "
                 f"(cluster.nodes × cluster.ranks_per_node). Make them equal"
             )
+        config = settled(config, cluster_resources=None, saved=saved_config(config))
         store = run_store(config)
         unowned_record(store, config.run.name)
         notes = check_resume(config, store)

@@ -96,7 +96,8 @@ class EngineSection(Section):
     """How a step is computed."""
 
     kind: Literal["native", "nxd"] = "native"
-    dtype: Literal["float32", "bfloat16"] = "float32"  # of compute; master weights and optimizer are float32
+    # Of compute; master weights and optimizer are float32. auto: bfloat16 where the device multiplies it natively.
+    dtype: Literal["auto", "float32", "bfloat16"] = "float32"
     activation_checkpointing: Literal["none", "full"] = "none"
     compile: Literal["none", "block"] = "none"  # "block": torch.compile each decoder block
 

@@ -58,6 +58,7 @@ def build_native_engine(config: Config, accelerator: Accelerator) -> "NativeEngi
     plain torch; in bfloat16 FSDP does the casting, for the same math as on many ranks, over a one-rank group that the
     engine opens.
     """
+    assert config.engine.dtype != "auto", "the driver settles it"
     dtype = getattr(torch, config.engine.dtype)
     assert config.world_size == 1 or dist.is_initialized(), f"{config.world_size} ranks and no process group"
     sharded = config.world_size > 1 or dtype != torch.float32

@@ -248,8 +248,9 @@ class RunCoordinator:
             if self._committed_step is None or step > self._committed_step:
                 self._committed_step, self._committed_uri = step, reference.uri
                 self._failures_without_progress = 0
+            living = self._generation or current  # `current` may be one whose upload ended after its ranks
             await asyncio.to_thread(
-                apply_retention, self.store, keep_last=config.checkpoint.keep_last, generation=current.id
+                apply_retention, self.store, keep_last=config.checkpoint.keep_last, generation=living.id
             )
         except StepTaken as error:
             await self.tell(f"step {step} was already committed by another generation: {error}")

@@ -20,10 +20,11 @@ import ray
 import ray.train
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
+from raynium.accelerators.cpu import usable_cores
 from raynium.accelerators.detect import detect
 from raynium.checkpoint.store import Store
 from raynium.config.schema import Config
-from raynium.errors import LaunchError, RunFailed
+from raynium.errors import LaunchError, RunFailed, StoreError
 from raynium.launch.agent import Node, NodeAgent
 from raynium.launch.backend import ATTEMPT_VARIABLE, NodeAgentConfig
 from raynium.launch.coordinator import RunCoordinator
@@ -39,16 +40,9 @@ logger = logging.getLogger(__name__)
 LOOPBACK = "127.0.0.2"
 STATUS_SECONDS = 0.25  # how often the display is refreshed
 STOP_POLL_SECONDS = 2.0  # how often the run's store is asked for a stop request
+AGENTS_END_SECONDS = 60.0  # more than agent.TRACKER_CLOSE_SECONDS
 WAITING_SECONDS = 20.0  # how long Ray may look for nodes before the user is told what is missing
 
-# Ray Train's own defaults cost 2 s per poll and 60 s per failed placement (measured, Ray 2.60).
-RAY_TRAIN_ENVIRONMENT = {
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
-    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "30",
-    "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "60",
-    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
-    "RAY_TRAIN_METRICS_ENABLED": "0",
-}
 CORE_RESOURCES = ("CPU", "GPU", "neuron_cores")
 CONTROLLER_FAILURE_LIMIT = 30  # placements that fail in a row before Ray Train gives up; its default is never
 
@@ -104,8 +98,8 @@ def log_to_file(path: Path) -> None:
 class Driver:
     """One run's life on one cluster. `ray` is initialised, `prepared` holds the claimed run."""
 
-    def __init__(self, config: Config, prepared: Prepared, display: Display):
-        self.config = config
+    def __init__(self, prepared: Prepared, display: Display):
+        self.config = prepared.config
         self.prepared = prepared
         self.display = display
         self._stop = threading.Event()
@@ -120,26 +114,21 @@ class Driver:
         keeper = self.prepared.keeper
         coordinator = (
             ray.remote(RunCoordinator)
-            .options(
-                num_cpus=0,
-                max_restarts=-1,
-                max_task_retries=-1,
-                name=f"raynium-{self.config.run.name}-{time.time_ns()}",
-            )
+            .options(num_cpus=0, max_restarts=-1, max_task_retries=-1)
             .remote(self.config.model_dump(mode="json"), self.prepared.store.url, keeper.record.generation)
         )
         fitting = _InThread(lambda: self._trainer(coordinator).fit())
         status = self._watch(coordinator, fitting, keeper)
+        if status.agents:  # they still send metrics and give back memory; without any, Ray Train waits for nodes
+            fitting.join(AGENTS_END_SECONDS)
         if status.ended == "failed" or status.ended is None:
             cause = status.cause or f"Ray Train ended the run: {fitting.error}"
             raise RunFailed(f"run {self.config.run.name!r} failed at step {status.step}: {cause}")
-        fitting.join()  # the agents close their trackers and free the nodes
         return status
 
     def _trainer(self, coordinator: Any) -> DataParallelTrainer:
         cluster = self.config.cluster
         store = self.prepared.store
-        storage = ray_storage(store)
         return DataParallelTrainer(
             run_agent,
             train_loop_config={
@@ -157,20 +146,20 @@ class Driver:
                 placement_strategy="STRICT_SPREAD" if cluster.nodes > 1 else "PACK",
             ),
             run_config=ray.train.RunConfig(
-                name=f"driver-{keeper_id(self.prepared.keeper)}",
+                name=f"driver-{self.prepared.keeper.claim_number:06d}",  # Ray would restore a run of an equal name
                 failure_config=ray.train.FailureConfig(
                     max_failures=self.config.fault.max_node_failures,
                     controller_failure_limit=CONTROLLER_FAILURE_LIMIT,
                 ),
-                **storage,
+                **ray_storage(store),
             ),
         )
 
     def _watch(self, coordinator: Any, fitting: "_InThread", keeper: RecordKeeper) -> Status:
         """Shows progress, keeps the record, and carries a stop request, until the run or Ray Train has ended."""
         began = time.monotonic()
-        last_stop_poll = 0.0
-        told_waiting = stop_sent = False
+        next_stop_poll = began
+        told_waiting = told_to_stop = False
         while True:
             over = not fitting.is_alive()
             status: Status = ray.get(coordinator.status.remote(self._events_seen))
@@ -178,34 +167,38 @@ class Driver:
                 self.display.line(event.text)
                 self._events_seen = event.number
             self.display.show(status)
-            live: Literal["preparing", "running"] = "running" if status.running else "preparing"
-            changed = status.generation != keeper.record.generation or live != keeper.record.state
-            (keeper.update if changed else keeper.beat)(
-                state=live,
-                generation=status.generation,
-                agents=[{"host": agent.host, "pid": agent.pid} for agent in status.agents],
-                step=status.step,
-                metrics=status.metrics,
-            )
             if status.ended is not None or over:
                 return status
+
             now = time.monotonic()
-            if now - last_stop_poll > STOP_POLL_SECONDS:
-                last_stop_poll = now
-                if keeper.stop_requested():
-                    self._stop.set()
-            if self._stop.is_set() and not stop_sent:
-                stop_sent = True
+            try:
+                self._keep_record(keeper, status)
+                if now >= next_stop_poll:
+                    next_stop_poll = now + STOP_POLL_SECONDS
+                    if keeper.stop_requested():
+                        self._stop.set()
+            except StoreError as error:  # training does not need the record: the next round tries again
+                self.display.line(f"the run record could not be written or read: {error}")
+            if self._stop.is_set() and not told_to_stop:
+                told_to_stop = True
                 self.display.line("stopping: every rank saves at its next step, then the run ends")
                 coordinator.request_stop.remote()
-            if (
-                status.generation == keeper.record.generation == 0
-                and now - began > WAITING_SECONDS
-                and not told_waiting
-            ):
+            if not status.agents and now - began > WAITING_SECONDS and not told_waiting:
                 told_waiting = True
                 self.display.line(waiting_message(self.config))
-            self._stop.wait(STATUS_SECONDS) if not stop_sent else time.sleep(STATUS_SECONDS)
+            time.sleep(STATUS_SECONDS)
+
+    def _keep_record(self, keeper: RecordKeeper, status: Status) -> None:
+        """Writes what changed at once, and else a heartbeat now and then."""
+        live: Literal["preparing", "running"] = "running" if status.running else "preparing"
+        changed = status.generation != keeper.record.generation or live != keeper.record.state
+        (keeper.update if changed else keeper.beat)(
+            state=live,
+            generation=status.generation,
+            agents=[{"host": agent.host, "pid": agent.pid} for agent in status.agents],
+            step=status.step,
+            metrics=status.metrics,
+        )
 
 
 def node_resources(config: Config) -> dict[str, float]:
@@ -219,15 +212,7 @@ def node_resources(config: Config) -> dict[str, float]:
         case "neuron" | "neuron_xla":
             return {"CPU": 1, "neuron_cores": ranks}
         case "auto":
-            raise AssertionError("preparation settles the accelerator")
-
-
-def settle_accelerator(config: Config, cluster_resources: Mapping[str, float]) -> Config:
-    """`auto` becomes what the cluster's nodes have."""
-    if config.cluster.accelerator != "auto":
-        return config
-    found = "neuron" if "neuron_cores" in cluster_resources else "cuda" if "GPU" in cluster_resources else "cpu"
-    return config.model_copy(update={"cluster": config.cluster.model_copy(update={"accelerator": found})})
+            raise AssertionError("launch/settle.py settles it")
 
 
 def waiting_message(config: Config) -> str:
@@ -255,11 +240,6 @@ def ray_storage(store: Store) -> dict[str, Any]:
             "storage_filesystem": pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(fsspec.filesystem("s3"))),
         }
     return {"storage_path": store.url + "/ray"}
-
-
-def keeper_id(keeper: RecordKeeper) -> str:
-    """A name for this driver's Ray Train state: Ray would take an equal name for a run to restore."""
-    return f"{keeper.record.owner.pid}-{int(keeper.record.owner.pid_started or 0)}-{int(time.time())}"
 
 
 class _InThread(threading.Thread):
@@ -295,13 +275,24 @@ def stop_on_signals(driver: Driver) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def connect(address: str | None) -> Iterator[Mapping[str, float]]:
-    """Joins the cluster at `address`, or starts one here that ends with the context. Yields its resources."""
-    for name, value in RAY_TRAIN_ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-    local = {"include_dashboard": False, "_node_ip_address": LOOPBACK} if address is None else {}
+def connect(address: str | None, *, least_cpus: int = 1) -> Iterator[Mapping[str, float]]:
+    """Joins the cluster at `address`, or starts one here that ends with the context. Yields its resources.
+
+    `ray_environment.set_ray_environment` must have run before this module was imported.
+
+    least_cpus: CPU slots that a cluster of our own declares, also on a machine with fewer cores.
+    """
+    arguments: dict[str, Any] = {"address": address}
+    if address is None:
+        num_cpus = max(least_cpus, usable_cores())
+        arguments = {
+            "address": "local",
+            "include_dashboard": False,
+            "num_cpus": num_cpus,
+            "_node_ip_address": LOOPBACK,
+        }
     try:
-        ray.init(address=address or "local", log_to_driver=False, logging_level=logging.WARNING, **local)
+        ray.init(log_to_driver=False, logging_level=logging.WARNING, **arguments)
     except (ConnectionError, RuntimeError, ValueError) as error:
         where = f"the Ray cluster at {address}" if address else "a Ray cluster on this machine"
         raise LaunchError(

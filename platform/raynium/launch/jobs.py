@@ -10,6 +10,7 @@ from typing import Any
 
 import raynium
 from raynium.errors import LaunchError
+from raynium.launch.ray_environment import find_token
 from raynium.tracking.provenance import git_tags
 
 # `ray job stop` sends SIGTERM, and SIGKILL this long after (Ray's default: 3 s): time for a checkpoint.
@@ -32,14 +33,6 @@ def connect_jobs(address: str) -> Any:
             f"cannot reach a Ray cluster at {address}: {error}. Give the address of its dashboard (`ray start --head` "
             f"prints it), and if it asks for a token put that into RAY_AUTH_TOKEN or ~/.ray/auth_token"
         ) from error
-
-
-def find_token() -> str | None:
-    """The cluster's token, from where Ray itself looks, in Ray's order."""
-    if token := os.environ.get("RAY_AUTH_TOKEN"):
-        return token
-    path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
-    return path.read_text().strip() if path.is_file() else None
 
 
 def runtime_env(working_dir: str) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from raynium.checkpoint.catalog import latest, list_checkpoints
 from raynium.checkpoint.store import Store
@@ -64,6 +65,16 @@ def checked(config: Config) -> Config:
     if problems := [*placeholders(config), *check(config)]:
         raise ConfigError(problems)
     return config
+
+
+def saved_config(config: Config) -> Mapping[str, Any] | None:
+    """The config in the run's newest checkpoint, as a dict; None for a run that has none."""
+    checkpoint = latest(run_store(config))
+    if checkpoint is None:
+        return None
+    saved = checkpoint.manifest.state["config"]
+    assert isinstance(saved, dict)
+    return saved
 
 
 def check_resume(config: Config, store: Store) -> list[str]:

@@ -107,7 +107,8 @@ def read_record(store: Store) -> RunRecord | None:
 class RecordKeeper:
     """The owner's hand on the record. One per driver; threads may share it."""
 
-    def __init__(self, store: Store, record: RunRecord):
+    def __init__(self, store: Store, record: RunRecord, claim_number: int):
+        self.claim_number = claim_number  # this driver is the run's n-th
         self._store = store
         self._writing = threading.Lock()
         self.record = record
@@ -119,9 +120,19 @@ class RecordKeeper:
             self._store.replace(RECORD_KEY, self.record.to_json())
 
     def beat(self, **changes: Any) -> None:
-        """Like `update`, at most once every HEARTBEAT_SECONDS."""
-        if time.time() - self.record.heartbeat_unix >= HEARTBEAT_SECONDS:
-            self.update(**changes)
+        """Like `update`, at most once every HEARTBEAT_SECONDS. Raises RunInUse if another driver owns the run by now.
+
+        That happens when this host was frozen or cut off for so long that it was taken for dead.
+        """
+        if time.time() - self.record.heartbeat_unix < HEARTBEAT_SECONDS:
+            return
+        stored = read_record(self._store)
+        if stored is not None and stored.owner != self.record.owner:
+            raise RunInUse(
+                f"run {self.record.name!r} was taken over by process {stored.owner.pid} on {stored.owner.host} while "
+                f"this driver could not be heard. Nothing is lost: follow the run there, with `raynium status`"
+            )
+        self.update(**changes)
 
     @contextmanager
     def beating(self) -> Iterator[None]:
@@ -177,7 +188,7 @@ def claim(store: Store, name: str, config: dict[str, Any]) -> RecordKeeper:
         record = RunRecord(name, config, "preparing", owner, created_unix=now, heartbeat_unix=now)
     else:
         record = replace(earlier, config=config, state="preparing", owner=owner, cause=None, result=None)
-    keeper = RecordKeeper(store, record)
+    keeper = RecordKeeper(store, record, number)
     keeper.update()
     return keeper
 

@@ -1,5 +1,6 @@
 """Runs one config to its end and writes down the result: what `raynium train` and `jobs/pretrain.py` call."""
 
+import contextlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,9 +11,11 @@ from raynium.config.load import dump_yaml
 from raynium.config.schema import Config
 from raynium.errors import TrackingError
 from raynium.launch.display import Display
-from raynium.launch.preparation import Prepared, checked, finished_record, prepare, run_store
+from raynium.launch.preparation import Prepared, checked, finished_record, prepare, run_store, saved_config
 from raynium.launch.protocol import Status
+from raynium.launch.ray_environment import set_ray_environment
 from raynium.launch.record import RunRecord
+from raynium.launch.settle import settled
 from raynium.tracking.runs import RunStatus, finish_run, log_artifact_text
 
 
@@ -24,43 +27,53 @@ def run(
     Returns the record of the finished or stopped run; raises RayniumError otherwise. A run that was interrupted goes on
     from its newest checkpoint; one that has already finished is not run again. tags: go to its MLflow run.
     """
+    set_ray_environment(starts_cluster=address is None)
+    from raynium.launch.driver import connect  # imports ray
+
     config = checked(config)
     console = Console(highlight=False, soft_wrap=True)
-    console.print(Text(dump_yaml(config)))
-    if (record := finished_record(config)) is not None:
-        console.print(Text(f"run {config.run.name!r} has already finished at step {record.step}"))
-        return record
-    prepared = prepare(config, job_id=job_id, tags=tags or {}, tell=lambda line: console.print(Text(line)))
-    with Display(config.train.steps, console, prepared.log_path) as display:
-        try:
-            status = _train(prepared, display, address)
-            with prepared.keeper.beating():
-                result = _result(prepared, status) if status.ended == "finished" else None
-        except BaseException as error:
-            prepared.keeper.update(state="failed", cause=f"{type(error).__name__}: {error}")
-            _end_mlflow_run(prepared, display, "FAILED", samples=[])
-            raise
-        assert status.ended in ("finished", "stopped")
-        prepared.keeper.update(
-            state=status.ended, step=status.step, generation=status.generation, metrics=status.metrics, result=result
-        )
-        _end_mlflow_run(
-            prepared,
-            display,
-            "FINISHED" if status.ended == "finished" else "KILLED",
-            samples=result["samples"] if result else [],
-        )
-        return prepared.keeper.record
+    with contextlib.ExitStack() as cluster:
+        # Joining a cluster is quick, and says what its nodes have; one of our own is started when all else is ready.
+        resources = cluster.enter_context(connect(address)) if address is not None else None
+        config = settled(config, cluster_resources=resources, saved=saved_config(config))
+        console.print(Text(dump_yaml(config)))
+        if (record := finished_record(config)) is not None:
+            console.print(Text(f"run {config.run.name!r} has already finished at step {record.step}"))
+            return record
+        prepared = prepare(config, job_id=job_id, tags=tags or {}, tell=lambda line: console.print(Text(line)))
+        with Display(config.train.steps, console, prepared.log_path) as display:
+            try:
+                if address is None:
+                    cluster.enter_context(connect(None, least_cpus=config.cluster.ranks_per_node))
+                return _run_prepared(prepared, display)
+            except KeyboardInterrupt:
+                prepared.keeper.update(state="stopped")
+                _end_mlflow_run(prepared, display, "KILLED", samples=[])
+                raise
+            except BaseException as error:
+                prepared.keeper.update(state="failed", cause=f"{type(error).__name__}: {error}")
+                _end_mlflow_run(prepared, display, "FAILED", samples=[])
+                raise
 
 
-def _train(prepared: Prepared, display: Display, address: str | None) -> Status:
-    """Connects to Ray and drives the run to its end."""
-    from raynium.launch.driver import Driver, connect, settle_accelerator, stop_on_signals
+def _run_prepared(prepared: Prepared, display: Display) -> RunRecord:
+    """Drives the run to its end on the connected cluster, and writes the end down."""
+    from raynium.launch.driver import Driver, stop_on_signals
 
-    with connect(address) as resources:
-        driver = Driver(settle_accelerator(prepared.config, resources), prepared, display)
-        with stop_on_signals(driver):
-            return driver.run()
+    driver = Driver(prepared, display)
+    with stop_on_signals(driver):
+        status = driver.run()
+    assert status.ended in ("finished", "stopped")
+    finished = status.ended == "finished"
+    with prepared.keeper.beating():
+        result = _result(prepared, status) if finished else None
+    prepared.keeper.update(
+        state=status.ended, step=status.step, generation=status.generation, metrics=status.metrics, result=result
+    )
+    _end_mlflow_run(
+        prepared, display, "FINISHED" if finished else "KILLED", samples=result["samples"] if result else []
+    )
+    return prepared.keeper.record
 
 
 def _result(prepared: Prepared, status: Status) -> dict[str, Any]:

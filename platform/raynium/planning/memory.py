@@ -20,7 +20,8 @@ from raynium.models.flops import parameter_count
 
 GIB = 2**30
 FLOAT32_BYTES = 4
-BYTES_OF_DTYPE = {"float32": 4, "bfloat16": 2}
+# auto: bfloat16 on every device that has a memory to be planned for.
+BYTES_OF_DTYPE = {"auto": 2, "float32": 4, "bfloat16": 2}
 # An assumption, not a measurement: what a plan may fill of a core's nominal memory.
 USABLE_FRACTION = 0.9
 

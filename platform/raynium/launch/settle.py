@@ -1,0 +1,32 @@
+"""What `auto` means for one run, decided before anything is written: the config that is logged is the one that ran."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from raynium.accelerators import detect, native_dtype
+from raynium.config.schema import Config
+
+
+def settled(
+    config: Config, *, cluster_resources: Mapping[str, float] | None, saved: Mapping[str, Any] | None
+) -> Config:
+    """`cluster.accelerator` and `engine.dtype` without `auto`.
+
+    cluster_resources: Ray's, or None for a cluster that will be started on this machine. saved: the config in the
+    run's newest checkpoint; a run keeps the precision it began with, also where another would be faster.
+    """
+    cluster, engine = config.cluster, config.engine
+    if cluster.accelerator == "auto":
+        cluster = cluster.model_copy(update={"accelerator": _accelerator(cluster_resources)})
+    if engine.dtype == "auto":
+        dtype = saved["engine"]["dtype"] if saved is not None else native_dtype(cluster.accelerator)
+        engine = engine.model_copy(update={"dtype": dtype})
+    return config.model_copy(update={"cluster": cluster, "engine": engine})
+
+
+def _accelerator(cluster_resources: Mapping[str, float] | None) -> str:
+    if cluster_resources is None:
+        return detect("auto").name
+    if "neuron_cores" in cluster_resources:
+        return "neuron"
+    return "cuda" if "GPU" in cluster_resources else "cpu"

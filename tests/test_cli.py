@@ -1,0 +1,308 @@
+"""The `raynium` command on runs as a driver leaves them: a real record, a real checkpoint, no cluster."""
+
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from raynium import cli, sdk
+from raynium.checkpoint.commit import commit_checkpoint
+from raynium.checkpoint.image import ImageFile, plan_image, write_image
+from raynium.checkpoint.state import Chunk
+from raynium.checkpoint.store import Store
+from raynium.checkpoint.upload import upload_shard
+from raynium.config.load import parse_config
+from raynium.data.store import TOKENIZER_NAME
+from raynium.data.tokenizer import Tokenizer
+from raynium.errors import LaunchError
+from raynium.launch.record import Owner, RecordKeeper, claim
+from raynium.models.decoder import Decoder
+
+JOB = """
+run: {name: first, root: ROOT}
+cluster: {accelerator: cpu}
+model: {vocab_size: 320, hidden_size: 32, num_layers: 1, num_heads: 2, num_kv_heads: 1, head_dim: 16, ffn_size: 64,
+        max_seq_len: 16}
+data: {path: ROOT/data, seq_len: 16}
+train: {steps: 6, global_batch_size: 4}
+"""
+COMMANDS = ("train", "submit", "runs", "status", "logs", "stop", "sample", "ui")
+
+
+@dataclass(frozen=True)
+class Ended:
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def raynium(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., Ended]:
+    """Runs a command in this process, in a folder of its own."""
+    for name in ("RAYNIUM_HOME", "RAYNIUM_ROOT", "RAY_API_SERVER_ADDRESS", "MLFLOW_TRACKING_URI"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(sdk, "POLL_SECONDS", 0.01)
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments: str) -> Ended:
+        monkeypatch.setattr(sys, "argv", ["raynium", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        captured = capsys.readouterr()
+        assert "Traceback" not in captured.err
+        code = ended.value.code
+        return Ended(code if isinstance(code, int) else 0, captured.out, captured.err)
+
+    return call
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RecordKeeper:
+    """A live run `first` under ./runs with a checkpoint of step 4; this process is its driver."""
+    root = tmp_path / "runs"
+    config = parse_config(JOB.replace("ROOT", str(root)))
+    store = Store(root / "first")
+    keeper = claim(store, "first", config.model_dump(mode="json"))
+    torch.manual_seed(0)
+    chunks = [
+        Chunk(f"model/{name}", tuple(each.shape), (0,) * each.ndim, each.detach(), saved_here=True)
+        for name, each in Decoder(config.model).named_parameters()
+    ]
+    plan = plan_image(chunks)
+    with ImageFile(tmp_path / "image") as image:
+        write_image(plan, chunks, image.reserve(plan.size))
+        entry = upload_shard(store, plan.info(step=4, path=image.path), generation="g1", rank=0)
+    state = {"config": config.model_dump(mode="json")}
+    commit_checkpoint(store, step=4, generation="g1", entries=[entry], state=state, world_size=1, layout={})
+    store.replace(TOKENIZER_NAME, Tokenizer.train(["def main(x)"], vocab_size=300).file_text.encode())
+    (tmp_path / "driver.log").write_text("generation 1: 1 rank\n")
+    keeper.update(
+        state="running",
+        step=4,
+        metrics={"train/loss": 3.25, "eval/bits_per_byte": 2.125},
+        mlflow_uri=f"sqlite:///{root}/mlflow.db",
+        mlflow_run_id="m1",
+        mlflow_experiment_id="1",
+        log_path=str(tmp_path / "driver.log"),
+    )
+    return keeper
+
+
+def die(keeper: RecordKeeper) -> None:
+    record = replace(keeper.record, owner=Owner("elsewhere", "boot", 1, "1"), heartbeat_unix=0.0)
+    keeper._store.replace("run.json", record.to_json())
+
+
+# ------------------------------------------------------------------------------------------------- help
+
+
+def test_help_names_every_command_and_loads_nothing_heavy() -> None:
+    code = (
+        "import sys\nfrom raynium import cli\nsys.argv = ['raynium', '--help']\n"
+        "try: cli.main()\nexcept SystemExit: pass\n"
+        "heavy = {'torch', 'ray', 'mlflow', 'rich', 'numpy', 'pydantic', 'yaml', 'fsspec'} & set(sys.modules)\n"
+        "sys.stderr.write(' '.join(heavy))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr == ""
+    lines = done.stdout.partition("Commands:")[2].strip().splitlines()
+    assert [line.split()[0] for line in lines] == list(COMMANDS)
+    assert not any(line.endswith("...") for line in lines), "every command's first sentence fits on its line"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_explains_itself(raynium: Callable[..., Ended], command: str) -> None:
+    ended = raynium(command, "--help")
+    assert ended.code == 0 and ended.out.startswith(f"Usage: raynium {command}")
+
+
+def test_the_installed_command_is_this_one() -> None:
+    done = subprocess.run(
+        [str(Path(sys.executable).parent / "raynium"), "no-such-command"], capture_output=True, text=True
+    )
+    assert done.returncode == 2 and "No such command 'no-such-command'" in done.stderr
+
+
+# ------------------------------------------------------------------------------------------------- errors
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["train", "quickstart", "train.stepz=3"], 2, "did you mean train.steps?"),
+        (["train", "quikstart"], 2, "did you mean the preset quickstart?"),
+        (["train", "llama3-8b"], 2, "3 problems:\n  - run.root is 's3://YOUR-BUCKET/runs'"),
+        (["submit", "quickstart", "train.global_batch_size=3"], 2, "train.global_batch_size is 3"),
+        (["runs", "--root", "ftp://host/runs"], 1, "has the scheme 'ftp'"),
+        (["status", "nothing"], 1, "no run 'nothing' at"),
+        (["logs", "nothing"], 1, "no run 'nothing' at"),
+        (["stop", "nothing"], 1, "no run 'nothing' at"),
+        (["sample", "nothing", "def"], 1, "has no checkpoint. Check its name"),
+        (["ui"], 1, "mlflow.db yet: runs under runs have tracked nothing there"),
+        (["ui", "nothing"], 1, "no run 'nothing' at"),
+    ],
+)
+def test_a_mistake_ends_in_one_message(
+    raynium: Callable[..., Ended], arguments: list[str], code: int, message: str
+) -> None:
+    ended = raynium(*arguments)
+    assert (ended.code, ended.out) == (code, "")
+    assert ended.err.startswith("error: ") and message in ended.err
+
+
+def test_a_cluster_that_does_not_answer_is_one_message(
+    raynium: Callable[..., Ended], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def connect(address: str) -> Any:
+        raise LaunchError(f"cannot reach a Ray cluster at {address}")
+
+    monkeypatch.setattr("raynium.launch.jobs.connect_jobs", connect)
+    ended = raynium("submit", "quickstart", "--address", "http://127.0.0.1:1")
+    assert (ended.code, ended.err) == (1, "error: cannot reach a Ray cluster at http://127.0.0.1:1\n")
+
+
+# ------------------------------------------------------------------------------------------------- looking
+
+
+def test_runs_lists_what_is_there(raynium: Callable[..., Ended], run: RecordKeeper) -> None:
+    listed = raynium("runs").out.splitlines()
+    assert listed[1].split()[:4] == ["first", "running", "4/6", "2.125"]
+    die(run)
+    assert raynium("runs", "--root", str(Path("runs").absolute())).out.splitlines()[1].split()[1] == "interrupted"
+
+
+def test_without_runs_it_says_so(raynium: Callable[..., Ended]) -> None:
+    assert raynium("runs") == Ended(0, "no runs under runs\n", "")
+
+
+def test_status_shows_state_numbers_checkpoints_and_page(raynium: Callable[..., Ended], run: RecordKeeper) -> None:
+    out = raynium("status", "first").out
+    assert out.startswith("run first: running at step 4 of 6\n")
+    assert "MLflow page: http://127.0.0.1:5000/#/experiments/1/runs/m1" in out
+    assert "  train/loss                                 3.25\n" in out
+    assert "  checkpoint of step 4: 0.1 MB\n" in out
+    die(run)
+    assert "start it again to go on" in raynium("status", "first").out
+    manifest = next(Path("runs/first/checkpoints").rglob("manifest.json"))
+    manifest.write_bytes(manifest.read_bytes()[:-10])
+    assert "  checkpoint of step 4: 0.0 MB (damaged: " in raynium("status", "first").out
+
+
+def test_logs_are_the_drivers_or_the_ranks(
+    raynium: Callable[..., Ended], run: RecordKeeper, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert raynium("logs", "first") == Ended(0, "generation 1: 1 rank\n", "")
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    assert "no rank of run 'first' has run on this host" in raynium("logs", "first", "--ranks").err
+
+
+def test_logs_of_a_job_come_from_its_cluster(
+    raynium: Callable[..., Ended], run: RecordKeeper, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run.update(job_id="job-1")
+    monkeypatch.setattr(sdk.Client, "job_logs", lambda client, job_id: f"{job_id} at {client.address}\n")
+    assert raynium("logs", "first", "--address", "http://host:1").out == "job-1 at http://host:1\n"
+
+
+def test_a_sample_begins_with_its_prompt_and_repeats(raynium: Callable[..., Ended], run: RecordKeeper) -> None:
+    out = [raynium("sample", "first", "def ", "--max-new-tokens", "8", "--seed", seed).out for seed in "112"]
+    assert out[0].startswith("def ") and out[0] == out[1] != out[2]
+    ended = raynium("sample", "first", "def ", "--step", "3")
+    assert ended.code == 1 and "no checkpoint of step 3" in ended.err
+    assert raynium("sample", "first", "def ", "--temperature", "-1").code == 2
+
+
+# ------------------------------------------------------------------------------------------------- acting
+
+
+def test_stop_asks_and_waits(raynium: Callable[..., Ended], run: RecordKeeper) -> None:
+    def save_and_end() -> None:
+        while not run.stop_requested():
+            pass
+        run.update(state="stopped", step=5)
+
+    driver = threading.Thread(target=save_and_end)
+    driver.start()
+    out = raynium("stop", "first").out
+    driver.join()
+    assert out.startswith("asked run first to save and end\nrun first: stopped at step 5 of 6\n")
+
+
+def test_stop_without_waiting_only_asks(raynium: Callable[..., Ended], run: RecordKeeper) -> None:
+    assert raynium("stop", "first", "--no-wait") == Ended(0, "asked run first to save and end\n", "")
+    assert run.stop_requested()
+
+
+def test_stop_of_a_run_that_does_not_run_leaves_no_request(raynium: Callable[..., Ended], run: RecordKeeper) -> None:
+    die(run)
+    assert raynium("stop", "first").out == "run first does not run: it is interrupted at step 4\n"
+    run.update(state="finished", step=6)
+    assert raynium("stop", "first").out == "run first does not run: it is finished at step 6\n"
+    assert not run.stop_requested()
+
+
+def test_submit_prints_the_job_and_with_wait_its_log(
+    raynium: Callable[..., Ended], run: RecordKeeper, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    submitted: list[tuple[Any, ...]] = []
+
+    def submit(client: sdk.Client, config: str, overrides: list[str]) -> sdk.Run:
+        submitted.append((client.address, config, overrides))
+        return sdk.Run("first", str(Path("runs/first").absolute()), client, "job-1")
+
+    monkeypatch.setattr(sdk.Client, "submit", submit)
+    monkeypatch.setattr(sdk.Client, "job_state", lambda client, job_id: "FAILED")
+    monkeypatch.setattr(sdk.Client, "job_logs", lambda client, job_id: "the log of job-1")
+    out = raynium("submit", "job.yaml", "train.steps=3", "--address", "http://host:1").out
+    assert out == f"run first is job job-1\nit writes to {Path('runs/first').absolute()}\n"
+    assert submitted == [("http://host:1", "job.yaml", ["train.steps=3"])]
+    ended = raynium("submit", "job.yaml", "--wait")
+    assert ended.code == 1 and "the log of job-1" in ended.out
+    assert "the job of run 'first' ended as FAILED" in ended.err
+    assert submitted[1][0] == "http://127.0.0.1:8265"
+
+
+# ------------------------------------------------------------------------------------------------- ui
+
+
+@pytest.fixture
+def executed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[str], dict[str, str]]]:
+    """What the process would have become."""
+    commands: list[tuple[list[str], dict[str, str]]] = []
+    monkeypatch.setattr(os, "execve", lambda path, command, env: commands.append((command, env)))
+    return commands
+
+
+def test_ui_serves_the_store_of_a_root_or_of_a_run(
+    raynium: Callable[..., Ended], run: RecordKeeper, executed: list[tuple[list[str], dict[str, str]]]
+) -> None:
+    Path("runs/mlflow.db").write_text("")
+    assert raynium("ui", "--port", "5001").out == "MLflow: http://127.0.0.1:5001\n"
+    page = "MLflow page: http://127.0.0.1:5000/#/experiments/1/runs/m1\n"
+    assert raynium("ui", "first").out == page
+    for command, environment in executed:
+        assert command[:4] == [sys.executable, "-m", "mlflow", "ui"]
+        assert f"sqlite:///{Path('runs').absolute()}/mlflow.db" in command
+        assert command[command.index("--host") + 1] == "127.0.0.1"
+        assert environment["MLFLOW_DISABLE_TELEMETRY"] == "true" and environment["PATH"] == os.environ["PATH"]
+    assert [command[command.index("--port") + 1] for command, _ in executed] == ["5001", "5000"]
+
+
+def test_ui_of_a_server_is_its_address(
+    raynium: Callable[..., Ended], run: RecordKeeper, executed: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run.update(mlflow_uri="https://mlflow.example.com")
+    assert raynium("ui", "first").out == "MLflow page: https://mlflow.example.com/#/experiments/1/runs/m1\n"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://mlflow.example.com")
+    assert raynium("ui").out == "MLflow: https://mlflow.example.com\n"
+    assert executed == []

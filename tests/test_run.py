@@ -1,0 +1,161 @@
+"""One run from config to result, with a driver that only pretends: what is written down however it ends."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from raynium.checkpoint.store import Store
+from raynium.config.load import parse_config
+from raynium.config.schema import Config
+from raynium.data.store_build import build_store
+from raynium.errors import ConfigError, RunFailed, TrackingError
+from raynium.launch import driver as driver_module
+from raynium.launch import run as run_module
+from raynium.launch.protocol import Status
+from raynium.launch.record import RunRecord, read_record
+from raynium.launch.run import run
+from raynium.tracking.client import mlflow_client
+
+JOB = """
+run: {name: first, root: ROOT}
+cluster: {accelerator: cpu}
+model: {vocab_size: 512, hidden_size: 32, num_layers: 2, num_heads: 2, num_kv_heads: 1, head_dim: 16, ffn_size: 64,
+        max_seq_len: 64}
+data: {path: ROOT/data, seq_len: 32}
+train: {steps: 6, global_batch_size: 4}
+"""
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("root")
+    (folder / "text").mkdir()
+    for number in range(20):
+        text = "\n".join(f"def function_{number}_{line}(x): return x * {line}" for line in range(60))
+        (folder / "text" / f"{number}.py").write_text(text)
+    build_store(folder / "data", source=str(folder / "text"), vocab_size=512, heldout_fraction=0.2)
+    return folder
+
+
+@pytest.fixture
+def config(root: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Config:
+    for name in ("RAYNIUM_HOME", "MLFLOW_TRACKING_URI"):
+        monkeypatch.delenv(name, raising=False)
+    name = request.node.name.replace("_", "-")[:60]
+    return parse_config(JOB.replace("ROOT", str(root)), {"run.name": name})
+
+
+def ended(how: str, step: int) -> Status:
+    metrics = {"train/loss": 2.0, "eval/bits_per_byte": 2.5}
+    return Status(1, False, None, step, metrics, step, f"file:///step-{step}", (), how, None)  # pyright: ignore
+
+
+@pytest.fixture
+def train(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str | None]]:
+    """Replaces Ray: `train(end)` has the driver return or raise `end`; gives the addresses that were connected to."""
+
+    def pretend(end: Status | BaseException) -> list[str | None]:
+        addresses: list[str | None] = []
+
+        class Driver:
+            def __init__(self, *arguments: Any):
+                pass
+
+            def request_stop(self) -> None:
+                pass
+
+            def run(self) -> Status:
+                if isinstance(end, Status):
+                    return end
+                raise end
+
+        @contextlib.contextmanager
+        def connect(address: str | None, **options: Any) -> Iterator[dict[str, float]]:
+            addresses.append(address)
+            yield {"CPU": 2.0}
+
+        monkeypatch.setattr(driver_module, "Driver", Driver)
+        monkeypatch.setattr(driver_module, "connect", connect)
+        return addresses
+
+    return pretend
+
+
+def record_of(config: Config) -> RunRecord:
+    record = read_record(Store(f"{config.run.root}/{config.run.name}"))
+    assert record is not None
+    return record
+
+
+def mlflow_status(record: RunRecord) -> str:
+    assert record.mlflow_uri is not None and record.mlflow_run_id is not None
+    with mlflow_client(record.mlflow_uri, timeout_seconds=10) as client:
+        return client.get_run(record.mlflow_run_id).info.status
+
+
+def test_a_finished_run_is_written_down_and_not_run_again(
+    config: Config, train: Callable[..., list[str | None]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(ended("finished", 6))
+    record = run(config, address=None)
+    assert record == record_of(config)
+    assert (record.state, record.step, mlflow_status(record)) == ("finished", 6, "FINISHED")
+    assert record.result is not None and record.result["bits_per_byte"] == 2.5
+    assert record.result["checkpoint"] == "file:///step-6"
+    assert "steps: 6\n" in capsys.readouterr().out, "the resolved config is shown"
+
+    train(RunFailed("it was run again"))
+    assert run(config, address=None) == record
+    assert "has already finished at step 6" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match=r"run\.seed is 1, but the checkpoint was trained with 0"):
+        run(config.model_copy(update={"run": config.run.model_copy(update={"seed": 1})}), address=None)
+    assert record_of(config) == record
+
+
+def test_a_stopped_run_has_no_result(config: Config, train: Callable[..., list[str | None]]) -> None:
+    addresses = train(ended("stopped", 3))
+    record = run(config, address="auto", job_id="job-1")
+    assert addresses == ["auto"]
+    assert (record.state, record.step, record.result, record.job_id) == ("stopped", 3, None, "job-1")
+    assert mlflow_status(record) == "KILLED"
+
+
+def test_a_failure_leaves_its_cause(config: Config, train: Callable[..., list[str | None]]) -> None:
+    train(RunFailed("rank 1: killed by SIGKILL"))
+    with pytest.raises(RunFailed):
+        run(config, address=None)
+    record = record_of(config)
+    assert (record.state, record.cause) == ("failed", "RunFailed: rank 1: killed by SIGKILL")
+    assert mlflow_status(record) == "FAILED"
+
+
+def test_ctrl_c_leaves_a_run_that_can_be_started_again(config: Config, train: Callable[..., list[str | None]]) -> None:
+    train(KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        run(config, address=None)
+    assert not record_of(config).owner_is_alive(0.0)
+    train(ended("stopped", 3))
+    assert run(config, address=None).state == "stopped"
+
+
+@pytest.mark.parametrize("end", ["finished", "failed"])
+def test_an_mlflow_that_is_gone_at_the_end_costs_the_page_and_not_the_run(
+    config: Config,
+    train: Callable[..., list[str | None]],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    end: str,
+) -> None:
+    def gone(*arguments: Any) -> None:
+        raise TrackingError("MLflow at http://host: no answer within 10 s")
+
+    monkeypatch.setattr(run_module, "finish_run", gone)
+    config = config.model_copy(update={"run": config.run.model_copy(update={"name": f"gone-{end}"})})
+    train(ended("finished", 6) if end == "finished" else RunFailed("rank 1: killed"))
+    with contextlib.nullcontext() if end == "finished" else pytest.raises(RunFailed):
+        run(config, address=None)
+    assert record_of(config).state == end
+    assert "the MLflow page does not show how the run ended: MLflow at http://host" in capsys.readouterr().out

@@ -1,0 +1,341 @@
+"""The Python SDK, against runs as a driver leaves them and a cluster that answers as Ray's dashboard does."""
+
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+import raynium
+from raynium import Client, Run, find_run, list_runs, sdk
+from raynium.checkpoint.store import Store
+from raynium.config.load import parse_config
+from raynium.errors import ConfigError, LaunchError, RunFailed, RunInUse, StoreError
+from raynium.launch import jobs
+from raynium.launch.record import STOP_KEY, Owner, RecordKeeper, claim
+from raynium.launch.scratch import log_folder
+from raynium.tracking.client import mlflow_client
+from raynium.tracking.runs import MetricPoint, open_run
+
+JOB = """
+cluster: {accelerator: cpu}
+model: {vocab_size: 512, hidden_size: 32, num_layers: 2, num_heads: 2, num_kv_heads: 1, head_dim: 16, ffn_size: 64,
+        max_seq_len: 64}
+data: {path: data, seq_len: 32}
+train: {steps: 6, global_batch_size: 4}
+"""
+CONFIG = {"train": {"steps": 6}}
+DEAD = Owner("elsewhere", "boot", 1, "1")
+
+
+@pytest.fixture(autouse=True)
+def quick_polls_and_a_plain_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sdk, "POLL_SECONDS", 0.01)
+    monkeypatch.delenv("RAYNIUM_HOME", raising=False)
+    monkeypatch.chdir(tmp_path)
+
+
+def a_run(root: Path, name: str = "first", **changes: Any) -> RecordKeeper:
+    keeper = claim(Store(root / name), name, CONFIG)
+    keeper.update(**changes)
+    return keeper
+
+
+def die(keeper: RecordKeeper) -> None:
+    """What a killed driver leaves: a record that says it runs, and no process."""
+    record = replace(keeper.record, owner=DEAD, heartbeat_unix=0.0)
+    keeper._store.replace("run.json", record.to_json())
+
+
+class Jobs:
+    """Ray's JobSubmissionClient as far as we use it. `states`: told one after the other, the last for ever."""
+
+    def __init__(self, *states: str):
+        self.states = list(states)
+        self.submitted: list[dict[str, Any]] = []
+        self.configs: list[str] = []
+
+    def submit_job(self, **options: Any) -> str:
+        self.submitted.append(options)
+        self.configs.append(Path(options["runtime_env"]["working_dir"], "config.yaml").read_text())
+        return options["submission_id"]
+
+    def get_job_status(self, job_id: str) -> Any:
+        state = self.states.pop(0) if len(self.states) > 1 else self.states[0]
+        return SimpleNamespace(value=state)
+
+    def get_job_logs(self, job_id: str) -> str:
+        return "".join(f"line {number} of {job_id}\n" for number in range(100))
+
+
+@pytest.fixture
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Client, Jobs]]:
+    def connect(*states: str) -> tuple[Client, Jobs]:
+        fake = Jobs(*states)
+        monkeypatch.setattr(jobs, "connect_jobs", lambda address: fake)
+        return Client("http://127.0.0.1:8265"), fake
+
+    return connect
+
+
+# ------------------------------------------------------------------------------------------------- names
+
+
+def test_what_is_exported_is_what_can_be_imported() -> None:
+    for name in raynium.__all__:
+        assert getattr(raynium, name) is not None
+    public = {name for name, value in vars(raynium).items() if not name.startswith("_") and callable(value)}
+    assert public == set(raynium.__all__) and raynium.__all__ == sorted(raynium.__all__)
+
+
+def test_a_run_is_found_below_the_current_folder_or_any_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    a_run(tmp_path / "runs", step=3)
+    assert find_run("first").record().step == 3
+    assert find_run("first", str(tmp_path / "runs")).url == find_run("first", "runs/").url == find_run("first").url
+    assert find_run("first", "s3://bucket/runs").url == "s3://bucket/runs/first"
+    with pytest.raises(StoreError, match=r"no run 'frist' at .* Check the name with `raynium runs`"):
+        find_run("frist").record()
+    with pytest.raises(ConfigError, match="two slashes"):
+        find_run("first", "s3:/bucket")
+
+
+def test_runs_are_listed_newest_first_and_what_is_no_run_is_left_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    root = tmp_path / "runs"
+    assert list_runs("runs") == []
+    for number, name in enumerate(("old", "new", "middle")):
+        a_run(root, name, created_unix=float({"old": 1, "middle": 2, "new": 3}[name]), step=number)
+    (root / "data").mkdir()
+    (root / "a folder of somebody's").mkdir()
+    (root / "mlflow.db").write_text("")
+    Store(root / "damaged").replace("run.json", b"{")
+    assert [record.name for record in list_runs("runs")] == ["new", "middle", "old"]
+    assert "damaged/run.json is not a run record" in caplog.text
+
+
+# ------------------------------------------------------------------------------------------------- waiting
+
+
+@pytest.mark.parametrize("state", ["finished", "stopped"])
+def test_waiting_for_a_run_that_has_ended_returns_its_record(tmp_path: Path, state: str) -> None:
+    a_run(tmp_path / "runs", state=state, step=6)
+    record = find_run("first").wait()
+    assert (record.state, record.step) == (state, 6)
+
+
+def test_waiting_returns_when_the_run_ends(tmp_path: Path) -> None:
+    keeper = a_run(tmp_path / "runs", state="running")
+    timer = threading.Timer(0.1, lambda: keeper.update(state="finished", step=6))
+    timer.start()
+    assert find_run("first").wait(60).step == 6
+    timer.join()
+
+
+def test_waiting_for_a_run_that_fails_raises_its_cause(tmp_path: Path) -> None:
+    a_run(tmp_path / "runs", state="failed", cause="RunFailed: rank 1: killed by SIGKILL")
+    with pytest.raises(RunFailed, match="run 'first' failed: RunFailed: rank 1: killed by SIGKILL"):
+        find_run("first").wait()
+
+
+def test_waiting_for_a_run_whose_driver_died_says_so(tmp_path: Path) -> None:
+    die(a_run(tmp_path / "runs", state="running", step=3))
+    with pytest.raises(RunFailed, match=r"its driver died at step 3\. Start it again to go on"):
+        find_run("first").wait()
+
+
+def test_waiting_has_an_end(tmp_path: Path) -> None:
+    a_run(tmp_path / "runs", state="running")
+    with pytest.raises(TimeoutError, match=r"run 'first' has not ended after 0\.05 s"):
+        find_run("first").wait(0.05)
+
+
+def test_waiting_for_a_run_that_nobody_will_start_is_refused() -> None:
+    with pytest.raises(StoreError, match="no run 'first'"):
+        find_run("first").wait()
+
+
+def test_a_job_that_dies_before_it_has_written_anything_is_quoted(
+    tmp_path: Path, cluster: Callable[..., tuple[Client, Jobs]]
+) -> None:
+    client, _ = cluster("PENDING", "RUNNING", "FAILED")
+    run = Run("first", str(tmp_path / "first"), client, "job-1")
+    with pytest.raises(RunFailed, match="ended as FAILED") as caught:
+        run.wait()
+    lines = str(caught.value).splitlines()
+    assert lines[-1] == "line 99 of job-1" and len(lines) == 1 + sdk.LOG_LINES_IN_ERRORS
+
+
+def test_a_job_takes_over_an_earlier_record(tmp_path: Path, cluster: Callable[..., tuple[Client, Jobs]]) -> None:
+    """What an earlier job of this name left is not taken for the end of this one."""
+    keeper = a_run(tmp_path, state="failed", cause="of the job before", job_id="job-0")
+    client, _ = cluster("RUNNING")
+    timer = threading.Timer(0.1, lambda: keeper.update(state="finished", job_id="job-1", step=6))
+    timer.start()
+    assert Run("first", str(tmp_path / "first"), client, "job-1").wait(60).step == 6
+    timer.join()
+
+
+def test_a_job_of_a_run_that_had_finished_before_has_nothing_to_do(
+    tmp_path: Path, cluster: Callable[..., tuple[Client, Jobs]]
+) -> None:
+    a_run(tmp_path, state="finished", job_id="job-0", step=6)
+    client, _ = cluster("RUNNING", "SUCCEEDED")
+    assert Run("first", str(tmp_path / "first"), client, "job-1").wait(60).job_id == "job-0"
+
+
+def test_a_cluster_that_goes_away_is_a_launch_error(
+    tmp_path: Path, cluster: Callable[..., tuple[Client, Jobs]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client, fake = cluster("RUNNING")
+    for error in (RuntimeError("Request failed with status code 404"), ConnectionError("refused")):
+
+        def fail(job_id: str, error: Exception = error) -> Any:
+            raise error
+
+        monkeypatch.setattr(fake, "get_job_status", fail)
+        with pytest.raises(LaunchError, match=rf"cluster at http://127\.0\.0\.1:8265 did not .*: {error}"):
+            Run("first", str(tmp_path / "first"), client, "job-1").wait()
+
+
+# ------------------------------------------------------------------------------------------------- looking
+
+
+def test_metrics_come_from_mlflow_by_step(tmp_path: Path) -> None:
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    opened = open_run(uri, experiment="raynium", run_name="first", run_id=None, params=CONFIG, tags={})
+    keeper = a_run(tmp_path / "runs")
+    assert find_run("first").metrics("train/loss") == []  # tracking has not begun
+    keeper.update(mlflow_uri=uri, mlflow_run_id=opened.run_id, mlflow_experiment_id=opened.experiment_id)
+    with mlflow_client(uri, timeout_seconds=10) as client:
+        for step in (2, 1, 3):
+            client.log_metric(opened.run_id, "train/loss", 10.0 - step, timestamp=step, step=step)
+    assert find_run("first").metrics("train/loss") == [MetricPoint(step, 10.0 - step, step) for step in (1, 2, 3)]
+    assert find_run("first").metrics("eval/loss") == []
+
+
+def test_a_stop_is_a_request_in_the_runs_folder(tmp_path: Path) -> None:
+    keeper = a_run(tmp_path / "runs", state="running")
+    assert not keeper.stop_requested()
+    find_run("first").stop()
+    assert keeper.stop_requested() and Store(tmp_path / "runs/first").exists(STOP_KEY)
+
+
+def test_logs_of_the_driver_are_where_its_record_says(
+    tmp_path: Path, cluster: Callable[..., tuple[Client, Jobs]]
+) -> None:
+    keeper = a_run(tmp_path / "runs")
+    with pytest.raises(StoreError, match=r"the log of run 'first' is None on the host of its driver"):
+        find_run("first").logs()
+    (tmp_path / "driver.log").write_bytes(b"one\n\xff\n")
+    keeper.update(log_path=str(tmp_path / "driver.log"))
+    assert find_run("first").logs() == "one\n\ufffd\n"
+    client, _ = cluster("RUNNING")
+    assert Run("first", find_run("first").url, client, "job-1").logs().startswith("line 0 of job-1")
+
+
+def test_logs_of_the_ranks_are_those_of_this_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    run = find_run("first")
+    with pytest.raises(StoreError, match="no rank of run 'first' has run on this host"):
+        run.logs(of="ranks")
+    folder = log_folder(Store(run.url).url)  # as an agent names it, from the address that the driver gave it
+    folder.mkdir(parents=True)
+    for node in (1, 0):
+        (folder / f"node-{node:05d}.log").write_text(f"node {node}\n")
+    assert run.logs(of="ranks") == "node 0\nnode 1\n"
+
+
+# ------------------------------------------------------------------------------------------------- submitting
+
+
+@pytest.mark.parametrize("overrides", [{"train.steps": 9}, ["train.steps=9"], ("train.steps=9",)])
+def test_what_is_submitted_is_the_resolved_config(
+    tmp_path: Path, cluster: Callable[..., tuple[Client, Jobs]], overrides: Any
+) -> None:
+    (tmp_path / "job.yaml").write_text(JOB)  # without a name: that comes from the argument
+    client, fake = cluster("PENDING")
+    run = client.submit("job.yaml", overrides, name="second")
+    assert (run.name, run.url, run.client) == ("second", f"file://{tmp_path}/runs/second", client)
+    config = parse_config(fake.configs[0])
+    assert (config.train.steps, config.run.name, config.data.path) == (9, "second", f"{tmp_path}/data")
+    assert run.job_id == fake.submitted[0]["submission_id"]
+    assert str(run.job_id).startswith("raynium-second-")
+
+
+def test_the_name_comes_from_the_job_file_or_from_the_argument(cluster: Callable[..., tuple[Client, Jobs]]) -> None:
+    client, _ = cluster("PENDING")
+    assert client.submit("quickstart").name == "quickstart"
+    assert client.submit("quickstart", {"run.name": "a"}).name == "a"
+    assert client.submit("quickstart", {"run.name": "a"}, name="b").name == "b"
+    assert client.submit("quickstart", ["run.name=a"], name="b").name == "b"
+
+
+@pytest.mark.parametrize(
+    ("config", "overrides", "match"),
+    [
+        ("quickstart", {"train.stepz": 3}, "did you mean"),
+        ("quickstart", "train.steps=3", "it must be a list such as"),
+        ("quickstart", ["train.steps"], "has no '='"),
+        ("quickstart", {"train.global_batch_size": 3}, "global_batch_size"),
+        ("quickstart", {"tracking.uri": "http://a:hunter2@host"}, "holds credentials"),
+        ("llama3-8b", (), "YOUR-BUCKET"),
+        ("nothing.yaml", (), "there is no job file"),
+    ],
+)
+def test_bad_input_is_refused_before_the_cluster_is_asked(
+    monkeypatch: pytest.MonkeyPatch, config: str, overrides: Any, match: str
+) -> None:
+    def connect(address: str) -> None:
+        raise AssertionError("asked")
+
+    monkeypatch.setattr(jobs, "connect_jobs", connect)
+    with pytest.raises(ConfigError, match=match):
+        Client("http://127.0.0.1:8265").submit(config, overrides, name="first")
+
+
+def test_a_name_in_use_is_refused_before_the_cluster_is_asked(
+    tmp_path: Path, cluster: Callable[..., tuple[Client, Jobs]]
+) -> None:
+    a_run(tmp_path / "runs", "quickstart", state="running", step=3)
+    client, fake = cluster("PENDING")
+    with pytest.raises(RunInUse, match=r"run 'quickstart' .* in use by process .*running, step 3"):
+        client.submit("quickstart")
+    assert not fake.submitted
+
+
+def test_a_cluster_that_refuses_a_job_is_quoted(
+    cluster: Callable[..., tuple[Client, Jobs]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client, fake = cluster("PENDING")
+
+    def refuse(**options: Any) -> str:
+        raise RuntimeError("Package size exceeds 500 MiB")
+
+    monkeypatch.setattr(fake, "submit_job", refuse)
+    with pytest.raises(LaunchError, match="Package size exceeds"):
+        client.submit("quickstart")
+
+
+def test_the_connection_is_made_once_and_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    addresses: list[str] = []
+    fake = Jobs("RUNNING")
+
+    def connect(address: str) -> Jobs:
+        addresses.append(address)
+        return fake
+
+    monkeypatch.setattr(jobs, "connect_jobs", connect)
+    client = Client("http://127.0.0.1:8265")
+    assert addresses == []
+    assert client.job_state("job-1") == "RUNNING" and "job-1" in client.job_logs("job-1")
+    assert addresses == ["http://127.0.0.1:8265"]
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:8265", "ray://127.0.0.1:10001", "auto", ""])
+def test_an_address_of_another_kind_is_refused_at_once(address: str) -> None:
+    with pytest.raises(LaunchError, match=rf"'{address}' is not the address of a Ray dashboard"):
+        Client(address)

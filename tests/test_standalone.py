@@ -1,0 +1,126 @@
+"""Ranks that torchrun starts: the same training without Ray, for debugging."""
+
+import os
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from raynium import standalone
+from raynium.checkpoint.catalog import latest, list_checkpoints
+from raynium.checkpoint.store import Store
+from raynium.config.load import parse_config
+from raynium.data.store import TOKENIZER_NAME
+from raynium.data.store_build import build_store
+from raynium.launch.record import claim
+from raynium.sampling import open_sampler
+
+JOB = """
+run: {name: alone, root: ROOT}
+cluster: {accelerator: cpu, ranks_per_node: 2}
+model: {vocab_size: 512, hidden_size: 32, num_layers: 2, num_heads: 2, num_kv_heads: 1, head_dim: 16, ffn_size: 64,
+        max_seq_len: 64}
+data: {path: ROOT/data, seq_len: 32}
+engine: {dtype: float32}
+optimizer: {schedule: constant}
+train: {steps: 4, global_batch_size: 4}
+checkpoint: {every_steps: 2, keep_last: 2}
+evaluate: {every_steps: 4, max_documents: 2}
+"""
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The job file; its run and data lie beside it."""
+    folder = tmp_path_factory.mktemp("alone")
+    (folder / "text").mkdir()
+    for number in range(20):
+        text = "\n".join(f"def function_{number}_{line}(x): return x * {line}" for line in range(60))
+        (folder / "text" / f"{number}.py").write_text(text)
+    build_store(folder / "data", source=str(folder / "text"), vocab_size=512, heldout_fraction=0.2)
+    (folder / "job.yaml").write_text(JOB.replace("ROOT", str(folder)))
+    return folder / "job.yaml"
+
+
+def torchrun(job: Path, *overrides: str) -> str:
+    """The log of two ranks that have ended well."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-addr", "127.0.0.1"),
+            *("--master-port", str(port), "-m", "raynium.standalone", str(job), *overrides),
+        ],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stderr
+
+
+def losses(log: str) -> dict[int, float]:
+    return {int(step): float(loss) for step, loss in re.findall(r"step (\d+): train/loss ([\d.]+)", log)}
+
+
+def test_it_trains_saves_and_goes_on_where_it_ended(job: Path) -> None:
+    store = Store(job.parent / "alone")
+    first = torchrun(job, "train.steps=2")
+    assert sorted(losses(first)) == [1, 2]
+    assert "eval/bits_per_byte" in first and "rank 0 INFO: finished at step 2" in first
+    checkpoint = latest(store)
+    assert checkpoint is not None and checkpoint.step == 2 and checkpoint.manifest.world_size == 2
+    second = torchrun(job)
+    assert "note: train.steps changed from 2 to 4" in second
+    assert "resumed from step 2" in second and sorted(losses(second)) == [3, 4]
+    assert losses(second)[4] < losses(first)[1]
+    assert [each.step for each in list_checkpoints(store)] == [2, 4]
+    assert store.read(TOKENIZER_NAME) == (job.parent / "data" / TOKENIZER_NAME).read_bytes()
+    assert open_sampler(store.url).step == 4
+
+
+# ------------------------------------------------------------------------------------------------- refused
+
+
+def refused(monkeypatch: pytest.MonkeyPatch, *arguments: str, world_size: int = 2) -> str:
+    """The message of a rank that ends before it has met the others; runs in this process."""
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", str(world_size))
+    monkeypatch.setattr(sys, "argv", ["standalone", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        standalone.main()
+    return str(ended.value.code)
+
+
+def test_without_torchrun_or_a_config_it_says_how_to_start_it(job: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = "usage: torchrun --nproc-per-node RANKS -m raynium.standalone CONFIG"
+    assert refused(monkeypatch).startswith(usage)
+    monkeypatch.delenv("RANK")
+    monkeypatch.setattr(sys, "argv", ["standalone", str(job)])
+    with pytest.raises(SystemExit, match=re.escape(usage)):
+        standalone.main()
+
+
+def test_another_number_of_ranks_than_the_config_has_is_refused(job: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert refused(monkeypatch, str(job), world_size=3) == (
+        "error: torchrun started 3 ranks, the config asks for 2 (cluster.nodes × cluster.ranks_per_node). "
+        "Make them equal"
+    )
+
+
+def test_a_run_that_a_driver_owns_is_refused(job: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = parse_config(job.read_text(), {"run.name": "owned"})
+    keeper = claim(Store(job.parent / "owned"), "owned", config.model_dump(mode="json"))
+    assert "error: run 'owned'" in refused(monkeypatch, str(job), "run.name=owned")
+    keeper.update(state="stopped")
+    assert not list_checkpoints(Store(job.parent / "owned"))
+
+
+def test_bad_input_is_one_message(job: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert "did you mean train.steps" in refused(monkeypatch, str(job), "train.stepz=3")
+    assert "is no document store" in refused(monkeypatch, str(job), "run.name=no-data", f"data.path={tmp_path}")
