@@ -141,3 +141,59 @@ def _wait_until_ready(server: subprocess.Popen[bytes], endpoint: str, log: Path)
         },
         create_bucket=create_bucket,
     )
+
+
+@pytest.fixture
+def save_run(tmp_path: Path) -> Callable[..., Any]:
+    """Writes a model as a run's checkpoint, as its ranks would: weights, moments, tokenizer.
+
+    save_run(model, config, name="first", step=4, num_ranks=1) -> Store of tmp_path/runs/<name>
+    """
+    import torch
+
+    from raynium.checkpoint.commit import commit_checkpoint
+    from raynium.checkpoint.image import ImageFile, plan_image, write_image
+    from raynium.checkpoint.state import Chunk
+    from raynium.checkpoint.store import Store
+    from raynium.checkpoint.upload import upload_shard
+    from raynium.data.store import TOKENIZER_NAME
+    from raynium.data.tokenizer import Tokenizer
+
+    def save(model: Any, config: Any, *, name: str = "first", step: int = 4, num_ranks: int = 1, **fields: Any) -> Any:
+        store = Store(tmp_path / "runs" / name)
+        entries = []
+        for rank in range(num_ranks):
+            chunks = []
+            for parameter_name, parameter in model.named_parameters():
+                rows = len(parameter) // num_ranks
+                part = slice(rank * rows, (rank + 1) * rows if rank < num_ranks - 1 else None)
+                offsets = (rank * rows, *(0,) * (parameter.ndim - 1))
+                for prefix, tensor in (
+                    ("model", parameter.detach()),
+                    ("optimizer/exp_avg", torch.zeros_like(parameter)),
+                    ("optimizer/exp_avg_sq", torch.zeros_like(parameter)),
+                ):
+                    shape = tuple(parameter.shape)
+                    chunks.append(Chunk(f"{prefix}/{parameter_name}", shape, offsets, tensor[part], saved_here=True))
+            plan = plan_image(chunks)
+            with ImageFile(tmp_path / f"image-{rank}") as image:
+                write_image(plan, chunks, image.reserve(plan.size))
+                info = plan.info(step=step, path=image.path)
+                part_bytes = fields.get("part_bytes", 4096)
+                entries.append(upload_shard(store, info, generation="g1", rank=rank, part_bytes=part_bytes))
+                image.unlink()
+        commit_checkpoint(
+            store,
+            step=step,
+            generation="g1",
+            entries=entries,
+            state={"step": step, "config": config.model_dump(mode="json")},
+            world_size=num_ranks,
+            layout={"data": num_ranks, "tensor": 1},
+            parent_step=fields.get("parent_step"),
+        )
+        tokenizer = Tokenizer.train(["def main(arguments): return arguments\n" * 20], vocab_size=280)
+        store.replace(TOKENIZER_NAME, tokenizer.file_text.encode())
+        return store
+
+    return save

@@ -25,7 +25,7 @@ LAYERS = (
     ("models", "data", "optim", "checkpoint"),
     ("planning", "accelerators"),
     ("config.rules",),  # the cross-part rules ask the planner whether a run fits
-    ("engines",),
+    ("engines", "convert"),
     ("rank_plan", "sampling"),
     ("train",),
     ("rank",),
@@ -35,6 +35,7 @@ LAYERS = (
     ("standalone",),
     ("cluster",),
     ("sdk",),
+    ("cli_checkpoints",),
     ("cli",),
     ("",),
 )
@@ -48,7 +49,7 @@ HOMES = {
     "boto3": {"cluster"},
     "torch": {
         *("models", "data", "optim", "checkpoint", "accelerators", "engines"),
-        *("sampling", "train", "rank", "rank_entry", "standalone"),
+        *("convert", "sampling", "train", "rank", "rank_entry", "standalone"),
     },
     **{library: {"accelerators", "engines"} for library in NEURON_LIBRARIES},
 }

@@ -1,6 +1,8 @@
 """A rank's line to its agent, over a real pipe between two processes: the messages are an interface of both."""
 
 import json
+import os
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -146,6 +148,14 @@ def test_a_rank_whose_agent_is_gone_ends_at_once(start: Callable[..., Rank], scr
     rank = start('link.phase("up", 0)\n' + script)
     rank.receive()
     rank.connection.close()
+    assert rank.end() == (AGENT_LOST_EXIT_CODE, "")
+
+
+def test_an_agent_that_can_only_be_written_to_no_more_is_gone_too(start: Callable[..., Rank]) -> None:
+    rank = start('link.phase("up", 0)\nwhile True: link.phase("step", 1)')
+    rank.receive()
+    with socket.socket(fileno=os.dup(rank.connection.fileno())) as ours:
+        ours.shutdown(socket.SHUT_RD)  # the rank meets a broken pipe before its receiver meets an end
     assert rank.end() == (AGENT_LOST_EXIT_CODE, "")
 
 

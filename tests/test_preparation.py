@@ -4,6 +4,7 @@ Everything is real but Ray: files, the document store, the MLflow store. Each te
 """
 
 import itertools
+import json
 import os
 import socket
 import subprocess
@@ -210,10 +211,9 @@ def test_data_shorter_than_a_sample_is_refused(attempt: Attempt, tmp_path: Path)
     (tmp_path / "text").mkdir()
     for number in range(10):
         (tmp_path / "text" / f"{number}.txt").write_text("ab")
-    attempt.refused(
-        DataError, r"has \d+ training tokens; one sample takes data\.seq_len \+ 1 = 65",
-        **{"data.path": str(tmp_path / "new"), "data.source": str(tmp_path / "text"), "data.seq_len": 64, "data.heldout_fraction": 0.5},
-    )  # fmt: skip
+    changes = {"data.path": str(tmp_path / "new"), "data.source": str(tmp_path / "text"), "data.heldout_fraction": 0.5}
+    match = r"has \d+ training tokens; one sample takes data\.seq_len \+ 1 = 65"
+    attempt.refused(DataError, match, **changes, **{"data.seq_len": 64})
 
 
 def test_a_store_of_another_tokenizer_is_refused(attempt: Attempt, other_tokenizer: str) -> None:
@@ -262,6 +262,7 @@ def test_an_mlflow_that_cannot_be_reached_is_told_in_seconds(attempt: Attempt, l
             server.listen()
         address = f"http://127.0.0.1:{server.getsockname()[1]}"
         attempt.refused(TrackingError, f"MLflow at {address}: .*set tracking.uri", **{"tracking.uri": address})
+    assert attempt.told == [], "no data is made for a run that could not report"
 
 
 def test_a_bucket_needs_an_mlflow_of_its_own(attempt: Attempt) -> None:
@@ -361,19 +362,20 @@ def test_a_prepared_run_has_all_that_later_ones_need(attempt: Attempt) -> None:
     assert run_store(prepared.config).url == prepared.store.url
 
 
+def heartbeat(run_folder: Path) -> float:
+    return json.loads((run_folder / RECORD_KEY).read_text())["heartbeat_unix"]
+
+
 def test_the_heart_beats_while_something_long_is_made(attempt: Attempt, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another host would take the run for dead after a minute of tokenising."""
     monkeypatch.setattr(record_module, "HEARTBEAT_SECONDS", 0.01)
     beats = []
 
     def long_work(*arguments: Any, **options: Any) -> None:
-        store = Store(attempt.root / attempt.name)
         deadline = time.monotonic() + 30
         while len(set(beats)) < 3:
             assert time.monotonic() < deadline
-            record = read_record(store)
-            assert record is not None
-            beats.append(record.heartbeat_unix)
+            beats.append(heartbeat(attempt.root / attempt.name))
         raise DataError("no")
 
     monkeypatch.setattr("raynium.launch.preparation.prepare_store", long_work)
@@ -398,7 +400,7 @@ def test_a_heartbeat_that_is_lost_is_logged_and_tried_again(
     began = keeper.record.heartbeat_unix
     with keeper.beating():
         deadline = time.monotonic() + 30
-        while (found := read_record(Store(tmp_path / "run"))) is None or found.heartbeat_unix == began:
+        while heartbeat(tmp_path / "run") == began:
             assert time.monotonic() < deadline
             time.sleep(0.005)
     assert caplog.text.count("a heartbeat of run test was lost: throttled") == 2

@@ -154,7 +154,10 @@ if __name__ == "__main__":
 def test_a_killed_agent_takes_stuck_ranks_along_and_its_main_module_was_imported_once(tmp_path: Path) -> None:
     script = tmp_path / "agent.py"  # Ray's worker script, say, which imports ray
     script.write_text(AGENT)
-    agent = subprocess.Popen([sys.executable, str(script), str(TESTS)], stdout=subprocess.PIPE, text=True)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    agent = subprocess.Popen(
+        [sys.executable, str(script), str(TESTS)], stdout=subprocess.PIPE, text=True, env=environment
+    )
     pids: list[int] = []
     try:
         assert agent.stdout is not None

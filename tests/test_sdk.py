@@ -12,7 +12,7 @@ import pytest
 import raynium
 from raynium import Client, Run, find_run, list_runs, sdk
 from raynium.checkpoint.store import Store
-from raynium.config.load import parse_config
+from raynium.config.load import load_config, parse_config
 from raynium.errors import ConfigError, LaunchError, RunFailed, RunInUse, StoreError
 from raynium.launch import jobs
 from raynium.launch.record import STOP_KEY, Owner, RecordKeeper, claim
@@ -303,6 +303,18 @@ def test_a_name_in_use_is_refused_before_the_cluster_is_asked(
     a_run(tmp_path / "runs", "quickstart", state="running", step=3)
     client, fake = cluster("PENDING")
     with pytest.raises(RunInUse, match=r"run 'quickstart' .* in use by process .*running, step 3"):
+        client.submit("quickstart")
+    assert not fake.submitted
+
+
+def test_a_config_that_contradicts_the_checkpoint_is_refused_before_the_cluster_is_asked(
+    cluster: Callable[..., tuple[Client, Jobs]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved = load_config("quickstart", {"run.seed": 7}).model_dump(mode="json")
+    checkpoint = SimpleNamespace(step=100, manifest=SimpleNamespace(state={"config": saved}))
+    monkeypatch.setattr("raynium.launch.preparation.latest", lambda store: checkpoint)
+    client, fake = cluster("PENDING")
+    with pytest.raises(ConfigError, match=r"run\.seed is 0, but the checkpoint was trained with 7"):
         client.submit("quickstart")
     assert not fake.submitted
 

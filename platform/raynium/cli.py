@@ -11,7 +11,8 @@ from typing import Annotated
 import typer
 from typer import Argument, Option
 
-from raynium.errors import ConfigError, RayniumError, StoreError
+from raynium import cli_checkpoints
+from raynium.errors import ClusterLost, ConfigError, RayniumError, StoreError
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -200,6 +201,9 @@ def ui(
     os.execve(command[0], command, ui_environment())
 
 
+app.add_typer(cli_checkpoints.app, name="checkpoints")
+
+
 def main() -> None:
     """Runs the command line. A mistake of the user's ends in one message, not in a traceback."""
     try:
@@ -207,6 +211,9 @@ def main() -> None:
     except ConfigError as error:
         typer.secho(f"error: {error}", fg="red", err=True)
         sys.exit(2)
+    except ClusterLost as error:
+        typer.secho(f"error: {error}", fg="red", err=True)
+        os._exit(1)
     except RayniumError as error:
         typer.secho(f"error: {error}", fg="red", err=True)
         sys.exit(1)

@@ -9,6 +9,7 @@
     ├── StoreError             the run's folder or bucket: missing, full, or not permitted
     ├── TrackingError          MLflow cannot be reached, or refused what it was given
     └── LaunchError            the cluster, a node or a rank
+        ├── ClusterLost            the Ray cluster under a driver stopped answering
         ├── RunInUse               another live process owns this run name
         └── RunFailed              the run ended without finishing; the message carries the cause
 
@@ -62,6 +63,10 @@ class TrackingError(RayniumError):
 
 class LaunchError(RayniumError):
     """The cluster, a node or a rank."""
+
+
+class ClusterLost(LaunchError):
+    """The Ray cluster under a driver stopped answering. Ray's own clean-up would wait for it: end with `os._exit`."""
 
 
 class RunInUse(LaunchError):

@@ -5,16 +5,14 @@ from dataclasses import dataclass
 
 import torch
 
-from raynium.checkpoint.catalog import CheckpointRef, latest, open_checkpoint
+from raynium.checkpoint.catalog import choose_checkpoint
 from raynium.checkpoint.load import read_tensors
+from raynium.checkpoint.state import MODEL_PREFIX
 from raynium.checkpoint.store import Store
-from raynium.config.schema import Config
+from raynium.convert.config_json import saved_model
 from raynium.data.store import TOKENIZER_NAME
 from raynium.data.tokenizer import Tokenizer
-from raynium.errors import CheckpointError
 from raynium.models.decoder import Decoder
-
-MODEL_PREFIX = "model/"
 
 
 @dataclass(frozen=True)
@@ -56,17 +54,15 @@ class Sampler:
 def open_sampler(run_url: str, step: int | None = None) -> Sampler:
     """The model of a run's newest checkpoint, or of `step`. Raises CheckpointError if there is none."""
     store = Store(run_url)
-    reference: CheckpointRef | None = open_checkpoint(store, step) if step is not None else latest(store)
-    if reference is None:
-        raise CheckpointError(f"run {store.url} has no checkpoint. Check its name, or wait for its first one")
-    config = Config.model_validate(reference.manifest.state["config"])
+    reference = choose_checkpoint(store, step)
+    config = saved_model(reference)
     weights = {
         name.removeprefix(MODEL_PREFIX): tensor for name, tensor in read_tensors(reference, prefix=MODEL_PREFIX).items()
     }
-    if config.model.embeddings == "tied":  # stored once
+    if config.embeddings == "tied":  # stored once
         weights["head.weight"] = weights["embedding.weight"]
     with torch.device("meta"):
-        model = Decoder(config.model)
+        model = Decoder(config)
     model.load_state_dict(weights, assign=True)
     tokenizer = Tokenizer(store.read(TOKENIZER_NAME).decode(), store.uri(TOKENIZER_NAME))
     return Sampler(model.eval(), tokenizer, reference.step)

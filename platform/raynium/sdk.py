@@ -19,6 +19,9 @@ from raynium.errors import LaunchError, RunFailed, StoreError
 if TYPE_CHECKING:
     from raynium.checkpoint.catalog import CheckpointSummary
     from raynium.checkpoint.store import Store
+    from raynium.checkpoint.verify import Damage, Depth
+    from raynium.convert.config_json import Dtype
+    from raynium.convert.export import Exported
     from raynium.launch.record import RunRecord
     from raynium.tracking.runs import MetricPoint
 
@@ -90,6 +93,35 @@ class Run:
         from raynium.checkpoint.catalog import list_checkpoints
 
         return list_checkpoints(self._store())
+
+    def verify(self, step: int | None = None, *, depth: "Depth" = "sizes") -> "list[Damage]":
+        """What is wrong with the files of the newest checkpoint, or that of `step`; [] if it is whole.
+
+        depth: "sizes" finds missing and cut files, "contents" reads every byte. Raises CheckpointError if there is no
+        such checkpoint, CheckpointDamaged if its manifest itself is damaged.
+        """
+        from raynium.checkpoint.verify import checkpoint_to_verify, verify_checkpoint
+
+        return verify_checkpoint(checkpoint_to_verify(self._store(), step), depth=depth)
+
+    def export(
+        self,
+        folder: str | Path,
+        *,
+        step: int | None = None,
+        dtype: "Dtype" = "float32",
+        max_shard_bytes: int = 2 * 2**30,
+    ) -> "Exported":
+        """Writes the newest checkpoint, or that of `step`, as a Hugging Face folder, which must not exist yet.
+
+        dtype: float32 keeps every bit, bfloat16 is half the size. max_shard_bytes: of one file of weights, which is
+        also the memory this takes. Runs here, on the CPU.
+        """
+        from raynium.checkpoint.catalog import choose_checkpoint
+        from raynium.convert.export import export_checkpoint
+
+        ref = choose_checkpoint(self._store(), step)
+        return export_checkpoint(ref, folder, dtype=dtype, max_shard_bytes=max_shard_bytes)
 
     def sample(
         self,
@@ -188,14 +220,18 @@ class Client:
 
     def _ask(self, question: Callable[[Any], str]) -> str:
         """The answer of Ray's JobSubmissionClient. Raises LaunchError if there is none."""
+        jobs = self._connected()
+        try:
+            return question(jobs)
+        except (OSError, RuntimeError) as error:  # what its HTTP library raises, and Ray for an answer other than 200
+            raise LaunchError(f"the Ray cluster at {self.address} did not do what it was asked: {error}") from error
+
+    def _connected(self) -> Any:
         if self._jobs is None:
             from raynium.launch.jobs import connect_jobs
 
             self._jobs = connect_jobs(self.address)
-        try:
-            return question(self._jobs)
-        except (OSError, RuntimeError) as error:  # what its HTTP library raises, and Ray for an answer other than 200
-            raise LaunchError(f"the Ray cluster at {self.address} did not do what it was asked: {error}") from error
+        return self._jobs
 
 
 def find_run(name: str, root: str = "runs") -> Run:

@@ -66,6 +66,14 @@ def open_checkpoint(store: Store, step: int) -> CheckpointRef:
     return CheckpointRef(store, manifest)
 
 
+def choose_checkpoint(store: Store, step: int | None = None) -> CheckpointRef:
+    """The checkpoint of `step`, or the newest that is whole. Raises CheckpointError if there is none."""
+    ref = open_checkpoint(store, step) if step is not None else latest(store)
+    if ref is None:
+        raise CheckpointError(f"run {store.url} has no checkpoint. Check its name, or wait for its first one")
+    return ref
+
+
 def latest(store: Store) -> CheckpointRef | None:
     """The newest checkpoint that is whole, None if there is none; reads only, so anybody may call it.
 

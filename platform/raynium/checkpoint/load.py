@@ -27,7 +27,8 @@ from raynium.errors import CheckpointDamaged, CheckpointMismatch
 logger = logging.getLogger(__name__)
 
 READERS = 4  # parts read ahead at a time: hides S3's latency; each holds one part in memory
-_OPTIONAL_PREFIX = "rng/"  # another layout has other generators
+_OPTIONAL_PREFIXES = ("rng/",)  # another layout has other generators
+_OPTIONAL_PREFIXES_WITH_WEIGHTS_ONLY = ("rng/", "optimizer/")  # the optimizer then keeps the moments it was built with
 _NAMED = 5  # tensors named in a message, of however many
 
 
@@ -36,7 +37,7 @@ class Loaded:
     """What came with the tensors."""
 
     state: Mapping[str, Any]  # as given to `commit_checkpoint`
-    absent: tuple[str, ...]  # optional (rng/…) names that were asked for and are not in the checkpoint
+    absent: tuple[str, ...]  # optional names that were asked for and are not in the checkpoint
     num_bytes_read: int
 
 
@@ -54,8 +55,8 @@ def load_checkpoint(ref: CheckpointRef, chunks: Sequence[Chunk]) -> Loaded:
     """Fill every chunk's tensor in place. Every rank calls it with its own chunks; ranks do not talk.
 
     CheckpointMismatch (before anything is read) if a tensor is missing or has another global shape or dtype, except
-    that `rng/…` may be missing. CheckpointDamaged if an object is missing, cut, or changed; tensors are then partly
-    filled.
+    that `rng/…` may be missing, and `optimizer/…` where the manifest says weights only: those tensors stay as they
+    are. CheckpointDamaged if an object is missing, cut, or changed; tensors are then partly filled.
     """
     absent = _check_match(ref, chunks)
     tensors = {tensor.name: tensor for tensor in ref.manifest.tensors}
@@ -101,7 +102,8 @@ def _check_match(ref: CheckpointRef, chunks: Sequence[Chunk]) -> set[str]:
     """Names of optional tensors that the checkpoint lacks. CheckpointMismatch for anything else that does not fit."""
     tensors = {tensor.name: tensor for tensor in ref.manifest.tensors}
     missing = sorted({chunk.name for chunk in chunks} - tensors.keys())
-    absent = {name for name in missing if name.startswith(_OPTIONAL_PREFIX)}
+    optional = _OPTIONAL_PREFIXES_WITH_WEIGHTS_ONLY if ref.manifest.weights_only else _OPTIONAL_PREFIXES
+    absent = {name for name in missing if name.startswith(optional)}
     if required := [name for name in missing if name not in absent]:
         unasked = sorted(tensors.keys() - {chunk.name for chunk in chunks})
         raise CheckpointMismatch(

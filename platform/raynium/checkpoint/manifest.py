@@ -211,6 +211,11 @@ class Manifest(Record):
         """Size of the data files together."""
         return sum(shard.size for shard in self.shards)
 
+    @property
+    def weights_only(self) -> bool:
+        """Whether it was made of a model alone: whoever starts from it starts with a fresh optimizer."""
+        return self.state.get("weights_only") is True
+
 
 def manifest_to_bytes(manifest: Manifest) -> bytes:
     """The manifest's file: one JSON object, whose first line holds the format, the version and the checksum."""

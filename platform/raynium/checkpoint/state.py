@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
+MODEL_PREFIX = "model/"  # of the names of parameters
+
 
 @dataclass(frozen=True)
 class Chunk:

@@ -22,17 +22,17 @@ from raynium.checkpoint.upload import upload_shard
 from raynium.config.schema import Config
 from raynium.errors import RayniumError
 from raynium.launch.images import make_image_folder
-from raynium.launch.protocol import AgentInfo, CoordinatorCalls, Order
+from raynium.launch.protocol import AgentInfo, CoordinatorCalls, Order, Verdict
 from raynium.launch.ranks import RankGroup, start_template
 from raynium.rank_plan import RankPlan
 from raynium.tracking.tracker import Tracker
 
 logger = logging.getLogger(__name__)
 
-POLL_SECONDS = 0.02  # how long a verdict of the coordinator may go unseen
+POLL_SECONDS = 1.0  # ranks, their ends and the coordinator's verdict all end a poll early; this is for what we forgot
 SETTLE_SECONDS = 0.05  # after the first death: lets its peers' broken connections arrive, so that the cause is known
 TRACKER_CLOSE_SECONDS = 30.0  # then the rest stays in the spool, and the next attempt on this node sends it
-REPORT_SECONDS = 0.2  # the driver's display is not fed faster than this
+REPORT_SECONDS = 0.5  # the driver's display is not fed faster than this
 
 
 @dataclass(frozen=True)
@@ -136,14 +136,14 @@ class NodeAgent:
         group = self._group = RankGroup(self._environments(order), plan.to_json())
         saving: list[Future[None]] = []
         handle = _Handler(self, order, group, tracker, saving)
-        verdict = self.coordinator.call("watch", order.generation, False)
+        verdict = self._watch(order, group, stop_known=False)
         while group.alive():
             handle(*group.poll(POLL_SECONDS))
             if verdict.done():
                 if verdict.result().kind == "over":
                     break
                 group.broadcast({"kind": "stop"})
-                verdict = self.coordinator.call("watch", order.generation, True)
+                verdict = self._watch(order, group, stop_known=True)
             if any(each.process.exitcode != 0 for each in group.ended()):
                 time.sleep(SETTLE_SECONDS)
                 break
@@ -159,6 +159,11 @@ class NodeAgent:
                 upload.result()
         if exits:
             self.coordinator.call("exited", order.generation, self.node.node_rank, exits).result()
+
+    def _watch(self, order: Order, group: RankGroup, *, stop_known: bool) -> "Future[Verdict]":
+        verdict = self.coordinator.call("watch", order.generation, stop_known)
+        verdict.add_done_callback(lambda _: group.ring())
+        return verdict
 
     def save_shard(self, order: Order, group: RankGroup, rank: int, info: ImageInfo) -> None:
         """Uploads one rank's image; runs in the upload pool. The rank may overwrite its image afterwards."""

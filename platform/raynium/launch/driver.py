@@ -8,15 +8,17 @@ import contextlib
 import logging
 import os
 import signal
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import ray
+import ray.exceptions
 import ray.train
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
@@ -24,7 +26,7 @@ from raynium.accelerators.cpu import usable_cores
 from raynium.accelerators.detect import detect
 from raynium.checkpoint.store import Store
 from raynium.config.schema import Config
-from raynium.errors import LaunchError, RunFailed, StoreError
+from raynium.errors import ClusterLost, LaunchError, RunFailed, StoreError
 from raynium.launch.agent import Node, NodeAgent
 from raynium.launch.backend import ATTEMPT_VARIABLE, NodeAgentConfig
 from raynium.launch.coordinator import RunCoordinator
@@ -38,8 +40,9 @@ logger = logging.getLogger(__name__)
 
 # Ray replaces 127.0.0.1 by the network card's address; 127.0.0.2 it keeps (Linux: all of 127/8 is the loopback).
 LOOPBACK = "127.0.0.2"
-STATUS_SECONDS = 0.25  # how often the display is refreshed
+STATUS_SECONDS = 0.5  # how often the display is refreshed
 STOP_POLL_SECONDS = 2.0  # how often the run's store is asked for a stop request
+CLUSTER_LOST_SECONDS = 30.0  # a coordinator that died is back sooner
 AGENTS_END_SECONDS = 60.0  # more than agent.TRACKER_CLOSE_SECONDS
 WAITING_SECONDS = 20.0  # how long Ray may look for nodes before the user is told what is missing
 
@@ -104,6 +107,7 @@ class Driver:
         self.display = display
         self._stop = threading.Event()
         self._events_seen = 0
+        self._calls = ThreadPoolExecutor(max_workers=1, thread_name_prefix="coordinator-calls")
 
     def request_stop(self) -> None:
         """Every rank saves at the next step and ends. Safe to call from a signal handler."""
@@ -162,7 +166,7 @@ class Driver:
         told_waiting = told_to_stop = False
         while True:
             over = not fitting.is_alive()
-            status: Status = ray.get(coordinator.status.remote(self._events_seen))
+            status = self._status(coordinator)
             for event in status.events:
                 self.display.line(event.text)
                 self._events_seen = event.number
@@ -182,11 +186,25 @@ class Driver:
             if self._stop.is_set() and not told_to_stop:
                 told_to_stop = True
                 self.display.line("stopping: every rank saves at its next step, then the run ends")
-                coordinator.request_stop.remote()
+                self._calls.submit(coordinator.request_stop.remote)
             if not status.agents and now - began > WAITING_SECONDS and not told_waiting:
                 told_waiting = True
                 self.display.line(waiting_message(self.config))
             time.sleep(STATUS_SECONDS)
+
+    def _status(self, coordinator: Any) -> Status:
+        """Raises ClusterLost when the cluster is gone.
+
+        Asked in a thread: when the cluster's processes are killed even a call with a timeout does not come back.
+        """
+        asked = self._calls.submit(lambda: ray.get(coordinator.status.remote(self._events_seen)))
+        try:
+            return cast(Status, asked.result(CLUSTER_LOST_SECONDS))
+        except (ray.exceptions.RayError, TimeoutError) as error:
+            raise ClusterLost(
+                "the Ray cluster no longer answers: its processes were killed, or this machine was cut off. "
+                "Start the run again: it goes on from its newest checkpoint"
+            ) from error
 
     def _keep_record(self, keeper: RecordKeeper, status: Status) -> None:
         """Writes what changed at once, and else a heartbeat now and then."""
@@ -292,7 +310,8 @@ def connect(address: str | None, *, least_cpus: int = 1) -> Iterator[Mapping[str
             "_node_ip_address": LOOPBACK,
         }
     try:
-        ray.init(log_to_driver=False, logging_level=logging.WARNING, **arguments)
+        with _other_process_group() if address is None else contextlib.nullcontext():
+            ray.init(log_to_driver=False, logging_level=logging.WARNING, **arguments)
     except (ConnectionError, RuntimeError, ValueError) as error:
         where = f"the Ray cluster at {address}" if address else "a Ray cluster on this machine"
         raise LaunchError(
@@ -301,5 +320,27 @@ def connect(address: str | None, *, least_cpus: int = 1) -> Iterator[Mapping[str
         ) from error
     try:
         yield ray.cluster_resources()
-    finally:
+    except ClusterLost:
+        raise  # there is nothing left to shut down, and trying would wait for it
+    except BaseException:
         ray.shutdown()
+        raise
+    ray.shutdown()
+
+
+@contextlib.contextmanager
+def _other_process_group() -> Iterator[None]:
+    """What is started in here is in a process group of its own; this process comes back to its own.
+
+    So that a signal to the whole group (Ctrl-C in a terminal, `timeout`, a CI runner) reaches the driver, which saves
+    and ends, and not the cluster that it needs for that.
+    """
+    mine = os.getpgrp()
+    leader = subprocess.Popen(["sleep", "60"], process_group=0)  # the leader of one group cannot make another
+    os.setpgid(0, leader.pid)
+    try:
+        yield
+    finally:
+        os.setpgid(0, mine)
+        leader.kill()
+        leader.wait()

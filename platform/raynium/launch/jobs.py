@@ -70,7 +70,7 @@ def main(arguments: list[str] | None = None) -> None:
     import logging
 
     from raynium.config.load import load_config
-    from raynium.errors import RayniumError
+    from raynium.errors import ClusterLost, RayniumError
     from raynium.launch.report import report_lines
     from raynium.launch.run import run
 
@@ -81,6 +81,10 @@ def main(arguments: list[str] | None = None) -> None:
     tags = {name: value for name, value in metadata.items() if "git." in name}
     try:
         record = run(load_config(config, overrides), address="auto" if job_id else None, job_id=job_id, tags=tags)
+    except ClusterLost as error:
+        sys.stderr.write(f"error: {error}\n")
+        sys.stderr.flush()
+        os._exit(1)
     except RayniumError as error:
         sys.exit(f"error: {error}")
     sys.stdout.write("\n".join(report_lines(record)) + "\n")

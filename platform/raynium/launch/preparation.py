@@ -19,6 +19,7 @@ from raynium.config.rules import check
 from raynium.config.schema import Config
 from raynium.data.remote import prepare_store
 from raynium.data.store import TOKENIZER_NAME, DocumentStore
+from raynium.data.tokenizer import Tokenizer
 from raynium.errors import ConfigError, DataError
 from raynium.launch.record import RecordKeeper, RunRecord, claim, read_record, unowned_record
 from raynium.launch.scratch import log_folder, scratch_folder
@@ -165,9 +166,20 @@ def _address(uri: str) -> str:
 
 
 def keep_tokenizer(store: Store, documents: DocumentStore) -> None:
-    """The run keeps its own tokenizer, so that it can be sampled without the data."""
+    """The run keeps its own tokenizer, so that it can be sampled without the data.
+
+    An imported model brought one along: DataError if the documents were tokenised with another.
+    """
     if not store.exists(TOKENIZER_NAME):
         store.replace(TOKENIZER_NAME, (documents.path / TOKENIZER_NAME).read_bytes())
+        return
+    kept = Tokenizer(store.read(TOKENIZER_NAME).decode(), store.uri(TOKENIZER_NAME))
+    if kept.sha256 != documents.manifest.tokenizer_sha256:
+        raise DataError(
+            f"document store {documents.path} was tokenised with another tokenizer than the run's own, "
+            f"{store.uri(TOKENIZER_NAME)}: token ids would mean other text. Give another data.path, and that file as "
+            f"data.tokenizer, to make a store for this model"
+        )
 
 
 def _open_mlflow(config: Config, keeper: RecordKeeper, uri: str, tags: Mapping[str, str]) -> TrackedRun:

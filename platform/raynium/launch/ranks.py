@@ -111,7 +111,8 @@ def start_template() -> None:
 class RankGroup:
     """The ranks of one generation on this node.
 
-    `poll()` is called in a loop by one thread: it moves messages and output, and returns what arrived.
+    `poll()` is called in a loop by one thread: it moves messages and output, and returns what arrived. Any thread may
+    `ring()` to have it return at once.
     """
 
     def __init__(
@@ -139,6 +140,7 @@ class RankGroup:
             theirs.close()
             output_writer.close()
             self.ranks[rank] = RankProcess(rank, process, ours, output_reader)
+        self._bell_reader, self._bell_writer = context.Pipe(duplex=False)
         self._open: dict[Any, RankProcess] = {}
         for each in self.ranks.values():
             self._open[each.connection] = each
@@ -148,18 +150,23 @@ class RankGroup:
         """Waits for news: (rank, message) pairs and (rank, output line) pairs, each in the order they arrived."""
         messages: list[tuple[int, dict[str, Any]]] = []
         lines: list[tuple[int, str]] = []
-        watched: list[Any] = [*self._open, *(each.process.sentinel for each in self.alive())]
-        if not watched:
-            return messages, lines
+        watched: list[Any] = [self._bell_reader, *self._open, *(each.process.sentinel for each in self.alive())]
         for ready in multiprocessing.connection.wait(watched, timeout_seconds):
             each = self._open.get(ready)
-            if each is None:  # a sentinel: somebody ended, seen through `ended()`
+            if ready is self._bell_reader:
+                self._bell_reader.recv_bytes()
+            elif each is None:  # a sentinel: somebody ended, seen through `ended()`
                 continue
-            if ready is each.connection:
+            elif ready is each.connection:
                 self._receive(each, messages)
             else:
                 self._read_output(each, lines)
         return messages, lines
+
+    def ring(self) -> None:
+        """Ends a `poll()` that waits; safe from any thread, also when the group is already closed."""
+        with contextlib.suppress(OSError):
+            self._bell_writer.send_bytes(b"!")
 
     def alive(self) -> list[RankProcess]:
         return [each for each in self.ranks.values() if each.process.exitcode is None]
@@ -204,6 +211,8 @@ class RankGroup:
             each.connection.close()
             each.output.close()
             each.process.close()
+        self._bell_reader.close()
+        self._bell_writer.close()
         self._open.clear()
 
     def _receive(self, each: RankProcess, messages: list[tuple[int, dict[str, Any]]]) -> None:

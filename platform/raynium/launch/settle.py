@@ -13,13 +13,15 @@ def settled(
     """`cluster.accelerator` and `engine.dtype` without `auto`.
 
     cluster_resources: Ray's, or None for a cluster that will be started on this machine. saved: the config in the
-    run's newest checkpoint; a run keeps the precision it began with, also where another would be faster.
+    run's newest checkpoint; a run keeps the precision it began with, also where another would be faster. An imported
+    model's has none, since it was not trained here.
     """
     cluster, engine = config.cluster, config.engine
     if cluster.accelerator == "auto":
         cluster = cluster.model_copy(update={"accelerator": _accelerator(cluster_resources)})
     if engine.dtype == "auto":
-        dtype = saved["engine"]["dtype"] if saved is not None else native_dtype(cluster.accelerator)
+        trained_in = saved["engine"]["dtype"] if saved is not None and "engine" in saved else None
+        dtype = trained_in or native_dtype(cluster.accelerator)
         engine = engine.model_copy(update={"dtype": dtype})
     return config.model_copy(update={"cluster": cluster, "engine": engine})
 

@@ -1,0 +1,59 @@
+"""Whole tensors of a checkpoint, some at a time, so that memory stays bounded however large it is. Needs torch."""
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+
+from raynium.checkpoint.catalog import CheckpointRef
+from raynium.checkpoint.image import TORCH_DTYPES
+from raynium.checkpoint.load import load_checkpoint
+from raynium.checkpoint.manifest import TensorEntry
+from raynium.checkpoint.state import Chunk
+
+
+def in_file_order(entries: Iterable[TensorEntry]) -> list[TensorEntry]:
+    """As they lie in the first data file that holds them; ranks lay theirs out alike.
+
+    Neighbours share parts, which are the unit of reading: batches in this order read each part once or twice, batches
+    in the model's order would read it once for each layer.
+    """
+    return sorted(entries, key=lambda entry: (entry.blocks[0].shard, entry.blocks[0].begin))
+
+
+def in_batches(
+    entries: Iterable[TensorEntry], *, max_bytes: int, dtype: torch.dtype | None = None
+) -> Iterator[list[TensorEntry]]:
+    """Cut a sequence into runs that take at most `max_bytes` in `dtype` (None: their own); a larger tensor is alone."""
+    batch: list[TensorEntry] = []
+    batch_bytes = 0
+    for entry in entries:
+        num_bytes = math.prod(entry.global_shape) * (dtype or TORCH_DTYPES[entry.dtype]).itemsize
+        if batch and batch_bytes + num_bytes > max_bytes:
+            yield batch
+            batch, batch_bytes = [], 0
+        batch.append(entry)
+        batch_bytes += num_bytes
+    if batch:
+        yield batch
+
+
+def read_batch(ref: CheckpointRef, entries: Sequence[TensorEntry]) -> dict[str, torch.Tensor]:
+    """These tensors, whole, verified, on the CPU, by full name and in this order. Raises as `load_checkpoint`."""
+    chunks = [
+        Chunk(
+            name=entry.name,
+            global_shape=entry.global_shape,
+            offsets=(0,) * len(entry.global_shape),
+            tensor=torch.empty(entry.global_shape, dtype=TORCH_DTYPES[entry.dtype]),
+            saved_here=False,
+        )
+        for entry in entries
+    ]
+    load_checkpoint(ref, chunks)
+    return {chunk.name: chunk.tensor for chunk in chunks}
+
+
+def raw_bytes(tensor: torch.Tensor) -> memoryview:
+    """A CPU tensor's bytes in C order; without a copy where they lie so already."""
+    return tensor.contiguous().view(-1).view(torch.uint8).numpy().data

@@ -1,0 +1,274 @@
+"""The `raynium checkpoints` commands. Thin, and everything heavy is imported inside, as in `cli.py`."""
+
+import re
+import time
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+from typer import Argument, Option
+
+if TYPE_CHECKING:
+    from raynium.checkpoint.catalog import CheckpointRef
+    from raynium.checkpoint.store import Store
+
+app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="List, check, move and remove checkpoints.")
+
+RootOption = Annotated[str, Option(help="Folder or URL that holds the runs.", envvar="RAYNIUM_ROOT")]
+RunArgument = Annotated[str, Argument(metavar="RUN", help="The run's name.")]
+StepOption = Annotated[int | None, Option(help="Which checkpoint. Default: the newest.")]
+
+SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?) ?([KMGT]i?)?B?", re.IGNORECASE)
+MULTIPLES = (
+    {"": 1} | {f"{p}i": 2 ** (10 * i) for i, p in enumerate("kmgt", 1)} | {p: 1000**i for i, p in enumerate("kmgt", 1)}
+)
+
+
+@app.command("ls")
+def list_(name: RunArgument, root: RootOption = "runs") -> None:
+    """List a run's checkpoints, oldest first."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from raynium.sdk import find_run
+
+    found = find_run(name, root).checkpoints()
+    if not found:
+        typer.echo(f"run {name} has no checkpoint under {root}")
+        return
+    table = Table("step", "size", "ranks", "saved", "state", box=None)
+    for each in found:
+        if each.problem is None:
+            saved = _ago(time.time() - each.committed_unix)
+            table.add_row(f"{each.step:,}", _size(each.num_bytes), str(each.world_size), saved, "whole")
+        else:
+            table.add_row(f"{each.step:,}", "", "", "", "cannot be used, see below")
+    Console().print(table)
+    for each in found:
+        if each.problem is not None:
+            typer.echo(f"step {each.step:,}: {each.problem}")
+
+
+@app.command()
+def show(name: RunArgument, root: RootOption = "runs", step: StepOption = None) -> None:
+    """Describe one checkpoint, and say what can load it."""
+    from raynium.checkpoint.catalog import choose_checkpoint
+
+    ref = choose_checkpoint(_store(name, root), step)
+    for title, text in _description(ref, time.time()):
+        typer.echo(f"{title:12}{text}")
+
+
+@app.command()
+def verify(
+    name: RunArgument,
+    root: RootOption = "runs",
+    step: StepOption = None,
+    deep: Annotated[bool, Option("--deep", help="Read every byte and compare checksums.")] = False,
+) -> None:
+    """Check a checkpoint's files against its manifest.
+
+    Without --deep only their sizes are asked for, which finds missing and cut files. Exits with 1 if it is damaged.
+    """
+    from raynium.checkpoint.verify import checkpoint_to_verify, verify_checkpoint
+    from raynium.errors import CheckpointDamaged
+
+    ref = checkpoint_to_verify(_store(name, root), step)
+    if damages := verify_checkpoint(ref, depth="contents" if deep else "sizes"):
+        lines = "".join(f"\n  - {damage}" for damage in damages)
+        raise CheckpointDamaged(f"the checkpoint of step {ref.step:,} of run {name} is damaged:{lines}")
+    done = "all bytes read, all checksums right" if deep else "sizes right; --deep would read them"
+    typer.echo(f"step {ref.step:,} is whole: {_files(ref)}, {_size(ref.manifest.num_bytes)}, {done}")
+
+
+@app.command()
+def export(
+    name: RunArgument,
+    folder: Annotated[str, Argument(metavar="FOLDER", help="The folder to make; it must not exist.")],
+    root: RootOption = "runs",
+    step: StepOption = None,
+    dtype: Annotated[
+        Literal["float32", "bfloat16"], Option(help="float32 keeps every bit; bfloat16 is half the size.")
+    ] = "float32",
+    max_shard_size: Annotated[
+        str, Option(help="Of one file of weights, e.g. 500MB. Also the memory this takes.")
+    ] = "2GiB",
+) -> None:
+    """Write a checkpoint as a Hugging Face folder."""
+    from raynium.sdk import find_run
+
+    done = find_run(name, root).export(folder, step=step, dtype=dtype, max_shard_bytes=_bytes(max_shard_size))
+    typer.echo(
+        f"exported step {done.step:,} to {done.folder}: {done.num_tensors} tensors, {_size(done.num_bytes)} of {dtype} "
+        f"in {len(done.files)} file(s)"
+    )
+
+
+@app.command("import")
+def import_(
+    folder: Annotated[str, Argument(metavar="FOLDER", help="A Hugging Face folder of Llama 3 or Qwen 3.")],
+    name: Annotated[str, Argument(metavar="RUN", help="The name of the new run.")],
+    root: RootOption = "runs",
+) -> None:
+    """Make a Hugging Face folder the start of a new run."""
+    from raynium.config.paths import absolute_root
+    from raynium.convert.import_folder import import_folder
+
+    _check_new_name(name)
+    imported = import_folder(folder, _store(name, root))
+    typer.echo(f"# {folder} is step 0 of run {name}; a job with these lines trains it further:")
+    typer.echo(imported.job_snippet(name=name, root=absolute_root(root)).rstrip())
+
+
+@app.command("rm")
+def remove(
+    name: RunArgument,
+    step: Annotated[int, Option(help="Which checkpoint.")],
+    root: RootOption = "runs",
+    yes: Annotated[bool, Option("--yes", help="Do not ask.")] = False,
+    force: Annotated[bool, Option("--force", help="Also the newest one.")] = False,
+) -> None:
+    """Delete one checkpoint."""
+    from raynium.launch.removal import check_removable, remove_checkpoint
+
+    store = _store(name, root)
+    check_removable(store, step, force=force)  # before the question: it may make no sense
+    if not yes:
+        typer.confirm(f"delete the checkpoint of step {step:,} of run {name} under {root} for good?", abort=True)
+    remove_checkpoint(store, step, force=force)
+    typer.echo(f"deleted the checkpoint of step {step:,} of run {name}")
+
+
+@app.command()
+def diff(
+    first: Annotated[str, Argument(metavar="RUN[@STEP]", help="A run's name, and a step if not the newest.")],
+    second: Annotated[str, Argument(metavar="RUN[@STEP]", help="What to compare it with.")],
+    root: RootOption = "runs",
+) -> None:
+    """Compare two checkpoints bit by bit, whatever their layouts.
+
+    Exits with 1 if a tensor differs.
+    """
+    from raynium.checkpoint.compare import differences
+
+    left, right = _named(first, root), _named(second, root)
+    count = 0
+    for count, each in enumerate(differences(left, right), 1):  # noqa: B007  (told below)
+        typer.echo(f"{each.name} {each.text}")
+    if count:
+        typer.echo(f"{count} tensor(s) differ")
+        raise typer.Exit(1)
+    typer.echo(f"equal: all {len(left.manifest.tensors)} tensors have the same bits")
+
+
+# ---- arguments ----------------------------------------------------------------------------------------------------
+
+
+def _store(name: str, root: str) -> "Store":
+    from raynium.checkpoint.store import Store
+    from raynium.sdk import find_run
+
+    return Store(find_run(name, root).url)
+
+
+def _named(text: str, root: str) -> "CheckpointRef":
+    """The checkpoint that `run` or `run@step` names."""
+    from raynium.checkpoint.catalog import choose_checkpoint
+
+    name, _, step = text.partition("@")
+    if "@" in text and not step.isdecimal():
+        raise typer.BadParameter(f"{text!r} names no step: write {name}@1000, or {name} for its newest checkpoint")
+    return choose_checkpoint(_store(name, root), int(step) if step else None)
+
+
+def _bytes(text: str) -> int:
+    match = SIZE.fullmatch(text)
+    if match is None:
+        raise typer.BadParameter(f"{text!r} is no size: write a number with a unit, such as 500MB or 2GiB")
+    return int(float(match[1]) * MULTIPLES[(match[2] or "").lower()])
+
+
+def _check_new_name(name: str) -> None:
+    from pydantic import ValidationError
+
+    from raynium.config.schema import RunSection
+    from raynium.errors import ConfigError
+
+    try:
+        RunSection(name=name)
+    except ValidationError as error:
+        rule = RunSection.model_fields["name"].description
+        raise ConfigError([f"run.name is {name!r}: it must be {rule}"]) from error
+
+
+# ---- words --------------------------------------------------------------------------------------------------------
+
+
+def _description(ref: "CheckpointRef", now_unix: float) -> Iterator[tuple[str, str]]:
+    """(title, text) lines about a checkpoint."""
+    manifest = ref.manifest
+    when = datetime.fromtimestamp(manifest.committed_unix, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+    layout = ", ".join(f"{key} {value}" for key, value in manifest.layout.items())
+    came_from = "" if manifest.parent_step is None else f", which began at step {manifest.parent_step:,}"
+    yield "step", f"{ref.step:,}"
+    yield "place", ref.uri
+    yield "size", f"{_size(manifest.num_bytes)} in {_files(ref)}"
+    yield "saved", f"{when} ({_ago(now_unix - manifest.committed_unix)})"
+    if imported_from := manifest.state.get("imported_from"):
+        yield "imported", f"from {imported_from}"
+    else:
+        yield "saved by", f"{manifest.world_size} rank(s) ({layout}) of generation {manifest.generation}{came_from}"
+    for kind in ("model", "optimizer", "rng"):
+        if line := _tensors(ref, f"{kind}/"):
+            yield kind, line
+    yield "loads into", _who_can_load(ref)
+
+
+def _tensors(ref: "CheckpointRef", prefix: str) -> str:
+    """How many tensors of a kind there are, of which dtypes, and what they take; "" if there are none."""
+    from math import prod
+
+    from raynium.checkpoint.manifest import DTYPES
+
+    entries = [entry for entry in ref.manifest.tensors if entry.name.startswith(prefix)]
+    if not entries:
+        return ""
+    numbers = sum(prod(entry.global_shape) for entry in entries)
+    num_bytes = sum(prod(entry.global_shape) * DTYPES[entry.dtype][1] for entry in entries)
+    dtypes = ", ".join(sorted({entry.dtype for entry in entries}))
+    return f"{len(entries)} tensors, {numbers:,} numbers, {dtypes}, {_size(num_bytes)}"
+
+
+def _who_can_load(ref: "CheckpointRef") -> str:
+    """The model, the layouts, and what starts anew."""
+    from math import gcd
+
+    from raynium.convert.config_json import saved_model
+    from raynium.models.plan import divided_sizes
+
+    model = saved_model(ref)
+    sizes = divided_sizes(model, seq_len=0)  # 0 is a multiple of every degree: the data is not part of a checkpoint
+    largest = gcd(*sizes.values())
+    degrees = ", ".join(str(degree) for degree in range(1, largest + 1) if largest % degree == 0)
+    optimizer = "; the optimizer begins anew" if ref.manifest.weights_only else ""
+    return (
+        f"{model.family} of {model.num_layers} layers, hidden size {model.hidden_size:,}, vocabulary "
+        f"{model.vocab_size:,}, {model.embeddings} embeddings; any number of ranks, tensor-parallel degree "
+        f"{degrees}{optimizer}"
+    )
+
+
+def _files(ref: "CheckpointRef") -> str:
+    return f"{len(ref.manifest.shards)} file(s)"
+
+
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / 1e9:,.2f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:,.1f} MB"
+
+
+def _ago(seconds: float) -> str:
+    for unit, length in (("days", 86_400), ("h", 3_600), ("min", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.0f} {unit} ago"
+    return f"{max(seconds, 0):.0f} s ago"

@@ -1,0 +1,162 @@
+"""Hugging Face's config.json and our model section, both ways. Arithmetic on dicts, no torch.
+
+Written in the form that every release of transformers reads (`rope_theta` beside `rope_scaling`, `torch_dtype`); read
+in that form and in the newer one (`rope_parameters`, `dtype`).
+"""
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import ValidationError
+
+from raynium.checkpoint.catalog import CheckpointRef
+from raynium.checkpoint.manifest import first_problem
+from raynium.config.schema import ModelSection, RopeScaling
+from raynium.errors import CheckpointError, CheckpointMismatch
+
+Dtype = Literal["float32", "bfloat16"]
+
+# our family: (model_type, the class, what is taken as head_dim where config.json has none; 0: hidden_size / heads)
+FAMILIES = {"llama3": ("llama", "LlamaForCausalLM", 0), "qwen3": ("qwen3", "Qwen3ForCausalLM", 128)}
+
+# What our decoder has in one form only. A config.json may leave these out: then transformers takes this very form.
+_FIXED = {
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "mlp_bias": False,
+    "use_sliding_window": False,
+    "partial_rotary_factor": 1.0,
+    "quantization_config": None,
+}
+
+
+def saved_model(ref: CheckpointRef) -> ModelSection:
+    """The model section of the run that saved this checkpoint. CheckpointMismatch if it names none."""
+    config = ref.manifest.state.get("config")
+    try:
+        return ModelSection.model_validate(config["model"] if isinstance(config, dict) else None)
+    except (KeyError, ValidationError) as error:
+        raise CheckpointMismatch(
+            f"{ref.uri} does not say which model it holds: its state has no valid config.model, as a run would write it"
+        ) from error
+
+
+def config_from_model(model: ModelSection, *, dtype: Dtype, end_of_document_id: int) -> dict[str, Any]:
+    """config.json of an exported model.
+
+    Beginning and end of a text are one token, as in training, where it stands between documents.
+    """
+    model_type, class_name, _ = FAMILIES[model.family]
+    return {
+        "architectures": [class_name],
+        "model_type": model_type,
+        "vocab_size": model.vocab_size,
+        "hidden_size": model.hidden_size,
+        "intermediate_size": model.ffn_size,
+        "num_hidden_layers": model.num_layers,
+        "num_attention_heads": model.num_heads,
+        "num_key_value_heads": model.num_kv_heads,
+        "head_dim": model.head_dim,
+        "max_position_embeddings": model.max_seq_len,
+        "rms_norm_eps": model.norm_eps,
+        "rope_theta": model.rope_theta,
+        "rope_scaling": _scaling_from(model.rope_scaling) if model.rope_scaling is not None else None,
+        "tie_word_embeddings": model.embeddings == "tied",
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        **({"mlp_bias": False} if model.family == "llama3" else {"use_sliding_window": False}),
+        "initializer_range": model.init_std,
+        "bos_token_id": end_of_document_id,
+        "eos_token_id": end_of_document_id,
+        "use_cache": True,
+        "torch_dtype": dtype,
+    }
+
+
+def model_from_config(config: Mapping[str, Any], *, where: str) -> ModelSection:
+    """The model section of a config.json. where: the file, for messages.
+
+    CheckpointError if it is no Llama 3 or Qwen 3, lacks something, or has what our decoder does not do.
+    """
+    try:
+        return ModelSection.model_validate(_fields(config, where))
+    except KeyError as error:
+        raise CheckpointError(f"{where} lacks {error.args[0]}, which settles the model") from error
+    except ValidationError as error:
+        raise CheckpointError(f"{where} does not describe a model: {first_problem(error)}") from error
+    except (TypeError, ValueError, ZeroDivisionError) as error:  # a list where a number should be, no heads, …
+        raise CheckpointError(f"{where} does not describe a model: {error}") from error
+
+
+def _fields(config: Mapping[str, Any], where: str) -> dict[str, Any]:
+    known = {theirs: (ours, class_name, head_dim) for ours, (theirs, class_name, head_dim) in FAMILIES.items()}
+    classes = ", ".join(class_name for _, class_name, _ in known.values())
+    if config.get("model_type") not in known:
+        raise CheckpointError(
+            f"{where}: model_type is {config.get('model_type')!r}; models that can be imported are {classes}"
+        )
+    family, class_name, head_dim = known[config["model_type"]]
+    if config.get("architectures") not in (None, [class_name]):
+        raise CheckpointError(
+            f"{where}: architectures is {config['architectures']}; models that can be imported are {classes}"
+        )
+    _refuse_other_forms(config, where)
+    num_heads = config["num_attention_heads"]
+    return {
+        "family": family,
+        "vocab_size": config["vocab_size"],
+        "hidden_size": config["hidden_size"],
+        "num_layers": config["num_hidden_layers"],
+        "num_heads": num_heads,
+        "num_kv_heads": config.get("num_key_value_heads") or num_heads,
+        "head_dim": config.get("head_dim") or head_dim or config["hidden_size"] // num_heads,
+        "ffn_size": config["intermediate_size"],
+        "max_seq_len": config["max_position_embeddings"],
+        "norm_eps": config.get("rms_norm_eps", 1e-6),  # what transformers takes where it is left out
+        "embeddings": "tied" if config.get("tie_word_embeddings", False) else "untied",
+        **_rope(config, where),
+        **({"init_std": config["initializer_range"]} if config.get("initializer_range") else {}),
+    }
+
+
+def _refuse_other_forms(config: Mapping[str, Any], where: str) -> None:
+    for name, only in _FIXED.items():
+        if config.get(name) not in (None, only):
+            raise CheckpointError(f"{where}: {name} is {config[name]!r}; models that can be imported have {only!r}")
+    layer_types = set(config.get("layer_types") or ())
+    if layer_types - {"full_attention"}:
+        raise CheckpointError(
+            f"{where}: layer_types has {sorted(layer_types)}; models that can be imported have full_attention only"
+        )
+
+
+def _rope(config: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """rope_theta and rope_scaling of our section. KeyError for a field that its kind of scaling needs."""
+    rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+    theta = rope.get("rope_theta", config.get("rope_theta", 10_000.0))
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if rope.get("partial_rotary_factor", 1.0) != 1.0 or kind not in ("default", "llama3"):
+        raise CheckpointError(
+            f"{where}: the rotary positions are {rope}; models that can be imported have the kind default or llama3, "
+            "over whole heads"
+        )
+    scaling = None
+    if kind == "llama3":
+        scaling = {
+            "factor": rope["factor"],
+            "low_freq_factor": rope["low_freq_factor"],
+            "high_freq_factor": rope["high_freq_factor"],
+            "original_max_seq_len": rope["original_max_position_embeddings"],
+        }
+    return {"rope_theta": theta, "rope_scaling": scaling}
+
+
+def _scaling_from(scaling: RopeScaling) -> dict[str, Any]:
+    return {
+        "rope_type": "llama3",
+        "factor": scaling.factor,
+        "low_freq_factor": scaling.low_freq_factor,
+        "high_freq_factor": scaling.high_freq_factor,
+        "original_max_position_embeddings": scaling.original_max_seq_len,
+    }

@@ -1,0 +1,199 @@
+"""A run's checkpoint as a folder that `transformers` loads, and what reads the same files (vLLM, llama.cpp, …).
+
+config.json, generation_config.json           the model, in Hugging Face's words
+model.safetensors                             the weights; or, of a larger model:
+model-00001-of-00003.safetensors …            in files of at most `max_shard_bytes`
+model.safetensors.index.json                  which tensor is in which of them
+tokenizer.json, tokenizer_config.json         the run's own tokenizer
+"""
+
+import json
+import logging
+import math
+import os
+import shutil
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+from uuid import uuid4
+
+import torch
+
+from raynium.checkpoint.batches import in_batches, in_file_order, raw_bytes, read_batch
+from raynium.checkpoint.catalog import CheckpointRef
+from raynium.checkpoint.file_store import sync_folder
+from raynium.checkpoint.image import TORCH_DTYPES
+from raynium.checkpoint.manifest import DTYPES, TensorEntry
+from raynium.checkpoint.state import MODEL_PREFIX
+from raynium.config.schema import ModelSection
+from raynium.convert.config_json import Dtype, config_from_model, saved_model
+from raynium.convert.parameters import check_shapes, parameter_shapes
+from raynium.data.store import TOKENIZER_NAME
+from raynium.data.tokenizer import Tokenizer
+from raynium.errors import CheckpointError
+from raynium.models.names import hugging_face_names
+
+logger = logging.getLogger(__name__)
+
+MAX_SHARD_BYTES = 2 * 2**30
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written."""
+
+    folder: Path
+    step: int
+    num_tensors: int
+    num_bytes: int  # of the weights
+    files: tuple[str, ...]  # that hold weights
+
+
+def export_checkpoint(
+    ref: CheckpointRef, folder: str | Path, *, dtype: Dtype = "float32", max_shard_bytes: int = MAX_SHARD_BYTES
+) -> Exported:
+    """Write `folder`, which must not exist. One process, on the CPU; memory: one file of weights, and reading (256 MiB).
+
+    dtype: float32 gives the bits that training has, bfloat16 rounds them to the nearest. max_shard_bytes: of a file of
+    weights; a tensor that is larger gets one of its own. The folder appears when all of it is durable: a crash leaves
+    at most a hidden folder beside it. CheckpointError, CheckpointMismatch, CheckpointDamaged, StoreError.
+    """
+    if dtype not in get_args(Dtype):
+        raise CheckpointError(f"dtype is {dtype!r}: export to one of {', '.join(get_args(Dtype))}")
+    if max_shard_bytes < 1:
+        raise CheckpointError(f"the largest file is to have {max_shard_bytes} bytes: give 1 or more")
+    target = _new_folder(folder)
+    model = saved_model(ref)
+    tokenizer = Tokenizer(ref.store.read(TOKENIZER_NAME).decode(), ref.store.uri(TOKENIZER_NAME))
+    weights = _Weights(ref, model, dtype, max_shard_bytes)
+    temporary = target.with_name(f".{target.name}.{uuid4().hex[:8]}")
+    try:
+        temporary.mkdir(parents=True)
+        weights.write(temporary)
+        for name, content in _description(model, dtype, tokenizer).items():
+            _write(temporary / name, json.dumps(content, indent=2).encode())
+        _write(temporary / TOKENIZER_NAME, tokenizer.file_text.encode())
+        sync_folder(temporary)
+        temporary.rename(_new_folder(target))
+        sync_folder(target.parent)
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot write the export {target}: {error.strerror or error}; check the permissions and the free space "
+            f"there ({weights.num_bytes:,} bytes are needed)"
+        ) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)  # gone already when all went well
+    logger.info("exported step %d to %s: %d bytes", ref.step, target, weights.num_bytes)
+    return Exported(target, ref.step, len(weights.entries), weights.num_bytes, tuple(weights.files))
+
+
+def _new_folder(folder: str | Path) -> Path:
+    """The absolute path to write. CheckpointError if it exists or is a URL."""
+    if "://" in str(folder):
+        raise CheckpointError(f"{folder} is a URL: export to a folder of this machine, and copy that one")
+    path = Path(folder).expanduser().absolute()
+    if path.exists() or path.is_symlink():
+        raise CheckpointError(f"{path} exists: give a folder that does not, or remove it first")
+    return path
+
+
+class _Weights:
+    """The files that hold tensors: their plan, made of the manifest alone, and then their bytes."""
+
+    def __init__(self, ref: CheckpointRef, model: ModelSection, dtype: Dtype, max_shard_bytes: int):
+        self._ref = ref
+        self._dtype = dtype
+        self._max_shard_bytes = max_shard_bytes
+        renamed = {MODEL_PREFIX + ours: theirs for ours, theirs in hugging_face_names(model).items()}
+        ours = [entry for entry in ref.manifest.tensors if entry.name.startswith(MODEL_PREFIX)]
+        self._names = {entry.name: renamed.get(entry.name, entry.name) for entry in ours}
+        check_shapes(
+            {self._names[entry.name]: entry.global_shape for entry in ours},
+            parameter_shapes(model),
+            where=ref.uri,
+            described_by="its config",
+        )
+        self.entries = in_file_order(ours)
+        shards = list(in_batches(self.entries, max_bytes=max_shard_bytes, dtype=TORCH_DTYPES[dtype]))
+        self.files: dict[str, list[TensorEntry]] = {
+            SINGLE_NAME if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors": shard
+            for number, shard in enumerate(shards, 1)
+        }
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(self._bytes(entry) for entry in self.entries)
+
+    def write(self, folder: Path) -> None:
+        """All files, in one pass over the checkpoint, and the index where there are several."""
+        tensors = self._tensors()
+        for file_name, entries in self.files.items():
+            with (folder / file_name).open("xb") as file:
+                file.write(self._header(entries))
+                for _ in entries:
+                    file.write(raw_bytes(next(tensors)))
+                _sync(file)
+        if len(self.files) > 1:
+            weight_map = {
+                self._names[entry.name]: file_name for file_name, entries in self.files.items() for entry in entries
+            }
+            index = {"metadata": {"total_size": self.num_bytes}, "weight_map": dict(sorted(weight_map.items()))}
+            _write(folder / INDEX_NAME, json.dumps(index, indent=2).encode())
+
+    def _tensors(self) -> Iterator[torch.Tensor]:
+        """Every tensor once, in order, converted; each is let go of when the next is asked for."""
+        for batch in in_batches(self.entries, max_bytes=self._max_shard_bytes):
+            waiting = deque(read_batch(self._ref, batch).values())
+            while waiting:
+                yield waiting.popleft().to(TORCH_DTYPES[self._dtype])
+
+    def _header(self, entries: Sequence[TensorEntry]) -> bytes:
+        """The begin of a safetensors file; its tensors follow in this order without gaps."""
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers asks for it
+        position = 0
+        for entry in entries:
+            end = position + self._bytes(entry)
+            header[self._names[entry.name]] = {
+                "dtype": DTYPES[self._dtype][0],
+                "shape": list(entry.global_shape),
+                "data_offsets": [position, end],
+            }
+            position = end
+        text = json.dumps(header, separators=(",", ":")).encode()
+        padded = text.ljust(-(-len(text) // 8) * 8)  # tensor data begins at a multiple of 8
+        return len(padded).to_bytes(8, "little") + padded
+
+    def _bytes(self, entry: TensorEntry) -> int:
+        return math.prod(entry.global_shape) * DTYPES[self._dtype][1]
+
+
+def _description(model: ModelSection, dtype: Dtype, tokenizer: Tokenizer) -> dict[str, dict[str, Any]]:
+    """The small files, by name."""
+    end = tokenizer.end_of_document_id
+    end_text = tokenizer.decode([end])
+    return {
+        "config.json": config_from_model(model, dtype=dtype, end_of_document_id=end),
+        "generation_config.json": {"bos_token_id": end, "eos_token_id": end},
+        "tokenizer_config.json": {
+            "tokenizer_class": "PreTrainedTokenizerFast",  # takes tokenizer.json as it is; Llama's own class does not
+            "bos_token": end_text,
+            "eos_token": end_text,
+            "model_max_length": model.max_seq_len,
+            "clean_up_tokenization_spaces": False,
+        },
+    }
+
+
+def _write(path: Path, content: bytes) -> None:
+    with path.open("xb") as file:
+        file.write(content)
+        _sync(file)
+
+
+def _sync(file: Any) -> None:
+    file.flush()
+    os.fsync(file.fileno())

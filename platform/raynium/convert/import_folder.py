@@ -1,0 +1,269 @@
+"""A Hugging Face folder of Llama 3 or Qwen 3 as the first checkpoint of a new run, which training goes on from.
+
+Weights become float32, as training keeps them; the optimizer begins anew. Only safetensors are read, never a pickle.
+"""
+
+import json
+import logging
+import re
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import torch
+import yaml
+from safetensors import SafetensorError, safe_open
+
+from raynium.checkpoint.batches import raw_bytes
+from raynium.checkpoint.catalog import CheckpointRef, list_checkpoints
+from raynium.checkpoint.commit import commit_checkpoint
+from raynium.checkpoint.image import plan_image
+from raynium.checkpoint.manifest import ShardEntry, step_folder
+from raynium.checkpoint.state import MODEL_PREFIX, Chunk
+from raynium.checkpoint.store import Store
+from raynium.checkpoint.upload import upload_shard
+from raynium.config.schema import ModelSection
+from raynium.convert.config_json import model_from_config
+from raynium.convert.export import INDEX_NAME, SINGLE_NAME
+from raynium.convert.parameters import Shapes, check_shapes, parameter_shapes, some
+from raynium.data.store import TOKENIZER_NAME
+from raynium.data.tokenizer import Tokenizer
+from raynium.errors import CheckpointDamaged, CheckpointError, CheckpointMismatch
+from raynium.models.names import hugging_face_names
+
+logger = logging.getLogger(__name__)
+
+STEP = 0
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_DTYPES = ("F32", "BF16", "F16")  # each of their numbers is a float32 number
+_FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\.safetensors", re.ASCII)  # in the folder itself
+_DERIVED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")  # old files store RoPE's frequencies
+_MAX_JSON_BYTES = 64 * 2**20
+
+
+@dataclass(frozen=True)
+class Imported:
+    """The new run's first checkpoint."""
+
+    ref: CheckpointRef
+    model: ModelSection
+    tokenizer_path: str  # for data.tokenizer of the job
+
+    def job_snippet(self, *, name: str, root: str) -> str:
+        """The part of a job file that this model settles, as YAML."""
+        sections = {
+            "run": {"name": name, "root": root},
+            "model": self.model.model_dump(mode="json"),
+            "data": {"tokenizer": self.tokenizer_path},
+        }
+        return yaml.safe_dump(sections, sort_keys=False, allow_unicode=True)
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """A tensor in one of the folder's files."""
+
+    path: Path
+    shape: tuple[int, ...]
+    dtype: str  # safetensors' code
+
+
+def import_folder(folder: str | Path, store: Store) -> Imported:
+    """Commit the folder's weights as step 0 of the run at `store`, which must be new. One process, on the CPU.
+
+    Nothing is written before config.json, tokenizer and all tensors' names, shapes and dtypes were checked. Memory: one
+    file of the folder; the temporary directory (TMPDIR) holds one file of ours at a time. CheckpointError,
+    CheckpointMismatch, CheckpointDamaged, DataError for the tokenizer, StoreError.
+    """
+    path = _existing_folder(folder)
+    _refuse_used(store)
+    model = model_from_config(_read_json(path / "config.json"), where=str(path / "config.json"))
+    tokenizer = Tokenizer.load(path / TOKENIZER_NAME)
+    if tokenizer.vocab_size > model.vocab_size:
+        raise CheckpointMismatch(
+            f"{path}: the tokenizer has {tokenizer.vocab_size:,} tokens, the model's vocabulary "
+            f"{model.vocab_size:,}: they do not belong together"
+        )
+    stored = _checked_tensors(path, model)
+
+    generation = f"import-{uuid4().hex[:8]}"
+    try:
+        entries = [
+            _upload(store, tensors, model, generation=generation, rank=rank)
+            for rank, tensors in enumerate(_by_file(stored))
+        ]
+        store.replace(TOKENIZER_NAME, tokenizer.file_text.encode())
+        ref = commit_checkpoint(
+            store,
+            step=STEP,
+            generation=generation,
+            entries=entries,
+            state={
+                "step": STEP,
+                "next_sample": 0,
+                "tokens": 0,
+                "weights_only": True,
+                "config": {"model": model.model_dump(mode="json")},
+                "imported_from": str(path),
+            },
+            world_size=len(entries),
+            layout={"files": len(entries)},
+        )
+    except BaseException:
+        store.delete_prefix(f"{step_folder(STEP)}/{generation}")
+        raise
+    logger.info("imported %s into %s: %d tensors", path, store.url, len(stored))
+    local = store.uri(TOKENIZER_NAME).removeprefix("file://")
+    return Imported(ref, model, str(path / TOKENIZER_NAME) if "://" in local else local)
+
+
+def _existing_folder(folder: str | Path) -> Path:
+    path = Path(folder).expanduser().absolute()
+    if "://" in str(folder) or not path.is_dir():
+        raise CheckpointError(f"{folder} is no folder of this machine: give one with config.json and *.safetensors")
+    return path
+
+
+def _refuse_used(store: Store) -> None:
+    """What an import that died has left, which is no checkpoint, does not count."""
+    if list_checkpoints(store) or set(store.list(recursive=False).sizes) - {TOKENIZER_NAME}:
+        raise CheckpointError(f"{store.url} is in use: import into a run of another name")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        if path.stat().st_size > _MAX_JSON_BYTES:
+            raise CheckpointError(f"{path} has more than {_MAX_JSON_BYTES:,} bytes: it is not what its name says")
+        fields = json.loads(path.read_bytes())
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}; is its folder a Hugging Face model?") from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointDamaged(f"{path} is not JSON: {error}") from error
+    if not isinstance(fields, dict):
+        raise CheckpointDamaged(f"{path} is not a JSON object")
+    return fields
+
+
+# ---- what the files hold ------------------------------------------------------------------------------------------
+
+
+def _checked_tensors(folder: Path, model: ModelSection) -> dict[str, _Stored]:
+    """Every parameter of the model by Hugging Face's name, from the files' headers alone."""
+    stored: dict[str, _Stored] = {}
+    for path in _weight_files(folder):
+        for name, tensor in _header(path).items():
+            if name in stored:
+                raise CheckpointMismatch(f"{name} is in {stored[name].path} and in {path}: remove one of the files")
+            stored[name] = tensor
+    stored = {name: tensor for name, tensor in stored.items() if not _DERIVED.fullmatch(name)}
+    shapes: Shapes = {name: tensor.shape for name, tensor in stored.items()}
+    expected = parameter_shapes(model)
+    if _HEAD in stored and _HEAD not in expected and shapes.get(_EMBEDDING) == shapes[_HEAD]:
+        _refuse_untied(stored)  # Qwen3-0.6B, for one, holds its tied head as well
+        del stored[_HEAD]
+        shapes = {name: tensor.shape for name, tensor in stored.items()}
+    check_shapes(shapes, expected, where=str(folder), described_by="config.json")
+    if odd := [f"{name} ({tensor.dtype})" for name, tensor in stored.items() if tensor.dtype not in _DTYPES]:
+        raise CheckpointMismatch(
+            f"{folder} holds {some(odd)}: weights that can be imported are {', '.join(_DTYPES)}; convert it first"
+        )
+    return stored
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The folder's weights, as transformers chooses them: one file if it is there, else those of the index."""
+    if (folder / SINGLE_NAME).exists():
+        return [folder / SINGLE_NAME]
+    if not (folder / INDEX_NAME).exists():
+        pickled = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
+        found = f"only {some(pickled)}, and reading those can run code" if pickled else "none of them"
+        raise CheckpointError(
+            f"{folder} has {found}: weights must be in {SINGLE_NAME}, or in files that {INDEX_NAME} names"
+        )
+    weight_map = _read_json(folder / INDEX_NAME).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointDamaged(f"{folder / INDEX_NAME} has no weight_map")
+    names = sorted({str(name) for name in weight_map.values()})
+    if odd := [name for name in names if not _FILE_NAME.fullmatch(name)]:
+        raise CheckpointDamaged(f"{folder / INDEX_NAME} names {some(odd)}, which are no files of this folder")
+    if missing := [name for name in names if not (folder / name).is_file()]:
+        raise CheckpointDamaged(f"{folder} lacks {some(missing)}, which {INDEX_NAME} names: download it again")
+    return [folder / name for name in names]
+
+
+def _header(path: Path) -> dict[str, _Stored]:
+    with _opened(path) as file:
+        found = {}
+        for name in file.keys():  # noqa: SIM118  (no dict)
+            tensor = file.get_slice(name)
+            found[name] = _Stored(path, tuple(tensor.get_shape()), tensor.get_dtype())
+        return found
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """A safetensors file, mapped and not read; its header was checked by the library."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except SafetensorError as error:
+        raise CheckpointDamaged(f"{path} is not a whole safetensors file: {error}; download it again") from error
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
+
+
+def _refuse_untied(stored: Mapping[str, _Stored]) -> None:
+    with _opened(stored[_EMBEDDING].path) as first, _opened(stored[_HEAD].path) as second:
+        if not torch.equal(first.get_tensor(_EMBEDDING), second.get_tensor(_HEAD)):
+            raise CheckpointMismatch(
+                f"config.json says that embedding and head are tied, but {_HEAD} in {stored[_HEAD].path} is not "
+                f"{_EMBEDDING}: set tie_word_embeddings to false there"
+            )
+
+
+# ---- into our format ----------------------------------------------------------------------------------------------
+
+
+def _by_file(stored: Mapping[str, _Stored]) -> Iterator[dict[str, _Stored]]:
+    """The parameters of one file of the folder at a time: it becomes one file of ours."""
+    for path in sorted({tensor.path for tensor in stored.values()}):
+        yield {name: tensor for name, tensor in stored.items() if tensor.path == path}
+
+
+def _upload(
+    store: Store, tensors: Mapping[str, _Stored], model: ModelSection, *, generation: str, rank: int
+) -> ShardEntry:
+    """Write these tensors as one data file of step 0."""
+    theirs = {MODEL_PREFIX + ours: name for ours, name in hugging_face_names(model).items()}
+    plan = plan_image(_chunks(tensors, {name: ours for ours, name in theirs.items()}))
+    path = next(iter(tensors.values())).path
+    with tempfile.TemporaryDirectory(prefix="raynium-import-") as folder, _opened(path) as source:
+        image = Path(folder) / "image"
+        try:
+            with image.open("xb") as file:
+                file.write(plan.header)
+                for block in plan.tensors:  # as they lie in the file, without gaps
+                    file.write(raw_bytes(source.get_tensor(theirs[block.name]).to(torch.float32)))
+        except OSError as error:
+            raise CheckpointError(
+                f"cannot write {plan.size:,} bytes to {image}: {error.strerror}; set TMPDIR to a larger disk"
+            ) from error
+        return upload_shard(store, plan.info(step=STEP, path=image), generation=generation, rank=rank)
+
+
+def _chunks(tensors: Mapping[str, _Stored], ours: Mapping[str, str]) -> Sequence[Chunk]:
+    """The tensors' places, without their memory."""
+    return [
+        Chunk(
+            name=ours[name],
+            global_shape=tensor.shape,
+            offsets=(0,) * len(tensor.shape),
+            tensor=torch.empty(tensor.shape, dtype=torch.float32, device="meta"),
+            saved_here=True,
+        )
+        for name, tensor in tensors.items()
+    ]

@@ -1,0 +1,46 @@
+"""Which parameters a model has, by Hugging Face's names, and how a set of tensors differs from that. Needs torch."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from raynium.config.schema import ModelSection
+from raynium.errors import CheckpointMismatch
+from raynium.models.decoder import Decoder
+from raynium.models.names import hugging_face_names
+
+Shapes = Mapping[str, tuple[int, ...]]  # by Hugging Face's name
+
+_NAMED = 5  # tensors named in a message, of however many
+
+
+def parameter_shapes(model: ModelSection) -> Shapes:
+    """The shape of every parameter; tied embeddings once."""
+    with torch.device("meta"):
+        decoder = Decoder(model)
+    names = hugging_face_names(model)
+    return {names[name]: tuple(parameter.shape) for name, parameter in decoder.named_parameters()}
+
+
+def check_shapes(found: Shapes, expected: Shapes, *, where: str, described_by: str) -> None:
+    """CheckpointMismatch naming what `found` lacks, has too much, or has in another shape."""
+    problems = []
+    if missing := [name for name in expected if name not in found]:
+        problems.append(f"lacks {some(missing)}")
+    if extra := sorted(found.keys() - expected.keys()):
+        problems.append(f"has {some(extra)}, which the model does not have")
+    other = [
+        f"{name} as {list(found[name])} instead of {list(expected[name])}"
+        for name in expected
+        if name in found and found[name] != expected[name]
+    ]
+    if other:
+        problems.append(f"has {some(other)}")
+    if problems:
+        raise CheckpointMismatch(f"{where} is not the model that {described_by} describes: it {'; it '.join(problems)}")
+
+
+def some(items: Sequence[str]) -> str:
+    """The first few of `items`, and how many more there are."""
+    listed = ", ".join(items[:_NAMED])
+    return f"{listed} and {len(items) - _NAMED} more" if len(items) > _NAMED else listed

@@ -1,0 +1,207 @@
+"""Finding damage in a checkpoint's files, and differences between two checkpoints."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from raynium.checkpoint import compare
+from raynium.checkpoint.batches import raw_bytes
+from raynium.checkpoint.catalog import CheckpointRef, choose_checkpoint
+from raynium.checkpoint.compare import differences
+from raynium.checkpoint.manifest import TensorEntry, manifest_key
+from raynium.checkpoint.store import Store
+from raynium.checkpoint.verify import checkpoint_to_verify, verify_checkpoint
+from raynium.config.load import parse_config
+from raynium.errors import CheckpointDamaged, CheckpointError, StoreError
+
+CONFIG = parse_config("""
+run: {name: first}
+model: {vocab_size: 64, hidden_size: 32, num_layers: 1, num_heads: 2, num_kv_heads: 1, head_dim: 16, ffn_size: 64,
+        max_seq_len: 16}
+data: {path: /nowhere, seq_len: 16}
+train: {steps: 6, global_batch_size: 4}
+""")
+PART = 4096
+
+
+class Two(torch.nn.Module):
+    """A large and a small parameter: 64 KiB and 512 bytes; on two ranks half of each."""
+
+    def __init__(self, seed: int = 0):
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        self.large = torch.nn.Parameter(torch.randn(128, 128, generator=generator))
+        self.small = torch.nn.Parameter(torch.randn(128, generator=generator))
+
+
+Save = Callable[..., Store]
+
+
+@pytest.fixture
+def ref(save_run: Save) -> CheckpointRef:
+    """Saved by two ranks, in parts of 4 KiB."""
+    return choose_checkpoint(save_run(Two(), CONFIG, num_ranks=2, part_bytes=PART))
+
+
+def file_of(ref: CheckpointRef, shard: int) -> Path:
+    return Path(ref.store.uri(ref.shard_key(shard)).removeprefix("file://"))
+
+
+def entry(ref: CheckpointRef, name: str) -> TensorEntry:
+    return next(each for each in ref.manifest.tensors if each.name == name)
+
+
+def flip(path: Path, position: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[position] ^= 0x10
+    path.write_bytes(content)
+
+
+# ------------------------------------------------------------------------------------------------- verify
+
+
+def test_a_whole_checkpoint_has_no_damage(ref: CheckpointRef) -> None:
+    assert verify_checkpoint(ref, depth="sizes") == verify_checkpoint(ref, depth="contents") == []
+
+
+@pytest.mark.parametrize("name", ["model/large", "optimizer/exp_avg_sq/large", "model/small"])
+def test_a_flipped_bit_is_found_with_its_tensor_and_bytes(ref: CheckpointRef, name: str) -> None:
+    block = entry(ref, name).blocks[1]
+    position = block.end - 1
+    flip(file_of(ref, block.shard), position)
+    assert verify_checkpoint(ref, depth="sizes") == [], "a size does not show it"
+    (damage,) = verify_checkpoint(ref, depth="contents")
+    assert damage.uri == f"file://{file_of(ref, 1)}" and block.shard == 1
+    assert damage.begin <= position < damage.end <= damage.begin + PART and damage.begin % PART == 0
+    neighbours = {
+        each.name
+        for each in ref.manifest.tensors
+        for block in each.blocks
+        if block.shard == 1 and block.begin < damage.end and block.end > damage.begin
+    }
+    assert name in damage.tensors and set(damage.tensors) == neighbours
+    assert f"bytes {damage.begin:,} to {damage.end:,} cannot be used, which hold {damage.tensors[0]}" in str(damage)
+    assert f"is damaged in part {damage.begin // PART} (CRC64NVME " in str(damage)
+
+
+def test_a_flipped_bit_in_the_header_names_the_bytes_alone(ref: CheckpointRef) -> None:
+    flip(file_of(ref, 0), 20)
+    (damage,) = verify_checkpoint(ref, depth="contents")
+    assert (damage.begin, damage.end, damage.tensors) == (0, PART, ())
+    assert str(damage).endswith("bytes 0 to 4,096 cannot be used, which hold no tensor")
+
+
+@pytest.mark.parametrize("depth", ["sizes", "contents"])
+def test_a_cut_file_is_lost_from_the_part_that_is_not_whole(ref: CheckpointRef, depth) -> None:
+    path, size = file_of(ref, 0), ref.manifest.shards[0].size
+    small = entry(ref, "optimizer/exp_avg_sq/small").blocks[0]
+    assert small.end == size, "the file's last tensor"
+    path.write_bytes(path.read_bytes()[:-1])
+    (damage,) = verify_checkpoint(ref, depth=depth)
+    assert (damage.begin, damage.end) == ((size - 1) // PART * PART, size)
+    assert "optimizer/exp_avg_sq/small" in damage.tensors and "model/large" not in damage.tensors
+    assert f"has {size - 1:,} bytes instead of {size:,}" in str(damage)
+    path.write_bytes(b"")
+    (damage,) = verify_checkpoint(ref, depth=depth)
+    assert (damage.begin, damage.end, len(damage.tensors)) == (0, size, 6)
+    assert "optimizer/exp_avg_sq/large and 1 more" in str(damage)
+
+
+def test_what_is_left_of_a_cut_file_is_read(ref: CheckpointRef) -> None:
+    path = file_of(ref, 0)
+    path.write_bytes(path.read_bytes()[: 3 * PART + 5])
+    flip(path, PART)
+    found = [(damage.begin, damage.end) for damage in verify_checkpoint(ref, depth="contents")]
+    assert found == [(PART, 2 * PART), (3 * PART, ref.manifest.shards[0].size)]
+
+
+@pytest.mark.parametrize("depth", ["sizes", "contents"])
+def test_a_missing_and_a_longer_file_are_lost_whole(ref: CheckpointRef, depth) -> None:
+    file_of(ref, 0).unlink()
+    with file_of(ref, 1).open("ab") as file:
+        file.write(b"x")
+    missing, longer = verify_checkpoint(ref, depth=depth)
+    sizes = [shard.size for shard in ref.manifest.shards]
+    assert (missing.begin, missing.end, missing.reason) == (0, sizes[0], "is missing")
+    assert (longer.begin, longer.end) == (0, sizes[1])
+    assert longer.reason == f"has {sizes[1] + 1:,} bytes instead of {sizes[1]:,}"
+    assert len(missing.tensors) == len(longer.tensors) == len(ref.manifest.tensors)
+
+
+def test_a_store_that_cannot_be_asked_is_no_damage(ref: CheckpointRef, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> int:
+        raise StoreError("the network is down")
+
+    monkeypatch.setattr(Store, "size", broken)
+    with pytest.raises(StoreError, match="the network is down"):
+        verify_checkpoint(ref, depth="sizes")
+
+
+def test_the_newest_is_verified_even_where_others_would_pass_it_over(save_run: Save) -> None:
+    save_run(Two(), CONFIG, step=2)
+    store = save_run(Two(), CONFIG, step=4)
+    assert checkpoint_to_verify(store).step == 4 and checkpoint_to_verify(store, 2).step == 2
+    manifest = Path(store.uri(manifest_key(4)).removeprefix("file://"))
+    manifest.write_bytes(manifest.read_bytes()[:-3])
+    with pytest.raises(CheckpointDamaged, match="step-000000004"):
+        checkpoint_to_verify(store)
+    assert choose_checkpoint(store).step == 2
+    with pytest.raises(CheckpointError, match="has no checkpoint"):
+        checkpoint_to_verify(store.child("nothing"))
+
+
+# ------------------------------------------------------------------------------------------------- compare
+
+
+def found(first: CheckpointRef, second: CheckpointRef) -> dict[str, str]:
+    return {each.name: each.text for each in differences(first, second)}
+
+
+def test_another_layout_is_no_difference_and_another_number_is(ref: CheckpointRef, save_run: Save) -> None:
+    model = Two()
+    assert found(ref, choose_checkpoint(save_run(model, CONFIG, name="whole"))) == {}
+    with torch.no_grad():
+        model.large[3, 5:8] += 1
+        model.small[7] = -0.0
+    changed = choose_checkpoint(save_run(model, CONFIG, name="changed"))
+    assert found(ref, changed) == {
+        "model/large": "differs in 3 of 16,384 numbers",
+        "model/small": "differs in 1 of 128 numbers",
+    }
+
+
+def test_numbers_are_compared_as_bits(save_run: Save) -> None:
+    first, second = Two(), Two()
+    with torch.no_grad():
+        for model in (first, second):
+            model.small[:3] = torch.nan
+        first.small[5], second.small[5] = 0.0, -0.0
+    left, right = (choose_checkpoint(save_run(each, CONFIG, name=name)) for each, name in ((first, "a"), (second, "b")))
+    assert found(left, right) == {"model/small": "differs in 1 of 128 numbers"}
+
+
+def test_names_shapes_and_dtypes_are_compared_first(ref: CheckpointRef, save_run: Save) -> None:
+    other = Two()
+    other.extra = torch.nn.Parameter(torch.ones(2))
+    other.small = torch.nn.Parameter(torch.ones(2, 64))
+    other.large = torch.nn.Parameter(other.large.detach().bfloat16())
+    second = choose_checkpoint(save_run(other, CONFIG, name="other"))
+    differing = found(ref, second)
+    assert differing["model/extra"] == "is only in the second"
+    assert found(second, ref)["model/extra"] == "is only in the first"
+    assert differing["model/small"] == "is float32 [128] in the first and float32 [2, 64] in the second"
+    assert differing["model/large"] == "is float32 [128, 128] in the first and bfloat16 [128, 128] in the second"
+
+
+def test_many_batches_miss_nothing(ref: CheckpointRef, save_run: Save, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compare, "BATCH_BYTES", 1)
+    second = choose_checkpoint(save_run(Two(seed=1), CONFIG, name="other"))
+    assert found(ref, second).keys() == {"model/large", "model/small"}
+
+
+def test_raw_bytes_are_those_of_the_values_in_order() -> None:
+    tensor = torch.arange(6, dtype=torch.int16).reshape(2, 3).T
+    assert bytes(raw_bytes(tensor)) == bytes(raw_bytes(tensor.contiguous())) == b"\0\0\3\0\1\0\4\0\2\0\5\0"
+    assert bytes(raw_bytes(torch.tensor(1.0, dtype=torch.bfloat16))) == b"\x80\x3f"

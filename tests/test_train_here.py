@@ -1,0 +1,113 @@
+"""`raynium train` as a person meets it: its own cluster, Ctrl-C, kill -9, and nothing left behind."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from raynium import Run, find_run
+from raynium.data.store_build import build_store
+
+pytestmark = pytest.mark.ray
+
+JOB = """
+run: {name: here, root: ROOT}
+cluster: {ranks_per_node: 2, accelerator: cpu}
+model: {vocab_size: 512, hidden_size: 32, num_layers: 2, num_heads: 2, num_kv_heads: 1, head_dim: 16, ffn_size: 64,
+        max_seq_len: 64}
+data: {path: ROOT/data, seq_len: 32}
+optimizer: {learning_rate: 3.0e-3}
+train: {steps: 100000, global_batch_size: 8}
+checkpoint: {every_steps: 10}
+evaluate: {every_steps: 200, max_documents: 2}
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    source = tmp_path / "text"
+    source.mkdir()
+    for number in range(40):
+        text = "\n".join(f"def function_{number}_{line}(x): return x * {line}" for line in range(60))
+        (source / f"{number}.py").write_text(text)
+    build_store(tmp_path / "data", source=str(source), vocab_size=512, heldout_fraction=0.2)
+    (tmp_path / "job.yaml").write_text(JOB.replace("ROOT", str(tmp_path)))
+    return tmp_path
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty home folder: Ray must not leave its token there."""
+    home = tmp_path / "home"
+    home.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
+    monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
+    yield home
+    assert not (home / ".ray").exists()
+
+
+def start(folder: Path, *overrides: str) -> subprocess.Popen[str]:
+    command = [str(Path(sys.executable).parent / "raynium"), "train", str(folder / "job.yaml"), *overrides]
+    return subprocess.Popen(
+        command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, process_group=0, cwd=folder
+    )
+
+
+def wait_for_checkpoint(run: Run, step: int, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 90
+    while not any(each.step >= step for each in run.checkpoints()):
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
+        time.sleep(0.1)
+
+
+def descendants(pid: int) -> set[int]:
+    """Every process below this one, now."""
+    children = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True).stdout.split()
+    return {int(child) for child in children}.union(*(descendants(int(child)) for child in children))
+
+
+def living(pids: set[int]) -> set[int]:
+    return {pid for pid in pids if Path(f"/proc/{pid}/cmdline").exists() and Path(f"/proc/{pid}/cmdline").read_bytes()}
+
+
+def test_ctrl_c_to_the_whole_group_saves_and_kill_9_leaves_nothing_behind(folder: Path, home: Path) -> None:
+    run = find_run("here", str(folder))
+
+    first = start(folder)
+    wait_for_checkpoint(run, 10, first)
+    os.killpg(first.pid, signal.SIGINT)  # what a terminal does
+    output, _ = first.communicate(timeout=60)
+    assert first.returncode == 0, output
+    stopped = run.record()
+    assert f"run here: stopped at step {stopped.step}" in output
+    assert run.checkpoints()[-1].step == stopped.step
+
+    second = start(folder)
+    wait_for_checkpoint(run, stopped.step + 20, second)
+    below = descendants(second.pid)
+    assert len(below) > 5
+    second.kill()
+    second.communicate(timeout=60)
+    deadline = time.monotonic() + 30
+    while living(below):
+        assert time.monotonic() < deadline, f"left behind: {living(below)}"
+        time.sleep(0.2)
+
+    saved = run.checkpoints()[-1].step
+    third = start(folder, f"train.steps={saved + 10}")
+    output, _ = third.communicate(timeout=120)
+    assert third.returncode == 0, output
+    assert f"from the checkpoint of step {saved}" in output
+    assert f"run here: finished at step {saved + 10}" in output
+    steps = [point.step for point in run.metrics("train/loss")]
+    assert steps == list(range(1, saved + 11))
+
+    again = start(folder, f"train.steps={saved + 10}")
+    output, _ = again.communicate(timeout=60)
+    assert again.returncode == 0 and "has already finished" in output
