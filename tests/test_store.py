@@ -299,23 +299,31 @@ def test_a_broken_connection_goes_on_from_the_byte_received(s3_server, monkeypat
             self.left -= count
             return count
 
+        async def read(self) -> bytes:
+            if self.left < len(data):
+                raise ConnectionResetError("broken by the test")
+            return await self.body.read()
+
     def break_connections(times: int) -> None:
         async def breaking(method: str, **request):
             answer = await call_s3(method, **request)
             if method == "get_object":
-                ranges.append(request["Range"])
+                ranges.append(request.get("Range", "all"))
                 answer["Body"] = Breaking(answer["Body"], times)
             return answer
 
         monkeypatch.setattr(fs, "_call_s3", breaking)
 
     break_connections(2)
-    assert store.read("object") == data
+    assert store.read_range("object", 0, len(data)) == data
     assert ranges == ["bytes=0-1048575", "bytes=100000-1048575", "bytes=200000-1048575"]
+    ranges.clear()
+    assert store.read("object") == data and ranges == ["all"] * 3  # what is read whole is of one version
     monkeypatch.setattr("raynium.checkpoint.s3_store._READ_ATTEMPTS", 2)
     break_connections(99)
-    with pytest.raises(StoreError, match="broken by the test; check the bucket and the network"):
-        store.read("object")
+    for read in (lambda: store.read("object"), lambda: store.read_range("object", 0, len(data))):
+        with pytest.raises(StoreError, match="broken by the test; check the bucket and the network"):
+            read()
 
 
 @pytest.mark.s3
@@ -367,3 +375,23 @@ def test_ctrl_c_during_an_upload_cleans_up(s3_server, tmp_path: Path) -> None:
     fs = Store(bucket, options=s3_server.options)._backend._fs  # pyright: ignore[reportAttributeAccessIssue]
     assert not fs.call_s3("list_multipart_uploads", Bucket="ctrl-c").get("Uploads")
     assert not Store(bucket, options=s3_server.options).exists("shard")
+
+
+def test_a_record_read_while_it_is_replaced_is_one_version_of_it(store: Store) -> None:
+    """`run.json` changes its length at each heartbeat, and everybody reads it."""
+    versions = {b"short", b"a much longer version of the record" * 20}
+    store.replace("record.json", b"short")
+    done = threading.Event()
+
+    def write() -> None:
+        while not done.is_set():
+            for version in versions:
+                store.replace("record.json", version)
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    try:
+        assert {store.read("record.json") for _ in range(100)} <= versions
+    finally:
+        done.set()
+        writer.join()

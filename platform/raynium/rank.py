@@ -1,7 +1,7 @@
 """Builds one rank's parts from the plan and runs the loop: all that a rank process does.
 
 This is the only place that knows every constructor. A node agent forks it (`rank_entry.py`); for debugging,
-`torchrun --nproc-per-node 2 -m raynium.rank RESOLVED.yaml` starts the same ranks without Ray (see `standalone.py`).
+`torchrun --nproc-per-node 2 -m raynium.standalone CONFIG` starts the same ranks without Ray.
 """
 
 import logging

@@ -1,6 +1,6 @@
 """Whether two checkpoints hold the same tensors, bit for bit, in whatever layouts they were saved. Needs torch."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -9,7 +9,7 @@ from raynium.checkpoint.batches import in_batches, in_file_order, raw_bytes, rea
 from raynium.checkpoint.catalog import CheckpointRef
 from raynium.checkpoint.manifest import TensorEntry
 
-BATCH_BYTES = 512 * 2**20  # of each of the two; the largest tensor if that is more
+BATCH_BYTES = 256 * 2**20  # of each of the two; the largest tensor if that is more
 
 
 @dataclass(frozen=True)
@@ -36,10 +36,15 @@ def differences(first: CheckpointRef, second: CheckpointRef) -> Iterator[Differe
         else:
             comparable.append(left[name])
     for batch in in_batches(in_file_order(comparable), max_bytes=BATCH_BYTES):
-        ours, theirs = read_batch(first, batch), read_batch(second, [right[entry.name] for entry in batch])
-        for name, tensor in ours.items():
-            if raw_bytes(tensor) != raw_bytes(theirs[name]):
-                yield Difference(name, _how(tensor, theirs[name]))
+        yield from _other_bytes(read_batch(first, batch), read_batch(second, [right[entry.name] for entry in batch]))
+
+
+def _other_bytes(left: Mapping[str, torch.Tensor], right: Mapping[str, torch.Tensor]) -> list[Difference]:
+    return [
+        Difference(name, _how(tensor, right[name]))
+        for name, tensor in left.items()
+        if raw_bytes(tensor) != raw_bytes(right[name])
+    ]
 
 
 def _how(first: torch.Tensor, second: torch.Tensor) -> str:

@@ -11,7 +11,7 @@ from typing import BinaryIO
 from uuid import uuid4
 
 from raynium.checkpoint.checksum import FileChecksums, checksum, num_parts
-from raynium.checkpoint.store import KeyExists, KeyMissing, Listing
+from raynium.checkpoint.store import KeyExists, KeyMissing, Listing, refuse_large
 from raynium.errors import StoreError
 
 _TEMPORARY_PREFIX = ".tmp-"  # no key may begin with a dot, so listings tell these apart
@@ -39,6 +39,12 @@ class FileBackend:
     def put(self, key: str, data: bytes, *, exclusive: bool) -> None:
         with self._errors(key), self._new_file(key, exclusive=exclusive) as file:
             file.write(data)
+
+    def read(self, key: str, *, max_bytes: int) -> bytes:
+        self.size(key)  # a folder is not a key
+        with self._errors(key), (self.root / key).open("rb") as file:  # the one opened here, whatever replaces it
+            refuse_large(self._uri(key), os.fstat(file.fileno()).st_size, max_bytes)
+            return file.read()
 
     def read_into(self, key: str, start: int, buffer: memoryview) -> None:
         with self._errors(key), (self.root / key).open("rb", buffering=0) as file:

@@ -17,7 +17,7 @@ from botocore.exceptions import BotoCoreError, ClientError
 
 from raynium.checkpoint.checksum import FileChecksums, checksum, checksum_parts, num_parts, to_text
 from raynium.checkpoint.file_store import mapped
-from raynium.checkpoint.store import KeyExists, KeyMissing, Listing
+from raynium.checkpoint.store import KeyExists, KeyMissing, Listing, refuse_large
 from raynium.errors import StoreError
 
 T = TypeVar("T")
@@ -73,6 +73,10 @@ class S3Backend:
     def put(self, key: str, data: bytes, *, exclusive: bool) -> None:
         with self._errors(key):
             self._run(self._put(key, data, exclusive=exclusive, crc=checksum(data)))
+
+    def read(self, key: str, *, max_bytes: int) -> bytes:
+        with self._errors(key):
+            return self._run(self._read(key, max_bytes))
 
     def read_into(self, key: str, start: int, buffer: memoryview) -> None:
         with self._errors(key):
@@ -197,6 +201,21 @@ class S3Backend:
                 if _code(error) != "ConditionalRequestConflict" or attempt == _MAX_ATTEMPTS - 1:
                     raise
                 await asyncio.sleep(0.1 * 2**attempt)
+
+    async def _read(self, key: str, max_bytes: int) -> bytes:
+        """All of one version; when the connection breaks, from the start again, since it may be another by then."""
+        for attempt in range(1, _READ_ATTEMPTS + 1):
+            answer = await self._fs._call_s3("get_object", Bucket=self.bucket, Key=self._object(key))
+            try:
+                refuse_large(self._uri(key), answer["ContentLength"], max_bytes)
+                return await answer["Body"].read()
+            except (BotoCoreError, OSError):
+                if attempt == _READ_ATTEMPTS:
+                    raise
+                await asyncio.sleep(0.1 * 2**attempt)
+            finally:
+                answer["Body"].close()
+        raise AssertionError("returned or raised above")
 
     async def _read_into(self, key: str, start: int, buffer: memoryview) -> None:
         """Fill `buffer`; when the connection breaks, go on from the byte received."""

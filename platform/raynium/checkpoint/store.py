@@ -44,6 +44,7 @@ class Backend(Protocol):
     """What a kind of storage must do. Keys are already checked and relative to the store; errors are StoreErrors."""
 
     def put(self, key: str, data: bytes, *, exclusive: bool) -> None: ...
+    def read(self, key: str, *, max_bytes: int) -> bytes: ...  # one version of it, also while it is being replaced
     def read_into(self, key: str, start: int, buffer: memoryview) -> None: ...
     def size(self, key: str) -> int: ...
     def list(self, folder: str, *, recursive: bool) -> Listing: ...
@@ -89,10 +90,7 @@ class Store:
 
     def read(self, key: str, *, max_bytes: int = MAX_READ_BYTES) -> bytes:
         """All of a small object. KeyMissing; StoreError if it is larger than `max_bytes`."""
-        size = self.size(key)
-        if size > max_bytes:
-            raise StoreError(f"{self.uri(key)} has {size:,} bytes, more than the {max_bytes:,} a record may have")
-        return self.read_range(key, 0, size)
+        return self._backend.read(checked_key(key), max_bytes=max_bytes)
 
     def read_range(self, key: str, start: int, length: int) -> bytes:
         """Exactly `length` bytes from `start`. KeyMissing; StoreError if the object ends before."""
@@ -160,6 +158,12 @@ def checked_key(key: str) -> str:
             f"digit, joined by single slashes, at most {_MAX_KEY_CHARS} characters in all"
         )
     return key
+
+
+def refuse_large(uri: str, size: int, max_bytes: int) -> None:
+    """For backends: before anything is read."""
+    if size > max_bytes:
+        raise StoreError(f"{uri} has {size:,} bytes, more than the {max_bytes:,} a record may have")
 
 
 def _open(url: str, options: dict[str, Any]) -> tuple[str, Backend]:

@@ -56,11 +56,12 @@ class Exported:
 def export_checkpoint(
     ref: CheckpointRef, folder: str | Path, *, dtype: Dtype = "float32", max_shard_bytes: int = MAX_SHARD_BYTES
 ) -> Exported:
-    """Write `folder`, which must not exist. One process, on the CPU; memory: one file of weights, and reading (256 MiB).
+    """Write `folder`, which must not exist. One process, on the CPU.
 
     dtype: float32 gives the bits that training has, bfloat16 rounds them to the nearest. max_shard_bytes: of a file of
-    weights; a tensor that is larger gets one of its own. The folder appears when all of it is durable: a crash leaves
-    at most a hidden folder beside it. CheckpointError, CheckpointMismatch, CheckpointDamaged, StoreError.
+    weights, and of the tensors in memory at a time (256 MiB more for what is being read); a tensor that is larger gets
+    a file of its own. The folder appears when all of it is durable: a crash leaves at most a hidden folder beside it.
+    CheckpointError, CheckpointMismatch, CheckpointDamaged, StoreError.
     """
     if dtype not in get_args(Dtype):
         raise CheckpointError(f"dtype is {dtype!r}: export to one of {', '.join(get_args(Dtype))}")

@@ -76,8 +76,8 @@ def import_folder(folder: str | Path, store: Store) -> Imported:
     """Commit the folder's weights as step 0 of the run at `store`, which must be new. One process, on the CPU.
 
     Nothing is written before config.json, tokenizer and all tensors' names, shapes and dtypes were checked. Memory: one
-    file of the folder; the temporary directory (TMPDIR) holds one file of ours at a time. CheckpointError,
-    CheckpointMismatch, CheckpointDamaged, DataError for the tokenizer, StoreError.
+    tensor, beside the mapped pages of one file of the folder and one of ours, which is made in the temporary directory
+    (TMPDIR). CheckpointError, CheckpointMismatch, CheckpointDamaged, DataError for the tokenizer, StoreError.
     """
     path = _existing_folder(folder)
     _refuse_used(store)

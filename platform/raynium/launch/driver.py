@@ -8,6 +8,7 @@ import contextlib
 import logging
 import os
 import signal
+import socket
 import subprocess
 import threading
 import time
@@ -42,6 +43,7 @@ logger = logging.getLogger(__name__)
 LOOPBACK = "127.0.0.2"
 STATUS_SECONDS = 0.5  # how often the display is refreshed
 STOP_POLL_SECONDS = 2.0  # how often the run's store is asked for a stop request
+HEAD_ANSWERS_SECONDS = 5.0
 CLUSTER_LOST_SECONDS = 30.0  # a coordinator that died is back sooner
 AGENTS_END_SECONDS = 60.0  # more than agent.TRACKER_CLOSE_SECONDS
 WAITING_SECONDS = 20.0  # how long Ray may look for nodes before the user is told what is missing
@@ -309,15 +311,13 @@ def connect(address: str | None, *, least_cpus: int = 1) -> Iterator[Mapping[str
             "num_cpus": num_cpus,
             "_node_ip_address": LOOPBACK,
         }
+    if address is not None:
+        _look_for_head(address)
     try:
         with _other_process_group() if address is None else contextlib.nullcontext():
             ray.init(log_to_driver=False, logging_level=logging.WARNING, **arguments)
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        where = f"the Ray cluster at {address}" if address else "a Ray cluster on this machine"
-        raise LaunchError(
-            f"cannot reach {where}: {error}. Check the address and that the cluster runs (`ray status`), and that "
-            f"RAY_AUTH_MODE and the token are those of the cluster"
-        ) from error
+    except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+        raise _unreachable(address, error) from error
     try:
         yield ray.cluster_resources()
     except ClusterLost:
@@ -326,6 +326,24 @@ def connect(address: str | None, *, least_cpus: int = 1) -> Iterator[Mapping[str
         ray.shutdown()
         raise
     ray.shutdown()
+
+
+def _look_for_head(address: str) -> None:
+    """Ray itself tries an address where nobody listens for minutes."""
+    host, _, port = address.rpartition("/")[2].rpartition(":")
+    if host and port.isdecimal():
+        try:
+            socket.create_connection((host, int(port)), HEAD_ANSWERS_SECONDS).close()
+        except OSError as error:
+            raise _unreachable(address, error) from error
+
+
+def _unreachable(address: str | None, error: Exception) -> LaunchError:
+    where = f"the Ray cluster at {address}" if address else "a Ray cluster on this machine"
+    return LaunchError(
+        f"cannot reach {where}: {error}. Check the address and that the cluster runs (`ray status`), and that "
+        f"RAY_AUTH_MODE and the token are those of the cluster"
+    )
 
 
 @contextlib.contextmanager

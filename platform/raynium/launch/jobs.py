@@ -22,13 +22,14 @@ JOB_CONFIG_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 
 def connect_jobs(address: str) -> Any:
     """A Ray JobSubmissionClient. Raises LaunchError if nothing answers there, or the token is refused."""
+    from ray.exceptions import RayError
     from ray.job_submission import JobSubmissionClient
 
     token = find_token()
     headers = {"Authorization": f"Bearer {token}"} if token else None
     try:
         return JobSubmissionClient(address, headers=headers)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except (ConnectionError, RuntimeError, ValueError, RayError) as error:
         raise LaunchError(
             f"cannot reach a Ray cluster at {address}: {error}. Give the address of its dashboard (`ray start --head` "
             f"prints it), and if it asks for a token put that into RAY_AUTH_TOKEN or ~/.ray/auth_token"
@@ -75,7 +76,11 @@ def main(arguments: list[str] | None = None) -> None:
     from raynium.launch.run import run
 
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    config, *overrides = sys.argv[1:] if arguments is None else arguments
+    if arguments is None:
+        arguments = sys.argv[1:]
+    if not arguments:
+        sys.exit("error: no config given: name a YAML job file or a preset, then overrides such as train.steps=200")
+    config, *overrides = arguments
     metadata = job_metadata()
     job_id = metadata.get("job_submission_id")
     tags = {name: value for name, value in metadata.items() if "git." in name}

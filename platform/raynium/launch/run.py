@@ -27,10 +27,10 @@ def run(
     Returns the record of the finished or stopped run; raises RayniumError otherwise. A run that was interrupted goes on
     from its newest checkpoint; one that has already finished is not run again. tags: go to its MLflow run.
     """
-    set_ray_environment(starts_cluster=address is None)
-    from raynium.launch.driver import connect  # imports ray
-
     config = checked(config)
+    set_ray_environment(starts_cluster=address is None)
+    from raynium.launch.driver import connect  # imports ray, which takes seconds
+
     console = Console(highlight=False, soft_wrap=True)
     with contextlib.ExitStack() as cluster:
         # Joining a cluster is quick, and says what its nodes have; one of our own is started when all else is ready.
