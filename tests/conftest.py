@@ -197,3 +197,47 @@ def save_run(tmp_path: Path) -> Callable[..., Any]:
         return store
 
     return save
+
+
+@pytest.fixture
+def hugging_face(tmp_path: Path) -> Callable[..., Path]:
+    """Has transformers itself save a random model of a ModelSection, with a tokenizer of ours.
+
+    hugging_face(model, dtype=torch.float32, max_shard_size="5GB") -> tmp_path/hugging-face
+    """
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+    from raynium.data.store import TOKENIZER_NAME
+    from raynium.data.tokenizer import Tokenizer
+
+    def save(model: Any, *, dtype: torch.dtype = torch.float32, max_shard_size: str = "5GB") -> Path:
+        folder = tmp_path / "hugging-face"
+        rope: dict[str, Any] = {"rope_type": "default", "rope_theta": model.rope_theta}
+        if (scaling := model.rope_scaling) is not None:
+            rope |= {"rope_type": "llama3"} | scaling.model_dump(exclude={"original_max_seq_len"})
+            rope["original_max_position_embeddings"] = scaling.original_max_seq_len
+        kinds = {"llama3": (LlamaConfig, LlamaForCausalLM), "qwen3": (Qwen3Config, Qwen3ForCausalLM)}
+        config_class, model_class = kinds[model.family]
+        torch.manual_seed(0)
+        theirs = model_class(
+            config_class(
+                vocab_size=model.vocab_size,
+                hidden_size=model.hidden_size,
+                intermediate_size=model.ffn_size,
+                num_hidden_layers=model.num_layers,
+                num_attention_heads=model.num_heads,
+                num_key_value_heads=model.num_kv_heads,
+                head_dim=model.head_dim,
+                max_position_embeddings=model.max_seq_len,
+                rms_norm_eps=model.norm_eps,
+                rope_parameters=rope,
+                tie_word_embeddings=model.embeddings == "tied",
+            )
+        ).to(dtype)
+        theirs.save_pretrained(folder, max_shard_size=max_shard_size)
+        tokenizer = Tokenizer.train(["def main(x): return 12345 it's"], vocab_size=280)
+        (folder / TOKENIZER_NAME).write_text(tokenizer.file_text)
+        return folder
+
+    return save

@@ -40,7 +40,7 @@ checkpoint: {every_steps: 10}
 evaluate: {every_steps: 30, max_documents: 2}
 sample: {prompts: ["def "], max_new_tokens: 8}
 """
-LONG = 400  # steps of a run that is to be interrupted: some seconds
+LONG = 160  # steps of a run that is to be interrupted: some seconds
 
 
 @dataclass(frozen=True)
@@ -104,10 +104,11 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
                 node = start_node(port, environment, folder)
                 yield Cluster(address, environment, folder, job_file)
             finally:
-                for process in (node, head):
-                    if process is not None:
-                        process.terminate()
-                        process.wait(60)
+                started = [process for process in (node, head) if process is not None]
+                for process in started:
+                    process.terminate()
+                for process in started:
+                    process.wait(60)
 
 
 def start_node(port: int, environment: dict[str, str], folder: Path) -> subprocess.Popen[bytes]:

@@ -180,7 +180,7 @@ def _description(model: ModelSection, dtype: Dtype, tokenizer: Tokenizer) -> dic
         "config.json": config_from_model(model, dtype=dtype, end_of_document_id=end),
         "generation_config.json": {"bos_token_id": end, "eos_token_id": end},
         "tokenizer_config.json": {
-            "tokenizer_class": "PreTrainedTokenizerFast",  # takes tokenizer.json as it is; Llama's own class does not
+            "tokenizer_class": "PreTrainedTokenizerFast",  # takes tokenizer.json as it is, in every release
             "bos_token": end_text,
             "eos_token": end_text,
             "model_max_length": model.max_seq_len,

@@ -85,7 +85,10 @@ def main(arguments: list[str] | None = None) -> None:
     job_id = metadata.get("job_submission_id")
     tags = {name: value for name, value in metadata.items() if "git." in name}
     try:
-        record = run(load_config(config, overrides), address="auto" if job_id else None, job_id=job_id, tags=tags)
+        loaded = load_config(config, overrides)
+        if job_id:
+            os.chdir(tempfile.gettempdir())  # Ray 2.60 removes the job's folder under us when the driver connects
+        record = run(loaded, address="auto" if job_id else None, job_id=job_id, tags=tags)
     except ClusterLost as error:
         sys.stderr.write(f"error: {error}\n")
         sys.stderr.flush()
