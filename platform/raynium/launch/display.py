@@ -87,7 +87,7 @@ class Display:
         """The state of things, several times a second."""
         now = time.monotonic()
         pace = self._pace.update(status.generation, status.step, now)
-        if not status.running or status.step == self._last_step:
+        if not (status.running or status.ended) or status.step == self._last_step:
             return
         text = progress_line(status, self._total_steps, pace)
         if self._live is not None:
