@@ -8,11 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raynium.config.load import (
-    Difference,
-    diff_configs,
-    digest,
     dump_yaml,
-    flatten,
     load_config,
     parse_config,
     preset_names,
@@ -328,31 +324,3 @@ def test_dumped_text_reads_back_as_the_same_config(prompts, path, source, rate, 
     values["run"]["name"] = name
     config = Config.model_validate(values)
     assert parse_config(dump_yaml(config)) == config
-
-
-def test_flatten_names_every_field_once_with_a_scalar():
-    flat = flatten(parse_config(MINIMAL, ["sample.prompts=[a, b]"]))
-    assert flat["train.steps"] == 10
-    assert flat["optimizer.betas"] == "[0.9, 0.95]"
-    assert flat["sample.prompts"] == '["a", "b"]'
-    assert flat["model.rope_scaling"] is None
-    assert all(value is None or isinstance(value, str | int | float) for value in flat.values())
-    assert flatten(load_config("llama3-8b"))["model.rope_scaling.factor"] == 8
-
-
-def test_the_digest_is_of_the_values_not_the_text():
-    one = parse_config(MINIMAL, ["optimizer.learning_rate=1e-3"])
-    same = parse_config("# a comment\n" + MINIMAL, {"optimizer.learning_rate": 0.001})
-    other = parse_config(MINIMAL, ["optimizer.learning_rate=1e-3", "run.seed=1"])
-    assert digest(one) == digest(same) != digest(other)
-    assert len(digest(one)) == 16
-
-
-def test_diff_names_every_changed_field():
-    before = parse_config(MINIMAL)
-    after = parse_config(MINIMAL, ["train.steps=11", "data.source=corpus"])
-    assert diff_configs(before, after) == [
-        Difference("data.source", None, "corpus"),
-        Difference("train.steps", 10, 11),
-    ]
-    assert diff_configs(before, before) == []

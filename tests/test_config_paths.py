@@ -66,7 +66,7 @@ def test_ray_names_that_variable_so():
 @pytest.mark.parametrize("in_job", [False, True])
 @pytest.mark.parametrize(
     ("home", "root"),
-    [("/shared", "/shared/runs"), ("s3://bucket/team/", "s3://bucket/team/runs"), ("~/work", "{home}/work/runs")],
+    [("/shared", "/shared/runs"), ("s3://bucket/team/", "s3://bucket/team/runs"), ("~/team", "{home}/team/runs")],
 )
 def test_raynium_home_wins_everywhere(monkeypatch, tmp_path, in_job, home, root):
     monkeypatch.setenv("RAYNIUM_HOME", home)

@@ -1,16 +1,15 @@
-"""From a job file and overrides to a `Config`, and from a `Config` to text, flat names, and a digest.
+"""From a job file and overrides to a `Config`, and from a `Config` to text.
 
 Reading is done on the submitting machine and reports every problem at once, in one ConfigError.
 """
 
 import difflib
-import hashlib
 import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import yaml
 from pydantic import ValidationError
@@ -21,7 +20,6 @@ from raynium.config.yaml_text import Reading, compose, read_field, read_section
 from raynium.errors import ConfigError
 
 Overrides = Sequence[str] | Mapping[str, Any]
-Scalar = str | int | float | bool | None
 
 # In a checkout: platform/raynium/config/load.py → jobs/configs. Where only the package is installed there is no such
 # folder, and presets come from the working directory (a Ray job unpacks the checkout there).
@@ -180,44 +178,6 @@ def _required_in_words(section: str) -> str:
 # ------------------------------------------------------------------------------------------------- writing
 
 
-class Difference(NamedTuple):
-    """A field whose value differs between two configs."""
-
-    field: str
-    before: Scalar
-    after: Scalar
-
-
 def dump_yaml(config: Config) -> str:
     """The whole config as YAML, defaults included; `parse_config` reads the same config back."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=100)
-
-
-def flatten(config: Config) -> dict[str, Scalar]:
-    """Dotted names and scalar values, in the schema's order: what MLflow shows as the run's parameters.
-
-    Lists become JSON text. A section that is null has one entry, itself.
-    """
-    return dict(_flat(config.model_dump(mode="json"), ""))
-
-
-def _flat(values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Scalar]]:
-    for key, value in values.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, json.dumps(value) if isinstance(value, list) else value
-
-
-def digest(config: Config) -> str:
-    """16 hex digits that are the same for the same config, whatever file or machine it came from."""
-    canonical = json.dumps(config.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(canonical.encode()).hexdigest()[:16]
-
-
-def diff_configs(before: Config, after: Config) -> list[Difference]:
-    """Every field that differs, in the schema's order; None where one side lacks the field (a null section)."""
-    flat_before, flat_after = flatten(before), flatten(after)
-    names = dict.fromkeys([*flat_before, *flat_after])
-    changes = (Difference(name, flat_before.get(name), flat_after.get(name)) for name in names)
-    return [change for change in changes if change.before != change.after]
