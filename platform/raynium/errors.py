@@ -5,8 +5,12 @@
     ├── DataError              a corpus, tokenizer or document store that cannot be used
     ├── CheckpointError        a checkpoint that cannot be written or read
     │   ├── CheckpointDamaged      bytes differ from what the manifest says
-    │   └── CheckpointMismatch     whole, but contradicts the model or the config that asks for it
+    │   ├── CheckpointMismatch     whole, but contradicts the model or the config that asks for it
+    │   ├── CheckpointTooNew       of a newer format (checkpoint/manifest.py)
+    │   └── StepTaken              another generation committed this step (checkpoint/commit.py)
     ├── StoreError             the run's folder or bucket: missing, full, or not permitted
+    │   ├── KeyExists              an exclusive create found the key taken (checkpoint/store.py)
+    │   └── KeyMissing             (checkpoint/store.py)
     ├── TrackingError          MLflow cannot be reached, or refused what it was given
     └── LaunchError            the cluster, a node or a rank
         ├── ClusterLost            the Ray cluster under a driver stopped answering
