@@ -119,3 +119,24 @@ def test_ctrl_c_to_the_whole_group_saves_and_kill_9_leaves_nothing_behind(folder
     again = start(folder, f"train.steps={saved + 10}")
     output, _ = again.communicate(timeout=60)
     assert again.returncode == 0 and "has already finished" in output
+
+
+@pytest.mark.s3
+def test_a_run_in_s3_finishes_and_goes_on(folder: Path, home: Path, s3_server, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in s3_server.env.items():
+        monkeypatch.setenv(name, value)
+    root = f"{s3_server.create_bucket('runs-of-a-team')}/raynium"
+    places = (f"run.root={root}", f"tracking.uri=sqlite:///{folder}/mlflow.db", "evaluate.every_steps=10")
+
+    first = start(folder, *places, "train.steps=20")
+    output, _ = first.communicate(timeout=180)
+    assert first.returncode == 0, output
+    run = find_run("here", root)
+    assert [each.step for each in run.checkpoints()] == [10, 20]
+
+    second = start(folder, *places, "train.steps=30")
+    output, _ = second.communicate(timeout=180)
+    assert second.returncode == 0, output
+    assert "from the checkpoint of step 20" in output
+    assert run.record().state == "finished" and run.sample("def ", max_new_tokens=3).startswith("def ")
+    assert [point.step for point in run.metrics("train/loss")] == list(range(1, 31))
