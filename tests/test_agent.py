@@ -17,8 +17,10 @@ from raynium.checkpoint.store import Store
 from raynium.config.load import parse_config
 from raynium.config.schema import Config
 from raynium.data.store_build import build_store
+from raynium.errors import DataError
 from raynium.launch.agent import Node, NodeAgent
 from raynium.launch.coordinator import CoordinatorOnLoop, RunCoordinator
+from raynium.launch.images import shared_memory_folder
 from raynium.launch.protocol import Status
 from raynium.tracking.tracker import MemoryTracker
 
@@ -106,6 +108,11 @@ def wait_for(condition: Callable[[], Any], seconds: float = 60) -> Any:
     return value
 
 
+def generations_in_memory() -> list[str]:
+    """Folders of snapshot images that this process's agent holds."""
+    return [path.name for path in shared_memory_folder().glob(f"raynium-*-{os.getpid()}-*-test/*")]
+
+
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory, document_folder: Path) -> Played:
     run = Played(parse_config(JOB), tmp_path_factory.mktemp("reference") / "run", document_folder)
@@ -131,6 +138,9 @@ def test_a_killed_rank_costs_one_generation_and_changes_no_bit(
     run = play()
     wait_for(lambda: (run.status().committed_step or 0) >= 4)
     os.kill(run.agent.rank_pids()[victim], signal.SIGKILL)
+    wait_for(lambda: run.status().generation == 2)
+    wait_for(lambda: run.status().step > 8)
+    assert len(generations_in_memory()) == 1, "the first generation's snapshot memory was not given back"
     status = run.finish()
     assert (status.ended, status.generation) == ("finished", 2)
     assert f"generation 1 failed: rank {victim}: killed by SIGKILL" in "\n".join(each.text for each in status.events)
@@ -173,3 +183,18 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_reaches_no_checkpoint(play: 
     bad_step = max(run.losses(), default=0) + 1
     checkpoint = latest(Store(run.run_folder))
     assert checkpoint is None or checkpoint.step < bad_step
+
+
+def test_data_that_no_node_can_read_ends_the_run_at_once(
+    tmp_path: Path, document_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Played(parse_config(JOB), tmp_path / "run", document_folder)
+
+    def missing() -> str:
+        raise DataError("s3://bucket/data is no document store")
+
+    monkeypatch.setattr(run.agent, "_data_folder", missing)
+    run.thread.start()
+    status = run.finish()
+    assert (status.ended, status.generation) == ("failed", 0)
+    assert status.cause == "node 0 (127.0.0.1): s3://bucket/data is no document store"

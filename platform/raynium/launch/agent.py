@@ -10,7 +10,7 @@ import shutil
 import socket
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from raynium.checkpoint.manifest import ImageInfo
 from raynium.checkpoint.store import Store
 from raynium.checkpoint.upload import upload_shard
 from raynium.config.schema import Config
-from raynium.errors import RayniumError
+from raynium.errors import DataError, RayniumError
 from raynium.launch.images import make_image_folder
 from raynium.launch.protocol import AgentInfo, CoordinatorCalls, Order, Verdict
 from raynium.launch.ranks import RankGroup, start_template
@@ -83,7 +83,11 @@ class NodeAgent:
         start_template()  # torch is imported in there while we prepare the data
         images = make_image_folder(self.config.run.name)
         try:
-            data_folder = self._data_folder()
+            try:
+                data_folder = self._data_folder()
+            except DataError as error:  # would be the same on every node and at every try
+                self.coordinator.call("give_up", f"node {self.node.node_rank} ({self.node.host}): {error}").result()
+                return
             tracker = self._open_tracker() if self.node.node_rank == 0 else None
             try:
                 while (order := self.coordinator.call("join", self._info()).result()).kind == "run":
@@ -154,6 +158,8 @@ class NodeAgent:
         exits = [each.exit() for rank, each in group.ranks.items() if rank in failed_before_kill]
         self._group = None
         group.close()
+        # After a failure uploads go on: a checkpoint that they complete is worth having.
+        self._uploads.submit(_remove_when_saved, images, saving)
         if all(each.cause is None for each in exits) and len(exits) == len(group.ranks):
             for upload in saving:  # the last checkpoint must be in before the generation may count as finished
                 upload.result()
@@ -186,6 +192,12 @@ class NodeAgent:
 
     def submit_upload(self, order: Order, group: RankGroup, rank: int, info: ImageInfo) -> Future[None]:
         return self._uploads.submit(self.save_shard, order, group, rank, info)
+
+
+def _remove_when_saved(images: Path, saving: list[Future[None]]) -> None:
+    """Gives back the memory of a generation that is over."""
+    wait(saving)
+    shutil.rmtree(images)
 
 
 @dataclass

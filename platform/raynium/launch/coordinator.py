@@ -135,6 +135,11 @@ class RunCoordinator:
         """A shard could not be uploaded: this step's checkpoint will never exist; training goes on."""
         await self.tell(f"checkpoint of step {step} is lost: rank {rank}'s shard could not be saved: {cause}")
 
+    async def give_up(self, cause: str) -> None:
+        """An agent cannot do its part, and no other try could."""
+        async with self._changed:
+            self._end("failed", cause)
+
     async def report(self, step: int, metrics: dict[str, float]) -> None:
         """Rank 0's numbers, for the driver's display."""
         self._step = step
