@@ -86,12 +86,13 @@ def test_a_tensor_group_stays_within_a_node_and_fills_it(tensor):
 
 
 def test_the_global_batch_is_a_multiple_of_ranks_times_micro_batch():
-    assert problems("quickstart", "train.global_batch_size=32") == []
-    assert only_problem("quickstart", "train.global_batch_size=40") == (
+    eight = ("quickstart", "train.micro_batch_size=8")
+    assert problems(*eight, "train.global_batch_size=32") == []
+    assert only_problem(*eight, "train.global_batch_size=40") == (
         "train.global_batch_size is 40: it must be a multiple of 16 = 2 data-parallel ranks (world size 2 / "
         "parallel.tensor 1) × train.micro_batch_size 8; set 32 or 48"
     )
-    assert only_problem("quickstart", "train.global_batch_size=3").endswith("train.micro_batch_size 8; set 16")
+    assert only_problem(*eight, "train.global_batch_size=3").endswith("train.micro_batch_size 8; set 16")
     assert "= 16 data-parallel ranks (world size 64 / parallel.tensor 4)" in only_problem(
         EIGHT_B, "train.global_batch_size=100"
     )
@@ -109,12 +110,13 @@ def test_the_warm_up_ends_before_training_does():
 
 
 def test_warm_up_and_decay_do_not_overlap():
-    assert problems("quickstart", "optimizer.decay_fraction=0.95") == []  # 20 of 400 steps are warm-up
-    assert only_problem("quickstart", "optimizer.decay_fraction=0.96") == (
+    twentieth = ("quickstart", "train.steps=400", "optimizer.warmup_steps=20")
+    assert problems(*twentieth, "optimizer.decay_fraction=0.95") == []
+    assert only_problem(*twentieth, "optimizer.decay_fraction=0.96") == (
         "optimizer.warmup_steps 20 and optimizer.decay_fraction 0.96 of train.steps 400 overlap: set decay_fraction to "
         "at most 0.95, or fewer warmup_steps"
     )
-    assert problems("quickstart", "optimizer.decay_fraction=0.96", "optimizer.schedule=cosine") == []
+    assert problems(*twentieth, "optimizer.decay_fraction=0.96", "optimizer.schedule=cosine") == []
 
 
 def test_wsd_decays():

@@ -1,6 +1,7 @@
 """The Python SDK, against runs as a driver leaves them and a cluster that answers as Ray's dashboard does."""
 
 import threading
+import types
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -169,14 +170,24 @@ def test_a_job_that_dies_before_it_has_written_anything_is_quoted(
     assert lines[-1] == "line 99 of job-1" and len(lines) == 1 + sdk.LOG_LINES_IN_ERRORS
 
 
-def test_a_job_takes_over_an_earlier_record(tmp_path: Path, cluster: Callable[..., tuple[Client, Jobs]]) -> None:
-    """What an earlier job of this name left is not taken for the end of this one."""
+def test_a_job_takes_over_an_earlier_record(
+    tmp_path: Path, cluster: Callable[..., tuple[Client, Jobs]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What an earlier job left is not taken for this one's end; and the end is when the job ends, its log complete."""
     keeper = a_run(tmp_path, state="failed", cause="of the job before", job_id="job-0")
-    client, _ = cluster("RUNNING")
-    timer = threading.Timer(0.1, lambda: keeper.update(state="finished", job_id="job-1", step=6))
-    timer.start()
+    client, fake = cluster("RUNNING")
+    asked = 0
+
+    def status(job_id: str) -> Any:
+        nonlocal asked
+        asked += 1
+        if asked == 2:
+            keeper.update(state="finished", job_id="job-1", step=6)
+        return types.SimpleNamespace(value="RUNNING" if asked < 4 else "SUCCEEDED")
+
+    monkeypatch.setattr(fake, "get_job_status", status)
     assert Run("first", str(tmp_path / "first"), client, "job-1").wait(60).step == 6
-    timer.join()
+    assert asked == 4
 
 
 def test_a_job_of_a_run_that_had_finished_before_has_nothing_to_do(

@@ -53,25 +53,30 @@ class Run:
         return record
 
     def wait(self, timeout_seconds: float | None = None) -> "RunRecord":
-        """Returns when the run has finished or was stopped. Raises RunFailed with the cause, TimeoutError in time."""
+        """Returns when the run has finished or was stopped, and its job has ended.
+
+        Raises RunFailed with the cause, TimeoutError in time.
+        """
         from raynium.launch.record import LIVE_STATES, read_record
 
         deadline = None if timeout_seconds is None else time.monotonic() + timeout_seconds
         while True:
             job_state = self.client.job_state(self.job_id) if self.client and self.job_id else None
             record = read_record(self._store())
+            job_ended = job_state in (None, "SUCCEEDED", "FAILED", "STOPPED")
             if record is not None and self.job_id in (None, record.job_id):
-                if record.state == "failed":
-                    raise RunFailed(f"run {self.name!r} failed: {record.cause}")
                 if record.state not in LIVE_STATES:
-                    return record
-                if not record.owner_is_alive(time.time()):
+                    if job_ended and record.state == "failed":
+                        raise RunFailed(f"run {self.name!r} failed: {record.cause}")
+                    if job_ended:
+                        return record
+                elif not record.owner_is_alive(time.time()):
                     raise RunFailed(
                         f"run {self.name!r}: its driver died at step {record.step}. Start it again to go on"
                     )
             elif job_state == "SUCCEEDED" and record is not None:
                 return record  # it had finished before this job, which therefore had nothing to do
-            elif job_state in ("FAILED", "STOPPED", "SUCCEEDED"):
+            elif job_state is not None and job_ended:
                 raise RunFailed(f"the job of run {self.name!r} ended as {job_state}. Its last lines:\n{self._tail()}")
             elif self.job_id is None:
                 self.record()  # no job will write it: raises
