@@ -109,6 +109,10 @@ def test_the_warm_up_ends_before_training_does():
     )
 
 
+def test_the_quickstart_can_be_cut_short_as_the_readme_does():
+    assert problems("quickstart", "train.steps=50") == []
+
+
 def test_warm_up_and_decay_do_not_overlap():
     twentieth = ("quickstart", "train.steps=400", "optimizer.warmup_steps=20")
     assert problems(*twentieth, "optimizer.decay_fraction=0.95") == []
