@@ -140,3 +140,27 @@ def test_a_run_in_s3_finishes_and_goes_on(folder: Path, home: Path, s3_server, m
     assert "from the checkpoint of step 20" in output
     assert run.record().state == "finished" and run.sample("def ", max_new_tokens=3).startswith("def ")
     assert [point.step for point in run.metrics("train/loss")] == list(range(1, 31))
+
+
+@pytest.mark.parametrize("kind", ["of its own group", "leader of a session", "last of its group"])
+def test_what_a_cluster_is_started_in_is_another_group_where_that_can_be(kind: str) -> None:
+    script = (
+        "import os, subprocess\n"
+        "from raynium.launch.driver import _other_process_group\n"
+        "before = os.getpgrp()\n"
+        "with _other_process_group():\n"
+        "    child = subprocess.Popen(['sleep', '1'])\n"
+        "    inside = os.getpgid(child.pid)\n"
+        "assert os.getpgrp() == before\n"
+        "print('other' if inside != before else 'same')\n"
+    )
+    command = [sys.executable, "-c", script]
+    match kind:
+        case "of its own group":
+            done = subprocess.run(command, capture_output=True, text=True, process_group=0)
+        case "leader of a session":
+            done = subprocess.run(command, capture_output=True, text=True, start_new_session=True)
+        case _:  # the shell that leads the group ends at once
+            shell = ["sh", "-c", '"$@" & exit 0', "sh", *command]
+            done = subprocess.run(shell, capture_output=True, text=True, process_group=0)
+    assert done.stdout.strip() == ("same" if kind == "leader of a session" else "other"), done.stderr

@@ -351,14 +351,20 @@ def _other_process_group() -> Iterator[None]:
     """What is started in here is in a process group of its own; this process comes back to its own.
 
     So that a signal to the whole group (Ctrl-C in a terminal, `timeout`, a CI runner) reaches the driver, which saves
-    and ends, and not the cluster that it needs for that.
+    and ends, and not the cluster that it needs for that. The leader of a session (a container's first process) cannot
+    leave its group: then the cluster is in it too.
     """
+    if os.getsid(0) == os.getpid():
+        yield
+        return
     mine = os.getpgrp()
+    place = subprocess.Popen(["sleep", "60"])  # keeps our group in being, should we be the last one in it
     leader = subprocess.Popen(["sleep", "60"], process_group=0)  # the leader of one group cannot make another
     os.setpgid(0, leader.pid)
     try:
         yield
     finally:
         os.setpgid(0, mine)
-        leader.kill()
-        leader.wait()
+        for helper in (place, leader):
+            helper.kill()
+            helper.wait()
