@@ -1,9 +1,11 @@
 """The words at the end of a run, and those of `raynium status` and `raynium runs`."""
 
+import os
 import shlex
 import time
 from dataclasses import replace
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -34,7 +36,8 @@ def record(**changes: Any) -> RunRecord:
 TRACKED = {"mlflow_uri": "sqlite:////data/my runs/mlflow.db", "mlflow_run_id": "m1", "mlflow_experiment_id": "1"}
 
 
-def test_a_finished_run_ends_with_its_words_its_numbers_and_its_page() -> None:
+def test_a_finished_run_ends_with_its_words_its_numbers_and_its_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shutil.which", lambda name: f"/bin/{name}")
     assert report_lines(record(result=RESULT, **TRACKED)) == [
         "run first: finished at step 2,000 of 2,000",
         "",
@@ -50,6 +53,15 @@ def test_a_finished_run_ends_with_its_words_its_numbers_and_its_page() -> None:
         f"MLflow page: {PAGE}",
         "       served by: raynium ui first --root '/data/my runs'",
     ]
+
+
+def test_the_command_that_serves_the_page_works_where_no_environment_is_active(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    served = report_lines(record(result=RESULT, **TRACKED))[-1]
+    program = served.removeprefix("       served by: ").partition(" ui ")[0]
+    assert Path(program).is_absolute() and os.access(program, os.X_OK)
 
 
 def test_without_prompts_there_is_no_frame_around_nothing() -> None:
@@ -82,7 +94,8 @@ def test_the_page_of_a_server_needs_no_command() -> None:
     assert ui_lines(tracked) == ["MLflow page: https://mlflow.example.com/#/experiments/1/runs/m1"]
 
 
-def test_the_command_of_a_local_page_is_one_a_shell_reads_back() -> None:
+def test_the_command_of_a_local_page_is_one_a_shell_reads_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shutil.which", lambda name: f"/bin/{name}")
     page, served = ui_lines(record(**TRACKED), port=5001)
     assert page == f"MLflow page: {PAGE.replace('5000', '5001')}"
     assert shlex.split(served.partition(": ")[2]) == ["raynium", "ui", "first", "--root", "/data/my runs"]

@@ -1,8 +1,11 @@
 """The words at the end of a run, and of `raynium status`. No ray, torch or mlflow."""
 
 import shlex
+import shutil
+import sys
 import time
 from datetime import datetime
+from pathlib import Path
 
 from raynium.launch.record import RunRecord
 from raynium.tracking.runs import page_url
@@ -47,7 +50,9 @@ def ui_lines(record: RunRecord, port: int = 5000) -> list[str]:
     page = page_url(base, record.mlflow_experiment_id, record.mlflow_run_id)
     if has_server:
         return [f"MLflow page: {page}"]
-    command = shlex.join(["raynium", "ui", record.name, "--root", record.config["run"]["root"]])
+    # `make quickstart` runs in a virtual environment that the person who reads this has not activated.
+    program = "raynium" if shutil.which("raynium") else str(Path(sys.executable).parent / "raynium")
+    command = shlex.join([program, "ui", record.name, "--root", record.config["run"]["root"]])
     return [f"MLflow page: {page}", f"       served by: {command}"]
 
 
