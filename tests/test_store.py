@@ -361,6 +361,7 @@ def test_ctrl_c_during_an_upload_cleans_up(s3_server, tmp_path: Path) -> None:
     (tmp_path / "image").write_bytes(os.urandom(3 * PART))
     code = (
         "import asyncio, os, signal, sys; from raynium.checkpoint.store import Store\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # ignored in what a script starts with `&`
         f"store = Store({bucket!r}); fs = store._backend._fs; call = fs._call_s3\n"
         "async def slow(method, **request):\n"
         "    if request.get('PartNumber') == 1: os.kill(os.getpid(), signal.SIGINT)\n"
