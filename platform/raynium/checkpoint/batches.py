@@ -1,15 +1,12 @@
 """Whole tensors of a checkpoint, some at a time, so that memory stays bounded however large it is. Needs torch."""
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 
 import torch
 
-from raynium.checkpoint.catalog import CheckpointRef
 from raynium.checkpoint.image import TORCH_DTYPES
-from raynium.checkpoint.load import load_checkpoint
 from raynium.checkpoint.manifest import TensorEntry
-from raynium.checkpoint.state import Chunk
 
 
 def in_file_order(entries: Iterable[TensorEntry]) -> list[TensorEntry]:
@@ -36,22 +33,6 @@ def in_batches(
         batch_bytes += num_bytes
     if batch:
         yield batch
-
-
-def read_batch(ref: CheckpointRef, entries: Sequence[TensorEntry]) -> dict[str, torch.Tensor]:
-    """These tensors, whole, verified, on the CPU, by full name and in this order. Raises as `load_checkpoint`."""
-    chunks = [
-        Chunk(
-            name=entry.name,
-            global_shape=entry.global_shape,
-            offsets=(0,) * len(entry.global_shape),
-            tensor=torch.empty(entry.global_shape, dtype=TORCH_DTYPES[entry.dtype]),
-            saved_here=False,
-        )
-        for entry in entries
-    ]
-    load_checkpoint(ref, chunks)
-    return {chunk.name: chunk.tensor for chunk in chunks}
 
 
 def raw_bytes(tensor: torch.Tensor) -> memoryview:

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 
 import torch
 
-from raynium.checkpoint.batches import in_batches, in_file_order, raw_bytes, read_batch
+from raynium.checkpoint.batches import in_batches, in_file_order, raw_bytes
 from raynium.checkpoint.catalog import CheckpointRef
+from raynium.checkpoint.load import read_batch
 from raynium.checkpoint.manifest import TensorEntry
 
 BATCH_BYTES = 256 * 2**20  # of each of the two; the largest tensor if that is more

@@ -78,6 +78,14 @@ def load_checkpoint(ref: CheckpointRef, chunks: Sequence[Chunk]) -> Loaded:
 
 def read_tensors(ref: CheckpointRef, prefix: str = "model/") -> dict[str, torch.Tensor]:
     """Whole tensors whose names begin with `prefix`, on the CPU, by full name. For one process: sampling."""
+    entries = [entry for entry in ref.manifest.tensors if entry.name.startswith(prefix)]
+    if not entries:
+        raise CheckpointMismatch(f"{ref.uri} holds no tensor named {prefix}…: it has {_some(_names(ref))}")
+    return read_batch(ref, entries)
+
+
+def read_batch(ref: CheckpointRef, entries: Sequence[TensorEntry]) -> dict[str, torch.Tensor]:
+    """These tensors, whole, verified, on the CPU, by full name and in this order. Raises as `load_checkpoint`."""
     chunks = [
         Chunk(
             name=entry.name,
@@ -86,11 +94,8 @@ def read_tensors(ref: CheckpointRef, prefix: str = "model/") -> dict[str, torch.
             tensor=torch.empty(entry.global_shape, dtype=TORCH_DTYPES[entry.dtype]),
             saved_here=False,
         )
-        for entry in ref.manifest.tensors
-        if entry.name.startswith(prefix)
+        for entry in entries
     ]
-    if not chunks:
-        raise CheckpointMismatch(f"{ref.uri} holds no tensor named {prefix}…: it has {_some(_names(ref))}")
     load_checkpoint(ref, chunks)
     return {chunk.name: chunk.tensor for chunk in chunks}
 

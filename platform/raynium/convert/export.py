@@ -21,10 +21,11 @@ from uuid import uuid4
 
 import torch
 
-from raynium.checkpoint.batches import in_batches, in_file_order, raw_bytes, read_batch
+from raynium.checkpoint.batches import in_batches, in_file_order, raw_bytes
 from raynium.checkpoint.catalog import CheckpointRef
 from raynium.checkpoint.file_store import sync_folder
 from raynium.checkpoint.image import TORCH_DTYPES
+from raynium.checkpoint.load import read_batch
 from raynium.checkpoint.manifest import DTYPES, TensorEntry
 from raynium.checkpoint.state import MODEL_PREFIX
 from raynium.config.schema import ModelSection
