@@ -125,8 +125,17 @@ class TrainSection(Section):
 
 
 class CheckpointSection(Section):
+    """When to save, what to keep, and what to do when that does not go well. A checkpoint is kept for any one reason."""
+
     every_steps: PositiveInt = 100
+    # Both of a rank's images are still being uploaded when the next save is due: wait for one, or leave that save out.
+    if_busy: Literal["wait", "skip"] = "wait"
+    # The newest checkpoint proves damaged: end with the cause, or set it aside and go on from the next older one.
+    if_damaged: Literal["stop", "use_older"] = "stop"
     keep_last: PositiveInt = 2
+    keep_every_steps: PositiveInt | None = None  # also those of steps that are multiples of it, for ever
+    keep_best: NonNegativeInt = 0  # also so many with the lowest held-out loss, among those that were evaluated
+    best_metric: Literal["eval/loss", "eval/bits_per_byte"] = "eval/loss"
 
 
 class EvaluateSection(Section):
