@@ -179,8 +179,8 @@ def save_run(tmp_path: Path) -> Callable[..., Any]:
             with ImageFile(tmp_path / f"image-{rank}") as image:
                 write_image(plan, chunks, image.reserve(plan.size))
                 info = plan.info(step=step, path=image.path)
-                part_bytes = fields.get("part_bytes", 4096)
-                entries.append(upload_shard(store, info, generation="g1", rank=rank, part_bytes=part_bytes))
+                unit_bytes = fields.get("unit_bytes", 4096)
+                entries.append(upload_shard(store, info, generation="g1", rank=rank, unit_bytes=unit_bytes))
                 image.unlink()
         commit_checkpoint(
             store,

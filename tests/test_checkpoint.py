@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 from raynium.checkpoint.catalog import CheckpointRef, latest, open_checkpoint
-from raynium.checkpoint.checksum import PART_BYTES
+from raynium.checkpoint.checksum import PART_BYTES, UNIT_BYTES
 from raynium.checkpoint.commit import StepTaken, commit_checkpoint
 from raynium.checkpoint.image import TORCH_DTYPES, ImageFile, plan_image, write_image
 from raynium.checkpoint.load import load_checkpoint, read_tensors
@@ -77,7 +77,7 @@ def upload_all(
     *,
     step: int = 7,
     generation: str = "g1",
-    part_bytes: int = SMALL_PART,
+    unit_bytes: int = SMALL_PART,
 ) -> list[ShardEntry]:
     with TemporaryDirectory() as folder:
         return [
@@ -87,7 +87,7 @@ def upload_all(
                     stage(Path(folder), rank, chunks, step),
                     generation=generation,
                     rank=rank,
-                    part_bytes=part_bytes,
+                    unit_bytes=unit_bytes,
                 ).to_json()
             )
             for rank, chunks in enumerate(per_rank)
@@ -107,8 +107,8 @@ def commit(store: Store, entries: Sequence[ShardEntry], *, step: int = 7, genera
 
 
 def save(store: Store, per_rank: Sequence[Sequence[Chunk]], **which: Any) -> CheckpointRef:
-    part_bytes = which.pop("part_bytes", SMALL_PART)
-    return commit(store, upload_all(store, per_rank, part_bytes=part_bytes, **which), **which)
+    unit_bytes = which.pop("unit_bytes", SMALL_PART)
+    return commit(store, upload_all(store, per_rank, unit_bytes=unit_bytes, **which), **which)
 
 
 def halves(name: str, tensor: torch.Tensor) -> list[list[Chunk]]:
@@ -192,7 +192,7 @@ def test_any_layout_loads_into_any_layout_from_s3(s3_folder: Callable[[], Store]
 def test_parts_of_full_size(store: Store) -> None:
     """One shard of more than two 64 MiB parts: multipart on S3, and each part read once."""
     tensor = random_tensor("bfloat16", (17_000, 4_096))
-    ref = save(store, [split("model/w", tensor, ((0,), (0,)))], part_bytes=PART_BYTES)
+    ref = save(store, [split("model/w", tensor, ((0,), (0,)))], unit_bytes=UNIT_BYTES)
     assert len(ref.manifest.shards[0].part_crc64nvme) == 3
 
     whole = torch.zeros_like(tensor)

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from raynium.checkpoint.boxes import Box, intersect, tiling_problem
 from raynium.checkpoint.catalog import CheckpointRef
-from raynium.checkpoint.checksum import FileChecksums, checksum, combine, from_text, to_text
+from raynium.checkpoint.checksum import FileChecksums, checksum, combine, from_text, list_to_text, to_text
 from raynium.checkpoint.load import load_checkpoint, read_tensors
 from raynium.checkpoint.manifest import (
     Block,
@@ -26,6 +26,7 @@ from raynium.checkpoint.manifest import (
     Manifest,
     ShardEntry,
     TensorEntry,
+    Timing,
     manifest_from_bytes,
     manifest_to_bytes,
     step_of_folder,
@@ -46,13 +47,15 @@ def manifest() -> Manifest:
         world_size=1,
         layout={"tensor": 1},
         state={"step": 7, "seeds": [1, 2]},
+        metrics={"eval/loss": 2.5},
+        timing=Timing(stall_seconds=0.1, upload_seconds=2.0, commit_seconds=0.5),
         shards=(
             FileEntry(
                 key="g1/shard-00000.safetensors",
                 size=len(SHARD),
                 crc64nvme=to_text(checksum(SHARD)),
-                part_bytes=4096,
-                part_crc64nvme=(to_text(checksum(SHARD[:4096])), to_text(checksum(SHARD[4096:]))),
+                unit_bytes=4096,
+                unit_crc64nvme=list_to_text([checksum(SHARD[:4096]), checksum(SHARD[4096:])]),
             ),
         ),
         tensors=(
@@ -177,12 +180,16 @@ def test_wrong_fields_are_named() -> None:
     )
     refused(r"tensors.0.blocks: .*at least 1 item", tensors__0__blocks=[])
     refused(r"shards: two have the same key", shards=[fields()["shards"][0]] * 2)
-    refused(r"1 part checksums for 4192 bytes", shards__0__part_crc64nvme=["AAAAAAAAAAA="])
+    refused(r"1 unit checksums for 4192 bytes", shards__0__unit_crc64nvme="AAAAAAAAAAA=")
     refused(r"do not combine to that of the whole", shards__0__crc64nvme="AAAAAAAAAAA=")
     refused(r"'AAAA' is not the base64 of 8 bytes", shards__0__crc64nvme="AAAA")
     refused(r"'A' is not base64", shards__0__crc64nvme="A")
-    refused(r"shards.0.part_bytes: .*multiple of 4096", shards__0__part_bytes=4097)
+    refused(r"shards.0.unit_bytes: .*multiple of 4096", shards__0__unit_bytes=4097)
+    refused(r"'AAAA' is not the base64 of a list of 8-byte numbers", shards__0__unit_crc64nvme="AAAA")
+    refused(r"'A' is not base64", shards__0__unit_crc64nvme="A")
     refused(r"shard-00000.* is not of generation g2", generation="g2")
+    refused(r"metrics.eval/loss: .*valid number", metrics={"eval/loss": "low"})
+    refused(r"timing.stall_seconds: .*greater than or equal to 0", timing__stall_seconds=-1.0)
 
 
 @pytest.mark.parametrize(
@@ -270,9 +277,19 @@ def test_any_changed_field_is_refused_or_harmless(where: tuple[Any, ...], value:
         read_tensors(ref)
     except RayniumError:
         return
-    one_part_anyway = where == ("shards", 0, "part_bytes")  # the shard is shorter than any part may be
-    harmless = ("step", "parent_step", "committed_unix", "world_size", "layout", "state", "tensors")
-    assert one_part_anyway or where[0] in harmless
+    one_unit_anyway = where == ("shards", 0, "unit_bytes")  # the shard is shorter than that
+    harmless = (
+        "step",
+        "parent_step",
+        "committed_unix",
+        "world_size",
+        "layout",
+        "state",
+        "metrics",
+        "timing",
+        "tensors",
+    )
+    assert one_unit_anyway or where[0] in harmless
 
 
 class MemoryStore:
@@ -286,8 +303,10 @@ class MemoryStore:
     def size(self, key: str) -> int:
         return len(SHARD)
 
-    def read_into(self, key: str, start: int, buffer: memoryview) -> None:
-        buffer[:] = SHARD[start : start + len(buffer)]
+    def read_into(self, key: str, start: int, *buffers: memoryview) -> None:
+        for buffer in buffers:
+            buffer[:] = SHARD[start : start + len(buffer)]
+            start += len(buffer)
 
 
 # ---- tiling and checksums -----------------------------------------------------------------------------------------

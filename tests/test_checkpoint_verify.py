@@ -42,7 +42,7 @@ Save = Callable[..., Store]
 @pytest.fixture
 def ref(save_run: Save) -> CheckpointRef:
     """Saved by two ranks, in parts of 4 KiB."""
-    return choose_checkpoint(save_run(Two(), CONFIG, num_ranks=2, part_bytes=PART))
+    return choose_checkpoint(save_run(Two(), CONFIG, num_ranks=2, unit_bytes=PART))
 
 
 def file_of(ref: CheckpointRef, shard: int) -> Path:

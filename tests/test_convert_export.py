@@ -184,7 +184,7 @@ def test_memory_is_bounded_by_one_file_in_both_directions(save_run: Save, tmp_pa
     model = Decoder(config.model)
     total = sum(4 * parameter.numel() for parameter in model.parameters())
     limit = 2 * 2**20
-    store = save_run(model, config, part_bytes=2**18)
+    store = save_run(model, config, unit_bytes=2**18)
     del model
     assert total > 20 * limit
     # The limit itself, once more for the page cache of the file at hand, and what the interpreter takes for itself.
@@ -217,15 +217,15 @@ def test_an_export_reads_little_more_than_it_needs(save_run: Save, tmp_path: Pat
     """A part holds tensors of many layers: in the order of the layers it would be read again and again (2.3 times)."""
     config = config_of(num_layers=16, hidden_size=64, ffn_size=128)
     model = random_model(config)
-    ref = choose_checkpoint(save_run(model, config, num_ranks=2, part_bytes=2**15))
+    ref = choose_checkpoint(save_run(model, config, num_ranks=2, unit_bytes=2**15))
     needed = sum(4 * parameter.numel() for parameter in model.parameters())
     read = 0
 
     class CountingStore(Store):
-        def read_into(self, key: str, start: int, buffer: memoryview) -> None:
+        def read_into(self, key: str, start: int, *buffers: memoryview) -> None:
             nonlocal read
             read += len(buffer) if key.endswith(".safetensors") else 0
-            super().read_into(key, start, buffer)
+            super().read_into(key, start, *buffers)
 
     counting = CountingStore(ref.store.url)
     export_checkpoint(choose_checkpoint(counting), tmp_path / "out", max_shard_bytes=200_000)

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from raynium.checkpoint.checksum import PART_BYTES, checksum, to_text
+from raynium.checkpoint.checksum import UNIT_BYTES, checksum, to_text
 from raynium.checkpoint.commit import commit_checkpoint
 from raynium.checkpoint.manifest import FileEntry, SavedBlock, ShardEntry, shard_key, step_folder
 from raynium.checkpoint.store import Store
@@ -280,7 +280,7 @@ def commit(store: Store, config: dict[str, Any], step: int) -> None:
     key = shard_key("g1", 0)
     store.replace(f"{step_folder(step)}/{key}", DATA)
     crc = to_text(checksum(DATA))
-    file = FileEntry(key=key, size=len(DATA), crc64nvme=crc, part_bytes=PART_BYTES, part_crc64nvme=(crc,))
+    file = FileEntry(key=key, size=len(DATA), crc64nvme=crc, unit_bytes=UNIT_BYTES, unit_crc64nvme=crc)
     block = SavedBlock(
         name="model/x", dtype="float32", global_shape=(2,), offsets=(0,), shape=(2,), begin=4096, end=len(DATA)
     )

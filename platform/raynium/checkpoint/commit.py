@@ -16,6 +16,7 @@ from raynium.checkpoint.manifest import (
     SavedBlock,
     ShardEntry,
     TensorEntry,
+    Timing,
     first_problem,
     manifest_key,
     manifest_to_bytes,
@@ -42,10 +43,13 @@ def commit_checkpoint(
     world_size: int,
     layout: Mapping[str, Any],
     parent_step: int | None = None,
+    metrics: Mapping[str, float] | None = None,
+    timing: Timing | None = None,
 ) -> CheckpointRef:
     """Write the manifest, which is the commit: one process calls this, once, after every rank's shard is in.
 
-    entries: one per rank. state: JSON values only (step, data position, seeds, facts of the config).
+    entries: one per rank. state: JSON values only (step, data position, seeds, facts of the config). metrics: of the
+    evaluation at this step, if there was one. timing: what it cost.
     CheckpointError if they are not one whole checkpoint (a rank's shard is missing, blocks overlap, a file is gone);
     StepTaken if another generation was first. If this process dies before, the step does not exist; after, it does.
     """
@@ -57,6 +61,8 @@ def commit_checkpoint(
         world_size=world_size,
         layout=dict(layout),
         parent_step=parent_step,
+        metrics=dict(metrics or {}),
+        timing=timing,
     )
     stored = store.list(step_folder(step)).sizes
     for shard in manifest.shards:

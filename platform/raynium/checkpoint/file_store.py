@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import BinaryIO
 from uuid import uuid4
 
-from raynium.checkpoint.checksum import FileChecksums, checksum, num_parts
+from raynium.checkpoint.checksum import PART_BYTES, FileChecksums, checksum_units
 from raynium.checkpoint.store import KeyExists, KeyMissing, Listing, refuse_large
 from raynium.errors import StoreError
 
 _TEMPORARY_PREFIX = ".tmp-"  # no key may begin with a dot, so listings tell these apart
 _PROBE_BYTES = 64 * 1024
+_MAX_BUFFERS = 1000  # of one system call (IOV_MAX is 1,024)
 
 _REMEDIES = {
     errno.EACCES: "give this user write permission there, or set run.root to a folder it owns",
@@ -46,16 +47,16 @@ class FileBackend:
             refuse_large(self._uri(key), os.fstat(file.fileno()).st_size, max_bytes)
             return file.read()
 
-    def read_into(self, key: str, start: int, buffer: memoryview) -> None:
+    def read_into(self, key: str, start: int, buffers: Sequence[memoryview]) -> None:
+        waiting, position = list(buffers), start
         with self._errors(key), (self.root / key).open("rb", buffering=0) as file:
-            done = 0
-            while done < len(buffer):
-                count = os.preadv(file.fileno(), [buffer[done:]], start + done)
+            while waiting:
+                count = os.preadv(file.fileno(), waiting[:_MAX_BUFFERS], position)
                 if count == 0:
-                    raise StoreError(
-                        f"{self._uri(key)} ends at byte {start + done:,} of {start + len(buffer):,} needed"
-                    )
-                done += count
+                    needed = position + sum(map(len, waiting))
+                    raise StoreError(f"{self._uri(key)} ends at byte {position:,} of {needed:,} needed")
+                position += count
+                waiting = after(waiting, count)
 
     def size(self, key: str) -> int:
         with self._errors(key):
@@ -94,17 +95,18 @@ class FileBackend:
                 shutil.rmtree(self.root / folder)
             return count
 
-    def upload_file(self, key: str, path: Path, *, part_bytes: int) -> FileChecksums:
+    def upload_file(self, key: str, path: Path, *, unit_bytes: int) -> FileChecksums:
         crcs: list[int] = []
+        part_bytes = max(1, PART_BYTES // unit_bytes) * unit_bytes
         with self._errors(key, source=path), path.open("rb") as source:
             size = os.fstat(source.fileno()).st_size
             view = mapped(source, size)
             with self._new_file(key, exclusive=True) as file:
-                for index in range(num_parts(size, part_bytes)):
-                    part = view[index * part_bytes : (index + 1) * part_bytes]
-                    crcs.append(checksum(part))
+                for begin in range(0, size, part_bytes):
+                    part = view[begin : begin + part_bytes]
+                    crcs += checksum_units(part, unit_bytes).unit_crcs
                     file.write(part)
-        return FileChecksums(size, part_bytes, tuple(crcs))
+        return FileChecksums(size, unit_bytes, tuple(crcs))
 
     def check_reachable(self, *, need_bytes: int) -> None:
         probe = f"probe-{uuid4().hex}"
@@ -175,6 +177,16 @@ class _WholeWrites:
         view = memoryview(data)
         while view:
             view = view[self._file.write(view) :]
+
+
+def after(buffers: Sequence[memoryview], count: int) -> list[memoryview]:
+    """What is left to fill of `buffers` once the first `count` bytes are."""
+    left = list(buffers)
+    while left and count >= len(left[0]):
+        count -= len(left.pop(0))
+    if count:
+        left[0] = left[0][count:]
+    return left
 
 
 def mapped(file: BinaryIO, size: int) -> memoryview:

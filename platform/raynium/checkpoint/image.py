@@ -33,9 +33,9 @@ class ImagePlan:
     header: bytes
     tensors: tuple[SavedBlock, ...]
 
-    def info(self, *, step: int, path: str | Path) -> ImageInfo:
+    def info(self, *, step: int, path: str | Path, stall_seconds: float = 0.0) -> ImageInfo:
         """What the rank tells its agent once `write_image` has returned."""
-        return ImageInfo(step=step, path=str(path), size=self.size, tensors=self.tensors)
+        return ImageInfo(step=step, path=str(path), size=self.size, tensors=self.tensors, stall_seconds=stall_seconds)
 
 
 def plan_image(chunks: Sequence[Chunk]) -> ImagePlan:

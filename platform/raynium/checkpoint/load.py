@@ -17,9 +17,9 @@ import torch
 
 from raynium.checkpoint.boxes import Box, boxes_of_flat_range, intersect
 from raynium.checkpoint.catalog import CheckpointRef
-from raynium.checkpoint.checksum import checksum, part_length, to_text
+from raynium.checkpoint.checksum import PART_BYTES, checksum_units, num_units, to_text
 from raynium.checkpoint.image import TORCH_DTYPES, dtype_name
-from raynium.checkpoint.manifest import Block, TensorEntry
+from raynium.checkpoint.manifest import Block, FileEntry, TensorEntry
 from raynium.checkpoint.state import Chunk
 from raynium.checkpoint.store import KeyMissing
 from raynium.errors import CheckpointDamaged, CheckpointMismatch
@@ -70,7 +70,7 @@ def load_checkpoint(ref: CheckpointRef, chunks: Sequence[Chunk]) -> Loaded:
     with torch.no_grad():
         for shard, part, data in _verified_parts(ref, copies):
             num_bytes_read += len(data)
-            begin = part * ref.manifest.shards[shard].part_bytes
+            begin = part * _part_bytes(ref.manifest.shards[shard])
             for copy in copies[shard]:
                 _copy_out(copy, data, begin)
     return Loaded(dict(ref.manifest.state), tuple(sorted(absent)), num_bytes_read)
@@ -176,7 +176,7 @@ def _needed_parts(ref: CheckpointRef, copies: Mapping[int, Sequence[_Copy]]) -> 
     """(shard, part) pairs that hold a byte we want, in file order."""
     needed: set[tuple[int, int]] = set()
     for shard, of_shard in copies.items():
-        part_bytes = ref.manifest.shards[shard].part_bytes
+        part_bytes = _part_bytes(ref.manifest.shards[shard])
         for copy in of_shard:
             begin, end = _wanted_bytes(copy)
             needed.update((shard, part) for part in range(begin // part_bytes, (end - 1) // part_bytes + 1))
@@ -204,7 +204,7 @@ def _verified_parts(
     waiting = deque(_needed_parts(ref, copies))
     if not waiting:
         return
-    largest = max(part_length(s.size, s.part_bytes, p) for i, p in waiting for s in (ref.manifest.shards[i],))
+    largest = max(min(_part_bytes(ref.manifest.shards[i]), ref.manifest.shards[i].size) for i, _ in waiting)
     free: SimpleQueue[torch.Tensor] = SimpleQueue()
     with ThreadPoolExecutor(READERS, thread_name_prefix="checkpoint-read") as pool:
         running: deque[tuple[int, int, torch.Tensor, Future[torch.Tensor]]] = deque()
@@ -224,19 +224,28 @@ def _verified_parts(
                 read.cancel()
 
 
+def _part_bytes(entry: FileEntry) -> int:
+    return max(1, PART_BYTES // entry.unit_bytes) * entry.unit_bytes
+
+
 def _read_part(ref: CheckpointRef, shard: int, part: int, buffer: torch.Tensor) -> torch.Tensor:
     """Read one part into `buffer` and check it; the filled front of `buffer`."""
     entry = ref.manifest.shards[shard]
-    length = part_length(entry.size, entry.part_bytes, part)
-    begin = part * entry.part_bytes
+    begin = part * _part_bytes(entry)
+    length = min(_part_bytes(entry), entry.size - begin)
     view = buffer.numpy().data[:length]
     ref.store.read_into(ref.shard_key(shard), begin, view)
-    found, expected = to_text(checksum(view)), entry.part_crc64nvme[part]
-    if found != expected:
-        raise CheckpointDamaged(
-            f"{ref.store.uri(ref.shard_key(shard))} is damaged in part {part} (bytes {begin:,} to {begin + length:,}): "
-            f"CRC64NVME {found} instead of {expected}"
-        )
+    first = begin // entry.unit_bytes
+    expected = entry.checksums.unit_crcs[first : first + num_units(length, entry.unit_bytes)]
+    for unit, (found, wanted) in enumerate(
+        zip(checksum_units(view, entry.unit_bytes).unit_crcs, expected, strict=True)
+    ):
+        if found != wanted:
+            where = begin + unit * entry.unit_bytes
+            raise CheckpointDamaged(
+                f"{ref.store.uri(ref.shard_key(shard))} is damaged in bytes {where:,} to "
+                f"{min(where + entry.unit_bytes, entry.size):,}: CRC64NVME {to_text(found)} instead of {to_text(wanted)}"
+            )
     return buffer[:length]
 
 

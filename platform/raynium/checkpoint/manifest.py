@@ -10,18 +10,19 @@ import json
 import math
 import re
 from collections import defaultdict
+from functools import cached_property
 from itertools import pairwise
 from typing import Annotated, Any, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, field_validator, model_validator
 
 from raynium.checkpoint.boxes import Box, tiling_problem
-from raynium.checkpoint.checksum import FileChecksums, checksum, from_text, num_parts, to_text
+from raynium.checkpoint.checksum import FileChecksums, checksum, from_text, list_from_text, num_units, to_text
 from raynium.errors import CheckpointDamaged, CheckpointError
 
 FORMAT_NAME, FORMAT_VERSION = "raynium-checkpoint", 1
 CHECKPOINTS_FOLDER, MANIFEST_NAME = "checkpoints", "manifest.json"
-ALIGNMENT_BYTES = 4096  # of a shard's data, and divides every part: no element straddles two parts
+ALIGNMENT_BYTES = 4096  # of a shard's data, and divides every unit: no element straddles two units
 
 # dtype as torch prints it: (its code in safetensors, bytes per element)
 DTYPES = {
@@ -51,6 +52,8 @@ Counts = Annotated[tuple[Count, ...], Field(strict=False, max_length=32)]  # JSO
 Generation = Annotated[str, Field(pattern=f"^{GENERATION_PATTERN}$")]
 TensorName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]{0,499}$")]
 Crc = Annotated[str, Field(max_length=12)]
+FiniteFloat = Annotated[float, Field(allow_inf_nan=False)]
+Seconds = Annotated[float, Field(ge=0, lt=2**53)]
 
 
 class CheckpointTooNew(CheckpointError):
@@ -95,28 +98,30 @@ class ImageInfo(Record):
     path: str
     size: Count
     tensors: Annotated[tuple[SavedBlock, ...], Field(strict=False)]
+    stall_seconds: Seconds = 0.0  # that the training thread stood still for it
 
 
 class FileEntry(Record):
-    """One data file: its key below the step's folder, and CRC64NVME (base64) of the whole and of each part."""
+    """One data file: its key below the step's folder, and CRC64NVME (base64) of the whole and of each unit."""
 
     key: Annotated[str, Field(pattern=rf"^{GENERATION_PATTERN}/shard-[0-9]{{5,9}}\.safetensors$")]
     size: Count
     crc64nvme: Crc
-    part_bytes: Annotated[int, Field(ge=ALIGNMENT_BYTES, le=2**30, multiple_of=ALIGNMENT_BYTES)]
-    part_crc64nvme: Annotated[tuple[Crc, ...], Field(strict=False)]
+    unit_bytes: Annotated[int, Field(ge=ALIGNMENT_BYTES, le=2**30, multiple_of=ALIGNMENT_BYTES)]
+    unit_crc64nvme: str  # of all units in one text: a terabyte has four million
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if len(self.part_crc64nvme) != num_parts(self.size, self.part_bytes):
-            raise ValueError(f"{self.key}: {len(self.part_crc64nvme)} part checksums for {self.size} bytes")
+        count = len(self.checksums.unit_crcs)
+        if count != num_units(self.size, self.unit_bytes):
+            raise ValueError(f"{self.key}: {count} unit checksums for {self.size} bytes")
         if self.checksums.crc != from_text(self.crc64nvme):
-            raise ValueError(f"{self.key}: the parts' checksums do not combine to that of the whole")
+            raise ValueError(f"{self.key}: the units' checksums do not combine to that of the whole")
         return self
 
-    @property
+    @cached_property
     def checksums(self) -> FileChecksums:
-        return FileChecksums(self.size, self.part_bytes, tuple(from_text(text) for text in self.part_crc64nvme))
+        return FileChecksums(self.size, self.unit_bytes, list_from_text(self.unit_crc64nvme))
 
 
 class ShardEntry(Record):
@@ -125,6 +130,7 @@ class ShardEntry(Record):
     step: Count
     file: FileEntry
     tensors: Annotated[tuple[SavedBlock, ...], Field(strict=False)]
+    stall_seconds: Seconds = 0.0  # as in ImageInfo
 
 
 class Block(Record):
@@ -158,6 +164,14 @@ class TensorEntry(Record):
         return self
 
 
+class Timing(Record):
+    """What this checkpoint cost, in seconds; of many ranks the longest."""
+
+    stall_seconds: Seconds  # a rank's training thread stood still
+    upload_seconds: Seconds  # from the snapshot handed over to the last shard durable and confirmed
+    commit_seconds: Seconds  # from then on until the manifest was ready to be written
+
+
 class Manifest(Record):
     """A whole checkpoint. Its existence is the commit."""
 
@@ -168,6 +182,8 @@ class Manifest(Record):
     world_size: Annotated[int, Field(ge=1, lt=2**31)]
     layout: dict[str, JsonValue]  # how the ranks were laid out; for people, loading does not need it
     state: dict[str, JsonValue]  # step, data position, seeds, facts of the config that must not change
+    metrics: dict[str, FiniteFloat]  # of the held-out text at this step; empty if it was not evaluated
+    timing: Timing | None  # None: it was not trained here but imported
     shards: Annotated[tuple[FileEntry, ...], Field(strict=False, min_length=1)]
     tensors: Annotated[tuple[TensorEntry, ...], Field(strict=False, min_length=1)]
 

@@ -6,7 +6,7 @@ Checksums are CRC64NVME, given by us: S3 (and SeaweedFS, and Ceph) refuse bytes 
 import asyncio
 import os
 import threading
-from collections.abc import Coroutine, Iterator
+from collections.abc import Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,15 +15,15 @@ from urllib.parse import urlsplit
 import s3fs
 from botocore.exceptions import BotoCoreError, ClientError
 
-from raynium.checkpoint.checksum import FileChecksums, checksum, checksum_parts, num_parts, to_text
-from raynium.checkpoint.file_store import mapped
+from raynium.checkpoint.checksum import PART_BYTES, FileChecksums, checksum, checksum_units, num_units, to_text
+from raynium.checkpoint.file_store import after, mapped
 from raynium.checkpoint.store import KeyExists, KeyMissing, Listing, refuse_large
 from raynium.errors import StoreError
 
 T = TypeVar("T")
 
-UNITS_IN_FLIGHT = 4  # of 64 MiB: hides S3's latency; each is one copy in memory
-_MIN_UPLOAD_BYTES, _MAX_UPLOAD_PARTS = 5 * 2**20, 10_000  # S3's limits of a multipart upload
+PARTS_IN_FLIGHT = 4  # of 64 MiB: hides S3's latency; each is one copy in memory
+_MAX_UPLOAD_PARTS = 10_000  # S3's limit
 _DELETE_BATCH = 1000  # S3's limit
 _MAX_ATTEMPTS = 8  # per request, by botocore, with growing pauses
 _CLEANUP_SECONDS = 20
@@ -78,9 +78,9 @@ class S3Backend:
         with self._errors(key):
             return self._run(self._read(key, max_bytes))
 
-    def read_into(self, key: str, start: int, buffer: memoryview) -> None:
+    def read_into(self, key: str, start: int, buffers: Sequence[memoryview]) -> None:
         with self._errors(key):
-            self._run(self._read_into(key, start, buffer))
+            self._run(self._read_into(key, start, buffers))
 
     def size(self, key: str) -> int:
         with self._errors(key):
@@ -122,7 +122,7 @@ class S3Backend:
                 )
         return len(keys)
 
-    def upload_file(self, key: str, path: Path, *, part_bytes: int) -> FileChecksums:
+    def upload_file(self, key: str, path: Path, *, unit_bytes: int) -> FileChecksums:
         try:
             source = path.open("rb")
         except OSError as error:
@@ -130,14 +130,13 @@ class S3Backend:
         size = os.fstat(source.fileno()).st_size
         with source, self._errors(key):
             view = mapped(source, size)
-            # S3 takes at most 10,000 parts a file and none but the last under 5 MiB: then it gets several in one
-            together = num_parts(max(_MIN_UPLOAD_BYTES, num_parts(size, _MAX_UPLOAD_PARTS)), part_bytes)
-            unit_bytes = together * part_bytes
-            if size <= unit_bytes:
-                sent = checksum_parts(body := bytes(view), part_bytes)
+            # S3 takes at most 10,000 parts a file
+            part_bytes = num_units(max(PART_BYTES, num_units(size, _MAX_UPLOAD_PARTS)), unit_bytes) * unit_bytes
+            if size <= part_bytes:
+                sent = checksum_units(body := bytes(view), unit_bytes)
                 self._run(self._put(key, body, exclusive=True, crc=sent.crc))
             else:
-                sent = self._run(self._upload_units(key, view, unit_bytes, part_bytes))
+                sent = self._run(self._upload_parts(key, view, part_bytes, unit_bytes))
         self._check_stored(key, sent)
         return sent
 
@@ -155,31 +154,31 @@ class S3Backend:
         request = {"Bucket": self.bucket, "Key": self._object(key), "Body": data, "ChecksumCRC64NVME": to_text(crc)}
         await self._conditional("put_object", **request, **condition)
 
-    async def _upload_units(self, key: str, view: memoryview, unit_bytes: int, part_bytes: int) -> FileChecksums:
-        """One multipart upload, in units of whole parts. Whatever ends it early, nothing is left behind to be paid."""
+    async def _upload_parts(self, key: str, view: memoryview, part_bytes: int, unit_bytes: int) -> FileChecksums:
+        """One multipart upload. Whatever ends it early, nothing is left behind to be paid."""
         target = {"Bucket": self.bucket, "Key": self._object(key)}
         kind = {"ChecksumAlgorithm": "CRC64NVME", "ChecksumType": "FULL_OBJECT"}
         started = await self._fs._call_s3("create_multipart_upload", **target, **kind)
         upload = {**target, "UploadId": started["UploadId"]}
-        free = asyncio.Semaphore(UNITS_IN_FLIGHT)
+        free = asyncio.Semaphore(PARTS_IN_FLIGHT)
 
         async def send(index: int) -> tuple[FileChecksums, dict[str, Any]]:
             async with free:
-                body = bytes(view[index * unit_bytes : (index + 1) * unit_bytes])
-                sums = checksum_parts(body, part_bytes)  # of the copy that is sent: the image may be written meanwhile
-                unit = {"PartNumber": index + 1, "ChecksumCRC64NVME": to_text(sums.crc)}
-                answer = await self._fs._call_s3("upload_part", **upload, **unit, Body=body)
-                return sums, {**unit, "ETag": answer["ETag"]}
+                body = bytes(view[index * part_bytes : (index + 1) * part_bytes])
+                sums = checksum_units(body, unit_bytes)  # of the copy that is sent: the image may be written meanwhile
+                part = {"PartNumber": index + 1, "ChecksumCRC64NVME": to_text(sums.crc)}
+                answer = await self._fs._call_s3("upload_part", **upload, **part, Body=body)
+                return sums, {**part, "ETag": answer["ETag"]}
 
         try:
             async with asyncio.TaskGroup() as group:  # one fails: the others are cancelled
-                sends = [group.create_task(send(index)) for index in range(num_parts(len(view), unit_bytes))]
-            sums, units = zip(*(task.result() for task in sends), strict=True)
-            whole = FileChecksums(len(view), part_bytes, tuple(crc for some in sums for crc in some.part_crcs))
+                sends = [group.create_task(send(index)) for index in range(num_units(len(view), part_bytes))]
+            sums, parts = zip(*(task.result() for task in sends), strict=True)
+            whole = FileChecksums(len(view), unit_bytes, tuple(crc for some in sums for crc in some.unit_crcs))
             await self._conditional(
                 "complete_multipart_upload",
                 **upload,
-                MultipartUpload={"Parts": list(units)},
+                MultipartUpload={"Parts": list(parts)},
                 ChecksumCRC64NVME=to_text(whole.crc),
                 ChecksumType="FULL_OBJECT",
                 IfNoneMatch="*",
@@ -217,15 +216,16 @@ class S3Backend:
                 answer["Body"].close()
         raise AssertionError("returned or raised above")
 
-    async def _read_into(self, key: str, start: int, buffer: memoryview) -> None:
-        """Fill `buffer`; when the connection breaks, go on from the byte received."""
-        done, attempt = 0, 0
+    async def _read_into(self, key: str, start: int, buffers: Sequence[memoryview]) -> None:
+        """Fill `buffers`; when the connection breaks, go on from the byte received."""
+        waiting, position, end = list(buffers), start, start + sum(map(len, buffers))
+        attempt = 0
         while True:
-            wanted = f"bytes={start + done}-{start + len(buffer) - 1}"
+            wanted = f"bytes={position}-{end - 1}"
             answer = await self._fs._call_s3("get_object", Bucket=self.bucket, Key=self._object(key), Range=wanted)
             try:
-                while done < len(buffer) and (count := await answer["Body"].readinto(buffer[done:])):
-                    done += count
+                while waiting and (count := await answer["Body"].readinto(waiting[0])):
+                    waiting, position = after(waiting, count), position + count
             except (BotoCoreError, OSError):
                 attempt += 1
                 if attempt == _READ_ATTEMPTS:
@@ -234,8 +234,8 @@ class S3Backend:
                 continue
             finally:
                 answer["Body"].close()
-            if done < len(buffer):
-                raise StoreError(f"{self._uri(key)} ends at byte {start + done:,} of {start + len(buffer):,} needed")
+            if waiting:
+                raise StoreError(f"{self._uri(key)} ends at byte {position:,} of {end:,} needed")
             return
 
     def _check_stored(self, key: str, sent: FileChecksums) -> None:

@@ -9,14 +9,14 @@ never seen half-written. Every failure is a `StoreError` that names the store, t
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 from uuid import uuid4
 
-from raynium.checkpoint.checksum import PART_BYTES, FileChecksums
+from raynium.checkpoint.checksum import UNIT_BYTES, FileChecksums
 from raynium.errors import StoreError
 
 MAX_READ_BYTES = 2**30  # `read` is for records and manifests; data goes through `read_into`
@@ -45,12 +45,12 @@ class Backend(Protocol):
 
     def put(self, key: str, data: bytes, *, exclusive: bool) -> None: ...
     def read(self, key: str, *, max_bytes: int) -> bytes: ...  # one version of it, also while it is being replaced
-    def read_into(self, key: str, start: int, buffer: memoryview) -> None: ...
+    def read_into(self, key: str, start: int, buffers: Sequence[memoryview]) -> None: ...
     def size(self, key: str) -> int: ...
     def list(self, folder: str, *, recursive: bool) -> Listing: ...
     def delete(self, key: str) -> None: ...
     def delete_prefix(self, folder: str) -> int: ...
-    def upload_file(self, key: str, path: Path, *, part_bytes: int) -> FileChecksums: ...
+    def upload_file(self, key: str, path: Path, *, unit_bytes: int) -> FileChecksums: ...
     def check_reachable(self, *, need_bytes: int) -> None: ...
 
 
@@ -98,10 +98,13 @@ class Store:
         self.read_into(key, start, memoryview(buffer))
         return bytes(buffer)
 
-    def read_into(self, key: str, start: int, buffer: memoryview) -> None:
-        """Fill `buffer` (flat bytes) from byte `start` of `key`. KeyMissing; StoreError if the object ends before."""
-        if len(buffer):
-            self._backend.read_into(checked_key(key), start, buffer)
+    def read_into(self, key: str, start: int, *buffers: memoryview) -> None:
+        """Fill `buffers` (flat bytes), one after the other, from byte `start` of `key`, in one request.
+
+        KeyMissing; StoreError if the object ends before.
+        """
+        if filled := [buffer for buffer in buffers if len(buffer)]:
+            self._backend.read_into(checked_key(key), start, filled)
 
     def size(self, key: str) -> int:
         """Bytes of `key`. KeyMissing."""
@@ -129,12 +132,12 @@ class Store:
         """Remove all keys under `folder`, which may not be the whole store. Returns how many there were."""
         return self._backend.delete_prefix(checked_key(folder))
 
-    def upload_file(self, key: str, path: str | Path, *, part_bytes: int = PART_BYTES) -> FileChecksums:
+    def upload_file(self, key: str, path: str | Path, *, unit_bytes: int = UNIT_BYTES) -> FileChecksums:
         """Create `key` from a file of any size, durably, and say what was sent. KeyExists if it is there already.
 
         The checksums are of the very bytes that were sent; S3 checks them on arrival.
         """
-        return self._backend.upload_file(checked_key(key), Path(path), part_bytes=part_bytes)
+        return self._backend.upload_file(checked_key(key), Path(path), unit_bytes=unit_bytes)
 
     def check_writable(self, *, need_bytes: int = 0) -> None:
         """Write, read and delete a probe, so that a run that could not save fails before it starts.

@@ -1,13 +1,13 @@
 """What the node agent does with a rank's image: upload it, verify it, describe it. No torch."""
 
-from raynium.checkpoint.checksum import PART_BYTES, to_text
+from raynium.checkpoint.checksum import UNIT_BYTES, list_to_text, to_text
 from raynium.checkpoint.manifest import FileEntry, ImageInfo, ShardEntry, shard_key, step_folder
 from raynium.checkpoint.store import Store
 from raynium.errors import CheckpointError
 
 
 def upload_shard(
-    store: Store, image: ImageInfo, *, generation: str, rank: int, part_bytes: int = PART_BYTES
+    store: Store, image: ImageInfo, *, generation: str, rank: int, unit_bytes: int = UNIT_BYTES
 ) -> ShardEntry:
     """Upload one rank's image; what the coordinator needs to commit it. The image must not change until this returns.
 
@@ -16,7 +16,7 @@ def upload_shard(
     and the store has confirmed its checksum. If this process dies first, nothing of it is ever read.
     """
     key = shard_key(generation, rank)
-    sent = store.upload_file(f"{step_folder(image.step)}/{key}", image.path, part_bytes=part_bytes)
+    sent = store.upload_file(f"{step_folder(image.step)}/{key}", image.path, unit_bytes=unit_bytes)
     if sent.size != image.size:
         raise CheckpointError(
             f"the image {image.path} has {sent.size:,} bytes and its rank described {image.size:,}: another writer "
@@ -24,12 +24,13 @@ def upload_shard(
         )
     return ShardEntry(
         step=image.step,
+        stall_seconds=image.stall_seconds,
         file=FileEntry(
             key=key,
             size=sent.size,
             crc64nvme=to_text(sent.crc),
-            part_bytes=part_bytes,
-            part_crc64nvme=tuple(to_text(crc) for crc in sent.part_crcs),
+            unit_bytes=unit_bytes,
+            unit_crc64nvme=list_to_text(sent.unit_crcs),
         ),
         tensors=image.tensors,
     )
