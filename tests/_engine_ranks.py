@@ -17,6 +17,7 @@ import torch.distributed as dist
 from raynium.accelerators.cpu import CpuAccelerator
 from raynium.config.schema import Config
 from raynium.data.batch import Batch
+from raynium.engines.base import Votes
 from raynium.engines.native import build_native_engine
 
 
@@ -59,7 +60,8 @@ def run_rank(rank: int, folder: Path, scenario: dict) -> None:
     results = []
     for step in range(scenario["first_step"], scenario["last_step"] + 1):
         wish = scenario["stop"] == [rank, step]
-        results.append(vars(engine.step(batch(step), step=step, stop_requested=wish)))
+        result = engine.step(batch(step), step=step, votes=Votes(stop=wish, skip_save=[rank, step] == [0, 2]))
+        results.append(vars(result) | {"agreed": tuple(result.agreed)})
         if step % 5 == 0:
             evaluations.append(tuple(engine.evaluate(batch(step))))
     assert pointers == [chunk.tensor.data_ptr() for chunk in engine.state()], "a chunk aliases the same memory always"

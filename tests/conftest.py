@@ -177,7 +177,7 @@ def save_run(tmp_path: Path) -> Callable[..., Any]:
                     chunks.append(Chunk(f"{prefix}/{parameter_name}", shape, offsets, tensor[part], saved_here=True))
             plan = plan_image(chunks)
             with ImageFile(tmp_path / f"image-{rank}") as image:
-                write_image(plan, chunks, image.reserve(plan.size))
+                write_image(plan, chunks, image.reserve(plan.size), step=step)
                 info = plan.info(step=step, path=image.path)
                 unit_bytes = fields.get("unit_bytes", 4096)
                 entries.append(upload_shard(store, info, generation="g1", rank=rank, unit_bytes=unit_bytes))

@@ -80,7 +80,7 @@ def run(tmp_path: Path) -> RecordKeeper:
     ]
     plan = plan_image(chunks)
     with ImageFile(tmp_path / "image") as image:
-        write_image(plan, chunks, image.reserve(plan.size))
+        write_image(plan, chunks, image.reserve(plan.size), step=4)
         entry = upload_shard(store, plan.info(step=4, path=image.path), generation="g1", rank=0)
     state = {"config": config.model_dump(mode="json")}
     commit_checkpoint(store, step=4, generation="g1", entries=[entry], state=state, world_size=1, layout={})

@@ -1,10 +1,12 @@
-"""Snapshot memory: private, and given back also by agents that had no time to."""
+"""Snapshot memory: private, given back also by agents that had no time to, and never overwritten too early."""
 
 import subprocess
 import sys
 from pathlib import Path
 
-from raynium.launch.images import make_image_folder
+from raynium.checkpoint.manifest import ImageInfo
+from raynium.launch.images import NodeImages, Snapshot, make_image_folder
+from raynium.launch.protocol import HeldImages
 
 
 def test_a_killed_agents_memory_is_freed_by_the_next_agent_and_a_live_ones_is_not(tmp_path: Path) -> None:
@@ -22,3 +24,54 @@ def test_a_killed_agents_memory_is_freed_by_the_next_agent_and_a_live_ones_is_no
         [first.name, second.name, "raynium-somebody-else"]
     )
     assert first.stat().st_mode & 0o777 == 0o700
+
+
+def snapshot(step: int, generation: str = "g1") -> Snapshot:
+    info = ImageInfo(step=step, path=f"/dev/shm/{step}", size=1, tensors=())
+    return Snapshot(generation, info, info)
+
+
+def test_a_rank_always_has_one_image_to_write_and_one_to_start_from() -> None:
+    images = NodeImages([0])
+    images.start_generation(None)
+    assert images.take_offers() == [(0, 0), (0, 1)] and images.take_offers() == []
+
+    images.complete(0, 0, snapshot(10))
+    assert images.take_offers() == [] and images.held() == (HeldImages("g1", 10, (0,)),)
+    images.uploaded(0, 0)
+    assert images.take_offers() == [], "the only complete one: a restart needs it"
+    images.complete(0, 1, snapshot(20))
+    assert images.take_offers() == [(0, 0)], "uploaded, and a newer one is complete"
+
+    images.complete(0, 0, snapshot(30))
+    assert images.take_offers() == [], "the upload of step 20 still runs"
+    images.uploaded(0, 1)
+    assert images.take_offers() == [(0, 1)]
+    assert {held.step for held in images.held()} == {20, 30}
+
+
+def test_a_new_generation_keeps_what_it_starts_from_and_what_is_being_uploaded() -> None:
+    images = NodeImages([4, 5])
+    images.start_generation(None)
+    images.take_offers()
+    for rank in (4, 5):
+        images.complete(rank, 0, snapshot(10))
+        images.uploaded(rank, 0)
+    images.complete(5, 1, snapshot(20))
+    kept = HeldImages("g1", 10, (0, 1, 4, 5))
+    assert set(images.held()) == {HeldImages("g1", 10, (4, 5)), HeldImages("g1", 20, (5,))}
+
+    images.start_generation(kept)
+    assert images.held() == (HeldImages("g1", 10, (4, 5)),), "step 20 is of a past that did not happen"
+    assert {rank: [ImageInfo.from_json(each).step for each in found] for rank, found in images.find(kept).items()} == {
+        4: [10, 10],
+        5: [10, 10],
+    }
+    assert images.take_offers() == [(4, 1)], "rank 5's other image is still being uploaded"
+    images.uploaded(5, 1)
+    assert images.take_offers() == [(5, 1)]
+    images.complete(4, 1, snapshot(12, "g2"))
+    assert images.take_offers() == [(4, 0)]
+
+    images.start_generation(None)
+    assert images.held() == () and sorted(images.take_offers()) == [(4, 0), (5, 0), (5, 1)]

@@ -47,8 +47,8 @@ class Rank:
         except EOFError:
             return messages
 
-    def send(self, kind: str) -> None:
-        self.connection.send_bytes(json.dumps({"kind": kind}).encode())
+    def send(self, kind: str, **fields: Any) -> None:
+        self.connection.send_bytes(json.dumps({"kind": kind} | fields).encode())
 
     def end(self) -> tuple[int, str]:
         """Exit code and stderr."""
@@ -74,8 +74,9 @@ def start() -> Iterator[Callable[..., Rank]]:
 CONVERSATION = """
 link.phase("start", 0)
 link.step(7, {"train/loss": 2.5})
-link.image('{"step": 7}')
-link.failed("ValueError: no", retry=True)
+slot = link.wait_free_image()
+link.image(slot, '{"step": 7}', '{"replicas": 7}')
+link.failed(ValueError("no"), retry=True)
 link.outcome(7, "stopped")
 link.close()
 """
@@ -83,18 +84,21 @@ link.close()
 
 def test_the_messages_are_as_documented(start: Callable[..., Rank]) -> None:
     rank = start(CONVERSATION)
+    rank.send("image-free", slot=1)
     assert rank.receive_all() == [
         {"kind": "phase", "name": "start", "step": 0},
         {"kind": "step", "step": 7, "metrics": {"train/loss": 2.5}},
-        {"kind": "image", "info": '{"step": 7}'},
-        {"kind": "failed", "cause": "ValueError: no", "retry": True},
+        {"kind": "image", "slot": 1, "info": '{"step": 7}', "replicas": '{"replicas": 7}'},
+        {"kind": "failed", "error": "ValueError", "cause": "ValueError: no", "retry": True},
         {"kind": "outcome", "step": 7, "reason": "stopped"},
     ]
     assert rank.end() == (0, "")
 
 
 def test_other_ranks_report_a_step_as_a_heartbeat_without_numbers(start: Callable[..., Rank]) -> None:
-    messages = start(CONVERSATION, rank=1).receive_all()
+    rank = start(CONVERSATION, rank=1)
+    rank.send("image-free", slot=0)
+    messages = rank.receive_all()
     assert messages[1] == {"kind": "phase", "name": "step", "step": 7}
     assert len(messages) == 5
 
@@ -111,18 +115,22 @@ def test_a_stop_arrives(start: Callable[..., Rank]) -> None:
     assert rank.end() == (0, "")
 
 
-def test_the_next_image_waits_until_the_last_was_uploaded(start: Callable[..., Rank]) -> None:
+def test_an_image_is_written_only_once_the_agent_says_that_it_is_free(start: Callable[..., Rank]) -> None:
     rank = start(
-        "for number in range(2):\n"
-        "    link.wait_image_free()\n"
-        "    link.image(str(number))\n"
-        "link.wait_image_free()\n"
+        "for number in range(4):\n"
+        "    link.phase('waiting' if not link.has_free_image() else 'free', number)\n"
+        "    link.image(link.wait_free_image(), str(number), '')\n"
         "link.close()"
     )
-    for number in range(2):
-        assert rank.receive()["info"] == str(number)
+    assert rank.receive()["name"] == "waiting"
+    for number, slot in enumerate((0, 1, 1)):
         assert not rank.connection.poll(0.2)
-        rank.send("image-free")
+        rank.send("image-free", slot=slot)
+        image = rank.receive()
+        assert (image["info"], image["slot"]) == (str(number), slot)
+        assert rank.receive() == {"kind": "phase", "name": "waiting", "step": number + 1}
+    rank.send("image-free", slot=0)
+    assert rank.receive()["slot"] == 0
     assert rank.end() == (0, "")
 
 
@@ -141,7 +149,7 @@ def test_an_agent_that_does_not_read_never_stops_training(start: Callable[..., R
 
 @pytest.mark.parametrize(
     "script",
-    ["time.sleep(100)", "while True: link.phase('step', 1)", "link.image('1'); link.wait_image_free()"],
+    ["time.sleep(100)", "while True: link.phase('step', 1)", "link.wait_free_image()"],
     ids=["training", "sending", "waiting"],
 )
 def test_a_rank_whose_agent_is_gone_ends_at_once(start: Callable[..., Rank], script: str) -> None:

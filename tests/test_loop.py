@@ -9,14 +9,14 @@ import pytest
 import torch
 
 from raynium.data.batch import Batch
-from raynium.engines.base import FakeEngine, StepResult
+from raynium.engines.base import FakeEngine, StepResult, Votes
 from raynium.tracking.metrics import METRICS, check_metrics
 from raynium.train.guard import BadStep, judge
 from raynium.train.link import MemoryLink
 from raynium.train.loop import Cadence, Outcome, train
 from raynium.train.metrics import Throughput
 
-GOOD = StepResult(loss=2.5, grad_norm=0.5, tokens=64, learning_rate=1e-3, stop_agreed=False)
+GOOD = StepResult(loss=2.5, grad_norm=0.5, tokens=64, learning_rate=1e-3, agreed=Votes())
 THROUGHPUT = Throughput(
     world_size=4,
     tokens_per_step=64,
@@ -47,9 +47,9 @@ class Engine(FakeEngine):
         self._tell = tell
         self._change = change
 
-    def step(self, batch: Batch, *, step: int, stop_requested: bool) -> StepResult:
+    def step(self, batch: Batch, *, step: int, votes: Votes) -> StepResult:
         self._tell(f"step {step}")
-        result = super().step(batch, step=step, stop_requested=stop_requested)
+        result = super().step(batch, step=step, votes=votes)
         return replace(result, **self._change.get(step, {}))
 
 
@@ -80,7 +80,9 @@ class Play:
         start_state: torch.Tensor | None = None,
         stop_at: int | None = None,
         change: dict[int, dict[str, Any]] | None = None,
+        busy_until: int = 0,
     ):
+        self.busy_until = busy_until  # the step until which this rank would rather leave saves out
         self.journal: list[str] = []
         self.states: dict[int, torch.Tensor] = {}
         self.engine = Engine(self.journal.append, change or {})
@@ -93,7 +95,7 @@ class Play:
             cadence=cadence,
             start_step=start_step,
             evaluate=self._evaluate,
-            save=self._save,
+            snapshots=self,
             throughput=THROUGHPUT,
             link=self.link,
         )
@@ -108,9 +110,13 @@ class Play:
         self.journal.append("evaluate")
         return {"eval/loss": 1.0, "eval/bits_per_byte": 0.5}
 
-    def _save(self, step: int) -> None:
+    def wants_to_skip(self) -> bool:
+        return self.busy_until > max(self.link.steps, default=0)
+
+    def save(self, step: int) -> dict[str, float]:
         self.journal.append(f"save {step}")
         self.states[step] = self.engine.state()[0].tensor.clone()
+        return {"checkpoint/stall_seconds": 0.5, "checkpoint/wait_seconds": 0.0}
 
 
 def plain(step: int) -> list[str]:
@@ -159,8 +165,34 @@ def test_a_stop_saves_at_the_very_step_at_which_it_is_agreed() -> None:
     assert play.journal[-6:] == [*plain(3), f"report 3: {REPORT}", *saved(3)]
 
 
+def test_saves_are_left_out_and_counted_while_uploads_are_behind_but_never_the_last() -> None:
+    play = Play(Cadence(total_steps=6, checkpoint_every=1, evaluate_every=100), busy_until=3)
+    play.run()
+    assert list(play.states) == [4, 5, 6]
+    skipped = {step: metrics.get("checkpoint/skipped_saves") for step, metrics in play.link.steps.items()}
+    assert skipped == {1: 1.0, 2: 2.0, 3: 3.0, 4: None, 5: None, 6: None}
+
+    play = Play(Cadence(total_steps=3, checkpoint_every=1, evaluate_every=100), busy_until=9)
+    play.run()
+    assert list(play.states) == [3]
+
+
+def test_a_stop_is_saved_however_far_uploads_are_behind() -> None:
+    play = Play(Cadence(total_steps=9, checkpoint_every=100, evaluate_every=100), stop_at=2, busy_until=99)
+    assert play.run() == Outcome(3, "stopped") and list(play.states) == [3]
+
+
+def test_a_save_that_only_another_rank_would_skip_is_left_out_too() -> None:
+    change = {2: {"agreed": Votes(skip_save=True)}}
+    play = Play(Cadence(total_steps=3, checkpoint_every=1, evaluate_every=100), change=change)
+    play.run()
+    assert list(play.states) == [1, 3]
+
+
 def test_a_stop_that_another_rank_asked_for_counts_too() -> None:
-    play = Play(Cadence(total_steps=9, checkpoint_every=100, evaluate_every=100), change={4: {"stop_agreed": True}})
+    play = Play(
+        Cadence(total_steps=9, checkpoint_every=100, evaluate_every=100), change={4: {"agreed": Votes(stop=True)}}
+    )
     assert play.run() == Outcome(4, "stopped")
     assert list(play.states) == [4]
 
@@ -224,10 +256,11 @@ def test_without_a_known_peak_no_mfu_is_claimed() -> None:
 
 
 def test_every_name_that_a_run_reports_is_known_to_tracking() -> None:
-    play = Play(Cadence(total_steps=4, checkpoint_every=2, evaluate_every=2))
+    play = Play(Cadence(total_steps=4, checkpoint_every=2, evaluate_every=2), busy_until=2)
     play.run()
     for metrics in play.link.steps.values():
         check_metrics(metrics)
     reported = {name for metrics in play.link.steps.values() for name in metrics}
-    of_others = {name for name in METRICS if name.partition("/")[0] in ("run", "memory")}
-    assert reported == METRICS.keys() - of_others - {"checkpoint/commit_seconds", "checkpoint/bytes"}
+    of_the_coordinator = {"bytes", "longest_stall_seconds", "upload_seconds", "commit_seconds"}
+    of_others = {name for name in METRICS if name.partition("/")[0] in ("run", "memory", "compile", "device")}
+    assert reported == METRICS.keys() - of_others - {f"checkpoint/{name}" for name in of_the_coordinator}

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from raynium.config.schema import Config
 from raynium.data.batch import IGNORED_LABEL, Batch
-from raynium.engines.base import FakeEngine
+from raynium.engines.base import FakeEngine, Votes
 from raynium.engines.cross_entropy import ROWS_AT_ONCE, summed_nats
 from raynium.models.decoder import Decoder
 from raynium.models.init import initialise
@@ -232,10 +232,10 @@ def test_a_loaded_state_continues_in_another_layout(
     assert rest.losses == pytest.approx(runs["one rank"].losses[9:], rel=3e-6)
 
 
-def test_all_ranks_learn_of_a_wish_to_stop_at_the_same_step(tmp_path: Path, forker: subprocess.Popen[str]) -> None:
+def test_all_ranks_learn_of_a_vote_at_the_same_step(tmp_path: Path, forker: subprocess.Popen[str]) -> None:
     asked = run(forker, tmp_path / "stop", config(ranks=4, tensor=2), last_step=4, stop=(3, 3))
     for results in asked.results:
-        assert [result["stop_agreed"] for result in results] == [False, False, True, False]
+        assert [result["agreed"] for result in results] == [(step == 3, step == 2) for step in range(1, 5)]
 
 
 # ---- Options ---------------------------------------------------------------------------------------------------------
@@ -295,13 +295,13 @@ def test_cross_entropy_in_place_equals_torchs(dtype: torch.dtype) -> None:
 def test_the_fake_engines_losses_tell_state_samples_and_steps_apart() -> None:
     def losses(engine: FakeEngine, *, offset: int = 0, first: int = 1) -> list[float]:
         batches = [Batch(torch.full((1, 4), step + offset), torch.zeros(1, 4)) for step in range(first, 4)]
-        return [engine.step(b, step=s, stop_requested=False).loss for s, b in enumerate(batches, start=first)]
+        return [engine.step(b, step=s, votes=Votes()).loss for s, b in enumerate(batches, start=first)]
 
     whole = losses(FakeEngine())
     assert losses(FakeEngine()) == whole and len(set(whole)) == 3
     assert losses(FakeEngine(), offset=1) != whole
     half, resumed = FakeEngine(), FakeEngine()
-    half.step(Batch(torch.full((1, 4), 1), torch.zeros(1, 4)), step=1, stop_requested=False)
+    half.step(Batch(torch.full((1, 4), 1), torch.zeros(1, 4)), step=1, votes=Votes())
     assert losses(resumed, first=2) != whole[1:]
     resumed = FakeEngine()
     resumed.state()[0].tensor.copy_(half.state()[0].tensor)

@@ -60,7 +60,7 @@ def save(tmp_path: Path, tokenizer: Tokenizer) -> Callable[..., Store]:
         ]
         plan = plan_image(chunks)
         with ImageFile(tmp_path / f"image-{step}") as image:
-            write_image(plan, chunks, image.reserve(plan.size))
+            write_image(plan, chunks, image.reserve(plan.size), step=step)
             entry = upload_shard(store, plan.info(step=step, path=image.path), generation="g1", rank=0)
         state: dict[str, Any] = {"config": config.model_dump(mode="json")}
         commit_checkpoint(

@@ -5,6 +5,7 @@
     ├── DataError              a corpus, tokenizer or document store that cannot be used
     ├── CheckpointError        a checkpoint that cannot be written or read
     │   ├── CheckpointDamaged      bytes differ from what the manifest says
+    │   ├── SnapshotMemoryShort    a node has too little shared memory for its ranks' snapshots
     │   ├── CheckpointMismatch     whole, but contradicts the model or the config that asks for it
     │   ├── CheckpointTooNew       of a newer format (checkpoint/manifest.py)
     │   └── StepTaken              another generation committed this step (checkpoint/commit.py)
@@ -51,6 +52,10 @@ class CheckpointError(RayniumError):
 
 class CheckpointDamaged(CheckpointError):
     """The stored bytes differ from what the manifest says they are."""
+
+
+class SnapshotMemoryShort(CheckpointError):
+    """A node's shared memory cannot hold the snapshots of its ranks: the same at every try."""
 
 
 class CheckpointMismatch(CheckpointError):

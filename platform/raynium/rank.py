@@ -14,10 +14,8 @@ import torch.distributed as dist
 
 from raynium.accelerators.base import Accelerator
 from raynium.accelerators.detect import detect
-from raynium.checkpoint.catalog import open_checkpoint
-from raynium.checkpoint.image import ImageFile, plan_image, write_image
-from raynium.checkpoint.load import load_checkpoint
-from raynium.checkpoint.state import Chunk
+from raynium.accelerators.timeouts import PROCESS_GROUP_TIMEOUT_SECONDS
+from raynium.checkpoint.manifest import ImageInfo
 from raynium.checkpoint.store import Store
 from raynium.config.schema import Config
 from raynium.data.evaluation import bits_per_byte, evaluation_set
@@ -27,14 +25,12 @@ from raynium.engines.base import Engine
 from raynium.engines.native import build_native_engine
 from raynium.models.flops import flops_per_token
 from raynium.rank_plan import RankPlan
+from raynium.snapshots import Snapshots
 from raynium.train.link import Link
 from raynium.train.loop import Cadence, Outcome, train
 from raynium.train.metrics import Throughput
 
 logger = logging.getLogger(__name__)
-
-# Longer than any step or save should take; shorter than a person's patience. The agent's own verdict comes first.
-COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 
 
 def run(plan: RankPlan, link: Link) -> Outcome:
@@ -50,14 +46,21 @@ def run(plan: RankPlan, link: Link) -> Outcome:
     accelerator = detect(config.cluster.accelerator)
     accelerator.set_device(local_rank)
     dist.init_process_group(
-        accelerator.process_group_backend, rank=rank, world_size=world_size, timeout=COLLECTIVE_TIMEOUT
+        accelerator.process_group_backend,
+        rank=rank,
+        world_size=world_size,
+        timeout=timedelta(seconds=PROCESS_GROUP_TIMEOUT_SECONDS),
     )
     torch.manual_seed(config.run.seed + rank)
 
     # ---- model, optimizer, and the state they start from -----------------------------------------------------------
     engine = build_native_engine(config, accelerator)
-    state = Snapshots(engine, link, Path(plan.image_folder) / f"rank-{rank:05d}.safetensors")
-    start_step = state.restore(Store(plan.run_url), plan.resume_step) if plan.resume_step is not None else 0
+    snapshots = Snapshots(engine, link, Path(plan.image_folder), if_busy=config.checkpoint.if_busy)
+    start_step = 0
+    if plan.resume_images:
+        start_step = snapshots.restore_images([ImageInfo.from_json(text) for text in plan.resume_images[rank]])
+    elif plan.resume_step is not None:
+        start_step = snapshots.restore(Store(plan.run_url), plan.resume_step)
 
     # ---- data ------------------------------------------------------------------------------------------------------
     documents = open_store(plan.data_folder)
@@ -77,48 +80,14 @@ def run(plan: RankPlan, link: Link) -> Outcome:
         batches=loader,
         cadence=Cadence(config.train.steps, config.checkpoint.every_steps, config.evaluate.every_steps),
         start_step=start_step,
-        evaluate=evaluation.metrics,
-        save=state.save,
+        evaluate=lambda: evaluation.metrics() | accelerator.metrics(),
+        snapshots=snapshots,
         throughput=_throughput(config, accelerator, world_size),
         link=link,
     )
     engine.close()
     dist.destroy_process_group()
     return outcome
-
-
-class Snapshots:
-    """This rank's training state, to and from its file image in shared memory."""
-
-    def __init__(self, engine: Engine, link: Link, image_path: Path):
-        self._engine = engine
-        self._link = link
-        self._image = ImageFile(image_path)
-        self._random_state = torch.get_rng_state()  # uint8 [5056], the same tensor each time: chunks hold it
-        self._rank = dist.get_rank()
-
-    def _chunks(self) -> list[Chunk]:
-        name = f"rng/rank-{self._rank:05d}"
-        random = Chunk(name, tuple(self._random_state.shape), (0,), self._random_state, saved_here=True)
-        return [*self._engine.state(), random]
-
-    def save(self, step: int) -> None:
-        """Copies the state into the image and hands it to the agent. Waits only if the last upload still runs."""
-        self._link.wait_image_free()
-        self._random_state.copy_(torch.get_rng_state())
-        chunks = self._chunks()
-        plan = plan_image(chunks)
-        write_image(plan, chunks, self._image.reserve(plan.size))
-        self._link.image(plan.info(step=step, path=self._image.path).to_json())
-
-    def restore(self, store: Store, step: int) -> int:
-        """Reads the checkpoint of `step` into the engine, in whatever layout it was written; returns the step."""
-        loaded = load_checkpoint(open_checkpoint(store, step), self._chunks())
-        self._engine.set_step(step)
-        if not loaded.absent:  # a rank that did not exist when it was saved keeps its fresh seed
-            torch.set_rng_state(self._random_state)
-        logger.info("resumed from step %d, %.1f MB read", step, loaded.num_bytes_read / 1e6)
-        return step
 
 
 class Evaluation:

@@ -46,12 +46,12 @@ def main(
     output.close()
     sys.stdout.reconfigure(line_buffering=True)  # pyright: ignore[reportAttributeAccessIssue]  # a kill loses no line
     faulthandler.enable()  # a crash in native code leaves Python's stack among the last lines
-    _die_with_the_agent()
+    die_with_the_agent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole terminal group; the agent decides
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s", force=True)
 
-    from raynium.errors import CheckpointMismatch, ConfigError, DataError
+    from raynium.errors import CheckpointMismatch, ConfigError, DataError, SnapshotMemoryShort
     from raynium.train.guard import BadStep
     from raynium.train.link import AgentLink
 
@@ -60,8 +60,8 @@ def main(
         outcome = program(plan_json, link)
     except Exception as error:
         traceback.print_exc()
-        happens_again = isinstance(error, BadStep | CheckpointMismatch | ConfigError | DataError)
-        link.failed(f"{type(error).__name__}: {error}", retry=not happens_again)
+        happens_again = isinstance(error, BadStep | CheckpointMismatch | ConfigError | DataError | SnapshotMemoryShort)
+        link.failed(error, retry=not happens_again)
         link.close()
         sys.stdout.flush()
         sys.stderr.flush()
@@ -70,7 +70,7 @@ def main(
     link.close()
 
 
-def _die_with_the_agent() -> None:
+def die_with_the_agent() -> None:
     """When the agent is killed the template ends, and the kernel then kills this process, whatever it is doing.
 
     The template ends when the last holder of its alive pipe does; a fork inherits one and must give it back. The

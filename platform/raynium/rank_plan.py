@@ -1,7 +1,7 @@
 """What a rank must know and the standard environment does not say. Made by the agent, read by the rank; no torch."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from raynium.config.schema import Config
 
@@ -15,6 +15,9 @@ class RankPlan:
     resume_step: int | None  # of the checkpoint to start from; None: the initial weights
     data_folder: str  # the document store, on this node's disk
     image_folder: str  # shared memory that outlives the rank
+    # Rank → the images its predecessor left there of `resume_step`, as checkpoint.manifest.ImageInfo in JSON: they are
+    # used in place of the checkpoint. Empty: the checkpoint is read.
+    resume_images: dict[int, list[str]] = field(default_factory=dict)
 
     def to_json(self) -> str:
         return json.dumps(vars(self) | {"config": self.config.model_dump(mode="json")})
@@ -22,4 +25,5 @@ class RankPlan:
     @classmethod
     def from_json(cls, text: str) -> "RankPlan":
         fields = json.loads(text)
-        return cls(**fields | {"config": Config.model_validate(fields["config"])})
+        images = {int(rank): infos for rank, infos in fields["resume_images"].items()}  # JSON's keys are text
+        return cls(**fields | {"config": Config.model_validate(fields["config"]), "resume_images": images})

@@ -57,10 +57,13 @@ class StandaloneLink:
     def stop_requested(self) -> bool:
         return self._stop
 
-    def wait_image_free(self) -> None:
-        return  # `image` returns when the image is no longer needed
+    def has_free_image(self) -> bool:
+        return True
 
-    def image(self, info: str) -> None:
+    def wait_free_image(self) -> int:
+        return 0  # `image` returns when the image is no longer needed
+
+    def image(self, slot: int, info: str, replicas: str) -> None:
         """Uploads this rank's shard; rank 0 commits when all are in. A rank that dies in here stops the others."""
         if not self._generation:
             names = [f"torchrun-{secrets.token_hex(4)}"]

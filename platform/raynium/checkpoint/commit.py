@@ -44,15 +44,17 @@ def commit_checkpoint(
     layout: Mapping[str, Any],
     parent_step: int | None = None,
     metrics: Mapping[str, float] | None = None,
-    timing: Timing | None = None,
+    upload_seconds: float | None = None,
 ) -> CheckpointRef:
     """Write the manifest, which is the commit: one process calls this, once, after every rank's shard is in.
 
     entries: one per rank. state: JSON values only (step, data position, seeds, facts of the config). metrics: of the
-    evaluation at this step, if there was one. timing: what it cost.
+    evaluation at this step, if there was one. upload_seconds: from the snapshot until the last shard was in; None for
+    what was not trained here.
     CheckpointError if they are not one whole checkpoint (a rank's shard is missing, blocks overlap, a file is gone);
     StepTaken if another generation was first. If this process dies before, the step does not exist; after, it does.
     """
+    began = time.perf_counter()
     manifest = _manifest(
         step=step,
         generation=generation,
@@ -62,7 +64,7 @@ def commit_checkpoint(
         layout=dict(layout),
         parent_step=parent_step,
         metrics=dict(metrics or {}),
-        timing=timing,
+        timing=None,
     )
     stored = store.list(step_folder(step)).sizes
     for shard in manifest.shards:
@@ -70,6 +72,12 @@ def commit_checkpoint(
         if size != shard.size:
             found = "is not there" if size is None else f"has {size:,} bytes"
             raise CheckpointError(f"step {step} cannot be committed: {shard.key} {found}, {shard.size:,} were uploaded")
+    if upload_seconds is not None:
+        stall_seconds = max(entry.stall_seconds for entry in entries)
+        timing = Timing(
+            stall_seconds=stall_seconds, upload_seconds=upload_seconds, commit_seconds=time.perf_counter() - began
+        )
+        manifest = manifest.model_copy(update={"timing": timing})
     data = manifest_to_bytes(manifest)
     try:
         store.write_new(manifest_key(step), data)

@@ -2,8 +2,9 @@
 
 plan = plan_image(chunks)                    once; the state's shapes do not change
 buffer = image_file.reserve(plan.size)       once: memory is taken and touched here, not while training waits
-write_image(plan, chunks, buffer)            per save: one copy, device → image
+write_image(plan, chunks, buffer, step=…)    per save: one copy, device → image
 send(plan.info(step=step, path=...))         to the node agent, which uploads the file as it is
+read_image(info, chunks)                     after a restart, back into the state
 """
 
 import errno
@@ -14,40 +15,47 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import Literal
 
 import torch
 
 from raynium.checkpoint.manifest import ALIGNMENT_BYTES, DTYPES, ImageInfo, SavedBlock
 from raynium.checkpoint.state import Chunk
-from raynium.errors import CheckpointError
+from raynium.errors import CheckpointDamaged, CheckpointError, SnapshotMemoryShort
 
 TORCH_DTYPES: Mapping[str, torch.dtype] = {name: getattr(torch, name) for name in DTYPES}
 _NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+_STEP_PLACE = b"9" * 18  # the step's digits in a header, so that its length never changes
 
 
 @dataclass(frozen=True)
 class ImagePlan:
-    """Where each block goes. `header` is the file's begin, up to the first tensor byte."""
+    """Where each block goes."""
 
     size: int  # bytes of the whole file
-    header: bytes
+    header: bytes  # the file's begin, up to the first tensor byte, with _STEP_PLACE in the step's place
     tensors: tuple[SavedBlock, ...]
+
+    def header_of(self, step: int) -> bytes:
+        return self.header.replace(_STEP_PLACE, b"%0*d" % (len(_STEP_PLACE), step), 1)
 
     def info(self, *, step: int, path: str | Path, stall_seconds: float = 0.0) -> ImageInfo:
         """What the rank tells its agent once `write_image` has returned."""
         return ImageInfo(step=step, path=str(path), size=self.size, tensors=self.tensors, stall_seconds=stall_seconds)
 
 
-def plan_image(chunks: Sequence[Chunk]) -> ImagePlan:
+def plan_image(chunks: Sequence[Chunk], *, of: Literal["saved", "replicas"] = "saved") -> ImagePlan:
     """Lay out the blocks that this rank saves (`saved_here`). Every rank calls it with its own chunks, without talking.
 
-    Blocks without elements are left out, except those of a tensor that has none at all.
+    Blocks without elements are left out, except those of a tensor that has none at all. of: "replicas" lays out the
+    other blocks, those that some other rank saves.
     """
-    saved = [chunk for chunk in chunks if chunk.saved_here and (chunk.tensor.numel() or 0 in chunk.global_shape)]
+    mine = [chunk for chunk in chunks if chunk.saved_here == (of == "saved")]
+    saved = [chunk for chunk in mine if chunk.tensor.numel() or 0 in chunk.global_shape]
     # Widest elements first keeps all of them aligned without gaps, which safetensors forbids; then the largest first,
     # so that the first parts of the file are complete soonest
     saved.sort(key=lambda chunk: (-chunk.tensor.element_size(), -chunk.tensor.numel(), chunk.name, chunk.offsets))
-    entries: dict[str, dict[str, object]] = {}
+    entries: dict[str, dict[str, object]] = {"__metadata__": {"step": _STEP_PLACE.decode()}}
     position = 0
     for chunk in saved:
         key = _key(chunk.name, chunk.offsets)
@@ -94,14 +102,15 @@ def dtype_name(tensor: torch.Tensor, name: str) -> str:
 
 
 @torch.no_grad()
-def write_image(plan: ImagePlan, chunks: Sequence[Chunk], buffer: memoryview) -> None:
+def write_image(plan: ImagePlan, chunks: Sequence[Chunk], buffer: memoryview, *, step: int) -> None:
     """Copy the state into `buffer` (plan.size writable bytes): the only time that training waits for a save.
 
-    `chunks` are those that were planned, with the tensors of now; shapes and dtypes must be the same.
+    `chunks` are those that were planned, with the tensors of now; shapes and dtypes must be the same. The header is
+    written last: if this process dies in here, what is left is no image.
     """
     assert len(buffer) == plan.size, f"a buffer of {len(buffer)} bytes for an image of {plan.size}"
-    sources = {(chunk.name, tuple(chunk.offsets)): chunk.tensor for chunk in chunks if chunk.saved_here}
-    buffer[: len(plan.header)] = plan.header
+    sources = {(chunk.name, tuple(chunk.offsets)): chunk.tensor for chunk in chunks}
+    buffer[:8] = bytes(8)
     for block in plan.tensors:
         source = sources[block.name, block.offsets]
         assert tuple(source.shape) == block.shape, f"{block.name} is {tuple(source.shape)}, planned as {block.shape}"
@@ -109,6 +118,44 @@ def write_image(plan: ImagePlan, chunks: Sequence[Chunk], buffer: memoryview) ->
         if block.end > block.begin:
             place = torch.frombuffer(buffer, dtype=source.dtype, count=source.numel(), offset=block.begin)
             place.view(block.shape).copy_(source.detach())
+    buffer[: len(plan.header)] = plan.header_of(step)
+
+
+@torch.no_grad()
+def read_image(info: ImageInfo, chunks: Sequence[Chunk]) -> list[Chunk]:
+    """Copy back into `chunks` what the image at info.path holds of them; returns those that it does not hold.
+
+    CheckpointDamaged if the file is gone, was being written when its writer died, or is of another step.
+    """
+    try:
+        with open(info.path, "r+b") as file:  # writable, because torch's views of memory are
+            pages = mmap.mmap(file.fileno(), 0)
+    except (OSError, ValueError) as error:
+        raise CheckpointDamaged(f"the snapshot {info.path} cannot be read: {error}") from error
+    _check_header(info, memoryview(pages))
+    blocks = {(block.name, block.offsets): block for block in info.tensors}
+    left: list[Chunk] = []
+    for chunk in chunks:
+        block = blocks.get((chunk.name, tuple(chunk.offsets)))
+        if block is None:
+            if chunk.tensor.numel():
+                left.append(chunk)
+        elif block.end > block.begin:
+            source = torch.frombuffer(pages, dtype=chunk.tensor.dtype, count=chunk.tensor.numel(), offset=block.begin)
+            chunk.tensor.detach().copy_(source.view(block.shape))
+    return left
+
+
+def _check_header(info: ImageInfo, image: memoryview) -> None:
+    length = int.from_bytes(image[:8], "little")
+    try:
+        step = int(json.loads(bytes(image[8 : 8 + length]))["__metadata__"]["step"]) if length < len(image) else None
+    except (ValueError, KeyError):
+        step = None
+    if step != info.step or len(image) != info.size:
+        raise CheckpointDamaged(
+            f"the snapshot {info.path} is not the whole one of step {info.step}: its writer died while writing it"
+        )
 
 
 class ImageFile:
@@ -138,14 +185,14 @@ class ImageFile:
             missing = size - os.fstat(descriptor).st_blocks * 512
             free = _free_bytes(self.path)
             if missing > free:  # asked first: a full tmpfs kills the process that touches a page it cannot have
-                raise CheckpointError(self._too_small(size, free))
+                raise SnapshotMemoryShort(self._too_small(size, free))
             os.ftruncate(descriptor, size)
             os.posix_fallocate(descriptor, 0, size)
             # Populated now: page faults on first use would make the copy four to five times slower
             return mmap.mmap(descriptor, size, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
         except OSError as error:
             if error.errno == errno.ENOSPC:
-                raise CheckpointError(self._too_small(size, _free_bytes(self.path))) from error
+                raise SnapshotMemoryShort(self._too_small(size, _free_bytes(self.path))) from error
             raise CheckpointError(f"cannot reserve {size:,} bytes at {self.path}: {error.strerror}") from error
         finally:
             os.close(descriptor)

@@ -245,7 +245,7 @@ def _upload(
         image = Path(folder) / "image"
         try:
             with image.open("xb") as file:
-                file.write(plan.header)
+                file.write(plan.header_of(STEP))
                 for block in plan.tensors:  # as they lie in the file, without gaps
                     file.write(raw_bytes(source.get_tensor(theirs[block.name]).to(torch.float32)))
         except OSError as error:

@@ -9,6 +9,13 @@ from raynium.checkpoint.state import Chunk
 from raynium.data.batch import IGNORED_LABEL, Batch
 
 
+class Votes(NamedTuple):
+    """What any one rank may wish for and then all do, since they must stay together."""
+
+    stop: bool = False  # end after this step
+    skip_save: bool = False  # leave out the save that is due after this step
+
+
 @dataclass(frozen=True)
 class StepResult:
     """One optimizer step, the same numbers on every rank."""
@@ -17,7 +24,7 @@ class StepResult:
     grad_norm: float  # global 2-norm of that mean's gradient, before clipping
     tokens: int  # counted labels, over all ranks
     learning_rate: float
-    stop_agreed: bool  # some rank asked to stop at this step
+    agreed: Votes  # true where some rank said so
 
 
 class EvalSum(NamedTuple):
@@ -36,7 +43,7 @@ class Engine(Protocol):
     data_rank: int  # which slice of the samples this rank takes; ranks of one tensor group share it
     data_size: int
 
-    def step(self, batch: Batch, *, step: int, stop_requested: bool) -> StepResult:
+    def step(self, batch: Batch, *, step: int, votes: Votes) -> StepResult:
         """One optimizer step; `step` counts from 1. B is micro_steps * micro_batch_size rows of this data rank."""
         ...
 
@@ -68,7 +75,7 @@ class FakeEngine:
         self.data_size = data_size
         self._mixed = torch.zeros(1, dtype=torch.int64)  # below 2**31, so that the products below cannot overflow
 
-    def step(self, batch: Batch, *, step: int, stop_requested: bool) -> StepResult:
+    def step(self, batch: Batch, *, step: int, votes: Votes) -> StepResult:
         seen = int(batch.tokens_BT.sum())
         self._mixed.mul_(1_103_515_245).add_(seen + step).remainder_(2**31)
         return StepResult(
@@ -76,7 +83,7 @@ class FakeEngine:
             grad_norm=1.0,
             tokens=self.data_size * _count(batch),
             learning_rate=1e-3,
-            stop_agreed=stop_requested,
+            agreed=votes,
         )
 
     def evaluate(self, batch: Batch) -> EvalSum:

@@ -1,7 +1,7 @@
-"""The native engine: FSDP2 and DTensor tensor parallelism of stock torch, for cpu/gloo and cuda/nccl.
+"""The native engine: FSDP2 and DTensor tensor parallelism of stock torch, for cpu/gloo, cuda/nccl and neuron/neuron.
 
-One optimizer step is: micro-batches forward and backward with gradients of the *sum* of nats; one all-reduce of four
-numbers (nats, tokens, squared gradient norm, wishes to stop); then one scale for all gradients, which divides by the
+One optimizer step is: micro-batches forward and backward with gradients of the *sum* of nats; one all-reduce of a few
+numbers (nats, tokens, squared gradient norm, votes); then one scale for all gradients, which divides by the
 token count and clips, and AdamW. The scale stays on the device, so a GPU is not waited for until the step is over.
 """
 
@@ -20,7 +20,7 @@ from raynium.accelerators import Accelerator
 from raynium.checkpoint.state import Chunk
 from raynium.config.schema import Config
 from raynium.data.batch import IGNORED_LABEL, Batch
-from raynium.engines.base import EvalSum, StepResult
+from raynium.engines.base import EvalSum, StepResult, Votes
 from raynium.engines.cross_entropy import summed_nats
 from raynium.engines.parallelize import apply_fsdp, apply_tensor_parallel, fsdp_modules, parameter_names, wrap_blocks
 from raynium.models.decoder import Decoder
@@ -86,7 +86,8 @@ class NativeEngine:
     ):
         self.data_rank, self.data_size = layout.data_rank, layout.data_size
         self._config = config
-        self._device = torch.device(accelerator.device_type)
+        self._device = torch.device(accelerator.device_type)  # without an index: on Neuron only the bare name is right
+        self._sum_dtype: torch.dtype = getattr(torch, accelerator.sum_dtype)
         self._layout = layout
         self._model = model
         self._blocks = blocks
@@ -100,10 +101,10 @@ class NativeEngine:
 
     # ---- a step ------------------------------------------------------------------------------------------------------
 
-    def step(self, batch: Batch, *, step: int, stop_requested: bool) -> StepResult:
+    def step(self, batch: Batch, *, step: int, votes: Votes) -> StepResult:
         nats = self._accumulate_gradients(batch)
         gradients = self._local_gradients()
-        nats, tokens, square_norm, stops = self._sum_over_ranks(nats, batch, gradients, stop_requested=stop_requested)
+        nats, tokens, square_norm, *agreed = self._sum_over_ranks(nats, batch, gradients, votes)
 
         # A step in which no label counts has loss 0 and a gradient of zeros, not NaN.
         tokens_or_1 = tokens.clamp(min=1)
@@ -123,13 +124,14 @@ class NativeEngine:
             block.local.grad = block.parameter.grad = None
 
         # The step's one wait for the device.
-        loss, norm, tokens, stops = torch.stack((nats / tokens_or_1, norm, tokens, stops)).tolist()
-        return StepResult(loss=loss, grad_norm=norm, tokens=int(tokens), learning_rate=rate, stop_agreed=stops > 0)
+        loss, norm, tokens, *agreed = torch.stack((nats / tokens_or_1, norm, tokens, *agreed)).tolist()
+        votes = Votes(*(count > 0 for count in agreed))
+        return StepResult(loss=loss, grad_norm=norm, tokens=int(tokens), learning_rate=rate, agreed=votes)
 
     def _accumulate_gradients(self, batch: Batch) -> Tensor:
-        """Forward and backward of every micro-batch; returns this data rank's summed nats, a float64 scalar."""
+        """Forward and backward of every micro-batch; returns this data rank's summed nats, a scalar."""
         micro_batches = self._micro_batches(batch)
-        nats = torch.zeros((), dtype=torch.float64, device=self._device)
+        nats = torch.zeros((), dtype=self._sum_dtype, device=self._device)
         for index, (tokens_BT, labels_BT) in enumerate(micro_batches):
             if self._syncs_last_only and isinstance(self._model, FSDPModule):
                 last = index == len(micro_batches) - 1
@@ -152,9 +154,11 @@ class NativeEngine:
         return gradients
 
     def _sum_over_ranks(
-        self, nats: Tensor, batch: Batch, gradients: list[tuple[Block, Tensor]], *, stop_requested: bool
+        self, nats: Tensor, batch: Batch, gradients: list[tuple[Block, Tensor]], votes: Votes
     ) -> Tensor:
-        """[nats, tokens, squared gradient norm, wishes to stop] over all ranks, float64, in one all-reduce.
+        """[nats, tokens, squared gradient norm, one count per vote] over all ranks, in one all-reduce.
+
+        In float64, or float32 where the device has no wider: then the token count is exact up to 2**24.
 
         Each number is contributed once: nats and tokens by one rank of a tensor group, a gradient block by its first
         holder. A rank that dies here leaves the others waiting until the agents end the generation.
@@ -162,8 +166,8 @@ class NativeEngine:
         counts_here = self._layout.tensor_rank == 0
         tokens = int((batch.labels_BT != IGNORED_LABEL).sum())
         norm = torch.nn.utils.get_total_norm([gradient for block, gradient in gradients if block.first_holder])
-        square_norm = norm.double().square()
-        mine = torch.tensor([0, tokens * counts_here, 0, stop_requested], dtype=torch.float64, device=self._device)
+        square_norm = norm.to(self._sum_dtype).square()
+        mine = torch.tensor([0, tokens * counts_here, 0, *votes], dtype=self._sum_dtype, device=self._device)
         mine[0], mine[2] = nats * counts_here, square_norm
         if dist.is_initialized():
             dist.all_reduce(mine)
@@ -173,7 +177,7 @@ class NativeEngine:
 
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> EvalSum:
-        sums = torch.zeros(2, dtype=torch.float64, device=self._device)
+        sums = torch.zeros(2, dtype=self._sum_dtype, device=self._device)
         for tokens_BT, labels_BT in self._micro_batches(batch):
             sums[0] += self._summed_nats(self._model(tokens_BT), labels_BT, want_gradient=False)
             sums[1] += (labels_BT != IGNORED_LABEL).sum()
@@ -198,6 +202,7 @@ class NativeEngine:
             labels_BT.flatten(),
             vocabulary_group=self._vocabulary_group,
             want_gradient=want_gradient,
+            sum_dtype=self._sum_dtype,
         )
 
     # ---- state -------------------------------------------------------------------------------------------------------

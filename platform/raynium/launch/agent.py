@@ -8,30 +8,32 @@ import logging
 import os
 import shutil
 import socket
+import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from raynium.accelerators.base import Accelerator
+from raynium.accelerators.base import Accelerator, Place
 from raynium.checkpoint.manifest import ImageInfo
-from raynium.checkpoint.store import Store
-from raynium.checkpoint.upload import upload_shard
 from raynium.config.schema import Config
-from raynium.errors import DataError, RayniumError
-from raynium.launch.images import make_image_folder
-from raynium.launch.protocol import AgentInfo, CoordinatorCalls, Order, Verdict
+from raynium.errors import DataError, StoreError
+from raynium.launch.images import NodeImages, Snapshot, make_image_folder
+from raynium.launch.protocol import AgentInfo, Commit, CoordinatorCalls, Order, Verdict
 from raynium.launch.ranks import RankGroup, start_template
+from raynium.launch.uploader import Uploader
 from raynium.rank_plan import RankPlan
 from raynium.tracking.tracker import Tracker
+from raynium.train.link import IMAGE_SLOTS
 
 logger = logging.getLogger(__name__)
 
 POLL_SECONDS = 1.0  # ranks, their ends and the coordinator's verdict all end a poll early; this is for what we forgot
 SETTLE_SECONDS = 0.05  # after the first death: lets its peers' broken connections arrive, so that the cause is known
 TRACKER_CLOSE_SECONDS = 30.0  # then the rest stays in the spool, and the next attempt on this node sends it
+COMMIT_LOG_CLOSE_SECONDS = 10.0
 REPORT_SECONDS = 0.5  # the driver's display is not fed faster than this
 
 
@@ -73,15 +75,20 @@ class NodeAgent:
         self.coordinator = coordinator
         self._open_tracker = open_tracker
         self._data_folder = data_folder
-        self._store = Store(run_url)
-        self._uploads = ThreadPoolExecutor(max_workers=4, thread_name_prefix="upload")
+        per_node = config.cluster.ranks_per_node
+        self._ranks = range(node.node_rank * per_node, (node.node_rank + 1) * per_node)
+        self._images = NodeImages(self._ranks)
+        self._uploader = Uploader(run_url)
+        # Threads that wait for the uploader: one for each image that can be on its way.
+        self._uploads = ThreadPoolExecutor(IMAGE_SLOTS * per_node, thread_name_prefix="upload")
         self._last_report = 0.0
         self._group: RankGroup | None = None
+        self._group_lock = threading.Lock()  # image offers go to the ranks of now, from any thread
 
     def run(self) -> None:
         """Returns when the run has ended, however it ended; the coordinator knows how."""
         start_template()  # torch is imported in there while we prepare the data
-        images = make_image_folder(self.config.run.name)
+        image_folder = make_image_folder(self.config.run.name)
         try:
             try:
                 data_folder = self._data_folder()
@@ -89,17 +96,21 @@ class NodeAgent:
                 self.coordinator.call("give_up", f"node {self.node.node_rank} ({self.node.host}): {error}").result()
                 return
             tracker = self._open_tracker() if self.node.node_rank == 0 else None
+            commits = _CommitLog(self.coordinator, tracker) if tracker is not None else None
             try:
                 while (order := self.coordinator.call("join", self._info()).result()).kind == "run":
-                    self._run_generation(order, data_folder, images / order.generation_id, tracker)
+                    self._run_generation(order, data_folder, image_folder, tracker)
             finally:
-                if tracker is not None:
+                if tracker is not None and commits is not None:
+                    self._uploads.shutdown(wait=True)
+                    commits.close()
                     left = tracker.close(timeout_seconds=TRACKER_CLOSE_SECONDS)
                     if left.points_pending or left.artifacts_pending:
                         self.coordinator.call("tell", str(left)).result()
         finally:
             self._uploads.shutdown(wait=True)
-            shutil.rmtree(images)
+            self._uploader.close()
+            shutil.rmtree(image_folder)
 
     def rank_pids(self) -> list[int]:
         """Pids of the ranks that run now, in the order of their local ranks: for py-spy, gdb and tests."""
@@ -107,39 +118,57 @@ class NodeAgent:
         return [each.process.pid for each in alive if each.process.pid is not None]
 
     def _info(self) -> AgentInfo:
-        return AgentInfo(self.node.attempt, self.node.node_rank, self.node.host, free_port(self.node.host), os.getpid())
+        return AgentInfo(
+            attempt=self.node.attempt,
+            node_rank=self.node.node_rank,
+            host=self.node.host,
+            free_port=free_port(self.node.host),
+            pid=os.getpid(),
+            images=self._images.held(),
+        )
 
     def _environments(self, order: Order) -> dict[int, dict[str, str]]:
         """Rank → its whole environment: the standard variables, and what the accelerator's libraries read."""
         per_node = self.config.cluster.ranks_per_node
         environments = {}
         for local_rank in range(per_node):
-            rank = self.node.node_rank * per_node + local_rank
-            environments[rank] = {
-                "RANK": str(rank),
-                "WORLD_SIZE": str(self.config.world_size),
-                "LOCAL_RANK": str(local_rank),
-                "LOCAL_WORLD_SIZE": str(per_node),
-                "MASTER_ADDR": order.master_host,
-                "MASTER_PORT": str(order.master_port),
-            } | self.accelerator.environment(
-                local_rank=local_rank, local_world_size=per_node, master_host=order.master_host
+            place = Place(
+                rank=self.node.node_rank * per_node + local_rank,
+                world_size=self.config.world_size,
+                local_rank=local_rank,
+                local_world_size=per_node,
+                master_host=order.master_host,
+                master_port=order.master_port,
+                run_name=self.config.run.name,
+                inherited=os.environ,
             )
+            environments[place.rank] = {
+                "RANK": str(place.rank),
+                "WORLD_SIZE": str(place.world_size),
+                "LOCAL_RANK": str(place.local_rank),
+                "LOCAL_WORLD_SIZE": str(place.local_world_size),
+                "MASTER_ADDR": place.master_host,
+                "MASTER_PORT": str(place.master_port),
+            } | self.accelerator.environment(place)
         return environments
 
-    def _run_generation(self, order: Order, data_folder: str, images: Path, tracker: Tracker | None) -> None:
+    def _run_generation(self, order: Order, data_folder: str, image_folder: Path, tracker: Tracker | None) -> None:
         """Forks the ranks and stays until all have ended, because they did or because the coordinator said so."""
-        images.mkdir()
+        self._images.start_generation(order.resume_images)
         plan = RankPlan(
             config=self.config,
             run_url=self.run_url,
             resume_step=order.resume_step,
             data_folder=data_folder,
-            image_folder=str(images),
+            image_folder=str(image_folder),
+            resume_images=self._images.find(order.resume_images) if order.resume_images is not None else {},
         )
-        group = self._group = RankGroup(self._environments(order), plan.to_json())
+        group = RankGroup(self._environments(order), plan.to_json())
+        with self._group_lock:
+            self._group = group
+        self._offer_images()
         saving: list[Future[None]] = []
-        handle = _Handler(self, order, group, tracker, saving)
+        handle = _Handler(self, order, tracker, saving)
         verdict = self._watch(order, group, stop_known=False)
         while group.alive():
             handle(*group.poll(POLL_SECONDS))
@@ -156,10 +185,10 @@ class NodeAgent:
         group.kill()
         handle(*group.drain())
         exits = [each.exit() for rank, each in group.ranks.items() if rank in failed_before_kill]
-        self._group = None
+        with self._group_lock:
+            self._group = None
         group.close()
         # After a failure uploads go on: a checkpoint that they complete is worth having.
-        self._uploads.submit(_remove_when_saved, images, saving)
         if all(each.cause is None for each in exits) and len(exits) == len(group.ranks):
             for upload in saving:  # the last checkpoint must be in before the generation may count as finished
                 upload.result()
@@ -171,16 +200,29 @@ class NodeAgent:
         verdict.add_done_callback(lambda _: group.ring())
         return verdict
 
-    def save_shard(self, order: Order, group: RankGroup, rank: int, info: ImageInfo) -> None:
-        """Uploads one rank's image; runs in the upload pool. The rank may overwrite its image afterwards."""
+    def _offer_images(self) -> None:
+        with self._group_lock:
+            if self._group is not None:
+                for rank, slot in self._images.take_offers():
+                    self._group.send(rank, {"kind": "image-free", "slot": slot})
+
+    def save(self, order: Order, rank: int, slot: int, snapshot: Snapshot) -> Future[None]:
+        """Takes over a rank's complete image; the result is there when the coordinator knows how the upload ended."""
+        self._images.complete(rank, slot, snapshot)
+        self._offer_images()
+        return self._uploads.submit(self._save_shard, order, rank, slot, snapshot.info, time.monotonic())
+
+    def _save_shard(self, order: Order, rank: int, slot: int, info: ImageInfo, began: float) -> None:
         try:
-            entry = upload_shard(self._store, info, generation=order.generation_id, rank=rank)
-        except RayniumError as error:
+            entry = self._uploader.upload(info, generation=order.generation_id, rank=rank)
+        except StoreError as error:
             self.coordinator.call("shard_failed", order.generation, info.step, rank, str(error)).result()
-        else:
-            self.coordinator.call("shard_saved", order.generation, info.step, rank, entry.to_json()).result()
+            return
         finally:
-            group.send(rank, {"kind": "image-free"})
+            self._images.uploaded(rank, slot)
+            self._offer_images()
+        seconds = time.monotonic() - began
+        self.coordinator.call("shard_saved", order.generation, info.step, rank, entry.to_json(), seconds).result()
 
     def report(self, step: int, metrics: dict[str, float]) -> None:
         """Feeds the driver's display: every evaluation, the last step, and else not more often than it can show."""
@@ -190,14 +232,34 @@ class NodeAgent:
             self._last_report = now
             self.coordinator.call("report", step, metrics)
 
-    def submit_upload(self, order: Order, group: RankGroup, rank: int, info: ImageInfo) -> Future[None]:
-        return self._uploads.submit(self.save_shard, order, group, rank, info)
 
+class _CommitLog:
+    """Writes each commit into MLflow: its numbers at its step, and the list of the run's checkpoints as an artifact."""
 
-def _remove_when_saved(images: Path, saving: list[Future[None]]) -> None:
-    """Gives back the memory of a generation that is over."""
-    wait(saving)
-    shutil.rmtree(images)
+    def __init__(self, coordinator: CoordinatorCalls, tracker: Tracker):
+        self._coordinator = coordinator
+        self._tracker = tracker
+        self._thread = threading.Thread(target=self._follow, name="commit-log", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Once the run has ended: returns when the last commit is written down, or the coordinator is out of reach."""
+        self._thread.join(COMMIT_LOG_CLOSE_SECONDS)
+
+    def _follow(self) -> None:
+        seen = 0
+        while True:
+            try:
+                commits: list[Commit] | None = self._coordinator.call("commits", seen).result()
+            except Exception as error:  # Ray's own errors, which this file must not import: the coordinator is gone
+                logger.warning("checkpoints are no longer written into MLflow: %s", error)
+                return
+            if commits is None:
+                return
+            for commit in commits:
+                seen = commit.number
+                self._tracker.append(commit.metrics, step=commit.step, unix_ms=int(time.time() * 1000))
+                self._tracker.artifact("checkpoints.json", commit.checkpoints)
 
 
 @dataclass
@@ -206,7 +268,6 @@ class _Handler:
 
     agent: NodeAgent
     order: Order
-    group: RankGroup
     tracker: Tracker | None
     saving: list[Future[None]]
 
@@ -217,10 +278,14 @@ class _Handler:
             if message["kind"] == "step":
                 self._step(message["step"], message["metrics"])
             elif message["kind"] == "image":
-                info = ImageInfo.from_json(message["info"])
-                self.saving.append(self.agent.submit_upload(self.order, self.group, rank, info))
+                info, replicas = (ImageInfo.from_json(message[name]) for name in ("info", "replicas"))
+                snapshot = Snapshot(self.order.generation_id, info, replicas)
+                self.saving.append(self.agent.save(self.order, rank, message["slot"], snapshot))
 
     def _step(self, step: int, metrics: dict[str, float]) -> None:
+        if "checkpoint/skipped_saves" in metrics:
+            why = "earlier ones are still being uploaded (checkpoint.if_busy=skip)"
+            self.agent.coordinator.call("tell", f"step {step}: no checkpoint, because {why}")
         metrics = metrics | {"run/generation": float(self.order.generation)}
         self.agent.report(step, metrics)
         assert self.tracker is not None

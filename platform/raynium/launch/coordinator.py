@@ -6,23 +6,25 @@ goes on from the newest checkpoint. What must outlive it is in the run's store.
 """
 
 import asyncio
+import json
 import secrets
 import threading
 import time
-from collections import deque
+from collections import defaultdict, deque
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from raynium.checkpoint.catalog import apply_retention, resume_point
+from raynium.checkpoint.catalog import CheckpointRef, apply_retention, list_checkpoints, resume_point
 from raynium.checkpoint.commit import StepTaken, commit_checkpoint
 from raynium.checkpoint.manifest import ShardEntry
 from raynium.checkpoint.store import Store
 from raynium.config.schema import Config
 from raynium.errors import CheckpointError, StoreError
-from raynium.launch.protocol import AgentInfo, Event, Order, RankExit, Status, Verdict
+from raynium.launch.protocol import AgentInfo, Commit, Event, HeldImages, Order, RankExit, Status, Verdict
 
 EVENTS_KEPT = 1000
+HELD_OUT_METRICS = ("eval/loss", "eval/bits_per_byte")  # a checkpoint keeps those of its step
 
 
 @dataclass
@@ -36,7 +38,9 @@ class _Generation:
     state: Literal["running", "over"] = "running"
     cause: str = ""
     exits: dict[int, list[RankExit]] = field(default_factory=dict)  # node rank → its ranks' ends
+    resume_images: HeldImages | None = None  # where the ranks' state came from, if not from the store
     shards: dict[int, dict[int, ShardEntry]] = field(default_factory=dict)  # step → rank → entry
+    upload_seconds: dict[int, float] = field(default_factory=dict)  # step → of its slowest shard
     commits: set[asyncio.Task[None]] = field(default_factory=set)
 
 
@@ -56,6 +60,9 @@ class RunCoordinator:
         self._generations: dict[int, _Generation] = {}
         self._stop_requested = False
         self._failures_without_progress = 0
+        self._distrusted_images: set[tuple[str, int]] = set()  # ranks that started from them made no step
+        self._evaluations: dict[int, dict[str, float]] = {}  # step → eval/… metrics, until its checkpoint is committed
+        self._commits: list[Commit] = []
         self._committed_step: int | None = None
         self._committed_uri: str | None = None
         self._step = 0
@@ -119,13 +126,14 @@ class RunCoordinator:
         if first is None:
             await self._finish(current, exits[0])
 
-    async def shard_saved(self, generation: int, step: int, rank: int, entry_json: str) -> None:
+    async def shard_saved(self, generation: int, step: int, rank: int, entry_json: str, upload_seconds: float) -> None:
         """One rank's shard is in the store, verified. The last one of a step commits the checkpoint."""
         current = self._generations.get(generation)
         if current is None:
             return
         shards = current.shards.setdefault(step, {})
         shards[rank] = ShardEntry.from_json(entry_json)
+        current.upload_seconds[step] = max(current.upload_seconds.get(step, 0.0), upload_seconds)
         if len(shards) == self.config.world_size:
             task = asyncio.create_task(self._commit(current, step))
             current.commits.add(task)
@@ -144,6 +152,14 @@ class RunCoordinator:
         """Rank 0's numbers, for the driver's display."""
         self._step = step
         self._metrics.update(metrics)
+        if evaluation := {name: value for name, value in metrics.items() if name in HELD_OUT_METRICS}:
+            self._evaluations[step] = evaluation
+
+    async def commits(self, after: int) -> list[Commit] | None:
+        """Those since commit number `after`; waits for one. None: the run has ended, no more come."""
+        async with self._changed:
+            await self._changed.wait_for(lambda: len(self._commits) > after or self._ended is not None)
+            return self._commits[after:] or None
 
     async def tell(self, text: str) -> None:
         """A line for the user's terminal."""
@@ -188,22 +204,43 @@ class RunCoordinator:
         resume_step = checkpoint.step if checkpoint else None
         if checkpoint is not None:
             self._committed_step, self._committed_uri = checkpoint.step, checkpoint.uri
+        images = self._newest_images(at_least=resume_step or 0)
+        if images is not None:
+            resume_step = images.step
         self._number += 1
         # The suffix keeps two drivers apart that count from the same number.
         generation_id = f"g{self._number:05d}-{secrets.token_hex(4)}"
         agents = tuple(agent for _, agent in sorted(self._joined.items()))
-        self._generation = _Generation(self._number, generation_id, resume_step, agents)
+        self._generation = _Generation(self._number, generation_id, resume_step, agents, resume_images=images)
         self._generations[self._number] = self._generation
         self._step = resume_step or 0
         for agent in agents:
             self._orders[(agent.attempt, agent.node_rank)] = Order(
-                "run", self._number, generation_id, agents[0].host, agents[0].free_port, resume_step
+                "run", self._number, generation_id, agents[0].host, agents[0].free_port, resume_step, images
             )
         self._joined.clear()
         ranks = f"{self.config.world_size} ranks on {self.config.cluster.nodes} node(s)"
         origin = f"from the checkpoint of step {resume_step}" if resume_step is not None else "from step 0"
+        if images is not None:
+            origin = f"from the snapshot of step {resume_step} in memory"
         await self.tell(f"generation {self._number}: {ranks}, {origin}")
         self._changed.notify_all()
+
+    def _newest_images(self, *, at_least: int) -> HeldImages | None:
+        """The newest snapshot that every rank of the world has in its node's memory, if it is as new as `at_least`."""
+        ranks: dict[tuple[str, int], set[int]] = defaultdict(set)
+        for agent in self._joined.values():
+            for held in agent.images:
+                ranks[held.generation_id, held.step].update(held.ranks)
+        whole = [
+            key
+            for key, found in ranks.items()
+            if len(found) == self.config.world_size and key[1] >= at_least and key not in self._distrusted_images
+        ]
+        if not whole:
+            return None
+        generation_id, step = max(whole, key=lambda key: key[1])
+        return HeldImages(generation_id, step, tuple(range(self.config.world_size)))
 
     def _report_failure(self, current: _Generation, first: RankExit) -> None:
         """Called with the lock held."""
@@ -214,11 +251,11 @@ class RunCoordinator:
         for line in first.last_lines:
             self._append_event(f"  rank {first.rank} | {line}")
         self._append_event(f"generation {current.number} failed: {cause}")
-        if not first.retry:
-            self._over(current, cause)
-            self._end("failed", cause)
-            return
+        if current.resume_images is not None and self._step <= current.resume_images.step:
+            self._distrusted_images.add((current.resume_images.generation_id, current.resume_images.step))
         self._over(current, cause)
+        if not first.retry:
+            self._end("failed", cause)
 
     def _over(self, current: _Generation, cause: str) -> None:
         """Called with the lock held."""
@@ -237,7 +274,9 @@ class RunCoordinator:
 
     async def _commit(self, current: _Generation, step: int) -> None:
         entries = [entry for _, entry in sorted(current.shards.pop(step).items())]
+        upload_seconds = current.upload_seconds.pop(step)
         config = self.config
+        began = time.perf_counter()
         try:
             reference = await asyncio.to_thread(
                 commit_checkpoint,
@@ -249,10 +288,14 @@ class RunCoordinator:
                 world_size=config.world_size,
                 layout=layout(config),
                 parent_step=current.resume_step,
+                metrics=self._evaluations.pop(step, {}),
+                upload_seconds=upload_seconds,
             )
+            commit_seconds = time.perf_counter() - began
             if self._committed_step is None or step > self._committed_step:
                 self._committed_step, self._committed_uri = step, reference.uri
                 self._failures_without_progress = 0
+            await self._log_commit(reference, commit_seconds)
             living = self._generation or current  # `current` may be one whose upload ended after its ranks
             await asyncio.to_thread(
                 apply_retention, self.store, keep_last=config.checkpoint.keep_last, generation=living.id
@@ -261,6 +304,22 @@ class RunCoordinator:
             await self.tell(f"step {step} was already committed by another generation: {error}")
         except (StoreError, CheckpointError) as error:
             await self.tell(f"checkpoint of step {step} failed; training goes on: {error}")
+
+    async def _log_commit(self, reference: CheckpointRef, commit_seconds: float) -> None:
+        """Hands the commit to whoever writes it into MLflow."""
+        timing = reference.manifest.timing
+        assert timing is not None
+        metrics = {
+            "checkpoint/bytes": float(reference.manifest.num_bytes),
+            "checkpoint/longest_stall_seconds": timing.stall_seconds,
+            "checkpoint/upload_seconds": timing.upload_seconds,
+            "checkpoint/commit_seconds": commit_seconds,
+        }
+        listed = [vars(each) for each in await asyncio.to_thread(list_checkpoints, self.store)]
+        async with self._changed:
+            commit = Commit(len(self._commits) + 1, reference.step, metrics, json.dumps(listed, indent=2))
+            self._commits.append(commit)
+            self._changed.notify_all()
 
     async def _finish(self, current: _Generation, last: RankExit) -> None:
         """Every rank of every node ended as it should."""

@@ -1,13 +1,20 @@
-"""Where snapshot images live: memory of the node that outlives a rank, and ends with its agent."""
+"""Snapshot images: memory of the node that outlives a rank and ends with its agent, and which of them holds what."""
 
 import logging
 import os
 import re
 import shutil
 import tempfile
+import threading
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
+from raynium.checkpoint.manifest import ImageInfo
 from raynium.launch.process import pid_started
+from raynium.launch.protocol import HeldImages
+from raynium.train.link import IMAGE_SLOTS
 
 logger = logging.getLogger(__name__)
 
@@ -32,3 +39,90 @@ def make_image_folder(run_name: str, parent: Path | None = None) -> Path:
     mine = parent / f"raynium-{os.getuid()}-{os.getpid()}-{pid_started(os.getpid())}-{run_name}"
     mine.mkdir(mode=0o700)
     return mine
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """One rank's state of one step, complete in this node's memory."""
+
+    generation_id: str
+    info: ImageInfo  # the file that is uploaded
+    replicas: ImageInfo  # what the rank holds and others save: a restart from memory needs it
+
+
+@dataclass
+class _Slot:
+    snapshot: Snapshot | None = None
+    uploading: bool = False
+    offered: bool = False  # its rank may be writing it; the header says whether it got to the end
+
+
+class NodeImages:
+    """Which images of a node's ranks hold what, across generations. Safe to use from several threads.
+
+    An image may be written once it is uploaded and a newer one of its rank is complete: so a rank always has one to
+    start again from.
+    """
+
+    def __init__(self, ranks: Iterable[int]):
+        self._slots = {rank: [_Slot() for _ in range(IMAGE_SLOTS)] for rank in ranks}
+        self._newest: dict[int, _Slot] = {}
+        self._lock = threading.Lock()
+
+    def start_generation(self, keep: HeldImages | None) -> None:
+        """No rank runs. All but `keep`, which the next ranks start from, is of no use any more."""
+        with self._lock:
+            self._newest.clear()
+            for rank, slots in self._slots.items():
+                for slot in slots:
+                    slot.offered = False
+                    if keep is not None and _holds(slot, keep):
+                        self._newest[rank] = slot
+                    else:
+                        slot.snapshot = None
+
+    def complete(self, rank: int, slot: int, snapshot: Snapshot) -> None:
+        """The rank has written this image, and its upload begins."""
+        with self._lock:
+            self._slots[rank][slot] = self._newest[rank] = _Slot(snapshot, uploading=True)
+
+    def uploaded(self, rank: int, slot: int) -> None:
+        """The upload has ended, well or not."""
+        with self._lock:
+            self._slots[rank][slot].uploading = False
+
+    def take_offers(self) -> list[tuple[int, int]]:
+        """(rank, slot) of each image that may be written from now on; each is returned once."""
+        offers: list[tuple[int, int]] = []
+        with self._lock:
+            for rank, slots in self._slots.items():
+                for number, slot in enumerate(slots):
+                    if not (slot.uploading or slot.offered or slot is self._newest.get(rank)):
+                        slot.offered = True
+                        offers.append((rank, number))
+        return offers
+
+    def held(self) -> tuple[HeldImages, ...]:
+        """What the ranks of this node could start from."""
+        found: dict[tuple[str, int], list[int]] = defaultdict(list)
+        with self._lock:
+            for rank, slots in self._slots.items():
+                for slot in slots:
+                    if slot.snapshot is not None:
+                        found[slot.snapshot.generation_id, slot.snapshot.info.step].append(rank)
+        return tuple(HeldImages(generation, step, tuple(ranks)) for (generation, step), ranks in found.items())
+
+    def find(self, wanted: HeldImages) -> dict[int, list[str]]:
+        """Rank → its image and replicas as JSON, for `RankPlan.resume_images`."""
+        with self._lock:
+            return {
+                rank: [slot.snapshot.info.to_json(), slot.snapshot.replicas.to_json()]
+                for rank, slots in self._slots.items()
+                for slot in slots
+                if slot.snapshot is not None and _holds(slot, wanted)
+            }
+
+
+def _holds(slot: _Slot, wanted: HeldImages) -> bool:
+    found = slot.snapshot
+    return found is not None and (found.generation_id, found.info.step) == (wanted.generation_id, wanted.step)

@@ -7,6 +7,15 @@ from typing import Any, Literal, Protocol
 
 
 @dataclass(frozen=True)
+class HeldImages:
+    """Snapshots of one generation and step that lie complete in a node's memory."""
+
+    generation_id: str
+    step: int
+    ranks: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class AgentInfo:
     """A node agent that is ready to run ranks."""
 
@@ -15,6 +24,7 @@ class AgentInfo:
     host: str  # address the other nodes reach this one at
     free_port: int  # for the rendezvous, used if this is node 0
     pid: int  # of the agent; its ranks are named by its log
+    images: tuple[HeldImages, ...] = ()  # what its ranks could start from without the store
 
 
 @dataclass(frozen=True)
@@ -27,6 +37,7 @@ class Order:
     master_host: str = ""
     master_port: int = 0
     resume_step: int | None = None  # None: start from the initial weights
+    resume_images: HeldImages | None = None  # all ranks have these in their nodes' memory: no need to read the store
 
 
 @dataclass(frozen=True)
@@ -45,8 +56,19 @@ class RankExit:
     exit_code: int  # negative: the signal that killed it
     cause: str | None
     retry: bool  # False: the same would happen again
+    error: str | None = None  # class of the exception that ended it, if one did
     outcome: dict[str, Any] | None = None  # {"step", "reason"} of a rank that ended as it should
     last_lines: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Commit:
+    """A checkpoint that was committed, and the list of those that the run has since then."""
+
+    number: int  # counts from 1
+    step: int
+    metrics: dict[str, float]  # checkpoint/…: bytes and seconds
+    checkpoints: str  # JSON, for the MLflow page
 
 
 @dataclass(frozen=True)

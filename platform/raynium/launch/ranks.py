@@ -60,7 +60,14 @@ class RankProcess:
         if exit_code == 0 and self.outcome is not None:
             return RankExit(self.rank, 0, None, retry=False, outcome=self.outcome)
         if self.failure is not None:
-            return RankExit(self.rank, exit_code, self.failure["cause"], self.failure["retry"], last_lines=lines)
+            return RankExit(
+                self.rank,
+                exit_code,
+                self.failure["cause"],
+                self.failure["retry"],
+                error=self.failure["error"],
+                last_lines=lines,
+            )
         if exit_code < 0:
             name = _signal_name(-exit_code)
             hint = " (out of memory? look for 'oom-kill' in the kernel's log)" if name == "SIGKILL" else ""
@@ -76,7 +83,7 @@ def _signal_name(number: int) -> str:
 
 
 @contextlib.contextmanager
-def _main_module_hidden() -> Iterator[None]:
+def main_module_hidden() -> Iterator[None]:
     """multiprocessing re-imports the parent's `__main__` in each child: here Ray's worker script, which imports ray."""
     main = sys.modules["__main__"]
     hidden = {name: getattr(main, name) for name in ("__spec__", "__file__") if hasattr(main, name)}
@@ -98,7 +105,7 @@ def start_template() -> None:
     before = {name: os.environ.get(name) for name in TEMPLATE_ENVIRONMENT}
     os.environ.update(TEMPLATE_ENVIRONMENT)
     try:
-        with _main_module_hidden():
+        with main_module_hidden():
             forkserver.ensure_running()
     finally:
         for name, value in before.items():
@@ -135,7 +142,7 @@ class RankGroup:
                 name=f"rank-{rank:05d}",
                 daemon=True,
             )
-            with _main_module_hidden():
+            with main_module_hidden():
                 process.start()
             theirs.close()
             output_writer.close()

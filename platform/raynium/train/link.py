@@ -1,13 +1,13 @@
 """A rank's one line to the outside: the node agent, or nothing when it was started by torchrun.
 
 Messages are JSON both ways:
-    rank → agent   {"kind": "phase", "name", "step"}        heartbeat
-                   {"kind": "step", "step", "metrics"}      rank 0 only
-                   {"kind": "image", "info": "…"}           a snapshot lies complete in shared memory
-                   {"kind": "outcome", "step", "reason"}    the loop ended as it should
-                   {"kind": "failed", "cause", "retry"}     an exception ended the rank
-    agent → rank   {"kind": "stop"}                         save at the next step, then end
-                   {"kind": "image-free"}                   the image was uploaded and may be overwritten
+    rank → agent   {"kind": "phase", "name", "step"}                 heartbeat
+                   {"kind": "step", "step", "metrics"}               rank 0 only
+                   {"kind": "image", "slot", "info", "replicas"}     a snapshot lies complete in shared memory
+                   {"kind": "outcome", "step", "reason"}             the loop ended as it should
+                   {"kind": "failed", "error", "cause", "retry"}     an exception of class `error` ended the rank
+    agent → rank   {"kind": "stop"}                                  save at the next step, then end
+                   {"kind": "image-free", "slot"}                    this image may be written
 """
 
 import json
@@ -17,12 +17,14 @@ import threading
 from multiprocessing.connection import Connection
 from typing import Any, NoReturn, Protocol
 
+IMAGE_SLOTS = 2  # images of one rank: one is being uploaded, or kept for a restart, while the other is written
+
 # The rank's exit code when its agent is gone; EX_UNAVAILABLE of sysexits.h.
 AGENT_LOST_EXIT_CODE = 69
 
 
 class Link(Protocol):
-    """What a rank tells, and may be told. No method waits for the network, except `wait_image_free`."""
+    """What a rank tells, and may be told. No method waits for the network, except `wait_free_image`."""
 
     def phase(self, name: str, step: int) -> None:
         """Heartbeat: what this rank does now."""
@@ -36,12 +38,19 @@ class Link(Protocol):
         """True once somebody asked the run to stop."""
         ...
 
-    def wait_image_free(self) -> None:
-        """Blocks until the snapshot image handed over last may be overwritten."""
+    def has_free_image(self) -> bool:
+        """Whether `wait_free_image` would return at once."""
         ...
 
-    def image(self, info: str) -> None:
-        """Hands over a complete snapshot image; `info` is a checkpoint.manifest.ImageInfo as JSON."""
+    def wait_free_image(self) -> int:
+        """Blocks until one of this rank's images may be written; its slot, 0 to IMAGE_SLOTS - 1."""
+        ...
+
+    def image(self, slot: int, info: str, replicas: str) -> None:
+        """Hands over a complete image: the file to upload, and what else a restart from memory needs.
+
+        Both are a checkpoint.manifest.ImageInfo as JSON.
+        """
         ...
 
 
@@ -53,8 +62,8 @@ class AgentLink:
         self._reports_steps = reports_steps  # rank 0's numbers are everybody's: the others stay silent
         self._outbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self._stop = threading.Event()
-        self._image_free = threading.Event()
-        self._image_free.set()
+        self._free_images: set[int] = set()  # the agent says which, since older uploads may outlive a generation
+        self._image_freed = threading.Condition()
         self._sender = threading.Thread(target=self._send_all, name="agent-link-send", daemon=True)
         self._sender.start()
         threading.Thread(target=self._receive_all, name="agent-link-receive", daemon=True).start()
@@ -71,20 +80,27 @@ class AgentLink:
     def stop_requested(self) -> bool:
         return self._stop.is_set()
 
-    def wait_image_free(self) -> None:
-        self._image_free.wait()
+    def has_free_image(self) -> bool:
+        return bool(self._free_images)
 
-    def image(self, info: str) -> None:
-        self._image_free.clear()
-        self._post({"kind": "image", "info": info})
+    def wait_free_image(self) -> int:
+        with self._image_freed:
+            self._image_freed.wait_for(self.has_free_image)
+            return min(self._free_images)
+
+    def image(self, slot: int, info: str, replicas: str) -> None:
+        with self._image_freed:
+            self._free_images.remove(slot)
+        self._post({"kind": "image", "slot": slot, "info": info, "replicas": replicas})
 
     def outcome(self, step: int, reason: str) -> None:
         """The last message of a rank that ended as it should."""
         self._post({"kind": "outcome", "step": step, "reason": reason})
 
-    def failed(self, cause: str, *, retry: bool) -> None:
+    def failed(self, error: Exception, *, retry: bool) -> None:
         """The last message of a rank that an exception ended."""
-        self._post({"kind": "failed", "cause": cause, "retry": retry})
+        name = type(error).__name__
+        self._post({"kind": "failed", "error": name, "cause": f"{name}: {error}", "retry": retry})
 
     def close(self) -> None:
         """Returns when everything posted has been handed to the kernel."""
@@ -110,7 +126,9 @@ class AgentLink:
             if message["kind"] == "stop":
                 self._stop.set()
             elif message["kind"] == "image-free":
-                self._image_free.set()
+                with self._image_freed:
+                    self._free_images.add(message["slot"])
+                    self._image_freed.notify_all()
 
 
 def _end_without_agent() -> NoReturn:
@@ -136,8 +154,11 @@ class MemoryLink:
     def stop_requested(self) -> bool:
         return self._stop_at is not None and self._stop_at in self.steps
 
-    def wait_image_free(self) -> None:
-        return
+    def has_free_image(self) -> bool:
+        return True
 
-    def image(self, info: str) -> None:
+    def wait_free_image(self) -> int:
+        return len(self.images) % IMAGE_SLOTS
+
+    def image(self, slot: int, info: str, replicas: str) -> None:
         self.images.append(info)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from raynium.data.batch import Batch
-from raynium.engines.base import Engine, StepResult
+from raynium.engines.base import Engine, StepResult, Votes
 from raynium.train.guard import judge
 from raynium.train.link import Link
 from raynium.train.metrics import Throughput
@@ -21,6 +21,18 @@ class Batches(Protocol):
 
     def batch(self, step: int) -> Batch:
         """The batch of step `step` (steps count from 1)."""
+        ...
+
+
+class Snapshots(Protocol):
+    """Saves the training state; see `raynium/snapshots.py`."""
+
+    def wants_to_skip(self) -> bool:
+        """Whether this rank would rather leave out a save that came now."""
+        ...
+
+    def save(self, step: int) -> dict[str, float]:
+        """Hands over a snapshot; returns metrics of what it cost. All ranks call it after the same step."""
         ...
 
 
@@ -54,20 +66,21 @@ def train(
     cadence: Cadence,
     start_step: int,
     evaluate: Callable[[], dict[str, float]],
-    save: Callable[[int], None],
+    snapshots: Snapshots,
     throughput: Throughput,
     link: Link,
 ) -> Outcome:
     """Trains from the step after `start_step` until the run is finished or stopped. All ranks call it together.
 
-    `evaluate()` returns metrics and `save(step)` hands over a snapshot; both are collective. A rank that dies anywhere
-    in here takes the generation down: the agents kill the others, which may be waiting for it in a collective.
+    `evaluate()` returns metrics and is collective. A rank that dies anywhere in here takes the generation down: the
+    agents kill the others, which may be waiting for it in a collective.
     """
     assert start_step <= cadence.total_steps
     if start_step == cadence.total_steps:
         # Killed between the last save and the end of the run: only the last evaluation may not have been reported.
         link.step(start_step, evaluate())
 
+    skipped_saves = 0
     for step in range(start_step + 1, cadence.total_steps + 1):
         began = time.perf_counter()
 
@@ -76,7 +89,8 @@ def train(
         fetched = time.perf_counter()
 
         # ---- step: forward, backward, clip, update. Ends with the loss known on every rank ----------------------
-        result: StepResult = engine.step(batch, step=step, stop_requested=link.stop_requested())
+        votes = Votes(stop=link.stop_requested(), skip_save=snapshots.wants_to_skip())
+        result: StepResult = engine.step(batch, step=step, votes=votes)
         stepped = time.perf_counter()
 
         # ---- judge: a bad step must not reach a checkpoint --------------------------------------------------------
@@ -86,19 +100,21 @@ def train(
         metrics = throughput.metrics(step, result, step_seconds=stepped - began, data_seconds=fetched - began)
 
         # ---- evaluate before saving, so that a checkpoint at this step implies its evaluation was reported ------
-        stopping = result.stop_agreed
+        stopping = result.agreed.stop
         if cadence.evaluates(step):
             link.phase("evaluate", step)
             metrics |= evaluate()
             metrics["time/eval_seconds"] = time.perf_counter() - stepped
         link.step(step, metrics)
 
-        # ---- save: the copy into shared memory is the only stall ------------------------------------------------
-        if stopping or cadence.saves(step):
+        # ---- save: the copy into shared memory is the only stall, unless two uploads are behind -----------------
+        last = stopping or step == cadence.total_steps
+        if cadence.saves(step) and result.agreed.skip_save and not last:
+            skipped_saves += 1
+            link.step(step, {"checkpoint/skipped_saves": float(skipped_saves)})
+        elif stopping or cadence.saves(step):
             link.phase("save", step)
-            saving = time.perf_counter()
-            save(step)
-            link.step(step, {"checkpoint/save_seconds": time.perf_counter() - saving})
+            link.step(step, snapshots.save(step))
 
         # ---- stop: agreed inside the step's all-reduce, so all ranks leave at the same step ---------------------
         if stopping and step < cadence.total_steps:

@@ -1,0 +1,161 @@
+"""Uploads snapshots in a process of its own, so that neither ranks nor agent share an interpreter lock with them.
+
+The agent's side is `Uploader`; `main` is the process. If that is killed, the agent starts another, which removes what
+the first left unfinished and uploads again.
+"""
+
+import json
+import logging
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from multiprocessing.connection import Connection
+from multiprocessing.context import ForkServerProcess
+from typing import Any
+
+from raynium import rank_entry
+from raynium.checkpoint.manifest import ImageInfo, ShardEntry, shard_key, step_folder
+from raynium.checkpoint.store import Store
+from raynium.checkpoint.upload import upload_shard
+from raynium.errors import RayniumError, StoreError
+from raynium.launch.ranks import main_module_hidden, start_template
+
+logger = logging.getLogger(__name__)
+
+UPLOADS_AT_ONCE = 4  # shards; each has several parts in flight
+ATTEMPTS = 3  # uploads of one shard, if the process dies under it
+NICENESS = 10  # below the ranks: where they share cores, training goes first
+
+
+class _UploaderDied(Exception):
+    """The process ended before it answered."""
+
+
+class Uploader:
+    """The agent's side. `upload` may be called from any thread; the process is started when it is first needed."""
+
+    def __init__(self, run_url: str):
+        self._run_url = run_url
+        self._lock = threading.Lock()
+        self._process: ForkServerProcess | None = None
+        self._connection: Connection | None = None
+        self._waiting: dict[int, Future[str]] = {}
+        self._count = 0
+
+    def upload(self, info: ImageInfo, *, generation: str, rank: int) -> ShardEntry:
+        """Returns once the shard is durable and confirmed; StoreError with the cause otherwise."""
+        for attempt in range(1, ATTEMPTS + 1):
+            job = {"info": info.to_json(), "generation": generation, "rank": rank, "again": attempt > 1}
+            try:
+                return ShardEntry.from_json(self._ask(job).result())
+            except _UploaderDied:
+                logger.warning("the uploader died while it saved rank %d's shard of step %d", rank, info.step)
+        raise StoreError(
+            f"the process that uploads checkpoints died {ATTEMPTS} times under rank {rank}'s shard of step {info.step} "
+            "(out of memory? look for 'oom-kill' in the kernel's log)"
+        )
+
+    def pid(self) -> int | None:
+        """Of the process, if it runs; for tests and debuggers."""
+        return self._process.pid if self._process is not None else None
+
+    def close(self) -> None:
+        """Ends the process; uploads that still run fail."""
+        with self._lock:
+            if self._connection is not None:
+                self._connection.close()
+            if self._process is not None:
+                self._process.kill()
+                self._process.join()
+                self._process = None
+
+    def _ask(self, job: dict[str, Any]) -> "Future[str]":
+        answer: Future[str] = Future()
+        with self._lock:
+            if self._process is None:
+                self._start()
+            self._count += 1
+            self._waiting[self._count] = answer
+            assert self._connection is not None
+            try:
+                self._connection.send_bytes(json.dumps(job | {"id": self._count}).encode())
+            except OSError:  # it died a moment ago: the reading thread is about to find out
+                self._waiting.pop(self._count)
+                answer.set_exception(_UploaderDied())
+                time.sleep(0.1)
+        return answer
+
+    def _start(self) -> None:
+        """Called with the lock held."""
+        start_template()
+        context = multiprocessing.get_context("forkserver")
+        self._connection, theirs = context.Pipe(duplex=True)
+        process = context.Process(target=main, args=(self._run_url, theirs), name="uploader", daemon=True)
+        with main_module_hidden():
+            process.start()
+        theirs.close()
+        self._process = process
+        reader = threading.Thread(
+            target=self._read_answers, args=(process, self._connection), name="uploader-answers", daemon=True
+        )
+        reader.start()
+
+    def _read_answers(self, process: ForkServerProcess, connection: Connection) -> None:
+        while True:
+            try:
+                answer = json.loads(connection.recv_bytes())
+            except (EOFError, OSError):
+                break
+            with self._lock:
+                waiting = self._waiting.pop(answer["id"])
+            if "entry" in answer:
+                waiting.set_result(answer["entry"])
+            else:
+                waiting.set_exception(StoreError(answer["error"]))
+        with self._lock:
+            if self._process is process:
+                self._process = None
+            left, self._waiting = self._waiting, {}
+        for waiting in left.values():
+            waiting.set_exception(_UploaderDied())
+
+
+def main(run_url: str, connection: Connection) -> None:
+    """The uploading process: takes jobs until its agent is gone."""
+    rank_entry.die_with_the_agent()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole terminal group; the agent decides
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    os.nice(NICENESS)
+    store = Store(run_url)
+    sending = threading.Lock()
+
+    def work(job: dict[str, Any]) -> None:
+        answer: dict[str, Any] = {"id": job["id"]}
+        try:
+            answer["entry"] = _save(store, job).to_json()
+        except RayniumError as error:
+            answer["error"] = str(error)
+        except Exception as error:  # a fault of ours must not leave the agent waiting
+            answer["error"] = f"{type(error).__name__}: {error}"
+        with sending:
+            connection.send_bytes(json.dumps(answer).encode())
+
+    with ThreadPoolExecutor(UPLOADS_AT_ONCE, thread_name_prefix="upload") as pool:
+        while True:
+            try:
+                pool.submit(work, json.loads(connection.recv_bytes()))
+            except (EOFError, OSError):
+                os._exit(0)  # nobody is left to want the uploads
+
+
+def _save(store: Store, job: dict[str, Any]) -> ShardEntry:
+    info = ImageInfo.from_json(job["info"])
+    if job["again"]:
+        # Nobody else writes this generation's shard of this rank, and it is not committed: what is there is ours.
+        key = f"{step_folder(info.step)}/{shard_key(job['generation'], job['rank'])}"
+        store.delete(key)
+        store.discard_unfinished(key, older_than_unix=time.time())
+    return upload_shard(store, info, generation=job["generation"], rank=job["rank"])
