@@ -1,20 +1,22 @@
 """Finding damage in a checkpoint's files, and differences between two checkpoints."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from raynium.checkpoint import compare
+from raynium.checkpoint import compare, verify
 from raynium.checkpoint.batches import raw_bytes
 from raynium.checkpoint.catalog import CheckpointRef, choose_checkpoint
 from raynium.checkpoint.compare import differences
-from raynium.checkpoint.manifest import TensorEntry, manifest_key
+from raynium.checkpoint.manifest import TensorEntry
 from raynium.checkpoint.store import Store
-from raynium.checkpoint.verify import checkpoint_to_verify, verify_checkpoint
+from raynium.checkpoint.verify import verify_checkpoint
 from raynium.config.load import parse_config
-from raynium.errors import CheckpointDamaged, CheckpointError, StoreError
+from raynium.errors import StoreError
 
 CONFIG = parse_config("""
 run: {name: first}
@@ -23,7 +25,7 @@ model: {vocab_size: 64, hidden_size: 32, num_layers: 1, num_heads: 2, num_kv_hea
 data: {path: /nowhere, seq_len: 16}
 train: {steps: 6, global_batch_size: 4}
 """)
-PART = 4096
+UNIT = 4096
 
 
 class Two(torch.nn.Module):
@@ -41,8 +43,8 @@ Save = Callable[..., Store]
 
 @pytest.fixture
 def ref(save_run: Save) -> CheckpointRef:
-    """Saved by two ranks, in parts of 4 KiB."""
-    return choose_checkpoint(save_run(Two(), CONFIG, num_ranks=2, unit_bytes=PART))
+    """Saved by two ranks, in units of 4 KiB."""
+    return choose_checkpoint(save_run(Two(), CONFIG, num_ranks=2, unit_bytes=UNIT))
 
 
 def file_of(ref: CheckpointRef, shard: int) -> Path:
@@ -63,7 +65,7 @@ def flip(path: Path, position: int) -> None:
 
 
 def test_a_whole_checkpoint_has_no_damage(ref: CheckpointRef) -> None:
-    assert verify_checkpoint(ref, depth="sizes") == verify_checkpoint(ref, depth="contents") == []
+    assert verify_checkpoint(ref, depth="stored") == verify_checkpoint(ref, depth="contents") == []
 
 
 @pytest.mark.parametrize("name", ["model/large", "optimizer/exp_avg_sq/large", "model/small"])
@@ -71,10 +73,10 @@ def test_a_flipped_bit_is_found_with_its_tensor_and_bytes(ref: CheckpointRef, na
     block = entry(ref, name).blocks[1]
     position = block.end - 1
     flip(file_of(ref, block.shard), position)
-    assert verify_checkpoint(ref, depth="sizes") == [], "a size does not show it"
+    assert verify_checkpoint(ref, depth="stored") == [], "a file system keeps no checksum to compare with"
     (damage,) = verify_checkpoint(ref, depth="contents")
     assert damage.uri == f"file://{file_of(ref, 1)}" and block.shard == 1
-    assert damage.begin <= position < damage.end <= damage.begin + PART and damage.begin % PART == 0
+    assert damage.begin <= position < damage.end <= damage.begin + UNIT and damage.begin % UNIT == 0
     neighbours = {
         each.name
         for each in ref.manifest.tensors
@@ -83,24 +85,24 @@ def test_a_flipped_bit_is_found_with_its_tensor_and_bytes(ref: CheckpointRef, na
     }
     assert name in damage.tensors and set(damage.tensors) == neighbours
     assert f"bytes {damage.begin:,} to {damage.end:,} cannot be used, which hold {damage.tensors[0]}" in str(damage)
-    assert f"is damaged in part {damage.begin // PART} (CRC64NVME " in str(damage)
+    assert f"{file_of(ref, 1)} is damaged in 1 unit(s) of 4,096 bytes (wrong CRC64NVME): bytes " in str(damage)
 
 
 def test_a_flipped_bit_in_the_header_names_the_bytes_alone(ref: CheckpointRef) -> None:
     flip(file_of(ref, 0), 20)
     (damage,) = verify_checkpoint(ref, depth="contents")
-    assert (damage.begin, damage.end, damage.tensors) == (0, PART, ())
+    assert (damage.begin, damage.end, damage.tensors) == (0, UNIT, ())
     assert str(damage).endswith("bytes 0 to 4,096 cannot be used, which hold no tensor")
 
 
-@pytest.mark.parametrize("depth", ["sizes", "contents"])
-def test_a_cut_file_is_lost_from_the_part_that_is_not_whole(ref: CheckpointRef, depth) -> None:
+@pytest.mark.parametrize("depth", ["stored", "contents"])
+def test_a_cut_file_is_lost_from_the_unit_that_is_not_whole(ref: CheckpointRef, depth) -> None:
     path, size = file_of(ref, 0), ref.manifest.shards[0].size
     small = entry(ref, "optimizer/exp_avg_sq/small").blocks[0]
     assert small.end == size, "the file's last tensor"
     path.write_bytes(path.read_bytes()[:-1])
     (damage,) = verify_checkpoint(ref, depth=depth)
-    assert (damage.begin, damage.end) == ((size - 1) // PART * PART, size)
+    assert (damage.begin, damage.end) == ((size - 1) // UNIT * UNIT, size)
     assert "optimizer/exp_avg_sq/small" in damage.tensors and "model/large" not in damage.tensors
     assert f"has {size - 1:,} bytes instead of {size:,}" in str(damage)
     path.write_bytes(b"")
@@ -111,13 +113,50 @@ def test_a_cut_file_is_lost_from_the_part_that_is_not_whole(ref: CheckpointRef, 
 
 def test_what_is_left_of_a_cut_file_is_read(ref: CheckpointRef) -> None:
     path = file_of(ref, 0)
-    path.write_bytes(path.read_bytes()[: 3 * PART + 5])
-    flip(path, PART)
+    path.write_bytes(path.read_bytes()[: 3 * UNIT + 5])
+    flip(path, UNIT)
     found = [(damage.begin, damage.end) for damage in verify_checkpoint(ref, depth="contents")]
-    assert found == [(PART, 2 * PART), (3 * PART, ref.manifest.shards[0].size)]
+    assert found == [(UNIT, 2 * UNIT), (3 * UNIT, ref.manifest.shards[0].size)]
 
 
-@pytest.mark.parametrize("depth", ["sizes", "contents"])
+def test_neighbouring_units_are_one_damage_also_where_reads_meet(
+    ref: CheckpointRef, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(verify, "READ_BYTES", 2 * UNIT)
+    size = ref.manifest.shards[1].size
+    for unit in (1, 2, 3, 6, size // UNIT):
+        flip(file_of(ref, 1), unit * UNIT)
+    found = verify_checkpoint(ref, depth="contents")
+    assert [(damage.begin // UNIT, damage.end) for damage in found] == [
+        (1, 4 * UNIT), (6, 7 * UNIT), (size // UNIT, size),
+    ]  # fmt: skip
+    assert "is damaged in 3 unit(s) of 4,096 bytes" in str(found[0])
+
+
+@pytest.mark.s3
+def test_a_server_tells_what_it_holds_without_its_being_read(
+    ref: CheckpointRef, s3_server: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store(f"{s3_server.create_bucket('verify')}/runs/first", options=s3_server.options)
+    for key in ref.store.list("checkpoints").sizes:
+        store.replace(key, ref.store.read(key))
+    remote = choose_checkpoint(store)
+    assert verify_checkpoint(remote, depth="stored") == verify_checkpoint(remote, depth="contents") == []
+    small = entry(ref, "model/small").blocks[1]
+    data = bytearray(store.read(remote.shard_key(small.shard)))
+    data[small.begin] ^= 1
+    store.replace(remote.shard_key(small.shard), bytes(data))
+    (located,) = verify_checkpoint(remote, depth="contents")
+    assert "model/small" in located.tensors and located.end - located.begin <= UNIT
+    monkeypatch.setattr(Store, "read_into", None)  # nothing may be read
+    (damage,) = verify_checkpoint(remote, depth="stored")
+    assert (damage.begin, damage.end) == (0, len(data)) and len(damage.tensors) == len(ref.manifest.tensors)
+    assert re.search(r"is stored with CRC64NVME .* instead of .* \(verify --deep finds where\)", damage.reason)
+    store.delete(remote.shard_key(0))
+    assert verify_checkpoint(remote, depth="stored")[0].reason == "is missing"
+
+
+@pytest.mark.parametrize("depth", ["stored", "contents"])
 def test_a_missing_and_a_longer_file_are_lost_whole(ref: CheckpointRef, depth) -> None:
     file_of(ref, 0).unlink()
     with file_of(ref, 1).open("ab") as file:
@@ -134,22 +173,9 @@ def test_a_store_that_cannot_be_asked_is_no_damage(ref: CheckpointRef, monkeypat
     def broken(*_: object) -> int:
         raise StoreError("the network is down")
 
-    monkeypatch.setattr(Store, "size", broken)
+    monkeypatch.setattr(Store, "stored_checksum", broken)
     with pytest.raises(StoreError, match="the network is down"):
-        verify_checkpoint(ref, depth="sizes")
-
-
-def test_the_newest_is_verified_even_where_others_would_pass_it_over(save_run: Save) -> None:
-    save_run(Two(), CONFIG, step=2)
-    store = save_run(Two(), CONFIG, step=4)
-    assert checkpoint_to_verify(store).step == 4 and checkpoint_to_verify(store, 2).step == 2
-    manifest = Path(store.uri(manifest_key(4)).removeprefix("file://"))
-    manifest.write_bytes(manifest.read_bytes()[:-3])
-    with pytest.raises(CheckpointDamaged, match="step-000000004"):
-        checkpoint_to_verify(store)
-    assert choose_checkpoint(store).step == 2
-    with pytest.raises(CheckpointError, match="has no checkpoint"):
-        checkpoint_to_verify(store.child("nothing"))
+        verify_checkpoint(ref, depth="stored")
 
 
 # ------------------------------------------------------------------------------------------------- compare

@@ -12,7 +12,9 @@ import torch
 import typer
 
 from raynium import cli, cli_checkpoints
-from raynium.checkpoint.catalog import list_checkpoints
+from raynium.checkpoint.catalog import list_checkpoints, open_checkpoint
+from raynium.checkpoint.manifest import Timing, manifest_key, manifest_to_bytes
+from raynium.checkpoint.retention import Retention
 from raynium.checkpoint.store import Store
 from raynium.config.load import parse_config
 from raynium.launch.record import Owner, RecordKeeper, claim
@@ -27,7 +29,7 @@ model: {vocab_size: 320, hidden_size: 32, num_layers: 2, num_heads: 4, num_kv_he
 data: {path: /nowhere, seq_len: 16}
 train: {steps: 6, global_batch_size: 4}
 """)
-COMMANDS = ("ls", "show", "verify", "export", "import", "rm", "diff")
+COMMANDS = ("ls", "show", "verify", "tag", "export", "import", "rm", "diff")
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,7 @@ def test_every_command_explains_itself_on_one_line(checkpoints: Callable[..., En
 def test_ls_shows_whole_and_damaged_ones(checkpoints: Callable[..., Ended], store: Store) -> None:
     damage_manifest(store, 2)
     title, damaged, whole, problem = checkpoints("ls", "first").out.splitlines()
-    assert title.split() == ["step", "size", "ranks", "saved", "state"]
+    assert re.split(r"  +", title.strip()) == ["step", "size", "ranks", "saved", "kept for", "manifest"]
     assert damaged.split() == ["2", "cannot", "be", "used,", "see", "below"]
     assert problem.startswith("step 2: file://") and "is damaged: its crc64nvme does not match" in problem
     assert re.fullmatch(r"\s*4 +[\d.]+ MB +2 +\d+ s ago +whole\s*", whole)
@@ -111,34 +113,75 @@ def test_ls_shows_whole_and_damaged_ones(checkpoints: Callable[..., Ended], stor
     assert checkpoints("ls", "nothing").out == "run nothing has no checkpoint under runs\n"
 
 
+def test_ls_says_why_each_is_kept(
+    checkpoints: Callable[..., Ended], store: Store, save_run: Callable[..., Store]
+) -> None:
+    for step in (3, 5):
+        save_run(model(1), CONFIG, step=step)
+    checkpoints("tag", "first", "3", "release")
+    assert [each.split()[-2:] for each in checkpoints("ls", "first").out.splitlines()[1:]] == [
+        ["ago", "whole"], ["release", "whole"], ["ago", "whole"], ["ago", "whole"],
+    ], "no driver has said what it keeps"  # fmt: skip
+    policy = {"checkpoint": {"keep_last": 1, "keep_every_steps": 2}}
+    claim(store, "first", CONFIG.model_dump(mode="json") | policy)
+    assert find_run("first").retention() == Retention(1, 2)
+    save_run(model(1), CONFIG, step=7)
+    kept = [re.split(r" s ago +|  +whole", line)[1] for line in checkpoints("ls", "first").out.splitlines()[1:]]
+    assert kept == ["every 2 steps", "tag release", "every 2 steps", "goes after the next save", "last"]
+
+
 def test_show_says_what_it_is_and_who_can_load_it(checkpoints: Callable[..., Ended], store: Store) -> None:
     out = checkpoints("show", "first").out
     numbers = sum(parameter.numel() for parameter in model().parameters())
-    assert out.startswith(f"step        4\nplace       {store.uri('checkpoints/step-000000004')}\n")
-    assert re.search(r"\nsize        0\.\d MB in 2 file\(s\)\nsaved       20\d\d-.* UTC \(\d+ s ago\)\n", out)
-    assert "saved by    2 rank(s) (data 2, tensor 1) of generation g1, which began at step 2\n" in out
-    assert f"\nmodel       21 tensors, {numbers:,} numbers, float32, {4 * numbers / 1e6:.1f} MB\n" in out
-    assert f"\noptimizer   42 tensors, {2 * numbers:,} numbers" in out and "\nrng" not in out
-    assert out.endswith(
-        "loads into  llama3 of 2 layers, hidden size 32, vocabulary 320, untied embeddings; any number of ranks, "
-        "tensor-parallel degree 1, 2, 4\n"
+    assert out.startswith(f"step                4\nplace               {store.uri('checkpoints/step-000000004')}\n")
+    assert re.search(
+        r"\nsize                0\.\d MB in 2 file\(s\)\nsaved               20\d\d-.* UTC \(\d+ s ago\)\n", out
     )
-    assert "saved by    1 rank(s)" in checkpoints("show", "first", "--step", "2").out
+    assert "saved by            2 rank(s) (data 2, tensor 1) of generation g1, which began at step 2\n" in out
+    assert f"\nmodel               21 tensors, {numbers:,} numbers, float32, {4 * numbers / 1e6:.1f} MB\n" in out
+    assert f"\noptimizer           42 tensors, {2 * numbers:,} numbers" in out and "\nrng" not in out
+    assert out.endswith(
+        "loads into          llama3 of 2 layers, hidden size 32, vocabulary 320, untied embeddings; any number of "
+        "ranks, tensor-parallel degree 1, 2, 4\n"
+    )
+    assert "saved by            1 rank(s)" in checkpoints("show", "first", "--step", "2").out
+    assert "\ntook" not in out and "\ntags" not in out and "eval/" not in out
+
+
+def test_show_says_what_a_save_cost_and_how_good_it_is(checkpoints: Callable[..., Ended], store: Store) -> None:
+    ref = open_checkpoint(store, 4)
+    timing = Timing(stall_seconds=0.0321, upload_seconds=12.5, commit_seconds=0.25)
+    metrics = {"eval/loss": 2.123456789, "eval/bits_per_byte": 0.75}
+    changed = ref.manifest.model_copy(update={"timing": timing, "metrics": metrics})
+    store.replace(manifest_key(4), manifest_to_bytes(changed))
+    for tag in ("v1", "best"):
+        checkpoints("tag", "first", "4", tag)
+    out = checkpoints("show", "first").out
+    assert (
+        "\ntook                training stood still 0.0321 s; upload 12.5 s, commit 0.25 s\n"
+        "tags                best, v1\n"
+        "eval/bits_per_byte  0.75\n"
+        "eval/loss           2.12346\n"
+    ) in out
 
 
 def test_verify_is_quiet_about_a_whole_one_and_names_damage(checkpoints: Callable[..., Ended], store: Store) -> None:
-    assert re.fullmatch(r"step 4 is whole: 2 file\(s\), .* MB, sizes right; .*\n", checkpoints("verify", "first").out)
+    assert re.fullmatch(
+        r"step 4 is whole: 2 file\(s\), .* MB, sizes right as stored; .*\n", checkpoints("verify", "first").out
+    )
     assert "all bytes read, all checksums right" in checkpoints("verify", "first", "--deep").out
     flip_bit(store, 2)
     assert checkpoints("verify", "first", "--step", "2").code == 0, "sizes are still right"
     assert checkpoints("verify", "first", "--deep").code == 0, "the newest is still whole"
     ended = checkpoints("verify", "first", "--step", "2", "--deep")
     assert ended.code == 1 and ended.out == ""
-    assert ended.err.startswith("error: the checkpoint of step 2 of run first is damaged:\n  - file://")
+    assert ended.err.startswith("error: the checkpoint of step 2 is damaged:\n  - file://")
     assert re.search(r"bytes [\d,]+ to [\d,]+ cannot be used, which hold model/", ended.err)
     damage_manifest(store, 4)
     ended = checkpoints("verify", "first")
     assert ended.code == 1 and "step-000000004/manifest.json is damaged" in ended.err
+    ended = checkpoints("show", "first")
+    assert ended.code == 1 and "to only read it, name step 2. file://" in ended.err, "no other is shown instead"
     assert find_run("first").verify(2) == [] and len(find_run("first").verify(2, depth="contents")) == 1
 
 
@@ -171,7 +214,7 @@ def test_export_and_import_make_a_run_with_the_same_weights(checkpoints: Callabl
     assert (found.model, found.run.name, found.run.root) == (CONFIG.model, "copy", str(Path("runs").absolute()))
     assert Path(found.data.tokenizer or "").samefile("runs/copy/tokenizer.json")
     out = checkpoints("show", "copy").out
-    assert f"imported    from {Path('out').absolute()}\n" in out
+    assert f"imported            from {Path('out').absolute()}\n" in out
     assert "\noptimizer" not in out and out.endswith("degree 1, 2, 4; the optimizer begins anew\n")
     differing = checkpoints("diff", "first", "copy").out
     assert differing.count(" is only in the first\n") == 42 and differing.endswith("42 tensor(s) differ\n")
@@ -256,6 +299,30 @@ def test_the_newest_of_a_live_run_is_refused_even_if_forced(checkpoints: Callabl
     assert checkpoints("rm", "first", "--step", "4", "--yes", "--force").code == 0
 
 
+def test_a_tagged_one_is_refused_unless_forced(checkpoints: Callable[..., Ended], store: Store) -> None:
+    ended = checkpoints("tag", "first", "2", "release")
+    assert ended == Ended(0, "step 2 of run first is tagged release, and kept until the tag is removed\n", "")
+    checkpoints("tag", "first", "2", "paper")
+    ended = checkpoints("rm", "first", "--step", "2", "--yes")
+    assert ended.code == 1 and "is tagged paper, release, so somebody wants to keep it" in ended.err
+    assert "`raynium checkpoints tag first 2 paper --remove`, or use --force" in ended.err and steps(store) == [2, 4]
+    ended = checkpoints("tag", "first", "2", "paper", "--remove")
+    assert ended == Ended(0, "step 2 of run first is no longer tagged paper\n", "")
+    find_run("first").untag(2, "release")
+    find_run("first").tag(2, "mine")
+    assert [each.tags for each in find_run("first").checkpoints()] == [("mine",), ()]
+    assert checkpoints("rm", "first", "--step", "2", "--yes", "--force").code == 0 and steps(store) == [4]
+
+
+def test_a_newer_one_with_missing_data_does_not_make_an_older_one_spare(
+    checkpoints: Callable[..., Ended], store: Store
+) -> None:
+    store.delete("checkpoints/step-000000004/g1/shard-00001.safetensors")
+    ended = checkpoints("rm", "first", "--step", "2", "--yes")
+    assert ended.code == 1 and "step 2 is the newest checkpoint of file://" in ended.err
+    assert "and no later one is whole" in ended.err and steps(store) == [2, 4]
+
+
 def test_a_damaged_newer_one_does_not_make_an_older_one_spare(checkpoints: Callable[..., Ended], store: Store) -> None:
     damage_manifest(store, 4)
     assert "step 2 is the newest checkpoint" in checkpoints("rm", "first", "--step", "2", "--yes").err
@@ -279,6 +346,9 @@ def test_a_damaged_newer_one_does_not_make_an_older_one_spare(checkpoints: Calla
         (["rm", "first", "--step", "3"], 1, "has no checkpoint of step 3: it has 2, 4"),
         (["rm", "nothing", "--step", "3"], 1, "has no checkpoint of step 3: it has none"),
         (["rm", "first"], 2, "--step"),
+        (["tag", "first", "3", "release"], 1, "has no checkpoint of step 3 to tag"),
+        (["tag", "first", "4", "a/b"], 1, "'a/b' is not a tag"),
+        (["tag", "first", "4", "release", "--remove"], 1, "has no tag 'release': it has none"),
         (["ls", "first", "--root", "ftp://host/runs"], 1, "has the scheme 'ftp'"),
         (["diff", "first", "nothing"], 1, "has no checkpoint. Check its name"),
     ],

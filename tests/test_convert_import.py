@@ -107,7 +107,7 @@ def test_a_run_in_s3_is_imported_verified_and_exported(
     export_checkpoint(choose_checkpoint(store), tmp_path / "back")
     assert same_tensors(weights_in(tmp_path / "back"), weights_in(folder))
     store.delete(imported.ref.shard_key(1))
-    (damage,) = verify_checkpoint(imported.ref, depth="sizes")
+    (damage,) = verify_checkpoint(imported.ref, depth="stored")
     assert (damage.uri, damage.reason) == (store.uri(imported.ref.shard_key(1)), "is missing")
 
 

@@ -165,7 +165,7 @@ def test_an_unreadable_store_ends_the_run_with_the_reason(tmp_path: Path) -> Non
         run = coordinator(tmp_path, **{"cluster.nodes": 1})
         assert (await run.join(agent(0))).kind == "end"
         status = await run.status(0)
-        assert status.ended == "failed" and "could not be found" in (status.cause or "")
+        assert status.ended == "failed" and "no checkpoint could be chosen" in (status.cause or "")
 
     asyncio.run(play())
 

@@ -2,7 +2,7 @@
 
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -27,23 +27,30 @@ MULTIPLES = (
 
 @app.command("ls")
 def list_(name: RunArgument, root: RootOption = "runs") -> None:
-    """List a run's checkpoints, oldest first."""
+    """List a run's checkpoints, oldest first, and why each is kept."""
     from rich.console import Console
     from rich.table import Table
 
+    from raynium.checkpoint.retention import reasons_to_keep
     from raynium.sdk import find_run
 
-    found = find_run(name, root).checkpoints()
+    run = find_run(name, root)
+    found = run.checkpoints()
     if not found:
         typer.echo(f"run {name} has no checkpoint under {root}")
         return
-    table = Table("step", "size", "ranks", "saved", "state", box=None)
+    policy = run.retention()
+    reasons = reasons_to_keep(found, policy) if policy is not None else None
+    table = Table("step", "size", "ranks", "saved", "kept for", "manifest", box=None)
     for each in found:
+        # Without a driver there is no policy, and nothing is deleted
+        why = reasons[each.step] if reasons is not None else [f"tag {tag}" for tag in each.tags]
+        kept = ", ".join(why) or ("" if reasons is None else "goes after the next save")
         if each.problem is None:
             saved = _ago(time.time() - each.committed_unix)
-            table.add_row(f"{each.step:,}", _size(each.num_bytes), str(each.world_size), saved, "whole")
+            table.add_row(f"{each.step:,}", _size(each.num_bytes), str(each.world_size), saved, kept, "whole")
         else:
-            table.add_row(f"{each.step:,}", "", "", "", "cannot be used, see below")
+            table.add_row(f"{each.step:,}", "", "", "", kept, "cannot be used, see below")
     Console().print(table)
     for each in found:
         if each.problem is not None:
@@ -53,11 +60,11 @@ def list_(name: RunArgument, root: RootOption = "runs") -> None:
 @app.command()
 def show(name: RunArgument, root: RootOption = "runs", step: StepOption = None) -> None:
     """Describe one checkpoint, and say what can load it."""
-    from raynium.checkpoint.catalog import choose_checkpoint
+    from raynium.checkpoint.catalog import checkpoint_tags, choose_checkpoint
 
     ref = choose_checkpoint(_store(name, root), step)
-    for title, text in _description(ref, time.time()):
-        typer.echo(f"{title:12}{text}")
+    for title, text in _description(ref, checkpoint_tags(ref.store, ref.step), time.time()):
+        typer.echo(f"{title:20}{text}")
 
 
 @app.command()
@@ -69,17 +76,39 @@ def verify(
 ) -> None:
     """Check a checkpoint's files against its manifest.
 
-    Without --deep only their sizes are asked for, which finds missing and cut files. Exits with 1 if it is damaged.
+    Without --deep the store is asked for their sizes and, where it keeps them (S3), their checksums; nothing is read.
+    Exits with 1 if it is damaged.
     """
-    from raynium.checkpoint.verify import checkpoint_to_verify, verify_checkpoint
+    from raynium.checkpoint.catalog import choose_checkpoint
+    from raynium.checkpoint.verify import damage_text, verify_checkpoint
     from raynium.errors import CheckpointDamaged
 
-    ref = checkpoint_to_verify(_store(name, root), step)
-    if damages := verify_checkpoint(ref, depth="contents" if deep else "sizes"):
-        lines = "".join(f"\n  - {damage}" for damage in damages)
-        raise CheckpointDamaged(f"the checkpoint of step {ref.step:,} of run {name} is damaged:{lines}")
-    done = "all bytes read, all checksums right" if deep else "sizes right; --deep would read them"
+    ref = choose_checkpoint(_store(name, root), step)
+    if damages := verify_checkpoint(ref, depth="contents" if deep else "stored"):
+        raise CheckpointDamaged(damage_text(ref.step, damages))
+    stored = "sizes and checksums" if ref.store.url.startswith("s3://") else "sizes"
+    done = "all bytes read, all checksums right" if deep else f"{stored} right as stored; --deep would read them"
     typer.echo(f"step {ref.step:,} is whole: {_files(ref)}, {_size(ref.manifest.num_bytes)}, {done}")
+
+
+@app.command()
+def tag(
+    name: RunArgument,
+    step: Annotated[int, Argument(metavar="STEP", help="Which checkpoint.")],
+    tag: Annotated[str, Argument(metavar="TAG", help="A name, such as release or before-the-spike.")],
+    root: RootOption = "runs",
+    remove: Annotated[bool, Option("--remove", help="Take the tag away.")] = False,
+) -> None:
+    """Keep a checkpoint for as long as it has this tag."""
+    from raynium.sdk import find_run
+
+    run = find_run(name, root)
+    if remove:
+        run.untag(step, tag)
+        typer.echo(f"step {step:,} of run {name} is no longer tagged {tag}")
+    else:
+        run.tag(step, tag)
+        typer.echo(f"step {step:,} of run {name} is tagged {tag}, and kept until the tag is removed")
 
 
 @app.command()
@@ -127,7 +156,7 @@ def remove(
     step: Annotated[int, Option(help="Which checkpoint.")],
     root: RootOption = "runs",
     yes: Annotated[bool, Option("--yes", help="Do not ask.")] = False,
-    force: Annotated[bool, Option("--force", help="Also the newest one.")] = False,
+    force: Annotated[bool, Option("--force", help="Also the newest one, or a tagged one.")] = False,
 ) -> None:
     """Delete one checkpoint."""
     from raynium.launch.removal import check_removable, remove_checkpoint
@@ -205,7 +234,7 @@ def _check_new_name(name: str) -> None:
 # ---- words --------------------------------------------------------------------------------------------------------
 
 
-def _description(ref: "CheckpointRef", now_unix: float) -> Iterator[tuple[str, str]]:
+def _description(ref: "CheckpointRef", tags: Sequence[str], now_unix: float) -> Iterator[tuple[str, str]]:
     """(title, text) lines about a checkpoint."""
     manifest = ref.manifest
     when = datetime.fromtimestamp(manifest.committed_unix, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
@@ -215,6 +244,16 @@ def _description(ref: "CheckpointRef", now_unix: float) -> Iterator[tuple[str, s
     yield "place", ref.uri
     yield "size", f"{_size(manifest.num_bytes)} in {_files(ref)}"
     yield "saved", f"{when} ({_ago(now_unix - manifest.committed_unix)})"
+    if (timing := manifest.timing) is not None:
+        yield (
+            "took",
+            f"training stood still {timing.stall_seconds:.3g} s; upload {timing.upload_seconds:.3g} s, commit "
+            f"{timing.commit_seconds:.3g} s",
+        )
+    if tags:
+        yield "tags", ", ".join(tags)
+    for metric, value in sorted(manifest.metrics.items()):
+        yield metric, f"{value:.6g}"
     if imported_from := manifest.state.get("imported_from"):
         yield "imported", f"from {imported_from}"
     else:

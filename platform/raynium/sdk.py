@@ -18,6 +18,7 @@ from raynium.errors import LaunchError, RunFailed, StoreError
 
 if TYPE_CHECKING:
     from raynium.checkpoint.catalog import CheckpointSummary
+    from raynium.checkpoint.retention import Retention
     from raynium.checkpoint.store import Store
     from raynium.checkpoint.verify import Damage, Depth
     from raynium.convert.config_json import Dtype
@@ -99,15 +100,37 @@ class Run:
 
         return list_checkpoints(self._store())
 
-    def verify(self, step: int | None = None, *, depth: "Depth" = "sizes") -> "list[Damage]":
+    def retention(self) -> "Retention | None":
+        """Which checkpoints the run keeps, by its config; None if no driver has started it (it was imported)."""
+        from raynium.checkpoint.retention import Retention
+        from raynium.config.schema import CheckpointSection
+        from raynium.launch.record import read_record
+
+        record = read_record(self._store())
+        return Retention.of(CheckpointSection(**record.config["checkpoint"])) if record is not None else None
+
+    def tag(self, step: int, tag: str) -> None:
+        """Keeps the checkpoint of `step` for as long as it has this tag. Raises CheckpointError if there is none."""
+        from raynium.checkpoint.catalog import add_tag
+
+        add_tag(self._store(), step, tag)
+
+    def untag(self, step: int, tag: str) -> None:
+        """Takes a tag away. Raises CheckpointError if the checkpoint of `step` does not have it."""
+        from raynium.checkpoint.catalog import remove_tag
+
+        remove_tag(self._store(), step, tag)
+
+    def verify(self, step: int | None = None, *, depth: "Depth" = "stored") -> "list[Damage]":
         """What is wrong with the files of the newest checkpoint, or that of `step`; [] if it is whole.
 
-        depth: "sizes" finds missing and cut files, "contents" reads every byte. Raises CheckpointError if there is no
-        such checkpoint, CheckpointDamaged if its manifest itself is damaged.
+        depth: "stored" asks the store for sizes and, on S3, checksums; "contents" reads every byte. Raises
+        CheckpointError if there is no such checkpoint, CheckpointDamaged if its manifest itself is damaged.
         """
-        from raynium.checkpoint.verify import checkpoint_to_verify, verify_checkpoint
+        from raynium.checkpoint.catalog import choose_checkpoint
+        from raynium.checkpoint.verify import verify_checkpoint
 
-        return verify_checkpoint(checkpoint_to_verify(self._store(), step), depth=depth)
+        return verify_checkpoint(choose_checkpoint(self._store(), step), depth=depth)
 
     def export(
         self,

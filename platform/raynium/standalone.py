@@ -11,13 +11,15 @@ import secrets
 import signal
 import sys
 import tempfile
+import time
 from typing import Any
 
 import torch.distributed as dist
 
-from raynium.checkpoint.catalog import apply_retention, latest
+from raynium.checkpoint.catalog import resume_point
 from raynium.checkpoint.commit import commit_checkpoint
 from raynium.checkpoint.manifest import ImageInfo, ShardEntry
+from raynium.checkpoint.retention import Retention, apply_retention
 from raynium.checkpoint.store import Store
 from raynium.checkpoint.upload import upload_shard
 from raynium.config.load import load_config
@@ -83,7 +85,12 @@ class StandaloneLink:
                 world_size=self._config.world_size,
                 layout=layout(self._config),
             )
-            apply_retention(self._store, keep_last=self._config.checkpoint.keep_last, generation=self._generation)
+            apply_retention(
+                self._store,
+                policy=Retention.of(self._config.checkpoint),
+                living=[self._generation],
+                now_unix=time.time(),
+            )
             logger.info("checkpoint of step %d committed", image.step)
         dist.barrier()
 
@@ -111,7 +118,7 @@ def main() -> None:
             for note in notes:
                 logger.info("note: %s", note)
             keep_tokenizer(store, documents)
-        checkpoint = latest(store)
+        checkpoint = resume_point(store, if_damaged=config.checkpoint.if_damaged).checkpoint
         with tempfile.TemporaryDirectory(prefix="raynium-") as images:
             plan = RankPlan(
                 config=config,

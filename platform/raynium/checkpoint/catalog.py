@@ -1,8 +1,12 @@
-"""Which checkpoints a run has, which of them to start from, and which to delete. No torch."""
+"""Which checkpoints a run has, how they are tagged, and which of them to start from. No torch."""
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from typing import Literal
+from weakref import WeakKeyDictionary
 
 from raynium.checkpoint.manifest import (
     CHECKPOINTS_FOLDER,
@@ -14,10 +18,19 @@ from raynium.checkpoint.manifest import (
     step_folder,
     step_of_folder,
 )
-from raynium.checkpoint.store import KeyMissing, Store
+from raynium.checkpoint.store import KeyMissing, Listing, Store
+from raynium.checkpoint.verify import damage_text, verify_checkpoint
 from raynium.errors import CheckpointDamaged, CheckpointError
 
 logger = logging.getLogger(__name__)
+
+IfDamaged = Literal["stop", "use_older"]
+Condition = Literal["whole", "damaged", "too new"]  # of a manifest: only "whole" ones can be used
+
+MANIFEST_READERS = 8  # hides S3's latency; a manifest of a thousand ranks may have tens of megabytes
+_ASIDE_NAME = "manifest-damaged.json"
+_TAG_PREFIX = "tag-"
+_TAG = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -50,137 +63,305 @@ class CheckpointSummary:
     num_bytes: int
     committed_unix: float
     world_size: int
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    tags: tuple[str, ...] = ()
+    condition: Condition = "whole"
     problem: str | None = None
+
+
+# ---- opening one --------------------------------------------------------------------------------------------------
 
 
 def open_checkpoint(store: Store, step: int) -> CheckpointRef:
     """The checkpoint of one step. CheckpointError if there is none, CheckpointDamaged, CheckpointTooNew."""
-    where = store.uri(manifest_key(step))
-    try:
-        data = store.read(manifest_key(step))
-    except KeyMissing as error:
-        raise CheckpointError(f"{store.url} has no checkpoint of step {step} ({MANIFEST_NAME} is missing)") from error
-    manifest = manifest_from_bytes(data, where=where)
-    if manifest.step != step:
-        raise CheckpointDamaged(f"{where} says that it is of step {manifest.step}")
-    return CheckpointRef(store, manifest)
+    ref = _open_if_there(store, step)
+    if ref is None:
+        raise CheckpointError(f"{store.url} has no checkpoint of step {step} ({MANIFEST_NAME} is missing)")
+    return ref
 
 
 def choose_checkpoint(store: Store, step: int | None = None) -> CheckpointRef:
-    """The checkpoint of `step`, or the newest that is whole. Raises CheckpointError if there is none."""
+    """The checkpoint of `step`, or the newest. Raises as `open_checkpoint` and `latest`, and if there is none."""
     ref = open_checkpoint(store, step) if step is not None else latest(store)
     if ref is None:
         raise CheckpointError(f"run {store.url} has no checkpoint. Check its name, or wait for its first one")
     return ref
 
 
-def latest(store: Store) -> CheckpointRef | None:
-    """The newest checkpoint that is whole, None if there is none; reads only, so anybody may call it.
+def latest(store: Store, *, if_damaged: IfDamaged = "stop") -> CheckpointRef | None:
+    """The newest checkpoint, None if there is none. Reads its manifest only, and writes nothing: anybody may call it.
 
-    A newer one with a damaged manifest is passed over with a warning; one of a newer format raises CheckpointTooNew,
-    because going on from an older step would silently throw its progress away.
+    If its manifest is damaged: "stop" raises CheckpointDamaged, which names the newest one that can be used instead;
+    "use_older" returns that one, with a warning. One of a newer format raises CheckpointTooNew either way, because
+    going on from an older step would silently throw its progress away.
     """
-    for step in reversed(_committed_steps(store)):
+    choice = _newest_usable(store, look="manifest")
+    if choice.damaged and (if_damaged == "stop" or choice.ref is None):
+        raise CheckpointDamaged(_refusal(store, choice))
+    for step, problem in choice.damaged:
+        assert choice.ref is not None
+        logger.warning("CHECKPOINT DAMAGED: using step %d instead of step %d: %s", choice.ref.step, step, problem)
+    return choice.ref
+
+
+def _open_if_there(store: Store, step: int) -> CheckpointRef | None:
+    where = store.uri(manifest_key(step))
+    try:
+        data = store.read(manifest_key(step))
+    except KeyMissing:
+        return None
+    manifest = manifest_from_bytes(data, where=where)
+    if manifest.step != step:
+        raise CheckpointDamaged(f"{where} says that it is of step {manifest.step}")
+    return CheckpointRef(store, manifest)
+
+
+# ---- going on from one --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ResumePoint:
+    """Where a run goes on."""
+
+    checkpoint: CheckpointRef | None  # None: from the beginning
+    set_aside: tuple[str, ...] = ()  # for the user: each newer checkpoint that proved damaged, and where it is now
+
+
+def resume_point(store: Store, *, if_damaged: IfDamaged) -> ResumePoint:
+    """The newest checkpoint that is whole, for the owner of the run, who will write on from there.
+
+    The run coordinator calls it (without Ray: every rank, which may race), before a generation starts. A checkpoint is
+    whole if its manifest is and the store still has each of its data files: one request a file, which compares size
+    and, where the store keeps one (S3), checksum. Where the newest is not:
+    "stop" raises CheckpointDamaged. "use_older" takes the next older whole one and sets those above it aside (their
+    manifests become manifest-damaged.json), so that their steps can be committed again; CheckpointDamaged if there is
+    none, because to begin again from nothing is not what that word allows.
+    """
+    choice = _newest_usable(store, look="files")
+    if choice.damaged and (if_damaged == "stop" or choice.ref is None):
+        raise CheckpointDamaged(_refusal(store, choice))
+    notes = []
+    for step, problem in choice.damaged:
+        assert choice.ref is not None
+        aside = set_aside(store, step)
+        notes.append(
+            f"step {step} is set aside as {aside}, and the run goes on from step {choice.ref.step} "
+            f"(checkpoint.if_damaged=use_older): {problem}"
+        )
+        logger.warning("CHECKPOINT DAMAGED: %s", notes[-1])
+    return ResumePoint(choice.ref, tuple(notes))
+
+
+def set_aside(store: Store, step: int) -> str:
+    """Take a damaged checkpoint out of the catalog, keeping its manifest beside for people to look at. Returns where.
+
+    Nothing happens where another process has just done so.
+    """
+    aside = set_aside_key(step)
+    try:
+        data = store.read(manifest_key(step))
+    except KeyMissing:
+        return store.uri(aside)
+    store.replace(aside, data)
+    store.delete(manifest_key(step))
+    return store.uri(aside)
+
+
+def set_aside_key(step: int) -> str:
+    """Where `set_aside` puts the manifest of a step."""
+    return f"{step_folder(step)}/{_ASIDE_NAME}"
+
+
+@dataclass(frozen=True)
+class _Choice:
+    ref: CheckpointRef | None
+    damaged: tuple[tuple[int, str], ...]  # newer steps and what is wrong with them, newest first
+
+
+def check_files(ref: CheckpointRef) -> None:
+    """CheckpointDamaged if the store no longer has a data file as it was saved: one request a file, nothing is read."""
+    if damages := verify_checkpoint(ref, depth="stored"):
+        raise CheckpointDamaged(damage_text(ref.step, damages))
+
+
+def _newest_usable(store: Store, *, look: Literal["manifest", "files"]) -> _Choice:
+    """Newest first, until one can be used; so a healthy run costs one listing and one manifest (and one look)."""
+    damaged: list[tuple[int, str]] = []
+    for step in reversed(_steps_with_folder(store)):
         try:
-            return open_checkpoint(store, step)
+            ref = _open_if_there(store, step)
+            if ref is not None and look == "files":
+                check_files(ref)
         except CheckpointDamaged as error:
-            logger.warning("CHECKPOINT DAMAGED, using the next older one: %s", error)
-    return None
+            damaged.append((step, str(error)))
+            continue
+        if ref is not None:
+            return _Choice(ref, tuple(damaged))
+    return _Choice(None, tuple(damaged))
 
 
-def resume_point(store: Store) -> CheckpointRef | None:
-    """`latest`, for the owner of the run that will write on from there: only the run coordinator calls it.
+def _refusal(store: Store, choice: _Choice) -> str:
+    run = store.url.rpartition("/")[2]
+    (newest, problem), *others = choice.damaged
+    also = f", and so is that of {' and '.join(f'step {step}' for step, _ in others)}" if others else ""
+    remove = f"`raynium checkpoints rm {run} --step {newest} --force`"
+    if choice.ref is None:
+        remedy = f"There is no older whole one: put its files back, or remove it with {remove} to begin again."
+    else:
+        older = choice.ref.step
+        remedy = (
+            f"That of step {older} is whole: to train on from it set checkpoint.if_damaged=use_older, or remove the "
+            f"damaged one with {remove}; to only read it, name step {older}."
+        )
+    return f"the newest checkpoint of {store.url}, of step {newest}, is damaged{also}. {remedy} {problem}"
 
-    Damaged manifests of newer steps are renamed to manifest-damaged.json, so that those steps can be committed again.
-    """
-    ref = latest(store)
-    for step in _committed_steps(store):
-        if ref is None or step > ref.step:
-            set_aside(store, step)
-    return ref
+
+# ---- listing all --------------------------------------------------------------------------------------------------
 
 
-def set_aside(store: Store, step: int) -> None:
-    """Take a checkpoint that proved damaged out of the catalog, keeping its manifest beside for people to look at."""
-    key = manifest_key(step)
-    aside = f"{step_folder(step)}/manifest-damaged.json"
-    logger.warning("setting aside the damaged checkpoint %s as %s", store.uri(key), aside)
-    store.replace(aside, store.read(key))
-    store.delete(key)
+@dataclass(frozen=True)
+class StepFolder:
+    """What lies in a step's folder, committed or not."""
+
+    step: int
+    manifest: tuple[int, float] | None = None  # (bytes, written at in unix seconds); None: there is no checkpoint
+    tags: tuple[str, ...] = ()
+    has_set_aside: bool = False  # a checkpoint of this step proved damaged
+    generations: Mapping[str, float] = field(default_factory=dict)  # folder → when its newest file was written, unix
+
+
+def step_folders(store: Store) -> list[StepFolder]:
+    """All of them, oldest step first, from one listing of the run's checkpoints (1,000 files a request on S3)."""
+    listing = store.list(CHECKPOINTS_FOLDER)
+    names: dict[int, list[str]] = {}  # step → keys below its folder
+    for key in listing.sizes:
+        parts = key.split("/", 2)
+        step = step_of_folder("/".join(parts[:2]))
+        if step is not None and len(parts) == 3:
+            names.setdefault(step, []).append(parts[2])
+    return [_step_folder(step, found, listing) for step, found in sorted(names.items())]
+
+
+def _step_folder(step: int, names: Sequence[str], listing: Listing) -> StepFolder:
+    manifest = None
+    generations: dict[str, float] = {}
+    for name in names:
+        key = f"{step_folder(step)}/{name}"
+        generation, slash, _ = name.partition("/")
+        if name == MANIFEST_NAME:
+            manifest = (listing.sizes[key], listing.modified_unix[key])
+        elif slash:
+            generations[generation] = max(generations.get(generation, 0.0), listing.modified_unix[key])
+    tags = (name.removeprefix(_TAG_PREFIX) for name in names if name.startswith(_TAG_PREFIX) and "/" not in name)
+    return StepFolder(step, manifest, tuple(sorted(tags)), _ASIDE_NAME in names, generations)
 
 
 def list_checkpoints(store: Store) -> list[CheckpointSummary]:
     """All of a run's checkpoints, oldest first; those that cannot be used are there too, with the reason."""
-    return [_summary(store, step) for step in _committed_steps(store)]
+    return summaries(store, step_folders(store))
 
 
-def _summary(store: Store, step: int) -> CheckpointSummary:
+# What manifests said, by store, step, size and time: they never change once written, and may be large.
+_known: WeakKeyDictionary[Store, dict[tuple[int, int, float], CheckpointSummary]] = WeakKeyDictionary()
+
+
+def summaries(
+    store: Store, folders: Sequence[StepFolder], *, opened: CheckpointRef | None = None
+) -> list[CheckpointSummary]:
+    """Of the folders that hold a checkpoint, in their order. Reads each whole manifest once in the life of `store`.
+
+    opened: one that has just been opened, and is not read again.
+    """
+    known = _known.get(store, {})
+    committed = [(folder, (folder.step, *folder.manifest)) for folder in folders if folder.manifest is not None]
+
+    def summary(folder: StepFolder, key: tuple[int, int, float]) -> CheckpointSummary | None:
+        if opened is not None and opened.step == folder.step:
+            return _summary(opened.manifest)
+        return known.get(key) or _read_summary(store, folder.step)
+
+    with ThreadPoolExecutor(MANIFEST_READERS, thread_name_prefix="manifests") as pool:
+        found = list(pool.map(lambda each: summary(*each), committed))
+    pairs = [(key, summary) for (_, key), summary in zip(committed, found, strict=True) if summary is not None]
+    _known[store] = {key: summary for key, summary in pairs if summary.condition == "whole"}
+    tags = {folder.step: folder.tags for folder, _ in committed}
+    return [replace(summary, tags=tags[summary.step]) for _, summary in pairs]
+
+
+def _read_summary(store: Store, step: int) -> CheckpointSummary | None:
+    """None if it was deleted since it was listed."""
     try:
-        manifest = open_checkpoint(store, step).manifest
+        ref = _open_if_there(store, step)
     except CheckpointError as error:
-        return CheckpointSummary(step, "", 0, 0.0, 0, str(error))
+        condition = "too new" if isinstance(error, CheckpointTooNew) else "damaged"
+        return CheckpointSummary(step, "", 0, 0.0, 0, condition=condition, problem=str(error))
+    return _summary(ref.manifest) if ref is not None else None
+
+
+def _summary(manifest: Manifest) -> CheckpointSummary:
     return CheckpointSummary(
-        step, manifest.generation, manifest.num_bytes, manifest.committed_unix, manifest.world_size
+        manifest.step,
+        manifest.generation,
+        manifest.num_bytes,
+        manifest.committed_unix,
+        manifest.world_size,
+        manifest.metrics,
     )
 
 
-# ---- retention ----------------------------------------------------------------------------------------------------
+# ---- deleting -----------------------------------------------------------------------------------------------------
 
 
-def expired(steps: Iterable[int], *, keep_last: int) -> list[int]:
-    """Of committed steps, those to delete: all but the newest `keep_last` (at least 1). Oldest first."""
-    assert keep_last >= 1, "the newest checkpoint is never deleted"
-    return sorted(steps)[:-keep_last]
-
-
-def apply_retention(store: Store, *, keep_last: int, generation: str) -> list[int]:
-    """Delete what expired and what crashed saves left behind. Called after a commit, by its process. Returns the steps.
-
-    Only checkpoints whose manifest is whole count as kept. Below the newest one, files that no manifest names go too,
-    unless they are of `generation`, the living one, which may still be uploading them.
+def delete_checkpoint(store: Store, step: int) -> int:
+    """Delete all of a step. Manifest first: if this process dies between, what is left is an orphan, and not a broken
+    checkpoint. Returns how many files there were; two processes may delete the same step.
     """
-    usable: dict[int, str] = {}  # step → generation
-    damaged: list[int] = []
-    for step in _committed_steps(store):
-        try:
-            usable[step] = open_checkpoint(store, step).manifest.generation
-        except CheckpointTooNew:
-            continue  # somebody's good checkpoint, not ours to delete
-        except CheckpointDamaged:
-            damaged.append(step)
-    gone = expired(usable, keep_last=keep_last)
-    gone += [step for step in damaged if step < min(usable.keys() - set(gone), default=0)]
-    for step in sorted(gone):
-        delete_checkpoint(store, step)
-    if usable:
-        _delete_orphans(store, usable, newest=max(usable), living=generation)
-    return sorted(gone)
-
-
-def delete_checkpoint(store: Store, step: int) -> None:
-    """Manifest first: if this process dies between, what is left is an orphan and not a broken checkpoint."""
     store.delete(manifest_key(step))
-    count = store.delete_prefix(step_folder(step))
-    logger.info("deleted the checkpoint of step %d (%d files)", step, count)
+    return 1 + store.delete_prefix(step_folder(step))
 
 
-def _delete_orphans(store: Store, usable: Mapping[int, str], *, newest: int, living: str) -> None:
-    """Generations' folders of older steps that no manifest names: half-saved, or of a writer that lost."""
-    unreadable = set(_committed_steps(store)) - usable.keys()
-    for step in _steps_with_folder(store):
-        if step >= newest or step in unreadable:
-            continue
-        for folder in store.list(step_folder(step), recursive=False).folders:
-            if folder.rpartition("/")[2] not in (living, usable.get(step)):
-                count = store.delete_prefix(folder)
-                logger.info("deleted what an unfinished save left in %s (%d files)", folder, count)
+# ---- tags ---------------------------------------------------------------------------------------------------------
+
+
+def checkpoint_tags(store: Store, step: int) -> tuple[str, ...]:
+    """The tags of one checkpoint, sorted; () also if there is no such checkpoint."""
+    names = (key.rpartition("/")[2] for key in store.list(step_folder(step), recursive=False).sizes)
+    return tuple(sorted(name.removeprefix(_TAG_PREFIX) for name in names if name.startswith(_TAG_PREFIX)))
+
+
+def add_tag(store: Store, step: int, tag: str) -> None:
+    """Keep the checkpoint of `step` until the tag is removed. Nothing happens if it has the tag already.
+
+    CheckpointError if there is no such checkpoint, or the tag is no name.
+    """
+    key = _tag_key(step, tag)
+    missing = f"{store.url} has no checkpoint of step {step} to tag: see `raynium checkpoints ls`"
+    if not store.exists(manifest_key(step)):
+        raise CheckpointError(missing)
+    store.replace(key, b"")
+    # The run's retention looks for tags right before it deletes, but it may have looked a moment ago.
+    if not store.exists(manifest_key(step)):
+        store.delete(key)
+        raise CheckpointError(missing)
+
+
+def remove_tag(store: Store, step: int, tag: str) -> None:
+    """CheckpointError if the checkpoint of `step` has no such tag."""
+    key = _tag_key(step, tag)
+    if not store.exists(key):
+        tags = ", ".join(checkpoint_tags(store, step)) or "none"
+        raise CheckpointError(f"step {step} of {store.url} has no tag {tag!r}: it has {tags}")
+    store.delete(key)
+
+
+def _tag_key(step: int, tag: str) -> str:
+    if not _TAG.fullmatch(tag):
+        raise CheckpointError(
+            f"{tag!r} is not a tag: use 1 to 63 letters, digits, dots, hyphens and underscores, a letter or digit first"
+        )
+    return f"{step_folder(step)}/{_TAG_PREFIX}{tag}"
 
 
 def _steps_with_folder(store: Store) -> list[int]:
     folders = store.list(CHECKPOINTS_FOLDER, recursive=False).folders
     return sorted(step for folder in folders if (step := step_of_folder(folder)) is not None)
-
-
-def _committed_steps(store: Store) -> Sequence[int]:
-    """Steps that have a manifest, whole or not, oldest first."""
-    return [step for step in _steps_with_folder(store) if store.exists(manifest_key(step))]

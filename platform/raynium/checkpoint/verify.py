@@ -1,18 +1,23 @@
 """Whether a checkpoint's data files are what its manifest says, and if not, what is damaged. No torch."""
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Literal
+from itertools import groupby
+from typing import TYPE_CHECKING, Literal
 
-from raynium.checkpoint.catalog import CheckpointRef, choose_checkpoint, list_checkpoints, open_checkpoint
-from raynium.checkpoint.checksum import checksum, num_parts, part_length, to_text
-from raynium.checkpoint.store import KeyMissing, Store
+from raynium.checkpoint.checksum import checksum, num_units
+from raynium.checkpoint.store import KeyMissing
 
-READERS = 4  # requests in flight: hides S3's latency; when reading, each holds one part (64 MiB) in memory
+if TYPE_CHECKING:
+    from raynium.checkpoint.catalog import CheckpointRef  # the catalog asks this module about its newest checkpoint
+
+ASKERS = 16  # requests in flight that read nothing: hides S3's latency
+READERS = 4  # requests in flight that read; each holds READ_BYTES in memory
+READ_BYTES = 64 * 2**20
 NAMED = 5  # tensors named in a message, of however many
 
-Depth = Literal["sizes", "contents"]
+Depth = Literal["stored", "contents"]
 
 
 @dataclass(frozen=True)
@@ -33,67 +38,96 @@ class Damage:
         )
 
 
-def checkpoint_to_verify(store: Store, step: int | None = None) -> CheckpointRef:
-    """The checkpoint of `step`, or the newest; CheckpointDamaged if its manifest is, where others pass it over."""
-    summaries = list_checkpoints(store) if step is None else []
-    return open_checkpoint(store, summaries[-1].step) if summaries else choose_checkpoint(store, step)
+def damage_text(step: int, damages: Sequence[Damage]) -> str:
+    """All of it, one line each under a title."""
+    return f"the checkpoint of step {step} is damaged:" + "".join(f"\n  - {damage}" for damage in damages)
 
 
-def verify_checkpoint(ref: CheckpointRef, *, depth: Depth) -> list[Damage]:
+def verify_checkpoint(ref: "CheckpointRef", *, depth: Depth) -> list[Damage]:
     """Everything that is wrong with the data files; [] for a whole checkpoint. (Its manifest was checked to get `ref`.)
 
-    depth: "sizes" asks the store for each file's size, one request a file, and finds missing and cut files. "contents"
-    also reads every byte and compares checksums. StoreError if the store cannot be asked.
+    depth: "stored" asks the store for each file's size and the CRC64NVME that the server keeps of it (S3 does, a file
+    system does not), one request a file, which finds missing, cut and replaced files. "contents" also reads every byte,
+    which finds all damage, to the unit. StoreError if the store cannot be asked.
     """
-    with ThreadPoolExecutor(READERS, thread_name_prefix="checkpoint-verify") as pool:
-        sizes = list(pool.map(lambda shard: _stored_size(ref, shard), range(len(ref.manifest.shards))))
-        found = [damage for shard, size in enumerate(sizes) if (damage := _wrong_size(ref, shard, size)) is not None]
-        if depth == "contents":
-            parts = [(shard, part) for shard, size in enumerate(sizes) for part in _whole_parts(ref, shard, size)]
-            found += [damage for damage in pool.map(lambda each: _wrong_part(ref, *each), parts) if damage is not None]
+    files = range(len(ref.manifest.shards))
+    with ThreadPoolExecutor(ASKERS, thread_name_prefix="checkpoint-ask") as pool:
+        stored = list(pool.map(lambda shard: _stored(ref, shard), files))
+    found = [damage for shard in files if (damage := _wrong_size(ref, shard, stored[shard])) is not None]
+    if depth == "contents":
+        with ThreadPoolExecutor(READERS, thread_name_prefix="checkpoint-verify") as pool:
+            found += [damage for shard in files for damage in _wrong_bytes(ref, shard, stored[shard], pool)]
+    located = {damage.uri for damage in found}  # there, what the server says of the whole file adds nothing
+    for shard in files:
+        damage = _wrong_crc(ref, shard, stored[shard])
+        if damage is not None and damage.uri not in located:
+            found.append(damage)
     return sorted(found, key=lambda damage: (damage.uri, damage.begin))
 
 
-def _stored_size(ref: CheckpointRef, shard: int) -> int | None:
-    """Bytes of the data file; None if it is missing."""
+# ---- what the store says ------------------------------------------------------------------------------------------
+
+Stored = tuple[int, str | None] | None  # bytes and CRC64NVME, if the store keeps one; None: there is no such file
+
+
+def _stored(ref: "CheckpointRef", shard: int) -> Stored:
     try:
-        return ref.store.size(ref.shard_key(shard))
+        return ref.store.stored_checksum(ref.shard_key(shard))
     except KeyMissing:
         return None
 
 
-def _wrong_size(ref: CheckpointRef, shard: int, size: int | None) -> Damage | None:
+def _wrong_size(ref: "CheckpointRef", shard: int, stored: Stored) -> Damage | None:
     file = ref.manifest.shards[shard]
+    if stored is None:
+        return _damage(ref, shard, 0, file.size, "is missing")
+    size = stored[0]
     if size == file.size:
         return None
-    if size is None:
-        return _damage(ref, shard, 0, file.size, "is missing")
-    # A part that is not whole has no checksum: the rest of it counts as lost, and all of a file that grew.
-    begin = size // file.part_bytes * file.part_bytes if size < file.size else 0
+    # A unit that is not whole has no checksum: the rest of it counts as lost, and all of a file that grew
+    begin = size // file.unit_bytes * file.unit_bytes if size < file.size else 0
     return _damage(ref, shard, begin, file.size, f"has {size:,} bytes instead of {file.size:,}")
 
 
-def _whole_parts(ref: CheckpointRef, shard: int, size: int | None) -> Iterator[int]:
-    """The parts that are there to be read, of a file that has `size` bytes."""
+def _wrong_crc(ref: "CheckpointRef", shard: int, stored: Stored) -> Damage | None:
     file = ref.manifest.shards[shard]
-    for part in range(num_parts(file.size, file.part_bytes)):
-        if part * file.part_bytes + part_length(file.size, file.part_bytes, part) <= (size or 0):
-            yield part
-
-
-def _wrong_part(ref: CheckpointRef, shard: int, part: int) -> Damage | None:
-    file = ref.manifest.shards[shard]
-    begin = part * file.part_bytes
-    buffer = bytearray(part_length(file.size, file.part_bytes, part))
-    ref.store.read_into(ref.shard_key(shard), begin, memoryview(buffer))
-    crc, expected = to_text(checksum(buffer)), file.part_crc64nvme[part]
-    if crc == expected:
+    crc = stored[1] if stored is not None else None
+    if crc is None or crc == file.crc64nvme:
         return None
-    reason = f"is damaged in part {part} (CRC64NVME {crc} instead of {expected})"
-    return _damage(ref, shard, begin, begin + len(buffer), reason)
+    reason = f"is stored with CRC64NVME {crc} instead of {file.crc64nvme} (verify --deep finds where)"
+    return _damage(ref, shard, 0, file.size, reason)
 
 
-def _damage(ref: CheckpointRef, shard: int, begin: int, end: int, reason: str) -> Damage:
+# ---- what the bytes say -------------------------------------------------------------------------------------------
+
+
+def _wrong_bytes(ref: "CheckpointRef", shard: int, stored: Stored, pool: ThreadPoolExecutor) -> list[Damage]:
+    """One Damage for each run of neighbouring units that differ from their checksums, of those that are there."""
+    file = ref.manifest.shards[shard]
+    size = stored[0] if stored is not None else 0
+    whole = num_units(file.size, file.unit_bytes) if size >= file.size else size // file.unit_bytes
+    lot = max(READ_BYTES // file.unit_bytes, 1)
+    lots = [range(first, min(first + lot, whole)) for first in range(0, whole, lot)]
+    expected = file.checksums.unit_crcs
+
+    def wrong(units: range) -> list[int]:
+        begin = units.start * file.unit_bytes
+        buffer = memoryview(bytearray(min(units.stop * file.unit_bytes, file.size) - begin))
+        ref.store.read_into(ref.shard_key(shard), begin, buffer)
+        starts = ((unit, unit * file.unit_bytes - begin) for unit in units)
+        return [unit for unit, start in starts if checksum(buffer[start : start + file.unit_bytes]) != expected[unit]]
+
+    damaged = [unit for some in pool.map(wrong, lots) for unit in some]
+    found = []
+    for _, neighbours in groupby(enumerate(damaged), key=lambda each: each[1] - each[0]):
+        units = [unit for _, unit in neighbours]
+        begin, end = units[0] * file.unit_bytes, min((units[-1] + 1) * file.unit_bytes, file.size)
+        reason = f"is damaged in {len(units)} unit(s) of {file.unit_bytes:,} bytes (wrong CRC64NVME)"
+        found.append(_damage(ref, shard, begin, end, reason))
+    return found
+
+
+def _damage(ref: "CheckpointRef", shard: int, begin: int, end: int, reason: str) -> Damage:
     names = {
         tensor.name
         for tensor in ref.manifest.tensors

@@ -117,6 +117,10 @@ class NodeAgent:
         alive = self._group.alive() if self._group else []
         return [each.process.pid for each in alive if each.process.pid is not None]
 
+    def uploader_pid(self) -> int | None:
+        """Pid of the process that uploads, once one was needed: for the same."""
+        return self._uploader.pid()
+
     def _info(self) -> AgentInfo:
         return AgentInfo(
             attempt=self.node.attempt,

@@ -7,6 +7,7 @@ goes on from the newest checkpoint. What must outlive it is in the run's store.
 
 import asyncio
 import json
+import math
 import secrets
 import threading
 import time
@@ -15,12 +16,13 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from raynium.checkpoint.catalog import CheckpointRef, apply_retention, list_checkpoints, resume_point
+from raynium.checkpoint.catalog import CheckpointRef, list_checkpoints, resume_point, set_aside
 from raynium.checkpoint.commit import StepTaken, commit_checkpoint
-from raynium.checkpoint.manifest import ShardEntry
+from raynium.checkpoint.manifest import CHECKPOINTS_FOLDER, ShardEntry
+from raynium.checkpoint.retention import Retention, apply_retention
 from raynium.checkpoint.store import Store
 from raynium.config.schema import Config
-from raynium.errors import CheckpointError, StoreError
+from raynium.errors import CheckpointDamaged, CheckpointError, StoreError
 from raynium.launch.protocol import AgentInfo, Commit, Event, HeldImages, Order, RankExit, Status, Verdict
 
 EVENTS_KEPT = 1000
@@ -60,6 +62,8 @@ class RunCoordinator:
         self._generations: dict[int, _Generation] = {}
         self._stop_requested = False
         self._failures_without_progress = 0
+        self._uploading_ids: list[str] = []  # generations of this attempt, whose agents may still upload for them
+        self._damaged_step: int | None = None  # found by ranks, to be set aside before the next generation
         self._distrusted_images: set[tuple[str, int]] = set()  # ranks that started from them made no step
         self._evaluations: dict[int, dict[str, float]] = {}  # step → eval/… metrics, until its checkpoint is committed
         self._commits: list[Commit] = []
@@ -81,6 +85,7 @@ class RunCoordinator:
                 # Ray Train started a new worker group: the agents of the one before are gone.
                 self._attempt = agent.attempt
                 self._joined.clear()
+                self._uploading_ids.clear()
                 if self._generation is not None and self._generation.state == "running":
                     cause = "a node agent was lost; Ray Train started the node agents again"
                     self._append_event(f"generation {self._generation.number} failed: {cause}")
@@ -196,23 +201,22 @@ class RunCoordinator:
 
     async def _order_generation(self) -> None:
         """All agents are here and no rank runs. Called with the lock held."""
-        try:
-            checkpoint = await asyncio.to_thread(resume_point, self.store)
-        except (StoreError, CheckpointError) as error:
-            self._end("failed", f"the newest checkpoint could not be found: {error}")
-            return
-        resume_step = checkpoint.step if checkpoint else None
-        if checkpoint is not None:
-            self._committed_step, self._committed_uri = checkpoint.step, checkpoint.uri
-        images = self._newest_images(at_least=resume_step or 0)
-        if images is not None:
-            resume_step = images.step
+        images = self._newest_images()
+        if images is not None:  # as new as any checkpoint, since every checkpoint was such an image
+            resume_step: int | None = images.step
+        else:
+            try:
+                resume_step = await self._resume_step()
+            except (StoreError, CheckpointError) as error:
+                self._end("failed", f"no checkpoint could be chosen to go on from: {error}")
+                return
         self._number += 1
         # The suffix keeps two drivers apart that count from the same number.
         generation_id = f"g{self._number:05d}-{secrets.token_hex(4)}"
         agents = tuple(agent for _, agent in sorted(self._joined.items()))
         self._generation = _Generation(self._number, generation_id, resume_step, agents, resume_images=images)
         self._generations[self._number] = self._generation
+        self._uploading_ids.append(generation_id)
         self._step = resume_step or 0
         for agent in agents:
             self._orders[(agent.attempt, agent.node_rank)] = Order(
@@ -226,8 +230,23 @@ class RunCoordinator:
         await self.tell(f"generation {self._number}: {ranks}, {origin}")
         self._changed.notify_all()
 
-    def _newest_images(self, *, at_least: int) -> HeldImages | None:
-        """The newest snapshot that every rank of the world has in its node's memory, if it is as new as `at_least`."""
+    async def _resume_step(self) -> int | None:
+        """The step of the checkpoint to go on from; None: from the beginning."""
+        if not self._uploading_ids:  # no agent of an earlier attempt lives: what is open will never be finished
+            await asyncio.to_thread(self.store.discard_unfinished, CHECKPOINTS_FOLDER, older_than_unix=math.inf)
+        if self._damaged_step is not None:
+            await self.tell(f"CHECKPOINT DAMAGED: {await asyncio.to_thread(set_aside, self.store, self._damaged_step)}")
+            self._damaged_step = None
+        point = await asyncio.to_thread(resume_point, self.store, if_damaged=self.config.checkpoint.if_damaged)
+        for note in point.set_aside:
+            await self.tell(f"CHECKPOINT DAMAGED: {note}")
+        if point.checkpoint is None:
+            return None
+        self._committed_step, self._committed_uri = point.checkpoint.step, point.checkpoint.uri
+        return point.checkpoint.step
+
+    def _newest_images(self) -> HeldImages | None:
+        """The newest snapshot that every rank of the world has in its node's memory."""
         ranks: dict[tuple[str, int], set[int]] = defaultdict(set)
         for agent in self._joined.values():
             for held in agent.images:
@@ -235,7 +254,7 @@ class RunCoordinator:
         whole = [
             key
             for key, found in ranks.items()
-            if len(found) == self.config.world_size and key[1] >= at_least and key not in self._distrusted_images
+            if len(found) == self.config.world_size and key not in self._distrusted_images
         ]
         if not whole:
             return None
@@ -254,8 +273,21 @@ class RunCoordinator:
         if current.resume_images is not None and self._step <= current.resume_images.step:
             self._distrusted_images.add((current.resume_images.generation_id, current.resume_images.step))
         self._over(current, cause)
-        if not first.retry:
+        if not first.retry or not self._may_go_on(current, first.error):
             self._end("failed", cause)
+
+    def _may_go_on(self, current: _Generation, error: str | None) -> bool:
+        """What the policy says if ranks found, only while they read it, that their checkpoint is damaged."""
+        if error != CheckpointDamaged.__name__ or current.resume_images is not None:
+            return True
+        if self.config.checkpoint.if_damaged == "stop":
+            self._append_event(
+                f"the checkpoint of step {current.resume_step} is damaged: look at it with `raynium checkpoints verify "
+                "--deep`, then set checkpoint.if_damaged=use_older to go on from the next older one"
+            )
+            return False
+        self._damaged_step = current.resume_step
+        return True
 
     def _over(self, current: _Generation, cause: str) -> None:
         """Called with the lock held."""
@@ -295,15 +327,23 @@ class RunCoordinator:
             if self._committed_step is None or step > self._committed_step:
                 self._committed_step, self._committed_uri = step, reference.uri
                 self._failures_without_progress = 0
-            await self._log_commit(reference, commit_seconds)
-            living = self._generation or current  # `current` may be one whose upload ended after its ranks
-            await asyncio.to_thread(
-                apply_retention, self.store, keep_last=config.checkpoint.keep_last, generation=living.id
-            )
         except StepTaken as error:
             await self.tell(f"step {step} was already committed by another generation: {error}")
+            return
         except (StoreError, CheckpointError) as error:
             await self.tell(f"checkpoint of step {step} failed; training goes on: {error}")
+            return
+        try:
+            await asyncio.to_thread(
+                apply_retention,
+                self.store,
+                policy=Retention.of(config.checkpoint),
+                living=[*self._uploading_ids, current.id],
+                now_unix=time.time(),
+            )
+            await self._log_commit(reference, commit_seconds)
+        except (StoreError, CheckpointError) as error:
+            await self.tell(f"checkpoint of step {step} is committed, but older ones were not tidied up: {error}")
 
     async def _log_commit(self, reference: CheckpointRef, commit_seconds: float) -> None:
         """Hands the commit to whoever writes it into MLflow."""

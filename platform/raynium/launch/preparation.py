@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from raynium.checkpoint.catalog import latest, list_checkpoints
+from raynium.checkpoint.catalog import latest, step_folders
 from raynium.checkpoint.store import Store
 from raynium.config.load import dump_yaml
 from raynium.config.paths import placeholders, resolve
@@ -70,7 +70,7 @@ def checked(config: Config) -> Config:
 
 def saved_config(config: Config) -> Mapping[str, Any] | None:
     """The config in the run's newest checkpoint, as a dict; None for a run that has none."""
-    checkpoint = latest(run_store(config))
+    checkpoint = latest(run_store(config), if_damaged=config.checkpoint.if_damaged)
     if checkpoint is None:
         return None
     saved = checkpoint.manifest.state["config"]
@@ -83,7 +83,7 @@ def check_resume(config: Config, store: Store) -> list[str]:
 
     Returns what has changed and is allowed, to be told to the user. Raises ConfigError for what is not.
     """
-    checkpoint = latest(store)
+    checkpoint = latest(store, if_damaged=config.checkpoint.if_damaged)
     if checkpoint is None:
         return []
     saved = checkpoint.manifest.state["config"]
@@ -113,8 +113,10 @@ def prepare(config: Config, *, job_id: str | None, tags: Mapping[str, str], tell
     uri = resolve_uri(config.tracking.uri, config.run.root)
     unowned_record(store, config.run.name)
     notes = check_resume(config, store)
-    # One more than is kept: the oldest is deleted only once the newest is whole.
-    checkpoints_to_come = max(1, config.checkpoint.keep_last + 1 - len(list_checkpoints(store)))
+    # One more than is kept: the oldest is deleted only once the newest is whole. (keep_every_steps may keep many more)
+    to_keep = config.checkpoint.keep_last + config.checkpoint.keep_best
+    existing = sum(folder.manifest is not None for folder in step_folders(store))
+    checkpoints_to_come = max(1, to_keep + 1 - existing)
     store.check_writable(need_bytes=checkpoints_to_come * checkpoint_bytes(config))
     check_reachable(uri)
     for note in notes:

@@ -1,10 +1,16 @@
-"""Removing a checkpoint by hand: what the run still needs is kept. No ray."""
+"""Removing a checkpoint by hand: what the run or its people still need is kept. No ray."""
 
 import time
 
-from raynium.checkpoint.catalog import delete_checkpoint, list_checkpoints
+from raynium.checkpoint.catalog import (
+    CheckpointSummary,
+    check_files,
+    delete_checkpoint,
+    list_checkpoints,
+    open_checkpoint,
+)
 from raynium.checkpoint.store import Store
-from raynium.errors import CheckpointError, RunInUse
+from raynium.errors import CheckpointDamaged, CheckpointError, RunInUse
 from raynium.launch.record import read_record
 
 
@@ -15,25 +21,43 @@ def remove_checkpoint(store: Store, step: int, *, force: bool) -> None:
 
 
 def check_removable(store: Store, step: int, *, force: bool) -> None:
-    """CheckpointError if there is no checkpoint of `step`, or if the run needs it.
+    """CheckpointError if there is no checkpoint of `step`, if it is tagged, or if the run needs it.
 
     It does where no later one is whole, since the run would go on from an older one, or from nothing. `force` overrides
-    that, but not while the run is live: then RunInUse.
+    both, but the latter not while the run is live: then RunInUse. Looks at a later one's files, one request each.
     """
     checkpoints = list_checkpoints(store)
-    if step not in {each.step for each in checkpoints}:
+    found = next((each for each in checkpoints if each.step == step), None)
+    if found is None:
         steps = ", ".join(f"{each.step:,}" for each in checkpoints) or "none"
         raise CheckpointError(f"{store.url} has no checkpoint of step {step:,}: it has {steps}")
-    if any(each.step > step and each.problem is None for each in checkpoints):
+    if found.tags and not force:
+        run = store.url.rpartition("/")[2]
+        raise CheckpointError(
+            f"step {step:,} of {store.url} is tagged {', '.join(found.tags)}, so somebody wants to keep it: remove the "
+            f"tag with `raynium checkpoints tag {run} {step} {found.tags[0]} --remove`, or use --force"
+        )
+    later = [each for each in checkpoints if each.step > step]
+    if any(_is_whole(store, each) for each in reversed(later)):
         return
     record = read_record(store)
     if record is not None and record.owner_is_alive(time.time()):
         raise RunInUse(
-            f"step {step:,} is the newest checkpoint of a live run, which would restart from it: stop the run first, "
-            f"with `raynium stop {record.name}`"
+            f"step {step:,} is the newest whole checkpoint of a live run, which would restart from it: stop the run "
+            f"first, with `raynium stop {record.name}`"
         )
     if not force:
         raise CheckpointError(
-            f"step {step:,} is the newest checkpoint of {store.url}: without it the run would go on from an older one, "
-            f"or from nothing. Use --force if that is meant"
+            f"step {step:,} is the newest checkpoint of {store.url}, and no later one is whole: without it the run "
+            f"would go on from an older one, or from nothing. Use --force if that is meant"
         )
+
+
+def _is_whole(store: Store, checkpoint: CheckpointSummary) -> bool:
+    if checkpoint.condition != "whole":
+        return False
+    try:
+        check_files(open_checkpoint(store, checkpoint.step))
+    except CheckpointDamaged:
+        return False
+    return True
