@@ -1,14 +1,22 @@
 """The coordinator as a state machine: no ray, no ranks; node agents are played by the tests."""
 
 import asyncio
+import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from raynium.checkpoint.catalog import open_checkpoint
+from raynium.checkpoint.image import ImageFile, plan_image, write_image
+from raynium.checkpoint.state import Chunk
+from raynium.checkpoint.store import Store
+from raynium.checkpoint.upload import upload_shard
 from raynium.config.load import parse_config
 from raynium.launch.coordinator import RunCoordinator
-from raynium.launch.protocol import AgentInfo, RankExit
+from raynium.launch.protocol import AgentInfo, HeldImages, Order, RankExit
 
 JOB = """
 run: {name: test}
@@ -177,5 +185,131 @@ def test_events_are_told_once(tmp_path: Path, events_after: int, expected: list[
         await run.tell("one")
         await run.tell("two")
         assert [event.text for event in (await run.status(events_after)).events] == expected
+
+    asyncio.run(play())
+
+
+# ---- checkpoints --------------------------------------------------------------------------------------------------
+
+
+def entry(store: Store, image: Path, *, step: int, generation_id: str, rank: int) -> str:
+    """A rank's uploaded shard, as its agent reports it: the ranks hold a half each of one tensor."""
+    halves = [torch.full((2,), float(10 * step + rank))]
+    chunks = [Chunk("model/w", (4,), (2 * rank,), half, saved_here=True) for half in halves]
+    plan = plan_image(chunks)
+    with ImageFile(image) as file:
+        write_image(plan, chunks, file.reserve(plan.size), step=step)
+        info = plan.info(step=step, path=image, stall_seconds=0.5 + rank)
+        return upload_shard(store, info, generation=generation_id, rank=rank).to_json()
+
+
+async def save(run: RunCoordinator, folder: Path, order: Order, step: int) -> None:
+    for rank in (0, 1):
+        shard = entry(run.store, folder / f"image-{rank}", step=step, generation_id=order.generation_id, rank=rank)
+        await run.shard_saved(order.generation, step, rank, shard, 3.0 + rank)
+
+
+def holding(node_rank: int, *images: HeldImages) -> AgentInfo:
+    return replace(agent(node_rank), images=images)
+
+
+def test_a_commit_is_told_with_what_it_cost_and_keeps_the_metrics_of_its_step(tmp_path: Path) -> None:
+    async def play() -> None:
+        run = coordinator(tmp_path)
+        order, _ = await asyncio.gather(run.join(agent(0)), run.join(agent(1)))
+        await run.report(2, {"train/loss": 3.0, "eval/loss": 2.5})
+        following = asyncio.create_task(run.commits(0))
+        await save(run, tmp_path, order, 2)
+        [commit] = await following or []
+        assert (commit.number, commit.step) == (1, 2)
+        assert commit.metrics["checkpoint/longest_stall_seconds"] == 1.5
+        assert commit.metrics["checkpoint/upload_seconds"] == 4.0
+        manifest = open_checkpoint(run.store, 2).manifest
+        assert commit.metrics["checkpoint/bytes"] == manifest.num_bytes
+        assert manifest.metrics == {"eval/loss": 2.5}
+        assert manifest.timing is not None and manifest.timing.stall_seconds == 1.5
+        await save(run, tmp_path, order, 4)
+        [again] = await run.commits(1) or []
+        assert [each["step"] for each in json.loads(again.checkpoints)] == [2, 4]
+        assert open_checkpoint(run.store, 4).manifest.metrics == {}
+        await run.give_up("enough")
+        assert await run.commits(2) is None
+
+    asyncio.run(play())
+
+
+def test_the_newest_snapshot_that_every_rank_has_in_memory_comes_before_the_store(tmp_path: Path) -> None:
+    async def play() -> None:
+        run = coordinator(tmp_path, **{"fault.max_restarts_without_progress": 9})
+        order, _ = await asyncio.gather(run.join(agent(0)), run.join(agent(1)))
+        await save(run, tmp_path, order, 2)
+        await run.report(4, {"train/loss": 3.0})
+        await run.exited(1, 0, [DIED])
+        id_ = order.generation_id
+        older, newer = HeldImages(id_, 2, (0,)), HeldImages(id_, 3, (0,))
+        first, second = await asyncio.gather(
+            run.join(holding(0, older, newer)),
+            run.join(holding(1, replace(older, ranks=(1,)))),
+        )
+        assert first == second and first.resume_step == 2, "rank 1 has no snapshot of step 3"
+        assert first.resume_images == HeldImages(id_, 2, (0, 1))
+
+        # It makes no step from there: the same images are not tried again, the store has the same step.
+        await run.exited(2, 0, [DIED])
+        third, _ = await asyncio.gather(run.join(holding(0, older)), run.join(holding(1, replace(older, ranks=(1,)))))
+        assert (third.resume_step, third.resume_images) == (2, None)
+
+        # It goes on: images of a step that was never committed will do.
+        await run.report(4, {"train/loss": 3.0})
+        await run.exited(3, 0, [DIED])
+        uncommitted = [HeldImages(third.generation_id, 3, (rank,)) for rank in (0, 1)]
+        fourth, _ = await asyncio.gather(*(run.join(holding(rank, uncommitted[rank])) for rank in (0, 1)))
+        assert fourth.resume_step == 3 and fourth.resume_images is not None
+
+    asyncio.run(play())
+
+
+DAMAGED = RankExit(0, 1, "CheckpointDamaged: shard-00000 is damaged", retry=True, error="CheckpointDamaged")
+
+
+@pytest.mark.parametrize("if_damaged", ["stop", "use_older"])
+def test_damage_that_ranks_find_while_they_read_is_handled_as_the_policy_says(tmp_path: Path, if_damaged: str) -> None:
+    async def play() -> None:
+        first = coordinator(tmp_path)
+        order, _ = await asyncio.gather(first.join(agent(0)), first.join(agent(1)))
+        await save(first, tmp_path, order, 2)
+        await save(first, tmp_path, order, 4)
+
+        run = coordinator(tmp_path, **{"checkpoint.if_damaged": if_damaged})
+        orders = await asyncio.gather(run.join(agent(0)), run.join(agent(1)))
+        assert orders[0].resume_step == 4
+        await run.exited(1, 0, [DAMAGED])
+        orders = await asyncio.gather(run.join(agent(0)), run.join(agent(1)))
+        status = await run.status(0)
+        told = "\n".join(event.text for event in status.events)
+        if if_damaged == "stop":
+            assert orders[0].kind == "end" and status.ended == "failed"
+            assert "checkpoint of step 4 is damaged" in told and "checkpoint.if_damaged=use_older" in told
+        else:
+            assert orders[0].resume_step == 2
+            assert "CHECKPOINT DAMAGED" in told and "manifest-damaged.json" in told
+
+    asyncio.run(play())
+
+
+def test_uploads_that_a_dead_attempt_left_open_are_removed_and_living_ones_are_not(tmp_path: Path) -> None:
+    async def play() -> None:
+        run = coordinator(tmp_path, **{"fault.max_restarts_without_progress": 9})
+        folder = tmp_path / "run/checkpoints/step-000000002/g1"
+        folder.mkdir(parents=True)
+        (folder / ".tmp-left").write_bytes(b"half")
+        await asyncio.gather(run.join(agent(0)), run.join(agent(1)))
+        assert not (folder / ".tmp-left").exists()
+        (folder / ".tmp-living").write_bytes(b"half")
+        await run.exited(1, 0, [DIED])
+        await asyncio.gather(run.join(agent(0)), run.join(agent(1)))
+        assert (folder / ".tmp-living").exists(), "the agents of this attempt may still upload"
+        await asyncio.gather(*(asyncio.create_task(run.join(agent(rank, "b"))) for rank in (0, 1)))
+        assert not (folder / ".tmp-living").exists()
 
     asyncio.run(play())
