@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 
 from raynium.hardware.catalog import INSTANCES, Instance
+from raynium.hardware.hosts import HOSTS
 
 FIGURES = (
     "cores",
@@ -14,6 +15,8 @@ FIGURES = (
     "vcpus",
     "ram_gib",
     "efa_gbps",
+    "efa_interfaces",
+    "markets",
     "usd_per_hour",
 )
 every_instance = pytest.mark.parametrize("instance", INSTANCES.values(), ids=INSTANCES)
@@ -22,6 +25,7 @@ every_instance = pytest.mark.parametrize("instance", INSTANCES.values(), ids=INS
 def test_the_instances_of_the_plan_are_there_under_their_own_names():
     assert list(INSTANCES) == [
         "trn1.2xlarge", "trn1.32xlarge", "trn1n.32xlarge", "trn2.3xlarge", "trn2.48xlarge", "trn2u.48xlarge",
+        "trn3-gen1", "trn3-gen2",
         "p4d.24xlarge", "p5.48xlarge", "p5en.48xlarge", "p6-b200.48xlarge",
     ]  # fmt: skip
     assert all(name == instance.name for name, instance in INSTANCES.items())
@@ -53,6 +57,8 @@ def test_all_cores_together_are_a_legal_block(instance: Instance):
         ("trn1.32xlarge", 512, 3_040),
         ("trn2.3xlarge", 96, 667),
         ("trn2.48xlarge", 1_536, 10_672),
+        ("trn3-gen1", 9_216 / 4, 42_944 / 4),
+        ("trn3-gen2", 20_736 / 36, 96_624 / 36),
     ],
 )
 def test_cores_add_up_to_the_published_instance(name, memory_gib, tflops):
@@ -65,13 +71,49 @@ def test_figures_nobody_published_are_unknown():
     assert INSTANCES["trn2.48xlarge"].usd_per_hour is None
     assert "Capacity Blocks" in INSTANCES["trn2.48xlarge"].sources["usd_per_hour"]
     assert INSTANCES["trn2.3xlarge"].efa_gbps is None
-    assert INSTANCES["p6-b200.48xlarge"].ram_gib is None
+    assert INSTANCES["trn3-gen1"].markets is None and INSTANCES["trn3-gen2"].efa_interfaces is None
 
 
 def test_torchneuron_does_not_drive_trainium1():
     assert INSTANCES["trn1.32xlarge"].accelerators == ("neuron_xla",)
     assert INSTANCES["trn2.48xlarge"].accelerators == ("neuron", "neuron_xla")
     assert INSTANCES["p5.48xlarge"].accelerators == ("cuda",)
+
+
+@pytest.mark.parametrize("instance", [each for each in INSTANCES.values() if each.efa_interfaces and each.efa_gbps])
+def test_network_cards_carry_the_published_bandwidth(instance: Instance):
+    # 100, 200 and 400 Gbit/s are the speeds of the cards that exist.
+    assert instance.efa_gbps is not None and instance.efa_interfaces is not None
+    assert instance.efa_gbps / instance.efa_interfaces in (100, 200, 400)
+
+
+@every_instance
+def test_figures_are_those_that_ec2_itself_gives(instance: Instance):
+    """moto carries EC2's answers to DescribeInstanceTypes; it knows no Trainium3."""
+    from moto.ec2.models.instance_types import INSTANCE_TYPES
+
+    if instance.chip == "trainium3":
+        assert instance.name not in INSTANCE_TYPES
+        return
+    theirs = INSTANCE_TYPES[instance.name]
+    assert instance.vcpus == theirs["VCpuInfo"]["DefaultVCpus"]
+    assert instance.ram_gib == theirs["MemoryInfo"]["SizeInMiB"] / 1024
+    assert instance.efa_interfaces == theirs["NetworkInfo"].get("EfaInfo", {}).get("MaximumEfaInterfaces", 0)
+    assert set(instance.markets or ()) == set(theirs["SupportedUsageClasses"])
+
+
+def test_hosts_are_those_that_ec2_itself_gives():
+    from moto.ec2.models.instance_types import INSTANCE_TYPES
+
+    for host in HOSTS.values():
+        theirs = INSTANCE_TYPES[host.name]
+        assert host.vcpus == theirs["VCpuInfo"]["DefaultVCpus"]
+        assert host.ram_gib == theirs["MemoryInfo"]["SizeInMiB"] / 1024
+
+
+def test_the_denominator_of_mfu_is_said():
+    assert INSTANCES["trn2.48xlarge"].peak_note == "166.75 TFLOP/s dense bf16 a NeuronCore (trn2.48xlarge)"
+    assert INSTANCES["p5.48xlarge"].peak_note == "989 TFLOP/s dense bf16 a GPU (p5.48xlarge)"
 
 
 def test_the_catalogue_cannot_be_changed():

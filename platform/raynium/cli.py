@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 from typer import Argument, Option
 
-from raynium import cli_checkpoints
+from raynium import cli_checkpoints, cli_cluster
 from raynium.errors import ClusterLost, ConfigError, RayniumError, StoreError
 
 app = typer.Typer(
@@ -202,6 +202,7 @@ def ui(
 
 
 app.add_typer(cli_checkpoints.app, name="checkpoints")
+app.add_typer(cli_cluster.app, name="cluster")
 
 
 def main() -> None:
