@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.s3_server import S3Server, running_s3_server
+from s3_server import S3Server, running_s3_server
 
 
 @pytest.fixture(scope="session")

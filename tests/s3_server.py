@@ -27,9 +27,12 @@ class S3Server:
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports free on loopback, each with its +10000 twin, which SeaweedFS takes for gRPC."""
+    """Ports free on loopback, each with its +10000 twin, which SeaweedFS takes for gRPC.
+
+    Both below 32768: from there on Linux gives ports to whoever connects, at any moment.
+    """
     found: list[int] = []
-    for port in range(21000 + os.getpid() % 10000, 45000):
+    for port in range(11000 + os.getpid() % 10000, 22700):
         with contextlib.ExitStack() as stack:
             try:
                 for candidate in (port, port + 10000):

@@ -1,15 +1,19 @@
 """Choosing an accelerator, and what its ranks' environment says."""
 
 import os
+import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 import torch
 
 from raynium.accelerators import detect
+from raynium.accelerators.base import Place
 from raynium.accelerators.cpu import CpuAccelerator, is_loopback, machine_memory_bytes
 from raynium.accelerators.cuda import CudaAccelerator, peak_flops_of
-from raynium.errors import ConfigError, LaunchError
+from raynium.accelerators.detect import Machine, look
+from raynium.errors import LaunchError
 
 
 def devices(folder: Path, *names: str) -> Path:
@@ -18,37 +22,42 @@ def devices(folder: Path, *names: str) -> Path:
     return folder
 
 
-def test_auto_takes_the_gpu_if_there_is_one(tmp_path: Path) -> None:
+def place(*, ranks: int = 1, host: str = "10.0.0.1") -> Place:
+    return Place(0, ranks, 0, ranks, master_host=host, master_port=1234, run_name="run", inherited={})
+
+
+def test_this_machines_devices_are_those_that_the_kernel_lists(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules["raynium.accelerators.detect"], "DEVICE_FOLDER", tmp_path)
     # nvidiactl alone means a driver without a GPU that this container may use
-    assert detect("auto", device_folder=devices(tmp_path, "null", "nvidiactl")).name == "cpu"
-    assert detect("auto", device_folder=devices(tmp_path, "nvidia0")).name == "cuda"
-    assert detect("cpu", device_folder=tmp_path).name == "cpu"
-    assert detect("cuda", device_folder=tmp_path).name == "cuda"
+    assert look_at(tmp_path, "null", "nvidiactl").gpus == 0
+    assert look_at(tmp_path, "nvidia0", "nvidia1", "neuron0").gpus == 2
+    assert look_at(tmp_path).neuron_devices == 1
+    assert look_at(tmp_path).packages["torch"] == metadata.version("torch")
 
 
-def test_auto_does_not_quietly_train_on_the_cpu_of_a_neuron_machine(tmp_path: Path) -> None:
-    with pytest.raises(LaunchError, match=r"'auto' and this machine has Neuron devices .* set it to 'cpu'"):
-        detect("auto", device_folder=devices(tmp_path, "neuron0"))
-    assert detect("cpu", device_folder=tmp_path).name == "cpu"
+def look_at(folder: Path, *names: str) -> Machine:
+    for name in names:
+        (folder / name).touch()
+    return look()
 
 
-def test_a_missing_gpu_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(LaunchError, match=r"is 'cuda', but this machine has no GPU"):
-        detect("cuda", device_folder=tmp_path)
+def test_auto_takes_the_gpu_if_there_is_one() -> None:
+    assert detect("auto", Machine()).name == "cpu"
+    assert detect("auto", Machine(gpus=1)).name == "cuda"
+    assert detect("cpu", Machine(gpus=1)).name == "cpu"
+    assert detect("cuda", Machine(gpus=1)).name == "cuda"
 
 
-@pytest.mark.parametrize("name", ["neuron", "neuron_xla"])
-def test_accelerators_that_this_build_lacks_are_named(name: str) -> None:
-    with pytest.raises(ConfigError, match=f"'{name}', but this build has cpu and cuda"):
-        detect(name)
+def test_a_missing_gpu_is_an_error() -> None:
+    with pytest.raises(LaunchError, match=r"is 'cuda', which this machine cannot use: no GPU \(/dev/nvidia0\)"):
+        detect("cuda", Machine())
 
 
 def test_cpu_ranks_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("raynium.accelerators.cpu.usable_cores", lambda: 8)
 
     def threads(ranks: int) -> str:
-        variables = CpuAccelerator().environment(local_rank=0, local_world_size=ranks, master_host="10.0.0.1")
-        return variables["OMP_NUM_THREADS"]
+        return CpuAccelerator().environment(place(ranks=ranks))["OMP_NUM_THREADS"]
 
     assert [threads(ranks) for ranks in (1, 3, 8, 16)] == ["8", "2", "1", "1"]
 
@@ -66,7 +75,7 @@ def test_cpu_ranks_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_gloo_is_bound_to_loopback_only_if_the_rendezvous_is(host: str, loopback: bool) -> None:
     assert is_loopback(host) == loopback
-    variables = CpuAccelerator().environment(local_rank=0, local_world_size=1, master_host=host)
+    variables = CpuAccelerator().environment(place(host=host))
     assert ("GLOO_SOCKET_IFNAME" in variables) == loopback
 
 

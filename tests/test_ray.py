@@ -5,6 +5,7 @@ way, its losses must be those of the run that nothing happened to.
 """
 
 import contextlib
+import json
 import os
 import secrets
 import signal
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from neuron_twin import RECORD_VARIABLE, write_site
 
 from raynium import Client, Run, find_run
 from raynium.data.store_build import build_store
@@ -40,6 +42,7 @@ checkpoint: {every_steps: 10}
 evaluate: {every_steps: 30, max_documents: 2}
 sample: {prompts: ["def "], max_new_tokens: 8}
 """
+NEURON_CORES = '--resources={"neuron_cores": 2}'  # of each node
 LONG = 160  # steps of a run that is to be interrupted: some seconds
 
 
@@ -81,6 +84,9 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAYNIUM_HOME": str(folder),
     }
+    (folder / "records").mkdir()
+    # Every process of the cluster finds a Trainium2; jobs that name the CPU do not ask for it.
+    twin = write_site(folder / "twin") | {RECORD_VARIABLE: str(folder / "records")}
     dashboard, port = free_port(), free_port()
     with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp") as ray_folder:  # short: Unix socket paths have a limit
         command = [
@@ -92,7 +98,11 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         ]
         with (folder / "ray.log").open("wb") as log:
             head = subprocess.Popen(
-                command, env=os.environ | environment, stdout=log, stderr=log, start_new_session=True
+                [*command, NEURON_CORES],
+                env=os.environ | environment | twin,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
             )
         address = f"http://127.0.0.1:{dashboard}"
         with pytest.MonkeyPatch.context() as patch:
@@ -101,7 +111,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
             node = None
             try:
                 _wait_until_it_answers(address, head, folder / "ray.log")
-                node = start_node(port, environment, folder)
+                node = start_node(port, environment | twin, folder)
                 yield Cluster(address, environment, folder, job_file)
             finally:
                 started = [process for process in (node, head) if process is not None]
@@ -116,7 +126,7 @@ def start_node(port: int, environment: dict[str, str], folder: Path) -> subproce
     command = [
         *(str(Path(sys.executable).parent / "ray"), "start", f"--address=127.0.0.2:{port}", "--block"),
         *("--node-ip-address=127.0.0.3", "--num-cpus=1", f"--object-store-memory={100 * 2**20}"),
-        *(f"--dashboard-agent-listen-port={free_port()}", "--disable-usage-stats"),
+        *(f"--dashboard-agent-listen-port={free_port()}", "--disable-usage-stats", NEURON_CORES),
     ]
     with (folder / "node.log").open("wb") as log:
         return subprocess.Popen(command, env=os.environ | environment, stdout=log, stderr=log, start_new_session=True)
@@ -237,6 +247,26 @@ def rank_pid(agent_pid: int) -> int:
         if forked := subprocess.run(["pgrep", "-P", template], capture_output=True, text=True).stdout.split():
             return int(forked[0])
     raise AssertionError(f"agent {agent_pid} has no rank")
+
+
+def test_two_nodes_with_neuron_cores_train_the_twin(cluster: Cluster, uninterrupted: Run) -> None:
+    """Each rank has the core and the root communicator that the runtime must be told of. Needs no Trainium."""
+    on_neuron = {"cluster.accelerator": "neuron", "cluster.nodes": 2, "cluster.ranks_per_node": 2}
+    run = cluster.client().submit(cluster.job_file, overrides=on_neuron, name="on-neuron")
+    assert run.wait(240).state == "finished"
+    records = [json.loads(path.read_text()) for path in sorted((cluster.folder / "records").iterdir())]
+    assert [(each["RANK"], each["LOCAL_RANK"], each["NEURON_RT_VISIBLE_CORES"]) for each in records] == [
+        ("0", "0", "0"),
+        ("1", "1", "1"),
+        ("2", "0", "0"),  # the second node's
+        ("3", "1", "1"),
+    ]
+    (root,) = {each["NEURON_RT_ROOT_COMM_ID"] for each in records}
+    assert root.rpartition(":")[0] in ("127.0.0.2", "127.0.0.3")
+    assert [each["NEURON_PROCESS_TAG"] for each in records] == [f"on-neuron/rank-{rank:05d}" for rank in range(4)]
+    # The schedule is as long as train.steps, so only the first steps are the other run's.
+    assert losses(run)[1] == pytest.approx(losses(uninterrupted)[1], rel=1e-6)
+    assert {point.value for point in run.metrics("device/fallback_operators")} == {0}
 
 
 def test_a_killed_driver_is_continued_by_the_next_one(cluster: Cluster, uninterrupted: Run) -> None:

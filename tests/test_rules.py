@@ -8,7 +8,6 @@ from raynium.config.load import load_config
 from raynium.config.rules import check
 
 EIGHT_B = "llama3-8b"  # 64 ranks of trn2.48xlarge, tensor 4, batch 128
-LATER = "this release has no nxd engine yet (neuronx-distributed on torch-xla comes in a later one)"
 
 
 def problems(preset, *overrides):
@@ -130,20 +129,35 @@ def test_wsd_decays():
     )
 
 
-def test_the_nxd_engine_is_said_to_come_later():
+def test_the_nxd_engine_runs_on_torch_xla_only():
+    assert problems("quickstart", "engine.kind=nxd", "cluster.accelerator=neuron_xla") == []
     assert only_problem("quickstart", "engine.kind=nxd") == (
-        f"engine.kind is nxd: {LATER}, and it would need cluster.accelerator neuron_xla, not cpu; set engine.kind to "
-        "native, with cpu, cuda or neuron"
+        "engine.kind is nxd with cluster.accelerator cpu: neuronx-distributed runs on torch-xla only; set "
+        "cluster.accelerator to neuron_xla, or engine.kind to native"
     )
-    assert only_problem("quickstart", "engine.kind=nxd", "cluster.accelerator=neuron_xla") == (
-        f"engine.kind is nxd: {LATER}; set engine.kind to native, with cpu, cuda or neuron"
+
+
+def test_the_nxd_engine_is_not_compiled_by_torch():
+    nxd = ("engine.kind=nxd", "cluster.accelerator=neuron_xla")
+    assert only_problem("quickstart", *nxd, "engine.compile=block") == (
+        "engine.compile is block with engine.kind nxd: torch-xla compiles every step whole, and torch.compile does not "
+        "run under it; set engine.compile to none"
     )
+
+
+def test_the_nxd_engine_shares_key_value_heads_among_ranks():
+    many = ("model.num_kv_heads=2", "parallel.tensor=4", "cluster.ranks_per_node=4", "train.global_batch_size=8")
+    assert "does not divide model.num_kv_heads 2" in only_problem("quickstart", *many)
+    assert problems("quickstart", *many, "engine.kind=nxd", "cluster.accelerator=neuron_xla") == []
+    nxd = ("engine.kind=nxd", "cluster.accelerator=neuron_xla", "model.num_kv_heads=4", "model.num_heads=12")
+    odd = ("parallel.tensor=6", "cluster.ranks_per_node=6", "train.global_batch_size=8")
+    assert "model.num_kv_heads 4" in "".join(problems("quickstart", *nxd, *odd)), "6 ranks cannot share 4 heads evenly"
 
 
 def test_the_native_engine_does_not_run_on_torch_xla():
     assert only_problem(EIGHT_B, "cluster.accelerator=neuron_xla") == (
-        "cluster.accelerator is neuron_xla with engine.kind native, which runs on cpu, cuda and neuron: torch-xla "
-        f"needs engine.kind nxd, and {LATER}; on Trainium2 set cluster.accelerator to neuron"
+        "cluster.accelerator is neuron_xla with engine.kind native, which runs on cpu, cuda and neuron: set "
+        "engine.kind to nxd, or on Trainium2 cluster.accelerator to neuron"
     )
 
 
@@ -173,7 +187,15 @@ def test_the_accelerator_fits_the_instance():
     )
     assert only_problem("llama3-1b", "cluster.instance_type=trn1.2xlarge", "cluster.ranks_per_node=2") == (
         "cluster.accelerator is neuron, but trn1.2xlarge (trainium1) is driven by neuron_xla: Trainium1 needs "
-        f"torch-xla, and {LATER}; choose a trn2 instance type"
+        "torch-xla: set cluster.accelerator to neuron_xla and engine.kind to nxd"
+    )
+
+
+def test_auto_finds_nothing_on_trainium1_that_the_native_engine_could_use():
+    small = ("cluster.instance_type=trn1.2xlarge", "cluster.ranks_per_node=2", "cluster.accelerator=auto")
+    assert only_problem("llama3-1b", *small, "data.seq_len=1024") == (
+        "engine.kind is native with cluster.accelerator auto, but trn1.2xlarge (trainium1) is driven by neuron_xla "
+        "only: set cluster.accelerator to neuron_xla and engine.kind to nxd"
     )
 
 
@@ -202,20 +224,21 @@ def test_several_trainium_nodes_are_taken_whole():
 
 
 @pytest.mark.parametrize(
-    ("nodes", "legal"), [(1, True), (2, False), (3, False), (4, True), (8, True), (16, True), (24, False)]
+    ("nodes", "neighbours"),
+    [(1, None), (2, "1 or 4"), (3, "1 or 4"), (4, None), (8, None), (9, "8 or 16"), (16, None), (24, "16 or 32")],
 )
-def test_trainium1_accepts_only_some_world_sizes(nodes, legal):
+def test_trainium1_accepts_only_some_world_sizes(nodes, neighbours):
     found = problems(
-        "llama3-1b", "cluster.instance_type=trn1.2xlarge", "cluster.accelerator=auto", "cluster.ranks_per_node=2",
-        f"cluster.nodes={nodes}", f"train.global_batch_size={nodes * 16}", "data.seq_len=1024",
+        "llama3-1b", "cluster.instance_type=trn1.2xlarge", "cluster.accelerator=neuron_xla", "engine.kind=nxd",
+        "engine.compile=none", "cluster.ranks_per_node=2", f"cluster.nodes={nodes}", f"train.global_batch_size={nodes * 16}", "data.seq_len=1024",
     )  # fmt: skip
     assert (
         found == []
-        if legal
+        if neighbours is None
         else found
         == [
             f"cluster.nodes {nodes} × cluster.ranks_per_node 2 is {nodes * 2} cores: Trainium1 collectives accept "
-            "1, 2, 8, 16 or a multiple of 32; change cluster.nodes"
+            f"1, 2, 8, 16 or a multiple of 32; set cluster.nodes to {neighbours}"
         ]
     )
 
@@ -243,7 +266,7 @@ def test_memory_is_not_judged_without_an_instance_type():
 def test_all_problems_of_all_parts_come_at_once():
     found = problems(
         EIGHT_B, "data.seq_len=262144", "parallel.tensor=16", "optimizer.warmup_steps=200000", "engine.kind=nxd",
-        "train.global_batch_size=3", "cluster.accelerator=cuda", "cluster.ranks_per_node=32",
+        "engine.compile=none", "model.ffn_size=14340", "train.global_batch_size=3", "cluster.accelerator=cuda", "cluster.ranks_per_node=32",
         "train.micro_batch_size=16",
     )  # fmt: skip
     starts = ["data.seq_len", "parallel.tensor", "train.global_batch_size", "optimizer.warmup_steps", "engine.kind",

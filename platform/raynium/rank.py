@@ -23,6 +23,7 @@ from raynium.data.loader import Loader
 from raynium.data.store import DocumentStore, open_store
 from raynium.engines.base import Engine
 from raynium.engines.native import build_native_engine
+from raynium.engines.nxd import build_nxd_engine
 from raynium.models.flops import flops_per_token
 from raynium.rank_plan import RankPlan
 from raynium.snapshots import Snapshots
@@ -54,7 +55,7 @@ def run(plan: RankPlan, link: Link) -> Outcome:
     torch.manual_seed(config.run.seed + rank)
 
     # ---- model, optimizer, and the state they start from -----------------------------------------------------------
-    engine = build_native_engine(config, accelerator)
+    engine = build_nxd_engine(config) if config.engine.kind == "nxd" else build_native_engine(config, accelerator)
     snapshots = Snapshots(engine, link, Path(plan.image_folder), if_busy=config.checkpoint.if_busy)
     start_step = 0
     if plan.resume_images:

@@ -1,9 +1,25 @@
 """The seam between a rank and its device."""
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     import torch
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where one rank runs, as far as its device's libraries must be told."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int  # ranks of this node
+    master_host: str  # of the rendezvous; loopback if the job has one node
+    master_port: int
+    run_name: str
+    inherited: Mapping[str, str]  # the node agent's own environment: what Ray granted, and what the user set
 
 
 class Accelerator(Protocol):
@@ -13,16 +29,21 @@ class Accelerator(Protocol):
     device_type: str  # torch's
     process_group_backend: str
     compile_backend: str  # of torch.compile
+    # "float64", or "float32" where the device has no wider: what sums over tokens and parameters are taken in
+    sum_dtype: str
 
-    def environment(self, *, local_rank: int, local_world_size: int, master_host: str) -> dict[str, str]:
+    def environment(self, place: Place) -> dict[str, str]:
         """Every variable that a rank's libraries read, to be set before they are imported.
 
-        local_world_size: ranks of this node. master_host: host of the rendezvous; loopback if the job has one node.
+        Raises LaunchError if the node does not have what the rank needs.
         """
         ...
 
     def set_device(self, local_rank: int) -> "torch.device":
-        """Takes this rank's device, once, after `environment` is set. Raises LaunchError if there is none."""
+        """Takes this rank's device, once, after `environment` is set and before the process group is made.
+
+        Raises LaunchError if there is none, or if its libraries cannot be loaded.
+        """
         ...
 
     def memory_bytes(self, *, local_rank: int, local_world_size: int) -> int:
@@ -31,4 +52,8 @@ class Accelerator(Protocol):
 
     def peak_flops(self, dtype: str) -> float | None:
         """The data sheet's dense FLOP/s of one device at "float32" or "bfloat16"; None: not known, so no MFU."""
+        ...
+
+    def metrics(self) -> dict[str, float]:
+        """What the device's libraries have counted on this rank so far, under names of `tracking/metrics.py`."""
         ...

@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from raynium.accelerators.base import Place
+
 if TYPE_CHECKING:
     import torch
 
@@ -19,13 +21,14 @@ class CpuAccelerator:
     device_type = "cpu"
     process_group_backend = "gloo"
     compile_backend = "inductor"
+    sum_dtype = "float64"
 
-    def environment(self, *, local_rank: int, local_world_size: int, master_host: str) -> dict[str, str]:
+    def environment(self, place: Place) -> dict[str, str]:
         variables = {
             # OpenMP under torch, and our own set_device: without it each rank starts a thread per core of the machine.
-            "OMP_NUM_THREADS": str(max(1, usable_cores() // local_world_size)),
+            "OMP_NUM_THREADS": str(max(1, usable_cores() // place.local_world_size)),
         }
-        if is_loopback(master_host):
+        if is_loopback(place.master_host):
             # gloo, when the process group starts: by default it binds what the host's name resolves to, which on
             # laptops and in containers is often an address that nothing answers on.
             variables["GLOO_SOCKET_IFNAME"] = "lo0" if sys.platform == "darwin" else "lo"
@@ -44,6 +47,9 @@ class CpuAccelerator:
 
     def peak_flops(self, dtype: str) -> float | None:
         return None  # depends on vector units, clocks and neighbours; an MFU made of a guess misleads
+
+    def metrics(self) -> dict[str, float]:
+        return {}
 
 
 def multiplies_bfloat16(cpu_info: Path = Path("/proc/cpuinfo")) -> bool:

@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING
 
+from raynium.accelerators.base import Place
 from raynium.errors import LaunchError
 
 if TYPE_CHECKING:
@@ -27,8 +28,9 @@ class CudaAccelerator:
     device_type = "cuda"
     process_group_backend = "nccl"
     compile_backend = "inductor"
+    sum_dtype = "float64"
 
-    def environment(self, *, local_rank: int, local_world_size: int, master_host: str) -> dict[str, str]:
+    def environment(self, place: Place) -> dict[str, str]:
         return {
             # cuBLAS, when its first handle is made: fixed workspaces, so that equal inputs give equal bits and a
             # resumed run repeats the losses of an uninterrupted one.
@@ -58,6 +60,9 @@ class CudaAccelerator:
         import torch
 
         return peak_flops_of(torch.cuda.get_device_name(), dtype)
+
+    def metrics(self) -> dict[str, float]:
+        return {}
 
 
 def peak_flops_of(device_name: str, dtype: str) -> float | None:

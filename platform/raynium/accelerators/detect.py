@@ -1,39 +1,215 @@
-"""Chooses the accelerator that a config names, or the one this machine has."""
+"""Chooses the accelerator that a config names, or the best one this machine can use, and says why.
 
+`look()` gathers what the machine has, `findings()` judges it: data in, data out, so that `raynium doctor` can show the
+same reasons and tests can make up machines. Neither imports torch or a device library, since agents have none.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib import metadata
 from pathlib import Path
+from typing import Literal
 
 from raynium.accelerators.base import Accelerator
 from raynium.accelerators.cpu import CpuAccelerator
 from raynium.accelerators.cuda import CudaAccelerator
-from raynium.errors import ConfigError, LaunchError
+from raynium.accelerators.neuron import NeuronAccelerator
+from raynium.accelerators.neuron_xla import NeuronXlaAccelerator
+from raynium.errors import LaunchError
+from raynium.hardware.catalog import INSTANCES, Instance
+
+DEVICE_FOLDER = Path("/dev")
+PRODUCT_NAME = Path("/sys/devices/virtual/dmi/id/product_name")  # on EC2's Nitro machines: the instance type
+
+Name = Literal["neuron", "neuron_xla", "cuda", "cpu"]
+
+# AWS keeps these names on the public package index with packages that hold nothing and only raise an error; the real
+# ones come from AWS's own repository.
+PLACEHOLDERS = {"torch-neuronx": "1.0", "neuronx-distributed": "0.1", "neuronx-cc": "1.0.post1", "libneuronxla": "1.0"}
+PACKAGES = ("torch", "torch-xla", *PLACEHOLDERS)
+FIRST_NATIVE_TORCH = (2, 13)  # from here on torch-neuronx is torch's own device "neuron"
+XLA_TORCH = (2, 9)  # the last torch that torch-neuronx drives through torch-xla
+AWS_REPOSITORY = "AWS's package repository, https://pip.repos.neuron.amazonaws.com"
 
 
-def detect(name: str, *, device_folder: Path = Path("/dev")) -> Accelerator:
-    """`cluster.accelerator` → its implementation. Looks at device files only, since agents have no torch.
+@dataclass(frozen=True)
+class Machine:
+    """What the choice of an accelerator depends on."""
 
-    "auto" takes the GPU if there is one, else the CPU; a machine with Neuron devices is an error rather than a slow
-    run on its CPU. device_folder: where the kernel lists devices.
-    Raises ConfigError for an accelerator this build lacks, LaunchError for one this machine lacks.
+    gpus: int = 0
+    neuron_devices: int = 0  # chips that the driver shows
+    product_name: str | None = None  # the machine's own, e.g. "trn2.48xlarge" on EC2
+    packages: Mapping[str, str] = field(default_factory=dict)  # version of each of PACKAGES that is installed
+
+    @property
+    def instance(self) -> Instance | None:
+        return INSTANCES.get(self.product_name or "")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Whether this machine can train on one accelerator, and why; a reason against one says what to do about it."""
+
+    accelerator: Name
+    usable: bool
+    reasons: tuple[str, ...]
+
+
+def look() -> Machine:
+    """This machine. Reads the kernel's lists and the installed packages' metadata; loads and opens nothing."""
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return Machine(
+        gpus=len(list(DEVICE_FOLDER.glob("nvidia[0-9]*"))),
+        neuron_devices=len(list(DEVICE_FOLDER.glob("neuron[0-9]*"))),
+        product_name=PRODUCT_NAME.read_text().strip() if PRODUCT_NAME.is_file() else None,
+        packages=versions,
+    )
+
+
+def findings(machine: Machine) -> tuple[Finding, ...]:
+    """One for each accelerator; of those that are usable, the first is what `auto` takes."""
+    against: dict[Name, list[str]] = {
+        "neuron": _against_neuron(machine),
+        "neuron_xla": _against_neuron_xla(machine),
+        "cuda": [] if machine.gpus else [f"no GPU ({DEVICE_FOLDER}/nvidia0): is the NVIDIA driver loaded?"],
+        "cpu": [],
+    }
+    chips = (
+        f"{machine.neuron_devices} Neuron device(s), {machine.product_name or 'machine of unknown type'}, "
+        + ", ".join(f"{name} {version}" for name, version in machine.packages.items())
+    )
+    found: dict[Name, str] = {
+        "neuron": chips,
+        "neuron_xla": chips,
+        "cuda": f"{machine.gpus} GPU(s)",
+        "cpu": "every machine has one",
+    }
+    return tuple(Finding(name, not no, tuple(no) or (found[name],)) for name, no in against.items())
+
+
+def detect(name: str, machine: Machine | None = None) -> Accelerator:
+    """`cluster.accelerator` → its implementation. machine: this one if None.
+
+    "auto" takes TorchNeuron, torch-xla, a GPU or the CPU, the first that works; a machine with Neuron devices that
+    neither stack can use is an error rather than a slow run on its CPU. Raises LaunchError with the reasons.
     """
-    gpus = sorted(device_folder.glob("nvidia[0-9]*"))
+    machine = machine or look()
+    found = {finding.accelerator: finding for finding in findings(machine)}
+    if name == "auto":
+        best = next(finding for finding in found.values() if finding.usable)
+        if machine.neuron_devices and best.accelerator not in ("neuron", "neuron_xla"):
+            raise LaunchError(
+                f"cluster.accelerator is 'auto' and this machine has {machine.neuron_devices} Neuron device(s), which "
+                f"cannot be used. For neuron: {'; '.join(found['neuron'].reasons)}. For neuron_xla: "
+                f"{'; '.join(found['neuron_xla'].reasons)}. Or set it to 'cpu' to train on the machine's CPU"
+            )
+        return _make(best.accelerator, machine)
+    assert name in found, name
+    finding = found[name]
+    if not finding.usable:
+        raise LaunchError(
+            f"cluster.accelerator is {name!r}, which this machine cannot use: {'; '.join(finding.reasons)}. "
+            "Or set cluster.accelerator to 'auto' or 'cpu'"
+        )
+    return _make(finding.accelerator, machine)
+
+
+def _make(name: Name, machine: Machine) -> Accelerator:
     match name:
+        case "neuron":
+            return NeuronAccelerator(machine.instance)
+        case "neuron_xla":
+            return NeuronXlaAccelerator(machine.instance)
+        case "cuda":
+            return CudaAccelerator()
         case "cpu":
             return CpuAccelerator()
-        case "cuda":
-            if not gpus:
-                raise LaunchError(
-                    f"cluster.accelerator is 'cuda', but this machine has no GPU ({device_folder}/nvidia0): set it to "
-                    "'auto' or 'cpu', or check that the NVIDIA driver is loaded and the container may use it"
-                )
-            return CudaAccelerator()
-        case "auto":
-            if any(device_folder.glob("neuron[0-9]*")):
-                raise LaunchError(
-                    f"cluster.accelerator is 'auto' and this machine has Neuron devices ({device_folder}/neuron0), "
-                    "which this build cannot use (it has cpu and cuda): set it to 'cpu' to train on the machine's CPU"
-                )
-            return CudaAccelerator() if gpus else CpuAccelerator()
-        case _:
-            raise ConfigError(
-                [f"cluster.accelerator is {name!r}, but this build has cpu and cuda: set it to auto, cpu or cuda"]
+
+
+def _against_neuron(machine: Machine) -> list[str]:
+    reasons = [*_no_devices(machine)]
+    if (machine.product_name or "").startswith(("trn1", "inf")):
+        reasons.append(
+            f"{machine.product_name} is older than Trainium2, which TorchNeuron needs: use neuron_xla, or a trn2"
+        )
+    reasons += _bad_packages(machine, ("torch-neuronx", "neuronx-cc"), extra="neuron")
+    torch_family = _family(machine.packages.get("torch"))
+    family = _family(machine.packages.get("torch-neuronx"))
+    if _is_real(machine, "torch-neuronx") and family is not None:
+        if family < FIRST_NATIVE_TORCH:
+            reasons.append(
+                f"torch-neuronx {machine.packages['torch-neuronx']} works through torch-xla (neuron_xla); TorchNeuron "
+                f"begins with {_dotted(FIRST_NATIVE_TORCH)}: install raynium[neuron] from {AWS_REPOSITORY}"
             )
+        elif torch_family != family:
+            reasons.append(_mismatch(machine, family))
+    return reasons
+
+
+def _against_neuron_xla(machine: Machine) -> list[str]:
+    reasons = [*_no_devices(machine)]
+    packages = ("torch-neuronx", "torch-xla", "libneuronxla", "neuronx-cc", "neuronx-distributed")
+    reasons += _bad_packages(machine, packages, extra="neuron-xla")
+    family = _family(machine.packages.get("torch-neuronx"))
+    if _is_real(machine, "torch-neuronx") and family is not None:
+        if family > XLA_TORCH:
+            reasons.append(
+                f"torch-neuronx {machine.packages['torch-neuronx']} is TorchNeuron (neuron); torch-xla ended with "
+                f"{_dotted(XLA_TORCH)}: install raynium[neuron-xla] from {AWS_REPOSITORY}, in an environment of its own"
+            )
+        elif _family(machine.packages.get("torch")) != family:
+            reasons.append(_mismatch(machine, family))
+    return reasons
+
+
+def _no_devices(machine: Machine) -> list[str]:
+    if machine.neuron_devices:
+        return []
+    return [
+        f"no Neuron device ({DEVICE_FOLDER}/neuron0): is this a trn instance, is the driver loaded "
+        "(`lsmod | grep neuron`), may the container use its devices?"
+    ]
+
+
+def _bad_packages(machine: Machine, names: tuple[str, ...], *, extra: str) -> list[str]:
+    remedy = f"install raynium[{extra}] from {AWS_REPOSITORY}"
+    missing = [name for name in names if name not in machine.packages]
+    fake = [
+        f"{name} {machine.packages[name]}" for name in names if name in machine.packages and not _is_real(machine, name)
+    ]
+    reasons = []
+    if missing:
+        reasons.append(f"{', '.join(missing)} not installed: {remedy}")
+    if fake:
+        reasons.append(
+            f"{', '.join(fake)} is a placeholder from the public package index, which does nothing: {remedy}"
+        )
+    return reasons
+
+
+def _is_real(machine: Machine, name: str) -> bool:
+    return name in machine.packages and machine.packages[name] != PLACEHOLDERS.get(name)
+
+
+def _mismatch(machine: Machine, family: tuple[int, int]) -> str:
+    return (
+        f"torch-neuronx {machine.packages['torch-neuronx']} is made for torch {_dotted(family)}, and torch "
+        f"{machine.packages.get('torch')} is installed: install the pair of one family, torch=={_dotted(family)}.*"
+    )
+
+
+def _family(version: str | None) -> tuple[int, int] | None:
+    """(2, 13) of "2.13.3.0.1" and of "2.13.0+cpu"."""
+    if version is None:
+        return None
+    major, minor = version.split(".")[:2]
+    return int(major), int(minor)
+
+
+def _dotted(family: tuple[int, int]) -> str:
+    return f"{family[0]}.{family[1]}"

@@ -14,7 +14,6 @@ from raynium.models.plan import divided_sizes
 from raynium.planning.memory import GIB, USABLE_FRACTION, estimate_memory
 
 MAX_VOCAB_SIZE = 2**32  # a document store keeps token ids as uint16 or, from 65,537 ids on, uint32
-NXD_IS_LATER = "this release has no nxd engine yet (neuronx-distributed on torch-xla comes in a later one)"
 
 
 def check(config: Config, hardware: Mapping[str, Instance] = INSTANCES) -> list[str]:
@@ -83,6 +82,8 @@ def vocabulary(config: Config) -> Iterator[str]:
 def tensor_parallel(config: Config) -> Iterator[str]:
     tensor, per_node = config.parallel.tensor, config.cluster.ranks_per_node
     sizes = divided_sizes(config.model, seq_len=config.data.seq_len)
+    if config.engine.kind == "nxd" and tensor % config.model.num_kv_heads == 0:
+        del sizes["model.num_kv_heads"]  # the nxd engine gives several ranks a copy of the same key/value head
     undivided = [f"{name} {size}" for name, size in sizes.items() if size % tensor]
     legal = [degree for degree in _divisors(per_node) if not any(size % degree for size in sizes.values())]
     if undivided:
@@ -141,17 +142,20 @@ def schedule(config: Config) -> Iterator[str]:
 
 def engine(config: Config) -> Iterator[str]:
     kind, accelerator = config.engine.kind, config.cluster.accelerator
-    if kind == "nxd":
-        other = (
-            ""
-            if accelerator == "neuron_xla"
-            else f", and it would need cluster.accelerator neuron_xla, not {accelerator}"
-        )
-        yield f"engine.kind is nxd: {NXD_IS_LATER}{other}; set engine.kind to native, with cpu, cuda or neuron"
-    elif accelerator == "neuron_xla":
+    if kind == "nxd" and accelerator != "neuron_xla":
         yield (
-            f"cluster.accelerator is neuron_xla with engine.kind native, which runs on cpu, cuda and neuron: torch-xla "
-            f"needs engine.kind nxd, and {NXD_IS_LATER}; on Trainium2 set cluster.accelerator to neuron"
+            f"engine.kind is nxd with cluster.accelerator {accelerator}: neuronx-distributed runs on torch-xla only; "
+            "set cluster.accelerator to neuron_xla, or engine.kind to native"
+        )
+    if kind == "nxd" and config.engine.compile != "none":
+        yield (
+            f"engine.compile is {config.engine.compile} with engine.kind nxd: torch-xla compiles every step whole, and "
+            "torch.compile does not run under it; set engine.compile to none"
+        )
+    if kind == "native" and accelerator == "neuron_xla":
+        yield (
+            "cluster.accelerator is neuron_xla with engine.kind native, which runs on cpu, cuda and neuron: set "
+            "engine.kind to nxd, or on Trainium2 cluster.accelerator to neuron"
         )
 
 
@@ -160,10 +164,15 @@ def engine(config: Config) -> Iterator[str]:
 
 def accelerator_of_instance(config: Config, instance: Instance) -> Iterator[str]:
     accelerator = config.cluster.accelerator
+    if accelerator == "auto" and instance.accelerators == ("neuron_xla",) and config.engine.kind == "native":
+        yield (
+            f"engine.kind is native with cluster.accelerator auto, but {instance.name} ({instance.chip}) is driven by "
+            "neuron_xla only: set cluster.accelerator to neuron_xla and engine.kind to nxd"
+        )
     if accelerator == "auto" or accelerator in instance.accelerators:
         return
     if accelerator == "neuron" and instance.chip == "trainium1":
-        remedy = f"Trainium1 needs torch-xla, and {NXD_IS_LATER}; choose a trn2 instance type"
+        remedy = "Trainium1 needs torch-xla: set cluster.accelerator to neuron_xla and engine.kind to nxd"
     else:
         remedy = (
             f"set cluster.accelerator to {instance.accelerators[0]}, or choose another cluster.instance_type "
@@ -195,9 +204,12 @@ def core_count(config: Config, instance: Instance) -> Iterator[str]:
             f"takes whole nodes; set ranks_per_node to {instance.cores}, or nodes to 1"
         )
     elif instance.chip == "trainium1" and not _legal_on_trainium1(config.world_size):
+        legal = [number for number in range(1, nodes + 33) if _legal_on_trainium1(number * per_node)]
+        below = max(number for number in legal if number < nodes)
+        above = min(number for number in legal if number > nodes)
         yield (
             f"cluster.nodes {nodes} × cluster.ranks_per_node {per_node} is {config.world_size} cores: Trainium1 "
-            "collectives accept 1, 2, 8, 16 or a multiple of 32; change cluster.nodes"
+            f"collectives accept 1, 2, 8, 16 or a multiple of 32; set cluster.nodes to {below} or {above}"
         )
 
 

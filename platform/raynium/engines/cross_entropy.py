@@ -19,9 +19,14 @@ ROWS_AT_ONCE = 512
 
 @torch.no_grad()
 def summed_nats(
-    logits_NV: Tensor, labels_N: Tensor, *, vocabulary_group: dist.ProcessGroup | None, want_gradient: bool
+    logits_NV: Tensor,
+    labels_N: Tensor,
+    *,
+    vocabulary_group: dist.ProcessGroup | None,
+    want_gradient: bool,
+    sum_dtype: torch.dtype = torch.float64,
 ) -> Tensor:
-    """Sum over counted labels of -log softmax(logits)[label]; a float64 scalar on the logits' device.
+    """Sum over counted labels of -log softmax(logits)[label]; a `sum_dtype` scalar on the logits' device.
 
     logits_NV: any float dtype; arithmetic is float32 or wider. With `want_gradient` it ends up as the sum's gradient.
     labels_N: int64, IGNORED_LABEL where not counted; ids are of the whole vocabulary.
@@ -41,7 +46,7 @@ def summed_nats(
     label_logit_N = label_logit_N.where(here_N, 0)
     if vocabulary_group is not None:
         log_norm_N, label_logit_N = _combine(log_norm_N, label_logit_N, vocabulary_group)
-    nats = (log_norm_N - label_logit_N).where(counted_N, 0).double().sum()
+    nats = (log_norm_N - label_logit_N).where(counted_N, 0).sum(dtype=sum_dtype)
 
     if want_gradient:
         # softmax(logits) - one_hot(label); a norm of infinity makes it 0 in rows that are not counted

@@ -1,0 +1,151 @@
+"""Trainium2 and later through TorchNeuron: torch's own device "neuron", one logical NeuronCore per rank.
+
+Needs torch-neuronx 2.13 or later from AWS's package repository. What it asks of us, and what goes wrong otherwise:
+
+- The process group comes first: it starts the runtime, and fails if anything touched the device before.
+- The device is the bare "neuron". On rank r the only index there is r, so "neuron:0" fails on all others.
+- There is no float64: such an operation runs on the CPU, unless it fails. Hence `sum_dtype`.
+"""
+
+import logging
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from raynium.accelerators.base import Place
+from raynium.accelerators.cores import VISIBLE_CORES, rank_cores
+from raynium.accelerators.timeouts import EXECUTION_TIMEOUT_SECONDS
+from raynium.errors import LaunchError
+from raynium.hardware.catalog import Instance
+
+if TYPE_CHECKING:
+    import torch
+
+logger = logging.getLogger(__name__)
+
+EFA_FOLDER = Path("/sys/class/infiniband")  # where the kernel lists network cards with remote memory access
+LNC = "NEURON_LOGICAL_NC_CONFIG"
+DEFAULT_LNC = "2"  # AWS's, on Trainium2 and later; Trainium1 has no such thing
+
+# AWS Neuron docs, about-neuron/arch/neuron-hardware, read 2026-11-23: dense FP32 of a chip.
+_FP32_FLOPS_PER_CHIP = {"trainium1": 47.5e12, "trainium2": 181e12}
+
+
+class NeuronAccelerator:
+    """instance: the machine's catalogue entry; None if it has none (not EC2, or newer than the catalogue)."""
+
+    name = "neuron"
+    device_type = "neuron"
+    process_group_backend = "neuron"
+    compile_backend = "neuron"
+    sum_dtype = "float32"
+
+    def __init__(self, instance: Instance | None = None):
+        self._instance = instance
+        self._fallbacks_told: set[str] = set()
+
+    def environment(self, place: Place) -> dict[str, str]:
+        cores = rank_cores(place.inherited.get(VISIBLE_CORES), local_world_size=place.local_world_size)
+        cache = str(Path.home() / ".cache/raynium/neff")
+        variables = {
+            # The runtime: the one core this process owns. torch-neuronx keeps it, and insists that it is one.
+            VISIBLE_CORES: str(cores[place.local_rank]),
+            # The runtime: how many physical cores a logical one is. The compiler's option must agree; its default does.
+            LNC: place.inherited.get(LNC, DEFAULT_LNC),
+            # torch-neuronx, at compilation: where executables are kept between ranks, generations and runs. Its
+            # default is in /tmp, which a reboot empties.
+            "TORCH_NEURONX_NEFF_CACHE_DIR": place.inherited.get("TORCH_NEURONX_NEFF_CACHE_DIR", cache),
+            # torch-neuronx, at each operation: one that Neuron has but that fails is an error, not a slow CPU run.
+            "TORCH_NEURONX_FALLBACK_ONLY_FOR_UNIMPLEMENTED_OPS": "1",
+        }
+        variables |= runtime_environment(place)
+        if "FI_PROVIDER" not in variables:
+            # torch-neuronx, at the first collective: without an EFA card it otherwise waits for one, for ever.
+            variables["TORCH_NEURONX_ENABLE_HOST_CC"] = "1"
+        return variables
+
+    def set_device(self, local_rank: int) -> "torch.device":
+        import torch
+
+        try:
+            import torch_neuronx  # pyright: ignore[reportMissingImports]  # registers the device; does not touch it
+            import torch_neuronx.distributed  # noqa: F401  # pyright: ignore  # registers the process group
+        except ImportError as error:
+            raise LaunchError(
+                f"torch_neuronx cannot be imported ({error}): install raynium[neuron] from AWS's package repository, "
+                "in the torch-neuronx family of this torch "
+                f"({torch.__version__}); `raynium doctor` says what is there"
+            ) from error
+        return torch.device("neuron")
+
+    def memory_bytes(self, *, local_rank: int, local_world_size: int) -> int:
+        if self._instance is not None:
+            return memory_bytes_of(self._instance)
+        import torch
+
+        return torch.get_device_module("neuron").get_device_properties(local_rank).total_memory
+
+    def peak_flops(self, dtype: str) -> float | None:
+        return peak_flops_of(self._instance, dtype)
+
+    def metrics(self) -> dict[str, float]:
+        import torch_neuronx  # pyright: ignore[reportMissingImports]
+
+        fallbacks = set(torch_neuronx.get_fallback_ops())
+        if new := sorted(fallbacks - self._fallbacks_told):
+            self._fallbacks_told |= fallbacks
+            logger.warning("ran on the CPU, since TorchNeuron has no such operation: %s", ", ".join(new))
+        return {
+            "device/fallback_operators": float(len(fallbacks)),
+            "compile/graphs": float(len(torch_neuronx.get_dynamo_metrics())),
+        }
+
+
+def runtime_environment(place: Place) -> dict[str, str]:
+    """What the Neuron runtime itself reads, under torch-neuronx and torch-xla alike."""
+    host = f"[{place.master_host}]" if ":" in place.master_host else place.master_host
+    variables = {
+        # The runtime, when collectives start: where rank 0's root communicator listens. Ray sets none, and then more
+        # than one node fails in Nrt::BuildGlobalComm (ray issue 65070).
+        "NEURON_RT_ROOT_COMM_ID": f"{host}:{collectives_port(place.master_port)}",
+        # The runtime, at each execution: seconds until it is given up.
+        "NEURON_RT_EXEC_TIMEOUT": str(EXECUTION_TIMEOUT_SECONDS),
+        # neuron-monitor and neuron-top: whose process this is; up to 255 characters.
+        "NEURON_PROCESS_TAG": f"{place.run_name}/rank-{place.rank:05d}",
+    }
+    if EFA_FOLDER.is_dir() and any(EFA_FOLDER.iterdir()):
+        # libfabric, under the runtime's collectives between nodes. On a node without EFA cards they would fail.
+        variables |= {
+            "FI_PROVIDER": "efa",
+            "FI_EFA_USE_DEVICE_RDMA": "1",  # card to accelerator memory, past the CPU
+            "FI_EFA_FORK_SAFE": "1",  # ranks are forks; kernels before 5.15 need to be told
+        }
+    return variables
+
+
+def collectives_port(master_port: int) -> int:
+    """The root communicator's port: another one than the rendezvous', and new in every generation as that is.
+
+    Every node must come to the same number, so it is made of the one number that all are told. 20000 to 29999: below
+    the ports that Linux gives to outgoing connections (32768 and up).
+    """
+    return 20000 + master_port % 10000
+
+
+def memory_bytes_of(instance: Instance) -> int:
+    """Of one logical core."""
+    return int(instance.memory_gib_per_core * 2**30 * _core_size(instance))
+
+
+def peak_flops_of(instance: Instance | None, dtype: str) -> float | None:
+    """Of one logical core."""
+    if instance is None:
+        return None
+    bfloat16 = instance.bf16_flops_per_core
+    float32 = _FP32_FLOPS_PER_CHIP[instance.chip] * instance.chips / instance.cores
+    return {"bfloat16": bfloat16, "float32": float32}[dtype] * _core_size(instance)
+
+
+def _core_size(instance: Instance) -> float:
+    """This rank's logical core in units of the catalogue's, which assumes the default LNC."""
+    return 1.0 if instance.chip == "trainium1" else int(os.environ.get(LNC, DEFAULT_LNC)) / int(DEFAULT_LNC)

@@ -1,0 +1,84 @@
+"""Trainium through torch-xla: what neuronx-distributed trains on, and the only way on Trainium1.
+
+Needs torch 2.9 with torch-neuronx 2.9, torch-xla and libneuronxla from AWS's package repository. torch-xla reads its
+place from the environment when it is imported, and only if it believes that torchrun started it.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from raynium.accelerators.base import Place
+from raynium.accelerators.cores import VISIBLE_CORES, rank_cores
+from raynium.accelerators.neuron import DEFAULT_LNC, LNC, memory_bytes_of, peak_flops_of, runtime_environment
+from raynium.errors import LaunchError
+from raynium.hardware.catalog import Instance
+
+if TYPE_CHECKING:
+    import torch
+
+_SMALLEST_MEMORY_BYTES = 16 * 2**30  # of a core of Trainium1
+
+
+class NeuronXlaAccelerator:
+    """instance: the machine's catalogue entry; None if it has none."""
+
+    name = "neuron_xla"
+    device_type = "xla"
+    process_group_backend = "xla"
+    compile_backend = "openxla"  # not used: torch-xla compiles whatever it is given
+    sum_dtype = "float32"
+
+    def __init__(self, instance: Instance | None = None):
+        self._instance = instance
+
+    def environment(self, place: Place) -> dict[str, str]:
+        cores = rank_cores(place.inherited.get(VISIBLE_CORES), local_world_size=place.local_world_size)
+        cache = str(Path.home() / ".cache/raynium/neuron-compile-cache")
+        variables = {
+            # torch_xla/_internal/neuron.py, at import: any value makes it read RANK, LOCAL_RANK and so on, and tell
+            # them to the plugin. torch.distributed too; it must be the same on all ranks.
+            "TORCHELASTIC_RUN_ID": f"{place.run_name}-{place.master_port}",
+            # The same: the node's cores in numeric order, as many as ranks; it picks this rank's and drops the others.
+            VISIBLE_CORES: ",".join(map(str, cores)),
+            # torch-xla, at the first use: without it a missing plugin means a quiet run on the CPU.
+            "PJRT_DEVICE": "NEURON",
+            # The compiler: a transformer that is trained over many cores. Fuses and schedules for that.
+            "NEURON_CC_FLAGS": place.inherited.get(
+                "NEURON_CC_FLAGS", "--model-type=transformer --distribution-strategy=llm-training"
+            ),
+            # libneuronxla: where executables are kept; a folder, or an s3:// URL that nodes share.
+            "NEURON_COMPILE_CACHE_URL": place.inherited.get("NEURON_COMPILE_CACHE_URL", cache),
+        }
+        if self._instance is not None and self._instance.chip != "trainium1":
+            variables[LNC] = place.inherited.get(LNC, DEFAULT_LNC)  # the runtime: physical cores of a logical one
+        return variables | runtime_environment(place)
+
+    def set_device(self, local_rank: int) -> "torch.device":
+        try:
+            import torch_xla  # pyright: ignore[reportMissingImports]
+            import torch_xla.distributed.xla_backend  # pyright: ignore[reportMissingImports]
+            import torch_xla.runtime  # pyright: ignore[reportMissingImports]
+        except ImportError as error:
+            raise LaunchError(
+                f"torch_xla cannot be imported ({error}): install raynium[neuron-xla] from AWS's package repository; "
+                "`raynium doctor` says what is there"
+            ) from error
+        kind = torch_xla.runtime.device_type()
+        if kind != "NEURON":
+            raise LaunchError(
+                f"torch-xla took device {kind!r} and not 'NEURON', which would train on this machine's CPU: install "
+                "libneuronxla from AWS's package repository, and unset PJRT_DEVICE where it is set"
+            )
+        return torch_xla.device()
+
+    def memory_bytes(self, *, local_rank: int, local_world_size: int) -> int:
+        return memory_bytes_of(self._instance) if self._instance is not None else _SMALLEST_MEMORY_BYTES
+
+    def peak_flops(self, dtype: str) -> float | None:
+        return peak_flops_of(self._instance, dtype)
+
+    def metrics(self) -> dict[str, float]:
+        import torch_xla.debug.metrics  # pyright: ignore[reportMissingImports]
+
+        compiles = torch_xla.debug.metrics.counter_value("UncachedCompile")
+        return {"compile/graphs": float(compiles or 0)}

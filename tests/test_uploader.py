@@ -1,0 +1,122 @@
+"""The uploading process: what comes back from it, and what is left when it is killed."""
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from raynium.checkpoint.checksum import checksum_units, from_text
+from raynium.checkpoint.manifest import ImageInfo, ShardEntry
+from raynium.checkpoint.store import Store
+from raynium.errors import StoreError
+from raynium.launch.uploader import ATTEMPTS, Uploader
+
+SHARD = "checkpoints/step-000000007/g1/shard-00003.safetensors"
+
+
+@pytest.fixture
+def uploader(tmp_path: Path) -> Iterator[Uploader]:
+    process = Uploader(str(tmp_path / "run"))
+    yield process
+    process.close()
+
+
+@pytest.fixture
+def image() -> Iterator[Callable[[int], ImageInfo]]:
+    """Makes an image of so many bytes, in memory."""
+    path = Path(f"/dev/shm/raynium-test-uploader-{os.getpid()}")
+
+    def make(size: int) -> ImageInfo:
+        path.write_bytes(os.urandom(size))
+        return ImageInfo(step=7, path=str(path), size=size, tensors=(), stall_seconds=0.25)
+
+    yield make
+    path.unlink(missing_ok=True)
+
+
+class InThread(threading.Thread):
+    """An upload, and how it ended."""
+
+    def __init__(self, uploader: Uploader, info: ImageInfo):
+        super().__init__()
+        self._upload = lambda: uploader.upload(info, generation="g1", rank=3)
+        self.entry: ShardEntry | None = None
+        self.error: Exception | None = None
+        self.start()
+
+    def run(self) -> None:
+        try:
+            self.entry = self._upload()
+        except StoreError as error:
+            self.error = error
+
+
+def wait_for(condition: Callable[[], Any]) -> Any:
+    deadline = time.monotonic() + 30
+    while not (value := condition()):
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.001)
+    return value
+
+
+def test_a_shard_arrives_and_is_described(uploader: Uploader, image: Callable[[int], ImageInfo], tmp_path: Path) -> None:
+    info = image(600_000)
+    entry = uploader.upload(info, generation="g1", rank=3)
+    stored = Store(tmp_path / "run").read(SHARD)
+    assert stored == Path(info.path).read_bytes()
+    assert (entry.step, entry.stall_seconds, entry.file.size) == (7, 0.25, 600_000)
+    assert from_text(entry.file.crc64nvme) == checksum_units(stored, entry.file.unit_bytes).crc
+    assert len(entry.file.checksums.unit_crcs) == 3
+
+
+def test_what_went_wrong_is_told_and_the_process_goes_on(uploader: Uploader, image: Callable[[int], ImageInfo]) -> None:
+    info = image(10)
+    with pytest.raises(StoreError, match="there is no such file"):
+        uploader.upload(info.model_copy(update={"path": "/dev/shm/gone"}), generation="g1", rank=3)
+    first = uploader.pid()
+    uploader.upload(info, generation="g1", rank=3)
+    with pytest.raises(StoreError, match="exists already; another writer was first"):
+        uploader.upload(info, generation="g1", rank=3)
+    with pytest.raises(StoreError, match="generation 'G 1' is not valid"):
+        uploader.upload(info, generation="G 1", rank=3)
+    assert uploader.pid() == first
+
+
+def test_an_upload_whose_process_is_killed_is_done_again_and_nothing_is_left_over(
+    uploader: Uploader, image: Callable[[int], ImageInfo], tmp_path: Path
+) -> None:
+    info = image(400 * 2**20)
+    uploading = InThread(uploader, info)
+    folder = tmp_path / "run" / Path(SHARD).parent
+    wait_for(lambda: folder.is_dir() and [path for path in folder.iterdir() if path.stat().st_size > 2**20])
+    first = uploader.pid()
+    assert first is not None
+    os.kill(first, signal.SIGKILL)
+    uploading.join()
+    assert uploading.entry is not None and uploader.pid() != first
+    assert [path.name for path in folder.iterdir()] == ["shard-00003.safetensors"]
+    assert Store(tmp_path / "run").size(SHARD) == info.size
+
+
+def test_a_process_that_dies_again_and_again_is_given_up(uploader: Uploader, image: Callable[[int], ImageInfo]) -> None:
+    uploading = InThread(uploader, image(400 * 2**20))
+    killed: set[int] = set()
+    while uploading.is_alive():
+        pid = uploader.pid()
+        if pid is not None and pid not in killed:
+            os.kill(pid, signal.SIGKILL)
+            killed.add(pid)
+    assert len(killed) == ATTEMPTS and f"died {ATTEMPTS} times under rank 3's shard of step 7" in str(uploading.error)
+
+
+def test_closing_ends_the_process_and_fails_what_it_did(uploader: Uploader, image: Callable[[int], ImageInfo]) -> None:
+    uploader.upload(image(10), generation="g2", rank=3)
+    pid = uploader.pid()
+    assert pid is not None
+    uploader.close()
+    assert not Path(f"/proc/{pid}").exists() and uploader.pid() is None
