@@ -214,22 +214,22 @@ def test_an_export_holds_one_files_worth_of_tensors(
 
 
 def test_an_export_reads_little_more_than_it_needs(save_run: Save, tmp_path: Path) -> None:
-    """A part holds tensors of many layers: in the order of the layers it would be read again and again (2.3 times)."""
+    """In file order neighbours share requests and units; in the order of the layers it would be 7 % more."""
     config = config_of(num_layers=16, hidden_size=64, ffn_size=128)
     model = random_model(config)
-    ref = choose_checkpoint(save_run(model, config, num_ranks=2, unit_bytes=2**15))
+    ref = choose_checkpoint(save_run(model, config, num_ranks=2, unit_bytes=2**12))
     needed = sum(4 * parameter.numel() for parameter in model.parameters())
     read = 0
 
     class CountingStore(Store):
         def read_into(self, key: str, start: int, *buffers: memoryview) -> None:
             nonlocal read
-            read += len(buffer) if key.endswith(".safetensors") else 0
+            read += sum(map(len, buffers)) if key.endswith(".safetensors") else 0
             super().read_into(key, start, *buffers)
 
     counting = CountingStore(ref.store.url)
     export_checkpoint(choose_checkpoint(counting), tmp_path / "out", max_shard_bytes=200_000)
-    assert needed <= read < 1.6 * needed
+    assert needed <= read < 1.02 * needed
 
 
 def test_batches_keep_order_and_limit(save_run: Save) -> None:
@@ -308,7 +308,7 @@ def test_a_failed_export_leaves_nothing(save_run: Save, tmp_path: Path, monkeypa
     content = bytearray(data.read_bytes())
     content[in_file_order(ref.manifest.tensors)[0].blocks[0].begin] ^= 1
     data.write_bytes(content)
-    with pytest.raises(CheckpointDamaged, match="is damaged in part"):
+    with pytest.raises(CheckpointDamaged, match=r"is damaged in bytes .*, which hold model/embedding.weight"):
         export_checkpoint(ref, tmp_path / "out")
     store.delete(TOKENIZER_NAME)
     with pytest.raises(StoreError, match=r"tokenizer\.json does not exist"):

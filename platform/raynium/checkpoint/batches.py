@@ -12,8 +12,8 @@ from raynium.checkpoint.manifest import TensorEntry
 def in_file_order(entries: Iterable[TensorEntry]) -> list[TensorEntry]:
     """As they lie in the first data file that holds them; ranks lay theirs out alike.
 
-    Neighbours share parts, which are the unit of reading: batches in this order read each part once or twice, batches
-    in the model's order would read it once for each layer.
+    Neighbours are read by one request and share the unit between them: batches in this order read each byte about
+    once, in long requests; in the model's order every small tensor would cost a request and its own whole units.
     """
     return sorted(entries, key=lambda entry: (entry.blocks[0].shard, entry.blocks[0].begin))
 

@@ -3,6 +3,7 @@
 A tensor of no dims has one element, and one box: ((), ()). Flat ranges count elements in C order.
 """
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -103,6 +104,27 @@ def boxes_of_flat_range(shape: Ints, start: int, end: int) -> Iterator[tuple[int
         yield first * row, Box((first, *(0,) * (len(shape) - 1)), (last - first, *shape[1:]))
     if last * row < end:
         yield from _in_row(shape, last, last * row, end)
+
+
+def spans(shape: Ints, box: Box, *, max_gap: int) -> Iterator[tuple[int, int, Box]]:
+    """Cut `box`, of an array of `shape`, into boxes that each lie close together: (first element, end, box).
+
+    Between two rows of such a box lie at most `max_gap` elements that are not its own; [first, end) counts them too.
+    A box of no elements gives none.
+    """
+    if box.volume == 0:
+        return
+    strides = [math.prod(shape[dim + 1 :]) for dim in range(len(shape))]
+    extent = 1  # elements from the first to the last of the dims that are kept together
+    kept = len(shape)  # the first of those dims
+    while kept and (box.shape[kept - 1] == 1 or strides[kept - 1] - extent <= max_gap):
+        kept -= 1
+        extent += (box.shape[kept] - 1) * strides[kept]
+    starts = [range(start, start + length) for start, length in zip(*box, strict=True)][:kept]
+    for index in itertools.product(*starts):
+        place = Box((*index, *box.offsets[kept:]), (*(1,) * kept, *box.shape[kept:]))
+        first = sum(offset * stride for offset, stride in zip(place.offsets, strides, strict=True))
+        yield first, first + extent, place
 
 
 def _in_row(shape: Ints, index: int, start: int, end: int) -> Iterator[tuple[int, Box]]:

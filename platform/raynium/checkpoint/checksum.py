@@ -14,7 +14,7 @@ UNIT_BYTES = 256 * 2**10  # has one checksum: whoever reads some bytes of a file
 
 @dataclass(frozen=True)
 class FileChecksums:
-    """Checksums of one file of `size` bytes: one CRC64NVME per unit of `unit_bytes`, the last of which may be shorter."""
+    """Checksums of one file of `size` bytes: one CRC64NVME per unit of `unit_bytes`; the last unit may be shorter."""
 
     size: int
     unit_bytes: int

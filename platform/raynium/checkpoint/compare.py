@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from raynium.checkpoint.batches import in_batches, in_file_order, raw_bytes
+from raynium.checkpoint.batches import in_batches, in_file_order
 from raynium.checkpoint.catalog import CheckpointRef
 from raynium.checkpoint.load import read_batch
 from raynium.checkpoint.manifest import TensorEntry
@@ -44,13 +44,15 @@ def _other_bytes(left: Mapping[str, torch.Tensor], right: Mapping[str, torch.Ten
     return [
         Difference(name, _how(tensor, right[name]))
         for name, tensor in left.items()
-        if raw_bytes(tensor) != raw_bytes(right[name])
+        if not torch.equal(_numbers(tensor), _numbers(right[name]))
     ]
 
 
 def _how(first: torch.Tensor, second: torch.Tensor) -> str:
-    """Compared as bits, so that a NaN equals itself and -0 does not equal 0."""
-    size = first.element_size()
-    rows = [tensor.contiguous().view(-1).view(torch.uint8).view(-1, size) for tensor in (first, second)]
-    count = int((rows[0] != rows[1]).any(dim=1).sum())
+    count = int((_numbers(first) != _numbers(second)).any(dim=1).sum())
     return f"differs in {count:,} of {first.numel():,} numbers"
+
+
+def _numbers(tensor: torch.Tensor) -> torch.Tensor:
+    """uint8 [numbers, bytes of each]: compared as bits, a NaN equals itself and -0 does not equal 0."""
+    return tensor.contiguous().view(-1).view(torch.uint8).view(-1, tensor.element_size())

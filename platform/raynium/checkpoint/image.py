@@ -19,12 +19,14 @@ from typing import Literal
 
 import torch
 
+from raynium.checkpoint.checksum import UNIT_BYTES
 from raynium.checkpoint.manifest import ALIGNMENT_BYTES, DTYPES, ImageInfo, SavedBlock
 from raynium.checkpoint.state import Chunk
 from raynium.errors import CheckpointDamaged, CheckpointError, SnapshotMemoryShort
 
 TORCH_DTYPES: Mapping[str, torch.dtype] = {name: getattr(torch, name) for name in DTYPES}
 _NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+_LARGE_BYTES = 64 * UNIT_BYTES  # of data: then a header of one unit is at most 2 % of the file
 _STEP_PLACE = b"9" * 18  # the step's digits in a header, so that its length never changes
 
 
@@ -65,7 +67,10 @@ def plan_image(chunks: Sequence[Chunk], *, of: Literal["saved", "replicas"] = "s
         entries[key] = {"dtype": code, "shape": list(chunk.tensor.shape), "data_offsets": [position, end]}
         position = end
     text = json.dumps(entries, separators=(",", ":")).encode()
-    header_bytes = -(-(8 + len(text)) // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+    # In a large file tensors begin with a unit of checksums, so that even shares of them end at one too: whoever reads a
+    # share reads hardly more
+    alignment = UNIT_BYTES if position >= _LARGE_BYTES else ALIGNMENT_BYTES
+    header_bytes = -(-(8 + len(text)) // alignment) * alignment
     header = (header_bytes - 8).to_bytes(8, "little") + text.ljust(header_bytes - 8)
     return ImagePlan(
         size=header_bytes + position,

@@ -1,35 +1,30 @@
 """From a checkpoint of any layout into this rank's blocks, verified on the way. Needs torch.
 
-The unit of reading is a part (64 MiB): each part that holds needed bytes is read once per rank, its CRC64NVME is
-checked, and what is needed is copied out of it. Nothing is unpickled; shapes and places come from the manifest, never
-from the data.
+What a rank wants becomes ranges of the data files. Where a range is also one piece of the destination's memory it is
+read straight into it; otherwise (columns, tensors on a device, another dtype) through scratch memory and a strided
+copy. Nothing is unpickled; shapes and places come from the manifest, never from the data.
 """
 
 import logging
-from collections import defaultdict, deque
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from queue import SimpleQueue
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
 import torch
 
-from raynium.checkpoint.boxes import Box, boxes_of_flat_range, intersect
+from raynium.checkpoint.boxes import Box, boxes_of_flat_range, intersect, spans
 from raynium.checkpoint.catalog import CheckpointRef
-from raynium.checkpoint.checksum import PART_BYTES, checksum_units, num_units, to_text
 from raynium.checkpoint.image import TORCH_DTYPES, dtype_name
-from raynium.checkpoint.manifest import Block, FileEntry, TensorEntry
+from raynium.checkpoint.manifest import Block, TensorEntry
+from raynium.checkpoint.reads import MAX_GAP_UNITS, Wanted, read_wanted, some
 from raynium.checkpoint.state import Chunk
-from raynium.checkpoint.store import KeyMissing
-from raynium.errors import CheckpointDamaged, CheckpointMismatch
+from raynium.errors import CheckpointMismatch
 
 logger = logging.getLogger(__name__)
 
-READERS = 4  # parts read ahead at a time: hides S3's latency; each holds one part in memory
 _OPTIONAL_PREFIXES = ("rng/",)  # another layout has other generators
 _OPTIONAL_PREFIXES_WITH_WEIGHTS_ONLY = ("rng/", "optimizer/")  # the optimizer then keeps the moments it was built with
-_NAMED = 5  # tensors named in a message, of however many
 
 
 @dataclass(frozen=True)
@@ -46,33 +41,34 @@ class _Copy:
     """A saved block of which something goes into one destination."""
 
     block: Block
-    dtype: torch.dtype
+    dtype: torch.dtype  # as saved
     wanted: Box  # global coordinates
     chunk: Chunk
 
 
-def load_checkpoint(ref: CheckpointRef, chunks: Sequence[Chunk]) -> Loaded:
+def load_checkpoint(
+    ref: CheckpointRef, chunks: Sequence[Chunk], *, dtypes: Literal["equal", "converted"] = "equal"
+) -> Loaded:
     """Fill every chunk's tensor in place. Every rank calls it with its own chunks; ranks do not talk.
 
+    dtypes: "converted" rounds to the destination's dtype where it is another. Memory beside the destination: at most
+    16 MiB for each of 8 streams, where nothing can be read straight into place.
     CheckpointMismatch (before anything is read) if a tensor is missing or has another global shape or dtype, except
     that `rng/…` may be missing, and `optimizer/…` where the manifest says weights only: those tensors stay as they
-    are. CheckpointDamaged if an object is missing, cut, or changed; tensors are then partly filled.
+    are. CheckpointDamaged if an object is missing, cut, or changed, with the tensors that it hit; tensors are then
+    partly filled, and what is in them must not be used.
     """
-    absent = _check_match(ref, chunks)
+    absent = _check_match(ref, chunks, dtypes)
     tensors = {tensor.name: tensor for tensor in ref.manifest.tensors}
-    copies: dict[int, list[_Copy]] = defaultdict(list)  # by shard
-    for chunk in chunks:
-        if chunk.name not in absent:
-            for copy in _copies_into(chunk, tensors[chunk.name]):
-                copies[copy.block.shard].append(copy)
-    _check_sizes(ref, copies)
-    num_bytes_read = 0
+    wanted = [
+        each
+        for chunk in chunks
+        if chunk.name not in absent
+        for copy in _copies_into(chunk, tensors[chunk.name])
+        for each in _wanted(ref, copy)
+    ]
     with torch.no_grad():
-        for shard, part, data in _verified_parts(ref, copies):
-            num_bytes_read += len(data)
-            begin = part * _part_bytes(ref.manifest.shards[shard])
-            for copy in copies[shard]:
-                _copy_out(copy, data, begin)
+        num_bytes_read = read_wanted(ref, wanted)
     return Loaded(dict(ref.manifest.state), tuple(sorted(absent)), num_bytes_read)
 
 
@@ -80,7 +76,8 @@ def read_tensors(ref: CheckpointRef, prefix: str = "model/") -> dict[str, torch.
     """Whole tensors whose names begin with `prefix`, on the CPU, by full name. For one process: sampling."""
     entries = [entry for entry in ref.manifest.tensors if entry.name.startswith(prefix)]
     if not entries:
-        raise CheckpointMismatch(f"{ref.uri} holds no tensor named {prefix}…: it has {_some(_names(ref))}")
+        names = some([entry.name for entry in ref.manifest.tensors])
+        raise CheckpointMismatch(f"{ref.uri} holds no tensor named {prefix}…: it has {names}")
     return read_batch(ref, entries)
 
 
@@ -103,7 +100,7 @@ def read_batch(ref: CheckpointRef, entries: Sequence[TensorEntry]) -> dict[str, 
 # ---- what goes where ----------------------------------------------------------------------------------------------
 
 
-def _check_match(ref: CheckpointRef, chunks: Sequence[Chunk]) -> set[str]:
+def _check_match(ref: CheckpointRef, chunks: Sequence[Chunk], dtypes: str) -> set[str]:
     """Names of optional tensors that the checkpoint lacks. CheckpointMismatch for anything else that does not fit."""
     tensors = {tensor.name: tensor for tensor in ref.manifest.tensors}
     missing = sorted({chunk.name for chunk in chunks} - tensors.keys())
@@ -112,19 +109,19 @@ def _check_match(ref: CheckpointRef, chunks: Sequence[Chunk]) -> set[str]:
     if required := [name for name in missing if name not in absent]:
         unasked = sorted(tensors.keys() - {chunk.name for chunk in chunks})
         raise CheckpointMismatch(
-            f"{ref.uri} lacks {_some(required)}, which this run needs; it holds {_some(unasked)}, which this rank does "
+            f"{ref.uri} lacks {some(required)}, which this run needs; it holds {some(unasked)}, which this rank does "
             "not ask for: resume with the model and optimizer that saved it"
         )
     differences = [
-        f"{chunk.name} is {tensors[chunk.name].dtype} {tensors[chunk.name].global_shape} in the checkpoint and "
-        f"{dtype_name(chunk.tensor, chunk.name)} {tuple(chunk.global_shape)} in this run"
+        f"{chunk.name} is {saved.dtype} {saved.global_shape} in the checkpoint and {dtype} {tuple(chunk.global_shape)} "
+        "in this run"
         for chunk in chunks
-        if chunk.name not in absent
-        and (tensors[chunk.name].dtype, tensors[chunk.name].global_shape)
-        != (dtype_name(chunk.tensor, chunk.name), tuple(chunk.global_shape))
+        if (saved := tensors.get(chunk.name)) is not None
+        and (dtype := dtype_name(chunk.tensor, chunk.name))
+        and (tuple(chunk.global_shape) != saved.global_shape or (dtypes == "equal" and dtype != saved.dtype))
     ]
     if differences:
-        raise CheckpointMismatch(f"{ref.uri} does not fit this run: {_some(differences)}; resume with the same model")
+        raise CheckpointMismatch(f"{ref.uri} does not fit this run: {some(differences)}; resume with the same model")
     return absent
 
 
@@ -136,124 +133,46 @@ def _copies_into(chunk: Chunk, entry: TensorEntry) -> Iterator[_Copy]:
     for block in entry.blocks:
         wanted = intersect(place, block.box)
         if wanted is not None and wanted.volume:
-            yield _Copy(block, chunk.tensor.dtype, wanted, chunk)
+            yield _Copy(block, TORCH_DTYPES[entry.dtype], wanted, chunk)
 
 
-def _copy_out(copy: _Copy, data: torch.Tensor, data_begin: int) -> None:
-    """Copy what `data` (bytes of the shard from `data_begin`) holds of this block into its destination."""
+def _wanted(ref: CheckpointRef, copy: _Copy) -> Iterator[Wanted]:
+    """The ranges of the block's file that hold what is wanted of it."""
+    block, item_bytes = copy.block, copy.dtype.itemsize
+    max_gap = MAX_GAP_UNITS * ref.manifest.shards[block.shard].unit_bytes // item_bytes
+    for first, end, local in spans(block.shape, copy.wanted.relative_to(block.offsets), max_gap=max_gap):
+        whole = end - first == local.volume  # nothing lies between that is not wanted
+        yield Wanted(
+            block.shard,
+            block.begin + first * item_bytes,
+            block.begin + end * item_bytes,
+            memory=_memory(copy, local) if whole else None,
+            take=partial(_copy_out, copy),
+        )
+
+
+def _memory(copy: _Copy, local: Box) -> memoryview | None:
+    """The destination of a box of the block, if it has the saved dtype and is one piece of this process's memory."""
+    if copy.chunk.tensor.device.type != "cpu" or copy.chunk.tensor.dtype != copy.dtype:
+        return None
+    place = _destination(copy, local)
+    return place.view(-1).view(torch.uint8).numpy().data if place.is_contiguous() else None
+
+
+def _destination(copy: _Copy, local: Box) -> torch.Tensor:
+    """The part of the destination that a box of the block goes to."""
+    place = Box(tuple(a + b for a, b in zip(copy.block.offsets, local.offsets, strict=True)), local.shape)
+    return copy.chunk.tensor.detach()[place.relative_to(tuple(copy.chunk.offsets)).slices()]
+
+
+def _copy_out(copy: _Copy, begin: int, data: memoryview) -> None:
+    """Copy what `data` (bytes of the file from `begin`, all of this block) holds into its destination."""
     block = copy.block
-    begin, end = max(block.begin, data_begin), min(block.end, data_begin + len(data))
-    if begin >= end:
-        return
-    elements = data[begin - data_begin : end - data_begin].view(copy.dtype)
-    item_bytes = copy.dtype.itemsize
-    first = (begin - block.begin) // item_bytes
-    for element, local in boxes_of_flat_range(block.shape, first, (end - block.begin) // item_bytes):
-        here = Box(tuple(a + b for a, b in zip(block.offsets, local.offsets, strict=True)), local.shape)
-        wanted = intersect(here, copy.wanted)
+    elements = torch.frombuffer(data, dtype=copy.dtype)
+    first = (begin - block.begin) // copy.dtype.itemsize
+    wanted_here = copy.wanted.relative_to(block.offsets)
+    for element, local in boxes_of_flat_range(block.shape, first, first + len(elements)):
+        wanted = intersect(local, wanted_here)
         if wanted is not None:
-            piece = elements[element - first : element - first + here.volume].view(here.shape)
-            source = piece[wanted.relative_to(here.offsets).slices()]
-            copy.chunk.tensor[wanted.relative_to(tuple(copy.chunk.offsets)).slices()].copy_(source)
-
-
-# ---- reading ------------------------------------------------------------------------------------------------------
-
-
-def _check_sizes(ref: CheckpointRef, copies: Mapping[int, Sequence[_Copy]]) -> None:
-    """A missing or cut object is found before memory is spent on it."""
-    for index in sorted(copies):
-        where, expected = ref.store.uri(ref.shard_key(index)), ref.manifest.shards[index].size
-        try:
-            size = ref.store.size(ref.shard_key(index))
-        except KeyMissing as error:
-            raise CheckpointDamaged(f"{where} is missing") from error
-        if size != expected:
-            raise CheckpointDamaged(f"{where} has {size:,} bytes instead of {expected:,}")
-
-
-def _needed_parts(ref: CheckpointRef, copies: Mapping[int, Sequence[_Copy]]) -> list[tuple[int, int]]:
-    """(shard, part) pairs that hold a byte we want, in file order."""
-    needed: set[tuple[int, int]] = set()
-    for shard, of_shard in copies.items():
-        part_bytes = _part_bytes(ref.manifest.shards[shard])
-        for copy in of_shard:
-            begin, end = _wanted_bytes(copy)
-            needed.update((shard, part) for part in range(begin // part_bytes, (end - 1) // part_bytes + 1))
-    return sorted(needed)
-
-
-def _wanted_bytes(copy: _Copy) -> tuple[int, int]:
-    """The range of the file from the first to the last wanted element of the block."""
-    local = copy.wanted.relative_to(copy.block.offsets)
-    first = last = 0
-    for size, start, length in zip(copy.block.shape, *local, strict=True):
-        first = first * size + start
-        last = last * size + start + length - 1
-    item_bytes = copy.dtype.itemsize
-    return copy.block.begin + first * item_bytes, copy.block.begin + (last + 1) * item_bytes
-
-
-def _verified_parts(
-    ref: CheckpointRef, copies: Mapping[int, Sequence[_Copy]]
-) -> Iterator[tuple[int, int, torch.Tensor]]:
-    """(shard, part, its bytes), each needed part once, in file order; READERS of them are read ahead.
-
-    The bytes are valid until the next one is asked for: their memory is used again.
-    """
-    waiting = deque(_needed_parts(ref, copies))
-    if not waiting:
-        return
-    largest = max(min(_part_bytes(ref.manifest.shards[i]), ref.manifest.shards[i].size) for i, _ in waiting)
-    free: SimpleQueue[torch.Tensor] = SimpleQueue()
-    with ThreadPoolExecutor(READERS, thread_name_prefix="checkpoint-read") as pool:
-        running: deque[tuple[int, int, torch.Tensor, Future[torch.Tensor]]] = deque()
-        try:
-            for _ in range(min(READERS, len(waiting))):
-                free.put(torch.empty(largest, dtype=torch.uint8))
-            while waiting or running:
-                while waiting and not free.empty():
-                    shard, part = waiting.popleft()
-                    buffer = free.get()
-                    running.append((shard, part, buffer, pool.submit(_read_part, ref, shard, part, buffer)))
-                shard, part, buffer, read = running.popleft()
-                yield shard, part, read.result()
-                free.put(buffer)
-        finally:
-            for *_, read in running:
-                read.cancel()
-
-
-def _part_bytes(entry: FileEntry) -> int:
-    return max(1, PART_BYTES // entry.unit_bytes) * entry.unit_bytes
-
-
-def _read_part(ref: CheckpointRef, shard: int, part: int, buffer: torch.Tensor) -> torch.Tensor:
-    """Read one part into `buffer` and check it; the filled front of `buffer`."""
-    entry = ref.manifest.shards[shard]
-    begin = part * _part_bytes(entry)
-    length = min(_part_bytes(entry), entry.size - begin)
-    view = buffer.numpy().data[:length]
-    ref.store.read_into(ref.shard_key(shard), begin, view)
-    first = begin // entry.unit_bytes
-    expected = entry.checksums.unit_crcs[first : first + num_units(length, entry.unit_bytes)]
-    for unit, (found, wanted) in enumerate(
-        zip(checksum_units(view, entry.unit_bytes).unit_crcs, expected, strict=True)
-    ):
-        if found != wanted:
-            where = begin + unit * entry.unit_bytes
-            raise CheckpointDamaged(
-                f"{ref.store.uri(ref.shard_key(shard))} is damaged in bytes {where:,} to "
-                f"{min(where + entry.unit_bytes, entry.size):,}: CRC64NVME {to_text(found)} instead of {to_text(wanted)}"
-            )
-    return buffer[:length]
-
-
-def _names(ref: CheckpointRef) -> list[str]:
-    return [tensor.name for tensor in ref.manifest.tensors]
-
-
-def _some(items: Sequence[str]) -> str:
-    """The first few of `items` and how many there are."""
-    listed = ", ".join(items[:_NAMED]) or "nothing"
-    return f"{listed} and {len(items) - _NAMED} more" if len(items) > _NAMED else listed
+            piece = elements[element - first : element - first + local.volume].view(local.shape)
+            _destination(copy, wanted).copy_(piece[wanted.relative_to(local.offsets).slices()])

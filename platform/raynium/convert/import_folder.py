@@ -80,8 +80,8 @@ def import_folder(folder: str | Path, store: Store) -> Imported:
     (TMPDIR). CheckpointError, CheckpointMismatch, CheckpointDamaged, DataError for the tokenizer, StoreError.
     """
     path = _existing_folder(folder)
-    _refuse_used(store)
-    model = model_from_config(_read_json(path / "config.json"), where=str(path / "config.json"))
+    refuse_used(store)
+    model = model_from_config(read_json(path / "config.json"), where=str(path / "config.json"))
     tokenizer = Tokenizer.load(path / TOKENIZER_NAME)
     if tokenizer.vocab_size > model.vocab_size:
         raise CheckpointMismatch(
@@ -128,13 +128,13 @@ def _existing_folder(folder: str | Path) -> Path:
     return path
 
 
-def _refuse_used(store: Store) -> None:
+def refuse_used(store: Store) -> None:
     """What an import that died has left, which is no checkpoint, does not count."""
     if list_checkpoints(store) or set(store.list(recursive=False).sizes) - {TOKENIZER_NAME}:
         raise CheckpointError(f"{store.url} is in use: import into a run of another name")
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > _MAX_JSON_BYTES:
             raise CheckpointError(f"{path} has more than {_MAX_JSON_BYTES:,} bytes: it is not what its name says")
@@ -184,7 +184,7 @@ def _weight_files(folder: Path) -> list[Path]:
         raise CheckpointError(
             f"{folder} has {found}: weights must be in {SINGLE_NAME}, or in files that {INDEX_NAME} names"
         )
-    weight_map = _read_json(folder / INDEX_NAME).get("weight_map")
+    weight_map = read_json(folder / INDEX_NAME).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointDamaged(f"{folder / INDEX_NAME} has no weight_map")
     names = sorted({str(name) for name in weight_map.values()})

@@ -4,6 +4,7 @@ The agent's side is `Uploader`; `main` is the process. If that is killed, the ag
 the first left unfinished and uploads again.
 """
 
+import contextlib
 import json
 import logging
 import multiprocessing
@@ -13,7 +14,6 @@ import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from multiprocessing.connection import Connection
-from multiprocessing.context import ForkServerProcess
 from typing import Any
 
 from raynium import rank_entry
@@ -40,19 +40,16 @@ class Uploader:
     def __init__(self, run_url: str):
         self._run_url = run_url
         self._lock = threading.Lock()
-        self._process: ForkServerProcess | None = None
-        self._connection: Connection | None = None
-        self._waiting: dict[int, Future[str]] = {}
-        self._count = 0
+        self._child: _Child | None = None
 
     def upload(self, info: ImageInfo, *, generation: str, rank: int) -> ShardEntry:
         """Returns once the shard is durable and confirmed; StoreError with the cause otherwise."""
         for attempt in range(1, ATTEMPTS + 1):
             job = {"info": info.to_json(), "generation": generation, "rank": rank, "again": attempt > 1}
             try:
-                return ShardEntry.from_json(self._ask(job).result())
-            except _UploaderDied:
-                logger.warning("the uploader died while it saved rank %d's shard of step %d", rank, info.step)
+                return ShardEntry.from_json(self._living_child().ask(job).result())
+            except _UploaderDied as death:
+                logger.warning("%s while it saved rank %d's shard of step %d", death, rank, info.step)
         raise StoreError(
             f"the process that uploads checkpoints died {ATTEMPTS} times under rank {rank}'s shard of step {info.step} "
             "(out of memory? look for 'oom-kill' in the kernel's log)"
@@ -60,67 +57,73 @@ class Uploader:
 
     def pid(self) -> int | None:
         """Of the process, if it runs; for tests and debuggers."""
-        return self._process.pid if self._process is not None else None
+        return self._child.process.pid if self._child is not None else None
 
     def close(self) -> None:
         """Ends the process; uploads that still run fail."""
         with self._lock:
-            if self._connection is not None:
-                self._connection.close()
-            if self._process is not None:
-                self._process.kill()
-                self._process.join()
-                self._process = None
+            if self._child is not None:
+                self._child.close()
+                self._child = None
 
-    def _ask(self, job: dict[str, Any]) -> "Future[str]":
-        answer: Future[str] = Future()
+    def _living_child(self) -> "_Child":
         with self._lock:
-            if self._process is None:
-                self._start()
-            self._count += 1
-            self._waiting[self._count] = answer
-            assert self._connection is not None
-            try:
-                self._connection.send_bytes(json.dumps(job | {"id": self._count}).encode())
-            except OSError:  # it died a moment ago: the reading thread is about to find out
-                self._waiting.pop(self._count)
-                answer.set_exception(_UploaderDied())
-                time.sleep(0.1)
-        return answer
+            if self._child is None or self._child.dead:
+                self._child = _Child(self._run_url)
+            return self._child
 
-    def _start(self) -> None:
-        """Called with the lock held."""
+
+class _Child:
+    """One life of the process."""
+
+    def __init__(self, run_url: str):
         start_template()
         context = multiprocessing.get_context("forkserver")
         self._connection, theirs = context.Pipe(duplex=True)
-        process = context.Process(target=main, args=(self._run_url, theirs), name="uploader", daemon=True)
+        self.process = context.Process(target=main, args=(run_url, theirs), name="uploader", daemon=True)
         with main_module_hidden():
-            process.start()
+            self.process.start()
         theirs.close()
-        self._process = process
-        reader = threading.Thread(
-            target=self._read_answers, args=(process, self._connection), name="uploader-answers", daemon=True
-        )
-        reader.start()
+        self.dead = False
+        self._lock = threading.Lock()
+        self._waiting: dict[int, Future[str]] = {}
+        self._count = 0
+        threading.Thread(target=self._read_answers, name="uploader-answers", daemon=True).start()
 
-    def _read_answers(self, process: ForkServerProcess, connection: Connection) -> None:
+    def ask(self, job: dict[str, Any]) -> "Future[str]":
+        """The answer to one job, as it comes; its exception is StoreError, or _UploaderDied."""
+        answer: Future[str] = Future()
+        with self._lock:
+            self._count += 1
+            if not self.dead:
+                self._waiting[self._count] = answer
+                # An error here means that it died a moment ago: the reading thread is about to find out
+                with contextlib.suppress(OSError):
+                    self._connection.send_bytes(json.dumps(job | {"id": self._count}).encode())
+                return answer
+        answer.set_exception(_UploaderDied("the uploader was dead"))
+        return answer
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.join()
+
+    def _read_answers(self) -> None:
         while True:
             try:
-                answer = json.loads(connection.recv_bytes())
+                answer = json.loads(self._connection.recv_bytes())
             except (EOFError, OSError):
                 break
-            with self._lock:
-                waiting = self._waiting.pop(answer["id"])
+            waiting = self._waiting.pop(answer["id"])
             if "entry" in answer:
                 waiting.set_result(answer["entry"])
             else:
                 waiting.set_exception(StoreError(answer["error"]))
+        self.process.join()
         with self._lock:
-            if self._process is process:
-                self._process = None
-            left, self._waiting = self._waiting, {}
-        for waiting in left.values():
-            waiting.set_exception(_UploaderDied())
+            self.dead = True
+        for waiting in self._waiting.values():
+            waiting.set_exception(_UploaderDied(f"the uploader died (exit code {self.process.exitcode})"))
 
 
 def main(run_url: str, connection: Connection) -> None:

@@ -1,0 +1,103 @@
+"""Trains on forked gloo ranks from and to checkpoints, for `test_world_size.py`, which writes folders to its stdin.
+
+FOLDER/scenario.json says what to do; each rank leaves FOLDER/rank-N.json: its losses and its sample ids. A line on
+stdout says that all have ended, and with which exit status. A process of its own because forking is only safe before
+torch has started threads.
+"""
+
+import json
+import multiprocessing
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from raynium.accelerators.detect import detect
+from raynium.checkpoint.catalog import open_checkpoint
+from raynium.checkpoint.commit import commit_checkpoint
+from raynium.checkpoint.image import ImageFile, plan_image, write_image
+from raynium.checkpoint.load import load_checkpoint
+from raynium.checkpoint.manifest import ShardEntry
+from raynium.checkpoint.store import Store
+from raynium.checkpoint.upload import upload_shard
+from raynium.config.schema import Config
+from raynium.data.loader import Loader
+from raynium.data.store import open_store
+from raynium.engines.base import Engine, Votes
+from raynium.engines.native import build_native_engine
+
+
+def run_rank(rank: int, folder: Path, scenario: dict[str, Any]) -> None:
+    """Load what there is to load, save it at once in FOLDER/resaved, take the steps, save some in FOLDER/run."""
+    config = Config.model_validate(scenario["config"])
+    with (folder / "stderr").open("ab") as stderr:
+        os.dup2(stderr.fileno(), 2)
+    torch.set_num_threads(1)
+    store = dist.FileStore(str(folder / "rendezvous"), config.world_size)  # pyright: ignore[reportPrivateImportUsage]
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=config.world_size)
+    engine = build_native_engine(config, detect("cpu"))
+    loader = Loader(
+        open_store(config.data.path),
+        seq_len=config.data.seq_len,
+        global_batch_size=config.train.global_batch_size,
+        data_rank=engine.data_rank,
+        data_size=engine.data_size,
+        seed=config.run.seed,
+    )
+    first, last = scenario["first_step"], scenario["last_step"]
+    if scenario["load_from"] is not None:
+        load_checkpoint(open_checkpoint(Store(scenario["load_from"]), first - 1), engine.state())
+        engine.set_step(first - 1)
+        save(engine, Store(folder / "resaved"), first - 1, folder)
+    losses, sample_ids = [], []
+    for step in range(first, last + 1):
+        losses.append(engine.step(loader.batch(step), step=step, votes=Votes()).loss)
+        sample_ids.append(loader.sample_ids(step).tolist())
+        if step in scenario["save_steps"]:
+            save(engine, Store(folder / "run"), step, folder)
+    result = {"losses": losses, "sample_ids": sample_ids, "data_rank": engine.data_rank}
+    (folder / f"rank-{rank}.json").write_text(json.dumps(result))
+    engine.close()
+    dist.destroy_process_group()
+
+
+def save(engine: Engine, store: Store, step: int, folder: Path) -> None:
+    """As ranks, agent and coordinator do it together."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    chunks = engine.state()
+    plan = plan_image(chunks)
+    with ImageFile(folder / f"image-{rank}") as image:
+        write_image(plan, chunks, image.reserve(plan.size), step=step)
+        entry = upload_shard(store, plan.info(step=step, path=image.path), generation="g1", rank=rank)
+        image.unlink()
+    entries: list[Any] = [None] * world_size
+    dist.all_gather_object(entries, entry.to_json())
+    if rank == 0:
+        shards = [ShardEntry.from_json(text) for text in entries]
+        commit_checkpoint(
+            store, step=step, generation="g1", entries=shards, state={"step": step}, world_size=world_size, layout={}
+        )
+    dist.barrier()
+
+
+def main() -> None:
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo0" if sys.platform == "darwin" else "lo"
+    fork = multiprocessing.get_context("fork")
+    for line in sys.stdin:
+        folder = Path(line.rstrip("\n"))
+        scenario = json.loads((folder / "scenario.json").read_text())
+        ranks = range(scenario["config"]["cluster"]["ranks_per_node"])
+        processes = [fork.Process(target=run_rank, args=(rank, folder, scenario)) for rank in ranks]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join()
+        sys.stdout.write(f"{max(abs(process.exitcode or 0) for process in processes)}\n")
+        sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()
