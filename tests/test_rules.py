@@ -230,7 +230,8 @@ def test_several_trainium_nodes_are_taken_whole():
 def test_trainium1_accepts_only_some_world_sizes(nodes, neighbours):
     found = problems(
         "llama3-1b", "cluster.instance_type=trn1.2xlarge", "cluster.accelerator=neuron_xla", "engine.kind=nxd",
-        "engine.compile=none", "cluster.ranks_per_node=2", f"cluster.nodes={nodes}", f"train.global_batch_size={nodes * 16}", "data.seq_len=1024",
+        "engine.compile=none", "cluster.ranks_per_node=2",
+        f"cluster.nodes={nodes}", f"train.global_batch_size={nodes * 16}", "data.seq_len=1024",
     )  # fmt: skip
     assert (
         found == []
@@ -266,8 +267,8 @@ def test_memory_is_not_judged_without_an_instance_type():
 def test_all_problems_of_all_parts_come_at_once():
     found = problems(
         EIGHT_B, "data.seq_len=262144", "parallel.tensor=16", "optimizer.warmup_steps=200000", "engine.kind=nxd",
-        "engine.compile=none", "model.ffn_size=14340", "train.global_batch_size=3", "cluster.accelerator=cuda", "cluster.ranks_per_node=32",
-        "train.micro_batch_size=16",
+        "engine.compile=none", "model.ffn_size=14340", "train.global_batch_size=3",
+        "cluster.accelerator=cuda", "cluster.ranks_per_node=32", "train.micro_batch_size=16",
     )  # fmt: skip
     starts = ["data.seq_len", "parallel.tensor", "train.global_batch_size", "optimizer.warmup_steps", "engine.kind",
               "cluster.accelerator", "cluster.ranks_per_node", "memory:"]  # fmt: skip

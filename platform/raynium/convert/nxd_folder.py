@@ -1,0 +1,180 @@
+"""A checkpoint folder of neuronx-distributed as the first checkpoint of a new run, which any engine goes on from.
+
+With its optimizer the run goes on at the step the optimizer has reached; without, at step 0 with a new one.
+"""
+
+import logging
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from uuid import uuid4
+
+import torch
+
+from raynium.checkpoint.batches import raw_bytes
+from raynium.checkpoint.commit import commit_checkpoint
+from raynium.checkpoint.image import plan_image
+from raynium.checkpoint.manifest import ShardEntry, step_folder
+from raynium.checkpoint.state import Chunk
+from raynium.checkpoint.store import Store
+from raynium.checkpoint.upload import upload_shard
+from raynium.config.schema import ModelSection
+from raynium.convert.config_json import model_from_config
+from raynium.convert.import_folder import Imported, read_json, refuse_used
+from raynium.convert.nxd_files import NxdFiles, RankState, Tensors
+from raynium.convert.parameters import some
+from raynium.data.store import TOKENIZER_NAME
+from raynium.data.tokenizer import Tokenizer
+from raynium.errors import CheckpointError, CheckpointMismatch
+from raynium.models.nxd_layout import KvOrder, by_stored, pieces
+
+logger = logging.getLogger(__name__)
+
+DONE = "done"  # the file that neuronx-distributed writes last
+
+
+def import_nxd_folder(
+    folder: str | Path,
+    store: Store,
+    *,
+    model_folder: str | Path,
+    with_optimizer: bool = True,
+    kv_order: KvOrder = "interleaved",
+) -> Imported:
+    """Commit a neuronx-distributed checkpoint as the first one of the run at `store`, which must be new. One process.
+
+    folder: of one tag, or of a checkpoint with one finished tag. model_folder: a Hugging Face folder's config.json and
+    tokenizer.json, which neuronx-distributed does not keep. kv_order: where several ranks share a key/value head,
+    "interleaved" if a Trainium1 saved it, "adjacent" if a Trainium2 did.
+    Memory: what one tensor rank holds, and its moments. CheckpointError, CheckpointMismatch, CheckpointDamaged,
+    DataError for the tokenizer, StoreError; nothing is kept of an import that fails.
+    """
+    refuse_used(store)
+    described = Path(model_folder).expanduser().absolute()
+    config_path = described / "config.json"
+    model = model_from_config(read_json(config_path), where=str(config_path))
+    tokenizer = Tokenizer.load(described / TOKENIZER_NAME)
+    tag = _finished_tag(folder)
+    files = NxdFiles(tag, with_optimizer=with_optimizer)
+    _check_degree(model, files)
+
+    generation = f"import-{uuid4().hex[:8]}"
+    step = 0
+    try:
+        entries = []
+        for tensor_rank in range(files.tensor_size):
+            state = files.read(tensor_rank)
+            assert tensor_rank == 0 or step == state.step, "all ranks step together"
+            step = state.step
+            chunks = _chunks(state, model, files, tensor_rank=tensor_rank, kv_order=kv_order)
+            entries.append(_upload(store, chunks, step=step, generation=generation, rank=tensor_rank))
+        store.replace(TOKENIZER_NAME, tokenizer.file_text.encode())
+        ref = commit_checkpoint(
+            store,
+            step=step,
+            generation=generation,
+            entries=entries,
+            state={
+                "step": step,
+                "next_sample": 0,
+                "tokens": 0,
+                "weights_only": not with_optimizer,
+                "config": {"model": model.model_dump(mode="json")},
+                "imported_from": str(tag),
+            },
+            world_size=len(entries),
+            layout={"tensor": files.tensor_size},
+        )
+    except BaseException:
+        store.delete_prefix(f"{step_folder(step)}/{generation}")
+        raise
+    logger.info("imported %s into %s at step %d", tag, store.url, step)
+    return Imported(ref, model, str(described / TOKENIZER_NAME))
+
+
+def _finished_tag(folder: str | Path) -> Path:
+    path = Path(folder).expanduser().absolute()
+    if (path / "model").is_dir():
+        if not (path / DONE).exists():
+            raise CheckpointError(f"{path} has no file {DONE!r}: neuronx-distributed did not finish saving it")
+        return path
+    tags = sorted(child.name for child in path.glob("*") if (child / DONE).exists())
+    if not tags:
+        raise CheckpointError(f"{path} holds no finished neuronx-distributed checkpoint: no folder in it has {DONE!r}")
+    if len(tags) > 1:
+        raise CheckpointError(
+            f"{path} holds several checkpoints ({some(tags)}): give the folder of one, {path / tags[-1]}"
+        )
+    return path / tags[0]
+
+
+def _check_degree(model: ModelSection, files: NxdFiles) -> None:
+    degree, heads = files.tensor_size, model.num_kv_heads
+    if (heads % degree and degree % heads) or model.num_heads % degree or model.vocab_size % degree:
+        raise CheckpointMismatch(
+            f"{files.folder} was saved by {degree} tensor-parallel ranks, among which {model.num_heads} heads, {heads} "
+            f"key/value heads and {model.vocab_size:,} tokens cannot be divided: is it of the model in config.json?"
+        )
+
+
+def _chunks(
+    state: RankState, model: ModelSection, files: NxdFiles, *, tensor_rank: int, kv_order: KvOrder
+) -> list[Chunk]:
+    """This rank's blocks under our names, as views of the files. CheckpointMismatch if they are not the model's."""
+    grouped = by_stored(pieces(model, tensor_rank=tensor_rank, tensor_size=files.tensor_size, kv_order=kv_order))
+    weights = dict(state.weights)
+    where = f"{files.folder}, tensor rank {tensor_rank},"
+    head = weights.pop("head.weight", None) if model.embeddings == "tied" else None
+    if head is not None and not torch.equal(head, weights.get("embedding.weight", torch.empty(0))):
+        raise CheckpointMismatch(f"{where} has a head of its own, but config.json ties it to the embedding")
+    if missing := sorted(grouped.keys() - weights.keys()):
+        raise CheckpointMismatch(f"{where} lacks {some(missing)}, which the model in config.json has")
+    if extra := sorted(weights.keys() - grouped.keys()):
+        raise CheckpointMismatch(f"{where} has {some(extra)}, which the model in config.json does not have")
+    chunks = []
+    for prefix, tensors in _kinds(weights | state.masters, state):
+        for stored, found in grouped.items():
+            tensor, rows = tensors[stored], sum(piece.shape[0] for piece in found)
+            expected = (rows, *found[0].shape[1:])
+            if tuple(tensor.shape) != expected or not tensor.is_floating_point():
+                raise CheckpointMismatch(
+                    f"{where} has {stored} as {tensor.dtype} {list(tensor.shape)} instead of floats {list(expected)}"
+                )
+            for piece in found:
+                block = tensor[piece.row : piece.row + piece.shape[0]]
+                name = f"{prefix}/{piece.name}"
+                chunks.append(Chunk(name, piece.global_shape, piece.offsets, block, saved_here=piece.first_holder))
+    return chunks
+
+
+def _kinds(weights: Tensors, state: RankState) -> Sequence[tuple[str, Tensors]]:
+    return [("model", weights), *((f"optimizer/{kind}", tensors) for kind, tensors in state.moments.items())]
+
+
+def _upload(store: Store, chunks: Sequence[Chunk], *, step: int, generation: str, rank: int) -> ShardEntry:
+    """Write these blocks as one data file, in float32, one tensor at a time."""
+    sources = {(chunk.name, chunk.offsets): chunk.tensor for chunk in chunks}
+    plan = plan_image(
+        [
+            Chunk(
+                chunk.name,
+                chunk.global_shape,
+                chunk.offsets,
+                torch.empty(chunk.tensor.shape, dtype=torch.float32, device="meta"),
+                chunk.saved_here,
+            )
+            for chunk in chunks
+        ]
+    )
+    with tempfile.TemporaryDirectory(prefix="raynium-import-") as folder:
+        image = Path(folder) / "image"
+        try:
+            with image.open("xb") as file:
+                file.write(plan.header_of(step))
+                for block in plan.tensors:  # as they lie in the file, without gaps
+                    file.write(raw_bytes(sources[block.name, block.offsets].to(torch.float32)))
+        except OSError as error:
+            raise CheckpointError(
+                f"cannot write {plan.size:,} bytes to {image}: {error.strerror}; set TMPDIR to a larger disk"
+            ) from error
+        return upload_shard(store, plan.info(step=step, path=image), generation=generation, rank=rank)

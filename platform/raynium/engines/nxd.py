@@ -1,0 +1,363 @@
+"""The NxD engine: neuronx-distributed on torch-xla, for Trainium1 and Trainium2.
+
+Tensor and sequence parallelism are NxD's layers, data parallelism its optimizer: ZeRO-1 with float32 master weights on
+an XLA device, plain replicas where NxD runs in its CPU mode. Gradients are of the *mean* over all counted labels, since
+NxD clips what it has reduced; so the labels are counted over the ranks before the first micro-batch.
+
+State has the names, shapes and dtypes of the native engine's: a checkpoint of either engine resumes under the other.
+"""
+
+# The library is not on the public package index: no type checker finds it.
+# pyright: reportMissingImports=false
+
+import os
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from raynium.checkpoint.state import Chunk
+from raynium.config.schema import Config
+from raynium.data.batch import IGNORED_LABEL, Batch
+from raynium.engines.base import EvalSum, StepResult, Votes
+from raynium.engines.nxd_layers import mark_copies, parallel_decoder
+from raynium.models.decoder import Block, Decoder
+from raynium.models.init import init_parameter
+from raynium.models.nxd_layout import (
+    KvOrder,
+    Piece,
+    by_stored,
+    heads_of_rank,
+    kv_copies,
+    pieces,
+    zero1_pieces,
+    zero1_rows,
+)
+from raynium.optim import decays, learning_rate
+
+# Token counts travel as base and rest, both exact in float32 on up to 4,096 ranks: Neuron collectives have no float64,
+# and more than 2**24 tokens in a step is a batch that people train with.
+_COUNT_BASE = 4096
+_CHECKPOINT_PREFIX = "_checkpoint_wrapped_module."  # what activation checkpointing puts into parameter names
+
+
+class Layout(NamedTuple):
+    """This rank's place, as NxD laid the ranks out."""
+
+    data_rank: int
+    data_size: int
+    tensor_rank: int
+    tensor_size: int
+    kv_order: KvOrder
+
+
+class Stored(NamedTuple):
+    """One parameter of the NxD model, and the tensor that the optimizer updates for it."""
+
+    parameter: Tensor  # of compute dtype
+    master: Tensor  # float32; under ZeRO-1 this data rank's rows, padded at their end; else the parameter itself
+    first_row: int  # of the parameter, that master begins with
+    pieces: tuple[Piece, ...]  # our parameters in master; their `row` counts in the parameter
+
+    def view(self, tensor: Tensor, piece: Piece) -> Tensor:
+        """The piece in a tensor of master's shape."""
+        begin = piece.row - self.first_row
+        return tensor[begin : begin + piece.shape[0]]
+
+
+def build_nxd_engine(config: Config) -> "NxdEngine":
+    """Model and optimizer of this rank, at step 0. All ranks call it, after `init_process_group`, of one rank too.
+
+    The environment is set before: PJRT's for Trainium, or NXD_CPU_MODE=1 for NxD's own mode on a CPU. float32 weights
+    of a rank never exceed its own and one whole parameter.
+    """
+    import neuronx_distributed as nxd
+    from neuronx_distributed.utils import get_device
+
+    assert dist.is_initialized(), "NxD needs a process group"
+    assert config.engine.dtype != "auto", "the driver settles it"
+    dtype = getattr(torch, config.engine.dtype)
+    zero1 = get_device().type == "xla"
+    assert zero1 or dtype == torch.float32, f"{dtype} needs master weights: NxD has them in its ZeRO-1 optimizer only"
+
+    modules: dict[nn.Module, str] = {}
+
+    def model() -> Decoder:
+        with torch.device("meta"):  # NxD would give each parameter memory and values first, and then take them away
+            decoder = parallel_decoder(config.model, tensor_size=layout.tensor_size, dtype=dtype)
+        modules.update({module: name for name, module in decoder.named_modules()})
+        return decoder
+
+    def first_weights(module: nn.Module, device: torch.device) -> None:
+        """NxD calls it for each module in turn, when its parameters have got memory."""
+        for leaf, parameter in module.named_parameters(recurse=False):
+            # A tied head is not there: its place is taken by the embedding.
+            for piece in stored.get(f"{modules[module]}.{leaf}".removeprefix("."), ()):
+                parameter[piece.row : piece.row + piece.shape[0]].copy_(_first_values(piece, config))
+
+    nxd_config = nxd.neuronx_distributed_config(
+        tensor_parallel_size=config.parallel.tensor,
+        optimizer_config={
+            "zero_one_enabled": zero1,
+            "grad_clipping": True,
+            "max_grad_norm": config.optimizer.clip_norm,
+        },
+        activation_checkpoint_config=[Block] if config.engine.activation_checkpointing == "full" else None,
+        sequence_parallel=config.parallel.tensor > 1,
+        model_init_config={"meta_device_init": True, "param_init_fn": first_weights},
+        # Set by the accelerator on Trainium2: NxD lays tensor groups along other links with two cores in one.
+        lnc_size=int(os.environ.get("NEURON_LOGICAL_NC_CONFIG", "1")),
+    )
+    layout = _layout(config)
+    place = {"tensor_rank": layout.tensor_rank, "tensor_size": layout.tensor_size, "kv_order": layout.kv_order}
+    stored = by_stored(pieces(config.model, **place))
+    nxd_model = nxd.initialize_parallel_model(nxd_config, model)
+    nxd_model.module.tie()  # NxD overlooks parameters that children of the root share (0.18.0), and gives each memory
+    mark_copies(nxd_model.module, is_copy=heads_of_rank(config.model, **place).copy > 0)
+    optimizer = _optimizer(nxd_config, nxd_model, config, zero1=zero1)
+    found = _stored(nxd_model, optimizer, stored, layout, zero1=zero1)
+    if dtype != torch.float32:
+        with torch.no_grad():
+            for each in found:  # NxD made them of weights that were already rounded
+                for piece in each.pieces:
+                    each.view(each.master, piece).copy_(_first_values(piece, config))
+    return NxdEngine(config, layout, nxd_model, optimizer, found, device=get_device(), zero1=zero1)
+
+
+class NxdEngine:
+    """See `engines/base.py`, Engine."""
+
+    def __init__(
+        self,
+        config: Config,
+        layout: Layout,
+        model: Any,
+        optimizer: Any,
+        stored: Sequence[Stored],
+        *,
+        device: torch.device,
+        zero1: bool,
+    ):
+        from neuronx_distributed.parallel_layers import parallel_cross_entropy
+        from neuronx_distributed.utils import mark_step
+
+        self.data_rank, self.data_size = layout.data_rank, layout.data_size
+        self._config = config
+        self._layout = layout
+        self._model = model  # an NxDModel
+        self._optimizer = optimizer  # an NxDOptimizer
+        self._stored = stored
+        self._device = device
+        self._zero1 = zero1
+        self._parallel_cross_entropy = parallel_cross_entropy
+        self._end_graph = mark_step  # torch-xla compiles and runs what was traced since the last one
+        self._moments = _moments(_base_optimizer(optimizer, zero1=zero1), stored)
+        self._masters_are_newer = False  # than the parameters, since a checkpoint was loaded into them
+
+    # ---- a step ------------------------------------------------------------------------------------------------------
+
+    def step(self, batch: Batch, *, step: int, votes: Votes) -> StepResult:
+        self._refresh_parameters()
+        counts, tokens_or_1 = self._counts(batch, votes)
+        scale = self.data_size / tokens_or_1  # NxD takes the mean over data ranks
+        nats = torch.zeros((), device=self._device)
+        for tokens_BT, labels_BT in self._micro_batches(batch):
+            of_micro_batch = self._summed_nats(tokens_BT, labels_BT)
+            (of_micro_batch * scale).backward()
+            nats += of_micro_batch.detach()
+            self._end_graph()  # the same graph for every micro-batch
+
+        rate = learning_rate(self._config.optimizer, step=step, total_steps=self._config.train.steps)
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate
+        self._optimizer.step()
+        norm = self._optimizer.grad_norm.reshape(())
+        self._optimizer.zero_grad(set_to_none=True)
+        loss = self._sum_over_data(nats) / tokens_or_1
+        numbers = torch.cat((torch.stack((loss, norm)), counts))
+        self._end_graph()
+
+        loss, norm, base, rest, *agreed = numbers.tolist()  # the step's one wait for the device
+        return StepResult(
+            loss=loss,
+            grad_norm=norm,
+            tokens=int(base) * _COUNT_BASE + int(rest),
+            learning_rate=rate,
+            agreed=Votes(*(count > 0 for count in agreed)),
+        )
+
+    def _counts(self, batch: Batch, votes: Votes) -> tuple[Tensor, Tensor]:
+        """[base, rest, one count per vote] over all ranks, and the counted labels (at least 1). One all-reduce.
+
+        A rank that dies here leaves the others waiting until the agents end the generation.
+        """
+        counts_here = self._layout.tensor_rank == 0  # the ranks of a tensor group have the same labels
+        base, rest = divmod(int((batch.labels_BT != IGNORED_LABEL).sum()), _COUNT_BASE)
+        counts = torch.tensor([base * counts_here, rest * counts_here, *votes], dtype=torch.float32)
+        counts = counts.to(self._device)
+        dist.all_reduce(counts)
+        return counts, (counts[0] * _COUNT_BASE + counts[1]).clamp(min=1)
+
+    def _summed_nats(self, tokens_BT: Tensor, labels_BT: Tensor) -> Tensor:
+        """Sum over counted labels, float32; the same on the ranks of a tensor group."""
+        logits_TBV = self._model(tokens_BT).float()
+        labels_TB = labels_BT.transpose(0, 1).contiguous()
+        # Labels outside the vocabulary have no logit to NxD, only the norm of their row, which is left out here.
+        nats_TB = self._parallel_cross_entropy(logits_TBV, labels_TB)
+        return (nats_TB * (labels_TB != IGNORED_LABEL)).sum()
+
+    def _sum_over_data(self, values: Tensor) -> Tensor:
+        """Summed over data ranks, from values that are equal on the ranks of a tensor group."""
+        total = values * (self._layout.tensor_rank == 0)
+        dist.all_reduce(total)
+        return total
+
+    def _micro_batches(self, batch: Batch) -> list[tuple[Tensor, Tensor]]:
+        rows, size = batch.tokens_BT.shape[0], self._config.train.micro_batch_size
+        assert rows % size == 0, f"{rows} rows do not make whole micro-batches of {size}"
+        pairs = zip(batch.tokens_BT.split(size), batch.labels_BT.split(size), strict=True)
+        return [(tokens_BT.to(self._device), labels_BT.to(self._device)) for tokens_BT, labels_BT in pairs]
+
+    # ---- evaluation --------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def evaluate(self, batch: Batch) -> EvalSum:
+        self._refresh_parameters()
+        counts, _ = self._counts(batch, Votes())
+        nats = torch.zeros((), device=self._device)
+        for tokens_BT, labels_BT in self._micro_batches(batch):
+            nats += self._summed_nats(tokens_BT, labels_BT)
+            self._end_graph()
+        numbers = torch.cat((self._sum_over_data(nats).reshape(1), counts))
+        self._end_graph()
+        nats, base, rest, *_ = numbers.tolist()
+        return EvalSum(nats=nats, tokens=int(base) * _COUNT_BASE + int(rest))
+
+    # ---- state -------------------------------------------------------------------------------------------------------
+
+    def state(self) -> list[Chunk]:
+        chunks = []
+        for stored, moments in zip(self._stored, self._moments, strict=True):
+            for prefix, tensor in (
+                ("model", stored.master),
+                ("optimizer/exp_avg", moments["exp_avg"]),
+                ("optimizer/exp_avg_sq", moments["exp_avg_sq"]),
+            ):
+                for piece in stored.pieces:
+                    saved_here = piece.first_holder and (self._zero1 or self.data_rank == 0)
+                    block = stored.view(tensor.detach(), piece)
+                    chunks.append(Chunk(f"{prefix}/{piece.name}", piece.global_shape, piece.offsets, block, saved_here))
+        return chunks
+
+    def set_step(self, step: int) -> None:
+        for moments in self._moments:
+            moments["step"].fill_(step)
+        self._masters_are_newer = self._zero1
+
+    def _refresh_parameters(self) -> None:
+        """After a load: under ZeRO-1 the parameters are gathered from the masters. All ranks come here together."""
+        if not self._masters_are_newer:
+            return
+        zero1 = self._optimizer.optimizer
+        for stored in self._stored:
+            # NxD gathers what has a gradient; it makes this buffer itself in the first backward.
+            if not hasattr(stored.master, "main_grad"):
+                gradient = torch.zeros_like(stored.parameter, dtype=stored.master.dtype)
+                for holder in (stored.master, stored.parameter):
+                    vars(holder)["main_grad"] = gradient
+        self._end_graph()
+        zero1.allgather_weights_and_update_full_parameter()
+        self._end_graph()
+        self._masters_are_newer = False
+
+    def close(self) -> None:
+        from neuronx_distributed.parallel_layers import parallel_state
+
+        parallel_state.destroy_model_parallel()
+
+
+# ---- Building --------------------------------------------------------------------------------------------------------
+
+
+def _layout(config: Config) -> Layout:
+    from neuronx_distributed.parallel_layers import parallel_state
+
+    # NxD knows by the chip which ranks share a head; the layers make the same groups, if they are not there yet.
+    parallel_state.initialize_kv_group(kv_copies(config.model, config.parallel.tensor))
+    sharing = parallel_state.get_kv_shared_replica_groups()[0]
+    adjacent = sharing == list(range(sharing[0], sharing[0] + len(sharing)))
+    layout = Layout(
+        data_rank=parallel_state.get_data_parallel_rank(),
+        data_size=parallel_state.get_data_parallel_size(),
+        tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
+        tensor_size=parallel_state.get_tensor_model_parallel_size(),
+        kv_order="adjacent" if adjacent else "interleaved",
+    )
+    assert (layout.data_size, layout.tensor_size) == (config.data_parallel_size, config.parallel.tensor)
+    return layout
+
+
+def _optimizer(nxd_config: dict[str, Any], model: Any, config: Config, *, zero1: bool) -> Any:
+    import neuronx_distributed as nxd
+
+    settings = config.optimizer
+    parameters = list(model.parameters())
+    decayed = [parameter for parameter in parameters if decays(tuple(parameter.shape))]
+    others = [parameter for parameter in parameters if not decays(tuple(parameter.shape))]
+    # NxD does not hand max_grad_norm to its ZeRO-1 optimizer, which would clip to 1.0 (0.18.0).
+    clip = {"max_norm": settings.clip_norm} if zero1 else {}
+    return nxd.initialize_parallel_optimizer(
+        nxd_config,
+        torch.optim.AdamW,
+        [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}],
+        lr=settings.learning_rate,
+        betas=settings.betas,
+        eps=settings.eps,
+        **clip,
+    )
+
+
+def _base_optimizer(optimizer: Any, *, zero1: bool) -> torch.optim.Optimizer:
+    return optimizer.optimizer.base_optimizer if zero1 else optimizer.optimizer
+
+
+def _masters(optimizer: Any) -> list[Tensor]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _stored(
+    model: Any, optimizer: Any, by_name: dict[str, list[Piece]], layout: Layout, *, zero1: bool
+) -> list[Stored]:
+    """In the optimizer's order."""
+    names = {parameter: name.replace(_CHECKPOINT_PREFIX, "") for name, parameter in model.module.named_parameters()}
+    found = []
+    parameters = _masters(optimizer)
+    masters = _masters(_base_optimizer(optimizer, zero1=zero1))
+    for parameter, master in zip(parameters, masters, strict=True):
+        whole, rows = by_name[names[parameter]], parameter.shape[0]
+        assert sum(piece.shape[0] for piece in whole) == rows, f"{names[parameter]}: {parameter.shape}"
+        if zero1:
+            place = {"rows": rows, "data_rank": layout.data_rank, "data_size": layout.data_size}
+            first_row, _ = zero1_rows(**place)
+            found.append(Stored(parameter, master, first_row, tuple(zero1_pieces(whole, **place))))
+        else:
+            found.append(Stored(parameter, master, 0, tuple(whole)))
+    return found
+
+
+def _moments(optimizer: torch.optim.Optimizer, stored: Sequence[Stored]) -> list[dict[str, Tensor]]:
+    """AdamW's, made here and not in its first step: a checkpoint of step 0 is complete."""
+    for each in stored:
+        optimizer.state[each.master] = {
+            "step": torch.zeros((), dtype=torch.float32),
+            "exp_avg": torch.zeros_like(each.master.detach()),
+            "exp_avg_sq": torch.zeros_like(each.master.detach()),
+        }
+    return [optimizer.state[each.master] for each in stored]
+
+
+def _first_values(piece: Piece, config: Config) -> Tensor:
+    whole = init_parameter(piece.name, shape=piece.global_shape, seed=config.run.seed, config=config.model)
+    return whole[tuple(slice(begin, begin + size) for begin, size in zip(piece.offsets, piece.shape, strict=True))]

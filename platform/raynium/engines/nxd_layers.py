@@ -1,0 +1,163 @@
+"""The decoder with neuronx-distributed's parallel layers in place of its matrices.
+
+Shapes as in `models/decoder.py`, but hidden states have tokens first, hidden_TBD, since NxD's layers gather and scatter
+along the first dim. With tensor parallelism (size P) they hold T / P tokens between the matrices.
+"""
+
+# The library is not on the public package index: no type checker finds it.
+# pyright: reportMissingImports=false
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from raynium.config.schema import ModelSection
+from raynium.models.decoder import Attention, Decoder, Rope, rotate
+from raynium.models.nxd_layout import kv_copies
+from raynium.models.plan import tensor_parallel_plan
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+_TOKENS = 0  # dim of TBD that sequence parallelism divides
+
+
+def parallel_decoder(config: ModelSection, *, tensor_size: int, dtype: torch.dtype) -> Decoder:
+    """A decoder whose matrices follow the tensor-parallel plan. Every rank calls it, on the meta device.
+
+    NxD's parallel state must be initialised. Names of parameters are those that `nxd_layout.pieces` calls `stored`.
+    The model takes tokens_BT and returns this rank's part of the vocabulary, logits_TBV.
+    """
+    model = Decoder(config).to(dtype)
+    model.embedding = _embedding(config, dtype=dtype)
+    for block in _blocks(model):
+        block.attention = NxdAttention(block.attention, config, tensor_size=tensor_size, dtype=dtype)
+        block.ffn = NxdSwiGLU(config, tensor_size=tensor_size, dtype=dtype)
+    model.head = _column(config.hidden_size, config.vocab_size, tensor_size=tensor_size, dtype=dtype)
+    model.tie()
+    if tensor_size > 1:
+        _mark_whole_parameters(model, config)
+    return model
+
+
+class NxdAttention(nn.Module):
+    """`Attention` on this rank's heads. One gather serves q, k and v; more ranks than key/value heads share heads."""
+
+    def __init__(self, plain: Attention, config: ModelSection, *, tensor_size: int, dtype: torch.dtype):
+        super().__init__()
+        from neuronx_distributed.modules.qkv_linear import GQAQKVColumnParallelLinear
+
+        width = config.num_heads * config.head_dim
+        self.head_dim = config.head_dim
+        # Not fused: NxD's fused weight loses its tensor-parallel mark, and with it its place in the gradient norm.
+        self.qkv = GQAQKVColumnParallelLinear(
+            config.hidden_size,
+            [width, config.num_kv_heads * config.head_dim],
+            bias=False,
+            gather_output=False,
+            dtype=dtype,
+            sequence_parallel_enabled=tensor_size > 1,
+            kv_size_multiplier=kv_copies(config, tensor_size),
+            fuse_qkv=False,
+        )
+        _mark_tensor_parallel(self.qkv, tensor_size)
+        self.o = _row(width, config.hidden_size, tensor_size=tensor_size, dtype=dtype)
+        self.q_norm, self.k_norm = plain.q_norm, plain.k_norm
+
+    def forward(self, hidden_TBD: Tensor, *, rope: Rope) -> Tensor:
+        projected_TBX = self.qkv(hidden_TBD)
+        for each in projected_TBX:
+            if each.requires_grad:
+                each.register_hook(torch.Tensor.contiguous)  # NxD's layer views its gradients as rows
+        q_BTHK, k_BTGK, v_BTGK = (each.unflatten(-1, (-1, self.head_dim)).transpose(0, 1) for each in projected_TBX)
+        mixed_BHTK = F.scaled_dot_product_attention(
+            rotate(self.q_norm(q_BTHK), rope).transpose(1, 2),
+            rotate(self.k_norm(k_BTGK), rope).transpose(1, 2),
+            v_BTGK.transpose(1, 2),
+            is_causal=True,
+            enable_gqa=q_BTHK.shape[2] != k_BTGK.shape[2],
+        )
+        return self.o(mixed_BHTK.permute(2, 0, 1, 3).flatten(2).contiguous())
+
+
+class NxdSwiGLU(nn.Module):
+    """`SwiGLU` with gate and up in one matrix, so that the hidden states are gathered once."""
+
+    def __init__(self, config: ModelSection, *, tensor_size: int, dtype: torch.dtype):
+        super().__init__()
+        # stride 2: a rank's rows are its part of gate, then its part of up.
+        self.gate_up = _column(config.hidden_size, 2 * config.ffn_size, tensor_size=tensor_size, dtype=dtype, stride=2)
+        self.down = _row(config.ffn_size, config.hidden_size, tensor_size=tensor_size, dtype=dtype)
+
+    def forward(self, hidden_TBD: Tensor) -> Tensor:
+        gate_TBF, up_TBF = self.gate_up(hidden_TBD).chunk(2, dim=-1)
+        return self.down(F.silu(gate_TBF) * up_TBF)
+
+
+def _blocks(model: Decoder) -> "Iterator[Any]":
+    """The blocks, of which the typed parts are about to be replaced."""
+    return iter(model.blocks)
+
+
+def _embedding(config: ModelSection, *, dtype: torch.dtype) -> Any:
+    from neuronx_distributed.parallel_layers import ParallelEmbedding
+
+    # Sequence parallel on one rank, too: that is what turns BTD to TBD.
+    return ParallelEmbedding(config.vocab_size, config.hidden_size, dtype=dtype, sequence_parallel_enabled=True)
+
+
+def _column(in_size: int, out_size: int, *, tensor_size: int, dtype: torch.dtype, stride: int = 1) -> Any:
+    from neuronx_distributed.parallel_layers import ColumnParallelLinear
+
+    split = tensor_size > 1
+    return ColumnParallelLinear(
+        in_size,
+        out_size,
+        bias=False,
+        gather_output=False,
+        dtype=dtype,
+        stride=stride,
+        sequence_parallel_enabled=split,
+        sequence_dimension=_TOKENS if split else None,
+    )
+
+
+def _row(in_size: int, out_size: int, *, tensor_size: int, dtype: torch.dtype) -> Any:
+    from neuronx_distributed.parallel_layers import RowParallelLinear
+
+    split = tensor_size > 1
+    return RowParallelLinear(
+        in_size,
+        out_size,
+        bias=False,
+        input_is_parallel=True,
+        dtype=dtype,
+        sequence_parallel_enabled=split,
+        sequence_dimension=_TOKENS if split else None,
+    )
+
+
+def _mark_tensor_parallel(qkv: Any, tensor_size: int) -> None:
+    """On the meta device NxD's layer leaves this out, and the gradient norm would count a part of the weights."""
+    from neuronx_distributed.parallel_layers import set_tensor_model_parallel_attributes
+
+    for weight in (qkv.weight_q, qkv.weight_k, qkv.weight_v):
+        set_tensor_model_parallel_attributes(weight, True, 0, 1, num_partitions=tensor_size)
+
+
+def _mark_whole_parameters(model: Decoder, config: ModelSection) -> None:
+    """Parameters that are whole on every rank, which uses them on its tokens or heads: NxD sums their gradients."""
+    for rule in tensor_parallel_plan(config):
+        if rule.split in ("sequence", "heads"):
+            for index in range(config.num_layers if "*" in rule.module else 1):
+                weight = model.get_parameter(f"{rule.module.replace('*', str(index))}.weight")
+                vars(weight)["sequence_parallel_enabled"] = True
+
+
+def mark_copies(model: Decoder, *, is_copy: bool) -> None:
+    """Copies of key/value heads do not count again in the gradient norm (NxD's mark `shared`)."""
+    if is_copy:
+        for block in _blocks(model):
+            block.attention.qkv.weight_k.shared = block.attention.qkv.weight_v.shared = True

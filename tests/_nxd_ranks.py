@@ -1,0 +1,146 @@
+"""Runs the NxD or the native engine on forked gloo ranks, with one kind of neuronx-distributed, for `test_nxd.py`.
+
+usage: _nxd_ranks.py LIBRARY PLATFORM, then a folder a line on stdin, with what `_engine_ranks.py` has in one;
+or: _nxd_ranks.py signatures.
+LIBRARY: "source": the real library's public source, in its CPU mode. "xla": the same, computing on the real torch-xla.
+"fake": our own fake of what the engine calls. PLATFORM: "trn1" or "trn2".
+"""
+
+# pyright: reportMissingImports=false
+
+import importlib
+import inspect
+import json
+import multiprocessing
+import os
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from _engine_ranks import TestAccelerator, load
+
+from raynium.config.schema import Config
+from raynium.data.batch import Batch
+from raynium.engines.base import Engine, Votes
+from raynium.engines.native import build_native_engine
+from raynium.engines.nxd import build_nxd_engine
+
+
+def load_library(library: str, platform: str) -> None:
+    """Puts one kind of neuronx-distributed in place and imports it, which takes seconds, before ranks are forked."""
+    warnings.simplefilter("ignore")  # the library's own, of newer torch releases
+    if library == "fake":
+        import _nxd_fake
+
+        _nxd_fake.install(platform=platform)
+    else:
+        import nxd_twin
+
+        nxd_twin.install(xla=library == "xla", platform=platform)
+        sys.path.insert(0, os.environ["RAYNIUM_NXD_SOURCE"])
+    import neuronx_distributed  # noqa: F401
+
+
+def run_rank(rank: int, folder: Path, scenario: dict, library: str) -> None:
+    config = Config.model_validate(scenario["config"])
+    with (folder / "stderr").open("ab") as stderr:
+        os.dup2(stderr.fileno(), 2)
+        os.dup2(stderr.fileno(), 1)  # the library's log
+    torch.set_num_threads(1)
+    store = dist.FileStore(str(folder / "rendezvous"), config.world_size)  # pyright: ignore[reportPrivateImportUsage]
+    backend = "xla" if library == "xla" and config.engine.kind == "nxd" else "gloo"
+    if backend == "xla":
+        import torch_xla.distributed.xla_backend  # noqa: F401
+    dist.init_process_group(backend, store=store, rank=rank, world_size=config.world_size)
+    engine: Engine
+    if config.engine.kind == "nxd":
+        engine = build_nxd_engine(config)
+    else:
+        engine = build_native_engine(config, TestAccelerator(scenario["memory_bytes"]))
+    samples = torch.load(folder / "batches.pt")
+    rows = config.train.global_batch_size // engine.data_size
+    mine = slice(engine.data_rank * rows, (engine.data_rank + 1) * rows)
+
+    def batch(step: int) -> Batch:
+        return Batch(samples["tokens"][step - 1, mine], samples["labels"][step - 1, mine])
+
+    if scenario["load_from"] is not None:
+        engine.evaluate(batch(1))
+        load(engine.state(), Path(scenario["load_from"]))
+        engine.set_step(scenario["first_step"] - 1)
+    evaluations, results = [], []
+    loaded = saved_state(engine)
+    for step in range(scenario["first_step"], scenario["last_step"] + 1):
+        wish = scenario["stop"] == [rank, step]
+        result = engine.step(batch(step), step=step, votes=Votes(stop=wish))
+        results.append(vars(result) | {"agreed": tuple(result.agreed)})
+        if step % 5 == 0:
+            evaluations.append(tuple(engine.evaluate(batch(step))))
+    kept = {"results": results, "evaluations": evaluations, "state": saved_state(engine), "loaded": loaded}
+    torch.save(kept, folder / f"rank-{rank}.pt")
+    if config.run.name == "saves-with-nxd":
+        save_with_nxd(engine, str(folder / "nxd"))
+    engine.close()
+    dist.destroy_process_group()
+
+
+def write_signatures() -> None:
+    """As JSON to stdout: what the real library has of the fake's surface, each parameter's name and kind."""
+    import _nxd_fake
+
+    replies = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    load_library("source", "trn1")
+    found = {
+        f"{module}.{part.__name__}": parameters_of(getattr(importlib.import_module(module), part.__name__))
+        for module, parts in _nxd_fake.SURFACE.items()
+        for part in parts
+    }
+    replies.write(json.dumps(found))
+    replies.flush()
+
+
+def parameters_of(function: object) -> list[list[str]]:
+    return [[each.name, str(each.kind)] for each in inspect.signature(function).parameters.values()]  # pyright: ignore[reportArgumentType]
+
+
+def saved_state(engine: Engine) -> list[tuple]:
+    return [
+        (c.name, c.global_shape, c.offsets, c.tensor.to("cpu", copy=True).contiguous(), c.saved_here)
+        for c in engine.state()
+    ]
+
+
+def save_with_nxd(engine: Engine, folder: str) -> None:
+    """A checkpoint in the library's own format, for the import to read."""
+    import neuronx_distributed as nxd
+
+    nxd.save_checkpoint(folder, "step_1", model=engine._model, optimizer=engine._optimizer, num_workers=1)  # pyright: ignore
+
+
+def main() -> None:
+    if sys.argv[1:] == ["signatures"]:
+        return write_signatures()
+    library, platform = sys.argv[1:]
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo0" if sys.platform == "darwin" else "lo"
+    replies = os.fdopen(os.dup(1), "w")  # the library logs to stdout
+    os.dup2(2, 1)
+    load_library(library, platform)
+    fork = multiprocessing.get_context("fork")
+    for line in sys.stdin:
+        folder = Path(line.rstrip("\n"))
+        scenario = json.loads((folder / "scenario.json").read_text())
+        ranks = range(scenario["config"]["cluster"]["ranks_per_node"])
+        processes = [fork.Process(target=run_rank, args=(rank, folder, scenario, library)) for rank in ranks]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join()
+        replies.write(f"{max(abs(process.exitcode or 0) for process in processes)}\n")
+        replies.flush()
+
+
+if __name__ == "__main__":
+    main()
