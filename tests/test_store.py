@@ -1,10 +1,13 @@
 """The store's promises, the same on a file system and on a real S3 server."""
 
 import os
+import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from uuid import uuid4
 
@@ -15,6 +18,13 @@ from raynium.checkpoint.store import KeyExists, KeyMissing, Store
 from raynium.errors import StoreError
 
 PART = 5 * 2**20  # the smallest part S3 takes
+UNIT = 2**20
+
+
+@pytest.fixture
+def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Uploads of more than 5 MiB have several parts."""
+    monkeypatch.setattr("raynium.checkpoint.s3_store.PART_BYTES", PART)
 
 
 @pytest.fixture(params=["file", pytest.param("s3", marks=pytest.mark.s3)])
@@ -26,7 +36,7 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
     return Store(server.create_bucket(f"b-{uuid4().hex[:12]}") + "/runs/first", options=server.options)
 
 
-def in_parallel(count: int, work: Callable[[int], None]) -> list[BaseException]:
+def in_parallel(count: int, work: Callable[[int], object]) -> list[BaseException]:
     """Run `work(i)` on `count` threads that start together; the exceptions, by whichever came first."""
     errors: list[BaseException] = []
     barrier = threading.Barrier(count)
@@ -70,6 +80,20 @@ def test_what_is_written_is_read_listed_and_deleted(store: Store) -> None:
     assert dict(store.list().sizes) == {"top": 256}
 
 
+def test_a_listing_tells_when_keys_were_written(store: Store) -> None:
+    before = time.time()
+    store.write_new("a/b", b"1")
+    [(key, written)] = store.list().modified_unix.items()
+    assert key == "a/b" and before - 1.1 <= written <= time.time() + 1.1  # S3 gives whole seconds
+
+
+def test_deleting_twice_at_once_does_not_fail(store: Store) -> None:
+    for index in range(40):
+        store.write_new(f"steps/step-{index % 4}/deep/{index}", b"1")
+    assert not in_parallel(4, lambda _: store.delete_prefix("steps"))
+    assert not store.list().sizes
+
+
 def test_a_folder_is_not_a_prefix_of_names(store: Store) -> None:
     store.write_new("step-1/x", b"1")
     store.write_new("step-10/x", b"2")
@@ -79,7 +103,13 @@ def test_a_folder_is_not_a_prefix_of_names(store: Store) -> None:
 
 
 def test_missing_keys_and_short_objects_are_told_apart(store: Store) -> None:
-    for read in (lambda: store.read("no"), lambda: store.size("no"), lambda: store.read_range("no", 0, 1)):
+    reads: list[Callable[[], object]] = [
+        lambda: store.read("no"),
+        lambda: store.size("no"),
+        lambda: store.read_range("no", 0, 1),
+        lambda: store.stored_checksum("no"),
+    ]
+    for read in reads:
         with pytest.raises(KeyMissing, match="/no does not exist"):
             read()
     store.write_new("short", b"12345")
@@ -98,22 +128,24 @@ def test_of_many_writers_of_one_key_exactly_one_wins(store: Store) -> None:
 
 
 @pytest.mark.parametrize("size", [0, 1, PART, PART + 1, 3 * PART + 4097])
-def test_a_file_arrives_whole_with_its_checksums(store: Store, tmp_path: Path, size: int) -> None:
+def test_a_file_arrives_whole_with_its_checksums(store: Store, tmp_path: Path, small_parts: None, size: int) -> None:
     data = os.urandom(size)
     (tmp_path / "image").write_bytes(data)
-    sent = store.upload_file("shard", tmp_path / "image", part_bytes=PART)
+    sent = store.upload_file("shard", tmp_path / "image", unit_bytes=UNIT)
     assert store.read("shard") == data
     assert sent.size == size and sent.crc == checksum(data)
-    assert list(sent.part_crcs) == [checksum(data[start : start + PART]) for start in range(0, size, PART)]
+    assert list(sent.unit_crcs) == [checksum(data[start : start + UNIT]) for start in range(0, size, UNIT)]
+    kept = to_text(checksum(data)) if store.url.startswith("s3://") else None
+    assert store.stored_checksum("shard") == (size, kept)
 
 
-def test_an_upload_never_replaces(store: Store, tmp_path: Path) -> None:
+def test_an_upload_never_replaces(store: Store, tmp_path: Path, small_parts: None) -> None:
     for name, size in (("small", 10), ("large", 2 * PART)):
         (tmp_path / "image").write_bytes(b"1" * size)
-        store.upload_file(name, tmp_path / "image", part_bytes=PART)
+        store.upload_file(name, tmp_path / "image", unit_bytes=UNIT)
         (tmp_path / "image").write_bytes(b"2" * size)
         with pytest.raises(KeyExists, match="another writer was first"):
-            store.upload_file(name, tmp_path / "image", part_bytes=PART)
+            store.upload_file(name, tmp_path / "image", unit_bytes=UNIT)
         assert store.read_range(name, 0, 1) == b"1"
 
 
@@ -200,7 +232,7 @@ def test_a_full_disk_leaves_no_trace(tiny_disk: Path, tmp_path: Path) -> None:
     (tmp_path / "image").write_bytes(bytes(4 * 2**20))
     store = Store(tiny_disk)
     with pytest.raises(StoreError, match=r"No space left.*free space"):
-        store.upload_file("shard", tmp_path / "image", part_bytes=2**20)
+        store.upload_file("shard", tmp_path / "image", unit_bytes=2**20)
     with pytest.raises(StoreError, match=r"No space left.*free space"):
         store.replace("record", bytes(4 * 2**20))
     assert not list(tiny_disk.iterdir())
@@ -227,6 +259,36 @@ def test_leftovers_of_a_killed_writer_are_invisible(tmp_path: Path) -> None:
     assert not (tmp_path / "a").exists()
 
 
+def test_unfinished_files_are_collected_once_they_are_old(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    store.write_new("a/b/shard", b"whole")
+    for name in ("a/.tmp-1", "a/b/.tmp-2", ".tmp-3"):
+        (tmp_path / name).write_bytes(b"half")
+    os.utime(tmp_path / ".tmp-3", (1, 1))
+    os.utime(tmp_path / "a/b/.tmp-2", (1, 1))
+    assert store.discard_unfinished("nothing", older_than_unix=time.time() - 60) == 0
+    assert store.discard_unfinished("a", older_than_unix=time.time() - 60) == 1
+    assert store.discard_unfinished(older_than_unix=time.time() - 60) == 1
+    assert (tmp_path / "a/.tmp-1").exists() and store.read("a/b/shard") == b"whole"
+
+
+def test_a_killed_upload_to_a_file_system_is_invisible_and_collected(tmp_path: Path) -> None:
+    (tmp_path / "image").write_bytes(os.urandom(2 * UNIT))
+    code = (
+        "import os, signal; import raynium.checkpoint.file_store as file_store\n"
+        "from raynium.checkpoint.store import Store\n"
+        "file_store.os.fsync = lambda _: os.kill(os.getpid(), signal.SIGKILL)\n"
+        f"Store({str(tmp_path / 'run')!r}).upload_file('steps/shard', {str(tmp_path / 'image')!r})\n"
+    )
+    env = os.environ | {"PYTHONPATH": ":".join(sys.path)}
+    assert subprocess.run([sys.executable, "-c", code], env=env, timeout=120).returncode == -signal.SIGKILL
+    store = Store(tmp_path / "run")
+    assert not store.exists("steps/shard") and not store.list().sizes
+    assert store.discard_unfinished("steps", older_than_unix=time.time() + 60) == 1
+    assert not list((tmp_path / "run/steps").iterdir())
+    store.upload_file("steps/shard", tmp_path / "image")
+
+
 # ---- an S3 server that refuses -----------------------------------------------------------------------------------
 
 
@@ -245,15 +307,46 @@ def test_listing_and_deleting_more_than_one_page(s3_server) -> None:
     assert store.delete_prefix("steps") == 1005 and not store.list().sizes
 
 
+@pytest.fixture
+def web_server() -> Iterator[str]:
+    """Something at an address that is not S3."""
+
+    answers = {"none": (404, b""), "page": (200, b"<html><p>Welcome!</p></html>"), "text": (200, b"Welcome!")}
+
+    class Page(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            status, body = answers[self.path[1:5]]
+            self.send_response(status)
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: object) -> None: ...
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Page) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
+
+
 @pytest.mark.s3
-def test_s3_refusals_name_the_remedy(s3_server, tmp_path: Path) -> None:
+def test_s3_refusals_name_the_remedy(s3_server, web_server: str) -> None:
     bucket = s3_server.create_bucket("refusals")
     cases = [
         ("s3://no-such-bucket/x", s3_server.options, "create the bucket"),
         (bucket, s3_server.options | {"secret": "wrong"}, "the secret key is wrong"),
         (bucket, s3_server.options | {"key": "nobody"}, "the access key is unknown"),
-        (bucket, s3_server.options | {"key": s3_server.options["key"] + "-reader"}, "allow s3:GetObject, s3:PutObject"),
+        (bucket, s3_server.options | {"key": s3_server.options["key"] + "-reader"}, "allow s3:PutObject on it"),
         (bucket, s3_server.options | {"endpoint_url": "http://127.0.0.1:9"}, "check the network, and AWS_ENDPOINT_URL"),
+        ("s3://none", s3_server.options | {"endpoint_url": web_server}, "no such bucket.* check AWS_ENDPOINT_URL"),
+        ("s3://page", s3_server.options | {"endpoint_url": web_server}, "and AWS_ENDPOINT_URL if it is set"),
+        (
+            "s3://text",
+            s3_server.options | {"endpoint_url": web_server},
+            "failed each time, or is not S3",
+        ),
+        (bucket, s3_server.options | {"endpoint_url": s3_server.endpoint.replace("http:", "https:")}, "speaks TLS"),
     ]
     for url, options, remedy in cases:
         with pytest.raises(StoreError, match=remedy) as caught:
@@ -262,7 +355,9 @@ def test_s3_refusals_name_the_remedy(s3_server, tmp_path: Path) -> None:
 
 
 @pytest.mark.s3
-def test_a_failed_part_leaves_no_open_upload(s3_server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_part_leaves_no_open_upload(
+    s3_server, tmp_path: Path, small_parts: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     store = Store(s3_server.create_bucket("parts"), options=s3_server.options)
     (tmp_path / "image").write_bytes(os.urandom(3 * PART))
     # The server is told a wrong checksum for the second part, as if its bytes had changed on the way
@@ -270,60 +365,11 @@ def test_a_failed_part_leaves_no_open_upload(s3_server, tmp_path: Path, monkeypa
     monkeypatch.setattr(
         "raynium.checkpoint.s3_store.to_text", lambda crc: to_text(crc ^ 1) if crc == wrong_for else to_text(crc)
     )
-    with pytest.raises(StoreError, match="parts/shard"):
-        store.upload_file("shard", tmp_path / "image", part_bytes=PART)
+    with pytest.raises(StoreError, match=r"parts/shard.*the bytes changed on the way"):
+        store.upload_file("shard", tmp_path / "image", unit_bytes=UNIT)
     assert not store.exists("shard")
     fs = store._backend._fs  # pyright: ignore[reportAttributeAccessIssue]
     assert not fs.call_s3("list_multipart_uploads", Bucket="parts").get("Uploads")
-
-
-@pytest.mark.s3
-def test_a_broken_connection_goes_on_from_the_byte_received(s3_server, monkeypatch: pytest.MonkeyPatch) -> None:
-    store = Store(s3_server.create_bucket("breaks"), options=s3_server.options)
-    data = os.urandom(2**20)
-    store.write_new("object", data)
-    fs = store._backend._fs  # pyright: ignore[reportAttributeAccessIssue]
-    call_s3, ranges = fs._call_s3, []
-
-    class Breaking:
-        """A body that gives 100,000 bytes and then loses its connection, the first `breaks` times."""
-
-        def __init__(self, body, breaks: int):
-            self.body, self.left = body, 100_000 if len(ranges) <= breaks else len(data)
-            self.close = body.close
-
-        async def readinto(self, buffer: memoryview) -> int:
-            if not self.left:
-                raise ConnectionResetError("broken by the test")
-            count = await self.body.readinto(buffer[: self.left])
-            self.left -= count
-            return count
-
-        async def read(self) -> bytes:
-            if self.left < len(data):
-                raise ConnectionResetError("broken by the test")
-            return await self.body.read()
-
-    def break_connections(times: int) -> None:
-        async def breaking(method: str, **request):
-            answer = await call_s3(method, **request)
-            if method == "get_object":
-                ranges.append(request.get("Range", "all"))
-                answer["Body"] = Breaking(answer["Body"], times)
-            return answer
-
-        monkeypatch.setattr(fs, "_call_s3", breaking)
-
-    break_connections(2)
-    assert store.read_range("object", 0, len(data)) == data
-    assert ranges == ["bytes=0-1048575", "bytes=100000-1048575", "bytes=200000-1048575"]
-    ranges.clear()
-    assert store.read("object") == data and ranges == ["all"] * 3  # what is read whole is of one version
-    monkeypatch.setattr("raynium.checkpoint.s3_store._READ_ATTEMPTS", 2)
-    break_connections(99)
-    for read in (lambda: store.read("object"), lambda: store.read_range("object", 0, len(data))):
-        with pytest.raises(StoreError, match="broken by the test; check the bucket and the network"):
-            read()
 
 
 @pytest.mark.s3
@@ -333,18 +379,19 @@ def test_a_server_that_holds_something_else_is_noticed(
     store = Store(s3_server.create_bucket("lies"), options=s3_server.options)
     (tmp_path / "image").write_bytes(b"123")
     backend = store._backend
-    call = backend._call  # pyright: ignore[reportAttributeAccessIssue]
-    for change in ({"ContentLength": 2}, {"ChecksumCRC64NVME": "AAAAAAAAAAA="}):
-        monkeypatch.setattr(backend, "_call", lambda *a, change=change, **kw: call(*a, **kw) | change)
+    for number, stored in enumerate([(2, to_text(checksum(b"123"))), (3, "AAAAAAAAAAA=")]):
+        monkeypatch.setattr(backend, "stored_checksum", lambda key, stored=stored: stored)
         with pytest.raises(StoreError, match=r"sent 3 bytes with CRC64NVME .*, the server holds .*is not used"):
-            store.upload_file(f"shard-{next(iter(change))}", tmp_path / "image")
+            store.upload_file(f"shard-{number}", tmp_path / "image")
+    monkeypatch.setattr(backend, "stored_checksum", lambda key: (3, None))  # a server that keeps none
+    store.upload_file("shard-2", tmp_path / "image")
     monkeypatch.undo()
 
-    refusal = {"Errors": [{"Key": "x", "Code": "AccessDenied"}]}
+    refusal = {"Errors": [{"Key": "gone", "Code": "NoSuchKey"}, {"Key": "folder/x", "Code": "AccessDenied"}]}
     run = backend._run  # pyright: ignore[reportAttributeAccessIssue]
     store.write_new("folder/x", b"")
     monkeypatch.setattr(backend, "_run", lambda work: answer if "Contents" in (answer := run(work)) else refusal)
-    with pytest.raises(StoreError, match="cannot delete x: AccessDenied; allow s3:GetObject"):
+    with pytest.raises(StoreError, match="cannot delete folder/x: AccessDenied; allow s3:DeleteObject"):
         store.delete_prefix("folder")
 
 
@@ -368,7 +415,8 @@ def test_ctrl_c_during_an_upload_cleans_up(s3_server, tmp_path: Path) -> None:
         "    if method == 'upload_part': await asyncio.sleep(30)\n"
         "    return await call(method, **request)\n"
         "fs._call_s3 = slow\n"
-        f"try: store.upload_file('shard', {str(tmp_path / 'image')!r}, part_bytes={PART})\n"
+        f"import raynium.checkpoint.s3_store as s3_store; s3_store.PART_BYTES = {PART}\n"
+        f"try: store.upload_file('shard', {str(tmp_path / 'image')!r})\n"
         "except KeyboardInterrupt: sys.exit(7)\n"
     )
     env = {**s3_server.env, "PYTHONPATH": ":".join(sys.path)}

@@ -65,8 +65,11 @@ class FileBackend:
                 raise KeyMissing(f"{self._uri(key)} does not exist")
             return path.stat().st_size
 
+    def stored_checksum(self, key: str) -> tuple[int, str | None]:
+        return self.size(key), None
+
     def list(self, folder: str, *, recursive: bool) -> Listing:
-        sizes: dict[str, int] = {}
+        stats: dict[str, os.stat_result] = {}
         folders: list[str] = []
         waiting = [folder]
         while waiting:
@@ -79,21 +82,46 @@ class FileBackend:
                     (waiting if recursive else folders).append(name)
                 else:
                     try:
-                        sizes[name] = entry.stat().st_size
+                        stats[name] = entry.stat()
                     except FileNotFoundError:
                         continue  # deleted since we read the folder: then it is not there
-        return Listing(dict(sorted(sizes.items())), tuple(sorted(folders)))
+        found = sorted(stats.items())
+        return Listing(
+            sizes={key: stat.st_size for key, stat in found},
+            modified_unix={key: stat.st_mtime for key, stat in found},
+            folders=tuple(sorted(folders)),
+        )
 
     def delete(self, key: str) -> None:
         with self._errors(key):
             (self.root / key).unlink(missing_ok=True)
 
     def delete_prefix(self, folder: str) -> int:
+        count = len(self.list(folder, recursive=True).sizes)
         with self._errors(folder):
-            count = len(self.list(folder, recursive=True).sizes)
-            if (self.root / folder).is_dir():
-                shutil.rmtree(self.root / folder)
-            return count
+            # Not shutil.rmtree: another process may delete, or begin to write, in here at the same time
+            for current, _, names in os.walk(self.root / folder, topdown=False, onerror=_raise_unless_missing):
+                for name in names:
+                    Path(current, name).unlink(missing_ok=True)
+                try:
+                    Path(current).rmdir()
+                except OSError as error:
+                    if error.errno not in (errno.ENOENT, errno.ENOTEMPTY, errno.EEXIST):
+                        raise
+        return count
+
+    def discard_unfinished(self, folder: str, *, older_than_unix: float) -> int:
+        count = 0
+        with self._errors(folder):
+            for current, _, names in os.walk(self.root / folder, onerror=_raise_unless_missing):
+                for path in (Path(current, name) for name in names if name.startswith(_TEMPORARY_PREFIX)):
+                    try:
+                        if path.stat().st_mtime < older_than_unix:
+                            path.unlink()
+                            count += 1
+                    except FileNotFoundError:
+                        continue  # its writer has just finished, or another process discards too
+        return count
 
     def upload_file(self, key: str, path: Path, *, unit_bytes: int) -> FileChecksums:
         crcs: list[int] = []
@@ -165,6 +193,11 @@ class FileBackend:
         except OSError as error:
             remedy = _REMEDIES.get(error.errno or 0, "check the file system")
             raise StoreError(f"{self._uri(key)}: {error.strerror or error}; {remedy}") from error
+
+
+def _raise_unless_missing(error: OSError) -> None:
+    if not isinstance(error, FileNotFoundError):
+        raise error
 
 
 class _WholeWrites:

@@ -37,6 +37,7 @@ class Listing:
     """What lies under a folder; names are relative to the store."""
 
     sizes: Mapping[str, int] = field(default_factory=dict)  # key → bytes
+    modified_unix: Mapping[str, float] = field(default_factory=dict)  # key → by the storage's clock; S3: whole seconds
     folders: tuple[str, ...] = ()  # one level down, without the closing slash; empty for a recursive listing
 
 
@@ -47,9 +48,11 @@ class Backend(Protocol):
     def read(self, key: str, *, max_bytes: int) -> bytes: ...  # one version of it, also while it is being replaced
     def read_into(self, key: str, start: int, buffers: Sequence[memoryview]) -> None: ...
     def size(self, key: str) -> int: ...
+    def stored_checksum(self, key: str) -> tuple[int, str | None]: ...
     def list(self, folder: str, *, recursive: bool) -> Listing: ...
     def delete(self, key: str) -> None: ...
     def delete_prefix(self, folder: str) -> int: ...
+    def discard_unfinished(self, folder: str, *, older_than_unix: float) -> int: ...
     def upload_file(self, key: str, path: Path, *, unit_bytes: int) -> FileChecksums: ...
     def check_reachable(self, *, need_bytes: int) -> None: ...
 
@@ -77,11 +80,7 @@ class Store:
         return f"{self.url}/{checked_key(key)}"
 
     def write_new(self, key: str, data: bytes) -> None:
-        """Create `key`. KeyExists if it is there already, whoever wrote it.
-
-        On S3 a lost answer is asked for again, so KeyExists may also meet our own first try: a caller to whom that
-        matters puts something unique in `data` and reads the key back.
-        """
+        """Create `key`. KeyExists if another call of this, anywhere, created it; this call's own retries are known."""
         self._backend.put(checked_key(key), data, exclusive=True)
 
     def replace(self, key: str, data: bytes) -> None:
@@ -110,6 +109,13 @@ class Store:
         """Bytes of `key`. KeyMissing."""
         return self._backend.size(checked_key(key))
 
+    def stored_checksum(self, key: str) -> tuple[int, str | None]:
+        """Bytes of `key`, and the CRC64NVME (base64) that the server keeps of it, in one request. KeyMissing.
+
+        None where it keeps none: file systems, and S3 servers older than that checksum.
+        """
+        return self._backend.stored_checksum(checked_key(key))
+
     def exists(self, key: str) -> bool:
         try:
             self.size(key)
@@ -129,20 +135,34 @@ class Store:
         self._backend.delete(checked_key(key))
 
     def delete_prefix(self, folder: str) -> int:
-        """Remove all keys under `folder`, which may not be the whole store. Returns how many there were."""
+        """Remove all keys under `folder`, which may not be the whole store. Returns how many there were.
+
+        Several may do so at once; what one writes there meanwhile may stay.
+        """
         return self._backend.delete_prefix(checked_key(folder))
+
+    def discard_unfinished(self, folder: str = "", *, older_than_unix: float) -> int:
+        """Remove what killed writers left under `folder` ("" is the whole store), begun before that time.
+
+        In S3 these are multipart uploads, which no listing shows and which are paid for; on a file system, temporary
+        files not written to since then. Returns how many there were. A writer that still works on one fails, so give
+        it time: hours.
+        """
+        return self._backend.discard_unfinished(checked_key(folder) if folder else "", older_than_unix=older_than_unix)
 
     def upload_file(self, key: str, path: str | Path, *, unit_bytes: int = UNIT_BYTES) -> FileChecksums:
         """Create `key` from a file of any size, durably, and say what was sent. KeyExists if it is there already.
 
-        The checksums are of the very bytes that were sent; S3 checks them on arrival.
+        The file is sent from the page cache without a copy, so it must not change before this returns; S3 checks the
+        checksums on arrival and refuses bytes that changed. Whatever ends this early, the key does not appear.
         """
         return self._backend.upload_file(checked_key(key), Path(path), unit_bytes=unit_bytes)
 
     def check_writable(self, *, need_bytes: int = 0) -> None:
         """Write, read and delete a probe, so that a run that could not save fails before it starts.
 
-        need_bytes: also refuse a file system with less free space (S3 has no such limit).
+        Every permission that a run needs is tried, on S3 also for multipart uploads. need_bytes: also refuse a file
+        system with less free space (S3 has no such limit). StoreError; a probe that may not be deleted stays.
         """
         probe = f"probe-{uuid4().hex}"
         data = probe.encode()
@@ -150,7 +170,7 @@ class Store:
         self.write_new(probe, data)
         if self.read(probe) != data:
             raise StoreError(f"{self.url} does not give back what was written to it; use another store")
-        self.delete(probe)
+        self.delete(probe)  # last: a role without s3:DeleteObject leaves this one key, and the error names it
 
 
 def checked_key(key: str) -> str:
