@@ -266,7 +266,11 @@ def test_unfinished_files_are_collected_once_they_are_old(tmp_path: Path) -> Non
         (tmp_path / name).write_bytes(b"half")
     os.utime(tmp_path / ".tmp-3", (1, 1))
     os.utime(tmp_path / "a/b/.tmp-2", (1, 1))
+    for name in ("a/b/.tmp-shard-4", "a/b/.tmp-shard2-5"):
+        (tmp_path / name).write_bytes(b"half")
     assert store.discard_unfinished("nothing", older_than_unix=time.time() - 60) == 0
+    assert store.discard_unfinished("a/b/shard", older_than_unix=time.time() + 60) == 1, "of this key only"
+    assert (tmp_path / "a/b/.tmp-shard2-5").exists()
     assert store.discard_unfinished("a", older_than_unix=time.time() - 60) == 1
     assert store.discard_unfinished(older_than_unix=time.time() - 60) == 1
     assert (tmp_path / "a/.tmp-1").exists() and store.read("a/b/shard") == b"whole"

@@ -347,4 +347,6 @@ def test_more_than_a_page_of_unfinished_uploads_is_collected(s3_server, direct: 
     for index in range(1005):
         backend._run(backend._request("create_multipart_upload", f"many/shard-{index:04d}"))  # pyright: ignore[reportAttributeAccessIssue]
     assert len(open_uploads(direct)) == 1005
-    assert direct.discard_unfinished("many", older_than_unix=time.time() + 60) == 1005 and not open_uploads(direct)
+    assert direct.discard_unfinished("many/shard-0007", older_than_unix=time.time() + 60) == 1, "of this key only"
+    assert direct.discard_unfinished("many/shard-000", older_than_unix=time.time() + 60) == 0, "no key, no folder"
+    assert direct.discard_unfinished("many", older_than_unix=time.time() + 60) == 1004 and not open_uploads(direct)

@@ -110,18 +110,24 @@ class FileBackend:
                         raise
         return count
 
-    def discard_unfinished(self, folder: str, *, older_than_unix: float) -> int:
+    def discard_unfinished(self, under: str, *, older_than_unix: float) -> int:
         count = 0
-        with self._errors(folder):
-            for current, _, names in os.walk(self.root / folder, onerror=_raise_unless_missing):
-                for path in (Path(current, name) for name in names if name.startswith(_TEMPORARY_PREFIX)):
-                    try:
-                        if path.stat().st_mtime < older_than_unix:
-                            path.unlink()
-                            count += 1
-                    except FileNotFoundError:
-                        continue  # its writer has just finished, or another process discards too
+        with self._errors(under):
+            for path in self._temporary_files(self.root / under):
+                try:
+                    if path.stat().st_mtime < older_than_unix:
+                        path.unlink()
+                        count += 1
+                except FileNotFoundError:
+                    continue  # its writer has just finished, or another process discards too
         return count
+
+    def _temporary_files(self, under: Path) -> Iterator[Path]:
+        """Those of writes to the key `under`, and to keys in the folder of that name."""
+        if under != self.root and under.parent.is_dir():
+            yield from under.parent.glob(f"{_TEMPORARY_PREFIX}{under.name}-*")
+        for current, _, names in os.walk(under, onerror=_raise_unless_missing):
+            yield from (Path(current, name) for name in names if name.startswith(_TEMPORARY_PREFIX))
 
     def upload_file(self, key: str, path: Path, *, unit_bytes: int) -> FileChecksums:
         crcs: list[int] = []
@@ -163,7 +169,7 @@ class FileBackend:
     def _new_file(self, key: str, *, exclusive: bool) -> Iterator[BinaryIO]:
         """A file to write, which becomes `key` when the block ends well and vanishes when it does not."""
         target = self.root / key
-        temporary = target.parent / f"{_TEMPORARY_PREFIX}{uuid4().hex}"
+        temporary = target.parent / f"{_TEMPORARY_PREFIX}{target.name}-{uuid4().hex}"
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
             with temporary.open("xb", buffering=0) as file:

@@ -152,11 +152,11 @@ class S3Backend:
                     raise StoreError(f"{self._uri(folder)}: cannot delete {problem['Key']}: {code}; {remedy}")
         return len(keys)
 
-    def discard_unfinished(self, folder: str, *, older_than_unix: float) -> int:
+    def discard_unfinished(self, under: str, *, older_than_unix: float) -> int:
         count = 0
-        for upload in self._open_uploads(folder):
+        for upload in self._open_uploads(under):
             if upload.began.timestamp() < older_than_unix:
-                with self._errors(folder, "s3:AbortMultipartUpload"):
+                with self._errors(under, "s3:AbortMultipartUpload"):
                     count += self._run(self._abort(upload.target))
         return count
 
@@ -363,9 +363,12 @@ class S3Backend:
 
     # ---- plumbing -----------------------------------------------------------------------------------------------
 
-    def _open_uploads(self, folder: str) -> "list[_OpenUpload]":
-        with self._errors(folder, "s3:ListBucketMultipartUploads"):
-            return self._run(self._list_uploads(self._folder_prefix(folder)))
+    def _open_uploads(self, under: str) -> "list[_OpenUpload]":
+        """Those to the key `under`, and to keys in the folder of that name."""
+        with self._errors(under, "s3:ListBucketMultipartUploads"):
+            found = self._run(self._list_uploads(self._object(under)))
+        folder = self._folder_prefix(under)
+        return [each for each in found if f"{each.target['Key']}/".startswith(folder)]
 
     async def _open_uploads_of(self, key: str) -> "list[_OpenUpload]":
         found = await self._list_uploads(self._object(key))

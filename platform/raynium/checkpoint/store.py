@@ -52,7 +52,7 @@ class Backend(Protocol):
     def list(self, folder: str, *, recursive: bool) -> Listing: ...
     def delete(self, key: str) -> None: ...
     def delete_prefix(self, folder: str) -> int: ...
-    def discard_unfinished(self, folder: str, *, older_than_unix: float) -> int: ...
+    def discard_unfinished(self, under: str, *, older_than_unix: float) -> int: ...
     def upload_file(self, key: str, path: Path, *, unit_bytes: int) -> FileChecksums: ...
     def check_reachable(self, *, need_bytes: int) -> None: ...
 
@@ -141,14 +141,14 @@ class Store:
         """
         return self._backend.delete_prefix(checked_key(folder))
 
-    def discard_unfinished(self, folder: str = "", *, older_than_unix: float) -> int:
-        """Remove what killed writers left under `folder` ("" is the whole store), begun before that time.
+    def discard_unfinished(self, under: str = "", *, older_than_unix: float) -> int:
+        """Remove what killed writers left of the key `under`, or in the folder of that name ("" is the whole store).
 
-        In S3 these are multipart uploads, which no listing shows and which are paid for; on a file system, temporary
-        files not written to since then. Returns how many there were. A writer that still works on one fails, so give
-        it time: hours.
+        In S3 these are multipart uploads begun before that time, which no listing shows and which are paid for; on a
+        file system, temporary files not written to since then. Returns how many there were. A writer that still works
+        on one fails, so give it time (hours), or know that it is dead.
         """
-        return self._backend.discard_unfinished(checked_key(folder) if folder else "", older_than_unix=older_than_unix)
+        return self._backend.discard_unfinished(checked_key(under) if under else "", older_than_unix=older_than_unix)
 
     def upload_file(self, key: str, path: str | Path, *, unit_bytes: int = UNIT_BYTES) -> FileChecksums:
         """Create `key` from a file of any size, durably, and say what was sent. KeyExists if it is there already.

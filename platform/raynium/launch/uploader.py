@@ -7,11 +7,11 @@ the first left unfinished and uploads again.
 import contextlib
 import json
 import logging
+import math
 import multiprocessing
 import os
 import signal
 import threading
-import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from typing import Any
@@ -160,5 +160,5 @@ def _save(store: Store, job: dict[str, Any]) -> ShardEntry:
         # Nobody else writes this generation's shard of this rank, and it is not committed: what is there is ours.
         key = f"{step_folder(info.step)}/{shard_key(job['generation'], job['rank'])}"
         store.delete(key)
-        store.discard_unfinished(key, older_than_unix=time.time())
+        store.discard_unfinished(key, older_than_unix=math.inf)
     return upload_shard(store, info, generation=job["generation"], rank=job["rank"])

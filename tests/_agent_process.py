@@ -1,0 +1,68 @@
+"""One life of a node agent and its coordinator as a process of their own, so that a test may kill all of it.
+
+    python _agent_process.py FOLDER        FOLDER/job.yaml, and FOLDER/arguments.json: {"run_url", "data_folder"}
+
+Writes FOLDER/losses.jsonl ([step, loss] as they are reported), FOLDER/pids.json ({"ranks", "uploader"}, as they change)
+and, when the run has ended, FOLDER/status.json.
+"""
+
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from raynium.accelerators.detect import detect
+from raynium.config.load import parse_config
+from raynium.launch.agent import Node, NodeAgent
+from raynium.launch.coordinator import CoordinatorOnLoop, RunCoordinator
+from raynium.tracking.tracker import MemoryTracker
+
+
+class LossFile(MemoryTracker):
+    """Keeps losses where they outlive this process."""
+
+    def __init__(self, path: Path):
+        super().__init__()
+        self._path = path
+
+    def append(self, metrics: Mapping[str, float], *, step: int, unix_ms: int) -> None:
+        super().append(metrics, step=step, unix_ms=unix_ms)
+        if "train/loss" in metrics:
+            with self._path.open("a") as file:
+                file.write(json.dumps([step, metrics["train/loss"]]) + "\n")
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    arguments = json.loads((folder / "arguments.json").read_text())
+    config = parse_config((folder / "job.yaml").read_text())
+    coordinator = CoordinatorOnLoop(RunCoordinator(config.model_dump(mode="json"), arguments["run_url"], 0))
+    agent = NodeAgent(
+        config=config,
+        run_url=arguments["run_url"],
+        node=Node(f"attempt-{os.getpid()}", 0, "127.0.0.1"),
+        accelerator=detect("cpu"),
+        coordinator=coordinator,
+        open_tracker=lambda: LossFile(folder / "losses.jsonl"),
+        data_folder=lambda: arguments["data_folder"],
+    )
+    threading.Thread(target=_show_pids, args=(agent, folder / "pids.json"), daemon=True).start()
+    agent.run()
+    status = coordinator.call("status", 0).result()
+    events = [event.text for event in status.events]
+    (folder / "status.json").write_text(json.dumps({"ended": status.ended, "cause": status.cause, "events": events}))
+
+
+def _show_pids(agent: NodeAgent, path: Path) -> None:
+    while True:
+        temporary = path.with_suffix(".new")
+        temporary.write_text(json.dumps({"ranks": agent.rank_pids(), "uploader": agent.uploader_pid()}))
+        temporary.replace(path)
+        time.sleep(0.01)
+
+
+if __name__ == "__main__":
+    main()
