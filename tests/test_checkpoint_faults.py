@@ -26,7 +26,7 @@ from raynium.data.store_build import build_store
 
 pytestmark = pytest.mark.s3
 
-STEPS = 6
+STEPS = 8  # more saves than images: ranks cannot run to their end while an upload is held
 # One rank, whose shard of 75 MB takes two parts; a step takes a fraction of a second
 JOB = """
 run: {name: test}
@@ -35,7 +35,7 @@ model: {vocab_size: 512, hidden_size: 384, num_layers: 4, num_heads: 4, num_kv_h
         max_seq_len: 32}
 data: {path: /nowhere, seq_len: 16}
 optimizer: {learning_rate: 1.0e-3}
-train: {steps: 6, global_batch_size: 2}
+train: {steps: 8, global_batch_size: 2}
 checkpoint: {every_steps: 2, keep_last: 2}
 evaluate: {every_steps: 100, max_documents: 1}
 """
@@ -197,10 +197,9 @@ def test_a_kill_at_any_phase_of_a_save_loses_nothing(
     wait_for(lambda: newest_step(place) == 2)
     proxy.set(PHASES[phase])
     assert proxy.held.wait(90)
-    old = newest_step(place)
     life.kill(victim)
+    assert newest_step(place) >= 2 and all(each.problem is None for each in list_checkpoints(place.store))
     proxy.set()
-    assert newest_step(place) == old
     lives = [life]
     if victim == "agent":
         life.close()
@@ -208,7 +207,7 @@ def test_a_kill_at_any_phase_of_a_save_loses_nothing(
     assert lives[-1].finish()["ended"] == "finished"
     assert newest_step(place) == STEPS
     place.check_whole()
-    assert [each.step for each in list_checkpoints(place.store)] == [4, STEPS]
+    assert [each.step for each in list_checkpoints(place.store)] == [STEPS - 2, STEPS]
     seen: dict[int, set[float]] = {}
     for each in lives:
         for step, losses in each.losses().items():
@@ -256,7 +255,7 @@ def test_a_store_that_fails_for_a_while_costs_no_checkpoint(
     proxy.set(*faults)
     status = life.finish()
     assert status["ended"] == "finished", status
-    assert {each.step for each in list_checkpoints(place.store)} == {4, 6}
+    assert {each.step for each in list_checkpoints(place.store)} == {STEPS - 2, STEPS}
     place.check_whole()
     assert life.losses() == reference
 

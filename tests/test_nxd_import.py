@@ -11,10 +11,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from typer.testing import CliRunner
 
 from raynium.checkpoint.catalog import choose_checkpoint, list_checkpoints
 from raynium.checkpoint.load import read_tensors
 from raynium.checkpoint.store import Store
+from raynium.cli import app
 from raynium.config.schema import ModelSection
 from raynium.convert.config_json import config_from_model
 from raynium.convert.nxd_files import load_tensors
@@ -363,3 +365,19 @@ def test_a_folder_with_no_or_several_finished_tags_is_refused(
 
 def test_a_whole_file_is_read(tag: Path) -> None:
     assert load_tensors(tag / MODEL_1)[DOWN].dtype == torch.bfloat16
+
+
+def test_the_command_takes_such_a_folder_with_its_optimizer_and_says_where_the_run_goes_on(
+    described: Callable[[ModelSection], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = model_of()
+    write_checkpoint(tmp_path / "nxd", random_state(model), model, tensor_size=2, data_size=1, grouped=True)
+    arguments = ["checkpoints", "import", "nxd", "copy", "--model", str(described(model))]
+    ended = CliRunner().invoke(app, arguments)
+    assert ended.exit_code == 0, ended.output
+    assert f"# nxd is step {STEP} of run copy" in ended.output
+    assert choose_checkpoint(Store(tmp_path / "runs/copy")).step == STEP
+    fresh = CliRunner().invoke(app, [*arguments[:3], "fresh", *arguments[4:], "--no-optimizer"])
+    assert "is step 0 of run fresh" in fresh.output
+    assert CliRunner().invoke(app, [*arguments, "--kv-order", "random"]).exit_code == 2

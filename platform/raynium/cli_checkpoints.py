@@ -4,6 +4,7 @@ import re
 import time
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
+from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
@@ -23,6 +24,13 @@ SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?) ?([KMGT]i?)?B?", re.IGNORECASE)
 MULTIPLES = (
     {"": 1} | {f"{p}i": 2 ** (10 * i) for i, p in enumerate("kmgt", 1)} | {p: 1000**i for i, p in enumerate("kmgt", 1)}
 )
+
+
+class KvOrderChoice(StrEnum):
+    """Of the ranks that share a key/value head: as a Trainium1 saves them, or a Trainium2."""
+
+    INTERLEAVED = "interleaved"
+    ADJACENT = "adjacent"
 
 
 @app.command("ls")
@@ -136,17 +144,38 @@ def export(
 
 @app.command("import")
 def import_(
-    folder: Annotated[str, Argument(metavar="FOLDER", help="A Hugging Face folder of Llama 3 or Qwen 3.")],
+    folder: Annotated[
+        str, Argument(metavar="FOLDER", help="A Hugging Face folder, or a neuronx-distributed checkpoint.")
+    ],
     name: Annotated[str, Argument(metavar="RUN", help="The name of the new run.")],
     root: RootOption = "runs",
+    model: Annotated[
+        str | None,
+        Option(
+            help="For neuronx-distributed: a Hugging Face folder with this model's config.json and tokenizer.json."
+        ),
+    ] = None,
+    optimizer: Annotated[bool, Option(help="For neuronx-distributed: take the optimizer's state too.")] = True,
+    kv_order: Annotated[
+        KvOrderChoice, Option(help="For neuronx-distributed, where ranks share a key/value head: how they stand.")
+    ] = KvOrderChoice.INTERLEAVED,
 ) -> None:
-    """Make a Hugging Face folder the start of a new run."""
+    """Make a Llama 3 or Qwen 3 model the start of a new run.
+
+    A checkpoint of neuronx-distributed brings its optimizer along, and the run goes on at its step.
+    """
     from raynium.config.paths import absolute_root
     from raynium.convert.import_folder import import_folder
+    from raynium.convert.nxd_folder import import_nxd_folder
 
     _check_new_name(name)
-    imported = import_folder(folder, _store(name, root))
-    typer.echo(f"# {folder} is step 0 of run {name}; a job with these lines trains it further:")
+    if model is None:
+        imported = import_folder(folder, _store(name, root))
+    else:
+        imported = import_nxd_folder(
+            folder, _store(name, root), model_folder=model, with_optimizer=optimizer, kv_order=kv_order.value
+        )
+    typer.echo(f"# {folder} is step {imported.ref.step} of run {name}; a job with these lines trains it further:")
     typer.echo(imported.job_snippet(name=name, root=absolute_root(root)).rstrip())
 
 

@@ -16,6 +16,9 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from raynium.accelerators.neuron_errors import ACTIONS, Fault
+from raynium.accelerators.neuron_monitor import DeviceSample
+from raynium.accelerators.neuron_monitor import metrics as device_metrics
 from raynium.checkpoint.catalog import CheckpointRef, list_checkpoints, resume_point, set_aside
 from raynium.checkpoint.commit import StepTaken, commit_checkpoint
 from raynium.checkpoint.manifest import CHECKPOINTS_FOLDER, ShardEntry
@@ -26,6 +29,7 @@ from raynium.errors import CheckpointDamaged, CheckpointError, StoreError
 from raynium.launch.protocol import AgentInfo, Commit, Event, HeldImages, Order, RankExit, Status, Verdict
 
 EVENTS_KEPT = 1000
+DEVICE_SAMPLE_SECONDS = 60.0  # an older one is of a node whose monitor ended
 HELD_OUT_METRICS = ("eval/loss", "eval/bits_per_byte")  # a checkpoint keeps those of its step
 
 
@@ -44,6 +48,7 @@ class _Generation:
     shards: dict[int, dict[int, ShardEntry]] = field(default_factory=dict)  # step → rank → entry
     upload_seconds: dict[int, float] = field(default_factory=dict)  # step → of its slowest shard
     commits: set[asyncio.Task[None]] = field(default_factory=set)
+    faults: dict[int, Fault] = field(default_factory=dict)  # node rank → what is broken there
 
 
 class RunCoordinator:
@@ -71,6 +76,7 @@ class RunCoordinator:
         self._committed_uri: str | None = None
         self._step = 0
         self._metrics: dict[str, float] = {}
+        self._devices: dict[int, tuple[float, DeviceSample]] = {}  # node rank → when it came, and the newest
         self._events: deque[Event] = deque(maxlen=EVENTS_KEPT)
         self._event_count = 0
         self._ended: Literal["finished", "stopped", "failed"] | None = None
@@ -86,6 +92,7 @@ class RunCoordinator:
                 self._attempt = agent.attempt
                 self._joined.clear()
                 self._uploading_ids.clear()
+                self._devices.clear()
                 if self._generation is not None and self._generation.state == "running":
                     cause = "a node agent was lost; Ray Train started the node agents again"
                     self._append_event(f"generation {self._generation.number} failed: {cause}")
@@ -125,11 +132,23 @@ class RunCoordinator:
             current.exits[node_rank] = exits
             first = _first_cause(exits)
             if first is not None:
-                self._report_failure(current, first)
+                self._report_failure(current, node_rank, first)
             elif len(current.exits) < self.config.cluster.nodes or current.state == "over":
                 return
         if first is None:
             await self._finish(current, exits[0])
+
+    async def node_fault(self, generation: int, node_rank: int, fault: Fault) -> None:
+        """Something is broken on a node, though none of its ranks died of it: they hung, or trained on."""
+        current = self._generations.get(generation)
+        if current is not None:
+            self._tell_fault(current, node_rank, fault)
+
+    async def device_sample(self, node_rank: int, sample: DeviceSample) -> dict[str, float]:
+        """One node's devices; returns the metrics of all nodes' newest samples."""
+        now = time.monotonic()
+        self._devices[node_rank] = now, sample
+        return device_metrics(one for came, one in self._devices.values() if now - came <= DEVICE_SAMPLE_SECONDS)
 
     async def shard_saved(self, generation: int, step: int, rank: int, entry_json: str, upload_seconds: float) -> None:
         """One rank's shard is in the store, verified. The last one of a step commits the checkpoint."""
@@ -261,8 +280,10 @@ class RunCoordinator:
         generation_id, step = max(whole, key=lambda key: key[1])
         return HeldImages(generation_id, step, tuple(range(self.config.world_size)))
 
-    def _report_failure(self, current: _Generation, first: RankExit) -> None:
+    def _report_failure(self, current: _Generation, node_rank: int, first: RankExit) -> None:
         """Called with the lock held."""
+        if current.state == "over" and first.fault is not None:  # but it may say what the first one died of
+            self._tell_fault(current, node_rank, first.fault)
         if current.state == "over":  # the ranks were killed because another node's died: not a cause of its own
             return
         assert first.cause is not None
@@ -270,11 +291,22 @@ class RunCoordinator:
         for line in first.last_lines:
             self._append_event(f"  rank {first.rank} | {line}")
         self._append_event(f"generation {current.number} failed: {cause}")
+        if first.fault is not None:
+            self._tell_fault(current, node_rank, first.fault)
         if current.resume_images is not None and self._step <= current.resume_images.step:
             self._distrusted_images.add((current.resume_images.generation_id, current.resume_images.step))
         self._over(current, cause)
         if not first.retry or not self._may_go_on(current, first.error):
             self._end("failed", cause)
+
+    def _tell_fault(self, current: _Generation, node_rank: int, fault: Fault) -> None:
+        """Names the node that somebody has to see to, once a generation, with the line that says so."""
+        if not fault.names_the_node or node_rank in current.faults:
+            return
+        current.faults[node_rank] = fault
+        node = f"node {node_rank} ({current.agents[node_rank].host})"
+        self._append_event(f"  {node} | {fault.evidence}")
+        self._append_event(f"{node}: {fault}: {ACTIONS[fault.action]}")
 
     def _may_go_on(self, current: _Generation, error: str | None) -> bool:
         """What the policy says if ranks found, only while they read it, that their checkpoint is damaged."""
@@ -368,7 +400,8 @@ class RunCoordinator:
         step, reason = last.outcome["step"], last.outcome["reason"]
         async with self._changed:
             current.state = "over"
-            if self._committed_step is not None and self._committed_step >= step:
+            saved = self._committed_step is not None and self._committed_step >= step
+            if saved or self.config.checkpoint.save == "never":
                 self._step = step
                 self._end(reason, None)
             else:
@@ -403,14 +436,21 @@ def layout(config: Config) -> dict[str, int]:
 
 
 def _first_cause(exits: list[RankExit]) -> RankExit | None:
-    """The exit that explains the others: a signal before an exception, what cannot be retried before all.
+    """The exit that explains the others: broken hardware before all, then what cannot be retried, then a signal.
 
-    When a rank is killed its peers fail a moment later with a broken connection; those are consequences.
+    When a rank is killed its peers fail a moment later with a broken connection; those are consequences. Broken
+    hardware computes wrong numbers, which its peers then refuse. A rank that blames a peer comes last.
     """
     failed = [each for each in exits if each.cause is not None]
     if not failed:
         return None
-    return min(failed, key=lambda each: (each.retry, each.exit_code >= 0, each.rank))
+
+    def order(each: RankExit) -> tuple[bool, bool, bool, bool, int]:
+        broken = each.fault is not None and each.fault.names_the_node
+        blames_a_peer = each.fault is not None and each.fault.guilty == "peer"
+        return not broken, each.retry, blames_a_peer, each.exit_code >= 0, each.rank
+
+    return min(failed, key=order)
 
 
 class CoordinatorOnLoop:

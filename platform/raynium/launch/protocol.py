@@ -5,6 +5,8 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
+from raynium.accelerators.neuron_errors import Fault
+
 
 @dataclass(frozen=True)
 class HeldImages:
@@ -59,6 +61,7 @@ class RankExit:
     error: str | None = None  # class of the exception that ended it, if one did
     outcome: dict[str, Any] | None = None  # {"step", "reason"} of a rank that ended as it should
     last_lines: tuple[str, ...] = ()
+    fault: Fault | None = None  # a known fault that ended it; see launch/diagnosis.py
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ def settled(
     """
     cluster, engine = config.cluster, config.engine
     if cluster.accelerator == "auto":
-        cluster = cluster.model_copy(update={"accelerator": _accelerator(cluster_resources)})
+        cluster = cluster.model_copy(update={"accelerator": _accelerator(config, cluster_resources)})
     if engine.dtype == "auto":
         trained_in = saved["engine"]["dtype"] if saved is not None and "engine" in saved else None
         dtype = trained_in or native_dtype(cluster.accelerator)
@@ -26,9 +26,9 @@ def settled(
     return config.model_copy(update={"cluster": cluster, "engine": engine})
 
 
-def _accelerator(cluster_resources: Mapping[str, float] | None) -> str:
+def _accelerator(config: Config, cluster_resources: Mapping[str, float] | None) -> str:
     if cluster_resources is None:
         return detect("auto").name
-    if "neuron_cores" in cluster_resources:
-        return "neuron"
+    if "neuron_cores" in cluster_resources:  # the rules have seen to it that the engine fits the instance type
+        return "neuron_xla" if config.engine.kind == "nxd" else "neuron"
     return "cuda" if "GPU" in cluster_resources else "cpu"

@@ -1,0 +1,26 @@
+"""What the ranks of `test_diagnosis.py` run in place of training. Imported in their processes by name."""
+
+import os
+import sys
+import time
+from typing import Any, NoReturn
+
+from raynium.train.loop import Outcome
+
+BROKEN_LINE = "(FATAL-RT-UNDEFINED-STATE) execution timeout (600000 ms) on Neuron Device 2 NC 1, model a.neff"
+HUNG_LINE = "(FATAL-RT-UNDEFINED-STATE) missing collectives status on Neuron Device 0 NC 0, model a.neff"
+
+
+def hang_on_a_broken_device(plan_json: str, link: Any) -> Outcome:
+    """Rank 0's device is broken: it says so and never ends. Rank 1 waits for it, and ends first."""
+    if os.environ["RANK"] == "0":
+        sys.stdout.write(BROKEN_LINE + "\n")
+        link.phase("up", 0)
+        time.sleep(300)
+    return end_of_a_hang()
+
+
+def end_of_a_hang() -> NoReturn:
+    time.sleep(0.5)  # rank 0's line is out by then: a runtime's timeouts are minutes
+    sys.stdout.write(HUNG_LINE + "\n")
+    raise RuntimeError("Failed to execute the model status=5 message=Operation timed out")

@@ -1,0 +1,91 @@
+"""AWS's recovery table and status codes, replayed: what a rank and the kernel say in, the verdict out."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from raynium.accelerators.neuron_errors import NEURON_ROWS, STATUSES, Fault, classify, symptoms
+
+FIXTURES = Path(__file__).parent / "fixtures/neuron"
+DEATHS: list[dict[str, Any]] = yaml.safe_load((FIXTURES / "recovery.yaml").read_text())
+BY_STATUS: dict[int, tuple[str, str, str]] = yaml.safe_load((FIXTURES / "statuses.yaml").read_text())
+
+# How statuses have been seen to be said: AWS's documents and issues.
+SPELLINGS = (
+    "RuntimeError: Failed to execute the model status={number} message=whatever it is",
+    'nrt_load status={number}, error message="Non specific failure".',
+    "Internal: adaptor.cc:446:Execute failed: nrt_execute: status={number}, error message=",
+    "2021-Nov-01 06:02:18.0992 13660:14125 ERROR  NMGR:dlr_infer            Inference completed with err: {number}",
+    "2025-Oct-01 23:48:34.0022 5162:5162 ERROR   NRT:nrt_infodump             Failure: {name} in nrt_execute()",
+    "the call ended with {name} ({number})",
+)
+
+# A line that carries none of these may never cost somebody an instance.
+DOCUMENTED_REASONS_TO_REPLACE = re.compile(
+    r"Uncorrectable memory error is detected|Uncorrectable HBM memory error is detected|uncorrectable memory error on"
+    r"|engine \d+ is in an abort state|(execution|inference) timeout \(\d+ ms\)|\b120[123]\b|NEURON_HW_ERR="
+    r"|NRT_EXEC_HW_ERR_(HBM_UE|NC_UE|DMA_ABORT)"
+)
+
+
+def told(fault: Fault | None) -> list[Any] | None:
+    return None if fault is None else [fault.name, fault.action, fault.guilty, fault.device, fault.core]
+
+
+@pytest.mark.parametrize("death", DEATHS, ids=lambda death: death["name"])
+def test_each_death_has_its_verdict(death: dict[str, Any]) -> None:
+    fault = classify(death.get("output", ()), death.get("kernel", ()))
+    assert told(fault) == death["verdict"]
+    if fault is not None:
+        line = next(line for line in [*death.get("output", ()), *death.get("kernel", ())] if fault.evidence in line)
+        assert death.get("kernel") or symptoms(NEURON_ROWS).search(line), "the agent would not have kept this line"
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+@pytest.mark.parametrize("number", BY_STATUS)
+def test_each_status_has_its_verdict_however_it_is_said(number: int, spelling: str) -> None:
+    name, row, action = BY_STATUS[number]
+    line = spelling.format(number=number, name=name)
+    fault = classify(["a line before", line, "a line after"])
+    assert fault is not None and (fault.name, fault.action) == (row, action)
+    assert f"{name} ({number})" in fault.cause and fault.evidence == line
+    assert symptoms(NEURON_ROWS).search(line)
+
+
+def test_no_status_and_no_row_is_without_a_fixture() -> None:
+    assert {number: name for number, (name, *_) in BY_STATUS.items()} == STATUSES
+    seen = {death["verdict"][0] for death in DEATHS if death["verdict"]} | {row for _, row, _ in BY_STATUS.values()}
+    assert seen == {row.name for row in NEURON_ROWS}
+
+
+def test_broken_hardware_is_found_behind_everything_that_it_causes() -> None:
+    consequences = [line for death in DEATHS if death["verdict"] and death["verdict"][2] != "node"
+                    for line in death.get("output", ()) if "HW_ERR" not in line]  # fmt: skip
+    broken = "[MLA 9][NC 1] DMA TX engine 3 is in an abort state"
+    assert told(classify([*consequences, broken, *consequences])) == ["dma-abort", "replace", "node", 9, 1]
+
+
+def test_a_long_line_is_quoted_in_part() -> None:
+    fault = classify(["nrt_execute: status=1203 " + "x" * 10_000])
+    assert fault is not None and len(fault.evidence) == 300
+
+
+WORDS = st.sampled_from(
+    [word for death in DEATHS for line in [*death.get("output", ()), *death.get("kernel", ())] for word in line.split()]
+)
+LINES = st.lists(st.one_of(st.text(), st.lists(WORDS, max_size=12).map(" ".join)), max_size=6)
+
+
+@given(output=LINES, kernel=LINES)
+def test_no_lines_break_it_and_none_replaces_a_node_without_a_documented_reason(
+    output: list[str], kernel: list[str]
+) -> None:
+    fault = classify(output, kernel)
+    if fault is not None and fault.action == "replace":
+        assert DOCUMENTED_REASONS_TO_REPLACE.search("\n".join([*output, *kernel]))
+        assert fault.guilty == "node"
