@@ -127,7 +127,7 @@ def test_a_run_ends_with_its_checkpoints_and_metrics(uninterrupted: Played) -> N
     assert [step for step, _ in uninterrupted.tracker.values("eval/bits_per_byte")] == [6, 12]
     assert uninterrupted.losses()[12] < uninterrupted.losses()[1]
     assert uninterrupted.tracker.closed
-    assert not [each for each in os.listdir("/dev/shm") if each.endswith("-test")]
+    assert not images_in_memory()
 
 
 @pytest.mark.parametrize("victim", [0, 1])

@@ -194,11 +194,12 @@ def test_a_kill_at_any_phase_of_a_save_loses_nothing(
     start: Start, place: Place, proxy: FlakyS3, reference: dict[int, set[float]], victim: str, phase: str
 ) -> None:
     life = start(place.url, place.environment)
-    wait_for(lambda: newest_step(place) == 2)
+    wait_for(lambda: "PutObject" in proxy.seen)  # the first manifest: step 2 is about to be committed
     proxy.set(PHASES[phase])
     assert proxy.held.wait(90)
     life.kill(victim)
-    assert newest_step(place) >= 2 and all(each.problem is None for each in list_checkpoints(place.store))
+    wait_for(lambda: newest_step(place) >= 2)
+    assert all(each.problem is None for each in list_checkpoints(place.store))
     proxy.set()
     lives = [life]
     if victim == "agent":
@@ -251,7 +252,7 @@ def test_a_store_that_fails_for_a_while_costs_no_checkpoint(
     start: Start, place: Place, proxy: FlakyS3, reference: dict[int, set[float]], faults: list[Any]
 ) -> None:
     life = start(place.url, place.environment)
-    wait_for(lambda: newest_step(place) == 2)
+    wait_for(lambda: "PutObject" in proxy.seen)  # the first manifest: step 2 is about to be committed
     proxy.set(*faults)
     status = life.finish()
     assert status["ended"] == "finished", status
@@ -264,7 +265,7 @@ def test_credentials_that_expire_fail_one_save_with_the_cause_and_the_next_one_w
     start: Start, place: Place, proxy: FlakyS3, reference: dict[int, set[float]]
 ) -> None:
     life = start(place.url, place.environment)
-    wait_for(lambda: newest_step(place) == 2)
+    wait_for(lambda: "PutObject" in proxy.seen)  # the first manifest: step 2 is about to be committed
     proxy.set(
         refuse(403, "ExpiredToken", times=3, of=["CreateMultipartUpload", "UploadPart", "CompleteMultipartUpload"])
     )
