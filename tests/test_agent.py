@@ -1,8 +1,10 @@
 """A node agent with real ranks, a real store and a real coordinator; only Ray and MLflow are left out."""
 
+import json
 import logging
 import os
 import signal
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -127,6 +129,12 @@ def test_a_run_ends_with_its_checkpoints_and_metrics(uninterrupted: Played) -> N
     assert [step for step, _ in uninterrupted.tracker.values("eval/bits_per_byte")] == [6, 12]
     assert uninterrupted.losses()[12] < uninterrupted.losses()[1]
     assert uninterrupted.tracker.closed
+    for name in ("stall", "longest_stall", "upload", "commit"):
+        times = uninterrupted.tracker.values(f"checkpoint/{name}_seconds")
+        assert sorted(step for step, _ in times) == [4, 8, 12] and all(seconds > 0 for _, seconds in times), name
+    listed = json.loads(uninterrupted.tracker.artifacts["checkpoints.json"])
+    assert [(each["step"], each["world_size"]) for each in listed] == [(8, 2), (12, 2)]
+    assert listed[1]["metrics"].keys() == {"eval/loss", "eval/bits_per_byte"}
     assert not images_in_memory()
 
 
@@ -174,6 +182,23 @@ def test_a_rank_that_cannot_start_is_quoted_and_not_tried_again(play: Callable[.
     assert (status.ended, status.generation) == ("failed", 1)
     assert "DataError" in (status.cause or "") and "is no document store" in (status.cause or "")
     assert any("Traceback" in each.text for each in status.events)
+
+
+def test_too_little_memory_for_snapshots_is_told_before_the_first_step_and_not_tried_again(
+    play: Callable[..., Played], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory = tmp_path / "memory"
+    memory.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", memory], capture_output=True).returncode:
+        pytest.skip("mounting needs root")
+    try:
+        monkeypatch.setattr("raynium.launch.images.shared_memory_folder", lambda: memory)
+        run = play()
+        status = run.finish()
+    finally:
+        subprocess.run(["umount", memory], check=True)
+    assert (status.ended, status.generation) == ("failed", 1) and not run.losses()
+    assert "SnapshotMemoryShort: a snapshot needs" in (status.cause or "") and "enlarge shared memory" in status.cause
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_and_reaches_no_checkpoint(play: Callable[..., Played]) -> None:
