@@ -13,7 +13,8 @@ The rules of the real one that it enforces (read in torch-neuronx's source and A
 - a process owns one core (NEURON_RT_VISIBLE_CORES), and the root communicator has an address;
 - the device's index is the local rank, so a name with a number in it ("neuron:0") fails;
 - float64 and operations of `NOT_ON_NEURON` run "on the CPU" and are counted by `get_fallback_ops()`;
-- `torch.compile(backend="neuron")` refuses dynamic shapes; every graph is counted by `get_dynamo_metrics()`;
+- `torch.compile(backend="neuron")` refuses dynamic shapes; every graph is counted by `get_dynamo_metrics()`, and a file
+  of its own in TORCH_NEURONX_NEFF_CACHE_DIR stands for its executable;
 - `barrier()` of a group of one raises NotImplementedError.
 
 What it cannot show: speed, memory (FSDP's freed storage stays, since Python cannot resize a PrivateUse1 storage),
@@ -22,6 +23,7 @@ neuron:0 and not neuron:3.
 """
 
 import ctypes
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -298,9 +300,22 @@ def _compile(graph: torch.fx.GraphModule, inputs: list[Any], **options: Any) -> 
             raise RuntimeError("[NCC_EMOD025] Dynamic shape is not supported: use torch.compile(dynamic=False)")
         shapes = tuple(tuple(each.shape) for each in inputs if isinstance(each, torch.Tensor))
         _graphs.append(GraphMetrics(f"graph_{len(_graphs)}", len(graph.graph.nodes), shapes))
+        _keep_executable(graph.code, shapes)
         return make_boxed_func(graph.forward)
 
     return aot_autograd(fw_compiler=compiled, bw_compiler=compiled)(graph, inputs)
+
+
+def _keep_executable(code: str, shapes: tuple[tuple[int, ...], ...]) -> None:
+    """As torch-neuronx does: a name by the graph, a temporary file and a rename. Its bytes are like no other's."""
+    if folder := os.environ.get("TORCH_NEURONX_NEFF_CACHE_DIR"):
+        name = hashlib.sha256(f"{code}{shapes}".encode()).hexdigest()
+        path = Path(folder, name[:2], name[2:4], f"{name}.neff")
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary = path.with_name(f"tmp{os.getpid()}.neff.tmp")
+            temporary.write_bytes(os.urandom(200))
+            temporary.replace(path)
 
 
 # ---- init_process_group("neuron") ------------------------------------------------------------------------------------
@@ -427,4 +442,5 @@ def write_site(folder: Path, *, product_name: str = "trn2.3xlarge") -> dict[str,
         metadata = folder / f"{name.replace('-', '_')}-{version}.dist-info"
         metadata.mkdir()
         (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
-    return {"PYTHONPATH": str(folder)}
+    # Of its own: executables of the twin must not get into the compile cache of whoever runs the tests.
+    return {"PYTHONPATH": str(folder), "HOME": str(folder / "home")}

@@ -29,14 +29,14 @@ LAYERS = (
     ("rank_plan", "sampling"),
     ("train",),
     ("snapshots",),
-    ("rank",),
+    ("rank", "trial"),
     ("rank_entry",),
     ("tracking",),
     ("launch",),
     ("standalone",),
     ("cluster",),
     ("sdk",),
-    ("cli_checkpoints", "cli_cluster"),
+    ("cli_checkpoints", "cli_checks", "cli_cluster"),
     ("cli",),
     ("",),
 )
@@ -50,7 +50,7 @@ HOMES = {
     "boto3": {"cluster"},
     "torch": {
         *("models", "data", "optim", "checkpoint", "accelerators", "engines"),
-        *("convert", "sampling", "train", "snapshots", "rank", "rank_entry", "standalone"),
+        *("convert", "sampling", "train", "snapshots", "rank", "trial", "rank_entry", "standalone"),
     },
     **{library: {"accelerators", "engines"} for library in NEURON_LIBRARIES},
 }

@@ -74,6 +74,7 @@ def start() -> Iterator[Callable[..., Rank]]:
 CONVERSATION = """
 link.phase("start", 0)
 link.step(7, {"train/loss": 2.5})
+link.compiled(7, graphs=2, seconds=1.5, surprises=["forward was compiled again"])
 slot = link.wait_free_image()
 link.image(slot, '{"step": 7}', '{"replicas": 7}')
 link.failed(ValueError("no"), retry=True)
@@ -88,6 +89,7 @@ def test_the_messages_are_as_documented(start: Callable[..., Rank]) -> None:
     assert rank.receive_all() == [
         {"kind": "phase", "name": "start", "step": 0},
         {"kind": "step", "step": 7, "metrics": {"train/loss": 2.5}},
+        {"kind": "compiled", "step": 7, "graphs": 2, "seconds": 1.5, "surprises": ["forward was compiled again"]},
         {"kind": "image", "slot": 1, "info": '{"step": 7}', "replicas": '{"replicas": 7}'},
         {"kind": "failed", "error": "ValueError", "cause": "ValueError: no", "retry": True},
         {"kind": "outcome", "step": 7, "reason": "stopped"},
@@ -100,7 +102,7 @@ def test_other_ranks_report_a_step_as_a_heartbeat_without_numbers(start: Callabl
     rank.send("image-free", slot=0)
     messages = rank.receive_all()
     assert messages[1] == {"kind": "phase", "name": "step", "step": 7}
-    assert len(messages) == 5
+    assert len(messages) == 6
 
 
 def test_a_stop_arrives(start: Callable[..., Rank]) -> None:

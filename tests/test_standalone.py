@@ -77,7 +77,7 @@ def test_it_trains_saves_and_goes_on_where_it_ended(job: Path) -> None:
     assert checkpoint is not None and checkpoint.step == 2 and checkpoint.manifest.world_size == 2
     second = torchrun(job)
     assert "note: train.steps changed from 2 to 4" in second
-    assert "resumed from step 2" in second and sorted(losses(second)) == [3, 4]
+    assert "resumed from the checkpoint of step 2" in second and sorted(losses(second)) == [3, 4]
     assert losses(second)[4] < losses(first)[1]
     assert [each.step for each in list_checkpoints(store)] == [2, 4]
     assert store.read(TOKENIZER_NAME) == (job.parent / "data" / TOKENIZER_NAME).read_bytes()

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 from typer import Argument, Option
 
-from raynium import cli_checkpoints, cli_cluster
+from raynium import cli_checkpoints, cli_checks, cli_cluster
 from raynium.errors import ClusterLost, ConfigError, RayniumError, StoreError
 
 app = typer.Typer(
@@ -201,6 +201,8 @@ def ui(
     os.execve(command[0], command, ui_environment())
 
 
+app.command()(cli_checks.doctor)
+app.command()(cli_checks.preflight)
 app.add_typer(cli_checkpoints.app, name="checkpoints")
 app.add_typer(cli_cluster.app, name="cluster")
 

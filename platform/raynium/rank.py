@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from raynium.accelerators.base import Accelerator
+from raynium.accelerators.compiles import TorchCompiles
 from raynium.accelerators.detect import detect
 from raynium.accelerators.timeouts import PROCESS_GROUP_TIMEOUT_SECONDS
 from raynium.checkpoint.manifest import ImageInfo
@@ -26,7 +27,8 @@ from raynium.engines.native import build_native_engine
 from raynium.engines.nxd import build_nxd_engine
 from raynium.models.flops import flops_per_token
 from raynium.rank_plan import RankPlan
-from raynium.snapshots import Snapshots
+from raynium.snapshots import NoSnapshots, Snapshots
+from raynium.train.compiles import WatchedEngine
 from raynium.train.link import Link
 from raynium.train.loop import Cadence, Outcome, train
 from raynium.train.metrics import Throughput
@@ -55,7 +57,13 @@ def run(plan: RankPlan, link: Link) -> Outcome:
     torch.manual_seed(config.run.seed + rank)
 
     # ---- model, optimizer, and the state they start from -----------------------------------------------------------
-    engine = build_nxd_engine(config) if config.engine.kind == "nxd" else build_native_engine(config, accelerator)
+    compiles = TorchCompiles()
+    if config.engine.kind == "nxd":
+        built = build_nxd_engine(config)
+    else:
+        backend = compiles.backend(accelerator.compile_backend)
+        built = build_native_engine(config, accelerator, compile_backend=backend)
+    engine = WatchedEngine(built, torch_compiles=compiles, device_counts=accelerator.metrics, link=link)
     snapshots = Snapshots(engine, link, Path(plan.image_folder), if_busy=config.checkpoint.if_busy)
     start_step = 0
     if plan.resume_images:
@@ -81,8 +89,8 @@ def run(plan: RankPlan, link: Link) -> Outcome:
         batches=loader,
         cadence=Cadence(config.train.steps, config.checkpoint.every_steps, config.evaluate.every_steps),
         start_step=start_step,
-        evaluate=lambda: evaluation.metrics() | accelerator.metrics(),
-        snapshots=snapshots,
+        evaluate=lambda: evaluation.metrics() | accelerator.metrics() | engine.compile_metrics(),
+        snapshots=snapshots if config.checkpoint.save == "steps" else NoSnapshots(),
         throughput=_throughput(config, accelerator, world_size),
         link=link,
     )

@@ -25,6 +25,16 @@ from raynium.train.link import IMAGE_SLOTS, Link
 logger = logging.getLogger(__name__)
 
 
+class NoSnapshots:
+    """For a run that keeps nothing (checkpoint.save=never)."""
+
+    def wants_to_skip(self) -> bool:
+        return False
+
+    def save(self, step: int) -> dict[str, float]:
+        return {}
+
+
 class Snapshots:
     """Saves and restores one rank. Every rank builds its own, after its engine; CheckpointError if memory is short."""
 

@@ -56,6 +56,12 @@ class StandaloneLink:
         if dist.get_rank() == 0:
             logger.info("step %d: %s", step, ", ".join(f"{name} {value:.6g}" for name, value in metrics.items()))
 
+    def compiled(self, step: int, *, graphs: int, seconds: float, surprises: list[str]) -> None:
+        if dist.get_rank() == 0:
+            logger.info("step %d: %d graph(s) compiled in %.1f s", step, graphs, seconds)
+        for surprise in surprises:
+            logger.warning("step %d: %s", step, surprise)
+
     def stop_requested(self) -> bool:
         return self._stop
 

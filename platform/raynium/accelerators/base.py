@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 if TYPE_CHECKING:
     import torch
@@ -22,6 +22,16 @@ class Place:
     inherited: Mapping[str, str]  # the node agent's own environment: what Ray granted, and what the user set
 
 
+@dataclass(frozen=True)
+class CompileCache:
+    """Where a device's compiler keeps what it made, and whom that fits."""
+
+    variable: str  # of the environment: where the device's libraries look for it
+    key: str  # equal where the executables of one node run on another; may be a part of a store's key
+    kind: Literal["folder", "url"]  # url: the libraries reach the run's store themselves; folder: somebody must copy
+    suffix: str  # of the finished files in it; anything else there is a lock or half written
+
+
 class Accelerator(Protocol):
     """One kind of device. Agents, which have no torch, call `environment`; ranks call the rest."""
 
@@ -36,6 +46,13 @@ class Accelerator(Protocol):
         """Every variable that a rank's libraries read, to be set before they are imported.
 
         Raises LaunchError if the node does not have what the rank needs.
+        """
+        ...
+
+    def compile_cache(self, inherited: Mapping[str, str]) -> CompileCache | None:
+        """What nodes may share of compiled graphs; None if there is nothing that they can, or safely may.
+
+        inherited: as in `Place`.
         """
         ...
 

@@ -3,10 +3,11 @@
 import ipaddress
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from raynium.accelerators.base import Place
+from raynium.accelerators.base import CompileCache, Place
 
 if TYPE_CHECKING:
     import torch
@@ -33,6 +34,9 @@ class CpuAccelerator:
             # laptops and in containers is often an address that nothing answers on.
             variables["GLOO_SOCKET_IFNAME"] = "lo0" if sys.platform == "darwin" else "lo"
         return variables
+
+    def compile_cache(self, inherited: Mapping[str, str]) -> CompileCache | None:
+        return None  # inductor's holds pickles, which run code when they are read: not from a store
 
     def set_device(self, local_rank: int) -> "torch.device":
         import torch

@@ -1,8 +1,9 @@
 """NVIDIA GPUs."""
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from raynium.accelerators.base import Place
+from raynium.accelerators.base import CompileCache, Place
 from raynium.errors import LaunchError
 
 if TYPE_CHECKING:
@@ -36,6 +37,9 @@ class CudaAccelerator:
             # resumed run repeats the losses of an uninterrupted one.
             "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
         }
+
+    def compile_cache(self, inherited: Mapping[str, str]) -> CompileCache | None:
+        return None  # inductor's holds pickles, which run code when they are read: not from a store
 
     def set_device(self, local_rank: int) -> "torch.device":
         import torch

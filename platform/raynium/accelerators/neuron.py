@@ -9,10 +9,12 @@ Needs torch-neuronx 2.13 or later from AWS's package repository. What it asks of
 
 import logging
 import os
+from collections.abc import Mapping
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from raynium.accelerators.base import Place
+from raynium.accelerators.base import CompileCache, Place
 from raynium.accelerators.cores import VISIBLE_CORES, rank_cores
 from raynium.accelerators.timeouts import EXECUTION_TIMEOUT_SECONDS
 from raynium.errors import LaunchError
@@ -25,6 +27,7 @@ logger = logging.getLogger(__name__)
 
 EFA_FOLDER = Path("/sys/class/infiniband")  # where the kernel lists network cards with remote memory access
 LNC = "NEURON_LOGICAL_NC_CONFIG"
+NEFF_CACHE = "TORCH_NEURONX_NEFF_CACHE_DIR"
 DEFAULT_LNC = "2"  # AWS's, on Trainium2 and later; Trainium1 has no such thing
 
 # AWS Neuron docs, about-neuron/arch/neuron-hardware, read 2026-11-23: dense FP32 of a chip.
@@ -46,7 +49,7 @@ class NeuronAccelerator:
 
     def environment(self, place: Place) -> dict[str, str]:
         cores = rank_cores(place.inherited.get(VISIBLE_CORES), local_world_size=place.local_world_size)
-        cache = str(Path.home() / ".cache/raynium/neff")
+        cache = str(Path.home() / ".cache/raynium/neff")  # with a store behind it, launch/compile_cache.py chooses
         variables = {
             # The runtime: the one core this process owns. torch-neuronx keeps it, and insists that it is one.
             VISIBLE_CORES: str(cores[place.local_rank]),
@@ -54,7 +57,7 @@ class NeuronAccelerator:
             LNC: place.inherited.get(LNC, DEFAULT_LNC),
             # torch-neuronx, at compilation: where executables are kept between ranks, generations and runs. Its
             # default is in /tmp, which a reboot empties.
-            "TORCH_NEURONX_NEFF_CACHE_DIR": place.inherited.get("TORCH_NEURONX_NEFF_CACHE_DIR", cache),
+            NEFF_CACHE: place.inherited.get(NEFF_CACHE, cache),
             # torch-neuronx, at each operation: one that Neuron has but that fails is an error, not a slow CPU run.
             "TORCH_NEURONX_FALLBACK_ONLY_FOR_UNIMPLEMENTED_OPS": "1",
         }
@@ -63,6 +66,12 @@ class NeuronAccelerator:
             # torch-neuronx, at the first collective: without an EFA card it otherwise waits for one, for ever.
             variables["TORCH_NEURONX_ENABLE_HOST_CC"] = "1"
         return variables
+
+    def compile_cache(self, inherited: Mapping[str, str]) -> CompileCache | None:
+        if self._instance is None:
+            return None  # nobody can say which other machines its executables would fit
+        key = compile_key(self._instance, inherited)
+        return CompileCache(NEFF_CACHE, key, "folder", suffix=".neff")
 
     def set_device(self, local_rank: int) -> "torch.device":
         import torch
@@ -95,10 +104,14 @@ class NeuronAccelerator:
         if new := sorted(fallbacks - self._fallbacks_told):
             self._fallbacks_told |= fallbacks
             logger.warning("ran on the CPU, since TorchNeuron has no such operation: %s", ", ".join(new))
-        return {
-            "device/fallback_operators": float(len(fallbacks)),
-            "compile/graphs": float(len(torch_neuronx.get_dynamo_metrics())),
-        }
+        return {"device/fallback_operators": float(len(fallbacks))}
+
+
+def compile_key(instance: Instance, inherited: Mapping[str, str]) -> str:
+    """Of the executables that this node makes: compiler, torch, cores per logical core and chip."""
+    versions = "+".join(f"{name}-{metadata.version(name)}" for name in ("neuronx-cc", "torch"))
+    lnc = "1" if instance.chip == "trainium1" else inherited.get(LNC, DEFAULT_LNC)
+    return f"{versions}+lnc-{lnc}+{instance.chip}"
 
 
 def runtime_environment(place: Place) -> dict[str, str]:

@@ -4,18 +4,27 @@ Needs torch 2.9 with torch-neuronx 2.9, torch-xla and libneuronxla from AWS's pa
 place from the environment when it is imported, and only if it believes that torchrun started it.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from raynium.accelerators.base import Place
+from raynium.accelerators.base import CompileCache, Place
 from raynium.accelerators.cores import VISIBLE_CORES, rank_cores
-from raynium.accelerators.neuron import DEFAULT_LNC, LNC, memory_bytes_of, peak_flops_of, runtime_environment
+from raynium.accelerators.neuron import (
+    DEFAULT_LNC,
+    LNC,
+    compile_key,
+    memory_bytes_of,
+    peak_flops_of,
+    runtime_environment,
+)
 from raynium.errors import LaunchError
 from raynium.hardware.catalog import Instance
 
 if TYPE_CHECKING:
     import torch
 
+CACHE_URL = "NEURON_COMPILE_CACHE_URL"
 _SMALLEST_MEMORY_BYTES = 16 * 2**30  # of a core of Trainium1
 
 
@@ -42,16 +51,23 @@ class NeuronXlaAccelerator:
             VISIBLE_CORES: ",".join(map(str, cores)),
             # torch-xla, at the first use: without it a missing plugin means a quiet run on the CPU.
             "PJRT_DEVICE": "NEURON",
-            # The compiler: a transformer that is trained over many cores. Fuses and schedules for that.
+            # The compiler: a transformer that is trained over many cores. Fuses and schedules for that. And a failed
+            # compilation, which the cache keeps too, is tried again: it may have been a full disk.
             "NEURON_CC_FLAGS": place.inherited.get(
-                "NEURON_CC_FLAGS", "--model-type=transformer --distribution-strategy=llm-training"
+                "NEURON_CC_FLAGS",
+                "--model-type=transformer --distribution-strategy=llm-training --retry_failed_compilation",
             ),
             # libneuronxla: where executables are kept; a folder, or an s3:// URL that nodes share.
-            "NEURON_COMPILE_CACHE_URL": place.inherited.get("NEURON_COMPILE_CACHE_URL", cache),
+            CACHE_URL: place.inherited.get(CACHE_URL, cache),
         }
         if self._instance is not None and self._instance.chip != "trainium1":
             variables[LNC] = place.inherited.get(LNC, DEFAULT_LNC)  # the runtime: physical cores of a logical one
         return variables | runtime_environment(place)
+
+    def compile_cache(self, inherited: Mapping[str, str]) -> CompileCache | None:
+        if self._instance is None:
+            return None  # nobody can say which other machines its executables would fit
+        return CompileCache(CACHE_URL, compile_key(self._instance, inherited), "url", suffix=".neff")
 
     def set_device(self, local_rank: int) -> "torch.device":
         try:
@@ -81,4 +97,5 @@ class NeuronXlaAccelerator:
         import torch_xla.debug.metrics  # pyright: ignore[reportMissingImports]
 
         compiles = torch_xla.debug.metrics.counter_value("UncachedCompile")
-        return {"compile/graphs": float(compiles or 0)}
+        times = torch_xla.debug.metrics.metric_data("CompileTime")  # count, sum in ns, samples; None before the first
+        return {"compile/graphs": float(compiles or 0), "compile/seconds": times[1] / 1e9 if times else 0.0}

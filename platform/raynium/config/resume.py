@@ -71,6 +71,7 @@ FREE = (
     "evaluate",
     "tracking",
     "fault",
+    "preflight",
     "sample",
 )
 

@@ -128,6 +128,8 @@ class CheckpointSection(Section):
     """When to save, what to keep, and what to do when that does not go well. A checkpoint is kept for any one reason."""
 
     every_steps: PositiveInt = 100
+    # "never": nothing is kept, also not at the end, for runs that only measure or compile.
+    save: Literal["steps", "never"] = "steps"
     # Both of a rank's images are still being uploaded when the next save is due: wait for one, or leave that save out.
     if_busy: Literal["wait", "skip"] = "wait"
     # The newest checkpoint proves damaged: end with the cause, or set it aside and go on from the next older one.
@@ -157,6 +159,15 @@ class FaultSection(Section):
     max_node_failures: NonNegativeInt = 8  # Ray Train worker-group restarts
 
 
+class PreflightSection(Section):
+    """Checks of the nodes before their ranks start; `raynium preflight` makes all of them without a run."""
+
+    # all: with a trial of the ranks (products, all-reduces); host: what shows without one. auto: all on accelerators,
+    # on CPU host, and none where the run has one CPU node, since training itself says as much within a second.
+    before_run: Literal["auto", "all", "host", "none"] = "auto"
+    seconds: PositiveFloat = 180.0  # from when the nodes are there; it ends when all have answered
+
+
 class SampleSection(Section):
     """Text drawn from the model when the run ends."""
 
@@ -180,6 +191,7 @@ class Config(Section):
     evaluate: EvaluateSection = EvaluateSection()
     tracking: TrackingSection = TrackingSection()
     fault: FaultSection = FaultSection()
+    preflight: PreflightSection = PreflightSection()
     sample: SampleSection = SampleSection()
 
     @property

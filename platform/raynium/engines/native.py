@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor, Partial, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from raynium.accelerators import Accelerator
+from raynium.accelerators.compiles import Backend
 from raynium.checkpoint.state import Chunk
 from raynium.config.schema import Config
 from raynium.data.batch import IGNORED_LABEL, Batch
@@ -51,8 +52,12 @@ class Block(NamedTuple):
     first_holder: bool  # of the ranks that hold the same block, this is the one that counts and saves it
 
 
-def build_native_engine(config: Config, accelerator: Accelerator) -> "NativeEngine":
+def build_native_engine(
+    config: Config, accelerator: Accelerator, *, compile_backend: Backend | None = None
+) -> "NativeEngine":
     """Model and optimizer of this rank, at step 0. All ranks call it, after `accelerator.set_device`.
+
+    compile_backend: what torch.compile is given, the accelerator's own if None.
 
     torch.distributed must be initialised when there is more than one rank. One rank works without: in float32 it is
     plain torch; in bfloat16 FSDP does the casting, for the same math as on many ranks, over a one-rank group that the
@@ -67,7 +72,7 @@ def build_native_engine(config: Config, accelerator: Accelerator) -> "NativeEngi
         store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
         dist.init_process_group(accelerator.process_group_backend, store=store, rank=0, world_size=1)
     layout = _layout(config, accelerator) if sharded else Layout(None, 0, 1, 0, 1)
-    blocks_and_model = _build_model(config, accelerator, layout, dtype)
+    blocks_and_model = _build_model(config, accelerator, layout, dtype, compile_backend or accelerator.compile_backend)
     return NativeEngine(config, accelerator, layout, *blocks_and_model, opened_group=opens_group)
 
 
@@ -241,7 +246,7 @@ def _layout(config: Config, accelerator: Accelerator) -> Layout:
 
 
 def _build_model(
-    config: Config, accelerator: Accelerator, layout: Layout, dtype: torch.dtype
+    config: Config, accelerator: Accelerator, layout: Layout, dtype: torch.dtype, compile_backend: Backend | str
 ) -> tuple[Decoder, list[Block]]:
     """The parallelised decoder with its first weights.
 
@@ -254,7 +259,7 @@ def _build_model(
         for field, size in divided_sizes(config.model, seq_len=config.data.seq_len).items():
             assert size % layout.tensor_size == 0, f"{field} {size} is not a multiple of {layout.tensor_size}"
         apply_tensor_parallel(model, layout.mesh["tensor"])
-    wrap_blocks(model, config.engine, compile_backend=accelerator.compile_backend)
+    wrap_blocks(model, config.engine, compile_backend=compile_backend)
     if layout.mesh is not None:
         gathered = _fits_gathered(config, accelerator)
         apply_fsdp(model, layout.mesh["data"], compute_dtype=dtype, gathered=gathered)

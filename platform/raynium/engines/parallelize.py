@@ -20,6 +20,7 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
+from raynium.accelerators.compiles import Backend
 from raynium.config.schema import EngineSection
 from raynium.models.decoder import Decoder
 from raynium.models.plan import Split, tensor_parallel_plan
@@ -54,7 +55,7 @@ def _style(split: Split) -> ParallelStyle:
             return ColwiseParallel(input_layouts=tokens)
 
 
-def wrap_blocks(model: Decoder, engine: EngineSection, *, compile_backend: str) -> None:
+def wrap_blocks(model: Decoder, engine: EngineSection, *, compile_backend: Backend | str) -> None:
     """Activation checkpointing and compilation, block by block; before FSDP, so that it gathers outside of both."""
     if engine.activation_checkpointing == "full":
         for index, block in enumerate(model.blocks):

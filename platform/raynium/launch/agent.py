@@ -6,6 +6,7 @@ no ray: `driver.py` runs it inside a Ray Train worker and hands it a way to call
 
 import logging
 import os
+import re
 import shutil
 import socket
 import threading
@@ -17,9 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from raynium.accelerators.base import Accelerator, Place
+from raynium.accelerators.neuron_monitor import DeviceMonitor, DeviceSample, has_devices
 from raynium.checkpoint.manifest import ImageInfo
 from raynium.config.schema import Config
 from raynium.errors import DataError, StoreError
+from raynium.launch.compile_cache import node_cache
+from raynium.launch.diagnosis import KERNEL_LOG, Diagnosis, KernelLog
 from raynium.launch.images import NodeImages, Snapshot, make_image_folder
 from raynium.launch.protocol import AgentInfo, Commit, CoordinatorCalls, Order, Verdict
 from raynium.launch.ranks import RankGroup, start_template
@@ -34,6 +38,7 @@ POLL_SECONDS = 1.0  # ranks, their ends and the coordinator's verdict all end a 
 SETTLE_SECONDS = 0.05  # after the first death: lets its peers' broken connections arrive, so that the cause is known
 TRACKER_CLOSE_SECONDS = 30.0  # then the rest stays in the spool, and the next attempt on this node sends it
 COMMIT_LOG_CLOSE_SECONDS = 10.0
+COMPILES_TOLD = 20  # on the user's terminal, of one node: a run that compiles at every step would fill it
 REPORT_SECONDS = 0.5  # the driver's display is not fed faster than this
 
 
@@ -66,8 +71,14 @@ class NodeAgent:
         coordinator: CoordinatorCalls,
         open_tracker: Callable[[], Tracker],
         data_folder: Callable[[], str],
+        kernel_log: Path = KERNEL_LOG,
+        neuron_monitor: str | None = None,
     ):
-        """open_tracker is called on rank 0's node only; data_folder fills this node's cache and returns its path."""
+        """open_tracker is called on rank 0's node only; data_folder fills this node's cache and returns its path.
+
+        kernel_log: a file like Linux's /dev/kmsg. neuron_monitor: the program that is asked about Neuron devices; None:
+        AWS's, if this job trains on them.
+        """
         self.config = config
         self.run_url = run_url
         self.node = node
@@ -78,9 +89,17 @@ class NodeAgent:
         per_node = config.cluster.ranks_per_node
         self._ranks = range(node.node_rank * per_node, (node.node_rank + 1) * per_node)
         self._images = NodeImages(self._ranks)
+        self._cache = node_cache(accelerator, run_url, node_rank=node.node_rank, inherited=os.environ)
         self._uploader = Uploader(run_url)
         # Threads that wait for the uploader: one for each image that can be on its way.
         self._uploads = ThreadPoolExecutor(IMAGE_SLOTS * per_node, thread_name_prefix="upload")
+        self._kernel_log = KernelLog(kernel_log)
+        self._diagnosis = Diagnosis(self._kernel_log)
+        self._neuron_monitor = neuron_monitor
+        if neuron_monitor is None and accelerator.name.startswith("neuron") and has_devices():
+            self._neuron_monitor = "neuron-monitor"
+        self._device_metrics: dict[str, float] = {}  # of all nodes, on node 0, until a step takes them along
+        self._compiles_told: set[tuple[int, int, str]] = set()  # generation, step, what was said
         self._last_report = 0.0
         self._group: RankGroup | None = None
         self._group_lock = threading.Lock()  # image offers go to the ranks of now, from any thread
@@ -88,6 +107,8 @@ class NodeAgent:
     def run(self) -> None:
         """Returns when the run has ended, however it ended; the coordinator knows how."""
         start_template()  # torch is imported in there while we prepare the data
+        if self._cache.sync is not None:
+            self._cache.sync.start()
         image_folder = make_image_folder(self.config.run.name)
         try:
             try:
@@ -97,10 +118,15 @@ class NodeAgent:
                 return
             tracker = self._open_tracker() if self.node.node_rank == 0 else None
             commits = _CommitLog(self.coordinator, tracker) if tracker is not None else None
+            devices = self._watch_devices()
             try:
+                if self._cache.sync is not None:
+                    self._cache.sync.wait_filled()
                 while (order := self.coordinator.call("join", self._info()).result()).kind == "run":
                     self._run_generation(order, data_folder, image_folder, tracker)
             finally:
+                if devices is not None:
+                    devices.close()
                 if tracker is not None and commits is not None:
                     self._uploads.shutdown(wait=True)
                     commits.close()
@@ -108,8 +134,11 @@ class NodeAgent:
                     if left.points_pending or left.artifacts_pending:
                         self.coordinator.call("tell", str(left)).result()
         finally:
+            if self._cache.sync is not None:
+                self._cache.sync.close()
             self._uploads.shutdown(wait=True)
             self._uploader.close()
+            self._kernel_log.close()
             shutil.rmtree(image_folder)
 
     def rank_pids(self) -> list[int]:
@@ -153,7 +182,7 @@ class NodeAgent:
                 "LOCAL_WORLD_SIZE": str(place.local_world_size),
                 "MASTER_ADDR": place.master_host,
                 "MASTER_PORT": str(place.master_port),
-            } | self.accelerator.environment(place)
+            } | {**self.accelerator.environment(place), **self._cache.environment}
         return environments
 
     def _run_generation(self, order: Order, data_folder: str, image_folder: Path, tracker: Tracker | None) -> None:
@@ -188,7 +217,8 @@ class NodeAgent:
         failed_before_kill = {each.rank for each in group.ended()}
         group.kill()
         handle(*group.drain())
-        exits = [each.exit() for rank, each in group.ranks.items() if rank in failed_before_kill]
+        ended = [each for rank, each in group.ranks.items() if rank in failed_before_kill]
+        exits, fault = self._diagnosis.explain((each.process.pid or 0, each.exit()) for each in ended)
         with self._group_lock:
             self._group = None
         group.close()
@@ -198,6 +228,8 @@ class NodeAgent:
                 upload.result()
         if exits:
             self.coordinator.call("exited", order.generation, self.node.node_rank, exits).result()
+        if fault is not None:
+            self.coordinator.call("node_fault", order.generation, self.node.node_rank, fault).result()
 
     def _watch(self, order: Order, group: RankGroup, *, stop_known: bool) -> "Future[Verdict]":
         verdict = self.coordinator.call("watch", order.generation, stop_known)
@@ -209,6 +241,26 @@ class NodeAgent:
             if self._group is not None:
                 for rank, slot in self._images.take_offers():
                     self._group.send(rank, {"kind": "image-free", "slot": slot})
+
+    def note_output(self, rank: int, line: str) -> None:
+        """Keeps what may explain the rank's end."""
+        self._diagnosis.note(rank, line)
+
+    def compiled(self, order: Order, rank: int, step: int, graphs: int, seconds: float, surprises: list[str]) -> None:
+        """A rank compiled; what should not have been is told to the user, once for all ranks of this node."""
+        if rank == self._ranks.start:
+            logger.info("step %d, rank %d: %d graph(s) compiled in %.1f s", step, rank, graphs, seconds)
+        for surprise in surprises:
+            said = f"step {step}, rank {rank}: {surprise}"
+            logger.warning(said)
+            # Ranks differ in the seconds only.
+            told = order.generation, step, re.sub(r"\([\d.]+ s\)", "", surprise)
+            if told not in self._compiles_told and len(self._compiles_told) < COMPILES_TOLD:
+                self._compiles_told.add(told)
+                more = " (more are in the log only)" if len(self._compiles_told) == COMPILES_TOLD else ""
+                self.coordinator.call("tell", said + more)
+        if self._cache.sync is not None:
+            self._cache.sync.changed()
 
     def save(self, order: Order, rank: int, slot: int, snapshot: Snapshot) -> Future[None]:
         """Takes over a rank's complete image; the result is there when the coordinator knows how the upload ended."""
@@ -227,6 +279,30 @@ class NodeAgent:
             self._offer_images()
         seconds = time.monotonic() - began
         self.coordinator.call("shard_saved", order.generation, info.step, rank, entry.to_json(), seconds).result()
+
+    def _watch_devices(self) -> DeviceMonitor | None:
+        if self._neuron_monitor is None:
+            return None
+        return DeviceMonitor(run_name=self.config.run.name, publish=self._publish_devices, command=self._neuron_monitor)
+
+    def _publish_devices(self, sample: DeviceSample) -> None:
+        answer = self.coordinator.call("device_sample", self.node.node_rank, sample)
+        if self.node.node_rank == 0:
+            answer.add_done_callback(self._keep_device_metrics)
+
+    def _keep_device_metrics(self, answer: "Future[dict[str, float]]") -> None:
+        if not answer.cancelled() and answer.exception() is None:  # without a coordinator, `watch` ends the generation
+            self._device_metrics = answer.result()
+
+    def take_device_metrics(self, mfu: float | None) -> dict[str, float]:
+        """Those that no step has reported yet. mfu: of this step, with attention; None: not known."""
+        taken, self._device_metrics = self._device_metrics, {}
+        counted = taken.get("device/flops_per_second")
+        if mfu and counted is not None:
+            peak_flops = self.accelerator.peak_flops(self.config.engine.dtype)
+            assert peak_flops is not None, "the rank that reports an MFU had one"
+            taken["device/flops_to_estimate_ratio"] = counted / (mfu * peak_flops * self.config.world_size)
+        return taken
 
     def report(self, step: int, metrics: dict[str, float]) -> None:
         """Feeds the driver's display: every evaluation, the last step, and else not more often than it can show."""
@@ -278,9 +354,13 @@ class _Handler:
     def __call__(self, messages: list[tuple[int, dict[str, Any]]], lines: list[tuple[int, str]]) -> None:
         for rank, line in lines:
             logger.info("rank %d | %s", rank, line)
+            self.agent.note_output(rank, line)
         for rank, message in messages:
             if message["kind"] == "step":
                 self._step(message["step"], message["metrics"])
+            elif message["kind"] == "compiled":
+                fields = (message[name] for name in ("step", "graphs", "seconds", "surprises"))
+                self.agent.compiled(self.order, rank, *fields)
             elif message["kind"] == "image":
                 info, replicas = (ImageInfo.from_json(message[name]) for name in ("info", "replicas"))
                 snapshot = Snapshot(self.order.generation_id, info, replicas)
@@ -291,6 +371,7 @@ class _Handler:
             why = "earlier ones are still being uploaded (checkpoint.if_busy=skip)"
             self.agent.coordinator.call("tell", f"step {step}: no checkpoint, because {why}")
         metrics = metrics | {"run/generation": float(self.order.generation)}
+        metrics |= self.agent.take_device_metrics(metrics.get("throughput/mfu_with_attention"))
         self.agent.report(step, metrics)
         assert self.tracker is not None
         self.tracker.append(metrics, step=step, unix_ms=int(time.time() * 1000))

@@ -5,6 +5,7 @@ What comes before is in `preparation.py`, what comes after in `run.py`.
 """
 
 import contextlib
+import json
 import logging
 import os
 import signal
@@ -27,15 +28,17 @@ from raynium.accelerators.cpu import usable_cores
 from raynium.accelerators.detect import detect
 from raynium.checkpoint.store import Store
 from raynium.config.schema import Config
-from raynium.errors import ClusterLost, LaunchError, RunFailed, StoreError
+from raynium.errors import ClusterLost, LaunchError, RunFailed, StoreError, TrackingError
 from raynium.launch.agent import Node, NodeAgent
 from raynium.launch.backend import ATTEMPT_VARIABLE, NodeAgentConfig
 from raynium.launch.coordinator import RunCoordinator
 from raynium.launch.display import Display
+from raynium.launch.preflight_cluster import Level, check_nodes, label_selector
 from raynium.launch.preparation import Prepared
 from raynium.launch.protocol import Status
 from raynium.launch.record import RecordKeeper
 from raynium.launch.scratch import log_folder
+from raynium.tracking.runs import log_artifact_text
 
 logger = logging.getLogger(__name__)
 
@@ -116,14 +119,18 @@ class Driver:
         self._stop.set()
 
     def run(self) -> Status:
-        """Returns when the run has finished or was stopped; raises RunFailed with the cause otherwise."""
+        """Returns when the run has finished or was stopped; raises RunFailed with the cause otherwise.
+
+        LaunchError, if the preflight finds too few nodes that are fit.
+        """
         keeper = self.prepared.keeper
+        excluded = self._preflight()
         coordinator = (
             ray.remote(RunCoordinator)
             .options(num_cpus=0, max_restarts=-1, max_task_retries=-1)
             .remote(self.config.model_dump(mode="json"), self.prepared.store.url, keeper.record.generation)
         )
-        fitting = _InThread(lambda: self._trainer(coordinator).fit())
+        fitting = _InThread(lambda: self._trainer(coordinator, excluded).fit())
         status = self._watch(coordinator, fitting, keeper)
         if status.agents:  # they still send metrics and give back memory; without any, Ray Train waits for nodes
             fitting.join(AGENTS_END_SECONDS)
@@ -132,7 +139,50 @@ class Driver:
             raise RunFailed(f"run {self.config.run.name!r} failed at step {status.step}: {cause}")
         return status
 
-    def _trainer(self, coordinator: Any) -> DataParallelTrainer:
+    def _preflight(self) -> list[str]:
+        """Checks the nodes as preflight.before_run says; returns the ids of those that the run must do without."""
+        if (level := preflight_level(self.config)) is None:
+            return []
+        began = time.monotonic()
+        told_waiting = False
+
+        def wait() -> bool:
+            nonlocal told_waiting
+            if time.monotonic() - began > WAITING_SECONDS and not told_waiting:
+                told_waiting = True
+                self.display.line(waiting_message(self.config))
+            return not self._asked_to_stop()
+
+        with self.prepared.keeper.beating():
+            report = check_nodes(
+                self.config,
+                resources=node_resources(self.config),
+                level=level,
+                wait=wait,
+                tell=self.display.line,
+            )
+        if report is None:  # somebody asked the run to stop: what follows sees it too
+            return []
+        self.display.line(report.summary())
+        mlflow = self.prepared.mlflow
+        try:
+            log_artifact_text(mlflow.uri, mlflow.run_id, "preflight.json", json.dumps(report.to_json(), indent=2))
+        except TrackingError as error:  # the run is worth more than this page of it
+            self.display.line(f"the MLflow page does not show the preflight: {error}")
+        if (refusal := report.refusal()) is not None:
+            raise LaunchError(refusal)
+        return [node.node_id for node in report.bad_nodes]
+
+    def _asked_to_stop(self) -> bool:
+        """By a signal, or by `raynium stop` through the run's store."""
+        try:
+            if self.prepared.keeper.stop_requested():
+                self._stop.set()
+        except StoreError as error:  # training does not need it: the next round tries again
+            self.display.line(f"a stop request could not be looked for: {error}")
+        return self._stop.is_set()
+
+    def _trainer(self, coordinator: Any, excluded: list[str]) -> DataParallelTrainer:
         cluster = self.config.cluster
         store = self.prepared.store
         return DataParallelTrainer(
@@ -150,6 +200,7 @@ class Driver:
                 num_workers=cluster.nodes,
                 resources_per_worker=node_resources(self.config),
                 placement_strategy="STRICT_SPREAD" if cluster.nodes > 1 else "PACK",
+                label_selector=label_selector(excluded) or None,  # also when a lost node is replaced
             ),
             run_config=ray.train.RunConfig(
                 name=f"driver-{self.prepared.keeper.claim_number:06d}",  # Ray would restore a run of an equal name
@@ -219,6 +270,19 @@ class Driver:
             step=status.step,
             metrics=status.metrics,
         )
+
+
+def preflight_level(config: Config) -> Level | None:
+    """What is checked before this run; None: nothing. See `PreflightSection`."""
+    match config.preflight.before_run:
+        case "none":
+            return None
+        case "auto" if config.cluster.accelerator != "cpu":
+            return "all"
+        case "auto":
+            return "host" if config.cluster.nodes > 1 else None
+        case level:
+            return level
 
 
 def node_resources(config: Config) -> dict[str, float]:

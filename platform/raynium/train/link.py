@@ -4,6 +4,7 @@ Messages are JSON both ways:
     rank → agent   {"kind": "phase", "name", "step"}                 heartbeat
                    {"kind": "step", "step", "metrics"}               rank 0 only
                    {"kind": "image", "slot", "info", "replicas"}     a snapshot lies complete in shared memory
+                   {"kind": "compiled", "step", "graphs", "seconds", "surprises"}    see `Link.compiled`
                    {"kind": "outcome", "step", "reason"}             the loop ended as it should
                    {"kind": "failed", "error", "cause", "retry"}     an exception of class `error` ended the rank
     agent → rank   {"kind": "stop"}                                  save at the next step, then end
@@ -32,6 +33,13 @@ class Link(Protocol):
 
     def step(self, step: int, metrics: dict[str, float]) -> None:
         """One finished step."""
+        ...
+
+    def compiled(self, step: int, *, graphs: int, seconds: float, surprises: list[str]) -> None:
+        """Graphs that this rank compiled in this step or its evaluation.
+
+        surprises: a sentence for each that should have been there already; none while every shape is still new.
+        """
         ...
 
     def stop_requested(self) -> bool:
@@ -76,6 +84,9 @@ class AgentLink:
             self._post({"kind": "step", "step": step, "metrics": metrics})
         else:
             self.phase("step", step)
+
+    def compiled(self, step: int, *, graphs: int, seconds: float, surprises: list[str]) -> None:
+        self._post({"kind": "compiled", "step": step, "graphs": graphs, "seconds": seconds, "surprises": surprises})
 
     def stop_requested(self) -> bool:
         return self._stop.is_set()
@@ -143,6 +154,7 @@ class MemoryLink:
         self.steps: dict[int, dict[str, float]] = {}
         self.phases: list[tuple[str, int]] = []
         self.images: list[str] = []
+        self.compiles: list[tuple[int, int, list[str]]] = []  # step, graphs, surprises
         self._stop_at = stop_at
 
     def phase(self, name: str, step: int) -> None:
@@ -150,6 +162,9 @@ class MemoryLink:
 
     def step(self, step: int, metrics: dict[str, float]) -> None:
         self.steps[step] = self.steps.get(step, {}) | metrics
+
+    def compiled(self, step: int, *, graphs: int, seconds: float, surprises: list[str]) -> None:
+        self.compiles.append((step, graphs, surprises))
 
     def stop_requested(self) -> bool:
         return self._stop_at is not None and self._stop_at in self.steps

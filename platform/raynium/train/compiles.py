@@ -1,0 +1,120 @@
+"""An engine that says what its steps had to compile, and explains each compilation that should not have been.
+
+A shape that changes costs minutes on Trainium, and every rank waits for it. So after the first calls, in which every
+graph is compiled, each further one is told with what differs: "step 12, rank 1: forward (decoder.py:82) was compiled
+again (4.1 s): hidden_BTD is float32 [4, 256, 64], seen float32 [4, 512, 64]".
+"""
+
+from collections.abc import Callable
+from typing import Literal
+
+from raynium.accelerators.compiles import Compiled, GraphInput, TorchCompiles, difference, graph_input
+from raynium.checkpoint.state import Chunk
+from raynium.data.batch import Batch
+from raynium.engines.base import Engine, EvalSum, StepResult, Votes
+from raynium.train.link import Link
+
+# Of steps, and of evaluation calls. The second may compile once more: what the first returned or made, such as
+# gradients and gathered parameters, then has its final layout.
+WARM_UP_CALLS = 2
+
+Call = Literal["step", "evaluate"]
+
+
+class WatchedEngine:
+    """The engine it is given, and a watch on what is compiled in each call. See `engines/base.py`, Engine."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        torch_compiles: TorchCompiles,
+        device_counts: Callable[[], dict[str, float]],
+        link: Link,
+    ):
+        """device_counts: what the device's own library has compiled on this rank so far, outside torch.compile:
+        compile/graphs and compile/seconds, or neither (`Accelerator.metrics`).
+        """
+        self.data_rank, self.data_size = engine.data_rank, engine.data_size
+        self._engine = engine
+        self._torch_compiles = torch_compiles
+        self._device_counts = device_counts
+        self._link = link
+        self._step = 0
+        self._calls: dict[Call, int] = {"step": 0, "evaluate": 0}
+        self._batches: dict[Call, list[tuple[GraphInput, ...]]] = {"step": [], "evaluate": []}
+        self._graphs, self._seconds = 0, 0.0
+        self._device_graphs, self._device_seconds = _graphs_and_seconds(device_counts())
+        # A heartbeat, since minutes may pass until the next one.
+        torch_compiles.on_start(lambda: link.phase("compile", self._step))
+
+    def step(self, batch: Batch, *, step: int, votes: Votes) -> StepResult:
+        self._step = step
+        result = self._engine.step(batch, step=step, votes=votes)
+        self._report("step", batch)
+        return result
+
+    def evaluate(self, batch: Batch) -> EvalSum:
+        sums = self._engine.evaluate(batch)
+        self._report("evaluate", batch)
+        return sums
+
+    def state(self) -> list[Chunk]:
+        return self._engine.state()
+
+    def set_step(self, step: int) -> None:
+        self._step = step
+        self._engine.set_step(step)
+
+    def close(self) -> None:
+        self._torch_compiles.close()
+        self._engine.close()
+
+    def compile_metrics(self) -> dict[str, float]:
+        """Graphs compiled by this rank since it started, and the seconds that took."""
+        return {"compile/graphs": float(self._graphs), "compile/seconds": self._seconds}
+
+    def _report(self, call: Call, batch: Batch) -> None:
+        inputs = tuple(graph_input(name, tensor) for name, tensor in zip(batch._fields, batch, strict=True))
+        compiled = [*self._torch_compiles.new(), *self._compiled_by_the_device(inputs, self._batches[call])]
+        if inputs not in self._batches[call]:
+            self._batches[call].append(inputs)
+        self._calls[call] += 1
+        if not compiled:
+            return
+        seconds = sum(each.seconds for each in compiled)
+        self._graphs += sum(not each.given_up for each in compiled)
+        self._seconds += seconds
+        warm = self._calls[call] > WARM_UP_CALLS
+        surprises = [sentence(each) for each in compiled if warm or each.given_up]
+        self._link.compiled(self._step, graphs=len(compiled), seconds=seconds, surprises=surprises)
+
+    def _compiled_by_the_device(
+        self, inputs: tuple[GraphInput, ...], seen: list[tuple[GraphInput, ...]]
+    ) -> list[Compiled]:
+        """torch-xla's: it only counts, so a graph is explained by the batch that its step was given."""
+        graphs, seconds = _graphs_and_seconds(self._device_counts())
+        new_graphs, new_seconds = graphs - self._device_graphs, seconds - self._device_seconds
+        self._device_graphs, self._device_seconds = graphs, seconds
+        if not new_graphs:
+            return []
+        why = difference(inputs, seen)
+        if seen and not why:
+            why = (
+                "the batch is like those seen, so a Python number or a branch in the step changed, which becomes part "
+                "of the graph (PT_XLA_DEBUG_LEVEL=2 shows where)"
+            )
+        return [Compiled("the device's graph", new_seconds / new_graphs, why)] * new_graphs
+
+
+def sentence(compiled: Compiled) -> str:
+    """What happened and why, to be put after "step 12, rank 1: "."""
+    why = f": {compiled.why}" if compiled.why else ", for the first time"
+    if compiled.given_up:
+        return f"{compiled.name} is no longer compiled, and runs operator by operator from now on{why}"
+    again = "again " if compiled.why else ""
+    return f"{compiled.name} was compiled {again}({compiled.seconds:.1f} s){why}"
+
+
+def _graphs_and_seconds(counts: dict[str, float]) -> tuple[int, float]:
+    return int(counts.get("compile/graphs", 0)), counts.get("compile/seconds", 0.0)
