@@ -251,7 +251,12 @@ def rank_pid(agent_pid: int) -> int:
 
 def test_two_nodes_with_neuron_cores_train_the_twin(cluster: Cluster, uninterrupted: Run) -> None:
     """Each rank has the core and the root communicator that the runtime must be told of. Needs no Trainium."""
-    on_neuron = {"cluster.accelerator": "neuron", "cluster.nodes": 2, "cluster.ranks_per_node": 2}
+    on_neuron = {
+        "preflight.before_run": "host",
+        "cluster.accelerator": "neuron",
+        "cluster.nodes": 2,
+        "cluster.ranks_per_node": 2,
+    }
     run = cluster.client().submit(cluster.job_file, overrides=on_neuron, name="on-neuron")
     assert run.wait(240).state == "finished"
     records = [json.loads(path.read_text()) for path in sorted((cluster.folder / "records").iterdir())]

@@ -1,0 +1,348 @@
+"""Preflight: is each node fit for the run, before its ranks are started and the hour is paid for. No ray in here.
+
+`NodeProbe` is what runs on each node, `preflight_cluster.py` places one per node through Ray, and `Report` is what came
+out. In order of cost: what shows without a rank, then a trial of this node's ranks in a group of their own, which finds
+the sick core, then one group over all nodes, which finds the network.
+"""
+
+import functools
+import os
+import socket
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from raynium.accelerators.base import Accelerator, Place
+from raynium.accelerators.checks import MAX_CLOCK_SECONDS, Wanted, compile_cache, host_checks
+from raynium.accelerators.detect import detect
+from raynium.accelerators.host import Check, Status, ThisHost
+from raynium.accelerators.trial_checks import (
+    RankResult,
+    gemm_check,
+    nccom_test,
+    node_floor,
+    ranks_check,
+    reduce_check,
+    trial_plan,
+)
+from raynium.checkpoint.store import KeyMissing, Store
+from raynium.config.schema import Config
+from raynium.errors import LaunchError, StoreError
+from raynium.launch.agent import free_port
+from raynium.launch.ranks import RankGroup
+from raynium.launch.scratch import scratch_folder
+from raynium.planning.memory import estimate_memory
+from raynium.train.link import IMAGE_SLOTS
+from raynium.trial import run_trial
+
+POLL_SECONDS = 0.5
+SETTLE_SECONDS = 1.0  # after the first rank that failed: its peers' own reasons may follow
+NCCOM_SHARE = 0.3  # of the time left, at most, for AWS's own benchmark
+# How ranks find the cache of what was compiled for them (each stack's own variable), and where it is by default.
+CACHE_VARIABLES = {"neuron": "TORCH_NEURONX_NEFF_CACHE_DIR", "neuron_xla": "NEURON_COMPILE_CACHE_URL"}
+XLA_CACHE = "/var/tmp/neuron-compile-cache"
+
+
+@dataclass(frozen=True)
+class TrialOrder:
+    """One node's part in a trial."""
+
+    first_rank: int
+    world_size: int
+    master_host: str
+    master_port: int
+    gemm: bool
+    seconds: float  # then ranks that have not ended are killed
+
+
+@dataclass(frozen=True)
+class NodeReport:
+    """One node's checks."""
+
+    node_id: str  # Ray's: new in each life of the node
+    host: str
+    checks: tuple[Check, ...]
+
+    @property
+    def bad(self) -> tuple[Check, ...]:
+        return tuple(check for check in self.checks if check.is_bad)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a preflight found. needed: nodes of the run. busy: hosts that other jobs hold, which were not checked."""
+
+    needed: int
+    nodes: tuple[NodeReport, ...]
+    between_nodes: tuple[Check, ...] = ()
+    busy: tuple[str, ...] = ()
+    seconds: float = 0.0
+
+    @property
+    def good_nodes(self) -> tuple[NodeReport, ...]:
+        return tuple(node for node in self.nodes if not node.bad)
+
+    @property
+    def bad_nodes(self) -> tuple[NodeReport, ...]:
+        return tuple(node for node in self.nodes if node.bad)
+
+    def refusal(self) -> str | None:
+        """Why the run must not start; None if it may, on the nodes that are not bad."""
+        bad = [f"node {node.host}: {check}" for node in self.bad_nodes for check in node.bad]
+        if len(self.good_nodes) < self.needed:
+            return (
+                f"the preflight found {len(self.good_nodes)} fit node(s), and the run needs {self.needed}. "
+                + "".join(f"\n  {line}" for line in bad)
+                + "\nMend or replace the node(s), or lower cluster.nodes; preflight.before_run=none starts regardless"
+            )
+        if between := [check for check in self.between_nodes if check.is_bad]:
+            hosts = ", ".join(node.host for node in self.good_nodes)
+            return (
+                f"each of the nodes {hosts} is fit, but not together:"
+                + "".join(f"\n  {check}" for check in between)
+                + "\nMend the network between them; preflight.before_run=none starts regardless"
+            )
+        return None
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "needed_nodes": self.needed,
+            "may_start": self.refusal() is None,
+            "seconds": round(self.seconds, 2),
+            "nodes": [
+                {
+                    "node_id": node.node_id,
+                    "host": node.host,
+                    "fit": not node.bad,
+                    "checks": [check.to_json() for check in node.checks],
+                }
+                for node in self.nodes
+            ],
+            "between_nodes": [check.to_json() for check in self.between_nodes],
+            "busy": list(self.busy),
+        }
+
+    def rows(self) -> list[tuple[str, str, str, str]]:
+        """(where, check, status, found and what to do) of every check, for a table."""
+        rows: list[tuple[str, str, str, str]] = [
+            (node.host, *_row(check)) for node in self.nodes for check in node.checks
+        ]
+        rows += [("all nodes", *_row(check)) for check in self.between_nodes]
+        return rows + [(host, "-", "skipped", "busy: another job holds its cores") for host in self.busy]
+
+    def summary(self) -> str:
+        """One line."""
+        bad = [f"{node.host} ({', '.join(check.name for check in node.bad)})" for node in self.bad_nodes]
+        warned = sum(check.status == "warning" for node in self.nodes for check in node.checks)
+        return (
+            f"preflight: {len(self.good_nodes)} fit node(s)"
+            + (f", without {'; '.join(bad)}" if bad else "")
+            + (f", {warned} warning(s)" if warned else "")
+            + f" ({self.seconds:.1f} s)"
+        )
+
+
+def _row(check: Check) -> tuple[str, Status, str]:
+    text = check.found if check.status == "ok" else "; ".join(part for part in (check.found, check.remedy) if part)
+    return check.name, check.status, text
+
+
+def blamed(pairs: Mapping[tuple[str, str], bool]) -> set[str]:
+    """Nodes that no pair worked with, though it worked for one of their partners. Pair → whether it worked."""
+    works = {node for pair, worked in pairs.items() if worked for node in pair}
+    failed = [pair for pair, worked in pairs.items() if not worked]
+    return {node for a, b in failed for node, other in ((a, b), (b, a)) if node not in works and other in works}
+
+
+def rounds_of_pairs(nodes: Sequence[str]) -> list[list[tuple[str, str]]]:
+    """The pairs of neighbours in a ring of three nodes or more, in rounds in which no node stands twice."""
+    pairs = list(zip(nodes, [*nodes[1:], nodes[0]], strict=True))
+    if len(nodes) % 2 == 0:
+        return [pairs[0::2], pairs[1::2]]
+    return [pairs[0:-1:2], pairs[1:-1:2], pairs[-1:]]
+
+
+# ---- what the run will ask of a node -------------------------------------------------------------------------------
+
+
+def wanted_of(config: Config, environment: Mapping[str, str]) -> Wanted:
+    """config: settled. environment: the node's."""
+    folders = [str(scratch_folder()), tempfile.gettempdir()]
+    if cache := cache_folder(config, environment):
+        folders.append(cache)
+    return Wanted(
+        accelerator=config.cluster.accelerator,
+        nodes=config.cluster.nodes,
+        ranks=config.cluster.ranks_per_node,
+        shared_memory_bytes=snapshot_bytes(config),
+        disk_folders=tuple(folders),
+        instance_type=config.cluster.instance_type,
+        own_pids=frozenset({os.getpid(), os.getppid()}),
+    )
+
+
+def snapshot_bytes(config: Config) -> int:
+    """Shared memory of one node, estimated: parameters and both moments of each rank, in every image slot."""
+    estimate = estimate_memory(config)
+    return IMAGE_SLOTS * config.cluster.ranks_per_node * (estimate.parameters + estimate.optimizer)
+
+
+def cache_folder(config: Config, environment: Mapping[str, str]) -> str | None:
+    """The compile cache, if it is a folder of this node; None on accelerators without one, or if it is a URL."""
+    accelerator = config.cluster.accelerator
+    if accelerator not in CACHE_VARIABLES:
+        return None
+    default = str(Path.home() / ".cache/raynium/neff") if accelerator == "neuron" else XLA_CACHE
+    folder = environment.get(CACHE_VARIABLES[accelerator], default)
+    return None if "://" in folder else folder
+
+
+def storage_checks(root: str, *, probes: str, node: str) -> list[Check]:
+    """The run's root takes, gives back and deletes; all nodes and the driver see the same one; its clock is ours.
+
+    probes: a folder of the root in which the driver left the key "driver". node: a name of this node's own.
+    """
+    rule = "write, read and delete under run.root"
+    try:
+        store = Store(root)
+        store.check_writable()
+        before = time.time()
+        store.replace(f"{probes}/{node}", b"probe")
+        theirs = store.list(probes, recursive=False).modified_unix[f"{probes}/{node}"]
+        after = time.time()
+        checks = [Check("storage", "ok", store.url, rule)]
+    except StoreError as error:
+        return [Check("storage", "failed", str(error), rule)]
+    try:
+        store.read(f"{probes}/driver")
+    except KeyMissing:
+        remedy = "use s3://, or a file system that every node mounts at the same path"
+        return [Check("storage", "failed", f"{store.url} is not the folder that the driver writes", rule, remedy)]
+    # S3's times are of whole seconds.
+    seconds = max(before - 1 - theirs, theirs - after, 0.0)
+    remedy = "start chrony or ntpd on the node" if seconds > MAX_CLOCK_SECONDS else ""
+    status: Status = "warning" if remedy else "ok"
+    return [
+        *checks,
+        Check("clock", status, f"{seconds:.0f} s off the storage's", f"at most {MAX_CLOCK_SECONDS:g} s", remedy),
+    ]
+
+
+# ---- on each node --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Met:
+    """What a node says when it is called upon."""
+
+    free_port: int  # a moment ago
+    product_name: str | None
+
+
+class NodeProbe:
+    """Looks at one node. Holds the cores that the run will have there; ends with its process."""
+
+    def __init__(self, config_json: Mapping[str, Any], probes: str):
+        """config_json: settled. probes: see `storage_checks`."""
+        self._config = Config.model_validate(config_json)
+        self._probes = probes
+
+    def meet(self, host: str) -> Met:
+        """host: this node's address."""
+        return Met(free_port(host), ThisHost().machine.product_name)
+
+    def look(self) -> list[Check]:
+        """What shows without a rank."""
+        config, host = self._config, ThisHost()
+        checks = host_checks(host, wanted_of(config, os.environ))
+        if cache := cache_folder(config, os.environ):
+            checks.append(compile_cache(cache))
+        return checks + storage_checks(
+            config.run.root, probes=self._probes, node=f"{socket.gethostname()}-{os.getpid()}"
+        )
+
+    def trial_here(self, host: str, seconds: float) -> list[Check]:
+        """This node's ranks in a group of their own, and AWS's benchmark where there is one. host: this node's."""
+        config, began = self._config, time.monotonic()
+        ranks, on_cpu = config.cluster.ranks_per_node, config.cluster.accelerator == "cpu"
+        checks = []
+        if config.cluster.accelerator in CACHE_VARIABLES:
+            checks.append(nccom_test(ThisHost(), ranks=ranks, timeout_seconds=NCCOM_SHARE * seconds))
+        left = seconds - (time.monotonic() - began)
+        results = self.trial(TrialOrder(0, ranks, host, free_port(host), gemm=True, seconds=left))
+        floor = node_floor(ThisHost().machine.instance, on_cpu=on_cpu)
+        return [
+            *checks,
+            ranks_check(results),
+            gemm_check(results, on_cpu=on_cpu),
+            reduce_check("all-reduce", results, ranks=ranks, on_cpu=on_cpu, floor_bytes_per_second=floor),
+        ]
+
+    def trial(self, order: TrialOrder) -> list[RankResult]:
+        """One result for each rank of this node. Every node of the order's world must be asked at the same time."""
+        try:
+            return run_ranks(detect(self._config.cluster.accelerator), self._config, order)
+        except LaunchError as error:
+            return [RankResult(order.first_rank, problem=str(error))]
+
+
+def run_ranks(accelerator: Accelerator, config: Config, order: TrialOrder) -> list[RankResult]:
+    """Forks this node's ranks as a run would, and ends them at the order's time. Raises LaunchError."""
+    deadline = time.monotonic() + order.seconds
+    with tempfile.TemporaryDirectory(prefix="raynium-preflight-") as folder:
+        plan = trial_plan(accelerator, folder=folder, seconds=order.seconds, gemm=order.gemm)
+        group = RankGroup(_environments(accelerator, config, order), plan.to_json(), program=run_trial)
+        phases: dict[int, str] = {}
+        while group.alive() and (left := deadline - time.monotonic()) > 0:
+            messages, _ = group.poll(min(POLL_SECONDS, left))
+            phases |= {rank: message["name"] for rank, message in messages if message["kind"] == "phase"}
+            if any(each.process.exitcode != 0 for each in group.ended()):
+                deadline = min(deadline, time.monotonic() + SETTLE_SECONDS)
+        silent = {each.rank for each in group.alive()}
+        group.kill()
+        messages, _ = group.drain()
+        phases |= {rank: message["name"] for rank, message in messages if message["kind"] == "phase"}
+        exits = {rank: each.exit() for rank, each in group.ranks.items()}
+        group.close()
+        failed = {rank for rank, each in exits.items() if rank not in silent and each.cause is not None}
+        results = []
+        for rank, each in exits.items():
+            path = Path(folder, f"rank-{rank:05d}.json")
+            if path.is_file():
+                results.append(RankResult.from_json(path.read_text()))
+            elif rank in failed:
+                results.append(RankResult(rank, problem=f"{each.cause} (in phase {phases.get(rank, 'fork')!r})"))
+            elif failed:  # it only waited for the one that failed
+                results.append(RankResult(rank))
+            else:
+                where = f"still in phase {phases.get(rank, 'fork')!r}"
+                results.append(RankResult(rank, problem=f"{where} after {order.seconds:.0f} s"))
+        return results
+
+
+def _environments(accelerator: Accelerator, config: Config, order: TrialOrder) -> dict[int, dict[str, str]]:
+    """Rank → its variables, those that a run's ranks get (launch/agent.py)."""
+    place = functools.partial(
+        Place,
+        world_size=order.world_size,
+        local_world_size=config.cluster.ranks_per_node,
+        master_host=order.master_host,
+        master_port=order.master_port,
+        run_name=config.run.name,
+        inherited=os.environ,
+    )
+    environments = {}
+    for local_rank in range(config.cluster.ranks_per_node):
+        rank = order.first_rank + local_rank
+        environments[rank] = {
+            "RANK": str(rank),
+            "WORLD_SIZE": str(order.world_size),
+            "LOCAL_RANK": str(local_rank),
+            "LOCAL_WORLD_SIZE": str(config.cluster.ranks_per_node),
+            "MASTER_ADDR": order.master_host,
+            "MASTER_PORT": str(order.master_port),
+        } | accelerator.environment(place(rank=rank, local_rank=local_rank))
+    return environments

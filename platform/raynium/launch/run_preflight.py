@@ -1,0 +1,73 @@
+"""A preflight, on its own (`raynium preflight`, `jobs/preflight.py`) and before a run (`driver.py`)."""
+
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+
+from raynium.config.schema import Config
+from raynium.errors import LaunchError
+from raynium.launch.preflight import Report
+from raynium.launch.preparation import checked, saved_config
+from raynium.launch.ray_environment import set_ray_environment
+from raynium.launch.settle import settled
+
+NODES_SECONDS = 600.0  # for nodes to be there: an autoscaler needs minutes
+
+
+def run_preflight(config: Config, *, address: str | None, tell: Callable[[str], None]) -> Report:
+    """Checks every node of the Ray cluster at `address`, or of one started on this machine (None), for this config.
+
+    Takes no run name and writes nothing that stays. Raises ConfigError, StoreError, and LaunchError if the nodes of
+    the run do not come.
+    """
+    config = checked(config)
+    set_ray_environment(starts_cluster=address is None)
+    from raynium.launch.driver import connect, node_resources, waiting_message  # imports ray, which takes seconds
+    from raynium.launch.preflight_cluster import check_nodes
+
+    with connect(address, least_cpus=config.cluster.ranks_per_node) as resources:
+        config = settled(
+            config, cluster_resources=resources if address is not None else None, saved=saved_config(config)
+        )
+        until = time.monotonic() + NODES_SECONDS
+        report = check_nodes(
+            config,
+            resources=node_resources(config),
+            level="all",
+            wait=lambda: time.monotonic() < until,
+            tell=tell,
+        )
+        if report is None:
+            raise LaunchError(f"nothing was checked within {NODES_SECONDS:g} s: {waiting_message(config)}")
+        return report
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """A job's driver: `CONFIG [key=value …]`, on the cluster it runs in. Exits with 1 if the run could not start."""
+    from raynium.config.load import load_config
+    from raynium.errors import RayniumError
+    from raynium.launch.jobs import job_metadata
+
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if not arguments:
+        sys.exit("error: no config given: name a YAML job file or a preset, then overrides such as cluster.nodes=4")
+    config, *overrides = arguments
+    is_job = bool(job_metadata())
+    try:
+        loaded = load_config(config, overrides)
+        if is_job:
+            os.chdir(tempfile.gettempdir())  # Ray 2.60 removes the job's folder under us when the driver connects
+        report = run_preflight(loaded, address="auto" if is_job else None, tell=_write)
+    except RayniumError as error:
+        sys.exit(f"error: {error}")
+    lines = ["\t".join(row) for row in report.rows()]
+    sys.stdout.write("\n".join([*lines, report.summary(), json.dumps(report.to_json())]) + "\n")
+    if (refusal := report.refusal()) is not None:
+        sys.exit(f"error: {refusal}")
+
+
+def _write(line: str) -> None:
+    sys.stdout.write(line + "\n")

@@ -1,0 +1,164 @@
+"""Preflight on a real Ray cluster of two nodes, one of them bad: it is named, and the run goes to the other."""
+
+import json
+import os
+import secrets
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from raynium import Client
+from raynium.data.store_build import build_store
+from raynium.errors import LaunchError, RunFailed
+from raynium.launch.agent import free_port
+
+pytestmark = pytest.mark.ray
+
+ROOT = Path(__file__).parents[1]
+RAY = str(Path(sys.executable).parent / "ray")
+HEAD, WORKER = "127.0.0.2", "127.0.0.3"
+JOB = """
+run: {name: test, root: ROOT}
+cluster: {accelerator: cpu, ranks_per_node: 1}
+model: {vocab_size: 300, hidden_size: 16, num_layers: 1, num_heads: 2, num_kv_heads: 1, head_dim: 8, ffn_size: 32,
+        max_seq_len: 32}
+data: {path: ROOT/data, seq_len: 16}
+train: {steps: 4, global_batch_size: 4}
+evaluate: {every_steps: 4, max_documents: 1}
+preflight: {before_run: all, seconds: 120}
+"""
+# In every process of the head: no host name is short enough.
+BAD_NODE = """
+import importlib
+checks = importlib.import_module("raynium.accelerators.checks")
+checks.MAX_HOST_NAME_CHARS = 0
+"""
+
+
+@dataclass(frozen=True)
+class Cluster:
+    address: str
+    folder: Path
+    job_file: Path
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """The head is the bad node, and the smaller one: Ray fills it first."""
+    folder = tmp_path_factory.mktemp("cluster")
+    (folder / "text").mkdir()
+    for number in range(8):
+        (folder / "text" / f"{number}.py").write_text(f"def function_{number}(x): return x * {number}\n" * 60)
+    build_store(folder / "data", source=str(folder / "text"), vocab_size=300, heldout_fraction=0.2)
+    (folder / "job.yaml").write_text(JOB.replace("ROOT", str(folder)))
+    (folder / "bad").mkdir()
+    (folder / "bad/sitecustomize.py").write_text(BAD_NODE)
+
+    environment = {
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",  # a job's entrypoint is `python …`
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),
+        "RAYNIUM_HOME": str(folder),
+    }
+    port, dashboard = free_port(HEAD), free_port("127.0.0.1")
+    common = ["--block", "--disable-usage-stats", f"--object-store-memory={80 * 2**20}"]
+    started: list[subprocess.Popen[bytes]] = []
+
+    def start(command: list[str], name: str, variables: dict[str, str]) -> None:
+        with (folder / f"{name}.log").open("wb") as log:
+            process = subprocess.Popen(
+                command, env=os.environ | variables, stdout=log, stderr=log, start_new_session=True
+            )
+        started.append(process)
+
+    with ExitStack() as stack:
+        for name, value in environment.items():
+            stack.enter_context(pytest.MonkeyPatch.context()).setenv(name, value)
+        ray_folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="ray", dir="/tmp"))  # short, for sockets
+        head = [
+            *(RAY, "start", "--head", *common, "--num-cpus=1", f"--node-ip-address={HEAD}"),
+            f"--port={port}",
+            *(f"--temp-dir={ray_folder}", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}"),
+            *(f"--dashboard-agent-listen-port={free_port(HEAD)}", f"--ray-client-server-port={free_port(HEAD)}"),
+        ]
+        stack.callback(_end, started)
+        start(head, "head", {"PYTHONPATH": str(folder / "bad")})
+        address = f"http://127.0.0.1:{dashboard}"
+        _wait_for_jobs(address, folder / "head.log")
+        worker = [
+            *(RAY, "start", f"--address={HEAD}:{port}", *common, "--num-cpus=3", f"--node-ip-address={WORKER}"),
+            f"--dashboard-agent-listen-port={free_port(WORKER)}",
+        ]
+        start(worker, "worker", {})
+        yield Cluster(address, folder, folder / "job.yaml")
+
+
+def _end(processes: list["subprocess.Popen[bytes]"]) -> None:
+    for process in processes:
+        process.terminate()
+    for process in processes:
+        process.wait(60)
+
+
+def _wait_for_jobs(address: str, log: Path) -> None:
+    from raynium.launch.jobs import connect_jobs
+
+    deadline = time.monotonic() + 90
+    while True:
+        try:
+            connect_jobs(address).list_jobs()
+            return
+        except LaunchError:
+            assert time.monotonic() < deadline, log.read_text()[-3000:]
+            time.sleep(0.5)
+
+
+def preflight_job(cluster: Cluster, *overrides: str) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        [
+            *(RAY, "job", "submit", "--address", cluster.address, "--runtime-env", "cluster/runtime_env.yaml", "--"),
+            *("python", "jobs/preflight.py", str(cluster.job_file), *overrides),
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+
+
+def test_the_job_names_the_bad_node_and_checks_the_others(cluster: Cluster) -> None:
+    done = preflight_job(cluster)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith('{"needed_nodes"')]
+    report = json.loads(line)
+    fit = {node["host"]: node["fit"] for node in report["nodes"]}
+    assert fit == {HEAD: False, WORKER: True} and report["may_start"] is True
+    checks = {node["host"]: {check["name"]: check["status"] for check in node["checks"]} for node in report["nodes"]}
+    assert checks[HEAD]["host name"] == "failed" and "matrix product" not in checks[HEAD]
+    assert checks[WORKER]["host name"] == "ok" and checks[WORKER]["ranks"] == "ok"
+    assert f"preflight: node {HEAD} is left out: host name" in done.stdout
+    assert not list(cluster.folder.glob("preflight-*"))
+
+
+def test_a_run_is_placed_on_the_other_node_and_its_page_has_the_report(cluster: Cluster) -> None:
+    run = Client(cluster.address).submit(cluster.job_file, name="around-it")
+    finished = run.wait(240)
+    assert finished.state == "finished"
+    assert finished.agents is not None and [agent["host"] for agent in finished.agents] == [WORKER]
+    assert f"preflight: node {HEAD} is left out: host name" in run.logs()
+    assert f"preflight: 1 fit node(s), without {HEAD} (host name)" in run.logs()
+    (artifact,) = cluster.folder.rglob("preflight.json")
+    assert {node["host"]: node["fit"] for node in json.loads(artifact.read_text())["nodes"]}[WORKER] is True
+
+
+def test_a_run_that_needs_the_bad_node_is_refused_by_name(cluster: Cluster) -> None:
+    run = Client(cluster.address).submit(cluster.job_file, overrides={"cluster.nodes": 2}, name="needs-both")
+    with pytest.raises(RunFailed, match=rf"found 1 fit node\(s\), and the run needs 2(.|\n)*node {HEAD}: host name"):
+        run.wait(240)
