@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors import safe_open
 from checkpoints import (
     SMALL_UNIT,
     change,
@@ -25,6 +24,7 @@ from checkpoints import (
     stage,
     upload_all,
 )
+from safetensors import safe_open
 
 from raynium.checkpoint.catalog import latest, open_checkpoint
 from raynium.checkpoint.commit import StepTaken, commit_checkpoint

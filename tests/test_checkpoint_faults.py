@@ -220,7 +220,7 @@ def test_a_rank_killed_while_it_copies_leaves_no_image_and_the_older_one_is_used
     start: Start, tmp_path: Path, reference: dict[int, set[float]]
 ) -> None:
     life = start(str(tmp_path / "run"), {})
-    wait_for(lambda: (ref := latest(Store(tmp_path / "run"))) is not None and ref.step == 4)  # both images were written
+    wait_for(lambda: (ref := latest(Store(tmp_path / "run"))) is not None and ref.step >= 4)  # both images were written
     rank = life.pid("rank")
     images = list(Path("/dev/shm").glob(f"raynium-*-{life.pid('agent')}-*/rank-00000.?.safetensors"))
     assert len(images) == 2
@@ -271,7 +271,7 @@ def test_credentials_that_expire_fail_one_save_with_the_cause_and_the_next_one_w
     )
     status = life.finish()
     assert status["ended"] == "finished", status
-    assert any("checkpoint of step 4 is lost" in text and "expired: renew" in text for text in status["events"])
+    assert any("is lost: rank 0" in text and "expired: renew" in text for text in status["events"])
     assert newest_step(place) == STEPS
     place.check_whole()
     assert life.losses() == reference

@@ -12,8 +12,6 @@ from uuid import uuid4
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from checkpoints import (
     SMALL_UNIT,
     Cuts,
@@ -28,6 +26,8 @@ from checkpoints import (
     save,
     split,
 )
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from raynium.checkpoint import reads
 from raynium.checkpoint.boxes import Box, spans

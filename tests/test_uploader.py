@@ -64,7 +64,9 @@ def wait_for(condition: Callable[[], Any]) -> Any:
     return value
 
 
-def test_a_shard_arrives_and_is_described(uploader: Uploader, image: Callable[[int], ImageInfo], tmp_path: Path) -> None:
+def test_a_shard_arrives_and_is_described(
+    uploader: Uploader, image: Callable[[int], ImageInfo], tmp_path: Path
+) -> None:
     info = image(600_000)
     entry = uploader.upload(info, generation="g1", rank=3)
     stored = Store(tmp_path / "run").read(SHARD)

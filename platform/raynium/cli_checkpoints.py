@@ -151,9 +151,7 @@ def import_(
     root: RootOption = "runs",
     model: Annotated[
         str | None,
-        Option(
-            help="For neuronx-distributed: a Hugging Face folder with this model's config.json and tokenizer.json."
-        ),
+        Option(help="For neuronx-distributed: a Hugging Face folder with this model's config.json and tokenizer.json."),
     ] = None,
     optimizer: Annotated[bool, Option(help="For neuronx-distributed: take the optimizer's state too.")] = True,
     kv_order: Annotated[

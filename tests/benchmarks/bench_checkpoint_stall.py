@@ -10,6 +10,7 @@ one, and its FsspecWriter to the same S3 server (SeaweedFS, on this machine: it 
 """
 
 import argparse
+import os
 import statistics
 import sys
 import tempfile
@@ -27,11 +28,12 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from s3_server import S3Server, running_s3_server
+
 from raynium.checkpoint.manifest import ImageInfo
 from raynium.checkpoint.state import Chunk
 from raynium.launch.uploader import Uploader
 from raynium.snapshots import Snapshots
-from s3_server import S3Server, running_s3_server
 
 MOST_STALL = 1.15  # × one warm memcpy
 MOST_MEAN_STEP = 1.05  # × idle
@@ -146,7 +148,9 @@ class Dcp:
 
 def persistent_stager() -> DefaultStager:
     return DefaultStager(
-        StagingOptions(use_pinned_memory=False, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=False)
+        StagingOptions(
+            use_pinned_memory=False, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=False
+        )
     )
 
 
@@ -247,13 +251,15 @@ def main() -> int:
     state = decoder_state(gib)
     size = sum(tensor.nbytes for tensor in state.values()) / 2**30
     print(f"state: {size:.2f} GiB in {len(state)} tensors\n")
-    with tempfile.TemporaryDirectory(dir="/dev/shm") as shm, tempfile.TemporaryDirectory() as disk, one_rank():
-        with running_s3_server(Path(disk)) as server:
-            import os
-
-            os.environ.update(server.env)
-            bucket = server.create_bucket("bench")
-            passed = _stall_table(state, shm, size) & _step_table(state, server, bucket, disk)
+    with (
+        tempfile.TemporaryDirectory(dir="/dev/shm") as shm,
+        tempfile.TemporaryDirectory() as disk,
+        one_rank(),
+        running_s3_server(Path(disk)) as server,
+    ):
+        os.environ.update(server.env)
+        bucket = server.create_bucket("bench")
+        passed = _stall_table(state, shm, size) & _step_table(state, server, bucket, disk)
     return 0 if passed else 1
 
 
@@ -264,7 +270,10 @@ def _stall_table(state: dict[str, torch.Tensor], shm: str, size: float) -> bool:
         Dcp("torch async_save, persistent stager", state, to_memory, persistent_stager()),
         Dcp("torch async_save, default", state, to_memory),
     ]
-    print("| save into memory | stall, median ms per GiB | worst | warm memcpy, ms per GiB | ratio |\n|---|---|---|---|---|")
+    print(
+        "| save into memory | stall, median ms per GiB | worst | warm memcpy, ms per GiB | ratio |\n"
+        "|---|---|---|---|---|"
+    )
     ratios = []
     for name, saves, limits in stalls(state, ways):
         ratio = statistics.median(a / b for a, b in zip(saves, limits, strict=True))

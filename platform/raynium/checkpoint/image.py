@@ -67,8 +67,8 @@ def plan_image(chunks: Sequence[Chunk], *, of: Literal["saved", "replicas"] = "s
         entries[key] = {"dtype": code, "shape": list(chunk.tensor.shape), "data_offsets": [position, end]}
         position = end
     text = json.dumps(entries, separators=(",", ":")).encode()
-    # In a large file tensors begin with a unit of checksums, so that even shares of them end with one too: whoever reads
-    # a share reads hardly more
+    # In a large file tensors begin with a unit of checksums, so that even shares of them end with one too: a reader of
+    # such a share reads hardly more
     alignment = UNIT_BYTES if position >= _LARGE_BYTES else ALIGNMENT_BYTES
     header_bytes = -(-(8 + len(text)) // alignment) * alignment
     header = (header_bytes - 8).to_bytes(8, "little") + text.ljust(header_bytes - 8)

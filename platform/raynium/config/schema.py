@@ -125,7 +125,7 @@ class TrainSection(Section):
 
 
 class CheckpointSection(Section):
-    """When to save, what to keep, and what to do when that does not go well. A checkpoint is kept for any one reason."""
+    """When to save, what to keep (for any one of the reasons), and what to do when that does not go well."""
 
     every_steps: PositiveInt = 100
     # "never": nothing is kept, also not at the end, for runs that only measure or compile.
