@@ -93,6 +93,7 @@ class NodeAgent:
         self._uploader = Uploader(run_url)
         # Threads that wait for the uploader: one for each image that can be on its way.
         self._uploads = ThreadPoolExecutor(IMAGE_SLOTS * per_node, thread_name_prefix="upload")
+        self._saving: list[Future[None]] = []  # each is done when the coordinator knows how that upload ended
         self._kernel_log = KernelLog(kernel_log)
         self._diagnosis = Diagnosis(self._kernel_log)
         self._neuron_monitor = neuron_monitor
@@ -200,8 +201,7 @@ class NodeAgent:
         with self._group_lock:
             self._group = group
         self._offer_images()
-        saving: list[Future[None]] = []
-        handle = _Handler(self, order, tracker, saving)
+        handle = _Handler(self, order, tracker)
         verdict = self._watch(order, group, stop_known=False)
         while group.alive():
             handle(*group.poll(POLL_SECONDS))
@@ -224,7 +224,8 @@ class NodeAgent:
         group.close()
         # After a failure uploads go on: a checkpoint that they complete is worth having.
         if all(each.cause is None for each in exits) and len(exits) == len(group.ranks):
-            for upload in saving:  # the last checkpoint must be in before the generation may count as finished
+            # The last checkpoint must be in before the run may count as finished, whichever generation saved it
+            for upload in self._saving:
                 upload.result()
         if exits:
             self.coordinator.call("exited", order.generation, self.node.node_rank, exits).result()
@@ -262,11 +263,12 @@ class NodeAgent:
         if self._cache.sync is not None:
             self._cache.sync.changed()
 
-    def save(self, order: Order, rank: int, slot: int, snapshot: Snapshot) -> Future[None]:
-        """Takes over a rank's complete image; the result is there when the coordinator knows how the upload ended."""
+    def save(self, order: Order, rank: int, slot: int, snapshot: Snapshot) -> None:
+        """Takes over a rank's complete image."""
         self._images.complete(rank, slot, snapshot)
         self._offer_images()
-        return self._uploads.submit(self._save_shard, order, rank, slot, snapshot.info, time.monotonic())
+        self._saving = [upload for upload in self._saving if not upload.done()]
+        self._saving.append(self._uploads.submit(self._save_shard, order, rank, slot, snapshot.info, time.monotonic()))
 
     def _save_shard(self, order: Order, rank: int, slot: int, info: ImageInfo, began: float) -> None:
         try:
@@ -349,7 +351,6 @@ class _Handler:
     agent: NodeAgent
     order: Order
     tracker: Tracker | None
-    saving: list[Future[None]]
 
     def __call__(self, messages: list[tuple[int, dict[str, Any]]], lines: list[tuple[int, str]]) -> None:
         for rank, line in lines:
@@ -364,7 +365,7 @@ class _Handler:
             elif message["kind"] == "image":
                 info, replicas = (ImageInfo.from_json(message[name]) for name in ("info", "replicas"))
                 snapshot = Snapshot(self.order.generation_id, info, replicas)
-                self.saving.append(self.agent.save(self.order, rank, message["slot"], snapshot))
+                self.agent.save(self.order, rank, message["slot"], snapshot)
 
     def _step(self, step: int, metrics: dict[str, float]) -> None:
         if "checkpoint/skipped_saves" in metrics:
