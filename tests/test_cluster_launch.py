@@ -3,11 +3,9 @@
 Asserted is what EC2 was asked, as it went over the wire: moto's own answers show no card index and no placement group.
 """
 
-import contextlib
 import json
 import os
 import re
-import signal
 import socket
 import subprocess
 import sys
@@ -23,6 +21,7 @@ from urllib.parse import parse_qs
 
 import pytest
 import yaml
+from sessions import kill_sessions
 
 from raynium.cluster.policies import render_policy, role_name
 from raynium.cluster.render import Workers, render_cluster
@@ -325,26 +324,9 @@ def processes(remote: Remote) -> Iterator[list[subprocess.Popen[bytes]]]:
     yield started
     worker = Path(f"{remote.log}.pid")
     leaders = [*(each.pid for each in started), *([int(worker.read_text())] if worker.exists() else [])]
-    for wanted in (signal.SIGTERM, signal.SIGKILL):
-        for pid in [pid for leader in leaders for pid in pids_of_session(leader)]:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, wanted)
-        deadline = time.monotonic() + 15
-        while any(map(pids_of_session, leaders)) and time.monotonic() < deadline:
-            time.sleep(0.1)
+    kill_sessions(leaders)
     for each in started:
         each.wait()
-
-
-def pids_of_session(leader: int) -> list[int]:
-    """The living processes of a session; the far shell is interactive and ignores SIGTERM, its child does not."""
-    found = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-            state, _parent, _group, session = stat.read_text().rpartition(")")[2].split()[:4]
-            if state != "Z" and int(session) == leader:
-                found.append(int(stat.parent.name))
-    return found
 
 
 @pytest.fixture

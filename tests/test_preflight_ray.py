@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from sessions import kill_started
 
 from raynium import Client
 from raynium.data.store_build import build_store
@@ -88,7 +89,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
             *(f"--temp-dir={ray_folder}", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}"),
             *(f"--dashboard-agent-listen-port={free_port(HEAD)}", f"--ray-client-server-port={free_port(HEAD)}"),
         ]
-        stack.callback(_end, started)
+        stack.callback(kill_started, started)
         start(head, "head", {"PYTHONPATH": str(folder / "bad")})
         address = f"http://127.0.0.1:{dashboard}"
         _wait_for_jobs(address, folder / "head.log")
@@ -97,14 +98,15 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
             f"--dashboard-agent-listen-port={free_port(WORKER)}",
         ]
         start(worker, "worker", {})
+        _wait_for_node(folder / "worker.log")
         yield Cluster(address, folder, folder / "job.yaml")
 
 
-def _end(processes: list["subprocess.Popen[bytes]"]) -> None:
-    for process in processes:
-        process.terminate()
-    for process in processes:
-        process.wait(60)
+def _wait_for_node(log: Path) -> None:
+    deadline = time.monotonic() + 90
+    while "Ray runtime started" not in log.read_text():
+        assert time.monotonic() < deadline, log.read_text()[-3000:]
+        time.sleep(0.2)
 
 
 def _wait_for_jobs(address: str, log: Path) -> None:

@@ -21,6 +21,7 @@ from typing import Any
 
 import pytest
 from neuron_twin import RECORD_VARIABLE, write_site
+from sessions import kill_started
 
 from raynium import Client, Run, find_run
 from raynium.data.store_build import build_store
@@ -114,11 +115,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
                 node = start_node(port, environment | twin, folder)
                 yield Cluster(address, environment, folder, job_file)
             finally:
-                started = [process for process in (node, head) if process is not None]
-                for process in started:
-                    process.terminate()
-                for process in started:
-                    process.wait(60)
+                kill_started(process for process in (node, head) if process is not None)
 
 
 def start_node(port: int, environment: dict[str, str], folder: Path) -> subprocess.Popen[bytes]:

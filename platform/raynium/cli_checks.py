@@ -12,7 +12,7 @@ MARKS = {"ok": "ok", "warning": "warning", "failed": "FAILED", "skipped": "-"}
 
 
 def doctor(as_json: JsonOption = False) -> None:
-    """Say what this machine can train on, and what stands in the way.
+    """Say what this machine can train on, and what it lacks.
 
     Ends with 1 if something is wrong.
     """
@@ -41,7 +41,7 @@ def preflight(
     address: Annotated[str | None, Option(help="Ray cluster to check, e.g. auto. Default: one started here.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Check every node of a cluster for a job file, before it is trained.
+    """Check every node of a cluster before a job file is run.
 
     Devices, driver, memory, disks, storage, a matrix product per core, and all-reduces within and between the nodes.
     Ends with 1 if the run could not start.

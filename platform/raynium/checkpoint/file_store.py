@@ -126,8 +126,9 @@ class FileBackend:
         """Those of writes to the key `under`, and to keys in the folder of that name."""
         if under != self.root and under.parent.is_dir():
             yield from under.parent.glob(f"{_TEMPORARY_PREFIX}{under.name}-*")
-        for current, _, names in os.walk(under, onerror=_raise_unless_missing):
-            yield from (Path(current, name) for name in names if name.startswith(_TEMPORARY_PREFIX))
+        if under.is_dir():
+            for current, _, names in os.walk(under, onerror=_raise_unless_missing):
+                yield from (Path(current, name) for name in names if name.startswith(_TEMPORARY_PREFIX))
 
     def upload_file(self, key: str, path: Path, *, unit_bytes: int) -> FileChecksums:
         crcs: list[int] = []
