@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from _nxd_fake_pipeline import NxDPPModel
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -30,11 +31,17 @@ def initialize_model_parallel(
     mesh_only: bool = False,
     context_parallel_size: int = 1,
 ) -> None:
-    """Ranks of a tensor group are neighbours."""
+    """Ranks of a tensor group are neighbours, and so are those of a stage."""
     size, tensor, rank = dist.get_world_size(), tensor_model_parallel_size, dist.get_rank()
+    of_stage = size // pipeline_model_parallel_size
     _state["tensor_groups"] = [list(range(start, start + tensor)) for start in range(0, size, tensor)]
-    _state["data_groups"] = [list(range(start, size, tensor)) for start in range(tensor)]
-    for kind in ("tensor", "data"):
+    _state["data_groups"] = [
+        list(range(stage + start, stage + of_stage, tensor))
+        for stage in range(0, size, of_stage)
+        for start in range(tensor)
+    ]
+    _state["pipeline_groups"] = [list(range(start, size, of_stage)) for start in range(of_stage)]
+    for kind in ("tensor", "data", "pipeline"):
         groups = [(ranks, dist.new_group(ranks)) for ranks in _state[f"{kind}_groups"]]
         _state[kind] = next(group for ranks, group in groups if rank in ranks)
 
@@ -74,6 +81,19 @@ def get_tensor_model_parallel_rank() -> int:
 
 def get_tensor_model_parallel_size() -> int:
     return _size()
+
+
+def get_pipeline_model_parallel_rank() -> int:
+    return _state["pipeline"].rank()
+
+
+def get_pipeline_model_parallel_size() -> int:
+    return _state["pipeline"].size()
+
+
+def pipeline_ranks() -> list[int]:
+    """The ranks of this pipeline, by stage."""
+    return next(ranks for ranks in _state["pipeline_groups"] if dist.get_rank() in ranks)
 
 
 def _size() -> int:
@@ -276,6 +296,9 @@ def parallel_cross_entropy(vocab_parallel_logits: Tensor, target: Tensor, label_
     return _ParallelCrossEntropy.apply(vocab_parallel_logits, target)
 
 
+PARALLEL_MODULES = (ColumnParallelLinear, RowParallelLinear, ParallelEmbedding)
+
+
 # ---- model and optimizer ---------------------------------------------------------------------------------------------
 
 
@@ -295,13 +318,18 @@ def neuronx_distributed_config(
     sequential_move_factor: int = 11,
     lnc_size: int = 1,
 ) -> dict[str, Any]:
-    assert pipeline_parallel_size == expert_parallel_size == context_parallel_size == 1
+    assert expert_parallel_size == context_parallel_size == 1 and (pipeline_config is None) == (
+        pipeline_parallel_size == 1
+    )
     assert set(optimizer_config) == {"zero_one_enabled", "grad_clipping", "max_grad_norm"}
     assert not optimizer_config["zero_one_enabled"], "no XLA device here"
     assert set(model_init_config) == {"meta_device_init", "param_init_fn"} and model_init_config["meta_device_init"]
     assert sequence_parallel == (tensor_parallel_size > 1)
-    initialize_model_parallel(tensor_model_parallel_size=tensor_parallel_size)
+    initialize_model_parallel(
+        tensor_model_parallel_size=tensor_parallel_size, pipeline_model_parallel_size=pipeline_parallel_size
+    )
     return {
+        "pipeline_config": pipeline_config,
         "optimizer_config": optimizer_config,
         "activation_checkpoint_config": activation_checkpoint_config,
         "sequence_parallel": sequence_parallel,
@@ -317,13 +345,31 @@ class NxDModel(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.module(*args, **kwargs)
 
+    def run_train(self, *args: Any, **kwargs: Any) -> Any:
+        return self.module.run_train(*args, **kwargs)  # pyright: ignore[reportCallIssue]
+
+    def run_eval(self, *args: Any, **kwargs: Any) -> Any:
+        return self.module.run_eval(*args, **kwargs)  # pyright: ignore[reportCallIssue]
+
+    def original_module(self) -> Any:
+        return self.module.original_torch_module if isinstance(self.module, NxDPPModel) else self.module
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(self.module, NxDPPModel):
+            return self.module.local_named_parameters()
+        return self.module.named_parameters(*args, **kwargs)
+
 
 def initialize_parallel_model(
     nxd_config: Any, model_fn: Any, include_buffers: bool = False, *model_args: Any, **model_kwargs: Any
 ) -> NxDModel:
     """As the library: shared parameters are taken apart, and marks on parameters are kept."""
     model = model_fn(*model_args, **model_kwargs)
-    for module in model.modules():
+    local: nn.Module = model
+    if nxd_config["pipeline_config"] is not None:
+        model = NxDPPModel(model, use_model_wrapper=True, **nxd_config["pipeline_config"])
+        (local,) = model.local_stage_modules
+    for module in local.modules():
         for leaf, parameter in list(module.named_parameters(recurse=False)):
             filled = nn.Parameter(torch.full_like(parameter, torch.nan, device="cpu"))
             vars(filled).update(vars(parameter))
@@ -331,7 +377,7 @@ def initialize_parallel_model(
         with torch.no_grad():
             nxd_config["model_init_config"]["param_init_fn"](module, torch.device("cpu"))
     for kind in nxd_config["activation_checkpoint_config"] or ():
-        for module in [module for module in model.modules() if type(module) is kind]:
+        for module in [module for module in local.modules() if type(module) is kind]:
             plain = module.forward
             module.forward = lambda *a, plain=plain, **k: checkpoint(plain, *a, use_reentrant=False, **k)
     return NxDModel(model, nxd_config)
@@ -362,6 +408,7 @@ class NxDOptimizer:
                 whole = not getattr(parameter, "tensor_model_parallel", False)
                 square += parameter.grad.square().sum() / (_size() if whole else 1)
         dist.all_reduce(square, group=_state["tensor"])
+        dist.all_reduce(square, group=_state["pipeline"])
         self.grad_norm = square.sqrt()
         scale = (self.nxd_config["optimizer_config"]["max_grad_norm"] / (self.grad_norm + 1e-6)).clamp(max=1)
         for parameter in parameters:
@@ -381,6 +428,9 @@ SURFACE: dict[str, tuple[Any, ...]] = {
     "neuronx_distributed.utils": (),
     "neuronx_distributed.modules": (),
     "neuronx_distributed.modules.qkv_linear": (GQAQKVColumnParallelLinear,),
+    "neuronx_distributed.trainer": (),
+    "neuronx_distributed.trainer.model": (NxDModel,),
+    "neuronx_distributed.pipeline": (NxDPPModel,),
     "neuronx_distributed.parallel_layers": (
         *(ColumnParallelLinear, RowParallelLinear, ParallelEmbedding),
         *(parallel_cross_entropy, set_tensor_model_parallel_attributes),
@@ -389,6 +439,7 @@ SURFACE: dict[str, tuple[Any, ...]] = {
         *(initialize_kv_group, get_kv_shared_replica_groups, destroy_model_parallel),
         *(get_data_parallel_rank, get_data_parallel_size),
         *(get_tensor_model_parallel_rank, get_tensor_model_parallel_size),
+        *(get_pipeline_model_parallel_rank, get_pipeline_model_parallel_size),
     ),
 }
 

@@ -19,6 +19,7 @@ import os
 import sys
 import types
 from collections.abc import Sequence
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -105,18 +106,28 @@ def _group_of_this_rank(groups: Groups) -> Any:
     ranks = next((tuple(group) for group in groups or [] if dist.get_rank() in group), None)
     ranks = tuple(range(dist.get_world_size())) if ranks is None else ranks
     if ranks not in _process_groups:
-        xla_backend = sys.modules.get("torch_xla.distributed.xla_backend")  # it makes every group an XLA one
-        new_group = getattr(xla_backend, "_orig_new_group_fn", dist.new_group)
-        _process_groups[ranks] = new_group(list(ranks), backend="gloo", use_local_synchronization=True)
+        # Not by `new_group`: it needs all ranks of the world, or as many groups before it on each of these ranks, and
+        # the stages of a pipeline differ in that. With torch-xla it makes every group an XLA one, too.
+        store = dist.distributed_c10d._get_default_store()  # pyright: ignore[reportAttributeAccessIssue]
+        store = dist.PrefixStore(f"twin-{ranks}", store)  # pyright: ignore[reportPrivateImportUsage]
+        rank = ranks.index(dist.get_rank())
+        _process_groups[ranks] = dist.ProcessGroupGloo(store, rank, len(ranks), timedelta(minutes=5))  # pyright: ignore
     return _process_groups[ranks]
+
+
+def _reduced(kind: str, value: Any, group: Any) -> torch.Tensor:
+    here = value.detach().to("cpu", copy=True).contiguous()
+    options = dist.AllreduceOptions()  # pyright: ignore[reportPrivateImportUsage]
+    options.reduceOp = _REDUCTIONS[kind]  # pyright: ignore[reportAttributeAccessIssue]
+    group.allreduce([here], options).wait()
+    return here
 
 
 def _all_reduce(kind: str, inputs: Any, scale: float = 1.0, groups: Groups = None, pin_layout: bool = True) -> Any:
     """In place, as torch-xla's is for a list of tensors."""
     tensors = inputs if isinstance(inputs, list) else [inputs]
     for tensor in tensors:
-        here = tensor.detach().to("cpu", copy=True)
-        dist.all_reduce(here, op=_REDUCTIONS[kind], group=_group_of_this_rank(groups))
+        here = _reduced(kind, tensor, _group_of_this_rank(groups))
         tensor.data.copy_(here * scale if scale != 1.0 else here)
     return inputs
 
@@ -125,7 +136,7 @@ def _all_gather(value: Any, dim: int = 0, groups: Groups = None, output: Any = N
     group = _group_of_this_rank(groups)
     here = value.detach().cpu().contiguous()
     parts = [torch.empty_like(here) for _ in range(group.size())]
-    dist.all_gather(parts, here, group=group)
+    group.allgather([parts], [here]).wait()
     whole = torch.cat(parts, dim=dim).to(value.device)
     return whole if output is None else output.copy_(whole)
 
@@ -142,8 +153,7 @@ def _reduce_scatter(
 ) -> Any:
     group = _group_of_this_rank(groups)
     assert shard_count == group.size()
-    here = input.detach().to("cpu", copy=True).contiguous()
-    dist.all_reduce(here, op=_REDUCTIONS[reduce_type], group=group)
+    here = _reduced(reduce_type, input, group)
     mine = here.chunk(shard_count, dim=scatter_dim)[group.rank()].contiguous()
     mine = (mine * scale if scale != 1.0 else mine).to(input.device)
     return mine if output is None else output.copy_(mine)
@@ -160,7 +170,7 @@ def _bucketized(collective: Any) -> Any:
 
 
 def _barrier(tag: str, *_: Any, **__: Any) -> None:
-    dist.barrier(group=_group_of_this_rank(None))
+    _group_of_this_rank(None).barrier().wait()
 
 
 # ---- the two kinds of torch-xla --------------------------------------------------------------------------------------

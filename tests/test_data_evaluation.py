@@ -8,11 +8,14 @@ import numpy as np
 import pytest
 import torch
 
+from raynium.config.load import load_config
 from raynium.data.baselines import compute_baselines
-from raynium.data.batch import IGNORED_LABEL
+from raynium.data.batch import IGNORED_LABEL, Batch
 from raynium.data.evaluation import EvaluationSet, bits_per_byte, evaluation_set
 from raynium.data.store import DocumentStore
 from raynium.data.store_build import build_store
+from raynium.engines.base import EvalSum, FakeEngine
+from raynium.rank import Evaluation
 
 
 @pytest.fixture(scope="module")
@@ -117,3 +120,20 @@ def test_baselines_on_the_evaluated_documents(store: DocumentStore, source: Path
     texts = [(source / document.name).read_bytes() for document in store.heldout_documents(max_documents)]
     zlib_bits = 8 * sum(len(zlib.compress(text, 9)) for text in texts)
     assert baselines.zlib_bits_per_byte == zlib_bits / sum(map(len, texts))
+
+
+@pytest.mark.parametrize(("pipeline", "rows"), [(1, 4), (2, 8)])
+def test_a_pipeline_is_evaluated_with_as_many_rows_as_it_trains(
+    pipeline: int, rows: int, store: DocumentStore, monkeypatch: pytest.MonkeyPatch
+):
+    """Its stages have agreed on the shapes of a step; without stages a micro-batch needs the least memory."""
+    config = load_config("quickstart", [f"parallel.pipeline={pipeline}"])  # 8 rows a step on 2 ranks, 4 at a time
+    engine, seen = FakeEngine(), []
+
+    def evaluate(batch: Batch) -> EvalSum:
+        seen.append(len(batch.tokens_BT))
+        return EvalSum(nats=1.0, tokens=1)
+
+    monkeypatch.setattr(engine, "evaluate", evaluate)
+    Evaluation(engine, store, config).metrics()
+    assert set(seen) == {rows}

@@ -3,7 +3,7 @@
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +26,15 @@ QWEN3 = {"family": "qwen3", "embeddings": "tied"}
 LLAMA3 = {"family": "llama3", "embeddings": "untied"}
 
 
-def config(*, ranks: int = 1, tensor: int = 1, model: dict[str, str] = QWEN3, **engine: str) -> Config:
+def config(
+    *,
+    ranks: int = 1,
+    tensor: int = 1,
+    pipeline: int = 1,
+    micro_batches: int = 2,
+    model: Mapping[str, str | int] = QWEN3,
+    **engine: str,
+) -> Config:
     sizes = {"vocab_size": VOCAB, "hidden_size": 32, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "head_dim": 16}
     return Config.model_validate(
         {
@@ -34,10 +42,14 @@ def config(*, ranks: int = 1, tensor: int = 1, model: dict[str, str] = QWEN3, **
             "cluster": {"accelerator": "cpu", "ranks_per_node": ranks},
             "model": {**sizes, "ffn_size": 48, "max_seq_len": 32, "init_std": 0.1, **model},
             "data": {"path": "/nowhere", "seq_len": SEQ_LEN},
-            "parallel": {"tensor": tensor},
+            "parallel": {"tensor": tensor, "pipeline": pipeline},
             "engine": engine,
             "optimizer": {"learning_rate": 3e-3, "clip_norm": 0.5, "warmup_steps": 3, "eps": 1e-6},
-            "train": {"steps": STEPS, "global_batch_size": ROWS, "micro_batch_size": ROWS // (ranks // tensor) // 2},
+            "train": {
+                "steps": STEPS,
+                "global_batch_size": ROWS,
+                "micro_batch_size": ROWS // (ranks // tensor // pipeline) // micro_batches,
+            },
         }
     )
 

@@ -31,7 +31,7 @@ from raynium.models.decoder import Decoder
 from raynium.models.nxd_layout import KvOrder, heads_of_rank, kv_copies, pieces, zero1_pieces
 
 sys.path.append(str(Path(__file__).parent))  # pytest's import mode leaves it out
-from test_native_engine import LLAMA3, Run, config, reference, run, samples
+from test_native_engine import LLAMA3, QWEN3, Run, config, reference, run, samples
 
 WORKER = Path(__file__).with_name("_nxd_ranks.py")
 SOURCE = os.environ.get("RAYNIUM_NXD_SOURCE")
@@ -86,6 +86,25 @@ LAYOUTS: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
+PIPELINES: dict[str, tuple[dict[str, Any], str]] = {
+    "pp 2": ({"ranks": 2, "pipeline": 2}, "trn1"),
+    "pp 2, untied, checkpointed": (
+        {"ranks": 2, "pipeline": 2, "model": LLAMA3, "activation_checkpointing": "full"},
+        "trn1",
+    ),
+    "pp 2 x dp 2": ({"ranks": 4, "pipeline": 2}, "trn1"),
+    "pp 2 x tp 2, two ranks a head": (
+        {"ranks": 4, "pipeline": 2, "tensor": 2, "model": QWEN3 | {"num_kv_heads": 1}, "micro_batches": 4},
+        "trn1",
+    ),
+    "pp 4, more micro-batches than stages": (
+        {"ranks": 4, "pipeline": 4, "micro_batches": 6, "model": QWEN3 | {"num_layers": 4}},
+        "trn1",
+    ),
+}
+LAYOUTS |= PIPELINES
+
+
 def check_against_reference(ran: Run, config: Config) -> None:
     expected = reference(config)
     counted = [(labels != IGNORED_LABEL).sum().item() for labels in samples()["labels"]]
@@ -128,6 +147,8 @@ BRIDGES: list[tuple[dict[str, Any], str]] = [
     ({"ranks": 2, "tensor": 2}, "trn1"),
     ({"ranks": 4, "tensor": 4}, "trn1"),
     ({"ranks": 4, "tensor": 2, "model": LLAMA3}, "trn2"),
+    ({"ranks": 2, "pipeline": 2}, "trn1"),
+    ({"ranks": 4, "pipeline": 2, "model": LLAMA3}, "trn1"),
 ]
 
 
@@ -144,7 +165,7 @@ def test_a_run_moves_to_the_native_engine_and_back(
 ) -> None:
     """Steps 1 to 6 under NxD, 7 to 12 under native FSDP 2, 13 to 20 under NxD; no element of the state is changed."""
     worker = fork(library, platform)
-    as_fsdp: dict[str, Any] = layout | {"ranks": 2, "tensor": 1}
+    as_fsdp: dict[str, Any] = layout | {"ranks": 2, "tensor": 1, "pipeline": 1}
     native = config(**as_fsdp)
     first = run(worker, tmp_path / "nxd", nxd_config(**layout), last_step=6)
     second = run(worker, tmp_path / "native", native, first_step=7, last_step=12, load_from=first.folder)
@@ -190,9 +211,13 @@ def check_import(ran: Run, config: Config, folder: Path) -> None:
 
 
 @needs_source
-@pytest.mark.parametrize("tensor", [2, 4])
-def test_a_checkpoint_that_the_library_saved_is_imported(tensor: int, fork: Fork, tmp_path: Path) -> None:
-    saving = nxd_config(ranks=4, tensor=tensor, model=LLAMA3 | {"vocab_size": 320}, run_name="saves-with-nxd")
+@pytest.mark.parametrize(("tensor", "pipeline"), [(2, 1), (4, 1), (2, 2)])
+def test_a_checkpoint_that_the_library_saved_is_imported(
+    tensor: int, pipeline: int, fork: Fork, tmp_path: Path
+) -> None:
+    saving = nxd_config(
+        ranks=4, tensor=tensor, pipeline=pipeline, model=LLAMA3 | {"vocab_size": 320}, run_name="saves-with-nxd"
+    )
     ran = run(fork("source", "trn1"), tmp_path / "run", saving, last_step=3)
     check_import(ran, saving, tmp_path)
 
@@ -200,6 +225,8 @@ def test_a_checkpoint_that_the_library_saved_is_imported(tensor: int, fork: Fork
 XLA_LAYOUTS: dict[str, dict[str, Any]] = {
     "dp 2": {"ranks": 2},
     "tp 2 x dp 2": {"ranks": 4, "tensor": 2},
+    "pp 2 x dp 2": {"ranks": 4, "pipeline": 2},
+    "pp 2 x tp 2, untied": {"ranks": 4, "pipeline": 2, "tensor": 2, "model": LLAMA3, "micro_batches": 3},
 }
 
 
@@ -211,9 +238,10 @@ def test_zero1_over_torch_xla_trains_as_a_plain_float64_loop_does(layout: str, f
 
 
 @needs_xla
-def test_zero1_shards_move_to_the_native_engine_and_back(fork: Fork, tmp_path: Path) -> None:
+@pytest.mark.parametrize("layout", [{"ranks": 2}, {"ranks": 4, "pipeline": 2}])
+def test_zero1_shards_move_to_the_native_engine_and_back(layout: dict[str, Any], fork: Fork, tmp_path: Path) -> None:
     """bfloat16: the master weights are what is saved, and what the parameters are made of after a load."""
-    mixed = nxd_config(ranks=2, dtype="bfloat16")
+    mixed = nxd_config(**layout, dtype="bfloat16")
     native = config(ranks=1)
     first = run(fork("xla", "trn1"), tmp_path / "nxd", mixed, last_step=4)
     second = run(fork("fake", "trn1"), tmp_path / "native", native, first_step=5, last_step=6, load_from=first.folder)

@@ -46,6 +46,18 @@ def test_twice_the_nodes_halve_the_state_and_nothing_else():
     assert (two.activations, two.logits, two.gathered_blocks) == (one.activations, one.logits, one.gathered_blocks)
 
 
+@pytest.mark.parametrize("embeddings", ["tied", "untied"])
+def test_a_stage_holds_its_blocks_and_one_table_but_the_activations_of_all_micro_batches_under_way(embeddings):
+    shape = ("cluster.ranks_per_node=1", "parallel.tensor=1", f"model.embeddings={embeddings}")
+    whole, two_stages = estimate("llama3-8b", *shape), estimate("llama3-8b", *shape[1:], *shape[:1], "cluster.nodes=2",
+        "parallel.pipeline=2")  # fmt: skip
+    with torch.device("meta"):
+        decoder = Decoder(load_config("llama3-8b").model)
+    held = [*decoder.blocks[:16].parameters(), *decoder.head.parameters(), *decoder.final_norm.parameters()]
+    assert two_stages.parameters == 4 * sum(parameter.numel() for parameter in held)
+    assert (two_stages.activations, two_stages.logits) == (whole.activations, whole.logits)
+
+
 def test_activations_and_logits_follow_the_tokens_of_a_micro_batch():
     one, two = estimate("llama3-8b"), estimate("llama3-8b", "train.micro_batch_size=2")
     assert (two.activations, two.logits) == (2 * one.activations, 2 * one.logits)

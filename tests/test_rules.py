@@ -97,6 +97,46 @@ def test_the_global_batch_is_a_multiple_of_ranks_times_micro_batch():
     )
 
 
+NXD = ("engine.kind=nxd", "cluster.accelerator=neuron_xla", "engine.compile=none")
+
+
+def test_the_native_engine_has_no_pipeline():
+    assert only_problem(EIGHT_B, "parallel.pipeline=2") == (
+        "parallel.pipeline is 2 with engine.kind native, which has no pipeline parallelism: set parallel.pipeline to "
+        "1, or engine.kind to nxd"
+    )
+    assert problems(EIGHT_B, "parallel.pipeline=2", *NXD) == []
+
+
+@pytest.mark.parametrize("change", ["parallel.pipeline=3", "parallel.pipeline=32", "model.num_layers=30"])
+def test_the_stages_are_even_in_number_and_have_equal_shares(change):
+    layers, degrees = ("30", "1 or 2") if "layers" in change else ("32", "1, 2, 4, 8 or 16")
+    degree = change.split("=")[1] if "pipeline" in change else "4"
+    assert only_problem(EIGHT_B, *NXD, "parallel.pipeline=4", change, "train.global_batch_size=144") == (
+        f"parallel.pipeline is {degree}: the stages take equal shares of model.num_layers {layers} and of 16 ranks "
+        "(world size 64 / parallel.tensor 4), and their number is even, since they talk in pairs; set "
+        f"parallel.pipeline to {degrees}"
+    )
+
+
+def test_an_odd_number_of_stages_is_refused_where_it_divides_everything():
+    odd = ("parallel.pipeline=3", "cluster.ranks_per_node=3", "parallel.tensor=1", "train.global_batch_size=12")
+    assert "set parallel.pipeline to 1" in only_problem("quickstart", *NXD, *odd)
+
+
+def test_every_stage_has_a_micro_batch():
+    few = (*NXD, "parallel.pipeline=16", "train.global_batch_size=8")
+    assert only_problem(EIGHT_B, *few) == (
+        "parallel.pipeline is 16 with 8 micro-batches a step (train.global_batch_size 8 / 1 data-parallel ranks / "
+        "train.micro_batch_size 1): with fewer than stages some always wait; set global_batch_size to 16 or more, or a "
+        "smaller micro_batch_size or pipeline"
+    )
+    assert problems(EIGHT_B, *few, "train.global_batch_size=16") == []
+    assert "= 4 data-parallel ranks (world size 64 / parallel.tensor 4 / parallel.pipeline 4) ×" in only_problem(
+        EIGHT_B, *NXD, "parallel.pipeline=4", "train.global_batch_size=130"
+    )
+
+
 # ------------------------------------------------------------------------------------------------- schedule and engine
 
 

@@ -104,10 +104,12 @@ class Evaluation:
 
     def __init__(self, engine: Engine, documents: DocumentStore, config: Config):
         self._engine = engine
+        # A pipeline takes as many micro-batches as a step has; without one a single one needs the least memory.
+        micro_batches = config.num_micro_batches if config.parallel.pipeline > 1 else 1
         self._held_out = evaluation_set(
             documents,
             seq_len=config.data.seq_len,
-            batch_size=config.train.micro_batch_size,
+            batch_size=config.train.micro_batch_size * micro_batches,
             data_rank=engine.data_rank,
             data_size=engine.data_size,
             max_documents=config.evaluate.max_documents,

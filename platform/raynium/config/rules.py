@@ -1,4 +1,4 @@
-"""Rules that cross parts of a config: batch × ranks, tensor parallelism × heads × cores, memory.
+"""Rules that cross parts of a config: batch × ranks, tensor parallelism × heads × cores, stages × layers, memory.
 
 `check` runs on the submitting machine, before any node is paid for, and reports every problem at once. A rule is a
 plain function that yields messages; each message says field, value, rule and what to set. A rule that depends on an
@@ -98,21 +98,54 @@ def tensor_parallel(config: Config) -> Iterator[str]:
         )
 
 
+def pipeline_parallel(config: Config) -> Iterator[str]:
+    parallel, num_layers = config.parallel, config.model.num_layers
+    if parallel.pipeline == 1:
+        return
+    if config.engine.kind != "nxd":
+        yield (
+            f"parallel.pipeline is {parallel.pipeline} with engine.kind {config.engine.kind}, which has no pipeline "
+            "parallelism: set parallel.pipeline to 1, or engine.kind to nxd"
+        )
+    ranks = config.world_size // parallel.tensor
+
+    def fits(degree: int) -> bool:
+        # Odd numbers: NxD joins neighbours in two sets of pairs, and around an odd ring the pairs of a set overlap.
+        return not num_layers % degree and not ranks % degree and (degree == 1 or degree % 2 == 0)
+
+    if not fits(parallel.pipeline):
+        yield (
+            f"parallel.pipeline is {parallel.pipeline}: the stages take equal shares of model.num_layers {num_layers} "
+            f"and of {ranks} ranks (world size {config.world_size} / parallel.tensor {parallel.tensor}), and their "
+            f"number is even, since they talk in pairs; set parallel.pipeline to "
+            f"{_choices([degree for degree in _divisors(num_layers) if fits(degree)])}"
+        )
+
+
 def batch_size(config: Config) -> Iterator[str]:
-    if config.cluster.ranks_per_node % config.parallel.tensor:
-        return  # then there is no data-parallel size to divide by
+    if not _has_data_parallel_size(config):
+        return
     batch, micro, data_parallel = (
         config.train.global_batch_size,
         config.train.micro_batch_size,
         config.data_parallel_size,
     )
     unit = data_parallel * micro
+    parallel = config.parallel
     if batch % unit:
         below = batch // unit * unit
+        stages = f" / parallel.pipeline {parallel.pipeline}" if parallel.pipeline > 1 else ""
         yield (
             f"train.global_batch_size is {batch}: it must be a multiple of {unit} = {data_parallel} data-parallel "
-            f"ranks (world size {config.world_size} / parallel.tensor {config.parallel.tensor}) × "
+            f"ranks (world size {config.world_size} / parallel.tensor {parallel.tensor}{stages}) × "
             f"train.micro_batch_size {micro}; set {f'{below} or ' if below else ''}{below + unit}"
+        )
+    elif config.num_micro_batches < parallel.pipeline:
+        yield (
+            f"parallel.pipeline is {parallel.pipeline} with {config.num_micro_batches} micro-batches a step "
+            f"(train.global_batch_size {batch} / {data_parallel} data-parallel ranks / train.micro_batch_size "
+            f"{micro}): with fewer than stages some always wait; set global_batch_size to {unit * parallel.pipeline} "
+            "or more, or a smaller micro_batch_size or pipeline"
         )
 
 
@@ -214,7 +247,7 @@ def core_count(config: Config, instance: Instance) -> Iterator[str]:
 
 
 def memory_fit(config: Config, instance: Instance) -> Iterator[str]:
-    if config.cluster.ranks_per_node % config.parallel.tensor:
+    if not _has_data_parallel_size(config):
         return
     estimate = estimate_memory(config)
     usable = instance.memory_gib_per_core * USABLE_FRACTION * GIB
@@ -239,8 +272,13 @@ def _memory_remedies(config: Config) -> str:
     return "; or ".join(remedies)
 
 
-RULES = (head_counts, sequence_length, vocabulary, tensor_parallel, batch_size, schedule, engine)
+RULES = (head_counts, sequence_length, vocabulary, tensor_parallel, pipeline_parallel, batch_size, schedule, engine)
 HARDWARE_RULES = (accelerator_of_instance, core_count, memory_fit)
+
+
+def _has_data_parallel_size(config: Config) -> bool:
+    tensor, pipeline = config.parallel.tensor, config.parallel.pipeline
+    return config.cluster.ranks_per_node % tensor == 0 and config.world_size % (tensor * pipeline) == 0
 
 
 def _divisors(number: int) -> list[int]:

@@ -87,9 +87,10 @@ class DataSection(Section):
 
 
 class ParallelSection(Section):
-    """How the ranks are laid out. Data parallel (FSDP) takes what tensor parallel leaves."""
+    """How the ranks are laid out. Data parallel (FSDP, or ZeRO-1 under nxd) takes what the others leave."""
 
     tensor: PositiveInt = 1  # tensor parallel degree; sequence parallelism comes with it
+    pipeline: PositiveInt = 1  # number of stages, each with an equal share of the layers; engine.kind nxd only
 
 
 class EngineSection(Section):
@@ -202,7 +203,12 @@ class Config(Section):
     @property
     def data_parallel_size(self) -> int:
         """Number of ranks that see different samples (rules check that it is whole)."""
-        return self.world_size // self.parallel.tensor
+        return self.world_size // (self.parallel.tensor * self.parallel.pipeline)
+
+    @property
+    def num_micro_batches(self) -> int:
+        """Forward passes of one data-parallel rank in a step (rules check that it is whole)."""
+        return self.train.global_batch_size // (self.data_parallel_size * self.train.micro_batch_size)
 
     @property
     def tokens_per_step(self) -> int:

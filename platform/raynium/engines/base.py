@@ -40,7 +40,7 @@ class Engine(Protocol):
     If a rank dies, the others wait in (or fail out of) the step's collectives until the agents end the generation.
     """
 
-    data_rank: int  # which slice of the samples this rank takes; ranks of one tensor group share it
+    data_rank: int  # which slice of the samples this rank takes; ranks of a tensor group or pipeline share it
     data_size: int
 
     def step(self, batch: Batch, *, step: int, votes: Votes) -> StepResult:

@@ -1,8 +1,9 @@
 """The NxD engine: neuronx-distributed on torch-xla, for Trainium1 and Trainium2.
 
-Tensor and sequence parallelism are NxD's layers, data parallelism its optimizer: ZeRO-1 with float32 master weights on
-an XLA device, plain replicas where NxD runs in its CPU mode. Gradients are of the *mean* over all counted labels, since
-NxD clips what it has reduced; so the labels are counted over the ranks before the first micro-batch.
+Tensor and sequence parallelism are NxD's layers, pipeline parallelism its model wrapper (`nxd_pipeline.py`), data
+parallelism its optimizer: ZeRO-1 with float32 master weights on an XLA device, plain replicas in NxD's CPU mode.
+Gradients are of the *mean* over all counted labels, since NxD clips what it has reduced; so the labels are counted over
+the ranks before the first micro-batch.
 
 State has the names, shapes and dtypes of the native engine's: a checkpoint of either engine resumes under the other.
 """
@@ -12,7 +13,7 @@ State has the names, shapes and dtypes of the native engine's: a checkpoint of e
 
 import os
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
@@ -22,8 +23,9 @@ from raynium.checkpoint.state import Chunk
 from raynium.config.schema import Config
 from raynium.data.batch import IGNORED_LABEL, Batch
 from raynium.engines.base import EvalSum, StepResult, Votes
-from raynium.engines.nxd_layers import mark_copies, parallel_decoder
-from raynium.models.decoder import Block, Decoder
+from raynium.engines.nxd_layers import mark_copies, parallel_decoder, summed_nats
+from raynium.engines.nxd_pipeline import PipelinePasses, StagedDecoder, pipeline_config
+from raynium.models.decoder import Block
 from raynium.models.init import init_parameter
 from raynium.models.nxd_layout import (
     KvOrder,
@@ -50,7 +52,13 @@ class Layout(NamedTuple):
     data_size: int
     tensor_rank: int
     tensor_size: int
+    stage: int  # of the pipeline
+    num_stages: int
     kv_order: KvOrder
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.stage == self.num_stages - 1
 
 
 class Stored(NamedTuple):
@@ -84,11 +92,12 @@ def build_nxd_engine(config: Config) -> "NxdEngine":
 
     modules: dict[nn.Module, str] = {}
 
-    def model() -> Decoder:
+    def model() -> nn.Module:
         with torch.device("meta"):  # NxD would give each parameter memory and values first, and then take them away
             decoder = parallel_decoder(config.model, tensor_size=layout.tensor_size, dtype=dtype)
-        modules.update({module: name for name, module in decoder.named_modules()})
-        return decoder
+            whole = decoder if layout.num_stages == 1 else StagedDecoder(decoder, num_stages=layout.num_stages)
+        modules.update({module: name for name, module in whole.named_modules()})
+        return whole
 
     def first_weights(module: nn.Module, device: torch.device) -> None:
         """NxD calls it for each module in turn, when its parameters have got memory."""
@@ -99,6 +108,8 @@ def build_nxd_engine(config: Config) -> "NxdEngine":
 
     nxd_config = nxd.neuronx_distributed_config(
         tensor_parallel_size=config.parallel.tensor,
+        pipeline_parallel_size=config.parallel.pipeline,
+        pipeline_config=pipeline_config(config),
         optimizer_config={
             "zero_one_enabled": zero1,
             "grad_clipping": True,
@@ -113,9 +124,13 @@ def build_nxd_engine(config: Config) -> "NxdEngine":
     layout = _layout(config)
     place = {"tensor_rank": layout.tensor_rank, "tensor_size": layout.tensor_size, "kv_order": layout.kv_order}
     stored = by_stored(pieces(config.model, **place))
+    if config.model.embeddings == "tied" and layout.num_stages > 1 and layout.is_last_stage:
+        # Of one parameter NxD makes two here, sums their gradients, and counts one in the norm.
+        stored["head.weight"] = [piece._replace(first_holder=False) for piece in stored["embedding.weight"]]
     nxd_model = nxd.initialize_parallel_model(nxd_config, model)
-    nxd_model.module.tie()  # NxD overlooks parameters that children of the root share (0.18.0), and gives each memory
-    mark_copies(nxd_model.module, is_copy=heads_of_rank(config.model, **place).copy > 0)
+    if layout.num_stages == 1:
+        nxd_model.module.tie()  # NxD overlooks parameters that children of the root share (0.18.0): each has memory
+    mark_copies(nxd_model.original_module(), is_copy=heads_of_rank(config.model, **place).copy > 0)
     optimizer = _optimizer(nxd_config, nxd_model, config, zero1=zero1)
     found = _stored(nxd_model, optimizer, stored, layout, zero1=zero1)
     if dtype != torch.float32:
@@ -124,6 +139,55 @@ def build_nxd_engine(config: Config) -> "NxdEngine":
                 for piece in each.pieces:
                     each.view(each.master, piece).copy_(_first_values(piece, config))
     return NxdEngine(config, layout, nxd_model, optimizer, found, device=get_device(), zero1=zero1)
+
+
+class Passes(Protocol):
+    """The micro-batches of one step or evaluation call through the model. Collective: all ranks call it."""
+
+    def train(self, batch: Batch, scale: Tensor) -> Tensor:
+        """Adds the gradient of scale times the summed nats, and returns the nats, float32.
+
+        They are of this data rank's labels, equal on the ranks of a tensor group; 0 on all stages but the last.
+        """
+        ...
+
+    def evaluate(self, batch: Batch) -> Tensor:
+        """Summed nats, likewise."""
+        ...
+
+
+class WholePasses:
+    """On the whole model, one micro-batch after the other."""
+
+    def __init__(self, model: Any, *, micro_batch_size: int, device: torch.device):
+        from neuronx_distributed.utils import mark_step
+
+        self._model = model  # an NxDModel
+        self._micro_batch_size = micro_batch_size
+        self._device = device
+        self._end_graph = mark_step
+
+    def train(self, batch: Batch, scale: Tensor) -> Tensor:
+        nats = torch.zeros((), device=self._device)
+        for tokens_BT, labels_BT in self._micro_batches(batch):
+            of_micro_batch = summed_nats(self._model(tokens_BT), labels_BT)
+            (of_micro_batch * scale).backward()
+            nats += of_micro_batch.detach()
+            self._end_graph()  # the same graph for every micro-batch
+        return nats
+
+    def evaluate(self, batch: Batch) -> Tensor:
+        nats = torch.zeros((), device=self._device)
+        for tokens_BT, labels_BT in self._micro_batches(batch):
+            nats += summed_nats(self._model(tokens_BT), labels_BT)
+            self._end_graph()
+        return nats
+
+    def _micro_batches(self, batch: Batch) -> list[tuple[Tensor, Tensor]]:
+        rows, size = len(batch.tokens_BT), self._micro_batch_size
+        assert rows % size == 0, f"{rows} rows do not make whole micro-batches of {size}"
+        pairs = zip(batch.tokens_BT.split(size), batch.labels_BT.split(size), strict=True)
+        return [(tokens_BT.to(self._device), labels_BT.to(self._device)) for tokens_BT, labels_BT in pairs]
 
 
 class NxdEngine:
@@ -140,18 +204,25 @@ class NxdEngine:
         device: torch.device,
         zero1: bool,
     ):
-        from neuronx_distributed.parallel_layers import parallel_cross_entropy
         from neuronx_distributed.utils import mark_step
 
         self.data_rank, self.data_size = layout.data_rank, layout.data_size
         self._config = config
         self._layout = layout
         self._model = model  # an NxDModel
+        self._passes: Passes
+        micro_batch_size = config.train.micro_batch_size
+        if layout.num_stages > 1:
+            number = config.num_micro_batches
+            self._passes = PipelinePasses(
+                model, micro_batch_size=micro_batch_size, num_micro_batches=number, device=device
+            )
+        else:
+            self._passes = WholePasses(model, micro_batch_size=micro_batch_size, device=device)
         self._optimizer = optimizer  # an NxDOptimizer
         self._stored = stored
         self._device = device
         self._zero1 = zero1
-        self._parallel_cross_entropy = parallel_cross_entropy
         self._end_graph = mark_step  # torch-xla compiles and runs what was traced since the last one
         self._moments = _moments(_base_optimizer(optimizer, zero1=zero1), stored)
         self._masters_are_newer = False  # than the parameters, since a checkpoint was loaded into them
@@ -161,13 +232,7 @@ class NxdEngine:
     def step(self, batch: Batch, *, step: int, votes: Votes) -> StepResult:
         self._refresh_parameters()
         counts, tokens_or_1 = self._counts(batch, votes)
-        scale = self.data_size / tokens_or_1  # NxD takes the mean over data ranks
-        nats = torch.zeros((), device=self._device)
-        for tokens_BT, labels_BT in self._micro_batches(batch):
-            of_micro_batch = self._summed_nats(tokens_BT, labels_BT)
-            (of_micro_batch * scale).backward()
-            nats += of_micro_batch.detach()
-            self._end_graph()  # the same graph for every micro-batch
+        nats = self._passes.train(batch, self.data_size / tokens_or_1)  # NxD takes the mean over data ranks
 
         rate = learning_rate(self._config.optimizer, step=step, total_steps=self._config.train.steps)
         for group in self._optimizer.param_groups:
@@ -175,7 +240,7 @@ class NxdEngine:
         self._optimizer.step()
         norm = self._optimizer.grad_norm.reshape(())
         self._optimizer.zero_grad(set_to_none=True)
-        loss = self._sum_over_data(nats) / tokens_or_1
+        loss = self._sum_over_ranks(nats) / tokens_or_1
         numbers = torch.cat((torch.stack((loss, norm)), counts))
         self._end_graph()
 
@@ -193,32 +258,19 @@ class NxdEngine:
 
         A rank that dies here leaves the others waiting until the agents end the generation.
         """
-        counts_here = self._layout.tensor_rank == 0  # the ranks of a tensor group have the same labels
+        # The ranks of a tensor group and the stages of a pipeline have the same labels.
+        counts_here = self._layout.tensor_rank == 0 and self._layout.stage == 0
         base, rest = divmod(int((batch.labels_BT != IGNORED_LABEL).sum()), _COUNT_BASE)
         counts = torch.tensor([base * counts_here, rest * counts_here, *votes], dtype=torch.float32)
         counts = counts.to(self._device)
         dist.all_reduce(counts)
         return counts, (counts[0] * _COUNT_BASE + counts[1]).clamp(min=1)
 
-    def _summed_nats(self, tokens_BT: Tensor, labels_BT: Tensor) -> Tensor:
-        """Sum over counted labels, float32; the same on the ranks of a tensor group."""
-        logits_TBV = self._model(tokens_BT).float()
-        labels_TB = labels_BT.transpose(0, 1).contiguous()
-        # Labels outside the vocabulary have no logit to NxD, only the norm of their row, which is left out here.
-        nats_TB = self._parallel_cross_entropy(logits_TBV, labels_TB)
-        return (nats_TB * (labels_TB != IGNORED_LABEL)).sum()
-
-    def _sum_over_data(self, values: Tensor) -> Tensor:
-        """Summed over data ranks, from values that are equal on the ranks of a tensor group."""
-        total = values * (self._layout.tensor_rank == 0)
+    def _sum_over_ranks(self, nats: Tensor) -> Tensor:
+        """Over data ranks, from what `Passes` return."""
+        total = nats * (self._layout.tensor_rank == 0 and self._layout.is_last_stage)
         dist.all_reduce(total)
         return total
-
-    def _micro_batches(self, batch: Batch) -> list[tuple[Tensor, Tensor]]:
-        rows, size = batch.tokens_BT.shape[0], self._config.train.micro_batch_size
-        assert rows % size == 0, f"{rows} rows do not make whole micro-batches of {size}"
-        pairs = zip(batch.tokens_BT.split(size), batch.labels_BT.split(size), strict=True)
-        return [(tokens_BT.to(self._device), labels_BT.to(self._device)) for tokens_BT, labels_BT in pairs]
 
     # ---- evaluation --------------------------------------------------------------------------------------------------
 
@@ -226,11 +278,8 @@ class NxdEngine:
     def evaluate(self, batch: Batch) -> EvalSum:
         self._refresh_parameters()
         counts, _ = self._counts(batch, Votes())
-        nats = torch.zeros((), device=self._device)
-        for tokens_BT, labels_BT in self._micro_batches(batch):
-            nats += self._summed_nats(tokens_BT, labels_BT)
-            self._end_graph()
-        numbers = torch.cat((self._sum_over_data(nats).reshape(1), counts))
+        nats = self._passes.evaluate(batch)
+        numbers = torch.cat((self._sum_over_ranks(nats).reshape(1), counts))
         self._end_graph()
         nats, base, rest, *_ = numbers.tolist()
         return EvalSum(nats=nats, tokens=int(base) * _COUNT_BASE + int(rest))
@@ -293,9 +342,12 @@ def _layout(config: Config) -> Layout:
         data_size=parallel_state.get_data_parallel_size(),
         tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
         tensor_size=parallel_state.get_tensor_model_parallel_size(),
+        stage=parallel_state.get_pipeline_model_parallel_rank(),
+        num_stages=parallel_state.get_pipeline_model_parallel_size(),
         kv_order="adjacent" if adjacent else "interleaved",
     )
-    assert (layout.data_size, layout.tensor_size) == (config.data_parallel_size, config.parallel.tensor)
+    sizes = (layout.data_size, layout.tensor_size, layout.num_stages)
+    assert sizes == (config.data_parallel_size, config.parallel.tensor, config.parallel.pipeline)
     return layout
 
 
@@ -331,7 +383,7 @@ def _stored(
     model: Any, optimizer: Any, by_name: dict[str, list[Piece]], layout: Layout, *, zero1: bool
 ) -> list[Stored]:
     """In the optimizer's order."""
-    names = {parameter: name.replace(_CHECKPOINT_PREFIX, "") for name, parameter in model.module.named_parameters()}
+    names = {parameter: name.replace(_CHECKPOINT_PREFIX, "") for name, parameter in model.named_parameters()}
     found = []
     parameters = _masters(optimizer)
     masters = _masters(_base_optimizer(optimizer, zero1=zero1))

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from raynium.config.schema import ModelSection
+from raynium.data.batch import IGNORED_LABEL
 from raynium.models.decoder import Attention, Decoder, Rope, rotate
 from raynium.models.nxd_layout import kv_copies
 from raynium.models.plan import tensor_parallel_plan
@@ -96,7 +97,17 @@ class NxdSwiGLU(nn.Module):
         return self.down(F.silu(gate_TBF) * up_TBF)
 
 
-def _blocks(model: Decoder) -> "Iterator[Any]":
+def summed_nats(logits_TBV: Tensor, labels_BT: Tensor) -> Tensor:
+    """Sum over counted labels, float32; the same on the ranks of a tensor group, of which each has its logits."""
+    from neuronx_distributed.parallel_layers import parallel_cross_entropy
+
+    labels_TB = labels_BT.transpose(0, 1).contiguous()
+    # Labels outside the vocabulary have no logit to NxD, only the norm of their row, which is left out here.
+    nats_TB = parallel_cross_entropy(logits_TBV.float(), labels_TB)
+    return (nats_TB * (labels_TB != IGNORED_LABEL)).sum()
+
+
+def _blocks(model: Any) -> "Iterator[Any]":
     """The blocks, of which the typed parts are about to be replaced."""
     return iter(model.blocks)
 
@@ -156,7 +167,7 @@ def _mark_whole_parameters(model: Decoder, config: ModelSection) -> None:
                 vars(weight)["sequence_parallel_enabled"] = True
 
 
-def mark_copies(model: Decoder, *, is_copy: bool) -> None:
+def mark_copies(model: nn.Module, *, is_copy: bool) -> None:
     """Copies of key/value heads do not count again in the gradient norm (NxD's mark `shared`)."""
     if is_copy:
         for block in _blocks(model):

@@ -432,7 +432,8 @@ def checkpoint_state(config: Config, step: int) -> dict[str, Any]:
 
 def layout(config: Config) -> dict[str, int]:
     """The degrees the state was cut by; for people, since any layout reads any other."""
-    return {"data": config.data_parallel_size, "tensor": config.parallel.tensor}
+    parallel = config.parallel
+    return {"data": config.data_parallel_size, "tensor": parallel.tensor, "pipeline": parallel.pipeline}
 
 
 def _first_cause(exits: list[RankExit]) -> RankExit | None:

@@ -10,10 +10,14 @@ What it counts, for the native engine (FSDP2 over the data-parallel ranks × ten
   dropout. DTensor keeps the gathered input of a column-parallel layer: that term is not divided by the tensor degree;
 - logits: once, in the compute type, because the loss turns them into their gradient in place.
 
+With pipeline parallelism it is the stages' worst parts together: an equal share of the blocks; of a table and the final
+norm what the first or last stage has; activations as without, because the first stage holds as many micro-batches as
+there are stages, each in its share of the blocks (one-forward-one-backward); the logits of the last stage.
+
 Not counted: the compiler's scratch space, collective buffers, fragmentation. `USABLE_FRACTION` leaves room for them.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from raynium.config.schema import Config, ModelSection
 from raynium.models.flops import parameter_count
@@ -81,8 +85,8 @@ def parameter_parts(model: ModelSection) -> ParameterParts:
 
 
 def estimate_memory(config: Config) -> MemoryEstimate:
-    """Estimated peak bytes per rank; the world size must be divisible by the tensor degree (`rules.check` says)."""
-    parts = parameter_parts(config.model)
+    """Estimated peak bytes per rank; the degrees must divide world size and layers (`rules.check` says)."""
+    parts = _parts_of_stage(config)
     compute_bytes = BYTES_OF_DTYPE[config.engine.dtype]
     tensor = config.parallel.tensor
     own_parameters = _per_rank(parts, tensor, config.data_parallel_size)
@@ -94,6 +98,14 @@ def estimate_memory(config: Config) -> MemoryEstimate:
         activations=_activation_bytes(config, compute_bytes),
         logits=_logit_bytes(config, compute_bytes),
     )
+
+
+def _parts_of_stage(config: Config) -> ParameterParts:
+    whole, num_stages = parameter_parts(config.model), config.parallel.pipeline
+    if num_stages == 1:
+        return whole
+    one_table = config.model.vocab_size * config.model.hidden_size  # tied or not: the other is on another stage
+    return replace(whole, embeddings=one_table, num_blocks=-(-whole.num_blocks // num_stages))
 
 
 def _per_rank(parts: ParameterParts, tensor: int, data_parallel: int) -> int:
