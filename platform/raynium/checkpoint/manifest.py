@@ -222,6 +222,14 @@ class Manifest(Record):
                 if begin < end:
                     raise ValueError(f"{name} and {next_name} share bytes of {self.shards[shard].key}")
 
+    def tensors_in(self, shard: int, begin: int, end: int) -> list[str]:
+        """Names of the tensors that have bytes in this range of a data file."""
+        return sorted(
+            tensor.name
+            for tensor in self.tensors
+            if any(block.shard == shard and block.begin < end and begin < block.end for block in tensor.blocks)
+        )
+
     @property
     def num_bytes(self) -> int:
         """Size of the data files together."""

@@ -213,7 +213,7 @@ def _check_units(ref: CheckpointRef, request: Request, segments: _Segments) -> N
             raise CheckpointDamaged(
                 f"{ref.store.uri(ref.shard_key(request.shard))} is damaged in bytes {begin:,} to "
                 f"{begin + file.checksums.unit_length(unit):,}, which hold "
-                f"{some(tensors_in(ref, request.shard, begin, begin + file.unit_bytes))}: "
+                f"{some(ref.manifest.tensors_in(request.shard, begin, begin + file.unit_bytes))}: "
                 f"CRC64NVME {to_text(found)} instead of {to_text(expected)}"
             )
 
@@ -226,15 +226,6 @@ def _size_problem(ref: CheckpointRef, shard: int) -> str | None:
     except KeyMissing:
         return f"{where} is missing"
     return None if size == expected else f"{where} has {size:,} bytes instead of {expected:,}"
-
-
-def tensors_in(ref: CheckpointRef, shard: int, begin: int, end: int) -> list[str]:
-    """Names of the tensors that have bytes in this range of a data file."""
-    return sorted(
-        tensor.name
-        for tensor in ref.manifest.tensors
-        if any(block.shard == shard and block.begin < end and begin < block.end for block in tensor.blocks)
-    )
 
 
 def some(items: Sequence[str]) -> str:

@@ -128,10 +128,5 @@ def _wrong_bytes(ref: "CheckpointRef", shard: int, stored: Stored, pool: ThreadP
 
 
 def _damage(ref: "CheckpointRef", shard: int, begin: int, end: int, reason: str) -> Damage:
-    names = {
-        tensor.name
-        for tensor in ref.manifest.tensors
-        for block in tensor.blocks
-        if block.shard == shard and block.begin < end and begin < block.end
-    }
-    return Damage(ref.store.uri(ref.shard_key(shard)), begin, end, tuple(sorted(names)), reason)
+    names = tuple(ref.manifest.tensors_in(shard, begin, end))
+    return Damage(ref.store.uri(ref.shard_key(shard)), begin, end, names, reason)
