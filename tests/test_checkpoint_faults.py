@@ -174,9 +174,9 @@ def wait_for(condition: Callable[[], Any]) -> Any:
     return value
 
 
-def first_bytes(path: Path) -> bytes:
-    with path.open("rb") as file:
-        return file.read(8)
+def has_header(image: Path) -> bool:
+    with image.open("rb") as file:
+        return file.read(8) not in (b"", bytes(8))
 
 
 # ---- killed at each phase of the second save ----------------------------------------------------------------------
@@ -220,13 +220,19 @@ def test_a_rank_killed_while_it_copies_leaves_no_image_and_the_older_one_is_used
     start: Start, tmp_path: Path, reference: dict[int, set[float]]
 ) -> None:
     life = start(str(tmp_path / "run"), {})
-    wait_for(lambda: (ref := latest(Store(tmp_path / "run"))) is not None and ref.step >= 4)  # both images were written
+
+    def both_images() -> list[Path]:
+        images = list(Path("/dev/shm").glob(f"raynium-*-{life.pid('agent')}-*/rank-00000.?.safetensors"))
+        return images if len(images) == 2 and all(map(has_header, images)) else []
+
+    images = wait_for(both_images)
     rank = life.pid("rank")
-    images = list(Path("/dev/shm").glob(f"raynium-*-{life.pid('agent')}-*/rank-00000.?.safetensors"))
-    assert len(images) == 2
     deadline = time.monotonic() + 90
-    while all(first_bytes(path) != bytes(8) for path in images):  # no header: it is being written
+    while all(map(has_header, images)):  # no header: it is being written
         assert time.monotonic() < deadline
+        os.kill(rank, signal.SIGCONT)
+        time.sleep(0.002)  # less than a copy takes, so that none is missed
+        os.kill(rank, signal.SIGSTOP)
     os.kill(rank, signal.SIGKILL)
     status = life.finish()
     assert status["ended"] == "finished" and life.losses() == reference

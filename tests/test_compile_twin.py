@@ -163,7 +163,7 @@ def test_a_surprise_is_told_once_for_all_ranks_of_a_node_and_never_without_end(
         open_tracker=MemoryTracker,
         data_folder=str,
     )
-    handle = _Handler(agent, Order("run", 1, "g1", "127.0.0.1", 1), MemoryTracker(), [])
+    handle = _Handler(agent, Order("run", 1, "g1", "127.0.0.1", 1), MemoryTracker())
 
     def compiled(rank: int, step: int, *surprises: str) -> tuple[int, dict[str, Any]]:
         fields = {"step": step, "graphs": 2, "seconds": 4.1, "surprises": surprises}
