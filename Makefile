@@ -14,7 +14,7 @@ quickstart: $(VENV)/.installed
 	$(BIN)/raynium train quickstart
 
 test: $(VENV)/.installed-dev
-	$(BIN)/pytest -n 2 --dist loadgroup --no-loadscope-reorder
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 check: format lint types test
 

@@ -9,11 +9,8 @@ from s3_server import S3Server, running_s3_server
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """For two workers (`make test`): one begins with all that needs Ray clusters, the other with the rest, by file."""
-    items.sort(key=lambda item: item.get_closest_marker("ray") is None)
-    for item in items:
-        group = "ray" if item.get_closest_marker("ray") else item.path.name
-        item.add_marker(pytest.mark.xdist_group(group))
+    """The longest file first: of the two workers of `make test` one does it, the other goes on with the rest."""
+    items.sort(key=lambda item: item.path.name != "test_ray.py")
 
 
 @pytest.fixture(scope="session")
