@@ -1,6 +1,7 @@
 """One life of a node agent and its coordinator as a process of their own, so that a test may kill all of it.
 
-    python _agent_process.py FOLDER        FOLDER/job.yaml, and FOLDER/arguments.json: {"run_url", "data_folder"}
+    python _agent_process.py FOLDER        FOLDER/job.yaml, and FOLDER/arguments.json:
+                                           {"run_url", "data_folder", "changes", "last_save_seconds"}
 
 Writes FOLDER/losses.jsonl ([step, loss] as they are reported), FOLDER/pids.json ({"ranks", "uploader"}, as they change)
 and, when the run has ended, FOLDER/status.json.
@@ -14,8 +15,10 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
+from raynium.accelerators import cpu
 from raynium.accelerators.detect import detect
 from raynium.config.load import parse_config
+from raynium.launch import last_save, ranks
 from raynium.launch.agent import Node, NodeAgent
 from raynium.launch.coordinator import CoordinatorOnLoop, RunCoordinator
 from raynium.tracking.tracker import MemoryTracker
@@ -38,7 +41,10 @@ class LossFile(MemoryTracker):
 def main() -> None:
     folder = Path(sys.argv[1])
     arguments = json.loads((folder / "arguments.json").read_text())
-    config = parse_config((folder / "job.yaml").read_text())
+    config = parse_config((folder / "job.yaml").read_text(), arguments["changes"])
+    last_save.LAST_SAVE_SECONDS = arguments["last_save_seconds"]
+    ranks.PRELOADED_MODULES.append("small_parts")
+    cpu.usable_cores = lambda: 1  # on busy cores, threads of a small model mostly wait for each other
     coordinator = CoordinatorOnLoop(RunCoordinator(config.model_dump(mode="json"), arguments["run_url"], 0))
     agent = NodeAgent(
         config=config,
@@ -61,7 +67,7 @@ def _show_pids(agent: NodeAgent, path: Path) -> None:
         temporary = path.with_suffix(".new")
         temporary.write_text(json.dumps({"ranks": agent.rank_pids(), "uploader": agent.uploader_pid()}))
         temporary.replace(path)
-        time.sleep(0.01)
+        time.sleep(0.03)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,15 @@
 """Fixtures that more than one test module uses."""
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from s3_server import S3Server, running_s3_server
+
+# Threads that wait for each other by spinning take the cores that tests, ranks and servers share. Changes no result
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

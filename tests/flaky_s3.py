@@ -8,11 +8,14 @@
         proxy.set()   # works again
         proxy.seen    # operations that arrived, in order: ["PutObject", "HeadObject", ...]
 
+    with FlakyS3(s3_server.endpoint, tls=context) as proxy:   # the same over TLS, as AWS's own S3 speaks it
+
 It runs on a thread of its own, on loopback, one connection per request. What it forwards it does not change, so
 signatures stay valid; a client's `Host` is the proxy's, which the server accepts.
 """
 
 import asyncio
+import ssl
 import threading
 from collections.abc import Sequence
 from concurrent.futures import Future
@@ -35,9 +38,15 @@ class Fault:
     code: str = ""
     seconds: float = 0
     bytes_between: tuple[int, int] = (0, 0)
+    after: tuple[str, ...] = ()  # operations that must have arrived first, in this order
+    keeps_answer: bool = False
 
     def fits(self, operation: str) -> bool:
-        return self.times != 0 and (not self.operations or operation in self.operations)
+        return not self.after and self.times != 0 and (not self.operations or operation in self.operations)
+
+    def seen(self, operation: str) -> "Fault":
+        """The fault from the next request on, after one that it did not fit."""
+        return replace(self, after=self.after[1:]) if self.after[:1] == (operation,) else self
 
 
 def cut(least_bytes: int, most_bytes: int, *, of: Sequence[str] = (), times: int | None = None) -> Fault:
@@ -45,14 +54,16 @@ def cut(least_bytes: int, most_bytes: int, *, of: Sequence[str] = (), times: int
     return Fault("cut", frozenset(of), times, bytes_between=(least_bytes, most_bytes))
 
 
-def refuse(status: int, code: str, *, of: Sequence[str] = (), times: int | None = None) -> Fault:
+def refuse(
+    status: int, code: str, *, of: Sequence[str] = (), after: Sequence[str] = (), times: int | None = None
+) -> Fault:
     """Answer with S3's own error: 503 SlowDown, 500 InternalError, 403 ExpiredToken... The server sees nothing."""
-    return Fault("refuse", frozenset(of), times, status=status, code=code)
+    return Fault("refuse", frozenset(of), times, status=status, code=code, after=tuple(after))
 
 
 def swallow(*, of: Sequence[str] = (), times: int | None = 1) -> Fault:
     """Let the server do it, then break the connection instead of passing its answer on."""
-    return Fault("swallow", frozenset(of), times)
+    return Fault("swallow", frozenset(of), times, keeps_answer=True)
 
 
 def delay(seconds: float, *, of: Sequence[str] = (), times: int | None = None) -> Fault:
@@ -60,15 +71,35 @@ def delay(seconds: float, *, of: Sequence[str] = (), times: int | None = None) -
     return Fault("delay", frozenset(of), times, seconds=seconds)
 
 
-def hold(*, of: Sequence[str], after_bytes: int = 0) -> Fault:
-    """Stop after so many bytes, and set `FlakyS3.held`: the moment to kill the client. `FlakyS3.set` breaks it off."""
-    return Fault("hold", frozenset(of), 1, bytes_between=(after_bytes, after_bytes))
+def hold(
+    *,
+    of: Sequence[str],
+    after_bytes: int = 0,
+    after: Sequence[str] = (),
+    at: Literal["request", "answer"] = "request",
+    times: int | None = 1,
+) -> Fault:
+    """Stop, and set `FlakyS3.held`: the moment to kill the client. `FlakyS3.set` breaks the connection off.
+
+    at: "request" stops after so many bytes, and the server has seen no more than that; "answer" when the server has
+    done it and its client has not heard. after: only once these have arrived, in this order.
+    """
+    keeps_answer = at == "answer"
+    return Fault(
+        "hold",
+        frozenset(of),
+        times,
+        bytes_between=(after_bytes, after_bytes),
+        after=tuple(after),
+        keeps_answer=keeps_answer,
+    )
 
 
 class FlakyS3:
     """The proxy. `set` may be called at any time, from any thread."""
 
-    def __init__(self, server_endpoint: str, *, seed: int = 0):
+    def __init__(self, server_endpoint: str, *, seed: int = 0, tls: ssl.SSLContext | None = None):
+        self._tls = tls
         self._server = urlsplit(server_endpoint)
         self._faults: list[Fault] = []
         self._random = Random(seed)
@@ -83,10 +114,11 @@ class FlakyS3:
     def __enter__(self) -> "FlakyS3":
         self._thread.start()
         listening: Future[asyncio.Server] = asyncio.run_coroutine_threadsafe(
-            asyncio.start_server(self._serve, "127.0.0.1", 0, limit=2**20), self._loop
+            asyncio.start_server(self._serve, "127.0.0.1", 0, limit=2**20, ssl=self._tls), self._loop
         )
         self._listener = listening.result()
-        self.endpoint = f"http://127.0.0.1:{self._listener.sockets[0].getsockname()[1]}"
+        scheme = "https" if self._tls is not None else "http"
+        self.endpoint = f"{scheme}://127.0.0.1:{self._listener.sockets[0].getsockname()[1]}"
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -102,13 +134,19 @@ class FlakyS3:
         released, self._released = self._released, asyncio.Event()
         self._loop.call_soon_threadsafe(released.set)
 
+    def over(self) -> bool:
+        """Whether the faults that `set` told have all happened."""
+        return all(fault.times == 0 for fault in self._faults)
+
     def _next_fault(self, operation: str) -> Fault | None:
+        found = None
         for index, fault in enumerate(self._faults):
-            if fault.fits(operation):
-                if fault.times is not None:
-                    self._faults[index] = replace(fault, times=fault.times - 1)
-                return fault
-        return None
+            if found is None and fault.fits(operation):
+                found = fault
+                self._faults[index] = replace(fault, times=None if fault.times is None else fault.times - 1)
+            else:
+                self._faults[index] = fault.seen(operation)
+        return found
 
     async def _close(self) -> None:
         self._listener.close()
@@ -143,38 +181,43 @@ class FlakyS3:
         if fault is not None and fault.kind == "delay":
             await asyncio.sleep(fault.seconds)
         limit = None
-        if fault is not None and fault.kind in ("cut", "hold"):
+        if fault is not None and fault.kind in ("cut", "hold") and not fault.keeps_answer:
             limit = self._random.randint(*fault.bytes_between)
         assert self._server.hostname is not None
         replies, upstream = await asyncio.open_connection(self._server.hostname, self._server.port, limit=2**20)
         meter = _Meter(limit)
         try:
             sending = asyncio.create_task(meter.pump(client, upstream, request.body_bytes, first=request.head))
-            keep_back = fault is not None and fault.kind == "swallow"
+            keep_back = fault is not None and fault.keeps_answer
             receiving = asyncio.create_task(meter.pump(replies, answers, None, keep_back=keep_back))
             try:
                 done, _ = await asyncio.wait((sending, receiving), return_when=asyncio.FIRST_EXCEPTION)
                 for task in done:
                     task.result()
             except _LimitReached:
-                if fault is not None and fault.kind == "hold":
-                    self.held.set()
-                    gone = asyncio.create_task(client.read())  # until the client is gone, or the test has seen enough
-                    released = asyncio.create_task(self._released.wait())
-                    await asyncio.wait((gone, released), return_when=asyncio.FIRST_COMPLETED)
-                    for task in (gone, released):
-                        task.cancel()
-                    await asyncio.gather(gone, released, return_exceptions=True)
-                answers.transport.abort()
+                broken = True
             else:
-                if keep_back:
-                    answers.transport.abort()
+                broken = keep_back
             finally:
                 for task in (sending, receiving):
                     task.cancel()
                 await asyncio.gather(sending, receiving, return_exceptions=True)
+            if broken:
+                if fault is not None and fault.kind == "hold":
+                    await self._hold(client)
+                answers.transport.abort()
         finally:
             upstream.transport.abort()
+
+    async def _hold(self, client: asyncio.StreamReader) -> None:
+        """Until the client is gone, or the test has seen enough."""
+        self.held.set()
+        gone = asyncio.create_task(client.read())
+        released = asyncio.create_task(self._released.wait())
+        await asyncio.wait((gone, released), return_when=asyncio.FIRST_COMPLETED)
+        for task in (gone, released):
+            task.cancel()
+        await asyncio.gather(gone, released, return_exceptions=True)
 
 
 class _LimitReached(Exception):

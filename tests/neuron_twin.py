@@ -44,7 +44,8 @@ from torch._C._distributed_c10d import (
 )
 from torch.utils._pytree import tree_map
 
-RECORD_VARIABLE = "NEURON_TWIN_RECORD"  # a folder: each rank leaves its Neuron environment in rank-N.json
+# A folder: each rank leaves its Neuron environment in rank-N.json, and the code of each graph in graph-N-I.txt.
+RECORD_VARIABLE = "NEURON_TWIN_RECORD"
 NOT_ON_NEURON = {"aten::normal_", "aten::uniform_"}  # seen to fall back (community notes on the beta)
 NRT_VARIABLES = ("NEURON_", "TORCH_NEURONX_", "FI_", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "WORLD_SIZE")
 
@@ -186,6 +187,8 @@ class _BareName(torch.overrides.TorchFunctionMode):
         for value in (*args, *(kwargs or {}).values()):
             if isinstance(value, str) and value.startswith("neuron:"):
                 raise RuntimeError(f"invalid Neuron device {value!r}: this process has one device, named 'neuron'")
+        if func is torch.Tensor.unflatten:
+            func = torch.ops.aten.unflatten.int  # the method calls super(), which Dynamo cannot trace from in here
         return func(*args, **(kwargs or {}))
 
 
@@ -299,6 +302,8 @@ def _compile(graph: torch.fx.GraphModule, inputs: list[Any], **options: Any) -> 
         if any(isinstance(each, torch.SymInt) for each in inputs):
             raise RuntimeError("[NCC_EMOD025] Dynamic shape is not supported: use torch.compile(dynamic=False)")
         shapes = tuple(tuple(each.shape) for each in inputs if isinstance(each, torch.Tensor))
+        if folder := os.environ.get(RECORD_VARIABLE):
+            Path(folder, f"graph-{os.environ['RANK']}-{len(_graphs)}.txt").write_text(graph.code)
         _graphs.append(GraphMetrics(f"graph_{len(_graphs)}", len(graph.graph.nodes), shapes))
         _keep_executable(graph.code, shapes)
         return make_boxed_func(graph.forward)

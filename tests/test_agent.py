@@ -175,6 +175,44 @@ def test_a_stop_saves_at_the_next_step_and_the_next_driver_goes_on(
     assert second.losses()[12] == uninterrupted.losses()[12]
 
 
+@pytest.fixture
+def blocked_step(tmp_path: Path) -> Path:
+    """A file where the folder of the last checkpoint should be."""
+    path = tmp_path / "run/checkpoints/step-000000012"
+    path.parent.mkdir(parents=True)
+    path.write_text("in the way")
+    return path
+
+
+def wait_until_it_tries_again(run: Played) -> None:
+    told = "node 0: 2 shard(s) of step 12 are still in memory only, and are uploaded again in 2 s"
+    wait_for(lambda: any(told in each.text for each in run.status().events))
+
+
+def test_a_last_checkpoint_that_failed_is_saved_from_memory_once_it_can_be(
+    play: Callable[..., Played], uninterrupted: Played, blocked_step: Path
+) -> None:
+    run = play()
+    wait_until_it_tries_again(run)
+    assert run.status().committed_step == 8
+    blocked_step.unlink()
+    status = run.finish()
+    assert (status.ended, status.committed_step) == ("finished", 12)
+    assert "checkpoint of step 12 is saved after all" in [each.text for each in status.events]
+    newest, same = latest(Store(run.run_folder)), latest(Store(uninterrupted.run_folder))
+    assert newest is not None and same is not None and newest.step == 12
+    assert [file.crc64nvme for file in newest.manifest.shards] == [file.crc64nvme for file in same.manifest.shards]
+
+
+def test_nobody_tries_to_save_for_a_run_that_is_over(play: Callable[..., Played], blocked_step: Path) -> None:
+    run = play()
+    wait_until_it_tries_again(run)
+    run.coordinator.call("give_up", "node 1 cannot go on").result()
+    status = run.finish()
+    assert (status.ended, status.cause) == ("failed", "node 1 cannot go on") and blocked_step.is_file()
+    assert not images_in_memory()
+
+
 def test_a_rank_that_cannot_start_is_quoted_and_not_tried_again(play: Callable[..., Played], tmp_path: Path) -> None:
     run = play(data_folder=tmp_path / "empty")
     status = run.finish()
@@ -197,7 +235,9 @@ def test_too_little_memory_for_snapshots_is_told_before_the_first_step_and_not_t
     finally:
         subprocess.run(["umount", memory], check=True)
     assert (status.ended, status.generation) == ("failed", 1) and not run.losses()
-    assert "SnapshotMemoryShort: a snapshot needs" in (status.cause or "") and "enlarge shared memory" in status.cause
+    assert "SnapshotMemoryShort: a snapshot needs" in (status.cause or "") and "enlarge shared memory" in (
+        status.cause or ""
+    )
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_and_reaches_no_checkpoint(play: Callable[..., Played]) -> None:

@@ -257,7 +257,7 @@ def test_what_is_no_tag_is_refused(store: Store, tmp_path: Path, tag: str) -> No
 
 def test_only_a_checkpoint_can_be_tagged(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     upload(store, tmp_path, 10)
-    with pytest.raises(CheckpointError, match="has no checkpoint of step 10 to tag"):
+    with pytest.raises(CheckpointError, match="has no checkpoint of step 10: it has none"):
         add_tag(store, 10, "release")
     save(store, tmp_path, 20)
     replace = Store.replace
@@ -267,6 +267,6 @@ def test_only_a_checkpoint_can_be_tagged(store: Store, tmp_path: Path, monkeypat
         self.delete(manifest_key(20))  # as retention does at the same moment
 
     monkeypatch.setattr(Store, "replace", replace_too_late)
-    with pytest.raises(CheckpointError, match="has no checkpoint of step 20 to tag"):
+    with pytest.raises(CheckpointError, match="has no checkpoint of step 20: it has none"):
         add_tag(store, 20, "release")
     assert checkpoint_tags(store, 20) == ()

@@ -110,7 +110,7 @@ def test_ls_shows_whole_and_damaged_ones(checkpoints: Callable[..., Ended], stor
     assert problem.startswith("step 2: file://") and "is damaged: its crc64nvme does not match" in problem
     assert re.fullmatch(r"\s*4 +[\d.]+ MB +2 +\d+ s ago +whole\s*", whole)
     assert checkpoints("ls", "first", "--root", str(Path("runs").absolute())).code == 0
-    assert checkpoints("ls", "nothing").out == "run nothing has no checkpoint under runs\n"
+    assert "error: no run 'nothing' at /" in checkpoints("ls", "nothing").err
 
 
 def test_ls_says_why_each_is_kept(
@@ -128,6 +128,8 @@ def test_ls_says_why_each_is_kept(
     save_run(model(1), CONFIG, step=7)
     kept = [re.split(r" s ago +|  +whole", line)[1] for line in checkpoints("ls", "first").out.splitlines()[1:]]
     assert kept == ["every 2 steps", "tag release", "every 2 steps", "goes after the next save", "last"]
+    claim(Store("runs/fresh"), "fresh", CONFIG.model_dump(mode="json"))
+    assert checkpoints("ls", "fresh") == Ended(0, "run fresh (preparing) has no checkpoint yet\n", "")
 
 
 def test_show_says_what_it_is_and_who_can_load_it(checkpoints: Callable[..., Ended], store: Store) -> None:
@@ -192,7 +194,7 @@ def test_diff_names_what_differs(
     assert checkpoints("diff", "first", "second") == Ended(0, "equal: all 63 tensors have the same bits\n", "")
     ended = checkpoints("diff", "first@2", "second@4")
     assert ended.code == 1
-    assert ended.out.splitlines()[-1] == "16 tensor(s) differ", "norms begin as ones, moments as zeros"
+    assert ended.out.splitlines()[-1] == "16 of 63 tensors differ", "norms begin as ones, moments as zeros"
     assert "model/head.weight differs in 10,240 of 10,240 numbers\n" in ended.out
     for odd in ("first@", "first@new", "first@-1"):
         ended = checkpoints("diff", odd, "second")
@@ -217,7 +219,7 @@ def test_export_and_import_make_a_run_with_the_same_weights(checkpoints: Callabl
     assert f"imported            from {Path('out').absolute()}\n" in out
     assert "\noptimizer" not in out and out.endswith("degree 1, 2, 4; the optimizer begins anew\n")
     differing = checkpoints("diff", "first", "copy").out
-    assert differing.count(" is only in the first\n") == 42 and differing.endswith("42 tensor(s) differ\n")
+    assert differing.count(" is only in the first\n") == 42 and differing.endswith("42 of 63 tensors differ\n")
 
     assert "exported step 2" in checkpoints("export", "first", "half", "--step", "2", "--dtype", "bfloat16").out
     assert find_run("first").export("sdk", step=2, dtype="bfloat16").num_bytes == 2 * sum(
@@ -337,16 +339,16 @@ def test_a_damaged_newer_one_does_not_make_an_older_one_spare(checkpoints: Calla
     ("arguments", "code", "message"),
     [
         (["show", "nothing"], 1, "error: run file:///"),
-        (["verify", "first", "--step", "3"], 1, "has no checkpoint of step 3"),
+        (["verify", "first", "--step", "3"], 1, "has no checkpoint of step 3: it has 4, 2"),
         (["export", "first", "runs"], 1, "/runs exists: give a folder that does not"),
         (["export", "first", "out", "--max-shard-size", "big"], 2, "'big' is no size"),
         (["export", "first", "out", "--dtype", "int8"], 2, "int8"),
         (["import", "nothing", "copy"], 1, "nothing is no folder of this machine"),
         (["import", "runs", "Bad Name"], 2, "error: run.name is 'Bad Name': it must be 1 to 63 of a-z"),
-        (["rm", "first", "--step", "3"], 1, "has no checkpoint of step 3: it has 2, 4"),
+        (["rm", "first", "--step", "3"], 1, "has no checkpoint of step 3: it has 4, 2"),
         (["rm", "nothing", "--step", "3"], 1, "has no checkpoint of step 3: it has none"),
         (["rm", "first"], 2, "--step"),
-        (["tag", "first", "3", "release"], 1, "has no checkpoint of step 3 to tag"),
+        (["tag", "first", "3", "release"], 1, "has no checkpoint of step 3: it has 4, 2"),
         (["tag", "first", "4", "a/b"], 1, "'a/b' is not a tag"),
         (["tag", "first", "4", "release", "--remove"], 1, "has no tag 'release': it has none"),
         (["ls", "first", "--root", "ftp://host/runs"], 1, "has the scheme 'ftp'"),

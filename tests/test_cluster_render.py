@@ -182,9 +182,10 @@ def test_policies_allow_little(holder: Holder, site: Site):
                 assert action == "iam:PassRole" and all(each.startswith("arn:aws:iam::") for each in resources)
                 assert all(":role/raynium-" in each and "*" not in each for each in resources)
                 assert statement["Condition"] == {"StringEquals": {"iam:PassedToService": "ec2.amazonaws.com"}}
-            if action.startswith("s3:") and action != "s3:ListBucket":
+            if action.startswith("s3:") and not action.startswith("s3:ListBucket"):
                 assert resources == [f"arn:aws:s3:::{site.bucket}/{site.prefix}/*"]
-            if action == "s3:ListBucket":
+            if action.startswith("s3:ListBucket"):
+                assert resources == [f"arn:aws:s3:::{site.bucket}"]
                 assert statement["Condition"]["StringLikeIfExists"]["s3:prefix"] == [site.prefix, f"{site.prefix}/*"]
             if resources == ["*"]:
                 assert action.startswith("ec2:Describe")
@@ -199,6 +200,14 @@ def test_policies_allow_little(holder: Holder, site: Site):
 def test_a_worker_can_do_nothing_but_read_and_write_the_run_store(site: Site):
     actions = json.dumps(json.loads(render_policy(site, "worker")))
     assert set(re.findall(r"\b(ec2|iam|ssm|s3|sts):", actions)) == {"s3"}
+
+
+@pytest.mark.parametrize("holder", ["operator", "head", "worker"])
+def test_every_right_that_the_store_asks_for_is_given(holder: Holder, site: Site):
+    """The store's errors name the right that a call needs; training does not start without any of them."""
+    asked = set(re.findall(r'"(s3:[A-Za-z]+)"', (ROOT / "platform/raynium/checkpoint/s3_store.py").read_text()))
+    assert len(asked) >= 6
+    assert asked <= set(re.findall(r'"(s3:[A-Za-z]+)"', render_policy(site, holder)))
 
 
 def test_the_head_can_start_workers_but_no_second_head(site: Site):

@@ -189,4 +189,5 @@ def test_a_surprise_is_told_once_for_all_ranks_of_a_node_and_never_without_end(
     ]
     assert len(told) == COMPILES_TOLD and told[-1].endswith(" (more are in the log only)")
     assert "step 12, rank 0: forward was compiled again (4.3 s): x" in caplog.messages
-    assert caplog.messages[0] == "step 1, rank 0: 2 graph(s) compiled in 4.1 s", "the other ranks compile the same"
+    first = next(message for message in caplog.messages if "compiled" in message)
+    assert first == "step 1, rank 0: 2 graph(s) compiled in 4.1 s", "the other ranks compile the same"

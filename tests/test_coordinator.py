@@ -147,10 +147,11 @@ def test_reaching_the_end_without_a_committed_checkpoint_is_a_failure(tmp_path: 
     async def play() -> None:
         run = coordinator(tmp_path, **{"cluster.nodes": 1})
         await run.join(agent(0))
-        await run.shard_failed(1, 4, 0, "disk full")
+        await run.shard_failed(4, 0, "disk full")
         await run.exited(1, 0, [RankExit(0, 0, None, retry=False, outcome={"step": 4, "reason": "finished"})])
         status = await run.status(0)
-        assert status.ended == "failed" and "could not be committed" in (status.cause or "")
+        assert status.ended == "failed" and "training reached step 4, but its checkpoint" in (status.cause or "")
+        assert "rank 0's shard could not be uploaded: disk full" in (status.cause or "")
         assert any("disk full" in event.text for event in status.events)
 
     asyncio.run(play())

@@ -166,9 +166,40 @@ def test_a_kill_that_the_kernel_does_not_know_of_came_from_a_person_or_a_program
     assert found.fault is None and "by a person or a program" in (found.cause or "")
 
 
-def test_without_a_kernel_log_a_kill_stays_a_riddle(tmp_path: Path) -> None:
-    found = Diagnosis(KernelLog(tmp_path / "missing"), shared_memory=tmp_path)
-    assert found.explain([(PID, KILLED)]) == ([KILLED], None)
+def test_without_a_kernel_log_a_kill_stays_a_riddle_and_says_why(tmp_path: Path) -> None:
+    log = KernelLog(tmp_path / "missing", programs=[("false",), ("no-such-program",), ("true",)])
+    assert log.source is None and not log.readable and log.new_lines() == []
+    (found,), fault = Diagnosis(log, shared_memory=tmp_path).explain([(PID, KILLED)])
+    assert fault is None and found.fault is None
+    assert "by whom is not known, since the kernel's log cannot be read here" in (found.cause or "")
+    problems = (
+        "missing: No such file",
+        "false: exit code 1, no line",
+        "program: No such file",
+        "true: exit code 0, no",
+    )
+    assert all(problem in (found.cause or "") for problem in problems)
+
+
+@pytest.mark.parametrize("prefix", ["", "node7 kernel: "])  # of dmesg and of journalctl
+def test_where_the_device_cannot_be_read_a_program_prints_the_kernels_log(tmp_path: Path, prefix: str) -> None:
+    printed = tmp_path / "printed"
+    printed.write_text(
+        f"[    1.000000] {prefix}booted\n[   21.5] {prefix}Out of memory: Killed process {PID} (python)\n"
+    )
+    log = KernelLog(tmp_path / "missing", programs=[("false",), ("cat", str(printed))])
+    assert log.source == f"cat {printed}" and log.new_lines() == []  # an older run's kill is not ours
+    with printed.open("a") as file:
+        file.write("".join(f"[ 1234.567890] {prefix}{line}\n" for line in OOM_KILL))
+    diagnosis = Diagnosis(log, shared_memory=tmp_path)
+    (found,), _ = diagnosis.explain([(PID, KILLED)])
+    assert found.fault is not None and found.fault.name == "out-of-memory"
+    assert not any(line.startswith("[") for line in OOM_KILL) and log.new_lines() == []
+
+    printed.write_text(f"[ 2000.000000] {prefix}what had been read was overwritten\n")
+    assert log.new_lines() == ["what had been read was overwritten"]
+    printed.unlink()
+    assert log.new_lines() == []  # said in the log, and no reason to stop
 
 
 def test_a_bus_error_on_full_shared_memory(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -249,7 +280,14 @@ def test_a_broken_node_is_named_with_what_to_do_and_the_run_goes_on(tmp_path: Pa
             "node 1 (10.0.0.3): Neuron device 2, core 1, a DMA engine stopped for good: "
             "replace this instance (terminate it, or stop and start it): it will fail again",
         ]
-        assert (await run.status(0)).ended is None
+        status = await run.status(0)
+        assert status.ended is None
+        (named,) = status.node_faults
+        assert (named.generation, named.node_rank, named.host, named.fault) == (1, 1, "10.0.0.3", ABORT)
+        assert named.to_json() == {
+            **{"generation": 1, "node_rank": 1, "host": "10.0.0.3", "name": "dma-abort", "action": "replace"},
+            **{"evidence": ABORT.evidence, "text": told[-1]},
+        }
 
     asyncio.run(play())
 
@@ -409,3 +447,40 @@ def test_an_agent_names_the_broken_node_though_the_rank_that_died_was_another(
     assert any(text.startswith("generation 1 failed: rank 1: Neuron device 0, core 0, a collective") for text in told)
     assert told[-2] == f"  node 0 (127.0.0.1) | {_dying_ranks.BROKEN_LINE}"
     assert told[-1].startswith("node 0 (127.0.0.1): Neuron device 2, core 1, an execution did not end")
+
+
+def test_agents_that_are_to_leave_go_home_and_others_go_on(tmp_path: Path) -> None:
+    async def play() -> None:
+        run = await started(tmp_path)
+        await run.exited(1, 1, [died_of(ABORT, 1)])
+        waiting = asyncio.create_task(run.join(AgentInfo("a", 1, "10.0.0.3", 29501, pid=1)))
+        commits = asyncio.create_task(run.commits(0))
+        await asyncio.sleep(0)
+        await run.leave()
+        assert (await waiting).kind == "end" and await commits is None
+        # One that comes late is sent home too, though now all would be there.
+        assert (await run.join(AgentInfo("a", 0, "10.0.0.2", 29500, pid=1))).kind == "end"
+        status = await run.status(0)
+        assert status.ended is None and status.generation == 1
+
+        orders = await asyncio.gather(
+            *(run.join(AgentInfo("b", node, f"10.0.0.{node + 4}", 29500, pid=1)) for node in range(2))
+        )
+        assert [(order.kind, order.generation) for order in orders] == [("run", 2), ("run", 2)]
+
+    asyncio.run(asyncio.wait_for(play(), 20))
+
+
+def test_a_generation_that_runs_while_its_nodes_are_left_ends_and_is_no_failure(tmp_path: Path) -> None:
+    async def play() -> None:
+        run = await started(tmp_path)
+        watch = asyncio.create_task(run.watch(1, False))
+        await asyncio.sleep(0)
+        await run.leave()
+        verdict = await watch
+        assert (verdict.kind, verdict.cause) == ("over", "the run leaves these nodes")
+        await run.exited(1, 0, [RankExit(0, -signal.SIGKILL, "killed", retry=True)])
+        status = await run.status(0)
+        assert status.ended is None and not any("failed" in event.text for event in status.events)
+
+    asyncio.run(asyncio.wait_for(play(), 20))

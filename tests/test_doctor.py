@@ -60,7 +60,9 @@ def test_versions_that_do_not_belong_together() -> None:
     # dmesg's last start counts; modinfo reads the disk.
     assert check(found, "neuron driver").found == "2.30.4.0 is loaded, 2.31.7.0 installed"
     assert check(found, "neuron runtime").found == "no libnccom"
-    assert statuses(found, "warning") == {"neuron driver", "neuron runtime", "shared memory"}
+    release = check(found, "neuron release")
+    assert "driver 2.30 (SDK 2.32), compiler 2.28 (SDK 2.33); no version found of runtime, coll" in release.found
+    assert statuses(found, "warning") == {"neuron driver", "neuron runtime", "neuron release", "shared memory"}
 
 
 def test_torch_xla_that_would_train_on_the_cpu() -> None:
@@ -86,6 +88,7 @@ def test_a_healthy_trn2() -> None:
     assert {each.status for each in found.checks} == {"ok"}
     assert check(found, "neuron cores").found == "16 chip(s), 64 cores"
     assert check(found, "locked memory").found == "unlimited"
+    assert check(found, "instance metadata").found == "credentials of role raynium-worker"
 
 
 def test_credentials_are_found_and_never_shown() -> None:

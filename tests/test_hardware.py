@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from raynium.hardware.catalog import INSTANCES, Instance
+from raynium.hardware.catalog import INSTANCES, Instance, peak_note
 from raynium.hardware.hosts import HOSTS
 
 FIGURES = (
@@ -112,8 +112,16 @@ def test_hosts_are_those_that_ec2_itself_gives():
 
 
 def test_the_denominator_of_mfu_is_said():
-    assert INSTANCES["trn2.48xlarge"].peak_note == "166.75 TFLOP/s dense bf16 a NeuronCore (trn2.48xlarge)"
-    assert INSTANCES["p5.48xlarge"].peak_note == "989 TFLOP/s dense bf16 a GPU (p5.48xlarge)"
+    assert peak_note(166.75e12, dtype="bfloat16", machine="trn2.48xlarge") == (
+        "166.75 TFLOP/s, dense bfloat16, of one logical NeuronCore of trn2.48xlarge "
+        "(AWS Neuron SDK docs, about-neuron/arch/neuron-hardware; read 2026-11-23)"
+    )
+    assert (
+        peak_note(67e12, dtype="float32", machine="p5.48xlarge")
+        == "67 TFLOP/s, dense float32, of one GPU of p5.48xlarge"
+    )
+    unknown = "95 TFLOP/s, dense bfloat16, of one rank's device, by its data sheet"
+    assert peak_note(95e12, dtype="bfloat16", machine="") == unknown
 
 
 def test_the_catalogue_cannot_be_changed():

@@ -28,7 +28,7 @@ def test_a_killed_agents_memory_is_freed_by_the_next_agent_and_a_live_ones_is_no
 
 def snapshot(step: int, generation: str = "g1") -> Snapshot:
     info = ImageInfo(step=step, path=f"/dev/shm/{step}", size=1, tensors=())
-    return Snapshot(generation, info, info)
+    return Snapshot(1, generation, info, info)
 
 
 def test_a_rank_always_has_one_image_to_write_and_one_to_start_from() -> None:
@@ -38,14 +38,14 @@ def test_a_rank_always_has_one_image_to_write_and_one_to_start_from() -> None:
 
     images.complete(0, 0, snapshot(10))
     assert images.take_offers() == [] and images.held() == (HeldImages("g1", 10, (0,)),)
-    images.uploaded(0, 0)
+    images.uploaded(0, 0, failure=None)
     assert images.take_offers() == [], "the only complete one: a restart needs it"
     images.complete(0, 1, snapshot(20))
     assert images.take_offers() == [(0, 0)], "uploaded, and a newer one is complete"
 
     images.complete(0, 0, snapshot(30))
     assert images.take_offers() == [], "the upload of step 20 still runs"
-    images.uploaded(0, 1)
+    images.uploaded(0, 1, failure=None)
     assert images.take_offers() == [(0, 1)]
     assert {held.step for held in images.held()} == {20, 30}
 
@@ -56,7 +56,7 @@ def test_a_new_generation_keeps_what_it_starts_from_and_what_is_being_uploaded()
     images.take_offers()
     for rank in (4, 5):
         images.complete(rank, 0, snapshot(10))
-        images.uploaded(rank, 0)
+        images.uploaded(rank, 0, failure=None)
     images.complete(5, 1, snapshot(20))
     kept = HeldImages("g1", 10, (0, 1, 4, 5))
     assert set(images.held()) == {HeldImages("g1", 10, (4, 5)), HeldImages("g1", 20, (5,))}
@@ -68,10 +68,33 @@ def test_a_new_generation_keeps_what_it_starts_from_and_what_is_being_uploaded()
         5: [10, 10],
     }
     assert images.take_offers() == [(4, 1)], "rank 5's other image is still being uploaded"
-    images.uploaded(5, 1)
+    images.uploaded(5, 1, failure=None)
     assert images.take_offers() == [(5, 1)]
     images.complete(4, 1, snapshot(12, "g2"))
     assert images.take_offers() == [(4, 0)]
 
     images.start_generation(None)
     assert images.held() == () and sorted(images.take_offers()) == [(4, 0), (5, 0), (5, 1)]
+
+
+def test_of_failed_uploads_the_newest_of_each_rank_may_be_tried_again() -> None:
+    images = NodeImages([0, 1])
+    images.start_generation(None)
+    images.take_offers()
+    for rank in (0, 1):
+        images.complete(rank, 0, snapshot(10))
+        images.uploaded(rank, 0, failure="denied")
+    assert [(each.rank, each.slot, each.failure) for each in images.failed()] == [(0, 0, "denied"), (1, 0, "denied")]
+    assert images.take_offers() == [], "they are the newest"
+
+    images.complete(0, 1, snapshot(20))
+    assert [each.rank for each in images.failed()] == [1], "a newer one of rank 0 is on its way"
+    images.uploaded(0, 1, failure="denied again")
+    assert [(each.rank, each.snapshot.info.step) for each in images.failed()] == [(0, 20), (1, 10)]
+    images.uploaded(1, 0, failure=None)
+    assert [each.rank for each in images.failed()] == [0]
+
+    images.start_generation(HeldImages("g1", 20, (0,)))
+    assert [each.rank for each in images.failed()] == [0], "the next generation starts from it"
+    images.start_generation(None)
+    assert images.failed() == []

@@ -244,6 +244,7 @@ def test_rates_are_of_all_ranks_and_positions_count_from_step_0() -> None:
         "time/data_seconds": 0.125,
         "throughput/tokens_per_second": 128.0,
         "throughput/tokens_per_second_per_rank": 32.0,
+        "throughput/peak_flops_per_rank": 1e9,
         "throughput/mfu_6n": pytest.approx(128 * 6e6 / 4e9),
         "throughput/mfu_with_attention": pytest.approx(128 * 9e6 / 4e9),
     }
@@ -252,7 +253,8 @@ def test_rates_are_of_all_ranks_and_positions_count_from_step_0() -> None:
 def test_without_a_known_peak_no_mfu_is_claimed() -> None:
     with_peak = THROUGHPUT.metrics(1, GOOD, step_seconds=1, data_seconds=0)
     without = replace(THROUGHPUT, peak_flops_per_rank=None).metrics(1, GOOD, step_seconds=1, data_seconds=0)
-    assert with_peak.keys() - without.keys() == {"throughput/mfu_6n", "throughput/mfu_with_attention"}
+    mfu = {"throughput/mfu_6n", "throughput/mfu_with_attention", "throughput/peak_flops_per_rank"}
+    assert with_peak.keys() - without.keys() == mfu
 
 
 def test_every_name_that_a_run_reports_is_known_to_tracking() -> None:

@@ -3,6 +3,7 @@
 import sys
 import tomllib
 import types
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from packaging.requirements import Requirement
 from raynium.accelerators.base import Place
 from raynium.accelerators.detect import PLACEHOLDERS as PLACEHOLDER_VERSIONS
 from raynium.accelerators.detect import Machine, detect, findings
-from raynium.accelerators.neuron import NeuronAccelerator, collectives_port
+from raynium.accelerators.neuron import NeuronAccelerator, collectives_port, interface_towards
 from raynium.accelerators.neuron_xla import NeuronXlaAccelerator
 from raynium.accelerators.timeouts import (
     EXECUTION_TIMEOUT_SECONDS,
@@ -101,6 +102,52 @@ def test_what_the_user_set_wins_where_it_is_the_users_choice(efa: Path) -> None:
     assert chosen.items() <= NeuronAccelerator().environment(place(**chosen)).items()
     chosen = {"NEURON_COMPILE_CACHE_URL": "s3://bucket/cache", "NEURON_CC_FLAGS": "--optlevel=1"}
     assert chosen.items() <= NeuronXlaAccelerator().environment(place(**chosen)).items()
+
+
+# What Linux shows of an instance with two network cards that carry IP, and a container's bridge: 10.0.16.0/20 is on
+# both cards, of which ens5 came first.
+ROUTES = """\
+Iface Destination Gateway Flags RefCnt Use Metric Mask MTU Window IRTT
+ens5 00000000 0110000A 0003 0 0 100 00000000 0 0 0
+ens6 00000000 0110000A 0003 0 0 200 00000000 0 0 0
+ens5 0010000A 00000000 0001 0 0 100 00F0FFFF 0 0 0
+ens6 0010000A 00000000 0001 0 0 200 00F0FFFF 0 0 0
+docker0 000011AC 00000000 0001 0 0 0 0000FFFF 0 0 0
+"""
+
+
+@pytest.mark.skipif(sys.byteorder != "little", reason="Linux prints these numbers in the machine's own order")
+@pytest.mark.parametrize(
+    ("host", "interface"),
+    [
+        ("10.0.18.7", "ens5"),  # on the subnet, by the card with the lower metric
+        ("172.17.0.9", "docker0"),
+        ("54.1.2.3", "ens5"),  # by the default route
+        ("127.0.0.2", None),  # several nodes on one machine
+        ("fd00::7", None),
+        ("head.example", None),
+    ],
+)
+def test_the_interface_towards_the_root_is_named_where_there_are_several(host: str, interface: str | None) -> None:
+    assert interface_towards(host, ROUTES) == interface
+    one_card = "".join(line for line in ROUTES.splitlines(keepends=True) if "ens6" not in line and "docker" not in line)
+    assert interface_towards(host, one_card) is None  # nothing to choose from
+    assert interface_towards(host, ROUTES.replace(" 0001 ", " 0000 ").replace(" 0003 ", " 0002 ")) is None  # all down
+
+
+def test_collectives_are_told_their_interface_only_between_nodes(
+    efa: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "routes").write_text(ROUTES)
+    monkeypatch.setattr("raynium.accelerators.neuron.ROUTES", tmp_path / "routes")
+    names = ("CCOM_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+    for accelerator in (NeuronAccelerator(), NeuronXlaAccelerator()):
+        several = accelerator.environment(place(host="10.0.18.7"))
+        assert [several[name] for name in names] == ["ens5", "ens5"]
+        chosen = accelerator.environment(place(host="10.0.18.7", CCOM_SOCKET_IFNAME="ens6"))
+        assert [chosen[name] for name in names] == ["ens6", "ens5"]
+        alone = accelerator.environment(replace(place(host="10.0.18.7"), world_size=12))
+        assert not set(names) & set(alone)
 
 
 def test_an_ipv6_root_is_bracketed(efa: Path) -> None:

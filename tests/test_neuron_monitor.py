@@ -156,6 +156,13 @@ def test_sysfs_is_read_wherever_the_driver_has_moved_its_files(tmp_path: Path) -
     assert read_sysfs(folder).ecc_uncorrected_errors == 3
 
 
+def test_a_driver_that_keeps_its_counts_elsewhere_is_not_a_device_without_errors(tmp_path: Path) -> None:
+    (tmp_path / "neuron0/stats").mkdir(parents=True)
+    (tmp_path / "neuron0/core_count").write_text("4\n")
+    with pytest.raises(ValueError, match="this driver keeps them elsewhere"):
+        read_sysfs(tmp_path)
+
+
 def test_a_driver_without_devices_is_not_a_device_without_errors(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no neuron\* folder"):
         read_sysfs(tmp_path)

@@ -101,14 +101,28 @@ def test_the_unchanged_path_learns_what_the_cpu_learns(
     assert len(environments) == LAYOUTS[layout].get("cluster.ranks_per_node", 1)
 
 
-def test_compiled_blocks_stop_compiling_after_the_first_steps(
-    site: dict[str, str], on_the_cpu: dict[str, Any], document_folder: Path, tmp_path: Path
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_compiled_blocks_hold_their_collectives_and_stop_compiling_after_the_first_steps(
+    tensor: int, site: dict[str, str], on_the_cpu: dict[str, Any], document_folder: Path, tmp_path: Path
 ) -> None:
-    options = {"cluster.ranks_per_node": 2, "engine.compile": "block", "engine.activation_checkpointing": "full"}
-    twin = play(tmp_path / "run", document_folder, site, **options)
+    """engine.fsdp is auto: SimpleFSDP here. Tensor 2 leaves one data rank, and gathers of its own."""
+    records = tmp_path / "records"
+    records.mkdir()
+    options = {"engine.compile": "block", "engine.activation_checkpointing": "full", "parallel.tensor": tensor}
+    environment = site | {RECORD_VARIABLE: str(records)}
+    twin = play(tmp_path / "run", document_folder, environment, **{"cluster.ranks_per_node": 2} | options)
     assert values(twin, "train/loss") == pytest.approx(values(on_the_cpu, "train/loss"), rel=1e-5)
     first, last = values(twin, "compile/graphs")
     assert first == last > 0, "every shape had been seen at the first evaluation"
+    graphs = [path.read_text() for path in records.glob("graph-0-*.txt")]
+    assert len(graphs) == last
+    operation = "torch.ops._c10d_functional.{}.default("
+    gathers, reductions = (
+        [graph.count(operation.format(name)) for graph in graphs]
+        for name in ("all_gather_into_tensor", "reduce_scatter_tensor")
+    )
+    if tensor == 1:  # one a parameter; a model as small keeps what it gathered
+        assert set(zip(gathers, reductions, strict=True)) == {(9, 0), (0, 9)}
 
 
 def test_a_checkpoint_of_the_twin_goes_on_on_the_cpu(

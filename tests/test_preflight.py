@@ -19,6 +19,7 @@ from raynium.accelerators.checks import Wanted, compile_cache, foreign_processes
 from raynium.accelerators.cpu import CpuAccelerator
 from raynium.accelerators.cuda import CudaAccelerator
 from raynium.accelerators.host import Check, RecordedHost
+from raynium.accelerators.metadata_service import MetadataService
 from raynium.accelerators.trial_checks import (
     Gemm,
     RankResult,
@@ -33,7 +34,8 @@ from raynium.checkpoint.store import Store
 from raynium.config.load import parse_config
 from raynium.config.schema import Config
 from raynium.hardware.catalog import INSTANCES
-from raynium.launch.agent import free_port
+from raynium.launch.diagnosis import KernelLog
+from raynium.launch.ports import free_port
 from raynium.launch.preflight import (
     NodeProbe,
     NodeReport,
@@ -41,6 +43,7 @@ from raynium.launch.preflight import (
     TrialOrder,
     blamed,
     cache_folder,
+    kernel_log,
     rounds_of_pairs,
     run_ranks,
     snapshot_bytes,
@@ -182,6 +185,43 @@ def test_memory_disk_and_names() -> None:
     long_name = {"/proc/sys/kernel/hostname": "x" * 64}
     assert on_host(replace(TRN2, files=TRN2.files | long_name))["host name"].is_bad
     assert on_host(replace(TRN2, files={}))["host name"].status == "skipped"
+
+
+def test_huge_pages_are_wanted_where_efa_is() -> None:
+    def having(meminfo: str) -> Check:
+        return on_host(replace(TRN2, files=TRN2.files | {"/proc/meminfo": meminfo}))["huge pages"]
+
+    assert having("HugePages_Total:    5128\nHugePages_Free:     1\n").found == "1 of 5128 free"
+    none_left = having("HugePages_Total:    5128\nHugePages_Free:     0\n")
+    assert none_left.status == "warning" and "EFA installer" in none_left.remedy
+    assert having("MemTotal: 1 kB\n").status == "skipped"
+    assert on_host(replace(TRN2, folders={}))["huge pages"].status == "skipped"
+
+
+@pytest.mark.parametrize(
+    ("service", "status", "words"),
+    [
+        (MetadataService(True, False, "trn2.48xlarge", "worker"), "ok", "credentials of role worker"),
+        (MetadataService(True, False, "trn2.48xlarge"), "ok", "no instance profile"),
+        (MetadataService(True, True, "trn2.48xlarge", "worker"), "warning", "version 1 answers too"),
+        (MetadataService(False, True, "trn2.48xlarge", "worker"), "warning", "only version 1 answers"),
+        (MetadataService(False, False), "warning", "it does not answer"),
+        (None, "skipped", "not an EC2 instance"),
+    ],
+)
+def test_the_metadata_service_answers_to_tokens_only(service: MetadataService | None, status: str, words: str) -> None:
+    found = on_host(replace(TRN2, imds=service))["instance metadata"]
+    assert (found.status, words in found.found) == (status, True)
+    assert ("modify-instance-metadata-options" in found.remedy) == (status == "warning")
+    assert ("hop-limit 2" in found.remedy) == (service is not None and not service.gives_token)
+
+
+def test_the_kernel_log_is_named_or_why_there_is_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "kmsg").touch()
+    for path, status, words in (("kmsg", "ok", "kmsg"), ("none", "warning", "none: No such file or directory")):
+        log = KernelLog(tmp_path / path, programs=())
+        monkeypatch.setattr("raynium.launch.preflight.KernelLog", lambda log=log: log)
+        assert kernel_log().status == status and words in kernel_log().found
 
 
 def test_gpus_are_counted() -> None:

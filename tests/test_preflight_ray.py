@@ -2,7 +2,9 @@
 
 import json
 import os
+import re
 import secrets
+import signal
 import subprocess
 import sys
 import tempfile
@@ -11,14 +13,16 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 from sessions import kill_started
 
-from raynium import Client
+from raynium import Client, Run
 from raynium.data.store_build import build_store
 from raynium.errors import LaunchError, RunFailed
-from raynium.launch.agent import free_port
+from raynium.launch.ports import free_port
+from raynium.tracking.client import mlflow_client
 
 pytestmark = pytest.mark.ray
 
@@ -41,6 +45,14 @@ import importlib
 checks = importlib.import_module("raynium.accelerators.checks")
 checks.MAX_HOST_NAME_CHARS = 0
 """
+# In every process of either node: the kernel's log is a file of its own.
+OWN_KERNEL_LOG = """
+import os
+really_open = os.open
+os.open = lambda path, *rest, **more: really_open("KMSG" if str(path) == "/dev/kmsg" else path, *rest, **more)
+"""
+DMA_ERROR = "NEURON_HW_ERR=DMA_ERROR instance-id=i-0a1 nd-id=2 nc-id=1 serial-num=7 action=TERMINATE_INSTANCE"
+LONG = 120  # steps of a run that is to be interrupted
 
 
 @dataclass(frozen=True)
@@ -59,8 +71,11 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         (folder / "text" / f"{number}.py").write_text(f"def function_{number}(x): return x * {number}\n" * 60)
     build_store(folder / "data", source=str(folder / "text"), vocab_size=300, heldout_fraction=0.2)
     (folder / "job.yaml").write_text(JOB.replace("ROOT", str(folder)))
-    (folder / "bad").mkdir()
-    (folder / "bad/sitecustomize.py").write_text(BAD_NODE)
+    for host in (HEAD, WORKER):
+        (folder / host).mkdir()
+        (folder / host / "kmsg").touch()
+        site = OWN_KERNEL_LOG.replace("KMSG", str(folder / host / "kmsg")) + (BAD_NODE if host == HEAD else "")
+        (folder / host / "sitecustomize.py").write_text(site)
 
     environment = {
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",  # a job's entrypoint is `python …`
@@ -90,14 +105,14 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
             *(f"--dashboard-agent-listen-port={free_port(HEAD)}", f"--ray-client-server-port={free_port(HEAD)}"),
         ]
         stack.callback(kill_started, started)
-        start(head, "head", {"PYTHONPATH": str(folder / "bad")})
+        start(head, "head", {"PYTHONPATH": str(folder / HEAD)})
         address = f"http://127.0.0.1:{dashboard}"
         _wait_for_jobs(address, folder / "head.log")
         worker = [
             *(RAY, "start", f"--address={HEAD}:{port}", *common, "--num-cpus=3", f"--node-ip-address={WORKER}"),
             f"--dashboard-agent-listen-port={free_port(WORKER)}",
         ]
-        start(worker, "worker", {})
+        start(worker, "worker", {"PYTHONPATH": str(folder / WORKER)})
         _wait_for_node(folder / "worker.log")
         yield Cluster(address, folder, folder / "job.yaml")
 
@@ -164,3 +179,56 @@ def test_a_run_that_needs_the_bad_node_is_refused_by_name(cluster: Cluster) -> N
     run = Client(cluster.address).submit(cluster.job_file, overrides={"cluster.nodes": 2}, name="needs-both")
     with pytest.raises(RunFailed, match=rf"found 1 fit node\(s\), and the run needs 2(.|\n)*node {HEAD}: host name"):
         run.wait(240)
+
+
+def test_a_run_leaves_a_node_that_a_verdict_names_and_stays_where_no_other_is_free(cluster: Cluster) -> None:
+    often = {"checkpoint.every_steps": 5, "evaluate.every_steps": LONG}
+    overrides = {"preflight.before_run": "none", "train.steps": LONG, **often}
+    run = Client(cluster.address).submit(cluster.job_file, overrides=overrides, name="leaves")
+    first = _break_node(cluster, run, steps=5)
+    second = _break_node(cluster, run, steps=30, besides=first)
+    finished = run.wait(200)
+    assert (finished.state, finished.step) == ("finished", LONG), run.logs()
+    assert [agent["host"] for agent in finished.agents or ()] == [second]
+    faults = finished.node_faults or []
+    assert [(each["host"], each["action"], each["evidence"]) for each in faults] == [
+        (first, "replace", DMA_ERROR),
+        (second, "replace", DMA_ERROR),
+    ]
+    logs = run.logs()
+    assert f"the run leaves {first} and goes on on other nodes" in logs
+    assert f"the run stays on {second}: no other node that it could take is free" in logs
+    assert f"generation 1: {faults[0]['text']}" in logs  # its last lines are those of `raynium status`
+    assert re.search(r"generation \d+: 1 ranks on 1 node\(s\), from the checkpoint of step \d+", logs)
+    assert finished.mlflow_uri is not None and finished.mlflow_run_id is not None
+    with mlflow_client(finished.mlflow_uri, timeout_seconds=10) as client:
+        tags = client.get_run(finished.mlflow_run_id).data.tags
+    assert [tags["node_fault.1"], tags["node_fault.2"]] == [each["text"] for each in faults]
+
+
+def _break_node(cluster: Cluster, run: Run, *, steps: int, besides: str = "") -> str:
+    """The kernel of the run's node reports broken hardware, and its rank dies. Once it has so many steps in the store.
+
+    Returns the host. besides: it is not there that the run is waited for.
+    """
+    agents: list[dict[str, Any]] = []
+    deadline = time.monotonic() + 120
+    while not (agents and agents[0]["host"] != besides and run.checkpoints()[-1].step >= steps):
+        assert time.monotonic() < deadline, run.logs()
+        time.sleep(0.2)
+        agents = (run.record().agents or []) if run.checkpoints() else []  # before the first there may be no record
+    with (cluster.folder / agents[0]["host"] / "kmsg").open("a") as kernel_log:
+        kernel_log.write(f"3,1,1,-;{DMA_ERROR}\n")
+    os.kill(_rank_pid(agents[0]["pid"]), signal.SIGKILL)
+    return agents[0]["host"]
+
+
+def _rank_pid(agent_pid: int) -> int:
+    """The rank that this agent's template forked."""
+
+    def children(pid: int) -> list[int]:
+        found = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True, check=False)
+        return [int(each) for each in found.stdout.split()]
+
+    # The first of its template's children; the uploader came later.
+    return min(forked for template in children(agent_pid) for forked in children(template))

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from raynium.accelerators.neuron_errors import Fault
+from raynium.launch.protocol import NodeFault
 from raynium.launch.record import Owner, RunRecord, this_process
 from raynium.launch.report import report_lines, table_row, ui_lines
 
@@ -53,6 +55,18 @@ def test_a_finished_run_ends_with_its_words_its_numbers_and_its_page(monkeypatch
         f"MLflow page: {PAGE}",
         "       served by: raynium ui first --root '/data/my runs'",
     ]
+
+
+def test_a_node_that_a_verdict_named_is_named_with_what_to_do() -> None:
+    fault = Fault(
+        "dma-abort", "a DMA engine stopped for good", "replace", "node", "[MLA 2][NC 1] DMA TX engine 14", 2, 1
+    )
+    named = NodeFault(3, 1, "10.0.0.3", "abc", fault)
+    lines = report_lines(record(state="stopped", node_faults=[named.to_json()]))
+    assert lines[1] == (
+        "generation 3: node 1 (10.0.0.3): Neuron device 2, core 1, a DMA engine stopped for good: "
+        "replace this instance (terminate it, or stop and start it): it will fail again"
+    )
 
 
 def test_the_command_that_serves_the_page_works_where_no_environment_is_active(

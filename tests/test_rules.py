@@ -177,6 +177,22 @@ def test_the_nxd_engine_runs_on_torch_xla_only():
     )
 
 
+def test_the_nxd_engine_has_no_fsdp():
+    nxd = ("engine.kind=nxd", "cluster.accelerator=neuron_xla")
+    assert only_problem("quickstart", *nxd, "engine.fsdp=fsdp2") == (
+        "engine.fsdp is fsdp2 with engine.kind nxd, which shards the optimizer by ZeRO-1 instead: set engine.fsdp to "
+        "auto, or engine.kind to native"
+    )
+
+
+def test_simple_fsdp_needs_a_compiler():
+    assert problems("quickstart", "engine.fsdp=simple", "engine.compile=block") == []
+    assert only_problem("quickstart", "engine.fsdp=simple", "engine.compile=none") == (
+        "engine.fsdp is simple with engine.compile none: only a compiler starts its gathers ahead of their use and "
+        "frees them between forward and backward; set engine.compile to block, or engine.fsdp to fsdp2"
+    )
+
+
 def test_the_nxd_engine_is_not_compiled_by_torch():
     nxd = ("engine.kind=nxd", "cluster.accelerator=neuron_xla")
     assert only_problem("quickstart", *nxd, "engine.compile=block") == (

@@ -3,6 +3,7 @@
 import asyncio
 import os
 import signal
+import ssl
 import subprocess
 import sys
 import time
@@ -11,10 +12,15 @@ from pathlib import Path
 from uuid import uuid4
 
 import pytest
+import trustme
+from checkpoints import halves, random_tensor, same_bits, save
 from flaky_s3 import FlakyS3, cut, delay, hold, refuse, swallow
 
+from raynium.checkpoint.catalog import open_checkpoint
 from raynium.checkpoint.checksum import checksum, to_text
+from raynium.checkpoint.load import read_tensors
 from raynium.checkpoint.store import KeyExists, Store
+from raynium.checkpoint.verify import verify_checkpoint
 from raynium.errors import StoreError
 
 pytestmark = pytest.mark.s3
@@ -112,6 +118,15 @@ def test_records_whose_answers_are_lost_are_written_once(store: Store, direct: S
         Store(direct.url, options=direct._options).write_new("manifest", b"theirs")
 
 
+def test_a_write_of_which_nobody_can_tell_whose_it_is_is_not_taken_for_anothers(
+    store: Store, direct: Store, proxy: FlakyS3
+) -> None:
+    proxy.set(swallow(of=["PutObject"]), refuse(403, "AccessDenied", of=["HeadObject"]))
+    with pytest.raises(StoreError, match="who wrote it could not be asked: try again") as raised:
+        store.write_new("manifest", b"ours")
+    assert not isinstance(raised.value, KeyExists) and direct.read("manifest") == b"ours"
+
+
 @pytest.mark.parametrize("chunk", [0, 1])
 def test_reads_outlast_and_are_right(store: Store, direct: Store, proxy: FlakyS3, chunk: int) -> None:
     data = os.urandom(LARGE)
@@ -160,6 +175,63 @@ def watch_ranges(store: Store, then: Callable[[int], None] = lambda start: None)
 
     backend._request = watched  # pyright: ignore[reportAttributeAccessIssue]
     return starts
+
+
+# ---- over TLS, as AWS speaks -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def authority() -> trustme.CA:
+    return trustme.CA()
+
+
+@pytest.fixture
+def tls_proxy(s3_server, authority: trustme.CA) -> Iterator[FlakyS3]:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert("127.0.0.1").configure_cert(context)
+    with FlakyS3(s3_server.endpoint, seed=1, tls=context) as proxy:
+        yield proxy
+
+
+@pytest.fixture
+def tls_store(store: Store, tls_proxy: FlakyS3, authority: trustme.CA, tmp_path: Path, monkeypatch) -> Store:
+    authority.cert_pem.write_to_path(str(tmp_path / "authority.pem"))
+    monkeypatch.setenv("AWS_CA_BUNDLE", str(tmp_path / "authority.pem"))
+    assert tls_proxy.endpoint.startswith("https://") and store._options is not None
+    return Store(store.url, options={**store._options, "endpoint_url": tls_proxy.endpoint})
+
+
+def test_a_checkpoint_goes_there_and_back_over_tls(tls_store: Store, tls_proxy: FlakyS3, direct: Store) -> None:
+    tensor = random_tensor("float32", (3 * PART // 2048, 512))  # each half takes two parts
+    save(tls_store, halves("model/w", tensor), unit_bytes=256 * 1024)
+    assert tls_proxy.seen.count("UploadPart") == 4
+    ref = open_checkpoint(tls_store, 7)
+    assert verify_checkpoint(ref, depth="contents") == [] and not open_uploads(direct)
+    assert same_bits(read_tensors(ref)["model/w"], tensor)
+    assert same_bits(read_tensors(open_checkpoint(direct, 7))["model/w"], tensor)
+
+
+def test_transfers_over_tls_outlast_broken_connections(
+    tls_store: Store, tls_proxy: FlakyS3, direct: Store, image
+) -> None:
+    path = image(LARGE)
+    tls_proxy.set(cut(0, 4 * 2**20, times=8))
+    tls_store.upload_file("shard", path)
+    assert_whole(direct, "shard", path)
+    ranges = watch_ranges(tls_store)
+    tls_proxy.set(cut(6 * 2**20, 6 * 2**20))  # every connection
+    assert tls_store.read_range("shard", 1, LARGE - 1) == path.read_bytes()[1:]
+    assert len(ranges) == 3 and ranges[1] > 5 * 2**20 and ranges[2] > 10 * 2**20
+
+
+def test_a_certificate_that_nobody_vouches_for_is_refused(
+    tls_store: Store, tls_proxy: FlakyS3, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("AWS_CA_BUNDLE")
+    stranger = Store(f"{tls_store.url}/stranger", options=tls_store._options)
+    with pytest.raises(StoreError, match=r"certificate verify failed.*AWS_CA_BUNDLE"):
+        stranger.write_new("record", b"1")
+    assert not tls_proxy.seen
 
 
 # ---- what does not -----------------------------------------------------------------------------------------------

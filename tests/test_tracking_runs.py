@@ -25,6 +25,7 @@ from raynium.tracking.runs import (
     page_url,
     read_metric,
     resolve_uri,
+    set_tags,
     ui_command,
     ui_environment,
 )
@@ -125,6 +126,14 @@ def test_many_and_long_params_fit_mlflow_and_resume_without_a_change(uri: str):
     assert data.params["long"].endswith("x… (7000 characters; the whole is in the run's artifacts)")
     assert data.tags["note"].endswith("y… (9000 characters; the whole is in the run's artifacts)")
     assert not [name for name in data.tags if name.startswith("changed.")]
+
+
+def test_tags_are_set_over_what_they_were_and_hold_no_credentials(uri: str):
+    run = open_test_run(uri, note="first")
+    set_tags(uri, run.run_id, {"note": "second", "server": "https://me:secret@mlflow.example", "long": "x" * 9000})
+    tags = stored(uri, run.run_id).data.tags
+    assert tags["note"] == "second" and "secret" not in tags["server"]
+    assert tags["long"].endswith("(9000 characters; the whole is in the run's artifacts)")
 
 
 def test_artifacts_lie_beside_the_database_and_not_in_the_current_folder(

@@ -84,6 +84,7 @@ def test_what_went_wrong_is_told_and_the_process_goes_on(uploader: Uploader, ima
     uploader.upload(info, generation="g1", rank=3)
     with pytest.raises(StoreError, match="exists already; another writer was first"):
         uploader.upload(info, generation="g1", rank=3)
+    uploader.upload(info, generation="g1", rank=3, again=True)
     with pytest.raises(StoreError, match="generation 'G 1' is not valid"):
         uploader.upload(info, generation="G 1", rank=3)
     assert uploader.pid() == first

@@ -45,7 +45,8 @@ def list_(name: RunArgument, root: RootOption = "runs") -> None:
     run = find_run(name, root)
     found = run.checkpoints()
     if not found:
-        typer.echo(f"run {name} has no checkpoint under {root}")
+        state = run.record().state  # StoreError if there is no such run
+        typer.echo(f"run {name} ({state}) has no checkpoint yet")
         return
     policy = run.retention()
     reasons = reasons_to_keep(found, policy) if policy is not None else None
@@ -213,7 +214,8 @@ def diff(
     for count, each in enumerate(differences(left, right), 1):  # noqa: B007  (told below)
         typer.echo(f"{each.name} {each.text}")
     if count:
-        typer.echo(f"{count} tensor(s) differ")
+        names = {entry.name for ref in (left, right) for entry in ref.manifest.tensors}
+        typer.echo(f"{count} of {len(names)} tensors differ")
         raise typer.Exit(1)
     typer.echo(f"equal: all {len(left.manifest.tensors)} tensors have the same bits")
 
@@ -330,7 +332,9 @@ def _files(ref: "CheckpointRef") -> str:
 
 
 def _size(num_bytes: int) -> str:
-    return f"{num_bytes / 1e9:,.2f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:,.1f} MB"
+    if num_bytes >= 1e9:
+        return f"{num_bytes / 1e9:,.2f} GB"
+    return f"{num_bytes / 1e6:.1f} MB" if num_bytes >= 1e5 else f"{num_bytes / 1e3:.1f} kB"
 
 
 def _ago(seconds: float) -> str:

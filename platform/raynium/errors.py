@@ -21,6 +21,16 @@
 Messages say what was given, the rule, and what to do.
 """
 
+from collections.abc import Sequence
+
+NAMED = 5  # things named in a message, of however many
+
+
+def some(items: Sequence[str]) -> str:
+    """The first few of `items`, for a message, and how many more there are; "" for none."""
+    listed = ", ".join(items[:NAMED])
+    return f"{listed} and {len(items) - NAMED} more" if len(items) > NAMED else listed
+
 
 class RayniumError(Exception):
     """Root of the tree: catch this to catch everything Raynium raises on purpose."""

@@ -25,9 +25,9 @@ from raynium.checkpoint.upload import upload_shard
 from raynium.config.load import load_config
 from raynium.config.schema import Config
 from raynium.errors import RayniumError
-from raynium.launch.coordinator import checkpoint_state, layout
 from raynium.launch.preparation import check_resume, checked, keep_tokenizer, prepare_data, run_store, saved_config
 from raynium.launch.record import unowned_record
+from raynium.launch.saves import checkpoint_state, layout
 from raynium.launch.settle import settled
 from raynium.rank import run
 from raynium.rank_plan import RankPlan

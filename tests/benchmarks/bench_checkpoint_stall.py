@@ -12,6 +12,8 @@ the training process, on its core.
 """
 
 import argparse
+import contextlib
+import multiprocessing
 import os
 import statistics
 import sys
@@ -20,6 +22,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +37,9 @@ from s3_server import S3Server, running_s3_server
 
 from raynium.checkpoint.manifest import ImageInfo
 from raynium.checkpoint.state import Chunk
-from raynium.launch.ranks import start_template
 from raynium.launch.uploader import Uploader
 from raynium.snapshots import Snapshots
+from raynium.train.link import IMAGE_SLOTS
 
 MOST_STALL = 1.15  # × one warm memcpy
 MOST_MEAN_STEP = 1.05  # × idle
@@ -72,13 +75,17 @@ class Engine:
 
 
 class UploadLink:
-    """Hands images to the real uploader, as a node agent does."""
+    """The rank's side of a node agent that only uploads: a process of its own with the real uploader, as on a node."""
 
     def __init__(self, run_url: str):
-        self.uploader = Uploader(run_url)
-        self._free = {0, 1}
+        context = multiprocessing.get_context("spawn")
+        self._agent, theirs = context.Pipe()
+        self._process = context.Process(target=agent, args=(run_url, theirs))
+        self._process.start()
+        theirs.close()
+        self._free = set(range(IMAGE_SLOTS))
         self._freed = threading.Condition()
-        self._uploads: list[threading.Thread] = []
+        threading.Thread(target=self._listen, daemon=True).start()
 
     def has_free_image(self) -> bool:
         return bool(self._free)
@@ -90,20 +97,37 @@ class UploadLink:
 
     def image(self, slot: int, info: str, replicas: str) -> None:
         self._free.remove(slot)
-        self._uploads.append(threading.Thread(target=self._upload, args=(slot, ImageInfo.from_json(info))))
-        self._uploads[-1].start()
+        self._agent.send((slot, info))
 
     def wait(self) -> None:
-        for upload in self._uploads:
-            upload.join()
+        with self._freed:
+            self._freed.wait_for(lambda: len(self._free) == IMAGE_SLOTS)
 
-    def _upload(self, slot: int, info: ImageInfo) -> None:
-        try:
-            self.uploader.upload(info, generation="g1", rank=0)
-        finally:
-            with self._freed:
-                self._free.add(slot)
-                self._freed.notify_all()
+    def close(self) -> None:
+        self._agent.send(None)
+        self._process.join()
+
+    def _listen(self) -> None:
+        with contextlib.suppress(EOFError):
+            while True:
+                slot = self._agent.recv()
+                with self._freed:
+                    self._free.add(slot)
+                    self._freed.notify_all()
+
+
+def agent(run_url: str, rank: Connection) -> None:
+    """The agent's process: uploads each image, then says that its slot is free."""
+    os.sched_setaffinity(0, {1})
+    uploader = Uploader(run_url)
+
+    def upload(slot: int, info: str) -> None:
+        uploader.upload(ImageInfo.from_json(info), generation="g1", rank=0)
+        rank.send(slot)
+
+    while (image := rank.recv()) is not None:
+        threading.Thread(target=upload, args=image).start()
+    uploader.close()
 
 
 class Ours:
@@ -125,7 +149,7 @@ class Ours:
         self._link.wait()
 
     def close(self) -> None:
-        self._link.uploader.close()
+        self._link.close()
         self._images.cleanup()
 
 
@@ -253,7 +277,7 @@ def main() -> int:
     parser.add_argument("--gib", type=float, default=1.0, help="size of the state (default 1)")
     gib = parser.parse_args().gib
     torch.set_num_threads(1)
-    os.sched_setaffinity(0, {1})  # what is started now stays there: the server, and the template of our uploader
+    os.sched_setaffinity(0, {1})  # what is started now stays there: the server
     state = decoder_state(gib)
     size = sum(tensor.nbytes for tensor in state.values()) / 2**30
     print(f"state: {size:.2f} GiB in {len(state)} tensors\n")
@@ -264,7 +288,6 @@ def main() -> int:
         running_s3_server(Path(disk)) as server,
     ):
         os.environ.update(server.env)
-        start_template()
         os.sched_setaffinity(0, {0})
         bucket = server.create_bucket("bench")
         passed = _stall_table(state, shm, size) & _step_table(state, server, bucket, disk)

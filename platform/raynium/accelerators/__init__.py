@@ -4,7 +4,7 @@ from raynium.accelerators.base import Accelerator
 from raynium.accelerators.cpu import multiplies_bfloat16
 from raynium.accelerators.detect import detect
 
-__all__ = ["Accelerator", "detect", "native_dtype"]
+__all__ = ["Accelerator", "detect", "native_dtype", "native_fsdp"]
 
 
 def native_dtype(accelerator: str) -> str:
@@ -12,3 +12,12 @@ def native_dtype(accelerator: str) -> str:
     if accelerator == "cpu" and not multiplies_bfloat16():
         return "float32"
     return "bfloat16"
+
+
+def native_fsdp(accelerator: str, *, compile: str) -> str:
+    """How the native engine shards over data ranks: "simple" or "fsdp2", for `engine.compile` as given.
+
+    AWS recommends SimpleFSDP with torch.compile: Neuron's compiler can only order collectives that it sees in a graph,
+    and FSDP2's hooks gather between graphs. Elsewhere FSDP2, which fetches ahead without a compiler's help.
+    """
+    return "simple" if accelerator == "neuron" and compile == "block" else "fsdp2"

@@ -16,6 +16,7 @@ from raynium.accelerators.cores import VISIBLE_CORES, parse_cores
 from raynium.accelerators.detect import findings
 from raynium.accelerators.host import Check, Host
 from raynium.accelerators.neuron import DEFAULT_LNC, EFA_FOLDER, LNC
+from raynium.accelerators.releases import RUNTIME_FOLDER, loaded_driver, release_check
 from raynium.errors import LaunchError
 from raynium.hardware.catalog import Instance
 
@@ -54,12 +55,12 @@ def host_checks(host: Host, wanted: Wanted) -> list[Check]:
     checks = [accelerator(host, wanted), instance_type(host, wanted)]
     if wanted.on_neuron:
         devices = neuron_devices(host)
-        checks += [driver(host), runtime_libraries(host), neuron_cores(host, wanted, devices)]
-        checks += [foreign_processes(host, wanted, devices)]
+        checks += [driver(host), runtime_libraries(host), release_check(host)]
+        checks += [neuron_cores(host, wanted, devices), foreign_processes(host, wanted, devices)]
     if wanted.accelerator == "cuda":
         checks.append(gpu_count(host, wanted))
     if wanted.accelerator != "cpu":
-        checks += [efa_cards(host, wanted), locked_memory(host)]
+        checks += [efa_cards(host, wanted), locked_memory(host), huge_pages(host), metadata_service(host)]
     checks += [free_disk(host, wanted), shared_memory(host, wanted), host_name(host)]
     return checks
 
@@ -98,14 +99,9 @@ def driver(host: Host) -> Check:
     """
     name = "neuron driver"
     rule = "the loaded version is the installed one"
-    loaded = host.read("/sys/module/neuron/version")
-    if loaded is None:
-        kernel_log = host.run("dmesg", timeout_seconds=TOOL_SECONDS)
-        said = re.findall(r"Neuron Driver Started with Version:\s*([\d.]+)", kernel_log.output if kernel_log else "")
-        loaded = said[-1].rstrip(".") if said else None
+    loaded = loaded_driver(host, timeout_seconds=TOOL_SECONDS)
     if loaded is None:
         return Check(name, "warning", "its version shows in neither /sys/module/neuron nor the kernel's log", rule)
-    loaded = loaded.strip()
     modinfo = host.run("modinfo", "-F", "version", "neuron", timeout_seconds=TOOL_SECONDS)
     if modinfo is None or modinfo.code != 0:
         return Check(name, "ok", f"{loaded} is loaded", "modinfo does not say what is installed")
@@ -119,8 +115,8 @@ def driver(host: Host) -> Check:
 def runtime_libraries(host: Host) -> Check:
     """libnrt, which runs what was compiled, and libnccom, its collectives."""
     name = "neuron runtime"
-    rule = "libnrt and libnccom in /opt/aws/neuron/lib"
-    there = host.names("/opt/aws/neuron/lib")
+    rule = f"libnrt and libnccom in {RUNTIME_FOLDER}"
+    there = host.names(RUNTIME_FOLDER)
     missing = [each for each in ("libnrt", "libnccom") if not any(name.startswith(f"{each}.so") for name in there)]
     if not missing:
         return Check(
@@ -276,6 +272,40 @@ def locked_memory(host: Host) -> Check:
         "`ulimit -l unlimited` before `ray start`, or memlock in /etc/security/limits.conf; --ulimit of a container"
     )
     return Check(name, "warning", f"{int(limit) / 2**20:.0f} MiB", rule, remedy)
+
+
+def huge_pages(host: Host) -> Check:
+    """libfabric takes its buffers for EFA from the kernel's huge pages, which the EFA installer sets aside. Without any
+    it takes ordinary ones, of which a card can register only so many (libfabric issue 9739).
+    """
+    name, rule = "huge pages", "some free where there are EFA cards"
+    if not host.names(str(EFA_FOLDER)):
+        return Check(name, "skipped", "no EFA card", rule)
+    counts = dict(re.findall(r"^(HugePages_Total|HugePages_Free):\s+(\d+)", host.read("/proc/meminfo") or "", re.M))
+    if len(counts) != 2:
+        return Check(name, "skipped", "unknown", rule)
+    found = f"{counts['HugePages_Free']} of {counts['HugePages_Total']} free"
+    if int(counts["HugePages_Free"]):
+        return Check(name, "ok", found, rule)
+    remedy = "run AWS's EFA installer on the host, which sets some aside; a container shares the host's"
+    return Check(name, "warning", found, rule, remedy)
+
+
+def metadata_service(host: Host) -> Check:
+    """An instance profile's credentials, which reading and writing S3 needs, come through EC2's metadata service."""
+    name, rule = "instance metadata", "version 2 answers, version 1 does not"
+    service = host.metadata_service()
+    if service is None:
+        return Check(name, "skipped", "not an EC2 instance", rule)
+    change = "aws ec2 modify-instance-metadata-options --instance-id i-… --http-endpoint enabled"
+    if not service.gives_token:
+        answers = "only version 1 answers" if service.answers_without_token else "it does not answer"
+        remedy = f"{change} --http-tokens required; with --http-put-response-hop-limit 2 if this is a container"
+        return Check(name, "warning", answers, rule, remedy)
+    found = f"credentials of role {service.role}" if service.role else "no instance profile: it gives no credentials"
+    if service.answers_without_token:
+        return Check(name, "warning", f"version 1 answers too; {found}", rule, f"{change} --http-tokens required")
+    return Check(name, "ok", found, rule)
 
 
 def host_name(host: Host) -> Check:

@@ -7,9 +7,19 @@ do not belong together, and a healthy Trn2.
 from dataclasses import dataclass
 from typing import Any
 
-from raynium.accelerators.checks import GIB, driver, host_name, locked_memory, neuron_devices, runtime_libraries
+from raynium.accelerators.checks import (
+    GIB,
+    driver,
+    host_name,
+    huge_pages,
+    locked_memory,
+    metadata_service,
+    neuron_devices,
+    runtime_libraries,
+)
 from raynium.accelerators.detect import AWS_REPOSITORY, PLACEHOLDERS, Finding, findings
 from raynium.accelerators.host import Check, Host
+from raynium.accelerators.releases import release_check
 
 # What every machine needs, and the oldest that pyproject.toml admits.
 REQUIRED = {"ray": (2, 60), "torch": (2, 9), "mlflow": (3, 17)}
@@ -72,10 +82,10 @@ def diagnose(host: Host, *, python: tuple[int, int, int]) -> Diagnosis:
     if machine.neuron_devices:
         listed = neuron_devices(host)
         shown = f"{len(listed.devices)} chip(s), {listed.num_cores} cores" if listed.devices else listed.problem
-        checks += [driver(host), runtime_libraries(host)]
+        checks += [driver(host), runtime_libraries(host), release_check(host)]
         checks.append(Check("neuron cores", "ok" if listed.devices else "warning", shown))
         checks += _silent_cpu(host)
-        checks.append(locked_memory(host))
+        checks += [locked_memory(host), huge_pages(host), metadata_service(host)]
     checks += [_shared_memory(host), _s3_credentials(host), host_name(host)]
     devices = [f"{machine.neuron_devices} Neuron device(s)"] * bool(machine.neuron_devices)
     devices += [f"{machine.gpus} GPU(s)"] * bool(machine.gpus)

@@ -11,6 +11,10 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from raynium.accelerators.detect import PACKAGES, Machine, look
+from raynium.accelerators.metadata_service import MetadataService, ask
+
+VENDOR = "/sys/devices/virtual/dmi/id/sys_vendor"
+EC2_VENDOR = "Amazon EC2"
 
 NO_ANSWER = 124  # the exit code that `timeout` gives too
 Status = Literal["ok", "warning", "failed", "skipped"]
@@ -77,6 +81,10 @@ class Host(Protocol):
         """Of an installed Python package."""
         ...
 
+    def metadata_service(self) -> MetadataService | None:
+        """EC2's; None: this is no EC2 instance, so nobody was asked."""
+        ...
+
 
 class ThisHost:
     """The machine this process runs on."""
@@ -124,6 +132,9 @@ class ThisHost:
         except metadata.PackageNotFoundError:
             return None
 
+    def metadata_service(self) -> MetadataService | None:
+        return ask() if (self.read(VENDOR) or "").strip() == EC2_VENDOR else None
+
 
 @dataclass(frozen=True)
 class RecordedHost:
@@ -137,6 +148,7 @@ class RecordedHost:
     commands: Mapping[str, tuple[int, str]] = field(default_factory=dict)  # the words, joined by spaces → code, output
     free: Mapping[str, int] = field(default_factory=dict)  # folder → bytes
     environment: Mapping[str, str] = field(default_factory=dict)
+    imds: MetadataService | None = None
 
     @classmethod
     def from_json(cls, text: str) -> "RecordedHost":
@@ -144,7 +156,8 @@ class RecordedHost:
         fields: dict[str, Any] = json.loads(text)
         commands = {words: (code, _as_text(output)) for words, (code, output) in fields.pop("commands", {}).items()}
         files = {path: _as_text(content) for path, content in fields.pop("files", {}).items()}
-        return cls(**fields, commands=commands, files=files)
+        imds = MetadataService(**fields.pop("imds")) if "imds" in fields else None
+        return cls(**fields, commands=commands, files=files, imds=imds)
 
     @property
     def machine(self) -> Machine:
@@ -170,6 +183,9 @@ class RecordedHost:
 
     def version(self, package: str) -> str | None:
         return self.packages.get(package)
+
+    def metadata_service(self) -> MetadataService | None:
+        return self.imds
 
 
 def _as_text(value: Any) -> str:

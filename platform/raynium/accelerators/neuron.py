@@ -7,8 +7,10 @@ Needs torch-neuronx 2.13 or later from AWS's package repository. What it asks of
 - There is no float64: such an operation runs on the CPU, unless it fails. Hence `sum_dtype`.
 """
 
+import ipaddress
 import logging
 import os
+import sys
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
@@ -16,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from raynium.accelerators.base import CompileCache, Place
 from raynium.accelerators.cores import VISIBLE_CORES, rank_cores
+from raynium.accelerators.cpu import is_loopback
 from raynium.accelerators.timeouts import EXECUTION_TIMEOUT_SECONDS
 from raynium.errors import LaunchError
 from raynium.hardware.catalog import Instance
@@ -28,6 +31,8 @@ logger = logging.getLogger(__name__)
 EFA_FOLDER = Path("/sys/class/infiniband")  # where the kernel lists network cards with remote memory access
 LNC = "NEURON_LOGICAL_NC_CONFIG"
 NEFF_CACHE = "TORCH_NEURONX_NEFF_CACHE_DIR"
+COLLECTIVES_PORTS = range(20000, 30000)  # below those that Linux gives to outgoing connections (32768 and up)
+ROUTES = Path("/proc/net/route")
 DEFAULT_LNC = "2"  # AWS's, on Trainium2 and later; Trainium1 has no such thing
 
 # AWS Neuron docs, about-neuron/arch/neuron-hardware, read 2026-11-23: dense FP32 of a chip.
@@ -133,16 +138,47 @@ def runtime_environment(place: Place) -> dict[str, str]:
             "FI_EFA_USE_DEVICE_RDMA": "1",  # card to accelerator memory, past the CPU
             "FI_EFA_FORK_SAFE": "1",  # ranks are forks; kernels before 5.15 need to be told
         }
+    if place.world_size > place.local_world_size and (interface := interface_towards(place.master_host)) is not None:
+        # The runtime's collectives, and NCCL's bootstrap code in them: the interface that the ranks meet on. With
+        # several they may pick another (a container's bridge), where no other node answers (ray issue 65070).
+        variables |= {
+            name: place.inherited.get(name, interface) for name in ("CCOM_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+        }
     return variables
+
+
+def interface_towards(host: str, routes: str | None = None) -> str | None:
+    """The interface of this node's way to an IPv4 address, where the node has a choice of several; else None.
+
+    routes: the text of /proc/net/route; None: this machine's. Interfaces that only carry EFA have no route.
+    """
+    if routes is None:
+        routes = ROUTES.read_text() if ROUTES.is_file() else ""
+    try:
+        address = int(ipaddress.IPv4Address(host))
+    except ValueError:  # IPv6, whose routes are elsewhere, or a name
+        return None
+    if is_loopback(host):  # several nodes on one machine
+        return None
+    interfaces, ways = set(), []
+    for line in routes.splitlines()[1:]:
+        name, destination, _gateway, flags, _refs, _use, metric, mask, *_ = line.split()
+        if not int(flags, 16) & 1:  # RTF_UP
+            continue
+        interfaces.add(name)
+        network, bits = (int.from_bytes(bytes.fromhex(each), sys.byteorder) for each in (destination, mask))
+        if address & bits == network:
+            ways.append((-bits, int(metric), name))  # the narrowest network, then the least metric
+    return min(ways)[2] if ways and len(interfaces) > 1 else None
 
 
 def collectives_port(master_port: int) -> int:
     """The root communicator's port: another one than the rendezvous', and new in every generation as that is.
 
-    Every node must come to the same number, so it is made of the one number that all are told. 20000 to 29999: below
-    the ports that Linux gives to outgoing connections (32768 and up).
+    Every node must come to the same number, so it is made of the one number that all are told; launch/ports.py makes
+    sure that it is free on the root's node.
     """
-    return 20000 + master_port % 10000
+    return COLLECTIVES_PORTS[master_port % len(COLLECTIVES_PORTS)]
 
 
 def memory_bytes_of(instance: Instance) -> int:

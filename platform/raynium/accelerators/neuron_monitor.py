@@ -124,15 +124,19 @@ def read_sysfs(folder: Path = SYSFS) -> DeviceSample:
     """The driver's own counts, since it was loaded, over all devices of the node and whoever uses them.
 
     Files are looked for by name, since driver 2.31 moved several to other folders. Raises OSError if a file that is
-    there cannot be read, ValueError if it holds no number or the driver shows no device.
+    there cannot be read, ValueError if it holds no number, or if the driver shows no device or none of these files:
+    counts of nothing would read as health.
     """
     if not any(folder.glob("neuron*")):
         raise ValueError("it has no neuron* folder: is the Neuron driver loaded?")
-    uncorrected = 0
-    for name in ("mem_ecc_uncorrected", "mem_ecc_repairable_uncorrected", "sram_ecc_uncorrected"):
-        uncorrected += sum(_number(path) for path in folder.glob(f"neuron*/**/{name}") if path.is_file())
+    names = ("mem_ecc_uncorrected", "mem_ecc_repairable_uncorrected", "sram_ecc_uncorrected")
+    ecc = [path for name in names for path in folder.glob(f"neuron*/**/{name}") if path.is_file()]
+    statuses = list(folder.glob("neuron*/**/status/*/total"))
+    if not ecc and not statuses:
+        raise ValueError("no neuron* folder in it has ECC or status counts: this driver keeps them elsewhere")
+    uncorrected = sum(_number(path) for path in ecc)
     errors, timeouts = 0, 0
-    for total in folder.glob("neuron*/**/status/*/total"):
+    for total in statuses:
         if total.parent.name in STATUS_ERRORS:
             errors += _number(total)
         elif total.parent.name == "timeout":

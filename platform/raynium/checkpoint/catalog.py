@@ -20,7 +20,7 @@ from raynium.checkpoint.manifest import (
 )
 from raynium.checkpoint.store import KeyMissing, Listing, Store
 from raynium.checkpoint.verify import damage_text, verify_checkpoint
-from raynium.errors import CheckpointDamaged, CheckpointError
+from raynium.errors import CheckpointDamaged, CheckpointError, some
 
 logger = logging.getLogger(__name__)
 
@@ -76,8 +76,14 @@ def open_checkpoint(store: Store, step: int) -> CheckpointRef:
     """The checkpoint of one step. CheckpointError if there is none, CheckpointDamaged, CheckpointTooNew."""
     ref = _open_if_there(store, step)
     if ref is None:
-        raise CheckpointError(f"{store.url} has no checkpoint of step {step} ({MANIFEST_NAME} is missing)")
+        raise no_such_checkpoint(store, step)
     return ref
+
+
+def no_such_checkpoint(store: Store, step: int) -> CheckpointError:
+    """The refusal of a step that is not there, which names those that are, newest first."""
+    steps = some([f"{folder.step:,}" for folder in reversed(step_folders(store)) if folder.manifest is not None])
+    return CheckpointError(f"{store.url} has no checkpoint of step {step:,}: it has {steps or 'none'}")
 
 
 def choose_checkpoint(store: Store, step: int | None = None) -> CheckpointRef:
@@ -335,14 +341,13 @@ def add_tag(store: Store, step: int, tag: str) -> None:
     CheckpointError if there is no such checkpoint, or the tag is no name.
     """
     key = _tag_key(step, tag)
-    missing = f"{store.url} has no checkpoint of step {step} to tag: see `raynium checkpoints ls`"
     if not store.exists(manifest_key(step)):
-        raise CheckpointError(missing)
+        raise no_such_checkpoint(store, step)
     store.replace(key, b"")
     # The run's retention looks for tags right before it deletes, but it may have looked a moment ago.
     if not store.exists(manifest_key(step)):
         store.delete(key)
-        raise CheckpointError(missing)
+        raise no_such_checkpoint(store, step)
 
 
 def remove_tag(store: Store, step: int, tag: str) -> None:

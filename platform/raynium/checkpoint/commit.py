@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from raynium.checkpoint.catalog import CheckpointRef
+from raynium.checkpoint.catalog import CheckpointRef, open_checkpoint
 from raynium.checkpoint.manifest import (
     Block,
     Manifest,
@@ -46,7 +46,9 @@ def commit_checkpoint(
     metrics: Mapping[str, float] | None = None,
     upload_seconds: float | None = None,
 ) -> CheckpointRef:
-    """Write the manifest, which is the commit: one process calls this, once, after every rank's shard is in.
+    """Write the manifest, which is the commit: one process calls this, after every rank's shard is in.
+
+    After a StoreError it may be called again: if it is this generation's manifest that is there, it has succeeded.
 
     entries: one per rank. state: JSON values only (step, data position, seeds, facts of the config). metrics: of the
     evaluation at this step, if there was one. upload_seconds: from the snapshot until the last shard was in; None for
@@ -78,15 +80,16 @@ def commit_checkpoint(
             stall_seconds=stall_seconds, upload_seconds=upload_seconds, commit_seconds=time.perf_counter() - began
         )
         manifest = manifest.model_copy(update={"timing": timing})
-    data = manifest_to_bytes(manifest)
     try:
-        store.write_new(manifest_key(step), data)
+        store.write_new(manifest_key(step), manifest_to_bytes(manifest))
     except KeyExists as error:
-        # A lost answer makes S3's client ask again, and meet its own first try
-        if store.read(manifest_key(step)) != data:
+        winner = open_checkpoint(store, step)
+        if winner.manifest.generation != generation:
             raise StepTaken(
-                f"{store.uri(manifest_key(step))} exists: another generation committed step {step} before {generation}"
+                f"{store.uri(manifest_key(step))} exists: generation {winner.manifest.generation} committed "
+                f"step {step} before {generation}"
             ) from error
+        return winner
     logger.info("committed step %d: %d shards, %d bytes", step, len(manifest.shards), manifest.num_bytes)
     return CheckpointRef(store, manifest)
 

@@ -17,9 +17,9 @@ from raynium.checkpoint.boxes import Box, boxes_of_flat_range, intersect, spans
 from raynium.checkpoint.catalog import CheckpointRef
 from raynium.checkpoint.image import TORCH_DTYPES, dtype_name
 from raynium.checkpoint.manifest import Block, TensorEntry
-from raynium.checkpoint.reads import MAX_GAP_UNITS, Wanted, read_wanted, some
+from raynium.checkpoint.reads import MAX_GAP_UNITS, Wanted, read_wanted
 from raynium.checkpoint.state import Chunk
-from raynium.errors import CheckpointMismatch
+from raynium.errors import CheckpointMismatch, some
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +77,7 @@ def read_tensors(ref: CheckpointRef, prefix: str = "model/") -> dict[str, torch.
     entries = [entry for entry in ref.manifest.tensors if entry.name.startswith(prefix)]
     if not entries:
         names = some([entry.name for entry in ref.manifest.tensors])
-        raise CheckpointMismatch(f"{ref.uri} holds no tensor named {prefix}…: it has {names}")
+        raise CheckpointMismatch(f"{ref.uri} holds no tensor named {prefix}…: it has {names or 'none'}")
     return read_batch(ref, entries)
 
 
@@ -109,8 +109,8 @@ def _check_match(ref: CheckpointRef, chunks: Sequence[Chunk], dtypes: str) -> se
     if required := [name for name in missing if name not in absent]:
         unasked = sorted(tensors.keys() - {chunk.name for chunk in chunks})
         raise CheckpointMismatch(
-            f"{ref.uri} lacks {some(required)}, which this run needs; it holds {some(unasked)}, which this rank does "
-            "not ask for: resume with the model and optimizer that saved it"
+            f"{ref.uri} lacks {some(required)}, which this run needs; it holds {some(unasked) or 'nothing'}, which "
+            "this rank does not ask for: resume with the model and optimizer that saved it"
         )
     differences = [
         f"{chunk.name} is {saved.dtype} {saved.global_shape} in the checkpoint and {dtype} {tuple(chunk.global_shape)} "

@@ -16,12 +16,11 @@ from queue import SimpleQueue
 from raynium.checkpoint.catalog import CheckpointRef
 from raynium.checkpoint.checksum import checksum, to_text
 from raynium.checkpoint.store import KeyMissing
-from raynium.errors import CheckpointDamaged, StoreError
+from raynium.errors import CheckpointDamaged, StoreError, some
 
 STREAMS = 8  # requests in flight: hides S3's latency, and one stream of S3 is slower than any network card
 REQUEST_BYTES = 16 * 2**20  # of one request at most, and so of one stream's scratch memory; 16 MiB keep 8 streams busy
 MAX_GAP_UNITS = 1  # that nobody wants are fetched rather than asked around: a request costs as much as a few units
-NAMED = 5  # tensors named in a message, of however many
 
 
 @dataclass(frozen=True, eq=False)
@@ -210,11 +209,11 @@ def _check_units(ref: CheckpointRef, request: Request, segments: _Segments) -> N
             missing -= len(piece)
         if found != (expected := file.checksums.unit_crcs[unit]):
             begin = unit * file.unit_bytes
+            names = ref.manifest.tensors_in(request.shard, begin, begin + file.unit_bytes)
             raise CheckpointDamaged(
                 f"{ref.store.uri(ref.shard_key(request.shard))} is damaged in bytes {begin:,} to "
                 f"{begin + file.checksums.unit_length(unit):,}, which hold "
-                f"{some(ref.manifest.tensors_in(request.shard, begin, begin + file.unit_bytes))}: "
-                f"CRC64NVME {to_text(found)} instead of {to_text(expected)}"
+                f"{some(names) or 'no tensor'}: CRC64NVME {to_text(found)} instead of {to_text(expected)}"
             )
 
 
@@ -226,9 +225,3 @@ def _size_problem(ref: CheckpointRef, shard: int) -> str | None:
     except KeyMissing:
         return f"{where} is missing"
     return None if size == expected else f"{where} has {size:,} bytes instead of {expected:,}"
-
-
-def some(items: Sequence[str]) -> str:
-    """The first few of `items` and how many more there are."""
-    listed = ", ".join(items[:NAMED]) or "nothing"
-    return f"{listed} and {len(items) - NAMED} more" if len(items) > NAMED else listed

@@ -63,6 +63,7 @@ _REMEDIES = {
     "InternalError": "the server failed each time: try again later",
     "500": "what answers there failed each time, or is not S3: check AWS_ENDPOINT_URL if it is set, or try again later",
     "BadDigest": "the bytes changed on the way, or in memory while they were sent: try again",
+    "PreconditionFailed": "it exists, and who wrote it could not be asked: try again",
     "NoSuchUpload": "the upload was aborted by a lifecycle rule or by discard_unfinished: give uploads more time there",
 }
 _DENIED = ("AccessDenied", "403", "AllAccessDisabled", "UnauthorizedAccess")
@@ -262,14 +263,14 @@ class S3Backend:
                 if taken_by == mark:
                     logger.info("%s was written, though the answer was lost (%s)", self._uri(key), error)
                     return
-                if code in _TAKEN or (code == "NoSuchUpload" and taken_by is not None):
+                if taken_by is not None and code in (*_TAKEN, "NoSuchUpload"):
                     raise KeyExists(f"{self._uri(key)} exists already; another writer was first") from error
                 raise
 
     async def _mark_of(self, key: str) -> str | None:
         """The mark of whoever wrote `key`, "" for one without; None if there is no such key or nobody can tell."""
         try:
-            async with asyncio.timeout(_CLEANUP_SECONDS):
+            async with asyncio.timeout(_SILENCE_SECONDS):
                 head = await self._request("head_object", key)
         except (OSError, BotoCoreError) as error:  # the caller is about to report the first error
             logger.debug("cannot look at %s: %s", self._uri(key), error)

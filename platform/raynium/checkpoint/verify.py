@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 from raynium.checkpoint.checksum import checksum, num_units
 from raynium.checkpoint.store import KeyMissing
+from raynium.errors import some
 
 if TYPE_CHECKING:
     from raynium.checkpoint.catalog import CheckpointRef  # the catalog asks this module about its newest checkpoint
@@ -15,7 +16,6 @@ if TYPE_CHECKING:
 ASKERS = 16  # requests in flight that read nothing: hides S3's latency
 READERS = 4  # requests in flight that read; each holds READ_BYTES in memory
 READ_BYTES = 64 * 2**20
-NAMED = 5  # tensors named in a message, of however many
 
 Depth = Literal["stored", "contents"]
 
@@ -31,11 +31,8 @@ class Damage:
     reason: str
 
     def __str__(self) -> str:
-        more = f" and {len(self.tensors) - NAMED} more" if len(self.tensors) > NAMED else ""
-        names = ", ".join(self.tensors[:NAMED]) or "no tensor"
-        return (
-            f"{self.uri} {self.reason}: bytes {self.begin:,} to {self.end:,} cannot be used, which hold {names}{more}"
-        )
+        names = some(self.tensors) or "no tensor"
+        return f"{self.uri} {self.reason}: bytes {self.begin:,} to {self.end:,} cannot be used, which hold {names}"
 
 
 def damage_text(step: int, damages: Sequence[Damage]) -> str:
@@ -117,7 +114,7 @@ def _wrong_bytes(ref: "CheckpointRef", shard: int, stored: Stored, pool: ThreadP
         starts = ((unit, unit * file.unit_bytes - begin) for unit in units)
         return [unit for unit, start in starts if checksum(buffer[start : start + file.unit_bytes]) != expected[unit]]
 
-    damaged = [unit for some in pool.map(wrong, lots) for unit in some]
+    damaged = [unit for found in pool.map(wrong, lots) for unit in found]
     found = []
     for _, neighbours in groupby(enumerate(damaged), key=lambda each: each[1] - each[0]):
         units = [unit for _, unit in neighbours]

@@ -138,7 +138,12 @@ def _run_store(site: Site) -> list[dict[str, Any]]:
     return [
         # IfExists: a plain read names no prefix, and without this right S3 answers 403, not 404, where no object is.
         # The price: a listing of the whole bucket shows the names of what else is in it.
-        _allow("s3:ListBucket", bucket, {"StringLikeIfExists": {"s3:prefix": [site.prefix, f"{site.prefix}/*"]}}),
+        # The second right finds what uploaders that died left open; it knows no prefix.
+        _allow(
+            ["s3:ListBucket", "s3:ListBucketMultipartUploads"],
+            bucket,
+            {"StringLikeIfExists": {"s3:prefix": [site.prefix, f"{site.prefix}/*"]}},
+        ),
         _allow(
             [
                 "s3:GetObject",

@@ -66,6 +66,7 @@ FREE = (
     "parallel",
     "engine.activation_checkpointing",
     "engine.compile",
+    "engine.fsdp",
     "train.micro_batch_size",
     "checkpoint",
     "evaluate",

@@ -185,6 +185,16 @@ def engine(config: Config) -> Iterator[str]:
             f"engine.compile is {config.engine.compile} with engine.kind nxd: torch-xla compiles every step whole, and "
             "torch.compile does not run under it; set engine.compile to none"
         )
+    if kind == "nxd" and config.engine.fsdp != "auto":
+        yield (
+            f"engine.fsdp is {config.engine.fsdp} with engine.kind nxd, which shards the optimizer by ZeRO-1 instead: "
+            "set engine.fsdp to auto, or engine.kind to native"
+        )
+    if kind == "native" and config.engine.fsdp == "simple" and config.engine.compile == "none":
+        yield (
+            "engine.fsdp is simple with engine.compile none: only a compiler starts its gathers ahead of their use and "
+            "frees them between forward and backward; set engine.compile to block, or engine.fsdp to fsdp2"
+        )
     if kind == "native" and accelerator == "neuron_xla":
         yield (
             "cluster.accelerator is neuron_xla with engine.kind native, which runs on cpu, cuda and neuron: set "

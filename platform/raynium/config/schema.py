@@ -101,6 +101,9 @@ class EngineSection(Section):
     dtype: Literal["auto", "float32", "bfloat16"] = "float32"
     activation_checkpointing: Literal["none", "full"] = "none"
     compile: Literal["none", "block"] = "none"  # "block": torch.compile each decoder block
+    # How the native engine shards over data ranks. fsdp2: hooks gather ahead of each block. simple: SimpleFSDP, the
+    # compiled blocks hold their own gathers and reductions. auto: simple for compiled blocks on neuron, else fsdp2.
+    fsdp: Literal["auto", "fsdp2", "simple"] = "auto"
 
 
 class OptimizerSection(Section):

@@ -29,10 +29,10 @@ from raynium.checkpoint.upload import upload_shard
 from raynium.config.schema import ModelSection
 from raynium.convert.config_json import model_from_config
 from raynium.convert.export import INDEX_NAME, SINGLE_NAME
-from raynium.convert.parameters import Shapes, check_shapes, parameter_shapes, some
+from raynium.convert.parameters import Shapes, check_shapes, parameter_shapes
 from raynium.data.store import TOKENIZER_NAME
 from raynium.data.tokenizer import Tokenizer
-from raynium.errors import CheckpointDamaged, CheckpointError, CheckpointMismatch
+from raynium.errors import CheckpointDamaged, CheckpointError, CheckpointMismatch, some
 from raynium.models.names import hugging_face_names
 
 logger = logging.getLogger(__name__)

@@ -14,8 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from raynium.convert.parameters import some
-from raynium.errors import CheckpointDamaged, CheckpointError, CheckpointMismatch
+from raynium.errors import CheckpointDamaged, CheckpointError, CheckpointMismatch, some
 
 Tensors = dict[str, Tensor]  # a rank's, by the names of `models/nxd_layout.py`, Piece.stored
 

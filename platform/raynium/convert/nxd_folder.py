@@ -22,10 +22,9 @@ from raynium.config.schema import ModelSection
 from raynium.convert.config_json import model_from_config
 from raynium.convert.import_folder import Imported, read_json, refuse_used
 from raynium.convert.nxd_files import NxdFiles, RankState, Tensors
-from raynium.convert.parameters import some
 from raynium.data.store import TOKENIZER_NAME
 from raynium.data.tokenizer import Tokenizer
-from raynium.errors import CheckpointError, CheckpointMismatch
+from raynium.errors import CheckpointError, CheckpointMismatch, some
 from raynium.models.nxd_layout import KvOrder, by_stored, pieces
 
 logger = logging.getLogger(__name__)

@@ -1,17 +1,15 @@
 """Which parameters a model has, by Hugging Face's names, and how a set of tensors differs from that. Needs torch."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 
 from raynium.config.schema import ModelSection
-from raynium.errors import CheckpointMismatch
+from raynium.errors import CheckpointMismatch, some
 from raynium.models.decoder import Decoder
 from raynium.models.names import hugging_face_names
 
 Shapes = Mapping[str, tuple[int, ...]]  # by Hugging Face's name
-
-_NAMED = 5  # tensors named in a message, of however many
 
 
 def parameter_shapes(model: ModelSection) -> Shapes:
@@ -38,9 +36,3 @@ def check_shapes(found: Shapes, expected: Shapes, *, where: str, described_by: s
         problems.append(f"has {some(other)}")
     if problems:
         raise CheckpointMismatch(f"{where} is not the model that {described_by} describes: it {'; it '.join(problems)}")
-
-
-def some(items: Sequence[str]) -> str:
-    """The first few of `items`, and how many more there are."""
-    listed = ", ".join(items[:_NAMED])
-    return f"{listed} and {len(items) - _NAMED} more" if len(items) > _NAMED else listed

@@ -1,4 +1,4 @@
-"""The native engine: FSDP2 and DTensor tensor parallelism of stock torch, for cpu/gloo, cuda/nccl and neuron/neuron.
+"""The native engine: FSDP and DTensor tensor parallelism of stock torch, for cpu/gloo, cuda/nccl and neuron/neuron.
 
 One optimizer step is: micro-batches forward and backward with gradients of the *sum* of nats; one all-reduce of a few
 numbers (nats, tokens, squared gradient norm, votes); then one scale for all gradients, which divides by the
@@ -16,7 +16,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Partial, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from raynium.accelerators import Accelerator
+from raynium.accelerators import Accelerator, native_fsdp
 from raynium.accelerators.compiles import Backend
 from raynium.checkpoint.state import Chunk
 from raynium.config.schema import Config
@@ -24,6 +24,8 @@ from raynium.data.batch import IGNORED_LABEL, Batch
 from raynium.engines.base import EvalSum, StepResult, Votes
 from raynium.engines.cross_entropy import summed_nats
 from raynium.engines.parallelize import apply_fsdp, apply_tensor_parallel, fsdp_modules, parameter_names, wrap_blocks
+from raynium.engines.recompute import with_recompute_marks
+from raynium.engines.simple_fsdp import gather_in_forward, shard_parameters
 from raynium.models.decoder import Decoder
 from raynium.models.flops import parameter_count
 from raynium.models.init import init_parameter
@@ -101,7 +103,8 @@ class NativeEngine:
         self._vocabulary_group = (
             layout.mesh.get_group("tensor") if layout.mesh is not None and layout.tensor_size > 1 else None
         )
-        # With whole gradients kept between micro-batches, only the last one talks to other ranks.
+        # With whole gradients kept between micro-batches, only the last one talks to other ranks. (FSDP2 only: under
+        # SimpleFSDP the reduction is part of the graph, so every micro-batch reduces, into this rank's rows.)
         self._syncs_last_only = _fits_gathered(config, accelerator)
 
     # ---- a step ------------------------------------------------------------------------------------------------------
@@ -259,12 +262,19 @@ def _build_model(
         for field, size in divided_sizes(config.model, seq_len=config.data.seq_len).items():
             assert size % layout.tensor_size == 0, f"{field} {size} is not a multiple of {layout.tensor_size}"
         apply_tensor_parallel(model, layout.mesh["tensor"])
-    wrap_blocks(model, config.engine, compile_backend=compile_backend)
-    if layout.mesh is not None:
-        gathered = _fits_gathered(config, accelerator)
+    gathered = _fits_gathered(config, accelerator)
+    simple_mesh = layout.mesh if _fsdp(config, accelerator) == "simple" else None
+    data_group = None if simple_mesh is None else simple_mesh.get_group("data").group_name
+    compile_backend = with_recompute_marks(compile_backend, data_group=data_group, keep_gathered=gathered)
+    wrap_blocks(model, config.engine, compile_backend=compile_backend, whole_graphs=simple_mesh is not None)
+    if simple_mesh is not None:
+        shard_parameters(model, simple_mesh)
+    elif layout.mesh is not None:
         apply_fsdp(model, layout.mesh["data"], compute_dtype=dtype, gathered=gathered)
     model.to_empty(device=accelerator.device_type)
     model.tie()  # to_empty gave embedding and head memory of their own
+    if simple_mesh is not None:
+        gather_in_forward(model, simple_mesh, compute_dtype=dtype)
 
     blocks = [_block(name, parameter, layout) for name, parameter in parameter_names(model).items()]
     for block in blocks:
@@ -296,10 +306,18 @@ def _local(tensor: Tensor) -> Tensor:
     return tensor.to_local()
 
 
+def _fsdp(config: Config, accelerator: Accelerator) -> str:
+    """The driver settles `auto` for its records; here the same answer for a config that saw no driver."""
+    if config.engine.fsdp != "auto":
+        return config.engine.fsdp
+    return native_fsdp(accelerator.name, compile=config.engine.compile)
+
+
 def _fits_gathered(config: Config, accelerator: Accelerator) -> bool:
     """Whether whole parameters and whole float32 gradients are a small part (an eighth) of a rank's memory.
 
     Then they are kept through a step: one gather and one reduction a step, not three of them per block and micro-batch.
+    (SimpleFSDP: from forward to backward of a micro-batch.)
     """
     compute_bytes = getattr(torch, config.engine.dtype).itemsize
     whole = parameter_count(config.model).total * (compute_bytes + 4) // config.parallel.tensor

@@ -1,4 +1,4 @@
-"""Lays a decoder over a device mesh: tensor parallelism by the plan, checkpointing, compiling, then FSDP2.
+"""Lays a decoder over a device mesh: tensor parallelism by the plan, checkpointing, compiling, then FSDP.
 
 The mesh has two axes, ("data", "tensor"), tensor innermost: ranks of one tensor group are neighbours on a node.
 """
@@ -34,6 +34,9 @@ def apply_tensor_parallel(model: Decoder, mesh: DeviceMesh) -> None:
     for rule in tensor_parallel_plan(model.config):
         parallelize_module(model, mesh, {rule.module: _style(rule.split)})
     model.tie()  # embedding and head have become two parameters
+    # In the dtype and place that it has, but arrived: blocks would get a tensor that is still under way, and a compiled
+    # block gives such an input no gradient (torch 2.13, AsyncCollectiveTensor).
+    model.embedding.register_forward_hook(lambda module, inputs, hidden_BTD: hidden_BTD.clone())
 
 
 def _style(split: Split) -> ParallelStyle:
@@ -55,15 +58,18 @@ def _style(split: Split) -> ParallelStyle:
             return ColwiseParallel(input_layouts=tokens)
 
 
-def wrap_blocks(model: Decoder, engine: EngineSection, *, compile_backend: Backend | str) -> None:
-    """Activation checkpointing and compilation, block by block; before FSDP, so that it gathers outside of both."""
+def wrap_blocks(model: Decoder, engine: EngineSection, *, compile_backend: Backend | str, whole_graphs: bool) -> None:
+    """Activation checkpointing and compilation, block by block; before FSDP2, so that it gathers outside of both.
+
+    whole_graphs: a block that torch cannot trace into one graph is an error, rather than several graphs.
+    """
     if engine.activation_checkpointing == "full":
         for index, block in enumerate(model.blocks):
             # No dropout in the model, so no random state to keep.
             model.blocks[index] = checkpoint_wrapper(block, preserve_rng_state=False)
     if engine.compile == "block":
         for block in model.blocks:
-            block.compile(backend=compile_backend, dynamic=False)
+            block.compile(backend=compile_backend, dynamic=False, fullgraph=whole_graphs)
 
 
 def apply_fsdp(model: Decoder, mesh: DeviceMesh, *, compute_dtype: torch.dtype, gathered: bool) -> None:

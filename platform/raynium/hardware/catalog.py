@@ -58,11 +58,6 @@ class Instance:
     def is_neuron(self) -> bool:
         return self.chip in ("trainium1", "trainium2", "trainium3")
 
-    @property
-    def peak_note(self) -> str:
-        """Which peak an MFU of this type is a share of, for logs and reports."""
-        return f"{self.bf16_flops_per_core / 1e12:g} TFLOP/s dense bf16 a {self.name_of_core} ({self.name})"
-
 
 _ANY_MARKET: tuple[Market, ...] = ("on-demand", "spot", "capacity-block")
 
@@ -261,3 +256,17 @@ INSTANCES: Mapping[str, Instance] = MappingProxyType(
         )
     }
 )
+
+
+def peak_note(peak_flops: float, *, dtype: str, machine: str) -> str:
+    """In words, which peak an MFU is a share of.
+
+    peak_flops: of one rank's core, as it was taken; machine: the product name of the node, or "".
+    """
+    text = f"{peak_flops / 1e12:g} TFLOP/s, dense {dtype}, of one"
+    instance = INSTANCES.get(machine)
+    if instance is None:
+        return f"{text} rank's device, by its data sheet"
+    kind = "logical " if instance.chip in ("trainium2", "trainium3") else ""
+    source = f" ({instance.sources['bf16_flops_per_core']})" if dtype == "bfloat16" else ""
+    return f"{text} {kind}{instance.name_of_core} of {instance.name}{source}"

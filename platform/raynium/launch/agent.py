@@ -8,16 +8,16 @@ import logging
 import os
 import re
 import shutil
-import socket
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from raynium.accelerators.base import Accelerator, Place
+from raynium.accelerators.detect import look
 from raynium.accelerators.neuron_monitor import DeviceMonitor, DeviceSample, has_devices
 from raynium.checkpoint.manifest import ImageInfo
 from raynium.config.schema import Config
@@ -25,6 +25,8 @@ from raynium.errors import DataError, StoreError
 from raynium.launch.compile_cache import node_cache
 from raynium.launch.diagnosis import KERNEL_LOG, Diagnosis, KernelLog
 from raynium.launch.images import NodeImages, Snapshot, make_image_folder
+from raynium.launch.last_save import pause_before_next_try
+from raynium.launch.ports import rendezvous_port
 from raynium.launch.protocol import AgentInfo, Commit, CoordinatorCalls, Order, Verdict
 from raynium.launch.ranks import RankGroup, start_template
 from raynium.launch.uploader import Uploader
@@ -49,13 +51,7 @@ class Node:
     attempt: str  # one life of the Ray Train worker group
     node_rank: int
     host: str  # address the other nodes reach this one at
-
-
-def free_port(host: str) -> int:
-    """A TCP port that was free a moment ago on this host."""
-    with socket.socket() as probe:
-        probe.bind((host, 0))
-        return probe.getsockname()[1]
+    node_id: str = ""  # Ray's
 
 
 class NodeAgent:
@@ -156,9 +152,11 @@ class NodeAgent:
             attempt=self.node.attempt,
             node_rank=self.node.node_rank,
             host=self.node.host,
-            free_port=free_port(self.node.host),
+            free_port=rendezvous_port(self.node.host),
             pid=os.getpid(),
             images=self._images.held(),
+            machine=look().product_name or "",
+            node_id=self.node.node_id,
         )
 
     def _environments(self, order: Order) -> dict[int, dict[str, str]]:
@@ -224,9 +222,7 @@ class NodeAgent:
         group.close()
         # After a failure uploads go on: a checkpoint that they complete is worth having.
         if all(each.cause is None for each in exits) and len(exits) == len(group.ranks):
-            # The last checkpoint must be in before the run may count as finished, whichever generation saved it
-            for upload in self._saving:
-                upload.result()
+            self._finish_saving(order)
         if exits:
             self.coordinator.call("exited", order.generation, self.node.node_rank, exits).result()
         if fault is not None:
@@ -268,19 +264,51 @@ class NodeAgent:
         self._images.complete(rank, slot, snapshot)
         self._offer_images()
         self._saving = [upload for upload in self._saving if not upload.done()]
-        self._saving.append(self._uploads.submit(self._save_shard, order, rank, slot, snapshot.info, time.monotonic()))
+        self._saving.append(self._uploads.submit(self._save_shard, rank, slot, snapshot, again=False))
 
-    def _save_shard(self, order: Order, rank: int, slot: int, info: ImageInfo, began: float) -> None:
+    def _save_shard(self, rank: int, slot: int, snapshot: Snapshot, *, again: bool) -> None:
+        info, failure = snapshot.info, None
         try:
-            entry = self._uploader.upload(info, generation=order.generation_id, rank=rank)
+            entry = self._uploader.upload(info, generation=snapshot.generation_id, rank=rank, again=again)
         except StoreError as error:
-            self.coordinator.call("shard_failed", order.generation, info.step, rank, str(error)).result()
+            failure = str(error)
+            self.coordinator.call("shard_failed", info.step, rank, failure).result()
             return
         finally:
-            self._images.uploaded(rank, slot)
+            self._images.uploaded(rank, slot, failure=failure)
             self._offer_images()
-        seconds = time.monotonic() - began
-        self.coordinator.call("shard_saved", order.generation, info.step, rank, entry.to_json(), seconds).result()
+        seconds = time.monotonic() - snapshot.taken
+        self.coordinator.call("shard_saved", snapshot.generation, info.step, rank, entry.to_json(), seconds).result()
+
+    def _finish_saving(self, order: Order) -> None:
+        """The ranks are through. Their last checkpoint must be in before the run may count as finished.
+
+        Whichever generation saved it. What could not be uploaded is still in memory, and tried again for a while.
+        """
+        over = self.coordinator.call("watch", order.generation, True)  # a node whose ranks still run may lose one
+        began, tries = time.monotonic(), 0
+        while True:
+            for upload in self._saving:
+                upload.result()
+            failed = self._images.failed()
+            tries += 1
+            pause = pause_before_next_try(tries, time.monotonic() - began)
+            if not failed or pause is None:
+                return
+            steps, cause = {each.snapshot.info.step for each in failed}, failed[0].failure
+            self.coordinator.call(
+                "tell",
+                f"node {self.node.node_rank}: {len(failed)} shard(s) of step {max(steps)} are still in memory only, "
+                f"and are uploaded again in {pause:.0f} s: {cause}",
+            )
+            wait([over], pause)
+            if over.done():
+                over.result()
+                return
+            self._saving = [
+                self._uploads.submit(self._save_shard, each.rank, each.slot, each.snapshot, again=True)
+                for each in failed
+            ]
 
     def _watch_devices(self) -> DeviceMonitor | None:
         if self._neuron_monitor is None:
@@ -364,7 +392,7 @@ class _Handler:
                 self.agent.compiled(self.order, rank, *fields)
             elif message["kind"] == "image":
                 info, replicas = (ImageInfo.from_json(message[name]) for name in ("info", "replicas"))
-                snapshot = Snapshot(self.order.generation_id, info, replicas)
+                snapshot = Snapshot(self.order.generation, self.order.generation_id, info, replicas)
                 self.agent.save(self.order, rank, message["slot"], snapshot)
 
     def _step(self, step: int, metrics: dict[str, float]) -> None:

@@ -6,7 +6,6 @@ goes on from the newest checkpoint. What must outlive it is in the run's store.
 """
 
 import asyncio
-import json
 import math
 import secrets
 import threading
@@ -16,21 +15,19 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from raynium.accelerators.neuron_errors import ACTIONS, Fault
+from raynium.accelerators.neuron_errors import Fault
 from raynium.accelerators.neuron_monitor import DeviceSample
 from raynium.accelerators.neuron_monitor import metrics as device_metrics
-from raynium.checkpoint.catalog import CheckpointRef, list_checkpoints, resume_point, set_aside
-from raynium.checkpoint.commit import StepTaken, commit_checkpoint
+from raynium.checkpoint.catalog import resume_point, set_aside
 from raynium.checkpoint.manifest import CHECKPOINTS_FOLDER, ShardEntry
-from raynium.checkpoint.retention import Retention, apply_retention
 from raynium.checkpoint.store import Store
 from raynium.config.schema import Config
 from raynium.errors import CheckpointDamaged, CheckpointError, StoreError
-from raynium.launch.protocol import AgentInfo, Commit, Event, HeldImages, Order, RankExit, Status, Verdict
+from raynium.launch.protocol import AgentInfo, Commit, Event, HeldImages, NodeFault, Order, RankExit, Status, Verdict
+from raynium.launch.saves import Saves, WholeSave
 
 EVENTS_KEPT = 1000
 DEVICE_SAMPLE_SECONDS = 60.0  # an older one is of a node whose monitor ended
-HELD_OUT_METRICS = ("eval/loss", "eval/bits_per_byte")  # a checkpoint keeps those of its step
 
 
 @dataclass
@@ -45,8 +42,6 @@ class _Generation:
     cause: str = ""
     exits: dict[int, list[RankExit]] = field(default_factory=dict)  # node rank → its ranks' ends
     resume_images: HeldImages | None = None  # where the ranks' state came from, if not from the store
-    shards: dict[int, dict[int, ShardEntry]] = field(default_factory=dict)  # step → rank → entry
-    upload_seconds: dict[int, float] = field(default_factory=dict)  # step → of its slowest shard
     commits: set[asyncio.Task[None]] = field(default_factory=set)
     faults: dict[int, Fault] = field(default_factory=dict)  # node rank → what is broken there
 
@@ -70,14 +65,13 @@ class RunCoordinator:
         self._uploading_ids: list[str] = []  # generations of this attempt, whose agents may still upload for them
         self._damaged_step: int | None = None  # found by ranks, to be set aside before the next generation
         self._distrusted_images: set[tuple[str, int]] = set()  # ranks that started from them made no step
-        self._evaluations: dict[int, dict[str, float]] = {}  # step → eval/… metrics, until its checkpoint is committed
-        self._commits: list[Commit] = []
-        self._committed_step: int | None = None
-        self._committed_uri: str | None = None
+        self._saves = Saves(self.config, self.store, tell=self._append_event)
         self._step = 0
         self._metrics: dict[str, float] = {}
         self._devices: dict[int, tuple[float, DeviceSample]] = {}  # node rank → when it came, and the newest
         self._events: deque[Event] = deque(maxlen=EVENTS_KEPT)
+        self._node_faults: list[NodeFault] = []
+        self._left_attempt = ""  # whose agents go home: others will go on elsewhere
         self._event_count = 0
         self._ended: Literal["finished", "stopped", "failed"] | None = None
         self._cause: str | None = None
@@ -100,12 +94,10 @@ class RunCoordinator:
             key = (agent.attempt, agent.node_rank)
             self._orders.pop(key, None)
             self._joined[agent.node_rank] = agent
-            if len(self._joined) == self.config.cluster.nodes and self._ended is None:
+            if len(self._joined) == self.config.cluster.nodes and not self._has_ended_for(agent):
                 await self._order_generation()
-            await self._changed.wait_for(
-                lambda: self._ended is not None or key in self._orders or self._attempt != agent.attempt
-            )
-            if self._ended is not None or self._attempt != agent.attempt:
+            await self._changed.wait_for(lambda: key in self._orders or self._has_ended_for(agent))
+            if self._has_ended_for(agent):
                 return Order("end")
             return self._orders[key]
 
@@ -155,17 +147,16 @@ class RunCoordinator:
         current = self._generations.get(generation)
         if current is None:
             return
-        shards = current.shards.setdefault(step, {})
-        shards[rank] = ShardEntry.from_json(entry_json)
-        current.upload_seconds[step] = max(current.upload_seconds.get(step, 0.0), upload_seconds)
-        if len(shards) == self.config.world_size:
-            task = asyncio.create_task(self._commit(current, step))
+        entry = ShardEntry.from_json(entry_json)
+        whole = self._saves.shard_saved(current.id, step, rank, entry, upload_seconds, parent=current.resume_step)
+        if whole is not None:
+            task = asyncio.create_task(self._commit(whole))
             current.commits.add(task)
             await task
 
-    async def shard_failed(self, generation: int, step: int, rank: int, cause: str) -> None:
-        """A shard could not be uploaded: this step's checkpoint will never exist; training goes on."""
-        await self.tell(f"checkpoint of step {step} is lost: rank {rank}'s shard could not be saved: {cause}")
+    async def shard_failed(self, step: int, rank: int, cause: str) -> None:
+        """A shard could not be uploaded, and without it the step has no checkpoint; training goes on."""
+        self._saves.shard_failed(step, rank, cause)
 
     async def give_up(self, cause: str) -> None:
         """An agent cannot do its part, and no other try could."""
@@ -176,14 +167,15 @@ class RunCoordinator:
         """Rank 0's numbers, for the driver's display."""
         self._step = step
         self._metrics.update(metrics)
-        if evaluation := {name: value for name, value in metrics.items() if name in HELD_OUT_METRICS}:
-            self._evaluations[step] = evaluation
+        self._saves.note_evaluation(step, metrics)
 
     async def commits(self, after: int) -> list[Commit] | None:
-        """Those since commit number `after`; waits for one. None: the run has ended, no more come."""
+        """Those since commit number `after`; waits for one. None: the run, or this attempt, has ended."""
         async with self._changed:
-            await self._changed.wait_for(lambda: len(self._commits) > after or self._ended is not None)
-            return self._commits[after:] or None
+            await self._changed.wait_for(
+                lambda: len(self._saves.commits) > after or self._ended is not None or self._is_left()
+            )
+            return self._saves.commits[after:] or None
 
     async def tell(self, text: str) -> None:
         """A line for the user's terminal."""
@@ -199,6 +191,14 @@ class RunCoordinator:
                 self._end("stopped", None)
             self._changed.notify_all()
 
+    async def leave(self) -> None:
+        """Every agent of this attempt goes home, once its uploads are in; the driver starts others on other nodes."""
+        async with self._changed:
+            self._left_attempt = self._attempt
+            if self._generation is not None and self._generation.state == "running":
+                self._generation.state, self._generation.cause = "over", "the run leaves these nodes"
+            self._changed.notify_all()
+
     async def status(self, events_after: int) -> Status:
         """Events numbered above `events_after` come along."""
         current = self._generation
@@ -208,15 +208,22 @@ class RunCoordinator:
             resume_step=current.resume_step if current else None,
             step=self._step,
             metrics=dict(self._metrics),
-            committed_step=self._committed_step,
-            committed_uri=self._committed_uri,
+            committed_step=self._saves.committed_step,
+            committed_uri=self._saves.committed_uri,
             agents=current.agents if current else (),
             ended=self._ended,
             cause=self._cause,
             events=tuple(event for event in self._events if event.number > events_after),
+            node_faults=tuple(self._node_faults),
         )
 
     # ---- inside ----------------------------------------------------------------------------------------------------
+
+    def _has_ended_for(self, agent: AgentInfo) -> bool:
+        return self._ended is not None or agent.attempt != self._attempt or self._is_left()
+
+    def _is_left(self) -> bool:
+        return self._left_attempt == self._attempt != ""
 
     async def _order_generation(self) -> None:
         """All agents are here and no rank runs. Called with the lock held."""
@@ -261,7 +268,7 @@ class RunCoordinator:
             await self.tell(f"CHECKPOINT DAMAGED: {note}")
         if point.checkpoint is None:
             return None
-        self._committed_step, self._committed_uri = point.checkpoint.step, point.checkpoint.uri
+        self._saves.resumed(point.checkpoint)
         return point.checkpoint.step
 
     def _newest_images(self) -> HeldImages | None:
@@ -304,9 +311,11 @@ class RunCoordinator:
         if not fault.names_the_node or node_rank in current.faults:
             return
         current.faults[node_rank] = fault
-        node = f"node {node_rank} ({current.agents[node_rank].host})"
-        self._append_event(f"  {node} | {fault.evidence}")
-        self._append_event(f"{node}: {fault}: {ACTIONS[fault.action]}")
+        agent = current.agents[node_rank]
+        found = NodeFault(current.number, node_rank, agent.host, agent.node_id, fault)
+        self._node_faults.append(found)
+        self._append_event(f"  node {node_rank} ({found.host}) | {fault.evidence}")
+        self._append_event(str(found))
 
     def _may_go_on(self, current: _Generation, error: str | None) -> bool:
         """What the policy says if ranks found, only while they read it, that their checkpoint is damaged."""
@@ -336,78 +345,24 @@ class RunCoordinator:
             )
         self._changed.notify_all()
 
-    async def _commit(self, current: _Generation, step: int) -> None:
-        entries = [entry for _, entry in sorted(current.shards.pop(step).items())]
-        upload_seconds = current.upload_seconds.pop(step)
-        config = self.config
-        began = time.perf_counter()
-        try:
-            reference = await asyncio.to_thread(
-                commit_checkpoint,
-                self.store,
-                step=step,
-                generation=current.id,
-                entries=entries,
-                state=checkpoint_state(config, step),
-                world_size=config.world_size,
-                layout=layout(config),
-                parent_step=current.resume_step,
-                metrics=self._evaluations.pop(step, {}),
-                upload_seconds=upload_seconds,
-            )
-            commit_seconds = time.perf_counter() - began
-            if self._committed_step is None or step > self._committed_step:
-                self._committed_step, self._committed_uri = step, reference.uri
-                self._failures_without_progress = 0
-        except StepTaken as error:
-            await self.tell(f"step {step} was already committed by another generation: {error}")
-            return
-        except (StoreError, CheckpointError) as error:
-            await self.tell(f"checkpoint of step {step} failed; training goes on: {error}")
-            return
-        try:
-            await asyncio.to_thread(
-                apply_retention,
-                self.store,
-                policy=Retention.of(config.checkpoint),
-                living=[*self._uploading_ids, current.id],
-                now_unix=time.time(),
-            )
-            await self._log_commit(reference, commit_seconds)
-        except (StoreError, CheckpointError) as error:
-            await self.tell(f"checkpoint of step {step} is committed, but older ones were not tidied up: {error}")
-
-    async def _log_commit(self, reference: CheckpointRef, commit_seconds: float) -> None:
-        """Hands the commit to whoever writes it into MLflow."""
-        timing = reference.manifest.timing
-        assert timing is not None
-        metrics = {
-            "checkpoint/bytes": float(reference.manifest.num_bytes),
-            "checkpoint/longest_stall_seconds": timing.stall_seconds,
-            "checkpoint/upload_seconds": timing.upload_seconds,
-            "checkpoint/commit_seconds": commit_seconds,
-        }
-        listed = [vars(each) for each in await asyncio.to_thread(list_checkpoints, self.store)]
+    async def _commit(self, whole: WholeSave) -> None:
+        if await self._saves.commit(whole, living=[*self._uploading_ids, whole.generation_id]):
+            self._failures_without_progress = 0
         async with self._changed:
-            commit = Commit(len(self._commits) + 1, reference.step, metrics, json.dumps(listed, indent=2))
-            self._commits.append(commit)
-            self._changed.notify_all()
+            self._changed.notify_all()  # `commits` waits for it
 
     async def _finish(self, current: _Generation, last: RankExit) -> None:
-        """Every rank of every node ended as it should."""
+        """Every rank of every node ended as it should, and every node's agent has done what it could to save."""
         await asyncio.gather(*current.commits)
         assert last.outcome is not None
         step, reason = last.outcome["step"], last.outcome["reason"]
+        await self._saves.commit_last(step, living=self._uploading_ids)
         async with self._changed:
             current.state = "over"
-            saved = self._committed_step is not None and self._committed_step >= step
-            if saved or self.config.checkpoint.save == "never":
+            problem = self._saves.problem(step)
+            if problem is None:
                 self._step = step
-                self._end(reason, None)
-            else:
-                self._end(
-                    "failed", f"training reached step {step}, but its checkpoint could not be committed (see above)"
-                )
+            self._end(reason if problem is None else "failed", problem)
 
     def _end(self, ended: Literal["finished", "stopped", "failed"], cause: str | None) -> None:
         """Called with the lock held."""
@@ -418,22 +373,6 @@ class RunCoordinator:
     def _append_event(self, text: str) -> None:
         self._event_count += 1
         self._events.append(Event(self._event_count, time.time(), text))
-
-
-def checkpoint_state(config: Config, step: int) -> dict[str, Any]:
-    """What a manifest holds beside tensors: the position in the data is a pure function of the step."""
-    return {
-        "step": step,
-        "next_sample": step * config.train.global_batch_size,
-        "tokens": step * config.tokens_per_step,
-        "config": config.model_dump(mode="json"),
-    }
-
-
-def layout(config: Config) -> dict[str, int]:
-    """The degrees the state was cut by; for people, since any layout reads any other."""
-    parallel = config.parallel
-    return {"data": config.data_parallel_size, "tensor": parallel.tensor, "pipeline": parallel.pipeline}
 
 
 def _first_cause(exits: list[RankExit]) -> RankExit | None:

@@ -9,8 +9,9 @@ import os
 import re
 import shutil
 import signal
+import subprocess
 from collections import defaultdict, deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,6 +22,10 @@ from raynium.launch.protocol import RankExit
 logger = logging.getLogger(__name__)
 
 KERNEL_LOG = Path("/dev/kmsg")
+# Where it cannot be read. Ubuntu, which AWS's images are, keeps the kernel's log from all but root; its journal may be
+# read by the group adm, to which the user of those images belongs.
+LOG_PROGRAMS = (("dmesg",), ("journalctl", "--dmesg", "--quiet", "--no-pager", "--output=short-monotonic"))
+PROGRAM_SECONDS = 10.0
 SEARCHED_CHARACTERS = 2000  # of a line: the search takes 0.4 µs each, and ranks may print whole graphs
 KEPT_LINES = 50  # of one rank: the runtime prints hundreds of lines after the one that counts
 SHARED_MEMORY_FULL_BYTES = 64 * 2**20  # less is left of /dev/shm than one buffer that ranks or libraries put there
@@ -70,23 +75,38 @@ _OOM_KILL = re.compile(r"(?:[Oo]ut of memory: Killed process |\boom-kill:.*,pid=
 
 
 class KernelLog:
-    """What the kernel logs from now on. A file of the same lines does for tests."""
+    """What the kernel logs from now on: from /dev/kmsg, or else from a program that prints the log."""
 
-    def __init__(self, path: Path = KERNEL_LOG):
-        self._path = path
+    def __init__(self, path: Path = KERNEL_LOG, programs: Sequence[Sequence[str]] = LOG_PROGRAMS):
+        """path: a file of the same lines does for tests. programs: tried in order if the file cannot be read."""
         self._file: int | None = None
+        self._program: Sequence[str] | None = None
+        self._last_line: str | None = None  # of the program's output, as far as it has been read
+        why: list[str] = []
         try:
             self._file = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
             os.lseek(self._file, 0, os.SEEK_END)
         except OSError as error:  # a container has none, and others than root may not read it
-            logger.info("no kernel log, so no reason for a rank that the kernel kills (%s)", error)
+            why.append(f"{path}: {error.strerror}")
+        for program in programs if self._file is None else ():
+            lines = _printed(program)
+            if isinstance(lines, str):
+                why.append(lines)
+            else:
+                self._program, self._last_line = program, lines[-1] if lines else None
+                break
+        self.source = str(path) if self._file is not None else " ".join(self._program) if self._program else None
+        self.problem = "; ".join(why) if self.source is None else ""  # why there is no source
+        logger.info("kernel log: %s", self.source or f"none, so a death may stay unexplained ({self.problem})")
 
     @property
     def readable(self) -> bool:
-        return self._file is not None
+        return self.source is not None
 
     def new_lines(self) -> list[str]:
-        """Messages since the last call, without their prefix."""
+        """Messages since the last call, without their prefix. A program that fails by now is said in the log."""
+        if self._program is not None:
+            return self._newly_printed(self._program)
         text = b""
         while self._file is not None:
             try:
@@ -102,10 +122,32 @@ class KernelLog:
         records = (line for line in text.decode(errors="replace").splitlines() if line and not line.startswith(" "))
         return [re.sub(r"^\d+,\d+,\d+,[^;]*;", "", line) for line in records]
 
+    def _newly_printed(self, program: Sequence[str]) -> list[str]:
+        lines = _printed(program)
+        if isinstance(lines, str):
+            logger.warning("the kernel's log can no longer be read: %s", lines)
+            return []
+        known = lines[::-1].index(self._last_line) if self._last_line in lines else len(lines)  # else: overwritten
+        self._last_line = lines[-1] if lines else None
+        # [seconds since boot] message, which makes lines unlike; journalctl puts "host kernel: " between
+        return [re.sub(r"^\[\s*[\d.]+\] (\S+ kernel: )?", "", line) for line in lines[len(lines) - known :]]
+
     def close(self) -> None:
         if self._file is not None:
             os.close(self._file)
             self._file = None
+
+
+def _printed(program: Sequence[str]) -> list[str] | str:
+    """A program's lines; or, as one string, why there are none."""
+    try:
+        done = subprocess.run(program, stdin=subprocess.DEVNULL, capture_output=True, timeout=PROGRAM_SECONDS)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"{program[0]}: {getattr(error, 'strerror', None) or f'no answer within {PROGRAM_SECONDS:g} s'}"
+    if done.returncode != 0 or not done.stdout:  # journalctl shows a user without the right nothing, and succeeds
+        said = done.stderr.decode(errors="replace").strip().splitlines()
+        return f"{program[0]}: {said[-1] if said else f'exit code {done.returncode}, no line'}"
+    return done.stdout.decode(errors="replace").splitlines()
 
 
 class Diagnosis:
@@ -169,7 +211,8 @@ class Diagnosis:
             return replace(exit, cause=cause, fault=fault)
         if self._kernel_log.readable:
             return replace(exit, cause="killed by SIGKILL, by a person or a program: the kernel's log has no oom-kill")
-        return exit
+        unknown = f"by whom is not known, since the kernel's log cannot be read here ({self._kernel_log.problem})"
+        return replace(exit, cause=f"{exit.cause}, {unknown}")
 
     def _shared_memory_full(self) -> Fault | None:
         usage = shutil.disk_usage(self._shared_memory)

@@ -29,16 +29,18 @@ from raynium.accelerators.detect import detect
 from raynium.checkpoint.store import Store
 from raynium.config.schema import Config
 from raynium.errors import ClusterLost, LaunchError, RunFailed, StoreError, TrackingError
+from raynium.hardware.catalog import peak_note
 from raynium.launch.agent import Node, NodeAgent
 from raynium.launch.backend import ATTEMPT_VARIABLE, NodeAgentConfig
 from raynium.launch.coordinator import RunCoordinator
 from raynium.launch.display import Display
-from raynium.launch.preflight_cluster import Level, check_nodes, label_selector
+from raynium.launch.nodes import WAITING_SECONDS, free_nodes, label_selector, node_resources, patient, waiting_message
+from raynium.launch.preflight_cluster import Level, check_nodes
 from raynium.launch.preparation import Prepared
 from raynium.launch.protocol import Status
 from raynium.launch.record import RecordKeeper
 from raynium.launch.scratch import log_folder
-from raynium.tracking.runs import log_artifact_text
+from raynium.tracking.runs import log_artifact_text, set_tags
 
 logger = logging.getLogger(__name__)
 
@@ -49,9 +51,7 @@ STOP_POLL_SECONDS = 2.0  # how often the run's store is asked for a stop request
 HEAD_ANSWERS_SECONDS = 5.0
 CLUSTER_LOST_SECONDS = 30.0  # a coordinator that died is back sooner
 AGENTS_END_SECONDS = 60.0  # more than agent.TRACKER_CLOSE_SECONDS
-WAITING_SECONDS = 20.0  # how long Ray may look for nodes before the user is told what is missing
 
-CORE_RESOURCES = ("CPU", "GPU", "neuron_cores")
 CONTROLLER_FAILURE_LIMIT = 30  # placements that fail in a row before Ray Train gives up; its default is never
 
 
@@ -81,6 +81,7 @@ def run_agent(settings: dict[str, Any]) -> None:
             attempt=os.environ[ATTEMPT_VARIABLE],
             node_rank=context.get_node_rank(),
             host=ray.util.get_node_ip_address(),
+            node_id=ray.get_runtime_context().get_node_id(),
         ),
         accelerator=detect(config.cluster.accelerator),
         coordinator=RayCoordinatorCalls(settings["coordinator"]),
@@ -112,6 +113,12 @@ class Driver:
         self.display = display
         self._stop = threading.Event()
         self._events_seen = 0
+        self._earlier_node_faults = prepared.keeper.record.node_faults or []  # of this run's earlier drivers
+        self._page_tags: dict[str, str] = {}  # what this driver has put on the run's page
+        self._excluded: list[str] = []  # ids of nodes that a preflight or a verdict named
+        self._faults_judged = 0  # of this driver's coordinator
+        self._moves = 0  # times that the agents were sent home to start on other nodes
+        self._moving = False
         self._calls = ThreadPoolExecutor(max_workers=1, thread_name_prefix="coordinator-calls")
 
     def request_stop(self) -> None:
@@ -124,14 +131,19 @@ class Driver:
         LaunchError, if the preflight finds too few nodes that are fit.
         """
         keeper = self.prepared.keeper
-        excluded = self._preflight()
+        self._excluded += self._preflight()
         coordinator = (
             ray.remote(RunCoordinator)
             .options(num_cpus=0, max_restarts=-1, max_task_retries=-1)
             .remote(self.config.model_dump(mode="json"), self.prepared.store.url, keeper.record.generation)
         )
-        fitting = _InThread(lambda: self._trainer(coordinator, excluded).fit())
-        status = self._watch(coordinator, fitting, keeper)
+        while True:
+            fitting = _InThread(lambda: self._trainer(coordinator).fit())
+            status = self._watch(coordinator, fitting, keeper)
+            if status.ended is not None or not self._moving:
+                break
+            self._moving = False
+            self._moves += 1
         if status.agents:  # they still send metrics and give back memory; without any, Ray Train waits for nodes
             fitting.join(AGENTS_END_SECONDS)
         if status.ended == "failed" or status.ended is None:
@@ -143,22 +155,12 @@ class Driver:
         """Checks the nodes as preflight.before_run says; returns the ids of those that the run must do without."""
         if (level := preflight_level(self.config)) is None:
             return []
-        began = time.monotonic()
-        told_waiting = False
-
-        def wait() -> bool:
-            nonlocal told_waiting
-            if time.monotonic() - began > WAITING_SECONDS and not told_waiting:
-                told_waiting = True
-                self.display.line(waiting_message(self.config))
-            return not self._asked_to_stop()
-
         with self.prepared.keeper.beating():
             report = check_nodes(
                 self.config,
                 resources=node_resources(self.config),
                 level=level,
-                wait=wait,
+                wait=patient(self.config, go_on=lambda: not self._asked_to_stop(), tell=self.display.line),
                 tell=self.display.line,
             )
         if report is None:  # somebody asked the run to stop: what follows sees it too
@@ -182,7 +184,7 @@ class Driver:
             self.display.line(f"a stop request could not be looked for: {error}")
         return self._stop.is_set()
 
-    def _trainer(self, coordinator: Any, excluded: list[str]) -> DataParallelTrainer:
+    def _trainer(self, coordinator: Any) -> DataParallelTrainer:
         cluster = self.config.cluster
         store = self.prepared.store
         return DataParallelTrainer(
@@ -200,10 +202,11 @@ class Driver:
                 num_workers=cluster.nodes,
                 resources_per_worker=node_resources(self.config),
                 placement_strategy="STRICT_SPREAD" if cluster.nodes > 1 else "PACK",
-                label_selector=label_selector(excluded) or None,  # also when a lost node is replaced
+                label_selector=label_selector(self._excluded) or None,  # also when a lost node is replaced
             ),
             run_config=ray.train.RunConfig(
-                name=f"driver-{self.prepared.keeper.claim_number:06d}",  # Ray would restore a run of an equal name
+                # Ray would restore a run of an equal name.
+                name=f"driver-{self.prepared.keeper.claim_number:06d}-{self._moves}",
                 failure_config=ray.train.FailureConfig(
                     max_failures=self.config.fault.max_node_failures,
                     controller_failure_limit=CONTROLLER_FAILURE_LIMIT,
@@ -224,8 +227,10 @@ class Driver:
                 self.display.line(event.text)
                 self._events_seen = event.number
             self.display.show(status)
+            self._show_on_page(status)
             if status.ended is not None or over:
                 return status
+            self._leave_bad_nodes(coordinator, status)
 
             now = time.monotonic()
             try:
@@ -245,6 +250,49 @@ class Driver:
                 self.display.line(waiting_message(self.config))
             time.sleep(STATUS_SECONDS)
 
+    def _leave_bad_nodes(self, coordinator: Any, status: Status) -> None:
+        """Has the agents start anew on other nodes once a verdict named one of theirs, if as many others are free now.
+
+        That costs the snapshots in memory: the run goes on from its newest checkpoint. Staying costs the same again.
+        """
+        bad = {each.node_id: each.host for each in status.node_faults[self._faults_judged :]}
+        self._faults_judged = len(status.node_faults)
+        bad = {node_id: host for node_id, host in bad.items() if node_id not in self._excluded}
+        if not bad or self._moving:
+            return
+        hosts = ", ".join(bad.values())
+        taken = [*self._excluded, *(agent.node_id for agent in status.agents)]
+        if len(free_nodes(node_resources(self.config), besides=taken)) < len(bad):
+            self.display.line(f"the run stays on {hosts}: no other node that it could take is free")
+            return
+        self._excluded += bad
+        self._moving = True
+        self.display.line(f"the run leaves {hosts} and goes on on other nodes, from its newest checkpoint")
+        self._calls.submit(coordinator.leave.remote)
+
+    def _show_on_page(self, status: Status) -> None:
+        """Tags of the MLflow run: which peak its MFU is a share of, and each node that a verdict has named."""
+        faults = self._node_faults(status)
+        tags = {f"node_fault.{number}": each["text"] for number, each in enumerate(faults, start=1)}
+        peak_flops = status.metrics.get("throughput/peak_flops_per_rank")
+        if peak_flops is not None and status.agents:
+            dtype, machine = self.config.engine.dtype, status.agents[0].machine
+            tags["mfu.peak"] = peak_note(peak_flops, dtype=dtype, machine=machine)
+        new = {name: text for name, text in tags.items() if self._page_tags.get(name) != text}
+        if not new:
+            return
+        self._page_tags |= new
+        if "mfu.peak" in new:
+            self.display.line(f"MFU is a share of {new['mfu.peak']}")
+        try:
+            set_tags(self.prepared.mlflow.uri, self.prepared.mlflow.run_id, new)
+        except TrackingError as error:  # told above or in the record, which the run goes on with
+            self.display.line(f"the MLflow page does not show {', '.join(new)}: {error}")
+
+    def _node_faults(self, status: Status) -> list[dict[str, Any]]:
+        """Of the whole run, as the record keeps them."""
+        return [*self._earlier_node_faults, *(each.to_json() for each in status.node_faults)]
+
     def _status(self, coordinator: Any) -> Status:
         """Raises ClusterLost when the cluster is gone.
 
@@ -262,13 +310,19 @@ class Driver:
     def _keep_record(self, keeper: RecordKeeper, status: Status) -> None:
         """Writes what changed at once, and else a heartbeat now and then."""
         live: Literal["preparing", "running"] = "running" if status.running else "preparing"
-        changed = status.generation != keeper.record.generation or live != keeper.record.state
+        node_faults = self._node_faults(status)
+        changed = (status.generation, live, node_faults) != (
+            keeper.record.generation,
+            keeper.record.state,
+            keeper.record.node_faults or [],
+        )
         (keeper.update if changed else keeper.beat)(
             state=live,
             generation=status.generation,
             agents=[{"host": agent.host, "pid": agent.pid} for agent in status.agents],
             step=status.step,
             metrics=status.metrics,
+            node_faults=node_faults,
         )
 
 
@@ -283,34 +337,6 @@ def preflight_level(config: Config) -> Level | None:
             return "host" if config.cluster.nodes > 1 else None
         case level:
             return level
-
-
-def node_resources(config: Config) -> dict[str, float]:
-    """What one node agent asks of Ray: all cores that its ranks will use."""
-    ranks = config.cluster.ranks_per_node
-    match config.cluster.accelerator:
-        case "cpu":
-            return {"CPU": ranks}
-        case "cuda":
-            return {"CPU": 1, "GPU": ranks}
-        case "neuron" | "neuron_xla":
-            return {"CPU": 1, "neuron_cores": ranks}
-        case "auto":
-            raise AssertionError("launch/settle.py settles it")
-
-
-def waiting_message(config: Config) -> str:
-    """What was asked of Ray, and what the cluster has."""
-    nodes = [
-        ", ".join(f"{value:g} {key}" for key, value in sorted(node["Resources"].items()) if key in CORE_RESOURCES)
-        for node in ray.nodes()
-        if node["Alive"]
-    ]
-    asked = ", ".join(f"{value:g} {key}" for key, value in node_resources(config).items())
-    return (
-        f"waiting for {config.cluster.nodes} node(s) with {asked} free each; the cluster has {len(nodes)}: "
-        f"({'), ('.join(nodes)}). It goes on when they are there: the autoscaler adds them, or another job ends"
-    )
 
 
 def ray_storage(store: Store) -> dict[str, Any]:

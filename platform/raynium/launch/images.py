@@ -6,9 +6,10 @@ import re
 import shutil
 import tempfile
 import threading
+import time
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from raynium.checkpoint.manifest import ImageInfo
@@ -45,15 +46,28 @@ def make_image_folder(run_name: str, parent: Path | None = None) -> Path:
 class Snapshot:
     """One rank's state of one step, complete in this node's memory."""
 
+    generation: int
     generation_id: str
     info: ImageInfo  # the file that is uploaded
     replicas: ImageInfo  # what the rank holds and others save: a restart from memory needs it
+    taken: float = field(default_factory=time.monotonic)
+
+
+@dataclass(frozen=True)
+class FailedUpload:
+    """A rank's newest snapshot, which the store did not take."""
+
+    rank: int
+    slot: int
+    snapshot: Snapshot
+    failure: str
 
 
 @dataclass
 class _Slot:
     snapshot: Snapshot | None = None
     uploading: bool = False
+    failure: str | None = None  # why the upload failed, if it did
     offered: bool = False  # its rank may be writing it; the header says whether it got to the end
 
 
@@ -86,10 +100,21 @@ class NodeImages:
         with self._lock:
             self._slots[rank][slot] = self._newest[rank] = _Slot(snapshot, uploading=True)
 
-    def uploaded(self, rank: int, slot: int) -> None:
-        """The upload has ended, well or not."""
+    def uploaded(self, rank: int, slot: int, *, failure: str | None) -> None:
+        """The upload has ended; failure: why it did not end well."""
         with self._lock:
             self._slots[rank][slot].uploading = False
+            self._slots[rank][slot].failure = failure
+
+    def failed(self) -> list[FailedUpload]:
+        """The ranks whose newest snapshot is in this memory only. No upload runs."""
+        with self._lock:
+            return [
+                FailedUpload(rank, number, slot.snapshot, slot.failure)
+                for rank, slots in self._slots.items()
+                for number, slot in enumerate(slots)
+                if slot is self._newest.get(rank) and slot.snapshot is not None and slot.failure is not None
+            ]
 
     def take_offers(self) -> list[tuple[int, int]]:
         """(rank, slot) of each image that may be written from now on; each is returned once."""

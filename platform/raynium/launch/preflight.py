@@ -31,7 +31,8 @@ from raynium.accelerators.trial_checks import (
 from raynium.checkpoint.store import KeyMissing, Store
 from raynium.config.schema import Config
 from raynium.errors import LaunchError, StoreError
-from raynium.launch.agent import free_port
+from raynium.launch.diagnosis import KernelLog
+from raynium.launch.ports import rendezvous_port
 from raynium.launch.ranks import RankGroup
 from raynium.launch.scratch import scratch_folder
 from raynium.planning.memory import estimate_memory
@@ -200,6 +201,17 @@ def cache_folder(config: Config, environment: Mapping[str, str]) -> str | None:
     return None if "://" in folder else folder
 
 
+def kernel_log() -> Check:
+    """Whether the kernel will say why it ended a rank, and what broke below one."""
+    name, rule = "kernel log", "can be read: it explains deaths that nothing else does"
+    log = KernelLog()
+    log.close()
+    if log.source is not None:
+        return Check(name, "ok", log.source, rule)
+    remedy = "add the node's user to the group adm, or give a container /dev/kmsg and CAP_SYSLOG"
+    return Check(name, "warning", log.problem, rule, remedy)
+
+
 def storage_checks(root: str, *, probes: str, node: str) -> list[Check]:
     """The run's root takes, gives back and deletes; all nodes and the driver see the same one; its clock is ours.
 
@@ -252,12 +264,13 @@ class NodeProbe:
 
     def meet(self, host: str) -> Met:
         """host: this node's address."""
-        return Met(free_port(host), ThisHost().machine.product_name)
+        return Met(rendezvous_port(host), ThisHost().machine.product_name)
 
     def look(self) -> list[Check]:
         """What shows without a rank."""
         config, host = self._config, ThisHost()
         checks = host_checks(host, wanted_of(config, os.environ))
+        checks.append(kernel_log())
         if cache := cache_folder(config, os.environ):
             checks.append(compile_cache(cache))
         return checks + storage_checks(
@@ -272,7 +285,7 @@ class NodeProbe:
         if config.cluster.accelerator in CACHE_VARIABLES:
             checks.append(nccom_test(ThisHost(), ranks=ranks, timeout_seconds=NCCOM_SHARE * seconds))
         left = seconds - (time.monotonic() - began)
-        results = self.trial(TrialOrder(0, ranks, host, free_port(host), gemm=True, seconds=left))
+        results = self.trial(TrialOrder(0, ranks, host, rendezvous_port(host), gemm=True, seconds=left))
         floor = node_floor(ThisHost().machine.instance, on_cpu=on_cpu)
         return [
             *checks,

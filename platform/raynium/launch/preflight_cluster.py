@@ -22,9 +22,9 @@ from raynium.accelerators.trial_checks import RankResult, cluster_floor, ranks_c
 from raynium.checkpoint.store import Store
 from raynium.config.schema import Config
 from raynium.hardware.catalog import INSTANCES
+from raynium.launch.nodes import NODE_ID_LABEL, fitting_nodes
 from raynium.launch.preflight import NodeProbe, NodeReport, Report, TrialOrder, blamed, rounds_of_pairs
 
-NODE_ID_LABEL = "ray.io/node-id"
 PROBE_START_SECONDS = 60.0  # Python, Raynium and the job's runtime environment on a node
 BUSY_SECONDS = 10.0  # longer than for the nodes that had free cores: one that has not come by then has none
 GRACE_SECONDS = 15.0  # for an answer, beyond the time that the node was given
@@ -262,17 +262,3 @@ def check_nodes(
     run.root cannot be written.
     """
     return Preflight(config, resources=resources, level=level, tell=tell).run(wait=wait)
-
-
-def label_selector(excluded: Sequence[str]) -> dict[str, str]:
-    """What a placement asks of its nodes, so that it avoids some. Nodes that do not exist yet pass."""
-    return {NODE_ID_LABEL: f"!in({','.join(sorted(excluded))})"} if excluded else {}
-
-
-def fitting_nodes(resources: Mapping[str, float]) -> list[str]:
-    """Ids of the living nodes that have these resources in all, free or not."""
-    return [
-        node["NodeID"]
-        for node in ray.nodes()
-        if node["Alive"] and all(node["Resources"].get(name, 0) >= amount for name, amount in resources.items())
-    ]

@@ -5,7 +5,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
-from raynium.accelerators.neuron_errors import Fault
+from raynium.accelerators.neuron_errors import ACTIONS, Fault
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,8 @@ class AgentInfo:
     free_port: int  # for the rendezvous, used if this is node 0
     pid: int  # of the agent; its ranks are named by its log
     images: tuple[HeldImages, ...] = ()  # what its ranks could start from without the store
+    machine: str = ""  # its product name, on EC2 the instance type; "": it shows none
+    node_id: str = ""  # Ray's, new in each life of the node; "": without Ray
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,32 @@ class Event:
 
 
 @dataclass(frozen=True)
+class NodeFault:
+    """A verdict that names a node, which somebody has to see to."""
+
+    generation: int
+    node_rank: int
+    host: str
+    node_id: str  # as in AgentInfo
+    fault: Fault
+
+    def __str__(self) -> str:
+        return f"node {self.node_rank} ({self.host}): {self.fault}: {ACTIONS[self.fault.action]}"
+
+    def to_json(self) -> dict[str, Any]:
+        fault = self.fault
+        return {
+            "generation": self.generation,
+            "node_rank": self.node_rank,
+            "host": self.host,
+            "name": fault.name,
+            "action": fault.action,
+            "evidence": fault.evidence,
+            "text": str(self),
+        }
+
+
+@dataclass(frozen=True)
 class Status:
     """What the driver shows and records."""
 
@@ -98,6 +126,7 @@ class Status:
     ended: Literal["finished", "stopped", "failed"] | None
     cause: str | None  # of a failure
     events: Sequence[Event] = field(default_factory=tuple)
+    node_faults: Sequence[NodeFault] = ()  # all of this coordinator's life, oldest first
 
 
 class CoordinatorCalls(Protocol):

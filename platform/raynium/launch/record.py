@@ -63,6 +63,7 @@ class RunRecord:
     log_path: str | None = None  # of the driver, on its host
     job_id: str | None = None  # Ray job submission id, when it runs as one
     cause: str | None = None  # of a failure
+    node_faults: list[dict[str, Any]] | None = None  # nodes that a verdict named, oldest first; NodeFault.to_json
     result: dict[str, Any] | None = None  # of a finished run: evaluation, baselines, samples
 
     def to_json(self) -> bytes:

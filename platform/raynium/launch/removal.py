@@ -7,6 +7,7 @@ from raynium.checkpoint.catalog import (
     check_files,
     delete_checkpoint,
     list_checkpoints,
+    no_such_checkpoint,
     open_checkpoint,
 )
 from raynium.checkpoint.store import Store
@@ -29,8 +30,7 @@ def check_removable(store: Store, step: int, *, force: bool) -> None:
     checkpoints = list_checkpoints(store)
     found = next((each for each in checkpoints if each.step == step), None)
     if found is None:
-        steps = ", ".join(f"{each.step:,}" for each in checkpoints) or "none"
-        raise CheckpointError(f"{store.url} has no checkpoint of step {step:,}: it has {steps}")
+        raise no_such_checkpoint(store, step)
     if found.tags and not force:
         run = store.url.rpartition("/")[2]
         raise CheckpointError(

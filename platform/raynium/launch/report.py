@@ -18,6 +18,7 @@ def report_lines(record: RunRecord) -> list[str]:
     lines = [f"run {record.name}: {state} at step {record.step:,} of {total:,}"]
     if record.cause:
         lines.append(f"cause: {record.cause}")
+    lines += [f"generation {each['generation']}: {each['text']}" for each in record.node_faults or ()]
     if record.result is not None:
         lines += _result_lines(record.result)
     lines += ui_lines(record)

@@ -15,7 +15,7 @@ from raynium.launch.preparation import Prepared, checked, finished_record, prepa
 from raynium.launch.protocol import Status
 from raynium.launch.ray_environment import set_ray_environment
 from raynium.launch.record import RunRecord
-from raynium.launch.settle import settled
+from raynium.launch.settle import check_this_machine, settled
 from raynium.tracking.runs import RunStatus, finish_run, log_artifact_text
 
 
@@ -36,6 +36,8 @@ def run(
         # Joining a cluster is quick, and says what its nodes have; one of our own is started when all else is ready.
         resources = cluster.enter_context(connect(address)) if address is not None else None
         config = settled(config, cluster_resources=resources, saved=saved_config(config))
+        if address is None:
+            check_this_machine(config)
         console.print(Text(dump_yaml(config)))
         if (record := finished_record(config)) is not None:
             console.print(Text(f"run {config.run.name!r} has already finished at step {record.step}"))

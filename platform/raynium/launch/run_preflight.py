@@ -1,18 +1,20 @@
 """A preflight, on its own (`raynium preflight`, `jobs/preflight.py`) and before a run (`driver.py`)."""
 
+import contextlib
 import json
 import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 from raynium.config.schema import Config
 from raynium.errors import LaunchError
 from raynium.launch.preflight import Report
 from raynium.launch.preparation import checked, saved_config
 from raynium.launch.ray_environment import set_ray_environment
-from raynium.launch.settle import settled
+from raynium.launch.settle import check_this_machine, settled
 
 NODES_SECONDS = 600.0  # for nodes to be there: an autoscaler needs minutes
 
@@ -24,25 +26,42 @@ def run_preflight(config: Config, *, address: str | None, tell: Callable[[str], 
     the run do not come.
     """
     config = checked(config)
+    if address is None:
+        check_this_machine(settled(config, cluster_resources=None, saved=saved_config(config)))
     set_ray_environment(starts_cluster=address is None)
-    from raynium.launch.driver import connect, node_resources, waiting_message  # imports ray, which takes seconds
+    tell("starting a Ray cluster on this machine" if address is None else f"joining the Ray cluster at {address}")
+    from raynium.launch.driver import connect  # imports ray: some seconds
+    from raynium.launch.nodes import node_resources, patient, waiting_message
     from raynium.launch.preflight_cluster import check_nodes
 
-    with connect(address, least_cpus=config.cluster.ranks_per_node) as resources:
+    with leaving_no_folder(config.run.root), connect(address, least_cpus=config.cluster.ranks_per_node) as resources:
         config = settled(
             config, cluster_resources=resources if address is not None else None, saved=saved_config(config)
         )
         until = time.monotonic() + NODES_SECONDS
+        tell(f"checking every node that the run could take, for at most {config.preflight.seconds:g} s")
         report = check_nodes(
             config,
             resources=node_resources(config),
             level="all",
-            wait=lambda: time.monotonic() < until,
+            wait=patient(config, go_on=lambda: time.monotonic() < until, tell=tell),
             tell=tell,
         )
         if report is None:
             raise LaunchError(f"nothing was checked within {NODES_SECONDS:g} s: {waiting_message(config)}")
         return report
+
+
+@contextlib.contextmanager
+def leaving_no_folder(root: str) -> Iterator[None]:
+    """A root that the storage check had to make, and that nobody else has used meanwhile, is taken away again."""
+    folder = None if "://" in root else Path(root)
+    made_here = folder is not None and not folder.exists()
+    try:
+        yield
+    finally:
+        if folder is not None and made_here and folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
 
 
 def main(arguments: list[str] | None = None) -> None:

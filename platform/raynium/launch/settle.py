@@ -3,14 +3,15 @@
 from collections.abc import Mapping
 from typing import Any
 
-from raynium.accelerators import detect, native_dtype
+from raynium.accelerators import detect, native_dtype, native_fsdp
 from raynium.config.schema import Config
+from raynium.errors import LaunchError
 
 
 def settled(
     config: Config, *, cluster_resources: Mapping[str, float] | None, saved: Mapping[str, Any] | None
 ) -> Config:
-    """`cluster.accelerator` and `engine.dtype` without `auto`.
+    """`cluster.accelerator`, `engine.dtype` and the native engine's `engine.fsdp` without `auto`.
 
     cluster_resources: Ray's, or None for a cluster that will be started on this machine. saved: the config in the
     run's newest checkpoint; a run keeps the precision it began with, also where another would be faster. An imported
@@ -23,7 +24,22 @@ def settled(
         trained_in = saved["engine"]["dtype"] if saved is not None and "engine" in saved else None
         dtype = trained_in or native_dtype(cluster.accelerator)
         engine = engine.model_copy(update={"dtype": dtype})
+    if engine.fsdp == "auto" and engine.kind == "native":
+        engine = engine.model_copy(update={"fsdp": native_fsdp(cluster.accelerator, compile=engine.compile)})
     return config.model_copy(update={"cluster": cluster, "engine": engine})
+
+
+def check_this_machine(config: Config) -> None:
+    """Whether a cluster that is started here can run this config at all; it would be waited for without an end.
+
+    config: settled. Raises LaunchError.
+    """
+    if config.cluster.nodes > 1:
+        raise LaunchError(
+            f"cluster.nodes is {config.cluster.nodes}, and a Ray cluster that is started here has one node: name one "
+            "that runs with --address (for example auto), or set cluster.nodes=1 and more cluster.ranks_per_node"
+        )
+    detect(config.cluster.accelerator)
 
 
 def _accelerator(config: Config, cluster_resources: Mapping[str, float] | None) -> str:

@@ -42,10 +42,13 @@ class Uploader:
         self._lock = threading.Lock()
         self._child: _Child | None = None
 
-    def upload(self, info: ImageInfo, *, generation: str, rank: int) -> ShardEntry:
-        """Returns once the shard is durable and confirmed; StoreError with the cause otherwise."""
+    def upload(self, info: ImageInfo, *, generation: str, rank: int, again: bool = False) -> ShardEntry:
+        """Returns once the shard is durable and confirmed; StoreError with the cause otherwise.
+
+        again: an earlier call failed, and may have left something at the shard's key.
+        """
         for attempt in range(1, ATTEMPTS + 1):
-            job = {"info": info.to_json(), "generation": generation, "rank": rank, "again": attempt > 1}
+            job = {"info": info.to_json(), "generation": generation, "rank": rank, "again": again or attempt > 1}
             try:
                 return ShardEntry.from_json(self._living_child().ask(job).result())
             except _UploaderDied as death:

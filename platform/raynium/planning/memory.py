@@ -141,6 +141,8 @@ def _activation_bytes(config: Config, compute_bytes: int) -> int:
     block = norms + gathered + attention + feed_forward
     if config.engine.activation_checkpointing == "full":
         inputs = model.num_layers * model.hidden_size * compute_bytes / tensor
+        if config.engine.compile == "block":  # compiled blocks keep attention's output too: engines/recompute.py
+            inputs += model.num_layers * query_size * compute_bytes / tensor
         return int(tokens * (inputs + block))
     return int(tokens * model.num_layers * block)
 

@@ -21,6 +21,7 @@ METRICS: dict[str, str] = {
     "time/eval_seconds": "seconds spent in the evaluation",
     "throughput/tokens_per_second": "tokens per second, over all ranks",
     "throughput/tokens_per_second_per_rank": "tokens per second of one rank",
+    "throughput/peak_flops_per_rank": "FLOP/s: the dense peak that both MFUs are shares of",
     "throughput/mfu_6n": "fraction of peak FLOP/s, at 6 FLOPs per parameter and token",
     "throughput/mfu_with_attention": "fraction of peak FLOP/s, attention's score and value products included",
     "device/fallback_operators": "operators that ran on the CPU for want of one on the accelerator, on rank 0 so far",

@@ -185,6 +185,17 @@ def log_artifact_text(uri: str, run_id: str, path: str, text: str) -> None:
         client.log_text(run_id, text, path)
 
 
+def set_tags(uri: str, run_id: str, tags: Mapping[str, str]) -> None:
+    """Set tags of the run, over what they were. Raises TrackingError."""
+    with mlflow_client(uri, timeout_seconds=REQUEST_TIMEOUT_SECONDS) as client:
+        _log(
+            client,
+            run_id,
+            params={},
+            tags={name: _cut(redact(text), MAX_TAG_CHARACTERS) for name, text in tags.items()},
+        )
+
+
 def finish_run(uri: str, run_id: str, status: RunStatus) -> None:
     """Set the run's end state. A later attempt may `open_run` it again. Raises TrackingError."""
     with mlflow_client(uri, timeout_seconds=REQUEST_TIMEOUT_SECONDS) as client:

@@ -32,6 +32,7 @@ class Throughput:
         }
         if self.peak_flops_per_rank is not None:
             peak = self.peak_flops_per_rank * self.world_size
+            values["throughput/peak_flops_per_rank"] = self.peak_flops_per_rank
             values["throughput/mfu_6n"] = tokens_per_second * self.flops_per_token_6n / peak
             values["throughput/mfu_with_attention"] = tokens_per_second * self.flops_per_token_with_attention / peak
         return values

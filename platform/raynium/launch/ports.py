@@ -1,0 +1,47 @@
+"""TCP ports for a generation's ranks, looked for on the node where they will listen."""
+
+import socket
+
+from raynium.accelerators.neuron import COLLECTIVES_PORTS, collectives_port
+from raynium.errors import LaunchError
+
+TRIES = 200
+
+
+def free_port(host: str) -> int:
+    """A port that was free a moment ago on this host."""
+    with socket.socket(_family(host)) as probe:
+        probe.bind((host, 0))
+        return probe.getsockname()[1]
+
+
+def rendezvous_port(host: str) -> int:
+    """A port for a rendezvous, such that the port which follows from it is free here too.
+
+    That one is where the Neuron runtime's root communicator will listen. Since it is made of this port, which all ranks
+    are told, all come to the same, and a taken one is avoided by another rendezvous. Raises LaunchError.
+    """
+    for _ in range(TRIES):
+        port = free_port(host)
+        if _is_free(host, collectives_port(port)):
+            return port
+    raise LaunchError(
+        f"none of {TRIES} ports tried on {host} between {COLLECTIVES_PORTS.start} and {COLLECTIVES_PORTS.stop - 1} is "
+        "free, and the Neuron runtime's root communicator needs one: see what listens there (`ss -ltn`)"
+    )
+
+
+def _is_free(host: str, port: int) -> bool:
+    with socket.socket(_family(host)) as probe:
+        probe.setsockopt(
+            socket.SOL_SOCKET, socket.SO_REUSEADDR, 1
+        )  # what an ended generation left in TIME_WAIT is free
+        try:
+            probe.bind((host, port))
+        except OSError:
+            return False
+    return True
+
+
+def _family(host: str) -> socket.AddressFamily:
+    return socket.AF_INET6 if ":" in host else socket.AF_INET

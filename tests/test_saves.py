@@ -1,0 +1,162 @@
+"""What becomes of saves: committed, tried again, or missing with a cause."""
+
+import asyncio
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from checkpoints import halves, random_tensor, upload_all
+
+from raynium.checkpoint.catalog import latest, list_checkpoints
+from raynium.checkpoint.store import Store
+from raynium.config.load import parse_config
+from raynium.errors import StoreError
+from raynium.launch.saves import Saves, WholeSave
+
+JOB = """
+run: {name: test}
+cluster: {accelerator: cpu, ranks_per_node: 2}
+model: {vocab_size: 512, hidden_size: 32, num_layers: 1, num_heads: 2, num_kv_heads: 1, head_dim: 16, ffn_size: 64,
+        max_seq_len: 64}
+data: {path: /nowhere, seq_len: 16}
+train: {steps: 8, global_batch_size: 4}
+checkpoint: {keep_last: 1}
+"""
+
+
+class RefusingStore(Store):
+    """Does not do the next few of what is told, or does it and then says that it failed."""
+
+    refused_writes = 0
+    lost_answers = 0
+    deletes = True
+
+    def write_new(self, key: str, data: bytes) -> None:
+        if self.refused_writes:
+            self.refused_writes -= 1
+            raise StoreError(f"{key}: expired: renew them")
+        super().write_new(key, data)
+        if self.lost_answers:
+            self.lost_answers -= 1
+            raise StoreError(f"{key}: the connection broke")
+
+    def delete(self, key: str) -> None:
+        if not self.deletes:
+            raise StoreError(f"{key}: allow s3:DeleteObject")
+        super().delete(key)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> RefusingStore:
+    return RefusingStore(tmp_path / "run")
+
+
+@pytest.fixture
+def told() -> list[str]:
+    return []
+
+
+@pytest.fixture
+def saves(store: RefusingStore, told: list[str], monkeypatch: pytest.MonkeyPatch) -> Saves:
+    monkeypatch.setattr("raynium.launch.saves.pause_before_next_try", lambda tries, _: 0.001 if tries < 4 else None)
+    return Saves(parse_config(JOB), store, tell=told.append)
+
+
+def whole(saves: Saves, store: Store, step: int, generation: str = "g1") -> WholeSave:
+    """All shards of a step, as they come in."""
+    entries = upload_all(store, halves("model/w", random_tensor("float32", (8, 3))), step=step, generation=generation)
+    first, last = (
+        saves.shard_saved(generation, step, rank, entry, 2.0 - rank, parent=None) for rank, entry in enumerate(entries)
+    )
+    assert first is None and last is not None and last.upload_seconds == 2.0
+    return last
+
+
+def steps(store: Store) -> list[int]:
+    return [each.step for each in list_checkpoints(store)]
+
+
+def run_out(saves: Saves, save: WholeSave, living: Sequence[str] = ("g1",)) -> None:
+    """Commits it as the last of its run."""
+
+    async def play() -> None:
+        if not await saves.commit(save, living=living):
+            await saves.commit_last(save.step, living=living)
+
+    asyncio.run(play())
+
+
+def test_the_last_commit_is_tried_again_until_the_store_takes_it(
+    saves: Saves, store: RefusingStore, told: list[str]
+) -> None:
+    save = whole(saves, store, 8)
+    store.refused_writes = 3
+    run_out(saves, save)
+    assert saves.problem(8) is None and saves.committed_step == 8 and steps(store) == [8]
+    assert [commit.step for commit in saves.commits] == [8]
+    assert told[0].startswith("checkpoint of step 8 is not saved; training goes on: it could not be committed")
+    assert "expired: renew" in told[0] and told[-1] == "checkpoint of step 8 is saved after all"
+    assert sum("trying to commit it again" in text for text in told) == 3
+
+
+def test_a_last_commit_that_never_works_leaves_its_cause(saves: Saves, store: RefusingStore) -> None:
+    asyncio.run(saves.commit(whole(saves, store, 6), living=["g1"]))
+    store.refused_writes = 9
+    run_out(saves, whole(saves, store, 8))
+    problem = saves.problem(8)
+    assert problem is not None and "training reached step 8" in problem and "expired: renew" in problem
+    assert "the run has the checkpoint of step 6 to go on from" in problem
+    assert store.refused_writes == 5 and steps(store) == [6]
+
+
+def test_a_commit_of_which_the_store_did_not_tell_is_found_to_be_ours(saves: Saves, store: RefusingStore) -> None:
+    store.lost_answers = 1
+    run_out(saves, whole(saves, store, 8))
+    assert saves.problem(8) is None and steps(store) == [8]
+
+
+def test_the_commit_of_another_generation_is_not_tried_again(
+    saves: Saves, store: RefusingStore, told: list[str]
+) -> None:
+    asyncio.run(saves.commit(whole(saves, store, 8, "g1"), living=["g1"]))
+    run_out(saves, whole(saves, store, 8, "g2"), living=["g1", "g2"])
+    newest = latest(store)
+    assert newest is not None and newest.manifest.generation == "g1" and saves.problem(8) is None
+    assert len(told) == 1 and "step 8 was already committed by another generation" in told[0]
+
+
+def test_only_the_save_of_the_last_step_is_tried_again(saves: Saves, store: RefusingStore) -> None:
+    store.refused_writes = 2
+    asyncio.run(saves.commit(whole(saves, store, 6), living=["g1"]))
+    run_out(saves, whole(saves, store, 8))
+    assert steps(store) == [8] and store.refused_writes == 0
+
+
+def test_what_is_not_a_whole_checkpoint_is_not_tried_again(saves: Saves, store: RefusingStore, told: list[str]) -> None:
+    save = whole(saves, store, 8)
+    store.delete("checkpoints/step-000000008/g1/shard-00001.safetensors")
+    run_out(saves, save)
+    assert len(told) == 1 and "shard-00001.safetensors is not there" in told[0]
+    assert "is not there" in (saves.problem(8) or "")
+
+
+def test_a_store_that_lets_nothing_be_deleted_keeps_no_commit_from_being_logged(
+    saves: Saves, store: RefusingStore, told: list[str]
+) -> None:
+    for step in (6, 8):
+        run_out(saves, whole(saves, store, step))
+        store.deletes = False
+    assert steps(store) == [6, 8] and [commit.step for commit in saves.commits] == [6, 8]
+    places = {each["step"]: each["uri"] for each in json.loads(saves.commits[-1].checkpoints)}
+    assert places == {step: f"{store.url}/checkpoints/step-00000000{step}" for step in (6, 8)}
+    assert len(told) == 1 and "older ones were not tidied up" in told[0] and "allow s3:DeleteObject" in told[0]
+
+
+def test_failed_shards_are_told_once_a_step(saves: Saves, told: list[str]) -> None:
+    for rank in (0, 1):
+        saves.shard_failed(8, rank, "denied")
+    assert told == ["checkpoint of step 8 is not saved; training goes on: rank 0's shard could not be uploaded: denied"]
+    problem = saves.problem(8)
+    assert problem is not None and "rank 1's shard could not be uploaded: denied" in problem
+    assert "the run has no checkpoint to go on from" in problem
