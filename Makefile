@@ -14,7 +14,7 @@ quickstart: $(VENV)/.installed
 	$(BIN)/raynium train quickstart
 
 test: $(VENV)/.installed-dev
-	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=25
 
 check: format lint types test
 

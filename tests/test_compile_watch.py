@@ -127,11 +127,11 @@ def test_the_nearest_graph_is_compared_and_not_the_newest(compiles: TorchCompile
     assert last.why == "hidden is float32 [4, 4] that wants a gradient, seen float32 [4, 4]"
 
 
-def test_a_function_that_torch_gives_up_on_is_said(compiles: TorchCompiles, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
+def test_a_function_that_torch_gives_up_on_is_said(compiles: TorchCompiles) -> None:
     scale = torch.compile(Scale(), backend=compiles.backend("aot_eager"), dynamic=False)
-    scale(torch.ones(4), 2)
-    scale(torch.ones(5), 2)
+    with torch._dynamo.config.patch(recompile_limit=1):
+        scale(torch.ones(4), 2)
+        scale(torch.ones(5), 2)
     first, second = compiles.new()
     assert (first.given_up, second.given_up, second.name) == (False, True, first.name)
     assert "size mismatch at index 0. expected 4, actual 5" in second.why
