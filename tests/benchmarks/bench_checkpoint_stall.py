@@ -8,7 +8,8 @@ is already there, measured in turns with it. Upload: steps of a small training l
 store, against the same steps without. Peers: torch.distributed.checkpoint, with its default stager, with a persistent
 one, and its FsspecWriter to the same S3 server. That (SeaweedFS, ten CPU seconds a GiB) would be another machine in
 reality, so training has core 0 to itself, and the server shares core 1 with our uploader; a peer uploads in a thread of
-the training process, on its core.
+the training process, on its core. The server's files are in memory by default, because the kernel writes a disk's back
+on any core; "file" is a real disk. Steps are given as mean / worst / median of the worst of each second.
 """
 
 import argparse
@@ -236,6 +237,16 @@ def steps_while(running: Callable[[float], bool]) -> list[float]:
     return found
 
 
+def worst_of_a_second(steps: list[float]) -> float:
+    """Median over seconds of the longest step in each: a virtual machine that is held up once does not change it."""
+    worst: dict[int, float] = {}
+    now = 0.0
+    for step_seconds in steps:
+        worst[int(now)] = max(worst.get(int(now), 0.0), step_seconds)
+        now += step_seconds
+    return statistics.median(worst.values())
+
+
 def steps_during_upload(way: Any) -> tuple[list[float], list[float], float]:
     """(steps without an upload, steps while uploads run, seconds of one upload)."""
     way.save()
@@ -275,7 +286,9 @@ def fsspec_writer(server: S3Server, bucket: str) -> Callable[[int], Any]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gib", type=float, default=1.0, help="size of the state (default 1)")
-    gib = parser.parse_args().gib
+    parser.add_argument("--server-folder", default="/dev/shm", help="where the S3 server keeps its files")
+    arguments = parser.parse_args()
+    gib = arguments.gib
     torch.set_num_threads(1)
     os.sched_setaffinity(0, {1})  # what is started now stays there: the server
     state = decoder_state(gib)
@@ -284,8 +297,9 @@ def main() -> int:
     with (
         tempfile.TemporaryDirectory(dir="/dev/shm") as shm,
         tempfile.TemporaryDirectory() as disk,
+        tempfile.TemporaryDirectory(dir=arguments.server_folder) as server_folder,
         one_rank(),
-        running_s3_server(Path(disk)) as server,
+        running_s3_server(Path(server_folder)) as server,
     ):
         os.environ.update(server.env)
         os.sched_setaffinity(0, {0})
@@ -295,7 +309,7 @@ def main() -> int:
 
 
 def _stall_table(state: dict[str, torch.Tensor], shm: str, size: float) -> bool:
-    to_memory = lambda number: dcp.FileSystemWriter(f"{shm}/dcp-{number % 2}", overwrite=True)  # noqa: E731
+    to_memory = lambda _: dcp.FileSystemWriter(f"{shm}/dcp", overwrite=True)  # noqa: E731
     ways = [
         Ours(state, f"{shm}/ours"),
         Dcp("torch async_save, persistent stager", state, to_memory, persistent_stager()),
@@ -321,21 +335,18 @@ def _step_table(state: dict[str, torch.Tensor], server: S3Server, bucket: str, d
         ("S3", Dcp("torch FsspecWriter, persistent stager", state, fsspec_writer(server, bucket), persistent_stager())),
         ("file", Ours(state, f"{disk}/ours")),
     ]
-    print("| upload to | by | seconds | idle step, mean ms | worst | with upload, mean | worst | mean × | worst × |")
-    print("|---|---|---|---|---|---|---|---|---|")
+    print("| upload to | by | seconds | idle step, ms | with upload | mean × | worst × | worst of a second × |")
+    print("|---|---|---|---|---|---|---|---|")
     passed = True
     for place, way in ways:
         idle, busy, seconds = steps_during_upload(way)
-        mean = statistics.mean(busy) / statistics.mean(idle)
-        worst = max(busy) / max(idle)
-        times = [statistics.mean(idle), max(idle), statistics.mean(busy), max(busy)]
-        print(
-            f"| {place} | {way.name} | {seconds:.1f} | "
-            + " | ".join(f"{1000 * each:.2f}" for each in times)
-            + f" | {mean:.2f} | {worst:.1f} |"
-        )
+        measures = (statistics.mean, max, worst_of_a_second)
+        ratios = [measure(busy) / measure(idle) for measure in measures]
+        cells = [" / ".join(f"{1000 * measure(steps):.2f}" for measure in measures) for steps in (idle, busy)]
+        cells += [f"{ratio:.2f}" for ratio in ratios]
+        print(f"| {place} | {way.name} | {seconds:.1f} | {' | '.join(cells)} |")
         if isinstance(way, Ours):
-            passed &= mean <= MOST_MEAN_STEP and worst <= MOST_WORST_STEP
+            passed &= ratios[0] <= MOST_MEAN_STEP and ratios[1] <= MOST_WORST_STEP
     print(f"\nours at most: mean {MOST_MEAN_STEP}, worst {MOST_WORST_STEP}")
     return passed
 
