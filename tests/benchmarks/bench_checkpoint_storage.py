@@ -5,8 +5,8 @@ of its own; the turns of all clients alternate. Client and server share the core
 times say little on a small or busy machine and client CPU seconds say most: user + system of the client's process,
 imports and first connection left out. What is loaded is compared with what was saved, outside the timing.
 
-The limit of an upload's CPU seconds is printed beside them: one CRC64NVME pass and one plain `send` of the same bytes over
-loopback, to a process that throws them away.
+The limit of an upload's CPU seconds is printed beside them: one CRC64NVME pass and one plain `send` of the same bytes
+over loopback, to a process that throws them away.
 
 Passes if ours uploads in at most 0.4 CPU s/GiB, and saves and loads within 10 % of the fastest peer's wall time.
 Peers that are not installed are named and left out.
