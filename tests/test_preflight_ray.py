@@ -213,22 +213,24 @@ def _break_node(cluster: Cluster, run: Run, *, steps: int, besides: str = "") ->
     """
     agents: list[dict[str, Any]] = []
     deadline = time.monotonic() + 120
-    while not (agents and agents[0]["host"] != besides and run.checkpoints()[-1].step >= steps):
+    rank = None
+    while rank is None or agents[0]["host"] == besides or run.checkpoints()[-1].step < steps:
         assert time.monotonic() < deadline, run.logs()
         time.sleep(0.2)
         agents = (run.record().agents or []) if run.checkpoints() else []  # before the first there may be no record
+        rank = _rank_pid(agents[0]["pid"]) if agents else None
     with (cluster.folder / agents[0]["host"] / "kmsg").open("a") as kernel_log:
         kernel_log.write(f"3,1,1,-;{DMA_ERROR}\n")
-    os.kill(_rank_pid(agents[0]["pid"]), signal.SIGKILL)
+    os.kill(rank, signal.SIGKILL)
     return agents[0]["host"]
 
 
-def _rank_pid(agent_pid: int) -> int:
-    """The rank that this agent's template forked."""
+def _rank_pid(agent_pid: int) -> int | None:
+    """The rank that this agent's template forked; None before it has."""
 
     def children(pid: int) -> list[int]:
         found = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True, check=False)
         return [int(each) for each in found.stdout.split()]
 
     # The first of its template's children; the uploader came later.
-    return min(forked for template in children(agent_pid) for forked in children(template))
+    return min((forked for template in children(agent_pid) for forked in children(template)), default=None)
