@@ -127,10 +127,10 @@ class KernelLog:
         if isinstance(lines, str):
             logger.warning("the kernel's log can no longer be read: %s", lines)
             return []
-        known = lines[::-1].index(self._last_line) if self._last_line in lines else len(lines)  # else: overwritten
+        num_new = lines[::-1].index(self._last_line) if self._last_line in lines else len(lines)  # else: overwritten
         self._last_line = lines[-1] if lines else None
         # [seconds since boot] message, which makes lines unlike; journalctl puts "host kernel: " between
-        return [re.sub(r"^\[\s*[\d.]+\] (\S+ kernel: )?", "", line) for line in lines[len(lines) - known :]]
+        return [re.sub(r"^\[\s*[\d.]+\] (\S+ kernel: )?", "", line) for line in lines[len(lines) - num_new :]]
 
     def close(self) -> None:
         if self._file is not None:

@@ -37,7 +37,7 @@ from raynium.launch.display import Display
 from raynium.launch.nodes import WAITING_SECONDS, free_nodes, label_selector, node_resources, patient, waiting_message
 from raynium.launch.preflight_cluster import Level, check_nodes
 from raynium.launch.preparation import Prepared
-from raynium.launch.protocol import Status
+from raynium.launch.protocol import NodeFault, Status
 from raynium.launch.record import RecordKeeper
 from raynium.launch.scratch import log_folder
 from raynium.tracking.runs import log_artifact_text, set_tags
@@ -113,10 +113,11 @@ class Driver:
         self.display = display
         self._stop = threading.Event()
         self._events_seen = 0
-        self._earlier_node_faults = prepared.keeper.record.node_faults or []  # of this run's earlier drivers
+        # Of the whole run, also of earlier drivers, as the record keeps them.
+        self._node_faults: list[dict[str, Any]] = list(prepared.keeper.record.node_faults or [])
+        self._faults_seen: set[NodeFault] = set()  # by this driver; a coordinator that starts again forgets its own
         self._page_tags: dict[str, str] = {}  # what this driver has put on the run's page
         self._excluded: list[str] = []  # ids of nodes that a preflight or a verdict named
-        self._faults_judged = 0  # of this driver's coordinator
         self._moves = 0  # times that the agents were sent home to start on other nodes
         self._moving = False
         self._calls = ThreadPoolExecutor(max_workers=1, thread_name_prefix="coordinator-calls")
@@ -227,10 +228,13 @@ class Driver:
                 self.display.line(event.text)
                 self._events_seen = event.number
             self.display.show(status)
+            new_faults = [fault for fault in status.node_faults if fault not in self._faults_seen]
+            self._faults_seen.update(new_faults)
+            self._node_faults += [fault.to_json() for fault in new_faults]
             self._show_on_page(status)
             if status.ended is not None or over:
                 return status
-            self._leave_bad_nodes(coordinator, status)
+            self._leave_bad_nodes(coordinator, status, new_faults)
 
             now = time.monotonic()
             try:
@@ -250,14 +254,12 @@ class Driver:
                 self.display.line(waiting_message(self.config))
             time.sleep(STATUS_SECONDS)
 
-    def _leave_bad_nodes(self, coordinator: Any, status: Status) -> None:
+    def _leave_bad_nodes(self, coordinator: Any, status: Status, new_faults: list[NodeFault]) -> None:
         """Has the agents start anew on other nodes once a verdict named one of theirs, if as many others are free now.
 
         That costs the snapshots in memory: the run goes on from its newest checkpoint. Staying costs the same again.
         """
-        bad = {each.node_id: each.host for each in status.node_faults[self._faults_judged :]}
-        self._faults_judged = len(status.node_faults)
-        bad = {node_id: host for node_id, host in bad.items() if node_id not in self._excluded}
+        bad = {fault.node_id: fault.host for fault in new_faults if fault.node_id not in self._excluded}
         if not bad or self._moving:
             return
         hosts = ", ".join(bad.values())
@@ -272,8 +274,7 @@ class Driver:
 
     def _show_on_page(self, status: Status) -> None:
         """Tags of the MLflow run: which peak its MFU is a share of, and each node that a verdict has named."""
-        faults = self._node_faults(status)
-        tags = {f"node_fault.{number}": each["text"] for number, each in enumerate(faults, start=1)}
+        tags = {f"node_fault.{number}": each["text"] for number, each in enumerate(self._node_faults, start=1)}
         peak_flops = status.metrics.get("throughput/peak_flops_per_rank")
         if peak_flops is not None and status.agents:
             dtype, machine = self.config.engine.dtype, status.agents[0].machine
@@ -288,10 +289,6 @@ class Driver:
             set_tags(self.prepared.mlflow.uri, self.prepared.mlflow.run_id, new)
         except TrackingError as error:  # told above or in the record, which the run goes on with
             self.display.line(f"the MLflow page does not show {', '.join(new)}: {error}")
-
-    def _node_faults(self, status: Status) -> list[dict[str, Any]]:
-        """Of the whole run, as the record keeps them."""
-        return [*self._earlier_node_faults, *(each.to_json() for each in status.node_faults)]
 
     def _status(self, coordinator: Any) -> Status:
         """Raises ClusterLost when the cluster is gone.
@@ -310,8 +307,7 @@ class Driver:
     def _keep_record(self, keeper: RecordKeeper, status: Status) -> None:
         """Writes what changed at once, and else a heartbeat now and then."""
         live: Literal["preparing", "running"] = "running" if status.running else "preparing"
-        node_faults = self._node_faults(status)
-        changed = (status.generation, live, node_faults) != (
+        changed = (status.generation, live, self._node_faults) != (
             keeper.record.generation,
             keeper.record.state,
             keeper.record.node_faults or [],
@@ -322,7 +318,7 @@ class Driver:
             agents=[{"host": agent.host, "pid": agent.pid} for agent in status.agents],
             step=status.step,
             metrics=status.metrics,
-            node_faults=node_faults,
+            node_faults=list(self._node_faults),
         )
 
 

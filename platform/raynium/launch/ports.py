@@ -33,9 +33,8 @@ def rendezvous_port(host: str) -> int:
 
 def _is_free(host: str, port: int) -> bool:
     with socket.socket(_family(host)) as probe:
-        probe.setsockopt(
-            socket.SOL_SOCKET, socket.SO_REUSEADDR, 1
-        )  # what an ended generation left in TIME_WAIT is free
+        # What an ended generation left in TIME_WAIT counts as free
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
         except OSError:
