@@ -267,6 +267,9 @@ def test_what_crashed_saves_left_goes_after_its_grace(local: Store, tmp_path: Pa
         "checkpoints/step-000000020/dead",
     )
     assert found_in(local) == {"10/living", "20/winner", "20/manifest.json", "40/living"}
+    assert retain(local, LAST_TWO, "living", later=21 * HOUR) == Removed()
+    assert retain(local, LAST_TWO, "living", later=23 * HOUR).abandoned == ("checkpoints/step-000000010/living",)
+    assert found_in(local) == {"20/winner", "20/manifest.json", "40/living"}
     assert read_tensors(open_checkpoint(local, 20))["model/w0"].tolist() == [20.0] * 3
 
 
@@ -372,12 +375,19 @@ def test_what_was_set_aside_stays_as_long_as_it_is_recent(local: Store, tmp_path
     assert {name for name in found_in(local) if name.startswith("20/")} == {"20/g2", "20/manifest.json"}
 
 
-def test_a_step_that_a_living_generation_saves_again_is_left_to_it(local: Store, tmp_path: Path) -> None:
+def test_what_a_living_generation_writes_into_an_expired_step_stays_and_may_be_committed(
+    store: Store, tmp_path: Path
+) -> None:
     for step in (10, 20, 30):
-        save(local, tmp_path, step, "old")
-    upload(local, tmp_path, 10, "new")
-    assert retain(local, LAST_TWO, "new") == Removed()
-    assert retain(local, LAST_TWO, "newer").steps == (10,)
+        save(store, tmp_path, step, "old")
+    upload(store, tmp_path, 10, "dead")
+    entry = upload(store, tmp_path, 10, "new")
+    assert retain(store, LAST_TWO, "old", "new") == Removed(steps=(10,))
+    assert {name for name in found_in(store) if name.startswith("10/")} == {"10/new"}
+    commit_checkpoint(store, step=10, generation="new", entries=[entry], state={}, world_size=1, layout={})
+    assert read_tensors(open_checkpoint(store, 10))["model/w0"].tolist() == [10.0] * 3
+    assert retain(store, LAST_TWO, "old", "new") == Removed(steps=(10,))
+    assert not {name for name in found_in(store) if name.startswith("10/")}
 
 
 def test_a_tag_given_at_the_last_moment_counts(local: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

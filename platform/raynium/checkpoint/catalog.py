@@ -2,7 +2,7 @@
 
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -318,12 +318,15 @@ def _summary(manifest: Manifest) -> CheckpointSummary:
 # ---- deleting -----------------------------------------------------------------------------------------------------
 
 
-def delete_checkpoint(store: Store, step: int) -> int:
+def delete_checkpoint(store: Store, step: int, *, only: Collection[str] | None = None) -> int:
     """Delete all of a step. Manifest first: if this process dies between, what is left is an orphan, and not a broken
     checkpoint. Returns how many files there were; two processes may delete the same step.
+
+    only: besides the manifest, the files of these generations.
     """
     store.delete(manifest_key(step))
-    return 1 + store.delete_prefix(step_folder(step))
+    folders = [step_folder(step)] if only is None else [f"{step_folder(step)}/{name}" for name in only]
+    return 1 + sum(map(store.delete_prefix, folders))
 
 
 # ---- tags ---------------------------------------------------------------------------------------------------------

@@ -104,8 +104,8 @@ def apply_retention(
 ) -> Removed:
     """Delete the checkpoints that nothing keeps, and what crashed saves left. Called after a commit, by its process.
 
-    living: ids of the generations whose ranks or uploads may still write; nothing of theirs that is not committed is
-    touched. What others left uncommitted goes once nobody has written to it for `grace_seconds`.
+    living: ids of the generations whose ranks or uploads may still write. What others left uncommitted goes once nobody
+    has written to it for `grace_seconds`, and theirs once that is longer than any upload takes.
     The newest checkpoint is looked at first, one request a file: CheckpointDamaged if it is not whole, CheckpointTooNew
     if it is of a newer format, and then nothing was deleted. StoreError if the store cannot be asked, or refuses.
     Two processes may call it at once, and one may die in it: what is left is whole, or an orphan for the next call.
@@ -115,19 +115,21 @@ def apply_retention(
     found = summaries(store, folders, opened=newest)
     steps = [step for step in expired(found, policy) if _delete_expired(store, step, found, folders, living)]
     kept = [folder for folder in folders if folder.step not in steps]
+    # A living generation may be slow: we know of it only that it writes no file, or upload, for so long
     idle_since = now_unix - grace_seconds
+    idle_since_living = min(idle_since, now_unix - UPLOAD_SECONDS)
     abandoned = [
         f"{step_folder(folder.step)}/{generation}"
         for folder in kept
-        for generation in abandoned_generations(folder, found, policy, living=living, idle_since_unix=idle_since)
+        for generation, written_unix in uncommitted_generations(folder, found, policy).items()
+        if written_unix < (idle_since_living if generation in living else idle_since)
     ]
     for folder in kept:
         if folder.has_set_aside and not set_aside_stays(folder, found, policy):
             store.delete(set_aside_key(folder.step))
-    # An upload that never ended shows in no listing. Beside files of a dead generation it is dead too; of any other we
-    # only know how long ago it began, and a living generation may be slow
+    # An upload that never ended shows in no listing. Beside files of a dead generation it is dead too
     unfinished = sum(store.discard_unfinished(name, older_than_unix=idle_since) for name in abandoned)
-    began = min(idle_since, now_unix - UPLOAD_SECONDS) if living else idle_since
+    began = idle_since_living if living else idle_since
     unfinished += store.discard_unfinished(CHECKPOINTS_FOLDER, older_than_unix=began)
     for name in abandoned:
         count = store.delete_prefix(name)
@@ -135,23 +137,16 @@ def apply_retention(
     return Removed(tuple(steps), tuple(abandoned), unfinished)
 
 
-def abandoned_generations(
-    folder: StepFolder,
-    checkpoints: Sequence[CheckpointSummary],
-    policy: Retention,
-    *,
-    living: Collection[str],
-    idle_since_unix: float,
-) -> list[str]:
-    """The generations whose files in this step's folder belong to no checkpoint and never will."""
+def uncommitted_generations(
+    folder: StepFolder, checkpoints: Sequence[CheckpointSummary], policy: Retention
+) -> dict[str, float]:
+    """The generations whose files in this step's folder belong to no checkpoint → when they last wrote one, unix."""
     mine = next((each for each in checkpoints if each.step == folder.step), None)
     if folder.manifest is not None and (mine is None or mine.condition != "whole"):
-        return []  # we do not know which of them the manifest names
+        return {}  # we do not know which of them the manifest names
     if set_aside_stays(folder, checkpoints, policy):
-        return []
-    spared = {*living, mine.generation if mine is not None else ""}
-    idle = (name for name, written_unix in folder.generations.items() if written_unix < idle_since_unix)
-    return sorted(name for name in idle if name not in spared)
+        return {}
+    return {name: unix for name, unix in folder.generations.items() if mine is None or name != mine.generation}
 
 
 def set_aside_stays(folder: StepFolder, checkpoints: Sequence[CheckpointSummary], policy: Retention) -> bool:
@@ -180,11 +175,12 @@ def _delete_expired(
     folders: Sequence[StepFolder],
     living: Collection[str],
 ) -> bool:
-    """Whether it was deleted: not while another generation writes that step again, nor if it has just been tagged."""
-    committed = {each.generation for each in checkpoints if each.step == step}
-    writers = {name for folder in folders if folder.step == step for name in folder.generations} - committed
-    if writers & set(living) or checkpoint_tags(store, step):
+    """Whether it was deleted: not if it has just been tagged. What others of the living wrote there stays theirs."""
+    if checkpoint_tags(store, step):
         return False
-    count = delete_checkpoint(store, step)
+    [folder] = (each for each in folders if each.step == step)
+    committed = {each.generation for each in checkpoints if each.step == step}
+    writers = set(living) & folder.generations.keys() - committed
+    count = delete_checkpoint(store, step, only=folder.generations.keys() - writers if writers else None)
     logger.info("deleted the checkpoint of step %d (%d files)", step, count)
     return True
