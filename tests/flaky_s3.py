@@ -38,14 +38,14 @@ class Fault:
     code: str = ""
     seconds: float = 0
     bytes_between: tuple[int, int] = (0, 0)
-    after: tuple[str, ...] = ()  # operations that must have arrived first, in this order
+    after: tuple[str, ...] = ()  # operations that must have been answered first, in this order
     keeps_answer: bool = False
 
     def fits(self, operation: str) -> bool:
         return not self.after and self.times != 0 and (not self.operations or operation in self.operations)
 
-    def seen(self, operation: str) -> "Fault":
-        """The fault from the next request on, after one that it did not fit."""
+    def answered(self, operation: str) -> "Fault":
+        """The fault from the next request on, once a request has been answered."""
         return replace(self, after=self.after[1:]) if self.after[:1] == (operation,) else self
 
 
@@ -82,7 +82,7 @@ def hold(
     """Stop, and set `FlakyS3.held`: the moment to kill the client. `FlakyS3.set` breaks the connection off.
 
     at: "request" stops after so many bytes, and the server has seen no more than that; "answer" when the server has
-    done it and its client has not heard. after: only once these have arrived, in this order.
+    done it and its client has not heard. after: only once these have been answered, in this order.
     """
     keeps_answer = at == "answer"
     return Fault(
@@ -139,14 +139,11 @@ class FlakyS3:
         return all(fault.times == 0 for fault in self._faults)
 
     def _next_fault(self, operation: str) -> Fault | None:
-        found = None
         for index, fault in enumerate(self._faults):
-            if found is None and fault.fits(operation):
-                found = fault
+            if fault.fits(operation):
                 self._faults[index] = replace(fault, times=None if fault.times is None else fault.times - 1)
-            else:
-                self._faults[index] = fault.seen(operation)
-        return found
+                return fault
+        return None
 
     async def _close(self) -> None:
         self._listener.close()
@@ -206,6 +203,8 @@ class FlakyS3:
                 if fault is not None and fault.kind == "hold":
                     await self._hold(client)
                 answers.transport.abort()
+            else:
+                self._faults = [each.answered(request.operation) for each in self._faults]
         finally:
             upstream.transport.abort()
 
