@@ -13,8 +13,8 @@ INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints
 quickstart: $(VENV)/.installed
 	$(BIN)/raynium train quickstart
 
-test: $(VENV)/.installed-dev
-	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=25
+test: $(VENV)/.installed-dev    # several hundred processes import the package: it is compiled once
+	PYTHONDONTWRITEBYTECODE= $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=25
 
 check: format lint types test
 

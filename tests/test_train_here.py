@@ -1,4 +1,4 @@
-"""`raynium train` as a person meets it: its own cluster, Ctrl-C, kill -9, and nothing left behind."""
+"""`raynium train` as a person meets it: its own cluster, runs in S3, Ctrl-C, kill -9, and nothing left behind."""
 
 import contextlib
 import os
@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from s3_server import S3Server
 
 from raynium import Run, find_run
 from raynium.data.store_build import build_store
@@ -84,10 +85,17 @@ def living(pids: set[int]) -> dict[int, str]:
     }
 
 
-def test_ctrl_c_to_the_whole_group_saves_and_kill_9_leaves_nothing_behind(folder: Path, home: Path) -> None:
-    run = find_run("here", str(folder))
+@pytest.mark.s3
+def test_ctrl_c_to_the_whole_group_saves_and_kill_9_leaves_nothing_behind(
+    folder: Path, home: Path, s3_server: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in s3_server.env.items():
+        monkeypatch.setenv(name, value)
+    root = f"{s3_server.create_bucket('runs-of-a-team')}/raynium"
+    places = (f"run.root={root}", f"tracking.uri=sqlite:///{folder}/mlflow.db")
+    run = find_run("here", root)
 
-    first = start(folder)
+    first = start(folder, *places)
     wait_for_checkpoint(run, 10, first)
     os.killpg(first.pid, signal.SIGINT)  # what a terminal does
     output, _ = first.communicate(timeout=60)
@@ -96,7 +104,7 @@ def test_ctrl_c_to_the_whole_group_saves_and_kill_9_leaves_nothing_behind(folder
     assert f"run here: stopped at step {stopped.step}" in output
     assert run.checkpoints()[-1].step == stopped.step
 
-    second = start(folder)
+    second = start(folder, *places)
     wait_for_checkpoint(run, stopped.step + 20, second)
     below = descendants(second.pid)
     assert len(below) > 5
@@ -108,38 +116,18 @@ def test_ctrl_c_to_the_whole_group_saves_and_kill_9_leaves_nothing_behind(folder
         time.sleep(0.2)
 
     saved = run.checkpoints()[-1].step
-    third = start(folder, f"train.steps={saved + 10}")
+    third = start(folder, *places, f"train.steps={saved + 10}")
     output, _ = third.communicate(timeout=120)
     assert third.returncode == 0, output
     assert f"from the checkpoint of step {saved}" in output
     assert f"run here: finished at step {saved + 10}" in output
     steps = [point.step for point in run.metrics("train/loss")]
     assert steps == list(range(1, saved + 11))
+    assert run.record().state == "finished" and run.sample("def ", max_new_tokens=3).startswith("def ")
 
-    again = start(folder, f"train.steps={saved + 10}")
+    again = start(folder, *places, f"train.steps={saved + 10}")
     output, _ = again.communicate(timeout=60)
     assert again.returncode == 0 and "has already finished" in output
-
-
-@pytest.mark.s3
-def test_a_run_in_s3_finishes_and_goes_on(folder: Path, home: Path, s3_server, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in s3_server.env.items():
-        monkeypatch.setenv(name, value)
-    root = f"{s3_server.create_bucket('runs-of-a-team')}/raynium"
-    places = (f"run.root={root}", f"tracking.uri=sqlite:///{folder}/mlflow.db", "evaluate.every_steps=10")
-
-    first = start(folder, *places, "train.steps=20")
-    output, _ = first.communicate(timeout=180)
-    assert first.returncode == 0, output
-    run = find_run("here", root)
-    assert [each.step for each in run.checkpoints()] == [10, 20]
-
-    second = start(folder, *places, "train.steps=30")
-    output, _ = second.communicate(timeout=180)
-    assert second.returncode == 0, output
-    assert "from the checkpoint of step 20" in output
-    assert run.record().state == "finished" and run.sample("def ", max_new_tokens=3).startswith("def ")
-    assert [point.step for point in run.metrics("train/loss")] == list(range(1, 31))
 
 
 @pytest.mark.parametrize("kind", ["of its own group", "leader of a session", "last of its group"])

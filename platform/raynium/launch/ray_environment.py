@@ -12,6 +12,7 @@ RAY_TRAIN_ENVIRONMENT = {
     "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "60",  # a worker that does not answer is dead
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # it prints everything twice
     "RAY_TRAIN_METRICS_ENABLED": "0",  # ours go to MLflow
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # an actor (200 MB) for notices that no rank here asks Ray Train for
     "RAY_USAGE_STATS_ENABLED": "0",  # read by ray.init: nothing is sent to anybody
 }
 
