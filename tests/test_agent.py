@@ -20,10 +20,11 @@ from raynium.config.load import parse_config
 from raynium.config.schema import Config
 from raynium.data.store_build import build_store
 from raynium.errors import DataError
-from raynium.launch.agent import Node, NodeAgent
+from raynium.launch.agent import Node, NodeAgent, _Handler
 from raynium.launch.coordinator import CoordinatorOnLoop, RunCoordinator
 from raynium.launch.images import shared_memory_folder
-from raynium.launch.protocol import Status
+from raynium.launch.protocol import Order, Status
+from raynium.tracking.ledger import CAUSES
 from raynium.tracking.tracker import MemoryTracker
 
 JOB = """
@@ -56,6 +57,7 @@ class Played:
     def __init__(self, config: Config, run_folder: Path, document_folder: Path):
         self.run_folder = run_folder
         self.tracker = MemoryTracker()
+        self.began = time.monotonic()
         self.coordinator = CoordinatorOnLoop(RunCoordinator(config.model_dump(mode="json"), str(run_folder), 0))
         self.agent = NodeAgent(
             config=config,
@@ -84,6 +86,26 @@ class Played:
         for step, loss in self.tracker.values("train/loss"):
             losses.setdefault(step, []).append(loss)
         return losses
+
+    def check_goodput(self) -> None:
+        """The ledger that MLflow has at the end tells of rank 0 what its metrics tell, each step once as trained."""
+        first: dict[int, float] = {}
+        every = self.tracker.values("time/step_seconds")
+        for step, seconds in every:
+            first.setdefault(step, seconds)
+        expected = {
+            "train": sum(first.values()),
+            "repeat": sum(seconds for _, seconds in every) - sum(first.values()),
+            "evaluate": sum(seconds for _, seconds in self.tracker.values("time/eval_seconds")),
+            "save": sum(seconds for _, seconds in self.tracker.values("checkpoint/stall_seconds")),
+            "down": 0.0,
+            "compile": 0.0,
+        }
+        last = {name: self.tracker.values(f"goodput/{name}_seconds")[-1] for name in (*CAUSES, "wall")}
+        assert {name: last[name][1] for name in expected} == pytest.approx(expected)
+        assert sum(last[cause][1] for cause in CAUSES) == pytest.approx(last["wall"][1])
+        assert {step for step, _ in last.values()} == {max(first)}
+        assert all(last[cause][1] > 0 for cause in ("start", "load", "train", "save", "finish", "other"))
 
 
 @pytest.fixture
@@ -136,6 +158,28 @@ def test_a_run_ends_with_its_checkpoints_and_metrics(uninterrupted: Played) -> N
     assert [(each["step"], each["world_size"]) for each in listed] == [(8, 2), (12, 2)]
     assert listed[1]["metrics"].keys() == {"eval/loss", "eval/bits_per_byte"}
     assert not images_in_memory()
+    uninterrupted.check_goodput()
+    assert uninterrupted.tracker.values("goodput/restart_seconds")[-1][1] == 0
+
+
+def test_the_ledger_goes_to_mlflow_now_and_then_and_its_last_step_is_left_for_the_end(
+    tmp_path: Path, document_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("raynium.launch.agent.LEDGER_SECONDS", 3600)
+    monkeypatch.setattr("raynium.launch.agent.REPORT_SECONDS", 0)
+    run = Played(parse_config(JOB), tmp_path / "run", document_folder)
+    handle = _Handler(run.agent, Order("run", 1, "g1", "127.0.0.1", 1), run.tracker)
+
+    def step(number: int) -> None:
+        handle([(0, {"kind": "step", "step": number, "metrics": {"time/step_seconds": 0.001}})], [])
+        run.status()  # once it has answered, it has answered what was asked before
+
+    step(12)
+    wait_for(lambda: run.agent._goodput_metrics)
+    for number in (12, 3, 4, 5):
+        step(number)
+    run.coordinator.close()
+    assert [step for step, _ in run.tracker.values("goodput/ratio")] == [3]
 
 
 @pytest.mark.parametrize("victim", [0, 1])
@@ -144,7 +188,7 @@ def test_a_killed_rank_costs_one_generation_and_changes_no_bit(
 ) -> None:
     caplog.set_level(logging.INFO)
     run = play()
-    wait_for(lambda: (run.status().committed_step or 0) >= 4)
+    wait_for(lambda: len(run.losses()) >= 5)  # the snapshots of step 4 are taken
     os.kill(run.agent.rank_pids()[victim], signal.SIGKILL)
     wait_for(lambda: run.status().generation == 2)
     assert any("from the snapshot of step" in each.text for each in run.status().events)
@@ -156,6 +200,9 @@ def test_a_killed_rank_costs_one_generation_and_changes_no_bit(
     for step, losses in run.losses().items():
         assert set(losses) == set(reference[step]), f"step {step}"
     assert run.tracker.values("eval/bits_per_byte")[-1] == uninterrupted.tracker.values("eval/bits_per_byte")[-1]
+    run.check_goodput()
+    assert status.ledger.restart > 0
+    assert 0 < status.ledger.total < time.monotonic() - run.began
 
 
 def test_a_stop_saves_at_the_next_step_and_the_next_driver_goes_on(

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from raynium.checkpoint.upload import upload_shard
 from raynium.config.load import parse_config
 from raynium.launch.coordinator import RunCoordinator
 from raynium.launch.protocol import AgentInfo, HeldImages, Order, RankExit
+from raynium.tracking.ledger import Ledger
 
 JOB = """
 run: {name: test}
@@ -266,6 +268,57 @@ def test_the_newest_snapshot_that_every_rank_has_in_memory_comes_before_the_stor
         uncommitted = [HeldImages(third.generation_id, 3, (rank,)) for rank in (0, 1)]
         fourth, _ = await asyncio.gather(*(run.join(holding(rank, uncommitted[rank])) for rank in (0, 1)))
         assert fourth.resume_step == 3 and fourth.resume_images is not None
+
+    asyncio.run(play())
+
+
+def test_each_second_of_a_run_is_booked_whatever_happens_to_its_generations(tmp_path: Path) -> None:
+    async def play() -> None:
+        began = time.monotonic()
+        run = coordinator(tmp_path, **{"cluster.nodes": 1, "fault.max_restarts_without_progress": 9})
+        made = time.monotonic()
+        before = Ledger(train=50, down=30, step=8)
+        await run.ran_before(before)
+        await run.ran_before(Ledger(train=50, step=8))  # an earlier word that comes later
+        order = await run.join(agent(0))
+        assert order.ledger.total > 80 and order.ledger.step == 8, "steps up to 8 are repeated, not trained"
+        await asyncio.sleep(0.02)
+        await run.account(1, Ledger(load=0.004, repeat=0.003, train=0.003, step=9))
+        whole = await run.account(1, Ledger(load=0.004, step=8))
+        assert (whole.train, whole.step) == (50.003, 9)
+        await run.exited(1, 0, [replace(DIED, rank=0)])
+        await asyncio.sleep(0.01)
+        second = await run.join(agent(0))
+        assert second.ledger.restart >= 0.01 and (second.ledger.repeat, second.ledger.step) == (0.003, 9)
+        await run.account(1, Ledger(train=1000))  # the last word of a life that is over comes late
+        booked = (await run.status(0)).ledger
+        assert booked.train == 0.003 and booked.load > 0.004, "the second is being loaded"
+        await asyncio.sleep(0.01)
+        await run.account(2, Ledger(load=0.001, train=0.001, step=10))
+        await run.leave()
+        home = await run.join(agent(0))
+        assert home.kind == "end" and home.ledger.restart > second.ledger.restart
+        asked = time.monotonic()
+        total = (await run.status(0)).ledger.total
+        assert asked - made <= total <= time.monotonic() - began, "nothing is missing, and nothing counted twice"
+        assert home.ledger.total - before.total <= total
+
+    asyncio.run(play())
+
+
+def test_the_upload_of_the_last_checkpoint_is_part_of_the_end(tmp_path: Path) -> None:
+    async def play() -> None:
+        run = coordinator(tmp_path)
+        order, _ = await asyncio.gather(run.join(agent(0)), run.join(agent(1)))
+        await run.account(1, Ledger(step=4))
+        await save(run, tmp_path, order, 4)
+        done = RankExit(0, 0, None, retry=False, outcome={"step": 4, "reason": "finished"})
+        await run.exited(1, 0, [done])
+        assert (await run.status(0)).ledger.finish == 0
+        await run.exited(1, 1, [done])
+        status = await run.status(0)
+        assert status.ended == "finished" and status.ledger.finish > 0
+        assert (status.ledger.other, status.ledger.restart) == (0, 0)
 
     asyncio.run(play())
 

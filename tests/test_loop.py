@@ -264,5 +264,7 @@ def test_every_name_that_a_run_reports_is_known_to_tracking() -> None:
         check_metrics(metrics)
     reported = {name for metrics in play.link.steps.values() for name in metrics}
     of_the_coordinator = {"bytes", "longest_stall_seconds", "upload_seconds", "commit_seconds"}
-    of_others = {name for name in METRICS if name.partition("/")[0] in ("run", "memory", "compile", "device")}
+    of_others = {
+        name for name in METRICS if name.partition("/")[0] in ("run", "memory", "compile", "device", "goodput")
+    }
     assert reported == METRICS.keys() - of_others - {f"checkpoint/{name}" for name in of_the_coordinator}

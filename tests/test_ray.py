@@ -293,6 +293,11 @@ def test_a_killed_driver_is_continued_by_the_next_one(cluster: Cluster, uninterr
     finished = again.wait(240)
     assert finished.mlflow_run_id == record.mlflow_run_id
     assert "from the checkpoint of step" in again.logs()
+    ledger = finished.ledger
+    assert ledger.down > 0 and ledger.train > 0 and ledger.step == LONG and "goodput: " in again.logs()
+    assert ledger.total == pytest.approx(finished.heartbeat_unix - finished.created_unix, abs=1)
+    shown = {name: again.metrics(f"goodput/{name}_seconds")[-1].value for name in ("down", "start", "train")}
+    assert shown == pytest.approx({"down": ledger.down, "start": ledger.start, "train": ledger.train})
     same_as(again, uninterrupted)
 
 

@@ -21,6 +21,7 @@ from raynium.launch.record import (
     request_stop,
     this_process,
 )
+from raynium.tracking.ledger import Ledger
 
 CONFIG = {"train": {"steps": 4}}
 
@@ -49,6 +50,39 @@ def test_a_dead_owner_loses_its_run_at_once_and_the_mlflow_run_stays(tmp_path: P
     assert dead is not None and not dead.owner_is_alive(time.time())
     record = claim(Store(tmp_path), "first", CONFIG).record
     assert (record.mlflow_run_id, record.generation, record.owner) == ("m1", 2, this_process())
+
+
+def test_the_ledger_of_a_run_goes_on_with_each_driver_and_names_the_time_without_one(tmp_path: Path) -> None:
+    first = claim(Store(tmp_path), "first", CONFIG)
+    before = first.hear_ledger(Ledger(train=1e-9, step=7))
+    assert before.start > 0 and before.train == 0
+    first.finishing()
+    first.update(state="failed")
+    assert first.record.ledger.finish > 0
+    # Nobody started it again for an hour.
+    earlier = replace(
+        first.record,
+        created_unix=first.record.created_unix - 3600,
+        heartbeat_unix=first.record.heartbeat_unix - 3600,
+    )
+    Store(tmp_path).replace("run.json", earlier.to_json())
+
+    second = claim(Store(tmp_path), "first", CONFIG)
+    ledger = second.record.ledger
+    assert ledger.down >= 3600 and ledger.train > 0 and ledger.step == 7
+    assert second.hear_ledger(Ledger()).down == ledger.down
+    second.update(state="running")
+    stored = read_record(Store(tmp_path))
+    assert stored is not None and stored.ledger == second.record.ledger
+    assert stored.ledger.total == pytest.approx(stored.heartbeat_unix - stored.created_unix, abs=1)
+
+
+def test_a_driver_whose_clock_is_behind_the_last_ones_makes_no_negative_time(tmp_path: Path) -> None:
+    keeper = claim(Store(tmp_path), "first", CONFIG)
+    keeper.update(state="failed")
+    ahead = replace(keeper.record, created_unix=time.time() + 3600)
+    Store(tmp_path).replace("run.json", ahead.to_json())
+    assert claim(Store(tmp_path), "first", CONFIG).record.ledger.down == 0
 
 
 def test_an_owner_on_another_host_is_alive_while_its_heart_beats(tmp_path: Path) -> None:

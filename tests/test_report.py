@@ -13,7 +13,8 @@ import pytest
 from raynium.accelerators.neuron_errors import Fault
 from raynium.launch.protocol import NodeFault
 from raynium.launch.record import Owner, RunRecord, this_process
-from raynium.launch.report import report_lines, table_row, ui_lines
+from raynium.launch.report import goodput_line, report_lines, table_row, ui_lines
+from raynium.tracking.ledger import Ledger
 
 CONFIG = {"train": {"steps": 2000}, "run": {"root": "/data/my runs"}}
 RESULT = {
@@ -55,6 +56,13 @@ def test_a_finished_run_ends_with_its_words_its_numbers_and_its_page(monkeypatch
         f"MLflow page: {PAGE}",
         "       served by: raynium ui first --root '/data/my runs'",
     ]
+
+
+def test_the_time_of_a_run_is_told_longest_first_without_what_took_no_second() -> None:
+    ledger = Ledger(train=3600, start=60, down=125.4, save=0.4, step=7)
+    lines = report_lines(record(state="stopped", step=7, ledger=ledger))
+    assert lines[1] == "goodput: 95 % of 1:03:06: train 1:00:00, down 2:05, start 1:00"
+    assert goodput_line(Ledger(start=0.2)) == "goodput: 0 % of 0:00: not a second yet"
 
 
 def test_a_node_that_a_verdict_named_is_named_with_what_to_do() -> None:

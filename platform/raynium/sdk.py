@@ -42,7 +42,10 @@ class Run:
     job_id: str | None = None
 
     def record(self) -> "RunRecord":
-        """What the run is and how far it got. Raises StoreError while it has written nothing."""
+        """What the run is, how far it got, and where its time went (`record().ledger.goodput`, `.restart`, …).
+
+        Raises StoreError while it has written nothing.
+        """
         from raynium.launch.record import read_record
 
         record = read_record(self._store())

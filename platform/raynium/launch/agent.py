@@ -31,6 +31,7 @@ from raynium.launch.protocol import AgentInfo, Commit, CoordinatorCalls, Order, 
 from raynium.launch.ranks import RankGroup, start_template
 from raynium.launch.uploader import Uploader
 from raynium.rank_plan import RankPlan
+from raynium.tracking.ledger import GenerationBook, Ledger
 from raynium.tracking.tracker import Tracker
 from raynium.train.link import IMAGE_SLOTS
 
@@ -42,6 +43,7 @@ TRACKER_CLOSE_SECONDS = 30.0  # then the rest stays in the spool, and the next a
 COMMIT_LOG_CLOSE_SECONDS = 10.0
 COMPILES_TOLD = 20  # on the user's terminal, of one node: a run that compiles at every step would fill it
 REPORT_SECONDS = 0.5  # the driver's display is not fed faster than this
+LEDGER_SECONDS = 10.0  # MLflow is not sent the goodput ledger faster than this
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,10 @@ class NodeAgent:
             self._neuron_monitor = "neuron-monitor"
         self._device_metrics: dict[str, float] = {}  # of all nodes, on node 0, until a step takes them along
         self._compiles_told: set[tuple[int, int, str]] = set()  # generation, step, what was said
-        self._last_report = 0.0
+        self._last_report = self._last_ledger = 0.0
+        self._goodput_metrics: dict[str, float] = {}  # of the run, until a step takes them along
+        # As the coordinator knows, unless it was started again. Only node 0's agent hears of steps.
+        self._trained_step = 0
         self._group: RankGroup | None = None
         self._group_lock = threading.Lock()  # image offers go to the ranks of now, from any thread
 
@@ -121,6 +126,8 @@ class NodeAgent:
                     self._cache.sync.wait_filled()
                 while (order := self.coordinator.call("join", self._info()).result()).kind == "run":
                     self._run_generation(order, data_folder, image_folder, tracker)
+                if tracker is not None:
+                    tracker.append(order.ledger.metrics(), step=order.ledger.step, unix_ms=int(time.time() * 1000))
             finally:
                 if devices is not None:
                     devices.close()
@@ -186,6 +193,7 @@ class NodeAgent:
 
     def _run_generation(self, order: Order, data_folder: str, image_folder: Path, tracker: Tracker | None) -> None:
         """Forks the ranks and stays until all have ended, because they did or because the coordinator said so."""
+        handle = _Handler(self, order, tracker)
         self._images.start_generation(order.resume_images)
         plan = RankPlan(
             config=self.config,
@@ -199,7 +207,6 @@ class NodeAgent:
         with self._group_lock:
             self._group = group
         self._offer_images()
-        handle = _Handler(self, order, tracker)
         verdict = self._watch(order, group, stop_known=False)
         while group.alive():
             handle(*group.poll(POLL_SECONDS))
@@ -215,6 +222,8 @@ class NodeAgent:
         failed_before_kill = {each.rank for each in group.ended()}
         group.kill()
         handle(*group.drain())
+        if self.node.node_rank == 0:
+            self._account(order, handle.book.ledger()).result()  # before the coordinator closes this generation
         ended = [each for rank, each in group.ranks.items() if rank in failed_before_kill]
         exits, fault = self._diagnosis.explain((each.process.pid or 0, each.exit()) for each in ended)
         with self._group_lock:
@@ -334,13 +343,41 @@ class NodeAgent:
             taken["device/flops_to_estimate_ratio"] = counted / (mfu * peak_flops * self.config.world_size)
         return taken
 
-    def report(self, step: int, metrics: dict[str, float]) -> None:
-        """Feeds the driver's display: every evaluation, the last step, and else not more often than it can show."""
+    def new_book(self, order: Order) -> GenerationBook:
+        """For the ledger of a generation that begins now."""
+        return GenerationBook(trained_step=max(self._trained_step, order.ledger.step), now=time.monotonic())
+
+    def take_goodput_metrics(self, step: int) -> dict[str, float]:
+        """The run's ledger, now and then. The last step's is the one that holds the run's end: see `run`."""
+        if step == self.config.train.steps:  # MLflow keeps one value of each step, the first
+            return {}
+        taken, self._goodput_metrics = self._goodput_metrics, {}
+        return taken
+
+    def _account(self, order: Order, ledger: Ledger) -> "Future[Ledger]":
+        self._trained_step = ledger.step
+        answer = self.coordinator.call("account", order.generation, ledger)
+        answer.add_done_callback(self._keep_run_ledger)
+        return answer
+
+    def _keep_run_ledger(self, answer: "Future[Ledger]") -> None:
+        now = time.monotonic()
+        if now - self._last_ledger < LEDGER_SECONDS or answer.cancelled() or answer.exception() is not None:
+            return
+        self._last_ledger = now
+        self._goodput_metrics = answer.result().metrics()
+
+    def report(self, order: Order, step: int, metrics: dict[str, float], ledger: Ledger) -> None:
+        """Feeds the driver's display: every evaluation, the last step, and else not more often than it can show.
+
+        ledger: of this generation so far.
+        """
         now = time.monotonic()
         evaluated = any(name.startswith("eval/") for name in metrics)
         if evaluated or step == self.config.train.steps or now - self._last_report >= REPORT_SECONDS:
             self._last_report = now
             self.coordinator.call("report", step, metrics)
+            self._account(order, ledger)
 
 
 class _CommitLog:
@@ -380,16 +417,22 @@ class _Handler:
     order: Order
     tracker: Tracker | None
 
+    def __post_init__(self) -> None:
+        self.book = self.agent.new_book(self.order)
+
     def __call__(self, messages: list[tuple[int, dict[str, Any]]], lines: list[tuple[int, str]]) -> None:
         for rank, line in lines:
             logger.info("rank %d | %s", rank, line)
             self.agent.note_output(rank, line)
         for rank, message in messages:
             if message["kind"] == "step":
+                self.book.step(message["step"], message["metrics"], time.monotonic())
                 self._step(message["step"], message["metrics"])
             elif message["kind"] == "compiled":
                 fields = (message[name] for name in ("step", "graphs", "seconds", "surprises"))
                 self.agent.compiled(self.order, rank, *fields)
+                if rank == 0:
+                    self.book.compiled(message["seconds"])
             elif message["kind"] == "image":
                 info, replicas = (ImageInfo.from_json(message[name]) for name in ("info", "replicas"))
                 snapshot = Snapshot(self.order.generation, self.order.generation_id, info, replicas)
@@ -401,6 +444,7 @@ class _Handler:
             self.agent.coordinator.call("tell", f"step {step}: no checkpoint, because {why}")
         metrics = metrics | {"run/generation": float(self.order.generation)}
         metrics |= self.agent.take_device_metrics(metrics.get("throughput/mfu_with_attention"))
-        self.agent.report(step, metrics)
+        self.agent.report(self.order, step, metrics, self.book.ledger())
         assert self.tracker is not None
+        metrics |= self.agent.take_goodput_metrics(step)
         self.tracker.append(metrics, step=step, unix_ms=int(time.time() * 1000))

@@ -25,6 +25,7 @@ from raynium.config.schema import Config
 from raynium.errors import CheckpointDamaged, CheckpointError, StoreError
 from raynium.launch.protocol import AgentInfo, Commit, Event, HeldImages, NodeFault, Order, RankExit, Status, Verdict
 from raynium.launch.saves import Saves, WholeSave
+from raynium.tracking.ledger import CoordinatorBook, Ledger
 
 EVENTS_KEPT = 1000
 DEVICE_SAMPLE_SECONDS = 60.0  # an older one is of a node whose monitor ended
@@ -73,6 +74,8 @@ class RunCoordinator:
         self._node_faults: list[NodeFault] = []
         self._left_attempt = ""  # whose agents go home: others will go on elsewhere
         self._event_count = 0
+        self._book = CoordinatorBook(now=time.monotonic())
+        self._ledger_before = Ledger()  # of this coordinator's life; the driver tells it
         self._ended: Literal["finished", "stopped", "failed"] | None = None
         self._cause: str | None = None
 
@@ -98,7 +101,7 @@ class RunCoordinator:
                 await self._order_generation()
             await self._changed.wait_for(lambda: key in self._orders or self._has_ended_for(agent))
             if self._has_ended_for(agent):
-                return Order("end")
+                return Order("end", ledger=self._run_ledger())
             return self._orders[key]
 
     async def watch(self, generation: int, stop_known: bool) -> Verdict:
@@ -169,6 +172,12 @@ class RunCoordinator:
         self._metrics.update(metrics)
         self._saves.note_evaluation(step, metrics)
 
+    async def account(self, generation: int, ledger: Ledger) -> Ledger:
+        """What rank 0's agent has booked of a generation so far; returns the whole run's."""
+        if generation == self._number:
+            self._book.account(ledger)
+        return self._run_ledger()
+
     async def commits(self, after: int) -> list[Commit] | None:
         """Those since commit number `after`; waits for one. None: the run, or this attempt, has ended."""
         async with self._changed:
@@ -182,6 +191,11 @@ class RunCoordinator:
         self._append_event(text)
 
     # ---- driver ----------------------------------------------------------------------------------------------------
+
+    async def ran_before(self, ledger: Ledger) -> None:
+        """All of the run that was before this coordinator's life."""
+        if ledger.total > self._ledger_before.total:  # Ray may run two calls in either order
+            self._ledger_before = ledger
 
     async def request_stop(self) -> None:
         """Every rank saves at the next step and ends. Before any rank runs, the run just ends."""
@@ -197,6 +211,7 @@ class RunCoordinator:
             self._left_attempt = self._attempt
             if self._generation is not None and self._generation.state == "running":
                 self._generation.state, self._generation.cause = "over", "the run leaves these nodes"
+                self._book.failed()
             self._changed.notify_all()
 
     async def status(self, events_after: int) -> Status:
@@ -215,6 +230,7 @@ class RunCoordinator:
             cause=self._cause,
             events=tuple(event for event in self._events if event.number > events_after),
             node_faults=tuple(self._node_faults),
+            ledger=self._book.ledger(time.monotonic()),
         )
 
     # ---- inside ----------------------------------------------------------------------------------------------------
@@ -224,6 +240,9 @@ class RunCoordinator:
 
     def _is_left(self) -> bool:
         return self._left_attempt == self._attempt != ""
+
+    def _run_ledger(self) -> Ledger:
+        return self._ledger_before + self._book.ledger(time.monotonic())
 
     async def _order_generation(self) -> None:
         """All agents are here and no rank runs. Called with the lock held."""
@@ -244,9 +263,11 @@ class RunCoordinator:
         self._generations[self._number] = self._generation
         self._uploading_ids.append(generation_id)
         self._step = resume_step or 0
+        self._book.ordered(time.monotonic())
+        ledger = self._run_ledger()
         for agent in agents:
             self._orders[(agent.attempt, agent.node_rank)] = Order(
-                "run", self._number, generation_id, agents[0].host, agents[0].free_port, resume_step, images
+                "run", self._number, generation_id, agents[0].host, agents[0].free_port, resume_step, images, ledger
             )
         self._joined.clear()
         ranks = f"{self.config.world_size} ranks on {self.config.cluster.nodes} node(s)"
@@ -333,6 +354,7 @@ class RunCoordinator:
     def _over(self, current: _Generation, cause: str) -> None:
         """Called with the lock held."""
         current.state, current.cause = "over", cause
+        self._book.failed()
         self._failures_without_progress += 1
         limit = self.config.fault.max_restarts_without_progress
         if self._stop_requested:
@@ -368,6 +390,7 @@ class RunCoordinator:
         """Called with the lock held."""
         if self._ended is None:
             self._ended, self._cause = ended, cause
+            self._book.ended()
         self._changed.notify_all()
 
     def _append_event(self, text: str) -> None:

@@ -24,12 +24,17 @@ def progress_line(status: Status, total_steps: int, steps_per_second: float | No
     if "throughput/tokens_per_second" in status.metrics:
         parts.append(f"{status.metrics['throughput/tokens_per_second']:,.0f} tokens/s")
     if steps_per_second:
-        minutes, seconds = divmod(round((total_steps - status.step) / steps_per_second), 60)
-        hours, minutes = divmod(minutes, 60)
-        parts.append(f"ETA {hours}:{minutes:02d}:{seconds:02d}" if hours else f"ETA {minutes}:{seconds:02d}")
+        parts.append(f"ETA {clock((total_steps - status.step) / steps_per_second)}")
     if status.committed_step is not None:
         parts.append(f"checkpoint {status.committed_step:,}")
     return " · ".join(parts)
+
+
+def clock(seconds: float) -> str:
+    """`1:02:03`, and `2:03` where there is no hour."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
 
 
 class Pace:

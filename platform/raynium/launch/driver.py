@@ -40,6 +40,7 @@ from raynium.launch.preparation import Prepared
 from raynium.launch.protocol import NodeFault, Status
 from raynium.launch.record import RecordKeeper
 from raynium.launch.scratch import log_folder
+from raynium.tracking.ledger import Ledger
 from raynium.tracking.runs import log_artifact_text, set_tags
 
 logger = logging.getLogger(__name__)
@@ -116,6 +117,7 @@ class Driver:
         # Of the whole run, also of earlier drivers, as the record keeps them.
         self._node_faults: list[dict[str, Any]] = list(prepared.keeper.record.node_faults or [])
         self._faults_seen: set[NodeFault] = set()  # by this driver; a coordinator that starts again forgets its own
+        self._ledger_before: Ledger | None = None  # the coordinator's life, as it was last told
         self._page_tags: dict[str, str] = {}  # what this driver has put on the run's page
         self._excluded: list[str] = []  # ids of nodes that a preflight or a verdict named
         self._moves = 0  # times that the agents were sent home to start on other nodes
@@ -138,6 +140,7 @@ class Driver:
             .options(num_cpus=0, max_restarts=-1, max_task_retries=-1)
             .remote(self.config.model_dump(mode="json"), self.prepared.store.url, keeper.record.generation)
         )
+        coordinator.ran_before.remote(keeper.record.ledger)  # repeated with the time until now once it has answered
         while True:
             fitting = _InThread(lambda: self._trainer(coordinator).fit())
             status = self._watch(coordinator, fitting, keeper)
@@ -145,6 +148,7 @@ class Driver:
                 break
             self._moving = False
             self._moves += 1
+        keeper.finishing()
         if status.agents:  # they still send metrics and give back memory; without any, Ray Train waits for nodes
             fitting.join(AGENTS_END_SECONDS)
         if status.ended == "failed" or status.ended is None:
@@ -224,6 +228,7 @@ class Driver:
         while True:
             over = not fitting.is_alive()
             status = self._status(coordinator)
+            self._keep_ledger(coordinator, keeper, status)
             for event in status.events:
                 self.display.line(event.text)
                 self._events_seen = event.number
@@ -303,6 +308,13 @@ class Driver:
                 "the Ray cluster no longer answers: its processes were killed, or this machine was cut off. "
                 "Start the run again: it goes on from its newest checkpoint"
             ) from error
+
+    def _keep_ledger(self, coordinator: Any, keeper: RecordKeeper, status: Status) -> None:
+        """Books what the coordinator did, and tells it of what it has not lived to see."""
+        before = keeper.hear_ledger(status.ledger)
+        if before != self._ledger_before:
+            self._ledger_before = before
+            self._calls.submit(coordinator.ran_before.remote, before)
 
     def _keep_record(self, keeper: RecordKeeper, status: Status) -> None:
         """Writes what changed at once, and else a heartbeat now and then."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 from raynium.accelerators.neuron_errors import ACTIONS, Fault
+from raynium.tracking.ledger import Ledger
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ class Order:
     master_port: int = 0
     resume_step: int | None = None  # None: start from the initial weights
     resume_images: HeldImages | None = None  # all ranks have these in their nodes' memory: no need to read the store
+    ledger: Ledger = field(default_factory=Ledger)  # of the whole run until now
 
 
 @dataclass(frozen=True)
@@ -127,6 +129,7 @@ class Status:
     cause: str | None  # of a failure
     events: Sequence[Event] = field(default_factory=tuple)
     node_faults: Sequence[NodeFault] = ()  # all of this coordinator's life, oldest first
+    ledger: Ledger = field(default_factory=Ledger)  # of this coordinator's life
 
 
 class CoordinatorCalls(Protocol):

@@ -14,12 +14,13 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from raynium.checkpoint.store import KeyExists, KeyMissing, Store
 from raynium.errors import RunInUse, StoreError
 from raynium.launch.process import boot_id, pid_started
+from raynium.tracking.ledger import Ledger, RunBook
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +66,7 @@ class RunRecord:
     cause: str | None = None  # of a failure
     node_faults: list[dict[str, Any]] | None = None  # nodes that a verdict named, oldest first; NodeFault.to_json
     result: dict[str, Any] | None = None  # of a finished run: evaluation, baselines, samples
+    ledger: Ledger = field(default_factory=Ledger)  # from created_unix to heartbeat_unix
 
     def to_json(self) -> bytes:
         return json.dumps(asdict(self), indent=1).encode()
@@ -72,7 +74,7 @@ class RunRecord:
     @classmethod
     def from_json(cls, text: bytes) -> "RunRecord":
         fields = json.loads(text)
-        return cls(**fields | {"owner": Owner(**fields["owner"])})
+        return cls(**fields | {"owner": Owner(**fields["owner"]), "ledger": Ledger(**fields.get("ledger", {}))})
 
     def owner_is_alive(self, now_unix: float) -> bool:
         """False once the owner has ended, cleanly or not."""
@@ -109,16 +111,30 @@ class RecordKeeper:
     """The owner's hand on the record. One per driver; threads may share it."""
 
     def __init__(self, store: Store, record: RunRecord, claim_number: int):
+        """record: as of now, its ledger too."""
         self.claim_number = claim_number  # this driver is the run's n-th
         self._store = store
         self._writing = threading.Lock()
+        self._book = RunBook(record.ledger, now=time.monotonic())
         self.record = record
 
     def update(self, **changes: Any) -> None:
         """Writes the record with these fields changed and a fresh heartbeat."""
         with self._writing:
-            self.record = replace(self.record, **changes, heartbeat_unix=time.time())
+            ledger = self._book.ledger(time.monotonic())
+            self.record = replace(self.record, **changes, heartbeat_unix=time.time(), ledger=ledger)
             self._store.replace(RECORD_KEY, self.record.to_json())
+
+    def hear_ledger(self, coordinator: Ledger) -> Ledger:
+        """Takes over what the coordinator has booked; returns what the run's ledger held before its birth."""
+        with self._writing:
+            self._book.heard(coordinator, now=time.monotonic())
+            return self._book.before_coordinator()
+
+    def finishing(self) -> None:
+        """No generation will follow: the time from here on is the run's end."""
+        with self._writing:
+            self._book.finishing(now=time.monotonic())
 
     def beat(self, **changes: Any) -> None:
         """Like `update`, at most once every HEARTBEAT_SECONDS. Raises RunInUse if another driver owns the run by now.
@@ -174,7 +190,6 @@ def unowned_record(store: Store, name: str) -> RunRecord | None:
 def claim(store: Store, name: str, config: dict[str, Any]) -> RecordKeeper:
     """Takes the run for this process. Raises RunInUse while its owner lives, or when another driver was faster."""
     earlier = unowned_record(store, name)
-    now = time.time()
     numbers = [int(key.rpartition("/")[2].removesuffix(".json")) for key in store.list("claims").sizes]
     number = max(numbers, default=0) + 1
     owner = this_process()
@@ -185,10 +200,22 @@ def claim(store: Store, name: str, config: dict[str, Any]) -> RecordKeeper:
             f"run {name!r} at {store.url} was taken by another driver a moment ago. Give another run.name, or wait"
         ) from error
     store.delete(STOP_KEY)  # asked of an earlier owner
+    now = time.time()
     if earlier is None:
         record = RunRecord(name, config, "preparing", owner, created_unix=now, heartbeat_unix=now)
     else:
-        record = replace(earlier, config=config, state="preparing", owner=owner, cause=None, result=None)
+        # Unix time is all that two drivers share. Where their clocks disagree, this is what makes the sum right again.
+        down = Ledger(down=max(0.0, now - earlier.created_unix - earlier.ledger.total))
+        record = replace(
+            earlier,
+            config=config,
+            state="preparing",
+            owner=owner,
+            cause=None,
+            result=None,
+            heartbeat_unix=now,
+            ledger=earlier.ledger + down,
+        )
     keeper = RecordKeeper(store, record, number)
     keeper.update()
     return keeper

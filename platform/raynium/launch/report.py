@@ -7,7 +7,9 @@ import time
 from datetime import datetime
 from pathlib import Path
 
+from raynium.launch.display import clock
 from raynium.launch.record import RunRecord
+from raynium.tracking.ledger import Ledger
 from raynium.tracking.runs import page_url
 
 
@@ -21,6 +23,8 @@ def report_lines(record: RunRecord) -> list[str]:
     lines += [f"generation {each['generation']}: {each['text']}" for each in record.node_faults or ()]
     if record.result is not None:
         lines += _result_lines(record.result)
+    if record.ledger.total:
+        lines.append(goodput_line(record.ledger))
     lines += ui_lines(record)
     if state in ("stopped", "interrupted", "failed"):
         lines.append("start it again to go on from its newest checkpoint")
@@ -39,6 +43,13 @@ def _result_lines(result: dict) -> list[str]:
         f"held-out documents: {bits:.3f} bits per byte (its tokens' unigram model {unigram:.3f}, zlib {zlib:.3f})",
         f"checkpoint: {result['checkpoint']}",
     ]
+
+
+def goodput_line(ledger: Ledger) -> str:
+    """Where the run's wall time went: `goodput: 83 % of 2:00: train 1:40, start 0:15, compile 0:05`."""
+    longest_first = sorted(ledger.seconds().items(), key=lambda item: -item[1])
+    parts = [f"{cause} {clock(seconds)}" for cause, seconds in longest_first if round(seconds)]
+    return f"goodput: {100 * ledger.goodput:.0f} % of {clock(ledger.total)}: {', '.join(parts) or 'not a second yet'}"
 
 
 def ui_lines(record: RunRecord, port: int = 5000) -> list[str]:

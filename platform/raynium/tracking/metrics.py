@@ -52,7 +52,19 @@ METRICS: dict[str, str] = {
     "checkpoint/commit_seconds": "seconds from then on until the checkpoint was committed",
     "checkpoint/bytes": "bytes of the committed checkpoint, over all ranks",
     "run/generation": "number of the generation (one life of the ranks) that computed this step",
-    "run/restart_seconds": "seconds from a generation's end to the first step of the next",
+    "goodput/ratio": "fraction of the wall time since the run was first claimed that is goodput/train_seconds",
+    "goodput/wall_seconds": "seconds since then: the sum of those below, of which each second is in exactly one",
+    "goodput/train_seconds": "seconds of rank 0 in steps that the run had not taken before, without their compilations",
+    "goodput/compile_seconds": "seconds of rank 0 in which steps and evaluations waited for a graph to be compiled",
+    "goodput/evaluate_seconds": "seconds of evaluations",
+    "goodput/save_seconds": "seconds the training loop stood still for checkpoints",
+    "goodput/repeat_seconds": "seconds in steps that were lost with a failure, and computed again",
+    "goodput/load_seconds": "seconds from a generation's order to its first step: processes, checkpoint, first batch",
+    "goodput/restart_seconds": "seconds from the last that a generation did before it failed to the next one's order",
+    "goodput/start_seconds": "seconds from a driver's claim to its first generation's order: data, preflight, nodes",
+    "goodput/finish_seconds": "seconds after the last step and save: the last upload, results, the end of processes",
+    "goodput/down_seconds": "seconds in which no driver had the run: until somebody started it again",
+    "goodput/other_seconds": "seconds of none of these: between steps, and messages on their way",
 }
 
 

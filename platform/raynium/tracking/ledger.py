@@ -1,0 +1,191 @@
+"""The goodput ledger: where the wall time of a run went. Every second has one cause; all of them are the wall time.
+
+Each book is kept by the process that sees what it holds, and is handed up:
+    GenerationBook    node 0's agent: what rank 0 did, from the order to the last that was heard of it
+    CoordinatorBook   the coordinator: generations, and the time before, between and after them
+    RunBook           the driver, for the run record: coordinators, and the time before, between and after them
+A time `now` is in seconds of the steady clock of the process that keeps the book. No mlflow, no torch.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
+
+Cause = Literal[
+    "train", "compile", "evaluate", "save", "repeat", "load", "restart", "start", "finish", "down", "other"
+]  # fmt: skip
+CAUSES: tuple[Cause, ...] = get_args(Cause)
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """Seconds of wall time by cause; `tracking/metrics.py` says what each means."""
+
+    train: float = 0.0
+    compile: float = 0.0
+    evaluate: float = 0.0
+    save: float = 0.0
+    repeat: float = 0.0
+    load: float = 0.0
+    restart: float = 0.0
+    start: float = 0.0
+    finish: float = 0.0
+    down: float = 0.0
+    other: float = 0.0
+    step: int = 0  # the last that is in `train`: one that is not later is repeated
+
+    def seconds(self) -> dict[Cause, float]:
+        return {cause: getattr(self, cause) for cause in CAUSES}
+
+    @property
+    def total(self) -> float:
+        """Seconds of wall time."""
+        return sum(self.seconds().values())
+
+    @property
+    def goodput(self) -> float:
+        """The fraction of the wall time in which the run got on: 0 to 1."""
+        return self.train / self.total if self.total else 0.0
+
+    def __add__(self, other: "Ledger") -> "Ledger":
+        theirs = other.seconds()
+        sums = {cause: seconds + theirs[cause] for cause, seconds in self.seconds().items()}
+        return Ledger(**sums, step=max(self.step, other.step))
+
+    def metrics(self) -> dict[str, float]:
+        """goodput/…, for MLflow."""
+        by_cause = {f"goodput/{cause}_seconds": seconds for cause, seconds in self.seconds().items()}
+        return {"goodput/ratio": self.goodput, "goodput/wall_seconds": self.total} | by_cause
+
+
+def filled(parts: Ledger, wall_seconds: float, rest: Cause) -> Ledger:
+    """The parts and, as `rest`, what they leave of the wall time.
+
+    Clocks of two machines differ by parts per million: parts that come to more are all shortened alike.
+    """
+    missing = wall_seconds - parts.total
+    if missing < 0:
+        shorter = {cause: seconds * wall_seconds / parts.total for cause, seconds in parts.seconds().items()}
+        return replace(parts, **shorter)
+    return replace(parts, **{rest: getattr(parts, rest) + missing})
+
+
+class GenerationBook:
+    """What rank 0 did in one generation, from its messages (`train/link.py`)."""
+
+    def __init__(self, *, trained_step: int, now: float):
+        """trained_step: the last step that any generation of the run is known to have taken; now: of the order."""
+        self._began = self._heard = now
+        self._measured = Ledger(step=trained_step)  # by rank 0 itself
+        self._compile_seconds = 0.0  # inside the step or the evaluation that rank 0 reports next
+        self._load_seconds: float | None = None  # until its first step began
+
+    def compiled(self, seconds: float) -> None:
+        """A message that precedes the one of its step."""
+        self._compile_seconds += seconds
+
+    def step(self, step: int, metrics: Mapping[str, float], now: float) -> None:
+        """A step message: of a step and its evaluation, or of the save after it."""
+        self._heard = now
+        if "time/step_seconds" in metrics:
+            step_seconds, evaluate_seconds = metrics["time/step_seconds"], metrics.get("time/eval_seconds", 0.0)
+            in_step = min(self._compile_seconds, step_seconds)
+            in_evaluation = min(self._compile_seconds - in_step, evaluate_seconds)
+            self._compile_seconds = 0.0
+            is_new = step > self._measured.step
+            self._measured += Ledger(
+                train=step_seconds - in_step if is_new else 0.0,
+                repeat=0.0 if is_new else step_seconds - in_step,
+                compile=in_step + in_evaluation,
+                evaluate=evaluate_seconds - in_evaluation,
+                step=step,
+            )
+        self._measured += Ledger(save=metrics.get("checkpoint/stall_seconds", 0.0))
+        if self._measured.total:
+            # The messages of two steps may be read at once: then the first one came late, and the second one shows it.
+            unexplained = max(0.0, now - self._began - self._measured.total)
+            known = self._load_seconds
+            self._load_seconds = unexplained if known is None else min(known, unexplained)
+
+    def ledger(self) -> Ledger:
+        """From the order to the last message; what came after that, only the coordinator can name."""
+        wall_seconds = self._heard - self._began
+        if self._load_seconds is None:
+            return filled(self._measured, wall_seconds, "load")
+        return filled(self._measured + Ledger(load=self._load_seconds), wall_seconds, "other")
+
+
+class CoordinatorBook:
+    """One life of the coordinator. It begins with the time until the first generation is ordered: `start`."""
+
+    def __init__(self, *, now: float):
+        self._closed = Ledger()  # until `_since`
+        self._since = now
+        self._rest: Cause = "start"  # of the time since then that the generation's agent does not explain
+        self._generation = Ledger()
+
+    def ordered(self, now: float) -> None:
+        """A generation was ordered; its agent explains the time from here on."""
+        self._closed = self.ledger(now)
+        self._since, self._rest, self._generation = now, "load", Ledger()
+
+    def account(self, generation: Ledger) -> None:
+        """What the agent of the newest generation has booked so far; also once that is over."""
+        if generation.total >= self._generation.total:  # calls may overtake each other
+            self._generation = generation
+        if self._rest == "load":
+            self._rest = "other"
+
+    def failed(self) -> None:
+        """The generation is over, and another will follow."""
+        self._rest = "restart"
+
+    def ended(self) -> None:
+        """The run has ended. What is left of a generation that did not fail was the upload of its last checkpoint."""
+        if self._rest in ("load", "other"):
+            self._rest = "finish"
+
+    def ledger(self, now: float) -> Ledger:
+        """Of the time since this coordinator began."""
+        return self._closed + filled(self._generation, now - self._since, self._rest)
+
+
+class RunBook:
+    """The whole run, as the driver that has it now keeps it."""
+
+    def __init__(self, before: Ledger, *, now: float):
+        """before: everything until this driver claimed the run, which is now."""
+        self._began = now
+        self._before = before
+        self._lost = Ledger()  # coordinators that died, and the time until the next one answered
+        self._coordinator = Ledger()  # the one that lives, when it was last asked
+        self._until_first: float | None = None  # seconds from the claim to the first coordinator's birth
+        self._finishing_since: float | None = None
+
+    def heard(self, coordinator: Ledger, *, now: float) -> None:
+        """What the coordinator's book holds now."""
+        last = self._coordinator
+        if coordinator.total < last.total or coordinator.step < last.step:  # Ray started it again, without memory
+            self._lost += last
+            silent = now - self._began - (self._until_first or 0.0) - self._lost.total - coordinator.total
+            self._lost += Ledger(restart=max(0.0, silent))
+        self._coordinator = coordinator
+        if self._until_first is None:
+            self._until_first = max(0.0, now - self._began - coordinator.total)
+
+    def finishing(self, *, now: float) -> None:
+        """No generation will follow: what is left are results, and the end of all processes."""
+        self._finishing_since = now
+
+    def before_coordinator(self) -> Ledger:
+        """Everything before the birth of the coordinator that lives."""
+        return self._before + Ledger(start=self._until_first or 0.0) + self._lost
+
+    def ledger(self, now: float) -> Ledger:
+        """Since the run was first claimed."""
+        if self._until_first is None:
+            return self._before + Ledger(start=now - self._began)
+        parts = Ledger(start=self._until_first) + self._lost + self._coordinator
+        if self._finishing_since is not None:
+            parts += Ledger(finish=now - self._finishing_since)
+        return self._before + filled(parts, now - self._began, "other")

@@ -1,0 +1,249 @@
+"""Where the time of a run went: every second has one cause, whatever happened and in whatever order it was told."""
+
+import math
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from raynium.tracking.ledger import CAUSES, CoordinatorBook, GenerationBook, Ledger, RunBook
+from raynium.tracking.metrics import METRICS, check_metrics
+
+
+def took(step: float, evaluate: float = 0.0) -> dict[str, float]:
+    """What rank 0 tells of a step."""
+    return {"time/step_seconds": step, "time/data_seconds": 0.0} | ({"time/eval_seconds": evaluate} if evaluate else {})
+
+
+def saved(stall: float) -> dict[str, float]:
+    return {"checkpoint/stall_seconds": stall, "checkpoint/wait_seconds": 0.0}
+
+
+def nonzero(ledger: Ledger) -> dict[str, float]:
+    return {cause: seconds for cause, seconds in ledger.seconds().items() if seconds}
+
+
+# ---- one generation --------------------------------------------------------------------------------------------------
+
+
+def test_a_generation_is_loaded_compiled_trained_evaluated_and_saved() -> None:
+    book = GenerationBook(trained_step=0, now=100)
+    book.compiled(6)
+    book.step(1, took(10), now=130)  # 20 s until it began
+    book.step(2, took(2), now=133)  # 1 s late
+    book.step(3, took(2, evaluate=5), now=140)
+    book.step(3, saved(1), now=141)
+    assert nonzero(book.ledger()) == {"load": 20, "compile": 6, "train": 8, "evaluate": 5, "save": 1, "other": 1}
+    assert book.ledger().step == 3
+
+
+def test_a_step_that_the_run_has_taken_before_is_repeated_and_the_first_new_one_is_not() -> None:
+    book = GenerationBook(trained_step=7, now=0)
+    for step, now in ((6, 2), (7, 4), (8, 6)):
+        book.step(step, took(2), now=now)
+    assert nonzero(book.ledger()) == {"repeat": 4, "train": 2} and book.ledger().step == 8
+
+
+def test_the_compilations_of_an_evaluation_are_taken_from_its_seconds() -> None:
+    book = GenerationBook(trained_step=0, now=0)
+    book.compiled(3)
+    book.compiled(2)
+    book.step(1, took(4, evaluate=3), now=7)
+    assert nonzero(book.ledger()) == {"compile": 5, "evaluate": 2}
+
+
+def test_compilations_take_no_more_than_the_step_that_holds_them_and_nothing_of_the_next() -> None:
+    book = GenerationBook(trained_step=0, now=0)
+    book.compiled(99)
+    book.step(1, took(4), now=4)
+    book.step(2, took(4), now=8)
+    assert nonzero(book.ledger()) == {"compile": 4, "train": 4}
+
+
+def test_messages_that_are_read_late_leave_each_second_where_it_was_spent() -> None:
+    """The agent was busy: it reads the messages of three steps at the same moment."""
+    book = GenerationBook(trained_step=0, now=0)
+    for step in (1, 2, 3):
+        book.step(step, took(2), now=16)
+    assert nonzero(book.ledger()) == {"load": 10, "train": 6}
+
+
+def test_only_an_evaluation_was_left_to_do() -> None:
+    book = GenerationBook(trained_step=4, now=0)
+    book.step(4, {"eval/loss": 2.0}, now=3)
+    assert nonzero(book.ledger()) == {"load": 3} and book.ledger().step == 4
+
+
+# ---- a coordinator's life --------------------------------------------------------------------------------------------
+
+
+def generation(**seconds: Any) -> Ledger:
+    return Ledger(**seconds)
+
+
+def test_what_a_failed_generation_had_not_finished_belongs_to_the_restart() -> None:
+    book = CoordinatorBook(now=0)
+    book.ordered(now=4)
+    assert nonzero(book.ledger(9)) == {"start": 4, "load": 5}
+    book.account(generation(load=5, train=10, step=10))
+    assert nonzero(book.ledger(20)) == {"start": 4, "load": 5, "train": 10, "other": 1}
+    book.failed()
+    book.account(generation(load=5, train=11, step=11))  # node 0's last word comes after another node's rank died
+    book.ordered(now=24)
+    assert nonzero(book.ledger(24)) == {"start": 4, "load": 5, "train": 11, "restart": 4}
+    book.account(generation(repeat=2, train=3, step=12))
+    book.ended()
+    assert nonzero(book.ledger(31)) == {
+        "start": 4, "load": 5, "train": 14, "restart": 4, "repeat": 2, "finish": 2,
+    }  # fmt: skip
+    assert book.ledger(31).step == 12
+
+
+@pytest.mark.parametrize("ordered, failed, cause", [(False, False, "start"), (True, True, "restart")])
+def test_a_run_that_ends_while_no_rank_lives_was_waiting_for_them(ordered: bool, failed: bool, cause: str) -> None:
+    book = CoordinatorBook(now=0)
+    if ordered:
+        book.ordered(now=0)
+    if failed:
+        book.failed()
+    book.ended()
+    assert nonzero(book.ledger(8)) == {cause: 8}
+
+
+# ---- a run -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_driver_books_what_it_hears_and_the_time_around_it() -> None:
+    before = Ledger(train=100, down=20, step=50)
+    book = RunBook(before, now=1000)
+    assert book.ledger(1005) == before + Ledger(start=5)
+    book.heard(Ledger(start=2), now=1010)  # born 8 s after the claim
+    assert book.before_coordinator() == before + Ledger(start=8)
+    book.heard(Ledger(start=3, train=30, step=80), now=1042)  # its messages took a second in all
+    assert book.ledger(1042) == before + Ledger(start=11, train=30, other=1, step=80)
+    book.finishing(now=1042)
+    assert book.ledger(1050) == before + Ledger(start=11, train=30, other=1, finish=8, step=80)
+
+
+def test_a_coordinator_that_started_again_takes_nothing_away() -> None:
+    book = RunBook(Ledger(), now=0)
+    book.heard(Ledger(start=1, train=9, step=5), now=10)
+    book.heard(Ledger(start=2), now=16)  # silent for 4 s
+    assert nonzero(book.before_coordinator()) == {"start": 1, "train": 9, "restart": 4}
+    book.heard(Ledger(start=2, repeat=3, step=5), now=19)
+    assert nonzero(book.ledger(19)) == {"start": 3, "train": 9, "restart": 4, "repeat": 3}
+    assert book.ledger(19).step == 5
+
+
+def test_a_coordinator_that_outlived_the_first_before_it_was_asked_is_another_one() -> None:
+    book = RunBook(Ledger(), now=0)
+    book.heard(Ledger(start=1, train=9, step=5), now=10)
+    book.heard(Ledger(start=20), now=40)
+    assert nonzero(book.ledger(40)) == {"start": 21, "train": 9, "restart": 10} and book.ledger(40).step == 5
+
+
+def test_a_clock_that_runs_fast_makes_no_time() -> None:
+    book = RunBook(Ledger(), now=0)
+    book.heard(Ledger(), now=0)
+    book.heard(Ledger(train=800.8, other=200.2), now=1000)  # a thousandth too fast
+    assert book.ledger(1000).seconds() == pytest.approx(Ledger(train=800, other=200).seconds())
+
+
+def test_goodput_is_the_share_of_training_also_of_no_time_at_all() -> None:
+    assert Ledger(train=3, down=9).goodput == 0.25
+    assert Ledger().goodput == 0
+
+
+def test_each_cause_is_a_metric() -> None:
+    metrics = Ledger(train=3, down=9).metrics()
+    check_metrics(metrics)
+    assert metrics.keys() == {name for name in METRICS if name.startswith("goodput/")}
+    assert (metrics["goodput/ratio"], metrics["goodput/wall_seconds"]) == (0.25, 12)
+    assert len(metrics) == len(CAUSES) + 2
+
+
+# ---- anything that can happen ----------------------------------------------------------------------------------------
+
+SECONDS = st.floats(0, 1e5) | st.just(0.0)
+EVENTS = st.tuples(
+    st.sampled_from(
+        [
+            "order",
+            "compile",
+            "step",
+            "save",
+            "account",
+            "fail",
+            "end",
+            "lose coordinator",
+            "ask",
+            "lose driver",
+            "finish",
+        ]
+    ),
+    SECONDS,  # until it happens
+    SECONDS,  # what somebody measured, right or wrong
+    st.integers(0, 20),
+)
+
+
+class Played:
+    """A run's books on one clock, from 0 on."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.born = 0.0  # the coordinator
+        self.run = RunBook(Ledger(), now=0)
+        self.coordinator = CoordinatorBook(now=0)
+        self.generation = GenerationBook(trained_step=0, now=0)
+
+    def happen(self, what: str, seconds: float, measured: float, step: int) -> None:
+        before, self.now = self.now, self.now + seconds
+        match what:
+            case "order":
+                self.coordinator.ordered(self.now)
+                self.generation = GenerationBook(trained_step=self.run.ledger(self.now).step, now=self.now)
+            case "compile":
+                self.generation.compiled(measured)
+            case "step":
+                self.generation.step(step, took(measured, measured / 2), self.now)
+            case "save":
+                self.generation.step(step, saved(measured), self.now)
+            case "account":
+                self.coordinator.account(self.generation.ledger())
+            case "fail":
+                self.coordinator.failed()
+            case "end":
+                self.coordinator.ended()
+            case "lose coordinator":
+                self.coordinator, self.born = CoordinatorBook(now=self.now), self.now
+            case "ask":
+                self.run.heard(self.coordinator.ledger(self.now), now=self.now)
+            case "lose driver":
+                self.run = RunBook(self.run.ledger(before) + Ledger(down=seconds), now=self.now)
+                self.coordinator, self.born = CoordinatorBook(now=self.now), self.now
+            case "finish":
+                self.run.finishing(now=self.now)
+
+    def ledgers(self) -> Iterator[tuple[Ledger, float]]:
+        """Each book's, and the wall time that it is of."""
+        yield self.run.ledger(self.now), self.now
+        yield self.coordinator.ledger(self.now), self.now - self.born
+
+
+@given(st.lists(EVENTS, max_size=30))
+def test_whatever_happens_the_causes_are_the_wall_time_and_none_is_negative(
+    events: list[tuple[str, float, float, int]],
+) -> None:
+    played = Played()
+    steps = [0]
+    for event in events:
+        played.happen(*event)
+        for ledger, wall_seconds in played.ledgers():
+            assert math.isclose(ledger.total, wall_seconds, rel_tol=1e-9, abs_tol=1e-6)
+            assert min(ledger.seconds().values()) >= 0
+        steps.append(played.run.ledger(played.now).step)
+    assert all(earlier <= later for earlier, later in pairwise(steps))
