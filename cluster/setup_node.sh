@@ -36,7 +36,13 @@ neuron)
 cpu)
     environment=$HOME/raynium-venv
     if [ ! -x "$environment/bin/python" ]; then
-        python3 -c 'import ensurepip' 2>/dev/null || { sudo apt-get update -qq; sudo apt-get install -y -qq python3-venv; }
+        if ! python3 -c 'import ensurepip' 2>/dev/null; then
+            for _ in {1..60}; do    # the first boot's own updates hold the locks for minutes
+                sudo apt-get update -qq && break
+                sleep 5
+            done
+            sudo apt-get install -y -qq -o DPkg::Lock::Timeout=300 python3-venv
+        fi
         python3 -m venv "$environment"
     fi
     cp "$checkout/constraints.txt" "$constraints"

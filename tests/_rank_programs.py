@@ -4,6 +4,7 @@ import ctypes
 import json
 import os
 import signal
+import subprocess
 import sys
 import time
 from typing import Any, NoReturn
@@ -74,3 +75,12 @@ def hold_the_gil(plan_json: str, link: Any) -> NoReturn:
     sys.stdout.write(f"{os.getpid()}\n")
     ctypes.PyDLL(None).sleep(300)
     raise AssertionError
+
+
+def fail_while_compiling(plan_json: str, link: Any) -> NoReturn:
+    """Says the pid of a process of its own, which does not end by itself, and raises; or hangs, as the plan says."""
+    compiler = subprocess.Popen(["sleep", "300"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    sys.stdout.write(f"{compiler.pid}\n")
+    if json.loads(plan_json)["hangs"]:
+        compiler.wait()
+    raise RuntimeError("connection reset by peer")

@@ -46,8 +46,10 @@ fi
     (folder / "bin/pip").chmod(0o755)
 
 
-def setup_node(kind: str, home: Path, images: Path) -> subprocess.CompletedProcess[str]:
-    env = {"HOME": str(home), "PATH": os.environ["PATH"], "RAYNIUM_IMAGE_VENVS": str(images)}
+def setup_node(
+    kind: str, home: Path, images: Path, *, path: str = os.environ["PATH"]
+) -> subprocess.CompletedProcess[str]:
+    env = {"HOME": str(home), "PATH": path, "RAYNIUM_IMAGE_VENVS": str(images)}
     return subprocess.run(
         ["bash", str(CLUSTER / "setup_node.sh"), kind], env=env, capture_output=True, text=True, timeout=60
     )
@@ -74,6 +76,27 @@ def test_a_neuron_node_keeps_what_its_image_brings(home: Path, images: Path):
     assert "export RAY_AUTH_MODE=token" in environment_file
     assert (home / ".bashrc").read_text().count(".raynium-env") == 1
     assert (home / ".ray/auth_token").stat().st_mode & 0o777 == 0o600
+
+
+def test_a_plain_node_waits_for_the_updates_of_its_first_boot(home: Path, images: Path, tmp_path: Path):
+    stubs = tmp_path / "stubs"
+    stubs.mkdir()
+    fake_environment(home / "made")
+    for name, script in {
+        "sudo": 'exec "$@"',
+        "sleep": "exit 0",
+        # Ubuntu's cloud images have no ensurepip.
+        "python3": '[ "$1" = -c ] && exit 1\n[ "$1 $2" = "-m venv" ] && mv "$HOME/made" "$3"',
+        # apt-get of Ubuntu waits for dpkg's lock if it is told to, and never for that of the lists.
+        "apt-get": 'echo "$*" >>"$HOME/apt.log"\n[ "$1" = install ] || [ "$(wc -l <"$HOME/apt.log")" -ge 3 ]',
+    }.items():
+        (stubs / name).write_text(f"#!/bin/bash\n{script}\n")
+        (stubs / name).chmod(0o755)
+    done = setup_node("cpu", home, images, path=f"{stubs}:{os.environ['PATH']}")
+    assert done.returncode == 0, done.stderr
+    *updates, install = (home / "apt.log").read_text().splitlines()
+    assert updates == ["update -qq"] * 3 and "DPkg::Lock::Timeout" in install and install.endswith("python3-venv")
+    assert f"-e {CLUSTER.parent}" in (home / "pip.log").read_text()
 
 
 def test_an_image_without_pytorch_for_training_is_named(home: Path, images: Path):

@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 
+import raynium.launch.coordinator as coordinator_module
+from raynium.accelerators.neuron_errors import classify
 from raynium.checkpoint.catalog import open_checkpoint
 from raynium.checkpoint.image import ImageFile, plan_image, write_image
 from raynium.checkpoint.state import Chunk
@@ -95,6 +97,33 @@ def test_it_gives_up_after_failures_without_progress_and_says_so(tmp_path: Path)
         status = await run.status(0)
         assert status.ended == "failed" and status.cause is not None
         assert "max_restarts_without_progress=1" in status.cause and "SIGKILL" in status.cause
+
+    asyncio.run(play())
+
+
+def test_cores_that_a_killed_rank_still_holds_are_waited_for_a_while(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(coordinator_module, "CORES_PAUSE_SECONDS", 0.05)
+    fault = classify(["NRT:nrt_init Logical Neuron Core(s) not available - Requested:1 Available:0"], [])
+    taken = RankExit(0, 1, str(fault), retry=True, fault=fault)
+
+    async def play() -> None:
+        run = coordinator(tmp_path, **{"cluster.nodes": 1})
+        order = await run.join(agent(0))
+        await save(run, tmp_path, order, 2)
+        await run.report(4, {"train/loss": 3.0})
+        await run.exited(1, 0, [replace(DIED, rank=0)])
+        images = holding(0, HeldImages(order.generation_id, 2, (0,)))
+        for generation in range(2, 7):
+            assert (await run.join(images)).resume_images is not None, "the snapshot in memory is not to blame"
+            failed = time.monotonic()
+            await run.exited(generation, 0, [taken])
+        assert (await run.join(images)).generation == 7 and time.monotonic() - failed >= 0.05
+        monkeypatch.setattr(coordinator_module, "CORES_RETURN_SECONDS", 0.0)
+        await run.exited(7, 0, [taken])
+        assert (await run.join(images)).kind == "end"
+        assert "max_restarts_without_progress=1" in str((await run.status(0)).cause)
 
     asyncio.run(play())
 

@@ -121,6 +121,21 @@ def test_a_rank_that_hung_and_was_killed_still_tells_what_is_broken(node: Node) 
     assert node.diagnosis.explain([]) == ([], None), "a hang that another node caused says nothing about this one"
 
 
+def test_a_hang_of_all_chips_at_once_condemns_no_node(node: Node) -> None:
+    said = (
+        "(FATAL-RT-UNDEFINED-STATE) [ND {}][NC 0] execution timeout (600000 ms) on model a.neff, waiting for execution"
+    )
+    for rank in range(4):  # of one chip: that may be broken
+        node.diagnosis.note(rank, said.format(7))
+    assert (fault := node.diagnosis.explain([])[1]) is not None and (fault.action, fault.device) == ("replace", 7)
+    for rank in range(8):
+        node.diagnosis.note(rank, said.format(rank // 4))
+    exits, fault = node.diagnosis.explain([(4711, RankExit(0, 1, "RuntimeError: status=5", retry=True))])
+    assert fault is None and exits[0].fault is not None
+    assert (exits[0].fault.action, exits[0].fault.guilty) == ("restart", "unknown") and exits[0].retry
+    assert "on 2 chips of this node at once" in (exits[0].cause or "")
+
+
 def test_a_hang_on_collectives_does_not_blame_this_node(node: Node) -> None:
     node.diagnosis.note(0, "(FATAL-RT-UNDEFINED-STATE) missing collectives status on Neuron Device 0 NC 0, model 0")
     found = node.one(LIBRARY_ERROR)

@@ -1,5 +1,6 @@
 """What the two Neuron accelerators tell their ranks' libraries, and when one is chosen."""
 
+import os
 import sys
 import tomllib
 import types
@@ -79,7 +80,22 @@ def test_torch_xla_gets_the_whole_list_and_what_makes_it_read_it(efa: Path) -> N
     assert "NEURON_LOGICAL_NC_CONFIG" not in found[0]
     on_trn2 = NeuronXlaAccelerator(INSTANCES["trn2.48xlarge"]).environment(place())
     assert on_trn2["NEURON_LOGICAL_NC_CONFIG"] == "2"
-    assert "NEURON_LOGICAL_NC_CONFIG" not in NeuronXlaAccelerator(INSTANCES["trn1.32xlarge"]).environment(place())
+    on_trn1 = NeuronXlaAccelerator(INSTANCES["trn1.32xlarge"]).environment(place())
+    assert "NEURON_LOGICAL_NC_CONFIG" not in on_trn1 and "logical-nc-config" not in on_trn1["NEURON_CC_FLAGS"]
+
+
+def test_executables_for_another_size_of_a_logical_core_are_not_found(efa: Path) -> None:
+    caches = {
+        NeuronAccelerator().environment(place(NEURON_LOGICAL_NC_CONFIG=lnc))["TORCH_NEURONX_NEFF_CACHE_DIR"]
+        for lnc in ("1", "2")
+    }
+    assert len(caches) == 2
+
+
+def test_torch_xlas_compiler_and_runtime_agree_on_the_size_of_a_logical_core(efa: Path) -> None:
+    halves = NeuronXlaAccelerator(INSTANCES["trn2.48xlarge"]).environment(place(NEURON_LOGICAL_NC_CONFIG="1"))
+    assert halves["NEURON_LOGICAL_NC_CONFIG"] == "1"
+    assert "--logical-nc-config=1" in halves["NEURON_CC_FLAGS"].split()
 
 
 @pytest.mark.parametrize("accelerator", [NeuronAccelerator(), NeuronXlaAccelerator()])
@@ -291,3 +307,45 @@ def test_torch_xla_that_took_the_cpu_is_an_error(monkeypatch: pytest.MonkeyPatch
         NeuronXlaAccelerator().set_device(0)
     runtime.device_type = lambda: "NEURON"  # pyright: ignore[reportAttributeAccessIssue]
     assert NeuronXlaAccelerator().set_device(0) == "xla:0"
+
+
+class CompileCacheFs:
+    """What stands in for libneuronxla's cache in a folder: a lock is a file, and whoever finds one waits."""
+
+    def __init__(self, folder: str):
+        self.folder = Path(folder)
+
+    def clear_locks(self) -> None:
+        for lock in self.folder.rglob("*.lock"):
+            lock.unlink()
+
+
+class CacheUrl:
+    @staticmethod
+    def get_cache_url(cache_dir: str | None = None) -> str:
+        return cache_dir or os.environ["NEURON_COMPILE_CACHE_URL"]
+
+
+def test_locks_of_killed_compilations_are_taken_away_by_the_first_rank_of_a_node(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    library, runtime = types.ModuleType("torch_xla"), types.ModuleType("torch_xla.runtime")
+    vars(runtime)["device_type"] = lambda: "NEURON"
+    vars(library).update(runtime=runtime, device=lambda: "xla:0")
+    cache = types.ModuleType("libneuronxla.neuron_cc_cache")
+    stand_ins = {"torch_xla": library, "torch_xla.runtime": runtime, "libneuronxla.neuron_cc_cache": cache}
+    for name in ("torch_xla.distributed", "torch_xla.distributed.xla_backend", "libneuronxla"):
+        stand_ins[name] = types.ModuleType(name)
+    for name, module in stand_ins.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setenv("NEURON_COMPILE_CACHE_URL", str(tmp_path))
+    NeuronXlaAccelerator().set_device(0)  # a library that has no such names costs a line
+    assert "locks of killed compilations stay" in caplog.text
+    vars(cache).update(CacheUrl=CacheUrl, create_compile_cache=CompileCacheFs)
+    lock = tmp_path / "neuronxcc-2.21/MODULE_1+2/model.hlo_module.pb.lock"
+    lock.parent.mkdir(parents=True)
+    lock.touch()
+    NeuronXlaAccelerator().set_device(1)
+    assert lock.exists()  # by then the others may compile
+    NeuronXlaAccelerator().set_device(0)
+    assert not lock.exists() and lock.parent.exists()

@@ -135,6 +135,23 @@ def test_killing_a_group_ends_ranks_that_are_stuck(programs: ModuleType) -> None
     group.close()
 
 
+@pytest.mark.parametrize("hangs", [True, False])
+def test_a_compiler_that_a_rank_started_ends_with_it(programs: ModuleType, hangs: bool) -> None:
+    group = RankGroup({0: {"RANK": "0"}}, json.dumps({"hangs": hangs}), program=programs.fail_while_compiling)
+    lines: list[tuple[int, str]] = []
+    while not lines or (group.alive() and not hangs):
+        lines += group.poll(1)[1]
+    compiler = int(lines[0][1])
+    assert is_running(compiler)
+    group.kill()
+    group.drain()
+    group.close()
+    deadline = time.monotonic() + 30
+    while is_running(compiler):
+        assert time.monotonic() < deadline, "it has outlived its rank"
+        time.sleep(0.01)
+
+
 AGENT = """
 import sys
 sys.stdout.write(f"imported as {__name__}\\n")

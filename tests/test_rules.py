@@ -279,25 +279,31 @@ def test_several_trainium_nodes_are_taken_whole():
     )
 
 
-@pytest.mark.parametrize(
-    ("nodes", "neighbours"),
-    [(1, None), (2, "1 or 4"), (3, "1 or 4"), (4, None), (8, None), (9, "8 or 16"), (16, None), (24, "16 or 32")],
-)
-def test_trainium1_accepts_only_some_world_sizes(nodes, neighbours):
-    found = problems(
-        "llama3-1b", "cluster.instance_type=trn1.2xlarge", "cluster.accelerator=neuron_xla", "engine.kind=nxd",
-        "engine.compile=none", "cluster.ranks_per_node=2",
-        f"cluster.nodes={nodes}", f"train.global_batch_size={nodes * 16}", "data.seq_len=1024",
-    )  # fmt: skip
-    assert (
-        found == []
-        if neighbours is None
-        else found
-        == [
-            f"cluster.nodes {nodes} × cluster.ranks_per_node 2 is {nodes * 2} cores: Trainium1 collectives accept "
-            f"1, 2, 8, 16 or a multiple of 32; set cluster.nodes to {neighbours}"
-        ]
+def test_nxd_has_no_tensor_groups_of_eight_on_trainium2():
+    on_trn2 = (EIGHT_B, *NXD, "engine.activation_checkpointing=full")
+    assert problems(*on_trn2, "parallel.tensor=4") == []
+    assert only_problem(*on_trn2, "parallel.tensor=8") == (
+        "parallel.tensor is 8 with engine.kind nxd on trn2.48xlarge: neuronx-distributed does not support groups of 8 "
+        "there, since the links between the chips do not join them; set parallel.tensor to 4 or 16"
     )
+    assert not [each for each in problems(EIGHT_B, "parallel.tensor=8") if "groups of 8" in each]
+
+
+def test_nodes_without_efa_train_alone():
+    """AWS's guide to Trn1 on several nodes: the smaller sizes have no EFA and cannot run such jobs."""
+
+    def found(nodes: int) -> list[str]:
+        return problems(
+            "llama3-1b", "cluster.instance_type=trn1.2xlarge", "cluster.accelerator=neuron_xla", "engine.kind=nxd",
+            "engine.compile=none", "cluster.ranks_per_node=2",
+            f"cluster.nodes={nodes}", f"train.global_batch_size={nodes * 16}", "data.seq_len=1024",
+        )  # fmt: skip
+
+    assert found(1) == []
+    assert found(4) == [
+        "cluster.nodes is 4: trn1.2xlarge has no EFA, and NeuronCores reach those of another node by nothing else; set "
+        "nodes to 1, or take a type with EFA"
+    ]
 
 
 def test_a_plan_that_does_not_fit_says_what_fills_the_memory_and_what_helps():

@@ -47,7 +47,8 @@ def main(
     sys.stdout.reconfigure(line_buffering=True)  # pyright: ignore[reportAttributeAccessIssue]  # a kill loses no line
     faulthandler.enable()  # a crash in native code leaves Python's stack among the last lines
     die_with_the_agent()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole terminal group; the agent decides
+    # A group of its own: a compiler that this rank starts ends with it, and Ctrl-C in a terminal is for the agent
+    os.setpgid(0, 0)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s", force=True)
 

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -110,15 +111,21 @@ class ThisHost:
             return ()
 
     def run(self, *command: str, timeout_seconds: float) -> Ran | None:
+        pipe = subprocess.PIPE
         try:
-            done = subprocess.run(
-                command, stdin=subprocess.DEVNULL, capture_output=True, timeout=timeout_seconds, check=False
+            process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, start_new_session=True
             )
-        except subprocess.TimeoutExpired:
-            return Ran(NO_ANSWER, f"no answer within {timeout_seconds:g} s")
         except OSError:  # not there, or not executable
             return None
-        return Ran(done.returncode, (done.stdout + done.stderr).decode(errors="replace"))
+        with process:
+            try:
+                output, errors = process.communicate(timeout=timeout_seconds)
+            except subprocess.TimeoutExpired:
+                # With all that it started: nccom-test's work is done by a child, which would keep the cores.
+                os.killpg(process.pid, signal.SIGKILL)
+                return Ran(NO_ANSWER, f"no answer within {timeout_seconds:g} s")
+        return Ran(process.returncode, (output + errors).decode(errors="replace"))
 
     def free_bytes(self, folder: str) -> int | None:
         path = Path(folder)

@@ -54,11 +54,11 @@ class NeuronAccelerator:
 
     def environment(self, place: Place) -> dict[str, str]:
         cores = rank_cores(place.inherited.get(VISIBLE_CORES), local_world_size=place.local_world_size)
-        cache = str(Path.home() / ".cache/raynium/neff")  # with a store behind it, launch/compile_cache.py chooses
+        cache = default_cache(place.inherited)
         variables = {
             # The runtime: the one core this process owns. torch-neuronx keeps it, and insists that it is one.
             VISIBLE_CORES: str(cores[place.local_rank]),
-            # The runtime: how many physical cores a logical one is. The compiler's option must agree; its default does.
+            # The runtime, and torch-neuronx for the compiler's option: how many physical cores a logical one is.
             LNC: place.inherited.get(LNC, DEFAULT_LNC),
             # torch-neuronx, at compilation: where executables are kept between ranks, generations and runs. Its
             # default is in /tmp, which a reboot empties.
@@ -110,6 +110,15 @@ class NeuronAccelerator:
             self._fallbacks_told |= fallbacks
             logger.warning("ran on the CPU, since TorchNeuron has no such operation: %s", ", ".join(new))
         return {"device/fallback_operators": float(len(fallbacks))}
+
+
+def default_cache(inherited: Mapping[str, str]) -> str:
+    """Where executables are kept if nobody says so; with a store behind it launch/compile_cache.py chooses.
+
+    torch-neuronx names them after the graph and the compiler's flags, of which the size of a logical core is none; the
+    runtime loads none of another size.
+    """
+    return str(Path.home() / ".cache/raynium/neff" / f"lnc-{inherited.get(LNC, DEFAULT_LNC)}")
 
 
 def compile_key(instance: Instance, inherited: Mapping[str, str]) -> str:

@@ -101,6 +101,8 @@ STATUSES: dict[int, str] = {
 
 EVIDENCE_CHARACTERS = 300  # of the line that is quoted
 
+CORES_TAKEN = "cores-taken"  # the row below that passes by itself, if the process was killed a moment ago
+
 _HARDWARE = "nrt-troubleshoot, Hardware Errors"
 _NETWORK = "nrt-troubleshoot, EFA and Collective Communication Errors"
 _CODES = "nrt_status"
@@ -233,16 +235,17 @@ NEURON_ROWS: tuple[Row, ...] = (
         "EFA is not there: install efa-installer, and attach the instance's EFA cards when it is launched",
         "stop",
         "job",
-        f"{_NETWORK}: Missing efa installer package; EFA is not enabled",
-        log=r"Ofi plugin is not installed or EFA is not enabled|OFI plugin initNet\(\) failed",
+        f"{_NETWORK}: Missing efa installer package. (`OFI plugin initNet() failed` alone is no sign: a node that has "
+        "no EFA and needs none says so at each start, AWS's NKI quickstart)",
+        log=r"Ofi plugin is not installed or EFA is not enabled",
     ),
     Row(
-        "cores-taken",
+        CORES_TAKEN,
         "another process holds its NeuronCores, or one that was killed has not given them back yet",
         "restart",
         "unknown",
-        "nrt-troubleshoot, NeuronCore(s) not available",
-        log=r"NeuronCore\(s\) not available",
+        "nrt-troubleshoot, NeuronCore(s) not available; since 2025 runtimes say Logical Neuron Core(s)",
+        log=r"Neuron ?Core\(s\) not available",
         statuses=(9, 1005),
     ),
     # ---- statuses that say little ------------------------------------------------------------------------------------

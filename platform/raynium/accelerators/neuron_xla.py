@@ -4,6 +4,7 @@ Needs torch 2.9 with torch-neuronx 2.9, torch-xla and libneuronxla from AWS's pa
 place from the environment when it is imported, and only if it believes that torchrun started it.
 """
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,6 +25,8 @@ from raynium.hardware.catalog import Instance
 if TYPE_CHECKING:
     import torch
 
+logger = logging.getLogger(__name__)
+
 CACHE_URL = "NEURON_COMPILE_CACHE_URL"
 _SMALLEST_MEMORY_BYTES = 16 * 2**30  # of a core of Trainium1
 
@@ -42,7 +45,13 @@ class NeuronXlaAccelerator:
 
     def environment(self, place: Place) -> dict[str, str]:
         cores = rank_cores(place.inherited.get(VISIBLE_CORES), local_world_size=place.local_world_size)
-        cache = str(Path.home() / ".cache/raynium/neuron-compile-cache")
+        has_lnc = self._instance is not None and self._instance.chip != "trainium1"
+        lnc = place.inherited.get(LNC, DEFAULT_LNC)
+        # A transformer that is trained over many cores: fuses and schedules for that. And a failed compilation, which
+        # the cache keeps too, is tried again: it may have been a full disk.
+        flags = "--model-type=transformer --distribution-strategy=llm-training --retry_failed_compilation"
+        if has_lnc:
+            flags += f" --logical-nc-config={lnc}"  # the runtime loads no executable that is made for another
         variables = {
             # torch_xla/_internal/neuron.py, at import: any value makes it read RANK, LOCAL_RANK and so on, and tell
             # them to the plugin. torch.distributed too; it must be the same on all ranks.
@@ -51,17 +60,13 @@ class NeuronXlaAccelerator:
             VISIBLE_CORES: ",".join(map(str, cores)),
             # torch-xla, at the first use: without it a missing plugin means a quiet run on the CPU.
             "PJRT_DEVICE": "NEURON",
-            # The compiler: a transformer that is trained over many cores. Fuses and schedules for that. And a failed
-            # compilation, which the cache keeps too, is tried again: it may have been a full disk.
-            "NEURON_CC_FLAGS": place.inherited.get(
-                "NEURON_CC_FLAGS",
-                "--model-type=transformer --distribution-strategy=llm-training --retry_failed_compilation",
-            ),
+            # The compiler's options, and those of its wrapper in libneuronxla.
+            "NEURON_CC_FLAGS": place.inherited.get("NEURON_CC_FLAGS", flags),
             # libneuronxla: where executables are kept; a folder, or an s3:// URL that nodes share.
-            CACHE_URL: place.inherited.get(CACHE_URL, cache),
+            CACHE_URL: place.inherited.get(CACHE_URL, default_cache()),
         }
-        if self._instance is not None and self._instance.chip != "trainium1":
-            variables[LNC] = place.inherited.get(LNC, DEFAULT_LNC)  # the runtime: physical cores of a logical one
+        if has_lnc:
+            variables[LNC] = lnc  # the runtime: physical cores of a logical one
         return variables | runtime_environment(place)
 
     def compile_cache(self, inherited: Mapping[str, str]) -> CompileCache | None:
@@ -85,6 +90,8 @@ class NeuronXlaAccelerator:
                 f"torch-xla took device {kind!r} and not 'NEURON', which would train on this machine's CPU: install "
                 "libneuronxla from AWS's package repository, and unset PJRT_DEVICE where it is set"
             )
+        if local_rank == 0:
+            _clear_cache_locks()
         return torch_xla.device()
 
     def memory_bytes(self, *, local_rank: int, local_world_size: int) -> int:
@@ -99,3 +106,26 @@ class NeuronXlaAccelerator:
         compiles = torch_xla.debug.metrics.counter_value("UncachedCompile")
         times = torch_xla.debug.metrics.metric_data("CompileTime")  # count, sum in ns, samples; None before the first
         return {"compile/graphs": float(compiles or 0), "compile/seconds": times[1] / 1e9 if times else 0.0}
+
+
+def default_cache() -> str:
+    """Where executables are kept if nobody says so; in a run launch/compile_cache.py does."""
+    return str(Path.home() / ".cache/raynium/neuron-compile-cache")
+
+
+def _clear_cache_locks() -> None:
+    """Removes what compilations that were killed left in the cache: whoever needs their graphs waits for them for ever.
+
+    In-place restarts, and a preflight at its end, kill ranks while they compile. The first rank of each node comes here
+    before the process group is made, and no rank of the group compiles earlier. Another run that compiles into the same
+    cache at this moment loses its lock: the same graph may be compiled twice.
+    """
+    try:
+        from libneuronxla.neuron_cc_cache import (  # pyright: ignore[reportMissingImports]
+            CacheUrl,
+            create_compile_cache,
+        )
+
+        create_compile_cache(CacheUrl.get_cache_url()).clear_locks()
+    except Exception as error:  # AWS documents the command that does this, not the function
+        logger.warning("locks of killed compilations stay in the cache, and may keep ranks waiting: %r", error)

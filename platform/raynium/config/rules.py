@@ -246,13 +246,19 @@ def core_count(config: Config, instance: Instance) -> Iterator[str]:
             f"cluster.ranks_per_node is {per_node} with cluster.nodes {nodes}: a job over several {instance.name} "
             f"takes whole nodes; set ranks_per_node to {instance.cores}, or nodes to 1"
         )
-    elif instance.chip == "trainium1" and not _legal_on_trainium1(config.world_size):
-        legal = [number for number in range(1, nodes + 33) if _legal_on_trainium1(number * per_node)]
-        below = max(number for number in legal if number < nodes)
-        above = min(number for number in legal if number > nodes)
+    elif nodes > 1 and instance.is_neuron and instance.efa_interfaces == 0:
         yield (
-            f"cluster.nodes {nodes} × cluster.ranks_per_node {per_node} is {config.world_size} cores: Trainium1 "
-            f"collectives accept 1, 2, 8, 16 or a multiple of 32; set cluster.nodes to {below} or {above}"
+            f"cluster.nodes is {nodes}: {instance.name} has no EFA, and NeuronCores reach those of another node by "
+            f"nothing else; set nodes to 1, or take a type with EFA"
+        )
+
+
+def tensor_groups(config: Config, instance: Instance) -> Iterator[str]:
+    """NxD's own list of groups that Trainium2's links do not join (parallel_state.py, get_logic_chosen, NxD 0.18)."""
+    if config.engine.kind == "nxd" and instance.chip == "trainium2" and config.parallel.tensor == 8:
+        yield (
+            f"parallel.tensor is 8 with engine.kind nxd on {instance.name}: neuronx-distributed does not support "
+            "groups of 8 there, since the links between the chips do not join them; set parallel.tensor to 4 or 16"
         )
 
 
@@ -283,7 +289,7 @@ def _memory_remedies(config: Config) -> str:
 
 
 RULES = (head_counts, sequence_length, vocabulary, tensor_parallel, pipeline_parallel, batch_size, schedule, engine)
-HARDWARE_RULES = (accelerator_of_instance, core_count, memory_fit)
+HARDWARE_RULES = (accelerator_of_instance, core_count, tensor_groups, memory_fit)
 
 
 def _has_data_parallel_size(config: Config) -> bool:
@@ -298,7 +304,3 @@ def _divisors(number: int) -> list[int]:
 def _choices(numbers: list[int] | tuple[int, ...]) -> str:
     *most, last = map(str, numbers)
     return f"{', '.join(most)} or {last}" if most else last
-
-
-def _legal_on_trainium1(num_cores: int) -> bool:
-    return num_cores in (1, 2, 8, 16) or num_cores % 32 == 0

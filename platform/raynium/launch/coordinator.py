@@ -15,7 +15,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from raynium.accelerators.neuron_errors import Fault
+from raynium.accelerators.neuron_errors import CORES_TAKEN, Fault
 from raynium.accelerators.neuron_monitor import DeviceSample
 from raynium.accelerators.neuron_monitor import metrics as device_metrics
 from raynium.checkpoint.catalog import resume_point, set_aside
@@ -29,6 +29,9 @@ from raynium.tracking.ledger import CoordinatorBook, Ledger
 
 EVENTS_KEPT = 1000
 DEVICE_SAMPLE_SECONDS = 60.0  # an older one is of a node whose monitor ended
+# NeuronCores of a killed process come back only after 5 to 10 s (a report from the field, not measured by us).
+CORES_PAUSE_SECONDS = 2.0  # before ranks that found them taken try again
+CORES_RETURN_SECONDS = 60.0  # so long this is no failure of the run
 
 
 @dataclass
@@ -63,6 +66,8 @@ class RunCoordinator:
         self._generations: dict[int, _Generation] = {}
         self._stop_requested = False
         self._failures_without_progress = 0
+        self._cores_taken_since: float | None = None  # of failures in a row that had no other reason
+        self._order_not_before = 0.0
         self._uploading_ids: list[str] = []  # generations of this attempt, whose agents may still upload for them
         self._damaged_step: int | None = None  # found by ranks, to be set aside before the next generation
         self._distrusted_images: set[tuple[str, int]] = set()  # ranks that started from them made no step
@@ -83,6 +88,7 @@ class RunCoordinator:
 
     async def join(self, agent: AgentInfo) -> Order:
         """Waits until every node is ready, then orders the next generation. An agent joins with no rank running."""
+        await asyncio.sleep(max(0.0, self._order_not_before - time.monotonic()))
         async with self._changed:
             if agent.attempt != self._attempt:
                 # Ray Train started a new worker group: the agents of the one before are gone.
@@ -321,9 +327,10 @@ class RunCoordinator:
         self._append_event(f"generation {current.number} failed: {cause}")
         if first.fault is not None:
             self._tell_fault(current, node_rank, first.fault)
-        if current.resume_images is not None and self._step <= current.resume_images.step:
+        cores_taken = first.fault is not None and first.fault.name == CORES_TAKEN
+        if current.resume_images is not None and self._step <= current.resume_images.step and not cores_taken:
             self._distrusted_images.add((current.resume_images.generation_id, current.resume_images.step))
-        self._over(current, cause)
+        self._over(current, cause, cores_taken=cores_taken)
         if not first.retry or not self._may_go_on(current, first.error):
             self._end("failed", cause)
 
@@ -351,11 +358,18 @@ class RunCoordinator:
         self._damaged_step = current.resume_step
         return True
 
-    def _over(self, current: _Generation, cause: str) -> None:
+    def _over(self, current: _Generation, cause: str, *, cores_taken: bool = False) -> None:
         """Called with the lock held."""
         current.state, current.cause = "over", cause
         self._book.failed()
-        self._failures_without_progress += 1
+        now = time.monotonic()
+        if not cores_taken:
+            self._cores_taken_since = None
+        else:
+            self._order_not_before = now + CORES_PAUSE_SECONDS
+            self._cores_taken_since = self._cores_taken_since or now
+        if self._cores_taken_since is None or now - self._cores_taken_since >= CORES_RETURN_SECONDS:
+            self._failures_without_progress += 1
         limit = self.config.fault.max_restarts_without_progress
         if self._stop_requested:
             self._end("stopped", None)

@@ -171,20 +171,21 @@ class Diagnosis:
         output of a rank that hung and was killed with the others. Forgets what it was told.
         """
         kernel_lines = self._kernel_log.new_lines()
-        explained = [self._explain(pid, exit, kernel_lines) for pid, exit in exits]
+        rows = _rows(self._kept.values())
+        explained = [self._explain(pid, exit, kernel_lines, rows) for pid, exit in exits]
         died_of = [each.fault for each in explained if each.fault is not None]
         # One rank's lines at a time: in a hang a rank that only waited must not speak for the one it waited for.
-        shown = [classify(kept, kernel_lines, ROWS) for kept in [(), *self._kept.values()]]
+        shown = [classify(kept, kernel_lines, rows) for kept in [(), *self._kept.values()]]
         self._kept.clear()
         if any(fault.names_the_node for fault in died_of):
             return explained, None
         return explained, next((fault for fault in shown if fault is not None and fault.names_the_node), None)
 
-    def _explain(self, pid: int, exit: RankExit, kernel_lines: list[str]) -> RankExit:
+    def _explain(self, pid: int, exit: RankExit, kernel_lines: list[str], rows: Sequence[Row]) -> RankExit:
         if exit.cause is None:
             return exit
         kept = self._kept[exit.rank]
-        fault = classify([*kept, *exit.cause.splitlines()], kernel_lines, ROWS)
+        fault = classify([*kept, *exit.cause.splitlines()], kernel_lines, rows)
         own_exception = exit.error is not None and exit.error not in LIBRARY_ERRORS
         if fault is not None and own_exception and not fault.names_the_node:
             return exit
@@ -223,6 +224,25 @@ class Diagnosis:
             "remove what others left there, or mount it larger (Docker: --shm-size)"
         )
         return Fault("shared-memory-full", cause, "restart", "job")
+
+
+def _rows(lines_by_rank: Iterable[Iterable[str]]) -> tuple[Row, ...]:
+    """ROWS; but an execution that ends on several chips of a node at once is no sign that one of them is broken.
+
+    AWS's table has a hang of software in the same row, and there every rank reports it: of every node, which are then
+    all to be replaced.
+    """
+    faults = [classify(lines, (), ROWS) for lines in lines_by_rank]
+    chips = {fault.device for fault in faults if fault is not None and fault.name == "compute-hang"}
+    if len(chips) < 2:
+        return ROWS
+    cause = (
+        f"an execution did not end, on {len(chips)} chips of this node at once: a hang of software, or of another node"
+    )
+    return tuple(
+        replace(row, cause=cause, action="restart", guilty="unknown") if row.name == "compute-hang" else row
+        for row in ROWS
+    )
 
 
 def _out_of_memory(line: str) -> Fault:

@@ -15,10 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from raynium.accelerators import neuron, neuron_xla
 from raynium.accelerators.base import Accelerator, Place
 from raynium.accelerators.checks import MAX_CLOCK_SECONDS, Wanted, compile_cache, host_checks
 from raynium.accelerators.detect import detect
-from raynium.accelerators.host import Check, Status, ThisHost
+from raynium.accelerators.host import Check, Host, Status, ThisHost
 from raynium.accelerators.trial_checks import (
     RankResult,
     gemm_check,
@@ -42,9 +43,7 @@ from raynium.trial import run_trial
 POLL_SECONDS = 0.5
 SETTLE_SECONDS = 1.0  # after the first rank that failed: its peers' own reasons may follow
 NCCOM_SHARE = 0.3  # of the time left, at most, for AWS's own benchmark
-# How ranks find the cache of what was compiled for them (each stack's own variable), and where it is by default.
-CACHE_VARIABLES = {"neuron": "TORCH_NEURONX_NEFF_CACHE_DIR", "neuron_xla": "NEURON_COMPILE_CACHE_URL"}
-XLA_CACHE = "/var/tmp/neuron-compile-cache"
+COMPILERS = ("neuronx-cc", "walrus_driver")  # of Neuron, as processes
 
 
 @dataclass(frozen=True)
@@ -192,12 +191,16 @@ def snapshot_bytes(config: Config) -> int:
 
 
 def cache_folder(config: Config, environment: Mapping[str, str]) -> str | None:
-    """The compile cache, if it is a folder of this node; None on accelerators without one, or if it is a URL."""
-    accelerator = config.cluster.accelerator
-    if accelerator not in CACHE_VARIABLES:
-        return None
-    default = str(Path.home() / ".cache/raynium/neff") if accelerator == "neuron" else XLA_CACHE
-    folder = environment.get(CACHE_VARIABLES[accelerator], default)
+    """The compile cache of a trial's ranks, if it is a folder of this node; None on accelerators without one, or if it
+    is a URL. A run's ranks have theirs in the store, or beside this one (launch/compile_cache.py).
+    """
+    match config.cluster.accelerator:
+        case "neuron":
+            folder = environment.get(neuron.NEFF_CACHE, neuron.default_cache(environment))
+        case "neuron_xla":
+            folder = environment.get(neuron_xla.CACHE_URL, neuron_xla.default_cache())
+        case _:
+            return None
     return None if "://" in folder else folder
 
 
@@ -282,7 +285,7 @@ class NodeProbe:
         config, began = self._config, time.monotonic()
         ranks, on_cpu = config.cluster.ranks_per_node, config.cluster.accelerator == "cpu"
         checks = []
-        if config.cluster.accelerator in CACHE_VARIABLES:
+        if config.cluster.accelerator in ("neuron", "neuron_xla"):
             checks.append(nccom_test(ThisHost(), ranks=ranks, timeout_seconds=NCCOM_SHARE * seconds))
         left = seconds - (time.monotonic() - began)
         results = self.trial(TrialOrder(0, ranks, host, rendezvous_port(host), gemm=True, seconds=left))
@@ -315,6 +318,7 @@ def run_ranks(accelerator: Accelerator, config: Config, order: TrialOrder) -> li
             if any(each.process.exitcode != 0 for each in group.ended()):
                 deadline = min(deadline, time.monotonic() + SETTLE_SECONDS)
         silent = {each.rank for each in group.alive()}
+        compiling = bool(silent) and compiler_runs(ThisHost())
         group.kill()
         messages, _ = group.drain()
         phases |= {rank: message["name"] for rank, message in messages if message["kind"] == "phase"}
@@ -331,9 +335,21 @@ def run_ranks(accelerator: Accelerator, config: Config, order: TrialOrder) -> li
             elif failed:  # it only waited for the one that failed
                 results.append(RankResult(rank))
             else:
-                where = f"still in phase {phases.get(rank, 'fork')!r}"
-                results.append(RankResult(rank, problem=f"{where} after {order.seconds:.0f} s"))
+                where = f"still in phase {phases.get(rank, 'fork')!r} after {order.seconds:.0f} s"
+                if compiling:
+                    results.append(RankResult(rank, unjudged=f"{where}, while a compiler runs"))
+                else:
+                    results.append(RankResult(rank, problem=where))
         return results
+
+
+def compiler_runs(host: Host) -> bool:
+    """Whether a Neuron compiler is at work: then ranks that are late wait for it, and not for a sick core.
+
+    A graph takes it seconds under TorchNeuron and minutes under torch-xla, where nothing is cached yet.
+    """
+    processes = (name for name in host.names("/proc") if name.isdecimal())
+    return any(name in (host.read(f"/proc/{pid}/cmdline") or "") for pid in processes for name in COMPILERS)
 
 
 def _environments(accelerator: Accelerator, config: Config, order: TrialOrder) -> dict[int, dict[str, str]]:

@@ -191,9 +191,16 @@ class RankGroup:
             self.send(rank, message)
 
     def kill(self) -> None:
-        """SIGKILL to all that live, and waits for them: the next generation needs their cores and ports."""
-        for each in self.alive():
-            each.process.kill()
+        """SIGKILL to all that live, and waits for them: the next generation needs their cores and ports.
+
+        Also to what they, and those that failed, have started: a compiler goes on for hours with a gigabyte of memory.
+        """
+        for each in self.ranks.values():
+            if each.process.exitcode != 0:
+                assert each.process.pid is not None
+                with contextlib.suppress(ProcessLookupError):  # nobody of its group lives, or it has made none yet
+                    os.killpg(each.process.pid, signal.SIGKILL)
+                each.process.kill()
         for each in self.ranks.values():
             each.process.join()
 

@@ -6,6 +6,7 @@ from typing import Any
 from raynium.accelerators import detect, native_dtype, native_fsdp
 from raynium.config.schema import Config
 from raynium.errors import LaunchError
+from raynium.hardware.catalog import INSTANCES
 
 
 def settled(
@@ -15,7 +16,7 @@ def settled(
 
     cluster_resources: Ray's, or None for a cluster that will be started on this machine. saved: the config in the
     run's newest checkpoint; a run keeps the precision it began with, also where another would be faster. An imported
-    model's has none, since it was not trained here.
+    model's has none, since it was not trained here. Raises LaunchError if nobody can say yet what `auto` is.
     """
     cluster, engine = config.cluster, config.engine
     if cluster.accelerator == "auto":
@@ -45,6 +46,16 @@ def check_this_machine(config: Config) -> None:
 def _accelerator(config: Config, cluster_resources: Mapping[str, float] | None) -> str:
     if cluster_resources is None:
         return detect("auto").name
-    if "neuron_cores" in cluster_resources:  # the rules have seen to it that the engine fits the instance type
+    instance = INSTANCES.get(config.cluster.instance_type or "")
+    # The rules have seen to it that the engine fits the instance type.
+    if "neuron_cores" in cluster_resources or (instance is not None and instance.is_neuron):
         return "neuron_xla" if config.engine.kind == "nxd" else "neuron"
-    return "cuda" if "GPU" in cluster_resources else "cpu"
+    if "GPU" in cluster_resources or instance is not None:
+        return "cuda"
+    if "CPU" in cluster_resources:
+        return "cpu"
+    # A head whose autoscaler has started no node. It may start a Trainium node for its CPUs, if it is asked for CPUs.
+    raise LaunchError(
+        "cluster.accelerator is 'auto', and no node of the cluster that could train has started yet: set "
+        "cluster.accelerator to what its nodes will have (neuron, neuron_xla, cuda or cpu), or cluster.instance_type"
+    )
