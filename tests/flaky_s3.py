@@ -1,4 +1,4 @@
-"""A proxy before a real S3 server that fails as told: cut, refuse, swallow, delay, hold.
+"""A proxy before a real S3 server that fails as told: cut, refuse, swallow, delay, slow, hold.
 
     with FlakyS3(s3_server.endpoint) as proxy:
         store = Store(bucket, options=s3_server.options | {"endpoint_url": proxy.endpoint})   # or, for a process:
@@ -31,7 +31,7 @@ _CHUNK_BYTES = 256 * 1024
 class Fault:
     """What happens to the requests it fits. Made by the functions below."""
 
-    kind: Literal["cut", "refuse", "swallow", "delay", "hold"]
+    kind: Literal["cut", "refuse", "swallow", "delay", "slow", "hold"]
     operations: frozenset[str]  # empty: all
     times: int | None  # so many requests, then no more; None: always
     status: int = 0
@@ -69,6 +69,11 @@ def swallow(*, of: Sequence[str] = (), times: int | None = 1) -> Fault:
 def delay(seconds: float, *, of: Sequence[str] = (), times: int | None = None) -> Fault:
     """Forward the request only after a while."""
     return Fault("delay", frozenset(of), times, seconds=seconds)
+
+
+def slow(bytes_per_second: int, *, of: Sequence[str] = (), times: int | None = None) -> Fault:
+    """Pass everything on, but not faster than this in either direction."""
+    return Fault("slow", frozenset(of), times, seconds=_CHUNK_BYTES / bytes_per_second)
 
 
 def hold(
@@ -182,7 +187,7 @@ class FlakyS3:
             limit = self._random.randint(*fault.bytes_between)
         assert self._server.hostname is not None
         replies, upstream = await asyncio.open_connection(self._server.hostname, self._server.port, limit=2**20)
-        meter = _Meter(limit)
+        meter = _Meter(limit, fault.seconds if fault is not None and fault.kind == "slow" else 0)
         try:
             sending = asyncio.create_task(meter.pump(client, upstream, request.body_bytes, first=request.head))
             keep_back = fault is not None and fault.keeps_answer
@@ -225,9 +230,10 @@ class _LimitReached(Exception):
 
 @dataclass
 class _Meter:
-    """Passes bytes on in both directions until `left` are used up."""
+    """Passes bytes on in both directions until `left` are used up, each chunk after a while."""
 
     left: int | None
+    seconds: float
 
     async def pump(
         self,
@@ -241,6 +247,7 @@ class _Meter:
         """`first`, then `count` bytes (None: until the end). keep_back: pass on only the go-ahead for a body."""
         data, missing = first, count
         while True:
+            await asyncio.sleep(self.seconds)
             allowed = data if self.left is None else data[: self.left]
             if not keep_back or data.startswith(b"HTTP/1.1 100"):
                 target.write(allowed)

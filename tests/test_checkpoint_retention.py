@@ -5,6 +5,7 @@ import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from raynium.checkpoint.catalog import (
     CheckpointSummary,
     Condition,
     add_tag,
+    delete_checkpoint,
     latest,
     list_checkpoints,
     open_checkpoint,
@@ -273,6 +275,17 @@ def test_what_crashed_saves_left_goes_after_its_grace(local: Store, tmp_path: Pa
     assert read_tensors(open_checkpoint(local, 20))["model/w0"].tolist() == [20.0] * 3
 
 
+@pytest.mark.parametrize("name", ["notes/plan.txt", "my notes/plan.txt", "g1/notes.txt", "notes/shard-1.safetensors"])
+def test_what_people_put_beside_a_checkpoint_is_no_unfinished_save(local: Store, tmp_path: Path, name: str) -> None:
+    save(local, tmp_path, 20)
+    theirs = path_of(local, "checkpoints/step-000000020") / name
+    theirs.parent.mkdir(exist_ok=True)
+    theirs.write_text("keep")
+    upload(local, tmp_path, 20, "dead")
+    assert retain(local, LAST_TWO, later=48 * HOUR).abandoned == ("checkpoints/step-000000020/dead",)
+    assert theirs.exists()
+
+
 def test_one_recent_file_keeps_a_whole_generation(local: Store, tmp_path: Path) -> None:
     for rank in (0, 2):
         upload(local, tmp_path, 10, "slow", rank)
@@ -427,6 +440,23 @@ def test_manifests_are_read_once(local: Store, tmp_path: Path, monkeypatch: pyte
         save(local, tmp_path, step)
         retain(local, policy)
     assert read == [manifest_key(step) for step in (10, 20, 30, 40)]
+
+
+def test_a_step_that_is_committed_again_in_the_same_second_is_read_again(
+    local: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """S3's times are whole seconds."""
+    monkeypatch.setattr("raynium.checkpoint.commit.time", SimpleNamespace(time=lambda: 1e9, perf_counter=lambda: 0.0))
+    sizes = set()
+    for generation in ("old", "new"):
+        save(local, tmp_path, 10, generation)
+        manifest = path_of(local, manifest_key(10))
+        os.utime(manifest, (1e9, 1e9))
+        [found] = list_checkpoints(local)
+        assert found.generation == generation
+        sizes.add(manifest.stat().st_size)
+        delete_checkpoint(local, 10)
+    assert len(sizes) == 1
 
 
 def test_more_files_than_one_listing_shows(store: Store, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from raynium.accelerators import native_dtype
 from raynium.checkpoint import load
-from raynium.checkpoint.catalog import choose_checkpoint, latest, list_checkpoints
+from raynium.checkpoint.catalog import choose_checkpoint, latest, list_checkpoints, open_checkpoint
 from raynium.checkpoint.compare import differences
 from raynium.checkpoint.load import read_tensors
 from raynium.checkpoint.store import Store
@@ -298,6 +298,36 @@ def test_an_import_that_fails_leaves_no_data_and_can_be_repeated(
     store.write_new(TOKENIZER_NAME, b"{}")
     assert import_from(folder, store).ref.step == 0
     assert list_checkpoints(store)[0].problem is None
+
+
+def test_an_import_that_ends_as_it_commits_leaves_no_checkpoint_without_data(
+    hugging_face: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = hugging_face(config_of().model)
+    store = Store(tmp_path / "runs/imported")
+
+    def interrupted(*arguments: Any, commit: Any = import_folder.commit_checkpoint, **names: Any) -> Any:
+        commit(*arguments, **names)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(import_folder, "commit_checkpoint", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            import_from(folder, store)
+    assert not list_checkpoints(store)
+
+    def overtaken(*arguments: Any, generation: str, commit: Any = import_folder.commit_checkpoint, **names: Any) -> Any:
+        patch.undo()
+        import_from(folder, store)  # another one, of the same name
+        return commit(*arguments, generation=generation, **names)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(import_folder, "commit_checkpoint", overtaken)
+        with pytest.raises(CheckpointError, match="committed step 0 before import-"):
+            import_from(folder, store)
+    [winner] = list_checkpoints(store)
+    assert not verify_checkpoint(open_checkpoint(store, 0), depth="contents")
+    assert {key.split("/")[2] for key in store.list("checkpoints").sizes} == {winner.generation, "manifest.json"}
 
 
 def test_a_file_that_cannot_be_read_is_named(hugging_face: Callable[..., Path], tmp_path: Path) -> None:

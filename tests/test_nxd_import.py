@@ -215,6 +215,10 @@ def edit(path: Path, change: Callable[[dict[Any, Any]], Any]) -> None:
     torch.save(found, path)
 
 
+def set_step(path: Path, step: int) -> None:
+    edit(path, lambda found: found["base_state"][0].update(step=torch.tensor(float(step))))
+
+
 MODEL_1 = "model/dp_rank_00_tp_rank_01_pp_rank_00.pt"
 OPTIM_1 = "optim/dp_rank_00_tp_rank_01_pp_rank_00.pt"
 DOWN = "model.layers.1.mlp.down_proj.weight"
@@ -234,6 +238,16 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], type[RayniumError], str]] = {
         lambda tag: (tag / "optim/dp_rank_01_tp_rank_00_pp_rank_00.pt").unlink(),
         CheckpointDamaged,
         r"/optim lacks dp_rank_01_tp_rank_00_pp_rank_00\.pt",
+    ),
+    "a tensor rank of another save": (
+        lambda tag: [set_step(path, 6) for path in (tag / "optim").glob("dp_rank_*_tp_rank_01_*")],
+        CheckpointDamaged,
+        r"/optim has files of the steps \[6, 7\], which are of different saves: copy the whole checkpoint",
+    ),
+    "a data rank of another save": (
+        lambda tag: set_step(tag / "optim/dp_rank_01_tp_rank_00_pp_rank_00.pt", 6),
+        CheckpointDamaged,
+        r"/optim has files of the steps \[6, 7\]",
     ),
     "no files": (
         lambda tag: [path.unlink() for path in (tag / "model").iterdir()],

@@ -12,7 +12,7 @@ from raynium.checkpoint.catalog import latest, list_checkpoints
 from raynium.checkpoint.store import Store
 from raynium.config.load import parse_config
 from raynium.errors import StoreError
-from raynium.launch.saves import Saves, WholeSave
+from raynium.launch.saves import MOST_COMING_IN, Saves, WholeSave
 
 JOB = """
 run: {name: test}
@@ -71,6 +71,12 @@ def whole(saves: Saves, store: Store, step: int, generation: str = "g1") -> Whol
     )
     assert first is None and last is not None and last.upload_seconds == 2.0
     return last
+
+
+def first_shard(saves: Saves, store: Store, step: int, generation: str = "g1") -> None:
+    """That of rank 0 comes in."""
+    entry, _ = upload_all(store, halves("model/w", random_tensor("float32", (8, 3))), step=step, generation=generation)
+    assert saves.shard_saved(generation, step, 0, entry, 1.0, parent=None) is None
 
 
 def steps(store: Store) -> list[int]:
@@ -160,3 +166,70 @@ def test_failed_shards_are_told_once_a_step(saves: Saves, told: list[str]) -> No
     problem = saves.problem(8)
     assert problem is not None and "rank 1's shard could not be uploaded: denied" in problem
     assert "the run has no checkpoint to go on from" in problem
+
+
+def test_shards_of_before_a_coordinators_restart_are_not_mixed_with_those_of_the_same_number(
+    saves: Saves, store: RefusingStore, told: list[str]
+) -> None:
+    """It counts generations anew, and agents upload on; what they call generation 1 is then another one."""
+    halved = halves("model/w", random_tensor("float32", (8, 3)))
+    before, after = (upload_all(store, halved, step=8, generation=each) for each in ("g1-before", "g1-after"))
+    found = [
+        saves.shard_saved("g1-after", 8, rank, entries[rank], 1.0, parent=4)
+        for rank, entries in ((0, after), (0, before), (1, before), (1, after))
+    ]
+    assert [each and (each.generation_id, each.parent_step) for each in found] == [
+        None, None, ("g1-before", None), ("g1-after", 4),
+    ]  # fmt: skip
+    assert found[-1] is not None and not told
+    run_out(saves, found[-1])
+    newest = latest(store)
+    assert newest is not None and newest.manifest.generation == "g1-after" and saves.problem(8) is None
+
+
+def test_a_last_checkpoint_that_an_earlier_coordinator_committed_is_found(
+    saves: Saves, store: RefusingStore, told: list[str]
+) -> None:
+    run_out(saves, whole(saves, store, 8))
+    restarted = Saves(saves._config, store, tell=told.append)
+    assert restarted.problem(8) is not None
+    asyncio.run(restarted.commit_last(8, living=[]))
+    assert restarted.problem(8) is None and restarted.committed_step == 8 and restarted.committed_uri is not None
+    assert "no shard of it arrived" in (restarted.problem(9) or "")
+
+    taken = Saves(saves._config, store, tell=told.append)
+    run_out(taken, whole(taken, store, 8, "g2"))
+    assert taken.problem(8) is None
+
+    manifest = "checkpoints/step-000000008/manifest.json"
+    store.replace(manifest, store.read(manifest)[:-1])
+    unlucky = Saves(saves._config, store, tell=told.append)
+    asyncio.run(unlucky.commit_last(8, living=[]))
+    assert "could not be saved: the store cannot be asked for it" in (unlucky.problem(8) or "")
+
+
+def test_a_checkpoint_whose_evaluation_is_not_finite_is_saved_without_it(
+    saves: Saves, store: RefusingStore, told: list[str]
+) -> None:
+    saves.note_evaluation(8, {"eval/loss": float("inf"), "eval/bits_per_byte": 3.5, "train/loss": 2.0})
+    run_out(saves, whole(saves, store, 8))
+    newest = latest(store)
+    assert newest is not None and newest.manifest.metrics == {"eval/bits_per_byte": 3.5} and not told
+
+
+def test_saves_that_lack_a_shard_are_forgotten_in_the_end(saves: Saves, store: RefusingStore) -> None:
+    for step in range(3 * MOST_COMING_IN):
+        first_shard(saves, store, step)
+    assert len(saves._shards) == MOST_COMING_IN
+    newest = 3 * MOST_COMING_IN - 1
+    entry = saves._shards["g1", newest - 1][0][0]  # its other shard is late
+    last = entry.model_copy(update={"file": entry.file.model_copy(update={"key": "g1/shard-00001.safetensors"})})
+    found = saves.shard_saved("g1", newest - 1, 1, last, 1.0, parent=None)
+    assert found is not None and found.entries == (entry, last)
+
+
+def test_the_lists_for_mlflow_do_not_add_up(saves: Saves, store: RefusingStore) -> None:
+    for step in (2, 4, 6):
+        run_out(saves, whole(saves, store, step))
+    assert [(commit.number, commit.step) for commit in saves.commits] == [(1, 2), (2, 4), (3, 6)]
+    assert len({id(commit.checkpoints) for commit in saves.commits}) == 1

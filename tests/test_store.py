@@ -187,6 +187,7 @@ def test_paths_and_file_urls_are_the_same(tmp_path: Path, monkeypatch: pytest.Mo
         ("file://host/x", "three slashes"),
         ("file:///", "three slashes"),
         ("s3://b/a/../c", "holds '..'"),
+        ("s3://b/runs//first", "holds '//'"),
         ("s3://AKIAKEY:hunter2@bucket/x", "may not hold credentials"),
         ("s3://bucket/x?token=hunter2", "may not hold credentials"),
     ],

@@ -8,13 +8,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from uuid import uuid4
 
 import pytest
 import trustme
 from checkpoints import halves, random_tensor, same_bits, save
-from flaky_s3 import FlakyS3, cut, delay, hold, refuse, swallow
+from flaky_s3 import FlakyS3, cut, delay, hold, refuse, slow, swallow
 
 from raynium.checkpoint.catalog import open_checkpoint
 from raynium.checkpoint.checksum import checksum, to_text
@@ -42,7 +43,6 @@ def bucket(s3_server) -> str:
 
 @pytest.fixture
 def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("botocore.retries.standard.ExponentialBackoff.delay_amount", lambda *_: 0.01)
     monkeypatch.setattr("raynium.checkpoint.s3_store._PAUSE_SECONDS", 0.001)
 
 
@@ -104,6 +104,51 @@ def test_an_upload_outlasts(store: Store, direct: Store, proxy: FlakyS3, image, 
     sent = store.upload_file("shard", path)
     proxy.set()
     assert sent.crc == checksum(path.read_bytes())
+    assert_whole(direct, "shard", path)
+
+
+def test_many_parts_at_once_outlast_what_one_does(store: Store, proxy: FlakyS3, image) -> None:
+    """botocore's own attempts would be used up by all requests of a process together."""
+    path = image(8 * PART)
+    proxy.set(refuse(503, "SlowDown", of=["UploadPart"], times=130))
+    with ThreadPoolExecutor(4) as pool:
+        for sent in pool.map(lambda number: store.upload_file(f"shard-{number}", path), range(4)):
+            assert sent.size == 8 * PART
+    assert proxy.over()
+
+
+@pytest.mark.parametrize("size", [1000, LARGE])  # silent before the server's go-ahead; silent in the middle
+def test_a_body_that_the_server_does_not_take_is_sent_again(
+    s3_server, bucket: str, direct: Store, proxy: FlakyS3, short_pauses: None, monkeypatch, image, size: int
+) -> None:
+    monkeypatch.setattr("raynium.checkpoint.s3_store._SILENCE_SECONDS", 1)
+    store = Store(f"{bucket}/run", options=s3_server.options | {"endpoint_url": proxy.endpoint})
+    path = image(size)
+    proxy.set(hold(of=["PutObject"], after_bytes=size // 2))
+    store.upload_file("shard", path)
+    assert proxy.over()
+    assert_whole(direct, "shard", path)
+
+
+def test_a_server_that_never_takes_a_body_is_left(
+    s3_server, bucket: str, proxy: FlakyS3, short_pauses: None, monkeypatch
+) -> None:
+    monkeypatch.setattr("raynium.checkpoint.s3_store._SILENCE_SECONDS", 0.2)
+    store = Store(f"{bucket}/run", options=s3_server.options | {"endpoint_url": proxy.endpoint})
+    proxy.set(delay(30))
+    with pytest.raises(StoreError, match=r"nothing moved for 0\.2 s; the server has gone silent"):
+        store.write_new("object", b"123")
+
+
+def test_a_slow_upload_is_not_a_silent_one(
+    s3_server, bucket: str, direct: Store, proxy: FlakyS3, short_pauses: None, monkeypatch, image
+) -> None:
+    monkeypatch.setattr("raynium.checkpoint.s3_store._SILENCE_SECONDS", 3)  # the kernel's buffers hold one of data
+    store = Store(f"{bucket}/run", options=s3_server.options | {"endpoint_url": proxy.endpoint})
+    path = image(40 * 2**20)
+    proxy.set(slow(8 * 2**20))
+    store.upload_file("shard", path)
+    assert proxy.seen.count("PutObject") == 1
     assert_whole(direct, "shard", path)
 
 

@@ -1,6 +1,7 @@
 """The uploading process: what comes back from it, and what is left when it is killed."""
 
 import os
+import resource
 import signal
 import threading
 import time
@@ -115,6 +116,25 @@ def test_a_process_that_dies_again_and_again_is_given_up(uploader: Uploader, ima
             os.kill(pid, signal.SIGKILL)
             killed.add(pid)
     assert len(killed) == ATTEMPTS and f"died {ATTEMPTS} times under rank 3's shard of step 7" in str(uploading.error)
+
+
+def test_a_process_that_cannot_be_started_is_told_and_tried_again(
+    uploader: Uploader, image: Callable[[int], ImageInfo]
+) -> None:
+    info = image(10)
+    uploader.upload(info, generation="g1", rank=3)
+    pid = uploader.pid()
+    assert pid is not None
+    os.kill(pid, signal.SIGKILL)
+    wait_for(lambda: not Path(f"/proc/{pid}").exists())
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")), hard))
+    try:
+        with pytest.raises(StoreError, match=r"cannot be started: .*Too many open files; this node lacks"):
+            uploader.upload(info, generation="g2", rank=3)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    uploader.upload(info, generation="g2", rank=3)
 
 
 def test_closing_ends_the_process_and_fails_what_it_did(uploader: Uploader, image: Callable[[int], ImageInfo]) -> None:

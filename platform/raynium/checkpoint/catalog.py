@@ -13,6 +13,8 @@ from raynium.checkpoint.manifest import (
     MANIFEST_NAME,
     CheckpointTooNew,
     Manifest,
+    generation_of,
+    is_shard,
     manifest_from_bytes,
     manifest_key,
     step_folder,
@@ -253,10 +255,10 @@ def _step_folder(step: int, names: Sequence[str], listing: Listing) -> StepFolde
     generations: dict[str, float] = {}
     for name in names:
         key = f"{step_folder(step)}/{name}"
-        generation, slash, _ = name.partition("/")
         if name == MANIFEST_NAME:
             manifest = (listing.sizes[key], listing.modified_unix[key])
-        elif slash:
+        elif is_shard(name):  # anything else is what people put there
+            generation = generation_of(name)
             generations[generation] = max(generations.get(generation, 0.0), listing.modified_unix[key])
     tags = (name.removeprefix(_TAG_PREFIX) for name in names if name.startswith(_TAG_PREFIX) and "/" not in name)
     return StepFolder(step, manifest, tuple(sorted(tags)), _ASIDE_NAME in names, generations)
@@ -325,6 +327,8 @@ def delete_checkpoint(store: Store, step: int, *, only: Collection[str] | None =
     only: besides the manifest, the files of these generations.
     """
     store.delete(manifest_key(step))
+    # The step may be committed again in the same second, by a manifest of the same size
+    _known[store] = {key: summary for key, summary in _known.get(store, {}).items() if summary.step != step}
     folders = [step_folder(step)] if only is None else [f"{step_folder(step)}/{name}" for name in only]
     return 1 + sum(map(store.delete_prefix, folders))
 

@@ -94,6 +94,17 @@ def commit_checkpoint(
     return CheckpointRef(store, manifest)
 
 
+def discard_save(store: Store, *, step: int, generation: str) -> None:
+    """Remove what a save that ended early has written, whether it was committed or not; others' files stay."""
+    try:
+        committed_by = open_checkpoint(store, step).manifest.generation
+    except CheckpointError:
+        committed_by = None
+    if committed_by == generation:
+        store.delete(manifest_key(step))
+    store.delete_prefix(f"{step_folder(step)}/{generation}")
+
+
 def _manifest(*, step: int, generation: str, entries: Sequence[ShardEntry], world_size: int, **fields: Any) -> Manifest:
     """The manifest of these shards, checked. CheckpointError says why they are not a checkpoint."""
     refusal = f"step {step} of generation {generation} cannot be committed"

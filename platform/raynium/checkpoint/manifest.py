@@ -44,6 +44,7 @@ DTYPES = {
 }
 
 GENERATION_PATTERN = r"[a-z0-9][a-z0-9-]{0,62}"
+_SHARD_PATTERN = rf"({GENERATION_PATTERN})/shard-[0-9]{{5,9}}\.safetensors"
 _STEP_FOLDER = re.compile(r"step-([0-9]{9,18})", re.ASCII)
 _HEADER_BYTES = 200  # the first line of a manifest is shorter, in every version
 
@@ -104,7 +105,7 @@ class ImageInfo(Record):
 class FileEntry(Record):
     """One data file: its key below the step's folder, and CRC64NVME (base64) of the whole and of each unit."""
 
-    key: Annotated[str, Field(pattern=rf"^{GENERATION_PATTERN}/shard-[0-9]{{5,9}}\.safetensors$")]
+    key: Annotated[str, Field(pattern=f"^{_SHARD_PATTERN}$")]
     size: Count
     crc64nvme: Crc
     unit_bytes: Annotated[int, Field(ge=ALIGNMENT_BYTES, le=2**30, multiple_of=ALIGNMENT_BYTES)]
@@ -300,6 +301,16 @@ def shard_key(generation: str, rank: int) -> str:
             f"generation {generation!r} is not valid: use 1 to 63 lower-case letters, digits and hyphens"
         )
     return f"{generation}/shard-{rank:05d}.safetensors"
+
+
+def is_shard(key: str) -> bool:
+    """Whether a key below a step's folder is that of a data file, of whatever generation."""
+    return re.fullmatch(_SHARD_PATTERN, key, re.ASCII) is not None
+
+
+def generation_of(key: str) -> str:
+    """Who wrote the data file with this key below a step's folder."""
+    return key.partition("/")[0]
 
 
 # ---- strict JSON --------------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 import asyncio
 import os
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from aiohttp import ClientResponse
 from aiohttp.abc import AbstractStreamWriter
@@ -11,19 +11,20 @@ from aiohttp.http import StreamWriter
 from aiohttp.payload import Payload
 
 _SLICE_BYTES = 2**20  # encrypted at once
+_DIRECT_SLICE_BYTES = 8 * 2**20  # without TLS; each begins with a turn of the event loop
 _DIRECT_BYTES = 4 * 2**20  # bodies of so much are worth a connection of their own
 
 
 class MemoryBody(Payload):
     """A request's body that is sent from where it lies; it must not change before the request has ended.
 
-    botocore takes bytes, which aiohttp and asyncio then copy, or a file; it sees a file here, asks for its length, and
-    rewinds it before it tries again.
+    botocore takes bytes, which aiohttp and asyncio then copy, or a file; it sees a file here, and asks for its length.
     """
 
-    def __init__(self, view: memoryview):
+    def __init__(self, view: memoryview, *, moved: Callable[[], None]):
+        """moved: called whenever the network has taken some more of it."""
         super().__init__(view)
-        self._view, self._position = view, 0
+        self._view, self._position, self._moved = view, 0, moved
         self._size = len(view)
 
     def __len__(self) -> int:
@@ -53,8 +54,9 @@ class MemoryBody(Payload):
         assert isinstance(writer, StreamWriter)
         view, transport = self._view[:content_length], writer.transport
         if transport is None or not view or transport.get_extra_info("ssl_object") is not None:
-            for piece in _slices(view):
+            for piece in _slices(view, _SLICE_BYTES):
                 await writer.write(piece)  # waits while the socket is behind
+                self._moved()
             return
         # Without TLS: from our memory into the socket. asyncio's transport would copy what the socket does not take at
         # once, and it keeps its socket to itself, so this sends on a duplicate while the transport has nothing to send
@@ -63,7 +65,9 @@ class MemoryBody(Payload):
         await writer.drain()
         with socket.socket(fileno=os.dup(transport.get_extra_info("socket").fileno())) as raw:
             raw.setblocking(False)
-            await asyncio.get_running_loop().sock_sendall(raw, view)
+            for piece in _slices(view, _DIRECT_SLICE_BYTES):
+                await asyncio.get_running_loop().sock_sendall(raw, piece)
+                self._moved()
 
 
 class Destination:
@@ -160,5 +164,5 @@ class _Filler(asyncio.BufferedProtocol):
             self.done.set_exception(exc or ConnectionResetError("the server closed the connection"))
 
 
-def _slices(view: memoryview) -> Iterator[memoryview]:
-    return (view[begin : begin + _SLICE_BYTES] for begin in range(0, len(view), _SLICE_BYTES))
+def _slices(view: memoryview, size: int) -> Iterator[memoryview]:
+    return (view[begin : begin + size] for begin in range(0, len(view), size))

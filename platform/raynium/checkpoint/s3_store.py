@@ -8,6 +8,7 @@ taken, the mark says whether by itself.
 import asyncio
 import logging
 import os
+import random
 import threading
 from collections.abc import Coroutine, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,11 +21,14 @@ from uuid import uuid4
 
 import aiohttp
 import s3fs
+from aiobotocore.session import AioSession
+from botocore.credentials import RefreshableCredentials
 from botocore.exceptions import BotoCoreError, ClientError
 
 from raynium.checkpoint.checksum import PART_BYTES, FileChecksums, checksum, checksum_units, num_units, to_text
 from raynium.checkpoint.file_store import mapped
 from raynium.checkpoint.s3_body import Destination, MemoryBody, receive
+from raynium.checkpoint.s3_errors import TAKEN, are_credentials_old, code_of, passes, remedy_for
 from raynium.checkpoint.store import KeyExists, KeyMissing, Listing, refuse_large
 from raynium.errors import StoreError
 
@@ -34,40 +38,15 @@ T = TypeVar("T")
 PARTS_IN_FLIGHT = 8  # of 64 MiB: hides S3's latency; they are sent from where they lie, so more costs no memory
 _MAX_UPLOAD_PARTS = 10_000  # S3's limit
 _DELETE_BATCH = 1000  # S3's limit
-_MAX_ATTEMPTS = 8  # per request, by botocore, with growing pauses: about a minute of SlowDown or broken connections
+_MAX_ATTEMPTS = 8  # per request, with growing pauses: more than half a minute of SlowDown or broken connections
 _READ_ATTEMPTS = 6  # connections that may break in a row while one range is read, each without progress
-_PAUSE_SECONDS = 0.1  # doubled each time
+_PAUSE_SECONDS = 0.25  # doubled each time
+_LONGEST_PAUSE_SECONDS = 20
 _READ_PROGRESS_BYTES = 64 * 1024
 _SILENCE_SECONDS = 120  # s3fs: 15 s, less than a throttled bucket may take to answer
 _CLEANUP_SECONDS = 20
 _MARK = "raynium-write"  # x-amz-meta-raynium-write: unique to one call of ours
 
-_REMEDIES = {
-    "NoSuchBucket": "create the bucket, or set run.root to one that exists",
-    "404": "there is no such bucket: create it, or set run.root to another; check AWS_ENDPOINT_URL if it is set",
-    "InvalidAccessKeyId": "the access key is unknown there: set AWS_ACCESS_KEY_ID or AWS_PROFILE",
-    "SignatureDoesNotMatch": "the secret key is wrong: set AWS_SECRET_ACCESS_KEY or AWS_PROFILE",
-    "ExpiredToken": "the credentials have expired: renew them",
-    "RequestTimeTooSkewed": "this machine's clock is wrong: set it",
-    "InvalidBucketName": "set run.root to a valid bucket name (3 to 63 lower-case letters, digits, dots and hyphens)",
-    "PermanentRedirect": "the bucket is in another region: set AWS_DEFAULT_REGION to it",
-    "AuthorizationHeaderMalformed": "the bucket is in another region: set AWS_DEFAULT_REGION to it",
-    "NoCredentialsError": "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, or an instance role",
-    "EndpointConnectionError": "check the network, and AWS_ENDPOINT_URL if it is set",
-    "ConnectTimeoutError": "check the network, and AWS_ENDPOINT_URL if it is set",
-    "SSLError": "check that AWS_ENDPOINT_URL speaks TLS, and AWS_CA_BUNDLE",
-    "ReadTimeoutError": "the server has gone silent: check it and the network, then try again",
-    "ConnectionClosedError": "the connection broke each time: check the network and proxies, then try again",
-    "SlowDown": "S3 asks for fewer requests: try again later",
-    "ServiceUnavailable": "S3 is overloaded: try again later",
-    "InternalError": "the server failed each time: try again later",
-    "500": "what answers there failed each time, or is not S3: check AWS_ENDPOINT_URL if it is set, or try again later",
-    "BadDigest": "the bytes changed on the way, or in memory while they were sent: try again",
-    "PreconditionFailed": "it exists, and who wrote it could not be asked: try again",
-    "NoSuchUpload": "the upload was aborted by a lifecycle rule or by discard_unfinished: give uploads more time there",
-}
-_DENIED = ("AccessDenied", "403", "AllAccessDisabled", "UnauthorizedAccess")
-_TAKEN = ("PreconditionFailed", "412")
 _BROKEN = (BotoCoreError, OSError, aiohttp.ClientError)  # what the body of an answer may raise
 
 
@@ -75,7 +54,7 @@ class S3Backend:
     """Keys are objects under `prefix` of `bucket`."""
 
     def __init__(self, bucket: str, prefix: str, options: dict[str, Any], *, max_attempts: int = _MAX_ATTEMPTS):
-        self.bucket, self.prefix, self._options = bucket, prefix, options
+        self.bucket, self.prefix, self._options, self._max_attempts = bucket, prefix, options, max_attempts
         endpoint = (
             options.get("endpoint_url") or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
         )
@@ -93,11 +72,13 @@ class S3Backend:
                 "s3": {"payload_signing_enabled": False},
                 "connect_timeout": 10,
                 "read_timeout": _SILENCE_SECONDS,
-                "retries": {"mode": "standard", "max_attempts": max_attempts},
+                # Ours, in `_request`: botocore gives all requests of a process 100 more tries together, and successes
+                # give few of them back, so that 32 parts in flight give up after seconds of SlowDown, and later at once
+                "retries": {"total_max_attempts": 1},
                 "max_pool_connections": 32,
             },
         )
-        self._fs.retries = 1  # s3fs would multiply botocore's attempts by five
+        self._fs.retries = 1
 
     def put(self, key: str, data: bytes, *, exclusive: bool) -> None:
         with self._errors(key, "s3:PutObject"):
@@ -149,7 +130,7 @@ class S3Backend:
                 answer = self._run(self._request("delete_objects", Delete={"Objects": batch, "Quiet": True}))
             for problem in answer.get("Errors", ()):
                 if (code := problem.get("Code", "")) != "NoSuchKey":  # another process deletes here too
-                    remedy = _remedy(code, "s3:DeleteObject")
+                    remedy = remedy_for(code, "s3:DeleteObject")
                     raise StoreError(f"{self._uri(folder)}: cannot delete {problem['Key']}: {code}; {remedy}")
         return len(keys)
 
@@ -197,7 +178,7 @@ class S3Backend:
     # ---- writing ------------------------------------------------------------------------------------------------
 
     async def _put(self, key: str, data: memoryview, *, exclusive: bool, crc: int) -> None:
-        request = {"Body": MemoryBody(data), "ChecksumCRC64NVME": to_text(crc)}
+        request = {"Body": data, "ChecksumCRC64NVME": to_text(crc)}
         if exclusive:
             mark = uuid4().hex
             await self._create(key, mark, "put_object", **request, Metadata={_MARK: mark})
@@ -217,7 +198,7 @@ class S3Backend:
                 body = view[index * part_bytes : (index + 1) * part_bytes]
                 sums = checksum_units(body, unit_bytes)  # holds up the other parts for 6 ms of the 64 MiB's 25
                 part = {"PartNumber": index + 1, "ChecksumCRC64NVME": to_text(sums.crc)}
-                answer = await self._request("upload_part", **upload, **part, Body=MemoryBody(body))
+                answer = await self._request("upload_part", **upload, **part, Body=body)
                 return sums, {**part, "ETag": answer["ETag"]}
 
         try:
@@ -255,15 +236,15 @@ class S3Backend:
                 await self._request(method, key, **request, IfNoneMatch="*")
                 return
             except (OSError, BotoCoreError) as error:
-                code = _code(error)
+                code = code_of(error)
                 if code == "ConditionalRequestConflict" and attempt < _MAX_ATTEMPTS:
-                    await asyncio.sleep(_PAUSE_SECONDS * 2**attempt)
+                    await _pause_after(attempt)
                     continue
                 taken_by = await self._mark_of(key)
                 if taken_by == mark:
                     logger.info("%s was written, though the answer was lost (%s)", self._uri(key), error)
                     return
-                if taken_by is not None and code in (*_TAKEN, "NoSuchUpload"):
+                if taken_by is not None and code in (*TAKEN, "NoSuchUpload"):
                     raise KeyExists(f"{self._uri(key)} exists already; another writer was first") from error
                 raise
 
@@ -294,7 +275,7 @@ class S3Backend:
         try:
             await self._request("abort_multipart_upload", **upload)
         except OSError as error:
-            if _code(error) not in ("NoSuchUpload", "404"):
+            if code_of(error) not in ("NoSuchUpload", "404"):
                 raise
             return False
         return True
@@ -320,7 +301,7 @@ class S3Backend:
             except _BROKEN as error:
                 if attempt == _READ_ATTEMPTS:
                     raise self._broken(key, error) from error
-                await asyncio.sleep(_PAUSE_SECONDS * 2**attempt)
+                await _pause_after(attempt)
             finally:
                 answer["Body"].close()
         raise AssertionError("returned or raised above")
@@ -335,7 +316,7 @@ class S3Backend:
             try:
                 answer = await self._request("get_object", key, Range=f"bytes={first}-{last}", **same_version)
             except OSError as error:
-                if _code(error) in _TAKEN:
+                if code_of(error) in TAKEN:
                     raise StoreError(f"{self._uri(key)} was replaced while it was read; read it again") from error
                 raise
             same_version = {"IfMatch": answer["ETag"]}
@@ -348,7 +329,7 @@ class S3Backend:
                 attempt = 1 if progress else attempt + 1
                 if attempt == _READ_ATTEMPTS:
                     raise self._broken(key, error) from error
-                await asyncio.sleep(_PAUSE_SECONDS * 2**attempt)
+                await _pause_after(attempt)
                 continue
             finally:
                 answer["Body"].close()
@@ -397,9 +378,62 @@ class S3Backend:
         return f"s3://{self.bucket}/{self._object(key)}".rstrip("/")
 
     async def _request(self, method: str, key: str | None = None, **request: Any) -> dict[str, Any]:
+        """S3's answer. Tried again after what passes by itself. Body: a memoryview."""
         if key is not None:
             request["Key"] = self._object(key)
-        return await self._fs._call_s3(method, Bucket=self.bucket, **request)
+        for attempt in range(1, self._max_attempts + 1):
+            try:
+                answer = await (self._send if "Body" in request else self._call)(method, request)
+            except (OSError, BotoCoreError) as error:
+                if attempt == self._max_attempts:
+                    raise
+                if attempt == 1 and are_credentials_old(error, method):
+                    await self._renew_credentials(code_of(error))
+                elif passes(error):
+                    await _pause_after(attempt)
+                else:
+                    raise
+            else:
+                answer["ResponseMetadata"]["RetryAttempts"] = attempt - 1
+                return answer
+        raise AssertionError("returned or raised above")
+
+    async def _send(self, method: str, request: Mapping[str, Any]) -> dict[str, Any]:
+        """With a limit of silence: aiohttp has none while it sends a body, or awaits the server's go-ahead for it."""
+        time = asyncio.get_running_loop().time
+
+        def moved() -> None:
+            if not limit.expired():
+                limit.reschedule(time() + _SILENCE_SECONDS)
+
+        try:
+            async with asyncio.timeout(_SILENCE_SECONDS) as limit:
+                return await self._call(method, {**request, "Body": MemoryBody(request["Body"], moved=moved)})
+        except TimeoutError as error:
+            raise TimeoutError(f"nothing moved for {_SILENCE_SECONDS:g} s") from error
+
+    async def _call(self, method: str, request: Mapping[str, Any]) -> dict[str, Any]:
+        try:
+            return await self._fs._call_s3(method, Bucket=self.bucket, **request)
+        except RuntimeError as error:
+            if "credentials" not in str(error):
+                raise
+            raise StoreError(f"s3://{self.bucket}: {error} {remedy_for('CredentialRetrievalError', '')}") from error
+
+    async def _renew_credentials(self, code: str) -> None:
+        """Look for them again: a client does so once, or not before they expire by their own word."""
+        session = self._fs.session
+        if "key" in self._options or session is None:
+            return
+        if code == "NoCredentialsError":
+            await self._fs.set_session(refresh=True)
+            return
+        used = await session.get_credentials()
+        if used is not None and not isinstance(used, RefreshableCredentials):
+            found = await AioSession(**self._fs.kwargs).get_credentials()
+            if found is not None:
+                now = await found.get_frozen_credentials()
+                used.access_key, used.secret_key, used.token = now.access_key, now.secret_key, now.token
 
     def _run(self, work: Coroutine[Any, Any, T]) -> T:
         """Run on s3fs's own thread and wait. Ctrl-C cancels the work and lets it clean up (abort its parts) first."""
@@ -426,12 +460,12 @@ class S3Backend:
         try:
             yield
         except (OSError, BotoCoreError, ClientError) as error:
-            code = _code(error)
+            code = code_of(error)
             if key and code in ("NoSuchKey", "404"):
                 raise KeyMissing(f"{self._uri(key)} does not exist") from error
             if code in ("InvalidRange", "416"):
                 raise StoreError(f"{self._uri(key)} ends before the bytes that were asked for") from error
-            raise StoreError(f"{self._uri(key)}: {error}; {_remedy(code, permission)}") from error
+            raise StoreError(f"{self._uri(key)}: {error}; {remedy_for(code, permission)}") from error
 
 
 @dataclass(frozen=True)
@@ -442,18 +476,6 @@ class _OpenUpload:
     began: datetime
 
 
-def _code(error: BaseException) -> str:
-    """S3's own word for what went wrong; s3fs keeps it only in the cause of the OSError that it raises."""
-    for candidate in (error, error.__cause__):
-        if isinstance(candidate, ClientError):
-            return candidate.response.get("Error", {}).get("Code", "")
-    for candidate in (error, error.__cause__):
-        if isinstance(candidate, BotoCoreError):
-            return type(candidate).__name__
-    return ""
-
-
-def _remedy(code: str, permission: str) -> str:
-    if code in _DENIED:
-        return f"allow {permission} on it to this role"
-    return _REMEDIES.get(code, "check the bucket, the network, and AWS_ENDPOINT_URL if it is set")
+async def _pause_after(attempt: int) -> None:
+    """Longer each time; never the same for two, which would come back together."""
+    await asyncio.sleep(min(_PAUSE_SECONDS * 2**attempt, _LONGEST_PAUSE_SECONDS) * random.uniform(0.5, 1))

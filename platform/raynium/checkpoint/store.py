@@ -216,5 +216,7 @@ def _open(url: str, options: dict[str, Any]) -> tuple[str, Backend]:
 
         if not parts.netloc:
             raise StoreError(f"{url!r} names no bucket: write s3://bucket/folder")
+        if "//" in folder:  # S3 keeps an empty folder name, some servers drop it from some answers and not from others
+            raise StoreError(f"{url!r} holds '//': separate folders by single slashes")
         return f"s3://{parts.netloc}{folder}", S3Backend(parts.netloc, folder.lstrip("/"), options)
     raise StoreError(f"{url!r} has the scheme {parts.scheme!r}: use a path, file:// or s3://")

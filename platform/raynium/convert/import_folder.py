@@ -20,9 +20,9 @@ from safetensors import SafetensorError, safe_open
 
 from raynium.checkpoint.batches import raw_bytes
 from raynium.checkpoint.catalog import CheckpointRef, list_checkpoints
-from raynium.checkpoint.commit import commit_checkpoint
+from raynium.checkpoint.commit import commit_checkpoint, discard_save
 from raynium.checkpoint.image import plan_image
-from raynium.checkpoint.manifest import ShardEntry, step_folder
+from raynium.checkpoint.manifest import ShardEntry
 from raynium.checkpoint.state import MODEL_PREFIX, Chunk
 from raynium.checkpoint.store import Store
 from raynium.checkpoint.upload import upload_shard
@@ -114,7 +114,7 @@ def import_folder(folder: str | Path, store: Store) -> Imported:
             layout={"files": len(entries)},
         )
     except BaseException:
-        store.delete_prefix(f"{step_folder(STEP)}/{generation}")
+        discard_save(store, step=STEP, generation=generation)
         raise
     logger.info("imported %s into %s: %d tensors", path, store.url, len(stored))
     local = store.uri(TOKENIZER_NAME).removeprefix("file://")

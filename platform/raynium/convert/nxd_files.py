@@ -6,7 +6,7 @@ written; it follows from the order of the model's, which shapes confirm.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,7 +78,7 @@ class NxdFiles:
         weights: Tensors = {}
         masters: Tensors = {}
         moments: dict[str, Tensors] = {kind: {} for kind in MOMENTS} if self._optimizer else {}
-        step = 0
+        steps: set[int] = set()
         for stage in range(self._stages):
             path = self._model[0, tensor_rank, stage]
             found = _model_tensors(load_tensors(path), where=path)
@@ -89,8 +89,17 @@ class NxdFiles:
                 masters |= optimizer.masters()
                 for kind in MOMENTS:
                     moments[kind] |= optimizer.tensors(kind)
-                step = optimizer.step()
-        return RankState(weights, masters, moments, step)
+                steps |= optimizer.steps()
+        return RankState(weights, masters, moments, self.one_step(steps))
+
+    def one_step(self, steps: Set[int]) -> int:
+        """The step that all files are of; 0 without an optimizer."""
+        if len(steps) > 1:
+            raise CheckpointDamaged(
+                f"{self.folder}/optim has files of the steps {sorted(steps)}, which are of different saves: copy the "
+                "whole checkpoint of one"
+            )
+        return next(iter(steps), 0)
 
     def _check_all_there(self, kind: str, files: Mapping[tuple[int, int, int], Path], *, data_size: int) -> None:
         expected = {
@@ -182,8 +191,9 @@ class _Optimizer:
         self._states = states
         self._names = self._order(files[0])
 
-    def step(self) -> int:
-        return int(self._states[0][0]["step"])
+    def steps(self) -> set[int]:
+        """Of all data ranks; one, if they were saved together."""
+        return {int(state[0]["step"]) for state in self._states}
 
     def masters(self) -> Tensors:
         if "sharded_master_weights" not in self._files[0]:

@@ -12,9 +12,9 @@ from uuid import uuid4
 import torch
 
 from raynium.checkpoint.batches import raw_bytes
-from raynium.checkpoint.commit import commit_checkpoint
+from raynium.checkpoint.commit import commit_checkpoint, discard_save
 from raynium.checkpoint.image import plan_image
-from raynium.checkpoint.manifest import ShardEntry, step_folder
+from raynium.checkpoint.manifest import ShardEntry
 from raynium.checkpoint.state import Chunk
 from raynium.checkpoint.store import Store
 from raynium.checkpoint.upload import upload_shard
@@ -63,8 +63,7 @@ def import_nxd_folder(
         entries = []
         for tensor_rank in range(files.tensor_size):
             state = files.read(tensor_rank)
-            assert tensor_rank == 0 or step == state.step, "all ranks step together"
-            step = state.step
+            step = files.one_step({step, state.step} if tensor_rank > 0 else {state.step})
             chunks = _chunks(state, model, files, tensor_rank=tensor_rank, kv_order=kv_order)
             entries.append(_upload(store, chunks, step=step, generation=generation, rank=tensor_rank))
         store.replace(TOKENIZER_NAME, tokenizer.file_text.encode())
@@ -85,7 +84,7 @@ def import_nxd_folder(
             layout={"tensor": files.tensor_size},
         )
     except BaseException:
-        store.delete_prefix(f"{step_folder(step)}/{generation}")
+        discard_save(store, step=step, generation=generation)
         raise
     logger.info("imported %s into %s at step %d", tag, store.url, step)
     return Imported(ref, model, str(described / TOKENIZER_NAME))

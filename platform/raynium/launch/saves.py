@@ -5,15 +5,15 @@ All methods run on the coordinator's loop, so each runs unbroken between its awa
 
 import asyncio
 import json
+import math
 import time
-from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from raynium.checkpoint.catalog import CheckpointRef, list_checkpoints
+from raynium.checkpoint.catalog import CheckpointRef, latest, list_checkpoints
 from raynium.checkpoint.commit import StepTaken, commit_checkpoint
-from raynium.checkpoint.manifest import ShardEntry, step_folder
+from raynium.checkpoint.manifest import ShardEntry, generation_of, step_folder
 from raynium.checkpoint.retention import Retention, apply_retention
 from raynium.checkpoint.store import Store
 from raynium.config.schema import Config
@@ -22,6 +22,9 @@ from raynium.launch.last_save import pause_before_next_try
 from raynium.launch.protocol import Commit
 
 HELD_OUT_METRICS = ("eval/loss", "eval/bits_per_byte")  # a checkpoint keeps those of its step
+# Saves whose shards still come in. A rank has two images, so a generation has no more than three; what is older lacks a
+# shard that failed or whose rank died, and the checksums of a terabyte's shards take hundreds of megabytes
+MOST_COMING_IN = 8
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,7 @@ class Saves:
         self._tell = tell
         self._evaluations: dict[int, dict[str, float]] = {}  # step → eval/… metrics, until its checkpoint is committed
         # (generation, step) → rank → its shard, and how long that took
-        self._shards: dict[tuple[str, int], dict[int, tuple[ShardEntry, float]]] = defaultdict(dict)
+        self._shards: dict[tuple[str, int], dict[int, tuple[ShardEntry, float]]] = {}
         self._uncommitted: WholeSave | None = None  # the newest, of those that the store did not let us commit
         self._causes: dict[int, str] = {}  # step → why it is not committed
         self.commits: list[Commit] = []
@@ -53,9 +56,10 @@ class Saves:
         self.committed_uri: str | None = None
 
     def note_evaluation(self, step: int, metrics: dict[str, float]) -> None:
-        """Metrics of rank 0's report; the checkpoint of that step keeps those of the held-out text."""
-        if evaluation := {name: value for name, value in metrics.items() if name in HELD_OUT_METRICS}:
-            self._evaluations[step] = evaluation
+        """Metrics of rank 0's report; the checkpoint of that step keeps those of the held-out text, where finite."""
+        found = {name: metrics[name] for name in HELD_OUT_METRICS if math.isfinite(metrics.get(name, math.nan))}
+        if found:
+            self._evaluations[step] = found
 
     def resumed(self, checkpoint: CheckpointRef) -> None:
         """The run goes on from here: its newest checkpoint, until there is a newer one."""
@@ -65,14 +69,23 @@ class Saves:
         self, generation_id: str, step: int, rank: int, entry: ShardEntry, upload_seconds: float, *, parent: int | None
     ) -> WholeSave | None:
         """The save, if this was its last shard. parent: the step that this generation started from."""
-        shards = self._shards[generation_id, step]
+        # A coordinator that was started again counts generations anew, while agents still upload for those of before
+        saved_by = generation_of(entry.file.key)
+        shards = self._shards.setdefault((saved_by, step), {})
         shards[rank] = entry, upload_seconds
         if len(shards) < self._config.world_size:
+            if len(self._shards) > MOST_COMING_IN:
+                del self._shards[next(iter(self._shards))]
             return None
         found = [shards[rank] for rank in sorted(shards)]
-        del self._shards[generation_id, step]
-        entries = tuple(entry for entry, _ in found)
-        return WholeSave(generation_id, step, parent, entries, max(seconds for _, seconds in found))
+        del self._shards[saved_by, step]
+        return WholeSave(
+            saved_by,
+            step,
+            parent if saved_by == generation_id else None,
+            tuple(entry for entry, _ in found),
+            max(seconds for _, seconds in found),
+        )
 
     def shard_failed(self, step: int, rank: int, cause: str) -> None:
         """Told once a step: where one shard fails, the others mostly do."""
@@ -129,6 +142,8 @@ class Saves:
 
     async def commit_last(self, step: int, *, living: Sequence[str]) -> None:
         """At the run's end, if its last save is whole and was not committed: tries that again for a while."""
+        if self.problem(step) is not None:
+            await self._look_for(step)
         began, tries = time.monotonic(), 1
         while (whole := self._uncommitted) is not None and whole.step == step:
             pause = pause_before_next_try(tries, time.monotonic() - began)
@@ -139,6 +154,16 @@ class Saves:
             self._uncommitted = None
             await self.commit(whole, living=living)
             tries += 1
+
+    async def _look_for(self, step: int) -> None:
+        """Another generation may have committed it, or a coordinator that died before the run's end."""
+        try:
+            newest = await asyncio.to_thread(latest, self._store)
+        except (StoreError, CheckpointError) as error:
+            self._causes.setdefault(step, f"the store cannot be asked for it: {error}")
+            return
+        if newest is not None and newest.step == step:
+            self.resumed(newest)
 
     def _commit_failed(self, whole: WholeSave, error: Exception) -> None:
         self._causes[whole.step] = f"it could not be committed: {error}"
@@ -179,7 +204,10 @@ class Saves:
             self._tell(f"checkpoint of step {reference.step} is committed, but missing on the MLflow page: {error}")
             return
         listed = [vars(each) | {"uri": self._store.uri(step_folder(each.step))} for each in found]
-        self.commits.append(Commit(len(self.commits) + 1, reference.step, metrics, json.dumps(listed, indent=2)))
+        text = json.dumps(listed, indent=2)
+        # One list for all: of a run that keeps thousands, a list for each commit would take gigabytes
+        earlier = [replace(each, checkpoints=text) for each in self.commits]
+        self.commits = [*earlier, Commit(len(earlier) + 1, reference.step, metrics, text)]
 
 
 def checkpoint_state(config: Config, step: int) -> dict[str, Any]:

@@ -72,7 +72,13 @@ class Uploader:
     def _living_child(self) -> "_Child":
         with self._lock:
             if self._child is None or self._child.dead:
-                self._child = _Child(self._run_url)
+                try:
+                    self._child = _Child(self._run_url)
+                except (OSError, EOFError) as error:  # EOFError: the template's process could not fork
+                    raise StoreError(
+                        f"the process that uploads checkpoints cannot be started: {error or 'it could not be forked'}; "
+                        "this node lacks memory, processes or open files (ulimit -u, ulimit -n)"
+                    ) from error
             return self._child
 
 
