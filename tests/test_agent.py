@@ -8,6 +8,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -54,11 +55,17 @@ def document_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 class Played:
     """One run of an agent in a thread, and what came of it."""
 
-    def __init__(self, config: Config, run_folder: Path, document_folder: Path):
+    def __init__(
+        self,
+        config: Config,
+        run_folder: Path,
+        document_folder: Path,
+        make_coordinator: Callable[[RunCoordinator], CoordinatorOnLoop] = CoordinatorOnLoop,
+    ):
         self.run_folder = run_folder
         self.tracker = MemoryTracker()
         self.began = time.monotonic()
-        self.coordinator = CoordinatorOnLoop(RunCoordinator(config.model_dump(mode="json"), str(run_folder), 0))
+        self.coordinator = make_coordinator(RunCoordinator(config.model_dump(mode="json"), str(run_folder), 0))
         self.agent = NodeAgent(
             config=config,
             run_url=str(run_folder),
@@ -113,8 +120,12 @@ def play(tmp_path: Path, document_folder: Path) -> Iterator[Callable[..., Played
     """Starts an agent of the one run in `tmp_path`; a second one goes on where the first ended."""
     played: list[Played] = []
 
-    def start(data_folder: Path = document_folder, **changes: Any) -> Played:
-        run = Played(parse_config(JOB, changes), tmp_path / "run", data_folder)
+    def start(
+        data_folder: Path = document_folder,
+        make_coordinator: Callable[[RunCoordinator], CoordinatorOnLoop] = CoordinatorOnLoop,
+        **changes: Any,
+    ) -> Played:
+        run = Played(parse_config(JOB, changes), tmp_path / "run", data_folder, make_coordinator)
         played.append(run)
         run.thread.start()
         return run
@@ -249,6 +260,66 @@ def test_a_last_checkpoint_that_failed_is_saved_from_memory_once_it_can_be(
     newest, same = latest(Store(run.run_folder)), latest(Store(uninterrupted.run_folder))
     assert newest is not None and same is not None and newest.step == 12
     assert [file.crc64nvme for file in newest.manifest.shards] == [file.crc64nvme for file in same.manifest.shards]
+
+
+class DyingCoordinator(CoordinatorOnLoop):
+    """Loses its memory when the first shard of the last save has come in. As Ray does, it sends waiting calls again."""
+
+    def __init__(self, coordinator: RunCoordinator):
+        super().__init__(coordinator)
+        self.lives = 1
+        self._lock = threading.Lock()
+        self._waiting: dict[Future[Any], tuple[str, tuple[Any, ...]]] = {}
+        self._inside: list[Future[Any]] = []
+
+    def call(self, method: str, *arguments: Any) -> "Future[Any]":
+        last_save = method == "shard_saved" and arguments[0] == self.coordinator.config.train.steps
+        answer: Future[Any] = Future()
+        with self._lock:
+            self._waiting[answer] = method, arguments
+            self._send(answer)
+            if last_save and self.lives == 1:
+                super().call("status", 0).result()  # all that came before is known by now
+                self._die()
+        return answer
+
+    def _send(self, answer: "Future[Any]") -> None:
+        life = self.lives
+        method, arguments = self._waiting[answer]
+
+        def done(found: "Future[Any]") -> None:
+            if life == self.lives and self._waiting.pop(answer, None) is not None:
+                answer.set_result(found.result())
+
+        self._inside.append(super().call(method, *arguments))
+        self._inside[-1].add_done_callback(done)
+
+    def _die(self) -> None:
+        self.lives = 2
+        for call in self._inside:
+            call.cancel()
+        config = self.coordinator.config.model_dump(mode="json")
+        self.coordinator = RunCoordinator(config, self.coordinator.store.url, 0)
+        for answer, (method, _) in list(self._waiting.items()):
+            if method == "shard_saved":  # which it had answered
+                del self._waiting[answer]
+                answer.set_result(None)
+            else:
+                self._send(answer)
+
+
+def test_a_coordinator_that_dies_in_the_last_save_hears_of_its_shards_again(
+    play: Callable[..., Played], uninterrupted: Played
+) -> None:
+    run = play(make_coordinator=DyingCoordinator)
+    status = run.finish()
+    assert isinstance(run.coordinator, DyingCoordinator) and run.coordinator.lives == 2
+    assert status.ended == "finished", status.cause
+    newest = latest(Store(run.run_folder))
+    assert newest is not None and newest.step == 12
+    assert {step: set(losses) for step, losses in run.losses().items()} == {
+        step: set(losses) for step, losses in uninterrupted.losses().items()
+    }
 
 
 def test_nobody_tries_to_save_for_a_run_that_is_over(play: Callable[..., Played], blocked_step: Path) -> None:

@@ -403,6 +403,13 @@ def test_what_a_living_generation_writes_into_an_expired_step_stays_and_may_be_c
     assert not {name for name in found_in(store) if name.startswith("10/")}
 
 
+def test_what_a_generation_may_still_read_stays_until_it_has(local: Store, tmp_path: Path) -> None:
+    for step in (10, 20, 30, 40):
+        save(local, tmp_path, step)
+    assert apply_retention(local, policy=LAST_TWO, living=["g1"], now_unix=time.time(), reading=[10]).steps == (20,)
+    assert retain(local).steps == (10,)
+
+
 def test_a_tag_given_at_the_last_moment_counts(local: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for step in (10, 20, 30):
         save(local, tmp_path, step)

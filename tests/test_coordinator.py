@@ -12,7 +12,7 @@ import torch
 
 import raynium.launch.coordinator as coordinator_module
 from raynium.accelerators.neuron_errors import classify
-from raynium.checkpoint.catalog import open_checkpoint
+from raynium.checkpoint.catalog import list_checkpoints, open_checkpoint
 from raynium.checkpoint.image import ImageFile, plan_image, write_image
 from raynium.checkpoint.state import Chunk
 from raynium.checkpoint.store import Store
@@ -238,11 +238,28 @@ def entry(store: Store, image: Path, *, step: int, generation_id: str, rank: int
 async def save(run: RunCoordinator, folder: Path, order: Order, step: int) -> None:
     for rank in (0, 1):
         shard = entry(run.store, folder / f"image-{rank}", step=step, generation_id=order.generation_id, rank=rank)
-        await run.shard_saved(order.generation, step, rank, shard, 3.0 + rank)
+        await run.shard_saved(step, rank, shard, 3.0 + rank, order.resume_step)
 
 
 def holding(node_rank: int, *images: HeldImages) -> AgentInfo:
     return replace(agent(node_rank), images=images)
+
+
+def test_a_late_commit_does_not_delete_the_checkpoint_that_new_ranks_read(tmp_path: Path) -> None:
+    async def play() -> None:
+        run = coordinator(tmp_path, **{"checkpoint.keep_last": 1, "fault.max_restarts_without_progress": 9})
+        first, _ = await asyncio.gather(run.join(agent(0)), run.join(agent(1)))
+        await save(run, tmp_path, first, 2)
+        await run.exited(1, 0, [DIED])
+        second, _ = await asyncio.gather(run.join(agent(0)), run.join(agent(1)))
+        assert second.resume_step == 2
+        await save(run, tmp_path, first, 3)  # its last shard was still on its way
+        assert [each.step for each in list_checkpoints(run.store)] == [2, 3]
+        await run.report(3, {"train/loss": 3.0})
+        await save(run, tmp_path, second, 4)
+        assert [each.step for each in list_checkpoints(run.store)] == [4]
+
+    asyncio.run(play())
 
 
 def test_a_commit_is_told_with_what_it_cost_and_keeps_the_metrics_of_its_step(tmp_path: Path) -> None:
@@ -264,6 +281,9 @@ def test_a_commit_is_told_with_what_it_cost_and_keeps_the_metrics_of_its_step(tm
         [again] = await run.commits(1) or []
         assert [each["step"] for each in json.loads(again.checkpoints)] == [2, 4]
         assert open_checkpoint(run.store, 4).manifest.metrics == {}
+        assert [commit.step for commit in await run.commits(0) or []] == [4], (
+            "a new agent sends only what none has sent"
+        )
         await run.give_up("enough")
         assert await run.commits(2) is None
 
@@ -392,6 +412,10 @@ def test_uploads_that_a_dead_attempt_left_open_are_removed_and_living_ones_are_n
         await run.exited(1, 0, [DIED])
         await asyncio.gather(run.join(agent(0)), run.join(agent(1)))
         assert (folder / ".tmp-living").exists(), "the agents of this attempt may still upload"
+        restarted = coordinator(tmp_path)
+        late = replace(agent(1), uploading=("g1",))
+        await asyncio.gather(restarted.join(agent(0)), restarted.join(late))
+        assert (folder / ".tmp-living").exists(), "one that knows nothing is told so by the agents"
         await asyncio.gather(*(asyncio.create_task(run.join(agent(rank, "b"))) for rank in (0, 1)))
         assert not (folder / ".tmp-living").exists()
 

@@ -28,7 +28,7 @@ def test_a_killed_agents_memory_is_freed_by_the_next_agent_and_a_live_ones_is_no
 
 def snapshot(step: int, generation: str = "g1") -> Snapshot:
     info = ImageInfo(step=step, path=f"/dev/shm/{step}", size=1, tensors=())
-    return Snapshot(1, generation, info, info)
+    return Snapshot(generation, None, info, info)
 
 
 def test_a_rank_always_has_one_image_to_write_and_one_to_start_from() -> None:
@@ -45,6 +45,7 @@ def test_a_rank_always_has_one_image_to_write_and_one_to_start_from() -> None:
 
     images.complete(0, 0, snapshot(30))
     assert images.take_offers() == [], "the upload of step 20 still runs"
+    assert images.uploading() == ("g1",)
     images.uploaded(0, 1, failure=None)
     assert images.take_offers() == [(0, 1)]
     assert {held.step for held in images.held()} == {20, 30}
@@ -62,6 +63,7 @@ def test_a_new_generation_keeps_what_it_starts_from_and_what_is_being_uploaded()
     assert set(images.held()) == {HeldImages("g1", 10, (4, 5)), HeldImages("g1", 20, (5,))}
 
     images.start_generation(kept)
+    assert images.uploading() == ("g1",)
     assert images.held() == (HeldImages("g1", 10, (4, 5)),), "step 20 is of a past that did not happen"
     assert {rank: [ImageInfo.from_json(each).step for each in found] for rank, found in images.find(kept).items()} == {
         4: [10, 10],
@@ -96,5 +98,6 @@ def test_of_failed_uploads_the_newest_of_each_rank_may_be_tried_again() -> None:
 
     images.start_generation(HeldImages("g1", 20, (0,)))
     assert [each.rank for each in images.failed()] == [0], "the next generation starts from it"
+    assert images.saved() == []
     images.start_generation(None)
     assert images.failed() == []

@@ -66,9 +66,7 @@ def saves(store: RefusingStore, told: list[str], monkeypatch: pytest.MonkeyPatch
 def whole(saves: Saves, store: Store, step: int, generation: str = "g1") -> WholeSave:
     """All shards of a step, as they come in."""
     entries = upload_all(store, halves("model/w", random_tensor("float32", (8, 3))), step=step, generation=generation)
-    first, last = (
-        saves.shard_saved(generation, step, rank, entry, 2.0 - rank, parent=None) for rank, entry in enumerate(entries)
-    )
+    first, last = (saves.shard_saved(step, rank, entry, 2.0 - rank, parent=None) for rank, entry in enumerate(entries))
     assert first is None and last is not None and last.upload_seconds == 2.0
     return last
 
@@ -76,7 +74,7 @@ def whole(saves: Saves, store: Store, step: int, generation: str = "g1") -> Whol
 def first_shard(saves: Saves, store: Store, step: int, generation: str = "g1") -> None:
     """That of rank 0 comes in."""
     entry, _ = upload_all(store, halves("model/w", random_tensor("float32", (8, 3))), step=step, generation=generation)
-    assert saves.shard_saved(generation, step, 0, entry, 1.0, parent=None) is None
+    assert saves.shard_saved(step, 0, entry, 1.0, parent=None) is None
 
 
 def steps(store: Store) -> list[int]:
@@ -159,6 +157,17 @@ def test_a_store_that_lets_nothing_be_deleted_keeps_no_commit_from_being_logged(
     assert len(told) == 1 and "older ones were not tidied up" in told[0] and "allow s3:DeleteObject" in told[0]
 
 
+def test_shards_that_are_told_again_commit_nothing_twice(saves: Saves, store: RefusingStore, told: list[str]) -> None:
+    entries = upload_all(store, halves("model/w", random_tensor("float32", (8, 3))), step=8, generation="g1")
+    first, found = (saves.shard_saved(8, rank, entry, 1.0, parent=4) for rank, entry in enumerate(entries))
+    assert first is None and found is not None
+    assert [saves.shard_saved(8, rank, entry, 1.0, parent=4) for rank, entry in enumerate(entries)] == [None, None]
+    run_out(saves, found)
+    assert [saves.shard_saved(8, rank, entry, 1.0, parent=4) for rank, entry in enumerate(entries)] == [None, None]
+    saves.shard_failed(8, 0, "denied")
+    assert len(saves.commits) == 1 and not told, "another generation's failure costs no checkpoint"
+
+
 def test_failed_shards_are_told_once_a_step(saves: Saves, told: list[str]) -> None:
     for rank in (0, 1):
         saves.shard_failed(8, rank, "denied")
@@ -175,8 +184,8 @@ def test_shards_of_before_a_coordinators_restart_are_not_mixed_with_those_of_the
     halved = halves("model/w", random_tensor("float32", (8, 3)))
     before, after = (upload_all(store, halved, step=8, generation=each) for each in ("g1-before", "g1-after"))
     found = [
-        saves.shard_saved("g1-after", 8, rank, entries[rank], 1.0, parent=4)
-        for rank, entries in ((0, after), (0, before), (1, before), (1, after))
+        saves.shard_saved(8, rank, entries[rank], 1.0, parent=parent)
+        for rank, entries, parent in ((0, after, 4), (0, before, None), (1, before, None), (1, after, 4))
     ]
     assert [each and (each.generation_id, each.parent_step) for each in found] == [
         None, None, ("g1-before", None), ("g1-after", 4),
@@ -224,7 +233,7 @@ def test_saves_that_lack_a_shard_are_forgotten_in_the_end(saves: Saves, store: R
     newest = 3 * MOST_COMING_IN - 1
     entry = saves._shards["g1", newest - 1][0][0]  # its other shard is late
     last = entry.model_copy(update={"file": entry.file.model_copy(update={"key": "g1/shard-00001.safetensors"})})
-    found = saves.shard_saved("g1", newest - 1, 1, last, 1.0, parent=None)
+    found = saves.shard_saved(newest - 1, 1, last, 1.0, parent=None)
     assert found is not None and found.entries == (entry, last)
 
 

@@ -100,12 +100,14 @@ def apply_retention(
     policy: Retention,
     living: Collection[str],
     now_unix: float,
+    reading: Collection[int] = (),
     grace_seconds: float = GRACE_SECONDS,
 ) -> Removed:
     """Delete the checkpoints that nothing keeps, and what crashed saves left. Called after a commit, by its process.
 
     living: ids of the generations whose ranks or uploads may still write. What others left uncommitted goes once nobody
     has written to it for `grace_seconds`, and theirs once that is longer than any upload takes.
+    reading: steps whose checkpoint somebody may still read; it stays until the next call.
     The newest checkpoint is looked at first, one request a file: CheckpointDamaged if it is not whole, CheckpointTooNew
     if it is of a newer format, and then nothing was deleted. StoreError if the store cannot be asked, or refuses.
     Two processes may call it at once, and one may die in it: what is left is whole, or an orphan for the next call.
@@ -113,7 +115,8 @@ def apply_retention(
     folders = step_folders(store)
     newest = _whole_newest(store, folders)
     found = summaries(store, folders, opened=newest)
-    steps = [step for step in expired(found, policy) if _delete_expired(store, step, found, folders, living)]
+    unread = (step for step in expired(found, policy) if step not in reading)
+    steps = [step for step in unread if _delete_expired(store, step, found, folders, living)]
     kept = [folder for folder in folders if folder.step not in steps]
     # A living generation may be slow: we know of it only that it writes no file, or upload, for so long
     idle_since = now_unix - grace_seconds

@@ -21,10 +21,10 @@ from raynium.accelerators.detect import look
 from raynium.accelerators.neuron_monitor import DeviceMonitor, DeviceSample, has_devices
 from raynium.checkpoint.manifest import ImageInfo
 from raynium.config.schema import Config
-from raynium.errors import DataError, StoreError
+from raynium.errors import DataError, StoreError, TrackingError
 from raynium.launch.compile_cache import node_cache
 from raynium.launch.diagnosis import KERNEL_LOG, Diagnosis, KernelLog
-from raynium.launch.images import NodeImages, Snapshot, make_image_folder
+from raynium.launch.images import NodeImages, SavedShard, Snapshot, make_image_folder
 from raynium.launch.last_save import pause_before_next_try
 from raynium.launch.ports import rendezvous_port
 from raynium.launch.protocol import AgentInfo, Commit, CoordinatorCalls, Order, Verdict
@@ -103,6 +103,7 @@ class NodeAgent:
         self._goodput_metrics: dict[str, float] = {}  # of the run, until a step takes them along
         # As the coordinator knows, unless it was started again. Only node 0's agent hears of steps.
         self._trained_step = 0
+        self._last_generation = 0
         self._group: RankGroup | None = None
         self._group_lock = threading.Lock()  # image offers go to the ranks of now, from any thread
 
@@ -162,8 +163,10 @@ class NodeAgent:
             free_port=rendezvous_port(self.node.host),
             pid=os.getpid(),
             images=self._images.held(),
+            uploading=self._images.uploading(),
             machine=look().product_name or "",
             node_id=self.node.node_id,
+            last_generation=self._last_generation,
         )
 
     def _environments(self, order: Order) -> dict[int, dict[str, str]]:
@@ -193,8 +196,11 @@ class NodeAgent:
 
     def _run_generation(self, order: Order, data_folder: str, image_folder: Path, tracker: Tracker | None) -> None:
         """Forks the ranks and stays until all have ended, because they did or because the coordinator said so."""
+        self._last_generation = order.generation
         handle = _Handler(self, order, tracker)
         self._images.start_generation(order.resume_images)
+        # A coordinator that was started again knows of no shard, and who starts from the last step saves it no more
+        self._saving += [self._uploads.submit(self._tell_saved, saved) for saved in self._images.saved()]
         plan = RankPlan(
             config=self.config,
             run_url=self.run_url,
@@ -276,18 +282,28 @@ class NodeAgent:
         self._saving.append(self._uploads.submit(self._save_shard, rank, slot, snapshot, again=False))
 
     def _save_shard(self, rank: int, slot: int, snapshot: Snapshot, *, again: bool) -> None:
-        info, failure = snapshot.info, None
         try:
-            entry = self._uploader.upload(info, generation=snapshot.generation_id, rank=rank, again=again)
-        except StoreError as error:
-            failure = str(error)
-            self.coordinator.call("shard_failed", info.step, rank, failure).result()
-            return
-        finally:
+            entry = self._uploader.upload(snapshot.info, generation=snapshot.generation_id, rank=rank, again=again)
+        except Exception as error:  # whatever it was, this image is in memory only
+            failure = str(error) if isinstance(error, StoreError) else f"{type(error).__name__}: {error}"
             self._images.uploaded(rank, slot, failure=failure)
             self._offer_images()
-        seconds = time.monotonic() - snapshot.taken
-        self.coordinator.call("shard_saved", snapshot.generation, info.step, rank, entry.to_json(), seconds).result()
+            self.coordinator.call("shard_failed", snapshot.info.step, rank, failure).result()
+            return
+        saved = SavedShard(rank, snapshot, entry, time.monotonic() - snapshot.taken)
+        self._images.uploaded(rank, slot, saved=saved)
+        self._offer_images()
+        self._tell_saved(saved)
+
+    def _tell_saved(self, saved: SavedShard) -> None:
+        self.coordinator.call(
+            "shard_saved",
+            saved.snapshot.info.step,
+            saved.rank,
+            saved.entry.to_json(),
+            saved.upload_seconds,
+            saved.snapshot.parent_step,
+        ).result()
 
     def _finish_saving(self, order: Order) -> None:
         """The ranks are through. Their last checkpoint must be in before the run may count as finished.
@@ -406,7 +422,10 @@ class _CommitLog:
             for commit in commits:
                 seen = commit.number
                 self._tracker.append(commit.metrics, step=commit.step, unix_ms=int(time.time() * 1000))
-                self._tracker.artifact("checkpoints.json", commit.checkpoints)
+                try:
+                    self._tracker.artifact("checkpoints.json", commit.checkpoints)
+                except TrackingError as error:  # the disk is full: the next commit's list holds this one too
+                    logger.warning("the list of checkpoints does not reach MLflow: %s", error)
 
 
 @dataclass
@@ -435,7 +454,7 @@ class _Handler:
                     self.book.compiled(message["seconds"])
             elif message["kind"] == "image":
                 info, replicas = (ImageInfo.from_json(message[name]) for name in ("info", "replicas"))
-                snapshot = Snapshot(self.order.generation, self.order.generation_id, info, replicas)
+                snapshot = Snapshot(self.order.generation_id, self.order.resume_step, info, replicas)
                 self.agent.save(self.order, rank, message["slot"], snapshot)
 
     def _step(self, step: int, metrics: dict[str, float]) -> None:

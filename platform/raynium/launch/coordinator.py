@@ -46,7 +46,6 @@ class _Generation:
     cause: str = ""
     exits: dict[int, list[RankExit]] = field(default_factory=dict)  # node rank → its ranks' ends
     resume_images: HeldImages | None = None  # where the ranks' state came from, if not from the store
-    commits: set[asyncio.Task[None]] = field(default_factory=set)
     faults: dict[int, Fault] = field(default_factory=dict)  # node rank → what is broken there
 
 
@@ -57,6 +56,7 @@ class RunCoordinator:
         """config: the resolved config as a dict; last_generation: of the run's earlier drivers, 0 for a new run."""
         self.config = Config.model_validate(config)
         self.store = Store(run_url)
+        self._life = secrets.token_hex(4)
         self._changed = asyncio.Condition()
         self._attempt = ""
         self._joined: dict[int, AgentInfo] = {}
@@ -71,6 +71,10 @@ class RunCoordinator:
         self._uploading_ids: list[str] = []  # generations of this attempt, whose agents may still upload for them
         self._damaged_step: int | None = None  # found by ranks, to be set aside before the next generation
         self._distrusted_images: set[tuple[str, int]] = set()  # ranks that started from them made no step
+        self._commits: set[asyncio.Task[None]] = set()
+        self._choosing = asyncio.Lock()  # held while a checkpoint is chosen to go on from, or older ones are deleted
+        self._read_step: int | None = None  # which the ranks may still be reading
+        self._commits_taken = 0  # number of the last that an agent has sent to MLflow
         self._saves = Saves(self.config, self.store, tell=self._append_event)
         self._step = 0
         self._metrics: dict[str, float] = {}
@@ -100,6 +104,7 @@ class RunCoordinator:
                     cause = "a node agent was lost; Ray Train started the node agents again"
                     self._append_event(f"generation {self._generation.number} failed: {cause}")
                     self._over(self._generation, cause)
+            self._uploading_ids += [each for each in agent.uploading if each not in self._uploading_ids]
             key = (agent.attempt, agent.node_rank)
             self._orders.pop(key, None)
             self._joined[agent.node_rank] = agent
@@ -151,16 +156,19 @@ class RunCoordinator:
         self._devices[node_rank] = now, sample
         return device_metrics(one for came, one in self._devices.values() if now - came <= DEVICE_SAMPLE_SECONDS)
 
-    async def shard_saved(self, generation: int, step: int, rank: int, entry_json: str, upload_seconds: float) -> None:
-        """One rank's shard is in the store, verified. The last one of a step commits the checkpoint."""
-        current = self._generations.get(generation)
-        if current is None:
-            return
+    async def shard_saved(
+        self, step: int, rank: int, entry_json: str, upload_seconds: float, parent_step: int | None
+    ) -> None:
+        """One rank's shard is in the store, verified. The last one of a step commits the checkpoint.
+
+        Whichever generation saved it, also one of before this coordinator. parent_step: the step that it started from.
+        """
         entry = ShardEntry.from_json(entry_json)
-        whole = self._saves.shard_saved(current.id, step, rank, entry, upload_seconds, parent=current.resume_step)
+        whole = self._saves.shard_saved(step, rank, entry, upload_seconds, parent=parent_step)
         if whole is not None:
             task = asyncio.create_task(self._commit(whole))
-            current.commits.add(task)
+            self._commits.add(task)
+            task.add_done_callback(self._commits.discard)
             await task
 
     async def shard_failed(self, step: int, rank: int, cause: str) -> None:
@@ -174,7 +182,7 @@ class RunCoordinator:
 
     async def report(self, step: int, metrics: dict[str, float]) -> None:
         """Rank 0's numbers, for the driver's display."""
-        self._step = step
+        self._step, self._read_step = step, None
         self._metrics.update(metrics)
         self._saves.note_evaluation(step, metrics)
 
@@ -185,12 +193,16 @@ class RunCoordinator:
         return self._run_ledger()
 
     async def commits(self, after: int) -> list[Commit] | None:
-        """Those since commit number `after`; waits for one. None: the run, or this attempt, has ended."""
+        """Those that no agent has sent to MLflow; waits for one. None: the run, or this attempt, has ended.
+
+        after: number of the last that the caller has sent; 0 of an agent that has just begun.
+        """
         async with self._changed:
+            self._commits_taken = max(self._commits_taken, after)
             await self._changed.wait_for(
-                lambda: len(self._saves.commits) > after or self._ended is not None or self._is_left()
+                lambda: len(self._saves.commits) > self._commits_taken or self._ended is not None or self._is_left()
             )
-            return self._saves.commits[after:] or None
+            return self._saves.commits[self._commits_taken :] or None
 
     async def tell(self, text: str) -> None:
         """A line for the user's terminal."""
@@ -237,6 +249,7 @@ class RunCoordinator:
             events=tuple(event for event in self._events if event.number > events_after),
             node_faults=tuple(self._node_faults),
             ledger=self._book.ledger(time.monotonic()),
+            life=self._life,
         )
 
     # ---- inside ----------------------------------------------------------------------------------------------------
@@ -257,11 +270,12 @@ class RunCoordinator:
             resume_step: int | None = images.step
         else:
             try:
-                resume_step = await self._resume_step()
+                async with self._choosing:
+                    self._read_step = resume_step = await self._resume_step()
             except (StoreError, CheckpointError) as error:
                 self._end("failed", f"no checkpoint could be chosen to go on from: {error}")
                 return
-        self._number += 1
+        self._number = 1 + max(self._number, *(agent.last_generation for agent in self._joined.values()))
         # The suffix keeps two drivers apart that count from the same number.
         generation_id = f"g{self._number:05d}-{secrets.token_hex(4)}"
         agents = tuple(agent for _, agent in sorted(self._joined.items()))
@@ -382,14 +396,18 @@ class RunCoordinator:
         self._changed.notify_all()
 
     async def _commit(self, whole: WholeSave) -> None:
-        if await self._saves.commit(whole, living=[*self._uploading_ids, whole.generation_id]):
+        async with self._choosing:
+            reading = [self._read_step] if self._read_step is not None else []
+            living = [*self._uploading_ids, whole.generation_id]
+            is_newest = await self._saves.commit(whole, living=living, reading=reading)
+        if is_newest:
             self._failures_without_progress = 0
         async with self._changed:
             self._changed.notify_all()  # `commits` waits for it
 
     async def _finish(self, current: _Generation, last: RankExit) -> None:
         """Every rank of every node ended as it should, and every node's agent has done what it could to save."""
-        await asyncio.gather(*current.commits)
+        await asyncio.gather(*self._commits)
         assert last.outcome is not None
         step, reason = last.outcome["step"], last.outcome["reason"]
         await self._saves.commit_last(step, living=self._uploading_ids)

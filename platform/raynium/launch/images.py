@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from raynium.checkpoint.manifest import ImageInfo
+from raynium.checkpoint.manifest import ImageInfo, ShardEntry
 from raynium.launch.process import pid_started
 from raynium.launch.protocol import HeldImages
 from raynium.train.link import IMAGE_SLOTS
@@ -46,8 +46,8 @@ def make_image_folder(run_name: str, parent: Path | None = None) -> Path:
 class Snapshot:
     """One rank's state of one step, complete in this node's memory."""
 
-    generation: int
     generation_id: str
+    parent_step: int | None  # that this generation started from
     info: ImageInfo  # the file that is uploaded
     replicas: ImageInfo  # what the rank holds and others save: a restart from memory needs it
     taken: float = field(default_factory=time.monotonic)
@@ -63,10 +63,21 @@ class FailedUpload:
     failure: str
 
 
+@dataclass(frozen=True)
+class SavedShard:
+    """A rank's snapshot, which the store has."""
+
+    rank: int
+    snapshot: Snapshot
+    entry: ShardEntry
+    upload_seconds: float
+
+
 @dataclass
 class _Slot:
     snapshot: Snapshot | None = None
-    uploading: bool = False
+    uploading: str | None = None  # id of the generation for which an upload from it runs
+    saved: SavedShard | None = None
     failure: str | None = None  # why the upload failed, if it did
     offered: bool = False  # its rank may be writing it; the header says whether it got to the end
 
@@ -98,13 +109,23 @@ class NodeImages:
     def complete(self, rank: int, slot: int, snapshot: Snapshot) -> None:
         """The rank has written this image, and its upload begins."""
         with self._lock:
-            self._slots[rank][slot] = self._newest[rank] = _Slot(snapshot, uploading=True)
+            self._slots[rank][slot] = self._newest[rank] = _Slot(snapshot, uploading=snapshot.generation_id)
 
-    def uploaded(self, rank: int, slot: int, *, failure: str | None) -> None:
-        """The upload has ended; failure: why it did not end well."""
+    def uploaded(self, rank: int, slot: int, *, saved: SavedShard | None = None, failure: str | None = None) -> None:
+        """The upload has ended: what the store has now, or why it has not."""
         with self._lock:
-            self._slots[rank][slot].uploading = False
-            self._slots[rank][slot].failure = failure
+            found = self._slots[rank][slot]
+            found.uploading, found.saved, found.failure = None, saved, failure
+
+    def uploading(self) -> tuple[str, ...]:
+        """Ids of the generations for which uploads run, also of those that are over."""
+        with self._lock:
+            return tuple({slot.uploading for slots in self._slots.values() for slot in slots if slot.uploading})
+
+    def saved(self) -> list[SavedShard]:
+        """Of each rank's newest snapshot, if it is in the store."""
+        with self._lock:
+            return [slot.saved for slot in self._newest.values() if slot.saved is not None]
 
     def failed(self) -> list[FailedUpload]:
         """The ranks whose newest snapshot is in this memory only. No upload runs."""

@@ -30,6 +30,7 @@ class AgentInfo:
     images: tuple[HeldImages, ...] = ()  # what its ranks could start from without the store
     machine: str = ""  # its product name, on EC2 the instance type; "": it shows none
     node_id: str = ""  # Ray's, new in each life of the node; "": without Ray
+    uploading: tuple[str, ...] = ()  # ids of the generations for which it still uploads
 
 
 @dataclass(frozen=True)
@@ -130,6 +131,7 @@ class Status:
     events: Sequence[Event] = field(default_factory=tuple)
     node_faults: Sequence[NodeFault] = ()  # all of this coordinator's life, oldest first
     ledger: Ledger = field(default_factory=Ledger)  # of this coordinator's life
+    life: str = ""  # another one in each life of the coordinator, which knows nothing of those before
 
 
 class CoordinatorCalls(Protocol):

@@ -7,6 +7,7 @@ import asyncio
 import json
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -49,6 +50,7 @@ class Saves:
         self._evaluations: dict[int, dict[str, float]] = {}  # step → eval/… metrics, until its checkpoint is committed
         # (generation, step) → rank → its shard, and how long that took
         self._shards: dict[tuple[str, int], dict[int, tuple[ShardEntry, float]]] = {}
+        self._whole: deque[tuple[str, int]] = deque(maxlen=MOST_COMING_IN)  # (generation, step) of those that came in
         self._uncommitted: WholeSave | None = None  # the newest, of those that the store did not let us commit
         self._causes: dict[int, str] = {}  # step → why it is not committed
         self.commits: list[Commit] = []
@@ -66,29 +68,28 @@ class Saves:
         self.committed_step, self.committed_uri = checkpoint.step, checkpoint.uri
 
     def shard_saved(
-        self, generation_id: str, step: int, rank: int, entry: ShardEntry, upload_seconds: float, *, parent: int | None
+        self, step: int, rank: int, entry: ShardEntry, upload_seconds: float, *, parent: int | None
     ) -> WholeSave | None:
-        """The save, if this was its last shard. parent: the step that this generation started from."""
-        # A coordinator that was started again counts generations anew, while agents still upload for those of before
-        saved_by = generation_of(entry.file.key)
-        shards = self._shards.setdefault((saved_by, step), {})
+        """The save, if this was its last shard. parent: the step that its generation started from."""
+        save = generation_of(entry.file.key), step
+        if save in self._whole:  # told again, by an agent whose ranks start from it
+            return None
+        shards = self._shards.setdefault(save, {})
         shards[rank] = entry, upload_seconds
         if len(shards) < self._config.world_size:
             if len(self._shards) > MOST_COMING_IN:
                 del self._shards[next(iter(self._shards))]
             return None
         found = [shards[rank] for rank in sorted(shards)]
-        del self._shards[saved_by, step]
-        return WholeSave(
-            saved_by,
-            step,
-            parent if saved_by == generation_id else None,
-            tuple(entry for entry, _ in found),
-            max(seconds for _, seconds in found),
-        )
+        del self._shards[save]
+        self._whole.append(save)
+        entries = tuple(entry for entry, _ in found)
+        return WholeSave(*save, parent, entries, max(seconds for _, seconds in found))
 
     def shard_failed(self, step: int, rank: int, cause: str) -> None:
         """Told once a step: where one shard fails, the others mostly do."""
+        if self.committed_step is not None and step <= self.committed_step:
+            return  # by another generation
         told = step in self._causes
         self._causes[step] = f"rank {rank}'s shard could not be uploaded: {cause}"
         if not told:
@@ -105,10 +106,11 @@ class Saves:
             f"attempt, and the run has {newest} to go on from: correct the cause and start the run again"
         )
 
-    async def commit(self, whole: WholeSave, *, living: Sequence[str]) -> bool:
+    async def commit(self, whole: WholeSave, *, living: Sequence[str], reading: Sequence[int] = ()) -> bool:
         """Makes it a checkpoint and tidies up. True if it is the newest one now.
 
-        living: generations that may still upload. What goes wrong is told: training goes on without this checkpoint.
+        living: generations that may still upload. reading: steps whose checkpoint ranks may still read. What goes wrong
+        is told: training goes on without this checkpoint.
         """
         step = whole.step
         began = time.perf_counter()
@@ -136,7 +138,7 @@ class Saves:
         newest = self.committed_step is None or step > self.committed_step
         if newest:
             self.committed_step, self.committed_uri = step, reference.uri
-        await self._tidy_up(step, living)
+        await self._tidy_up(step, living, reading)
         await self._log(reference, commit_seconds)
         return newest
 
@@ -176,13 +178,14 @@ class Saves:
         if may_succeed and (self._uncommitted is None or whole.step > self._uncommitted.step):
             self._uncommitted = whole
 
-    async def _tidy_up(self, step: int, living: Sequence[str]) -> None:
+    async def _tidy_up(self, step: int, living: Sequence[str], reading: Sequence[int]) -> None:
         try:
             await asyncio.to_thread(
                 apply_retention,
                 self._store,
                 policy=Retention.of(self._config.checkpoint),
                 living=living,
+                reading=reading,
                 now_unix=time.time(),
             )
         except (StoreError, CheckpointError) as error:
