@@ -42,7 +42,8 @@ def run_rank(rank: int, folder: Path, scenario: dict) -> None:
         # A file and not a port: nothing to collide with.
         store = dist.FileStore(str(folder / "rendezvous"), config.world_size)  # pyright: ignore[reportPrivateImportUsage]
         dist.init_process_group("gloo", store=store, rank=rank, world_size=config.world_size)
-    engine = build_native_engine(config, TestAccelerator(scenario["memory_bytes"]))
+    weights = "first" if scenario["load_from"] is None else "loaded"
+    engine = build_native_engine(config, TestAccelerator(scenario["memory_bytes"][rank]), weights=weights)
     samples = torch.load(folder / "batches.pt")
     rows = config.train.global_batch_size // engine.data_size
     mine = slice(engine.data_rank * rows, (engine.data_rank + 1) * rows)

@@ -54,11 +54,12 @@ def run_rank(rank: int, folder: Path, scenario: dict, library: str) -> None:
     if backend == "xla":
         import torch_xla.distributed.xla_backend  # noqa: F401
     dist.init_process_group(backend, store=store, rank=rank, world_size=config.world_size)
+    weights = "first" if scenario["load_from"] is None else "loaded"
     engine: Engine
     if config.engine.kind == "nxd":
-        engine = build_nxd_engine(config)
+        engine = build_nxd_engine(config, weights=weights)
     else:
-        engine = build_native_engine(config, TestAccelerator(scenario["memory_bytes"]))
+        engine = build_native_engine(config, TestAccelerator(scenario["memory_bytes"][rank]), weights=weights)
     samples = torch.load(folder / "batches.pt")
     rows = config.train.global_batch_size // engine.data_size
     mine = slice(engine.data_rank * rows, (engine.data_rank + 1) * rows)
@@ -66,19 +67,22 @@ def run_rank(rank: int, folder: Path, scenario: dict, library: str) -> None:
     def batch(step: int) -> Batch:
         return Batch(samples["tokens"][step - 1, mine], samples["labels"][step - 1, mine])
 
+    loaded = None
     if scenario["load_from"] is not None:
         engine.evaluate(batch(1))
         load(engine.state(), Path(scenario["load_from"]))
         engine.set_step(scenario["first_step"] - 1)
+        loaded = saved_state(engine)
     evaluations, results = [], []
-    loaded = saved_state(engine)
     for step in range(scenario["first_step"], scenario["last_step"] + 1):
         wish = scenario["stop"] == [rank, step]
         result = engine.step(batch(step), step=step, votes=Votes(stop=wish))
         results.append(vars(result) | {"agreed": tuple(result.agreed)})
         if step % 5 == 0:
             evaluations.append(tuple(engine.evaluate(batch(step))))
+    graphs_before = compiled_graphs(library)
     kept = {"results": results, "evaluations": evaluations, "state": saved_state(engine), "loaded": loaded}
+    kept["save_graphs"] = compiled_graphs(library) - graphs_before
     torch.save(kept, folder / f"rank-{rank}.pt")
     if config.run.name == "saves-with-nxd":
         save_with_nxd(engine, str(folder / "nxd"))
@@ -111,6 +115,15 @@ def saved_state(engine: Engine) -> list[tuple]:
         (c.name, c.global_shape, c.offsets, c.tensor.to("cpu", copy=True).contiguous(), c.saved_here)
         for c in engine.state()
     ]
+
+
+def compiled_graphs(library: str) -> int:
+    """By torch-xla, in this process so far."""
+    if library != "xla":
+        return 0
+    import torch_xla.debug.metrics
+
+    return torch_xla.debug.metrics.counter_value("UncachedCompile") or 0
 
 
 def save_with_nxd(engine: Engine, folder: str) -> None:

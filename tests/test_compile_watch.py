@@ -165,6 +165,10 @@ class Device:
 
         self.engine.step = counted  # pyright: ignore[reportAttributeAccessIssue]
 
+    def copies(self, graphs: int) -> None:
+        """What a save or a load has to compile."""
+        self._seen |= {f"copy {len(self._seen) + each}" for each in range(graphs)}
+
     def counts(self) -> dict[str, float]:
         return {"compile/graphs": 5.0 + len(self._seen), "compile/seconds": 100.0 + 2.5 * len(self._seen)}
 
@@ -190,6 +194,23 @@ def test_what_the_device_compiles_is_explained_by_the_batch(compiles: TorchCompi
     steps(engine, 24, first=5)
     ((_, _, (why,)),) = link.compiles[2:]
     assert "the batch is like those seen, so a Python number or a branch in the step changed" in why
+
+
+def test_what_a_save_compiles_is_not_said_of_the_next_step(compiles: TorchCompiles) -> None:
+    """torch-xla compiles the copies of the state that a save makes, between two calls."""
+    device, link = Device(), MemoryLink()
+    engine = WatchedEngine(device.engine, torch_compiles=compiles, device_counts=device.counts, link=link)
+    steps(engine, *[16] * 4)
+    device.copies(3)
+    steps(engine, 16, first=5)
+    assert link.compiles[1:] == [(4, 3, [])]
+    assert engine.compile_metrics()["compile/graphs"] == 4
+    for step in (6, 7):
+        device.copies(1)
+        steps(engine, 16, first=step)
+    (first, _, none), (second, _, (surprise,)) = link.compiles[2:]
+    assert (first, none, second) == (5, [], 6)
+    assert surprise.startswith("a copy of the state was compiled again (2.5 s): ")
 
 
 TORCH_XLA = """

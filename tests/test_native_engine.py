@@ -10,11 +10,14 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.multiprocessing.reductions import StorageWeakRef
 
+from raynium.accelerators.cpu import CpuAccelerator
 from raynium.config.schema import Config
 from raynium.data.batch import IGNORED_LABEL, Batch
 from raynium.engines.base import FakeEngine, Votes
 from raynium.engines.cross_entropy import ROWS_AT_ONCE, summed_nats
+from raynium.engines.native import build_native_engine
 from raynium.models.decoder import Decoder
 from raynium.models.init import initialise
 from raynium.optim import decays, learning_rate
@@ -103,18 +106,18 @@ def run(
     folder: Path,
     config: Config,
     *,
-    memory_bytes: int = PLENTY,
+    memory_bytes: int | list[int] = PLENTY,
     first_step: int = 1,
     last_step: int = STEPS,
     load_from: Path | None = None,
     stop: tuple[int, int] | None = None,
 ) -> Run:
-    """All ranks of `config` take the steps; stop: the (rank, step) that asks to stop."""
+    """All ranks of `config` take the steps; stop: the (rank, step) that asks to stop. memory_bytes: of each rank."""
     folder.mkdir()
     torch.save(samples(), folder / "batches.pt")
     scenario = {
         "config": config.model_dump(mode="json"),
-        "memory_bytes": memory_bytes,
+        "memory_bytes": [memory_bytes] * config.world_size if isinstance(memory_bytes, int) else memory_bytes,
         "first_step": first_step,
         "last_step": last_step,
         "load_from": None if load_from is None else str(load_from),
@@ -244,6 +247,14 @@ def test_a_loaded_state_continues_in_another_layout(
     assert rest.losses == pytest.approx(runs["one rank"].losses[9:], rel=3e-6)
 
 
+def test_ranks_on_unlike_machines_lay_the_model_out_alike(
+    runs: dict[str, Run], tmp_path: Path, forker: subprocess.Popen[str]
+) -> None:
+    """Else one gathers the model at once and the other block by block, and they wait for each other's collectives."""
+    unlike = run(forker, tmp_path / "unlike", config(ranks=2), memory_bytes=[PLENTY, 0], last_step=3)
+    assert unlike.losses == pytest.approx(runs["one rank"].losses[:3], rel=3e-6)
+
+
 def test_all_ranks_learn_of_a_vote_at_the_same_step(tmp_path: Path, forker: subprocess.Popen[str]) -> None:
     asked = run(forker, tmp_path / "stop", config(ranks=4, tensor=2), last_step=4, stop=(3, 3))
     for results in asked.results:
@@ -280,6 +291,20 @@ def test_compiled_blocks_give_the_same_losses(
         forker, tmp_path / "run", config(ranks=2, compile="block", activation_checkpointing="full"), last_step=5
     )
     assert compiled.losses == pytest.approx(runs["fsdp 2"].losses[:5], rel=3e-6)
+
+
+def test_logits_do_not_outlive_their_micro_batch() -> None:
+    """They are the largest activation, and the next micro-batch is about to make its own."""
+    engine = build_native_engine(config(micro_batches=3), CpuAccelerator())
+    made: list[StorageWeakRef] = []
+    alive: list[int] = []
+    engine._model.register_forward_pre_hook(lambda *_: alive.append(sum(not each.expired() for each in made)))
+    engine._model.register_forward_hook(lambda _, __, logits: made.append(StorageWeakRef(logits.untyped_storage())))
+    data = samples()
+    batch = Batch(data["tokens"][0], data["labels"][0])
+    engine.step(batch, step=1, votes=Votes())
+    engine.evaluate(batch)
+    assert alive == [0] * 6
 
 
 # ---- Parts -----------------------------------------------------------------------------------------------------------

@@ -84,6 +84,11 @@ def test_torch_xla_gets_the_whole_list_and_what_makes_it_read_it(efa: Path) -> N
     assert "NEURON_LOGICAL_NC_CONFIG" not in on_trn1 and "logical-nc-config" not in on_trn1["NEURON_CC_FLAGS"]
 
 
+def test_torch_xlas_compiler_keeps_the_precision_of_the_config(efa: Path) -> None:
+    """Its default multiplies float32 in bfloat16 (AWS's reference of neuronx-cc), and no test here can see that."""
+    assert "--auto-cast=none" in NeuronXlaAccelerator().environment(place())["NEURON_CC_FLAGS"].split()
+
+
 def test_executables_for_another_size_of_a_logical_core_are_not_found(efa: Path) -> None:
     caches = {
         NeuronAccelerator().environment(place(NEURON_LOGICAL_NC_CONFIG=lnc))["TORCH_NEURONX_NEFF_CACHE_DIR"]

@@ -238,6 +238,13 @@ def test_zero1_over_torch_xla_trains_as_a_plain_float64_loop_does(layout: str, f
 
 
 @needs_xla
+def test_a_save_compiles_nothing_for_what_a_rank_holds_whole(fork: Fork, tmp_path: Path) -> None:
+    """Else the first save of a run waits for the compiler, once for each shape. Here no shard needs cutting."""
+    ran = run(fork("xla", "trn1"), tmp_path / "run", nxd_config(ranks=2), last_step=2)
+    assert torch.load(ran.folder / "rank-0.pt")["save_graphs"] == 0
+
+
+@needs_xla
 @pytest.mark.parametrize("layout", [{"ranks": 2}, {"ranks": 4, "pipeline": 2}])
 def test_zero1_shards_move_to_the_native_engine_and_back(layout: dict[str, Any], fork: Fork, tmp_path: Path) -> None:
     """bfloat16: the master weights are what is saved, and what the parameters are made of after a load."""

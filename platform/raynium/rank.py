@@ -58,11 +58,13 @@ def run(plan: RankPlan, link: Link) -> Outcome:
 
     # ---- model, optimizer, and the state they start from -----------------------------------------------------------
     compiles = TorchCompiles()
+    resumes = bool(plan.resume_images) or plan.resume_step is not None
+    weights = "loaded" if resumes else "first"
     if config.engine.kind == "nxd":
-        built = build_nxd_engine(config)
+        built = build_nxd_engine(config, weights=weights)
     else:
         backend = compiles.backend(accelerator.compile_backend)
-        built = build_native_engine(config, accelerator, compile_backend=backend)
+        built = build_native_engine(config, accelerator, compile_backend=backend, weights=weights)
     engine = WatchedEngine(built, torch_compiles=compiles, device_counts=accelerator.metrics, link=link)
     snapshots = Snapshots(engine, link, Path(plan.image_folder), if_busy=config.checkpoint.if_busy)
     start_step = 0

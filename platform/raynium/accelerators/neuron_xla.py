@@ -47,9 +47,11 @@ class NeuronXlaAccelerator:
         cores = rank_cores(place.inherited.get(VISIBLE_CORES), local_world_size=place.local_world_size)
         has_lnc = self._instance is not None and self._instance.chip != "trainium1"
         lnc = place.inherited.get(LNC, DEFAULT_LNC)
-        # A transformer that is trained over many cores: fuses and schedules for that. And a failed compilation, which
-        # the cache keeps too, is tried again: it may have been a full disk.
-        flags = "--model-type=transformer --distribution-strategy=llm-training --retry_failed_compilation"
+        # A transformer that is trained over many cores: fuses and schedules for that. Products of float32 in float32:
+        # the compiler's default rounds them to bfloat16 first (AWS's reference of its options), unasked. And a failed
+        # compilation, which the cache keeps too, is tried again: it may have been a full disk.
+        flags = "--model-type=transformer --distribution-strategy=llm-training --auto-cast=none"
+        flags += " --retry_failed_compilation"
         if has_lnc:
             flags += f" --logical-nc-config={lnc}"  # the runtime loads no executable that is made for another
         variables = {

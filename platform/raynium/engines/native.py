@@ -5,7 +5,7 @@ numbers (nats, tokens, squared gradient norm, votes); then one scale for all gra
 token count and clips, and AdamW. The scale stays on the device, so a GPU is not waited for until the step is over.
 """
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch._dynamo  # the first optimizer loads it, 0.5 s; loaded here, a warm template has it before it forks ranks
@@ -55,11 +55,16 @@ class Block(NamedTuple):
 
 
 def build_native_engine(
-    config: Config, accelerator: Accelerator, *, compile_backend: Backend | None = None
+    config: Config,
+    accelerator: Accelerator,
+    *,
+    compile_backend: Backend | None = None,
+    weights: Literal["first", "loaded"] = "first",
 ) -> "NativeEngine":
     """Model and optimizer of this rank, at step 0. All ranks call it, after `accelerator.set_device`.
 
-    compile_backend: what torch.compile is given, the accelerator's own if None.
+    compile_backend: what torch.compile is given, the accelerator's own if None. weights: "loaded" leaves them as memory
+    was, for a state that is loaded next; to make the first ones takes a rank minutes for a model of 8 billion.
 
     torch.distributed must be initialised when there is more than one rank. One rank works without: in float32 it is
     plain torch; in bfloat16 FSDP does the casting, for the same math as on many ranks, over a one-rank group that the
@@ -74,8 +79,10 @@ def build_native_engine(
         store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
         dist.init_process_group(accelerator.process_group_backend, store=store, rank=0, world_size=1)
     layout = _layout(config, accelerator) if sharded else Layout(None, 0, 1, 0, 1)
-    blocks_and_model = _build_model(config, accelerator, layout, dtype, compile_backend or accelerator.compile_backend)
-    return NativeEngine(config, accelerator, layout, *blocks_and_model, opened_group=opens_group)
+    gathered = _fits_gathered(config, accelerator)
+    backend = compile_backend or accelerator.compile_backend
+    model, blocks = _build_model(config, accelerator, layout, dtype, backend, gathered=gathered, weights=weights)
+    return NativeEngine(config, accelerator, layout, model, blocks, gathered=gathered, opened_group=opens_group)
 
 
 class NativeEngine:
@@ -89,8 +96,10 @@ class NativeEngine:
         model: Decoder,
         blocks: list[Block],
         *,
+        gathered: bool,
         opened_group: bool,
     ):
+        """gathered: see `_fits_gathered`."""
         self.data_rank, self.data_size = layout.data_rank, layout.data_size
         self._config = config
         self._device = torch.device(accelerator.device_type)  # without an index: on Neuron only the bare name is right
@@ -105,7 +114,7 @@ class NativeEngine:
         )
         # With whole gradients kept between micro-batches, only the last one talks to other ranks. (FSDP2 only: under
         # SimpleFSDP the reduction is part of the graph, so every micro-batch reduces, into this rank's rows.)
-        self._syncs_last_only = _fits_gathered(config, accelerator)
+        self._syncs_last_only = gathered
 
     # ---- a step ------------------------------------------------------------------------------------------------------
 
@@ -150,6 +159,7 @@ class NativeEngine:
             # `.data`, since autograd must not learn that the logits become their own gradient: no backward reads them.
             nats += self._summed_nats(logits_BTV.data, labels_BT, want_gradient=True)
             logits_BTV.backward(logits_BTV.data)
+            del logits_BTV  # else they would be there beside the next micro-batch's
         return nats
 
     def _local_gradients(self) -> list[tuple[Block, Tensor]]:
@@ -249,7 +259,14 @@ def _layout(config: Config, accelerator: Accelerator) -> Layout:
 
 
 def _build_model(
-    config: Config, accelerator: Accelerator, layout: Layout, dtype: torch.dtype, compile_backend: Backend | str
+    config: Config,
+    accelerator: Accelerator,
+    layout: Layout,
+    dtype: torch.dtype,
+    compile_backend: Backend | str,
+    *,
+    gathered: bool,
+    weights: Literal["first", "loaded"],
 ) -> tuple[Decoder, list[Block]]:
     """The parallelised decoder with its first weights.
 
@@ -262,7 +279,6 @@ def _build_model(
         for field, size in divided_sizes(config.model, seq_len=config.data.seq_len).items():
             assert size % layout.tensor_size == 0, f"{field} {size} is not a multiple of {layout.tensor_size}"
         apply_tensor_parallel(model, layout.mesh["tensor"])
-    gathered = _fits_gathered(config, accelerator)
     simple_mesh = layout.mesh if _fsdp(config, accelerator) == "simple" else None
     data_group = None if simple_mesh is None else simple_mesh.get_group("data").group_name
     compile_backend = with_recompute_marks(compile_backend, data_group=data_group, keep_gathered=gathered)
@@ -277,9 +293,10 @@ def _build_model(
         gather_in_forward(model, simple_mesh, compute_dtype=dtype)
 
     blocks = [_block(name, parameter, layout) for name, parameter in parameter_names(model).items()]
-    for block in blocks:
-        whole = init_parameter(block.name, shape=block.global_shape, seed=config.run.seed, config=config.model)
-        block.local.copy_(whole[_extent(block)])
+    if weights == "first":
+        for block in blocks:
+            whole = init_parameter(block.name, shape=block.global_shape, seed=config.run.seed, config=config.model)
+            block.local.copy_(whole[_extent(block)])
     return model, [block for block in blocks if block.local.numel() > 0]
 
 
@@ -314,15 +331,19 @@ def _fsdp(config: Config, accelerator: Accelerator) -> str:
 
 
 def _fits_gathered(config: Config, accelerator: Accelerator) -> bool:
-    """Whether whole parameters and whole float32 gradients are a small part (an eighth) of a rank's memory.
+    """Whether whole parameters and whole float32 gradients are a small part (an eighth) of each rank's memory.
 
     Then they are kept through a step: one gather and one reduction a step, not three of them per block and micro-batch.
-    (SimpleFSDP: from forward to backward of a micro-batch.)
+    (SimpleFSDP: from forward to backward of a micro-batch.) All ranks call it, and are told the same: they must gather
+    alike, and may be on machines of unlike memory.
     """
     compute_bytes = getattr(torch, config.engine.dtype).itemsize
     whole = parameter_count(config.model).total * (compute_bytes + 4) // config.parallel.tensor
     memory = accelerator.memory_bytes(local_rank=0, local_world_size=config.cluster.ranks_per_node)
-    return whole <= memory // 8
+    ranks_short = torch.tensor([float(whole > memory // 8)], device=accelerator.device_type)
+    if dist.is_initialized():
+        dist.all_reduce(ranks_short)
+    return ranks_short.item() == 0
 
 
 def _build_optimizer(config: Config, blocks: list[Block]) -> torch.optim.AdamW:

@@ -13,7 +13,7 @@ State has the names, shapes and dtypes of the native engine's: a checkpoint of e
 
 import os
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
@@ -71,15 +71,17 @@ class Stored(NamedTuple):
 
     def view(self, tensor: Tensor, piece: Piece) -> Tensor:
         """The piece in a tensor of master's shape."""
+        if len(tensor) == piece.shape[0]:
+            return tensor  # torch-xla would compile a graph to copy even a slice of everything
         begin = piece.row - self.first_row
         return tensor[begin : begin + piece.shape[0]]
 
 
-def build_nxd_engine(config: Config) -> "NxdEngine":
+def build_nxd_engine(config: Config, *, weights: Literal["first", "loaded"] = "first") -> "NxdEngine":
     """Model and optimizer of this rank, at step 0. All ranks call it, after `init_process_group`, of one rank too.
 
     The environment is set before: PJRT's for Trainium, or NXD_CPU_MODE=1 for NxD's own mode on a CPU. float32 weights
-    of a rank never exceed its own and one whole parameter.
+    of a rank never exceed its own and one whole parameter. weights: as in `build_native_engine`.
     """
     import neuronx_distributed as nxd
     from neuronx_distributed.utils import get_device
@@ -101,6 +103,8 @@ def build_nxd_engine(config: Config) -> "NxdEngine":
 
     def first_weights(module: nn.Module, device: torch.device) -> None:
         """NxD calls it for each module in turn, when its parameters have got memory."""
+        if weights == "loaded":
+            return
         for leaf, parameter in module.named_parameters(recurse=False):
             # A tied head is not there: its place is taken by the embedding.
             for piece in stored.get(f"{modules[module]}.{leaf}".removeprefix("."), ()):
@@ -133,7 +137,7 @@ def build_nxd_engine(config: Config) -> "NxdEngine":
     mark_copies(nxd_model.original_module(), is_copy=heads_of_rank(config.model, **place).copy > 0)
     optimizer = _optimizer(nxd_config, nxd_model, config, zero1=zero1)
     found = _stored(nxd_model, optimizer, stored, layout, zero1=zero1)
-    if dtype != torch.float32:
+    if dtype != torch.float32 and weights == "first":
         with torch.no_grad():
             for each in found:  # NxD made them of weights that were already rounded
                 for piece in each.pieces:

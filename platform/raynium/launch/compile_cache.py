@@ -12,6 +12,7 @@ import logging
 import os
 import queue
 import re
+import shutil
 import threading
 import time
 from collections.abc import Mapping
@@ -33,6 +34,7 @@ CLOSE_SECONDS = 60.0  # that an agent stays for the last uploads
 SETTLE_SECONDS = 5.0  # after a compilation: more follow
 SETTLE_OTHERS_SECONDS = 60.0  # the same on other nodes than the first: by then that one has uploaded what they all made
 DOWNLOADS_AT_ONCE = 8
+KEPT_FREE_BYTES = 2 * 2**30  # of a node's disk: the compiler needs room, and fails without (estimate)
 MAX_BYTES = 32 * 2**30  # of one key; a large model's graphs have a few GiB (estimate)
 
 _NAME = re.compile(r"(?P<path>.+)=(?P<crc>[0-9a-f]{16})")
@@ -110,10 +112,12 @@ class CacheSync:
                 self._download_missing(store)
             finally:
                 self._filled.set()
-            while not self._closing.is_set():
+            ending = False
+            while not ending:
                 self._changed.wait()
                 self._changed.clear()
                 self._closing.wait(self._settle_seconds)
+                ending = self._closing.is_set()  # asked before the look at the folder, which then finds everything
                 self._upload_new(store)
         except (StoreError, OSError) as error:
             logger.warning("compile cache: no longer shared through %s: %s", self.url, error)
@@ -131,7 +135,26 @@ class CacheSync:
             logger.warning("compile cache: %s cannot be listed, so graphs are compiled here: %s", self.url, error)
             return
         missing = {each.path: each for each in found if not (self.folder / each.path).exists()}  # one of each path
-        for each in missing.values():
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            space = shutil.disk_usage(self.folder).free - KEPT_FREE_BYTES
+        except OSError as error:
+            logger.warning(
+                "compile cache: nothing can be kept in %s, so graphs are compiled here: %s", self.folder, error
+            )
+            return
+        for each in sorted(missing.values(), key=lambda each: each.size):  # the more of them, the smaller they are
+            space -= each.size
+            if space < 0:
+                logger.warning(
+                    "compile cache: %d of %d entries stay in %s, since %s must keep %.1f GB free for others: make room",
+                    len(missing) - waiting.qsize(),
+                    len(missing),
+                    self.url,
+                    self.folder,
+                    KEPT_FREE_BYTES / 1e9,
+                )
+                break
             waiting.put(each)
         done: list[int] = []  # bytes
 

@@ -14,11 +14,11 @@ from raynium.data.batch import Batch
 from raynium.engines.base import Engine, EvalSum, StepResult, Votes
 from raynium.train.link import Link
 
-# Of steps, and of evaluation calls. The second may compile once more: what the first returned or made, such as
-# gradients and gathered parameters, then has its final layout.
+# Of steps, of evaluation calls, and of copies of the state that compile. The second may compile once more: what the
+# first returned or made, such as gradients and gathered parameters, then has its final layout.
 WARM_UP_CALLS = 2
 
-Call = Literal["step", "evaluate"]
+Call = Literal["step", "evaluate", "copy"]  # copy: of the state, for a save or a load, between two of the others
 
 
 class WatchedEngine:
@@ -41,7 +41,7 @@ class WatchedEngine:
         self._device_counts = device_counts
         self._link = link
         self._step = 0
-        self._calls: dict[Call, int] = {"step": 0, "evaluate": 0}
+        self._calls: dict[Call, int] = {"step": 0, "evaluate": 0, "copy": 0}
         self._batches: dict[Call, list[tuple[GraphInput, ...]]] = {"step": [], "evaluate": []}
         self._graphs, self._seconds = 0, 0.0
         self._device_graphs, self._device_seconds = _graphs_and_seconds(device_counts())
@@ -49,12 +49,14 @@ class WatchedEngine:
         torch_compiles.on_start(lambda: link.phase("compile", self._step))
 
     def step(self, batch: Batch, *, step: int, votes: Votes) -> StepResult:
+        self._report_copies()
         self._step = step
         result = self._engine.step(batch, step=step, votes=votes)
         self._report("step", batch)
         return result
 
     def evaluate(self, batch: Batch) -> EvalSum:
+        self._report_copies()
         sums = self._engine.evaluate(batch)
         self._report("evaluate", batch)
         return sums
@@ -74,11 +76,21 @@ class WatchedEngine:
         """Graphs compiled by this rank since it started, and the seconds that took."""
         return {"compile/graphs": float(self._graphs), "compile/seconds": self._seconds}
 
-    def _report(self, call: Call, batch: Batch) -> None:
+    def _report_copies(self) -> None:
+        """What the device compiled since the last call, which is not the work of the next one."""
+        graphs, seconds = self._new_on_the_device()
+        if graphs:
+            why = "saves and loads before it did without this graph" if self._calls["copy"] else ""
+            self._tell("copy", [Compiled("a copy of the state", seconds / graphs, why)] * graphs)
+
+    def _report(self, call: Literal["step", "evaluate"], batch: Batch) -> None:
         inputs = tuple(graph_input(name, tensor) for name, tensor in zip(batch._fields, batch, strict=True))
         compiled = [*self._torch_compiles.new(), *self._compiled_by_the_device(inputs, self._batches[call])]
         if inputs not in self._batches[call]:
             self._batches[call].append(inputs)
+        self._tell(call, compiled)
+
+    def _tell(self, call: Call, compiled: list[Compiled]) -> None:
         self._calls[call] += 1
         if not compiled:
             return
@@ -93,9 +105,7 @@ class WatchedEngine:
         self, inputs: tuple[GraphInput, ...], seen: list[tuple[GraphInput, ...]]
     ) -> list[Compiled]:
         """torch-xla's: it only counts, so a graph is explained by the batch that its step was given."""
-        graphs, seconds = _graphs_and_seconds(self._device_counts())
-        new_graphs, new_seconds = graphs - self._device_graphs, seconds - self._device_seconds
-        self._device_graphs, self._device_seconds = graphs, seconds
+        new_graphs, new_seconds = self._new_on_the_device()
         if not new_graphs:
             return []
         why = difference(inputs, seen)
@@ -105,6 +115,13 @@ class WatchedEngine:
                 "of the graph (PT_XLA_DEBUG_LEVEL=2 shows where)"
             )
         return [Compiled("the device's graph", new_seconds / new_graphs, why)] * new_graphs
+
+    def _new_on_the_device(self) -> tuple[int, float]:
+        """Graphs that the device's library compiled since it was last asked, and their seconds."""
+        graphs, seconds = _graphs_and_seconds(self._device_counts())
+        new = graphs - self._device_graphs, seconds - self._device_seconds
+        self._device_graphs, self._device_seconds = graphs, seconds
+        return new
 
 
 def sentence(compiled: Compiled) -> str:
