@@ -20,11 +20,11 @@ from raynium.checkpoint.store import Store
 from raynium.config.load import parse_config
 from raynium.config.schema import Config
 from raynium.data.store_build import build_store
-from raynium.errors import DataError
-from raynium.launch.agent import Node, NodeAgent, _Handler
+from raynium.errors import DataError, TrackingError
+from raynium.launch.agent import Node, NodeAgent, _CommitLog, _Handler
 from raynium.launch.coordinator import CoordinatorOnLoop, RunCoordinator
 from raynium.launch.images import shared_memory_folder
-from raynium.launch.protocol import Order, Status
+from raynium.launch.protocol import Commit, Order, Status
 from raynium.tracking.ledger import CAUSES
 from raynium.tracking.tracker import MemoryTracker
 
@@ -214,6 +214,27 @@ def test_a_killed_rank_costs_one_generation_and_changes_no_bit(
     run.check_goodput()
     assert status.ledger.restart > 0
     assert 0 < status.ledger.total < time.monotonic() - run.began
+
+
+def test_commits_go_on_being_written_down_after_a_disk_was_full() -> None:
+    class FullOnce(MemoryTracker):
+        def artifact(self, path: str, text: str) -> None:
+            if text == "first":
+                raise TrackingError("no space left on device")
+            super().artifact(path, text)
+
+    class Calls:
+        def call(self, method: str, *arguments: Any) -> "Future[Any]":
+            answer: Future[Any] = Future()
+            after = arguments[0]
+            text = ("first", "second", None)[after]
+            answer.set_result([Commit(after + 1, 10 * after, {"checkpoint/bytes": 1.0}, text)] if text else None)
+            return answer
+
+    tracker = FullOnce()
+    _CommitLog(Calls(), tracker).close()
+    assert [step for step, _ in tracker.values("checkpoint/bytes")] == [0, 10]
+    assert tracker.artifacts == {"checkpoints.json": "second"}
 
 
 def test_a_stop_saves_at_the_next_step_and_the_next_driver_goes_on(

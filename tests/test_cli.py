@@ -181,6 +181,14 @@ def test_runs_lists_what_is_there(raynium: Callable[..., Ended], run: RecordKeep
     assert raynium("runs", "--root", str(Path("runs").absolute())).out.splitlines()[1].split()[1] == "interrupted"
 
 
+def test_names_in_the_list_are_whole(raynium: Callable[..., Ended], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    names = [f"{'llama3-8b-long-' * 3}{number:018d}" for number in range(2)]
+    for name in names:
+        claim(Store(Path("runs", name).absolute()), name, {"train": {"steps": 6}})
+    assert sorted(line.split()[0] for line in raynium("runs").out.splitlines()[1:]) == names
+
+
 def test_without_runs_it_says_so(raynium: Callable[..., Ended]) -> None:
     assert raynium("runs") == Ended(0, "no runs under runs\n", "")
 
@@ -246,7 +254,7 @@ def test_stop_without_waiting_only_asks(raynium: Callable[..., Ended], run: Reco
 def test_stop_of_a_run_that_does_not_run_leaves_no_request(raynium: Callable[..., Ended], run: RecordKeeper) -> None:
     die(run)
     assert raynium("stop", "first").out == "run first does not run: it is interrupted at step 4\n"
-    run.update(state="finished", step=6)
+    run.take_over(state="finished", step=6)
     assert raynium("stop", "first").out == "run first does not run: it is finished at step 6\n"
     assert not run.stop_requested()
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import pickle
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -144,7 +145,8 @@ def test_a_new_worker_group_ends_the_old_generation_and_sends_old_agents_home(tm
         run = coordinator(tmp_path)
         await asyncio.gather(run.join(agent(0)), run.join(agent(1)))
         watching = asyncio.create_task(run.watch(1, False))
-        zombie = asyncio.create_task(run.join(agent(1)))  # of the old group, ready for another generation
+        ready_again = replace(agent(1), last_generation=1)
+        zombie = asyncio.create_task(run.join(ready_again))  # of the old group
         await asyncio.sleep(0.01)
         orders = await asyncio.gather(run.join(agent(0, "b")), run.join(agent(1, "b")))
         assert (await watching).kind == "over"
@@ -198,14 +200,92 @@ def test_a_coordinator_that_was_started_again_sends_agents_back_to_join(tmp_path
     asyncio.run(play())
 
 
-def test_an_unreadable_store_ends_the_run_with_the_reason(tmp_path: Path) -> None:
+def test_a_coordinator_that_was_started_again_is_known_by_its_life_and_counts_on(tmp_path: Path) -> None:
+    async def play() -> None:
+        dead, run = coordinator(tmp_path), coordinator(tmp_path)
+        assert (await dead.status(0)).life != (await run.status(0)).life
+        joining = run.join(replace(agent(0), last_generation=5)), run.join(agent(1))
+        assert {order.generation for order in await asyncio.gather(*joining)} == {6}
+
+    asyncio.run(play())
+
+
+def test_an_unreadable_store_ends_the_run_with_the_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "run").write_text("a file where the run's folder should be")
+    monkeypatch.setattr(coordinator_module, "pause_before_next_try", lambda tries, waited: 0.01 if tries < 3 else None)
 
     async def play() -> None:
         run = coordinator(tmp_path, **{"cluster.nodes": 1})
         assert (await run.join(agent(0))).kind == "end"
         status = await run.status(0)
         assert status.ended == "failed" and "no checkpoint could be chosen" in (status.cause or "")
+        assert [event.text.count("trying again") for event in status.events] == [1, 1]
+
+    asyncio.run(play())
+
+
+@pytest.mark.parametrize("meanwhile", ["the store is back", "stop", "new attempt"])
+def test_a_store_that_does_not_answer_when_a_generation_is_ordered_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, meanwhile: str
+) -> None:
+    away = tmp_path / "run"
+    away.write_text("in the folder's place")
+    pause = 0.02 if meanwhile == "the store is back" else 30.0
+    monkeypatch.setattr(coordinator_module, "pause_before_next_try", lambda tries, waited: pause)
+
+    async def play() -> None:
+        run = coordinator(tmp_path, **{"cluster.nodes": 1})
+        joining = asyncio.create_task(run.join(agent(0)))
+        while not (await run.status(0)).events:
+            await asyncio.sleep(0.01)
+        if meanwhile == "stop":
+            await run.request_stop()
+            assert (await run.status(0)).ended == "stopped"
+        else:
+            away.unlink()
+        if meanwhile == "new attempt":
+            assert (await run.join(agent(0, "b"))).generation == 1
+        order = await asyncio.wait_for(joining, 10)
+        assert order.kind == ("run" if meanwhile == "the store is back" else "end")
+
+    asyncio.run(play())
+
+
+def test_an_order_whose_answer_was_lost_is_given_again(tmp_path: Path) -> None:
+    async def play() -> None:
+        run = coordinator(tmp_path)
+        orders = await asyncio.gather(run.join(agent(0)), run.join(agent(1)))
+        assert await asyncio.wait_for(run.join(agent(0)), 10) == orders[0]
+        first_through = asyncio.create_task(run.join(replace(agent(1), last_generation=1)))  # node 0 still saves
+        await asyncio.sleep(0.01)
+        assert not first_through.done()
+        await run.give_up("the test is over")
+        assert (await first_through).kind == "end"
+
+    asyncio.run(play())
+
+
+def test_an_agent_that_ray_took_for_dead_does_not_come_back(tmp_path: Path) -> None:
+    async def play() -> None:
+        run = coordinator(tmp_path)
+        await asyncio.gather(run.join(agent(0)), run.join(agent(1)))
+        waiting = asyncio.create_task(run.join(agent(0, "b")))
+        await asyncio.sleep(0.01)
+        assert (await run.join(replace(agent(1), last_generation=1))).kind == "end"  # its node was cut off
+        orders = await asyncio.gather(waiting, run.join(agent(1, "b")))
+        assert {(order.kind, order.generation) for order in orders} == {("run", 2)}
+
+    asyncio.run(play())
+
+
+def test_failed_generations_leave_little_behind(tmp_path: Path) -> None:
+    async def play() -> None:
+        run = coordinator(tmp_path, **{"cluster.nodes": 1, "fault.max_restarts_without_progress": 99})
+        for generation in range(1, 31):
+            last_words = replace(DIED, rank=0, last_lines=(f"{generation}" * 10_000,))
+            await run.join(replace(agent(0), last_generation=generation - 1))
+            await run.exited(generation, 0, [last_words] * 2)
+        assert len(pickle.dumps(run._generations)) < 100_000
 
     asyncio.run(play())
 
@@ -286,6 +366,20 @@ def test_a_commit_is_told_with_what_it_cost_and_keeps_the_metrics_of_its_step(tm
         )
         await run.give_up("enough")
         assert await run.commits(2) is None
+
+    asyncio.run(play())
+
+
+def test_commits_after_the_coordinator_was_started_again_are_told_too(tmp_path: Path) -> None:
+    async def play() -> None:
+        run = coordinator(tmp_path)
+        orders = await asyncio.gather(run.join(agent(0)), run.join(agent(1)))
+        asked = asyncio.create_task(run.commits(5))  # the agent has five of the coordinator that died
+        await asyncio.sleep(0.01)
+        await save(run, tmp_path, orders[0], 2)
+        told = await asyncio.wait_for(asked, 5)
+        assert told is not None and [commit.step for commit in told] == [2]
+        assert told[-1].number == 1
 
     asyncio.run(play())
 

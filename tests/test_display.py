@@ -1,6 +1,9 @@
 """What the person at the terminal sees while a run goes on."""
 
+import contextlib
 import io
+import os
+import pty
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -107,6 +110,30 @@ def test_a_terminal_has_one_live_line_and_the_log_the_same_lines_as_ever(
         display.line("done")
     assert output.getvalue().count("step 2/3") == 1 and "\x1b[2K" in output.getvalue()
     assert [line.split(" · ")[0] for line in lines_of(log)] == ["step 1/3", "step 2/3", "step 3/3", "done"]
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_a_reader_that_is_gone_costs_what_it_would_read(tmp_path: Path, is_terminal: bool) -> None:
+    ours, theirs = pty.openpty() if is_terminal else os.pipe()
+    output = os.fdopen(theirs, "w", buffering=1)
+    with Display(30, Console(file=output, force_terminal=is_terminal), tmp_path / "driver.log") as display:
+        display.line("read")
+        os.close(ours)
+        display.line("written")
+        display.show(status(30))
+        display.line("down")
+    with contextlib.suppress(OSError):
+        output.close()
+    assert [line.split(" · ")[0] for line in lines_of(tmp_path / "driver.log")] == [
+        "read", "written", "step 30/30", "down",
+    ]  # fmt: skip
+
+
+def test_a_full_disk_costs_the_log(tmp_path: Path) -> None:
+    output = io.StringIO()
+    with Display(30, Console(file=output), Path("/dev/full")) as display:
+        display.line("shown")
+    assert output.getvalue() == "shown\n"
 
 
 def test_a_second_driver_adds_to_the_log(tmp_path: Path) -> None:

@@ -128,6 +128,15 @@ def test_a_driver_books_what_it_hears_and_the_time_around_it() -> None:
     assert book.ledger(1050) == before + Ledger(start=11, train=30, other=1, finish=8, step=80)
 
 
+def test_an_answer_that_was_heard_late_shortens_the_end_and_nothing_else() -> None:
+    book = RunBook(Ledger(), now=0.0)
+    book.heard(Ledger(start=1.0), now=2.5)  # half a second on its way: the coordinator was born at 1.0, and not at 1.5
+    book.heard(Ledger(start=1.0, train=8.0, step=3), now=10.0)
+    book.finishing(now=10.0)
+    found = book.ledger(12.0)
+    assert (found.start, found.train, found.finish, found.total) == (2.5, 8.0, 1.5, 12.0)
+
+
 def test_a_coordinator_that_started_again_takes_nothing_away() -> None:
     book = RunBook(Ledger(), now=0)
     book.heard(Ledger(start=1, train=9, step=5), now=10)

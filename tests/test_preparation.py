@@ -383,6 +383,17 @@ def test_the_heart_beats_while_something_long_is_made(attempt: Attempt, monkeypa
         attempt()
 
 
+def test_ctrl_c_while_data_is_made_is_no_failure(attempt: Attempt, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*arguments: Any, **options: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("raynium.launch.preparation.prepare_store", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        attempt()
+    record = read_record(Store(attempt.root / attempt.name))
+    assert record is not None and (record.state, record.cause) == ("stopped", None)
+
+
 def test_a_heartbeat_that_is_lost_is_logged_and_tried_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from raynium.launch.protocol import RankExit
-from raynium.launch.ranks import LAST_LINES, RankGroup
+from raynium.launch.ranks import LAST_LINES, LONGEST_LINE_BYTES, RankGroup
 
 TESTS = Path(__file__).parent
 
@@ -70,6 +70,12 @@ def test_ranks_are_heard_and_their_lines_told_apart(programs: ModuleType) -> Non
     for rank in range(2):
         assert [line for of, line in ended.lines if of == rank] == ["to stdout", "to stderr", "ünfinished"]
         assert [each["kind"] for of, each in ended.messages if of == rank] == ["phase", "outcome"]
+
+
+def test_output_without_an_end_of_line_comes_in_pieces(programs: ModuleType) -> None:
+    ended = play(programs.never_end_a_line)
+    assert sum(len(line) + 1 for _, line in ended.lines) >= 4000 * 99
+    assert max(len(line) for _, line in ended.lines) <= 2 * LONGEST_LINE_BYTES
 
 
 def test_a_rank_has_its_environment_and_torch_but_neither_ray_nor_mlflow(

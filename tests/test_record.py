@@ -6,6 +6,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,6 +16,7 @@ from raynium.launch.record import (
     OWNER_LOST_SECONDS,
     STOP_KEY,
     Owner,
+    RecordKeeper,
     RunRecord,
     claim,
     read_record,
@@ -115,6 +117,25 @@ def test_of_two_drivers_that_start_at_once_one_wins(tmp_path: Path) -> None:
         claim(Late(tmp_path), "first", CONFIG)
 
 
+@pytest.mark.parametrize("moment", ["list", "read", "write_new"])
+def test_a_driver_that_comes_in_between_keeps_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    class Interrupted(Store):
+        """Before this call of the slower driver's, the faster one has claimed the run."""
+
+        def __getattribute__(self, name: str) -> Any:
+            if name == moment and not faster:
+                faster.append(claim(Store(tmp_path), "first", CONFIG))
+            return super().__getattribute__(name)
+
+    faster: list[RecordKeeper] = []
+    claim(Store(tmp_path), "first", CONFIG).update(state="stopped")
+    with pytest.raises(RunInUse):
+        claim(Interrupted(tmp_path), "first", CONFIG)
+    assert read_record(Store(tmp_path)) == faster[0].record
+
+
 def test_a_stop_asked_of_an_earlier_owner_does_not_stop_the_next(tmp_path: Path) -> None:
     store = Store(tmp_path)
     claim(store, "first", CONFIG).update(state="failed")
@@ -143,4 +164,20 @@ def test_a_driver_that_was_taken_for_dead_notices_and_does_not_write(
     monkeypatch.setattr("raynium.launch.record.HEARTBEAT_SECONDS", 0.0)
     with pytest.raises(RunInUse, match="taken over by process 7 on elsewhere"):
         keeper.beat(step=5)
+    with pytest.raises(RunInUse, match="taken over by process 7 on elsewhere"):
+        keeper.update(state="running", generation=2)
     assert read_record(store) == other
+    monkeypatch.setattr("raynium.launch.record.HEARTBEAT_SECONDS", 0.01)
+    with keeper.beating():
+        time.sleep(0.1)
+    assert read_record(store) == other
+
+
+def test_the_heart_goes_on_beating_when_the_clock_is_set_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    keeper = claim(Store(tmp_path), "first", CONFIG)
+    hour_ago = time.time() - 3600
+    with monkeypatch.context() as patch:
+        patch.setattr("raynium.launch.record.time.time", lambda: hour_ago)
+        keeper.beat(step=5)
+    record = read_record(Store(tmp_path))
+    assert record is not None and record.step == 5

@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,11 @@ from raynium.checkpoint.store import Store
 from raynium.config.load import parse_config
 from raynium.config.schema import Config
 from raynium.data.store_build import build_store
-from raynium.errors import ConfigError, RunFailed, TrackingError
+from raynium.errors import ClusterLost, ConfigError, RunFailed, RunInUse, StoreError, TrackingError
 from raynium.launch import driver as driver_module
 from raynium.launch import run as run_module
 from raynium.launch.protocol import Status
-from raynium.launch.record import RunRecord, read_record
+from raynium.launch.record import Owner, RunRecord, read_record
 from raynium.launch.run import run
 from raynium.tracking.client import mlflow_client
 
@@ -44,7 +45,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def config(root: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Config:
     for name in ("RAYNIUM_HOME", "MLFLOW_TRACKING_URI"):
         monkeypatch.delenv(name, raising=False)
-    name = request.node.name.replace("_", "-")[:60]
+    name = request.node.originalname.replace("_", "-")[:60]
     return parse_config(JOB.replace("ROOT", str(root)), {"run.name": name})
 
 
@@ -55,9 +56,9 @@ def ended(how: str, step: int) -> Status:
 
 @pytest.fixture
 def train(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str | None]]:
-    """Replaces Ray: `train(end)` has the driver return or raise `end`; gives the addresses that were connected to."""
+    """Replaces Ray: `train(end)` has the driver return, raise or do `end`; gives the addresses it connected to."""
 
-    def pretend(end: Status | BaseException) -> list[str | None]:
+    def pretend(end: Status | BaseException | Callable[[], Status]) -> list[str | None]:
         addresses: list[str | None] = []
 
         class Driver:
@@ -68,9 +69,9 @@ def train(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str | None]]:
                 pass
 
             def run(self) -> Status:
-                if isinstance(end, Status):
-                    return end
-                raise end
+                if isinstance(end, BaseException):
+                    raise end
+                return end if isinstance(end, Status) else end()
 
         @contextlib.contextmanager
         def connect(address: str | None, **options: Any) -> Iterator[dict[str, float]]:
@@ -132,13 +133,49 @@ def test_a_failure_leaves_its_cause(config: Config, train: Callable[..., list[st
     assert mlflow_status(record) == "FAILED"
 
 
-def test_ctrl_c_leaves_a_run_that_can_be_started_again(config: Config, train: Callable[..., list[str | None]]) -> None:
-    train(KeyboardInterrupt())
-    with pytest.raises(KeyboardInterrupt):
+@pytest.mark.parametrize("end", [KeyboardInterrupt(), SystemExit(1)])  # Ctrl-C twice; SIGTERM after training
+def test_ctrl_c_leaves_a_run_that_can_be_started_again(
+    config: Config, train: Callable[..., list[str | None]], end: BaseException
+) -> None:
+    train(end)
+    with pytest.raises(type(end)):
         run(config, address=None)
-    assert not record_of(config).owner_is_alive(0.0)
+    assert (record_of(config).state, record_of(config).cause) == ("stopped", None)
     train(ended("stopped", 3))
     assert run(config, address=None).state == "stopped"
+
+
+def test_a_run_that_was_taken_over_is_left_to_its_new_driver(
+    config: Config, train: Callable[..., list[str | None]]
+) -> None:
+    def be_taken_over() -> Status:
+        mine = record_of(config)
+        store = Store(f"{config.run.root}/{config.run.name}")
+        store.replace("run.json", replace(mine, owner=Owner("elsewhere", "boot", 7, "7")).to_json())
+        raise RunInUse("taken over")
+
+    train(be_taken_over)
+    with pytest.raises(RunInUse):
+        run(config, address=None)
+    record = record_of(config)
+    assert (record.owner.host, record.state, mlflow_status(record)) == ("elsewhere", "preparing", "RUNNING")
+
+
+@pytest.mark.parametrize("end", [RunFailed("rank 1: loss nan"), ClusterLost("gone"), KeyboardInterrupt()])
+def test_a_store_that_is_gone_at_the_end_does_not_hide_the_end(
+    config: Config, train: Callable[..., list[str | None]], monkeypatch: pytest.MonkeyPatch, end: BaseException
+) -> None:
+    def lose_the_store() -> Status:
+        def gone(*arguments: Any) -> None:
+            raise StoreError("no answer")
+
+        monkeypatch.setattr(Store, "replace", gone)
+        raise end
+
+    train(lose_the_store)
+    name = f"store-gone-{type(end).__name__}"
+    with pytest.raises(type(end)):
+        run(config.model_copy(update={"run": config.run.model_copy(update={"name": name})}), address=None)
 
 
 @pytest.mark.parametrize("end", ["finished", "failed"])

@@ -148,6 +148,40 @@ def test_waiting_for_a_run_whose_driver_died_says_so(tmp_path: Path) -> None:
         find_run("first").wait()
 
 
+def test_a_job_that_runs_has_a_driver_whatever_the_clocks_say(
+    tmp_path: Path, cluster: Callable[..., tuple[Client, Jobs]]
+) -> None:
+    die(a_run(tmp_path, state="running", job_id="job-1", step=3))
+    client, _ = cluster("RUNNING")
+    run = Run("first", str(tmp_path / "first"), client, "job-1")
+    with pytest.raises(TimeoutError):
+        run.wait(0.05)
+    client, _ = cluster("FAILED")
+    with pytest.raises(RunFailed, match="its driver died at step 3"):
+        replace(run, client=client).wait()
+
+
+def test_an_answer_that_is_lost_while_waiting_is_asked_for_again(
+    tmp_path: Path, cluster: Callable[..., tuple[Client, Jobs]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a_run(tmp_path, state="finished", job_id="job-1", step=6)
+    client, fake = cluster("RUNNING")
+    answers: list[str] = ["RUNNING", "lost", "lost", "SUCCEEDED"]
+
+    def status(job_id: str) -> Any:
+        if (answer := answers.pop(0)) == "lost":
+            raise RuntimeError("502 bad gateway")
+        return SimpleNamespace(value=answer)
+
+    monkeypatch.setattr(fake, "get_job_status", status)
+    run = Run("first", str(tmp_path / "first"), client, "job-1")
+    assert run.wait(60).step == 6
+    answers += ["RUNNING", "lost"]
+    monkeypatch.setattr(sdk, "SILENCE_SECONDS", 0.0)
+    with pytest.raises(LaunchError, match="502"):
+        run.wait(60)
+
+
 def test_waiting_has_an_end(tmp_path: Path) -> None:
     a_run(tmp_path / "runs", state="running")
     with pytest.raises(TimeoutError, match=r"run 'first' has not ended after 0\.05 s"):

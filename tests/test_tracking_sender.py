@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from raynium.errors import TrackingError
+from raynium.tracking import sender
 from raynium.tracking.client import mlflow_client
 from raynium.tracking.metrics import METRICS
 from raynium.tracking.runs import check_reachable, log_artifact_text, open_run, read_metric, ui_environment
@@ -150,6 +151,20 @@ def test_steps_computed_again_after_a_resume_are_not_logged_twice(store: str, tm
         status = tracker.close(timeout_seconds=CLOSE_SECONDS)
         assert (status.points_repeated, status.points_sent, status.points_pending) == (2 * 5, 2 * (last - first - 5), 0)
     assert_each_step_once(store, run_id, range(50))
+
+
+def test_what_is_remembered_of_repeated_steps_is_bounded(store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sender, "MOST_STEPS_KEPT", 5)
+    run_id = new_run(store, "bounded")
+    tracker = make_tracker(tmp_path / "spool", store, run_id)
+    for first in (0, 5, 30):  # each time some steps are repeated
+        for step in range(first, first + 40):
+            append(tracker, step, unix_ms=time.time_ns() // 1000)
+        wait_until(lambda: tracker.status().points_pending == 0, "the points never arrived")
+    tracker.close(timeout_seconds=CLOSE_SECONDS)
+    logged = tracker._sender._logged
+    assert logged is not None and max((len(steps) for steps in logged._steps.values()), default=0) <= 5
+    assert_each_step_once(store, run_id, range(70))
 
 
 def test_late_points_of_an_earlier_node_still_arrive(store: str, tmp_path: Path):

@@ -78,18 +78,18 @@ def submit(
 def runs(root: RootOption = "runs") -> None:
     """List the runs under a root, newest first."""
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
     from raynium.launch.report import table_row
     from raynium.sdk import list_runs
 
-    table = Table("run", "state", "step", "held-out bits/byte", "created", box=None)
+    table = Table(Column("run", overflow="fold"), "state", "step", "held-out bits/byte", "created", box=None)
     for record in list_runs(root):
         table.add_row(*table_row(record, time.time()))
     if not table.row_count:
         _print(f"no runs under {root}")
         return
-    Console().print(table)
+    Console(width=None if sys.stdout.isatty() else 200).print(table)  # for grep: a run is one line
 
 
 @app.command()

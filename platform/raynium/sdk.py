@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 POLL_SECONDS = 1.0
+SILENCE_SECONDS = (
+    300.0  # of the cluster or the store, that `Run.wait` bears: a head that starts again, S3 that throttles
+)
 LOG_LINES_IN_ERRORS = 30
 
 
@@ -64,9 +67,18 @@ class Run:
         from raynium.launch.record import LIVE_STATES, read_record
 
         deadline = None if timeout_seconds is None else time.monotonic() + timeout_seconds
+        heard: float | None = None
         while True:
-            job_state = self.client.job_state(self.job_id) if self.client and self.job_id else None
-            record = read_record(self._store())
+            try:
+                job_state = self.client.job_state(self.job_id) if self.client and self.job_id else None
+                record = read_record(self._store())
+            except (LaunchError, StoreError) as error:  # one lost answer must not end a wait of weeks
+                if heard is None or time.monotonic() - heard > SILENCE_SECONDS:
+                    raise
+                logger.warning("asked again: %s", error)
+                time.sleep(POLL_SECONDS)
+                continue
+            heard = time.monotonic()
             job_ended = job_state in (None, "SUCCEEDED", "FAILED", "STOPPED")
             if record is not None and self.job_id in (None, record.job_id):
                 if record.state not in LIVE_STATES:
@@ -74,7 +86,8 @@ class Run:
                         raise RunFailed(f"run {self.name!r} failed: {record.cause}")
                     if job_ended:
                         return record
-                elif not record.owner_is_alive(time.time()):
+                # A job that runs has a driver that lives, whatever this machine's clock says of its last heartbeat
+                elif job_ended and not record.owner_is_alive(time.time()):
                     raise RunFailed(
                         f"run {self.name!r}: its driver died at step {record.step}. Start it again to go on"
                     )

@@ -6,6 +6,7 @@ goes on from the newest checkpoint. What must outlive it is in the run's store.
 """
 
 import asyncio
+import contextlib
 import math
 import secrets
 import threading
@@ -23,6 +24,7 @@ from raynium.checkpoint.manifest import CHECKPOINTS_FOLDER, ShardEntry
 from raynium.checkpoint.store import Store
 from raynium.config.schema import Config
 from raynium.errors import CheckpointDamaged, CheckpointError, StoreError
+from raynium.launch.last_save import pause_before_next_try
 from raynium.launch.protocol import AgentInfo, Commit, Event, HeldImages, NodeFault, Order, RankExit, Status, Verdict
 from raynium.launch.saves import Saves, WholeSave
 from raynium.tracking.ledger import CoordinatorBook, Ledger
@@ -44,7 +46,7 @@ class _Generation:
     agents: tuple[AgentInfo, ...]
     state: Literal["running", "over"] = "running"
     cause: str = ""
-    exits: dict[int, list[RankExit]] = field(default_factory=dict)  # node rank → its ranks' ends
+    ended_nodes: set[int] = field(default_factory=set)  # node ranks whose ranks have ended
     resume_images: HeldImages | None = None  # where the ranks' state came from, if not from the store
     faults: dict[int, Fault] = field(default_factory=dict)  # node rank → what is broken there
 
@@ -59,6 +61,7 @@ class RunCoordinator:
         self._life = secrets.token_hex(4)
         self._changed = asyncio.Condition()
         self._attempt = ""
+        self._past_attempts: set[str] = set()
         self._joined: dict[int, AgentInfo] = {}
         self._orders: dict[tuple[str, int], Order] = {}
         self._number = last_generation
@@ -94,8 +97,11 @@ class RunCoordinator:
         """Waits until every node is ready, then orders the next generation. An agent joins with no rank running."""
         await asyncio.sleep(max(0.0, self._order_not_before - time.monotonic()))
         async with self._changed:
+            if agent.attempt in self._past_attempts:  # of a node that was cut off, and that Ray took for dead
+                return Order("end", ledger=self._run_ledger())
             if agent.attempt != self._attempt:
                 # Ray Train started a new worker group: the agents of the one before are gone.
+                self._past_attempts.add(self._attempt)
                 self._attempt = agent.attempt
                 self._joined.clear()
                 self._uploading_ids.clear()
@@ -106,10 +112,17 @@ class RunCoordinator:
                     self._over(self._generation, cause)
             self._uploading_ids += [each for each in agent.uploading if each not in self._uploading_ids]
             key = (agent.attempt, agent.node_rank)
+            known, current = self._orders.get(key), self._generation
+            if known and current and current.state == "running" and known.generation > agent.last_generation:
+                return known  # Ray repeats a call whose answer was lost on its way
             self._orders.pop(key, None)
             self._joined[agent.node_rank] = agent
-            if len(self._joined) == self.config.cluster.nodes and not self._has_ended_for(agent):
-                await self._order_generation()
+            began, tries = time.monotonic(), 0
+            while len(self._joined) == self.config.cluster.nodes and not self._has_ended_for(agent):
+                tries += 1
+                pause = await self._order_generation(pause_before_next_try(tries, time.monotonic() - began))
+                with contextlib.suppress(TimeoutError):  # a stop, or a new attempt, ends it early
+                    await asyncio.wait_for(self._changed.wait_for(lambda: self._has_ended_for(agent)), pause)
             await self._changed.wait_for(lambda: key in self._orders or self._has_ended_for(agent))
             if self._has_ended_for(agent):
                 return Order("end", ledger=self._run_ledger())
@@ -135,11 +148,11 @@ class RunCoordinator:
         if current is None:
             return
         async with self._changed:
-            current.exits[node_rank] = exits
+            current.ended_nodes.add(node_rank)
             first = _first_cause(exits)
             if first is not None:
                 self._report_failure(current, node_rank, first)
-            elif len(current.exits) < self.config.cluster.nodes or current.state == "over":
+            elif len(current.ended_nodes) < self.config.cluster.nodes or current.state == "over":
                 return
         if first is None:
             await self._finish(current, exits[0])
@@ -197,6 +210,8 @@ class RunCoordinator:
 
         after: number of the last that the caller has sent; 0 of an agent that has just begun.
         """
+        if after > len(self._saves.commits):  # counted by a coordinator that has died: this one begins anew
+            after = 0
         async with self._changed:
             self._commits_taken = max(self._commits_taken, after)
             await self._changed.wait_for(
@@ -263,8 +278,12 @@ class RunCoordinator:
     def _run_ledger(self) -> Ledger:
         return self._ledger_before + self._book.ledger(time.monotonic())
 
-    async def _order_generation(self) -> None:
-        """All agents are here and no rank runs. Called with the lock held."""
+    async def _order_generation(self, next_try_seconds: float | None) -> float:
+        """All agents are here and no rank runs. Called with the lock held.
+
+        Returns how long to wait before it is tried again, where the store does not answer: at most `next_try_seconds`,
+        None of which means that this was the last try.
+        """
         images = self._newest_images()
         if images is not None:  # as new as any checkpoint, since every checkpoint was such an image
             resume_step: int | None = images.step
@@ -273,8 +292,12 @@ class RunCoordinator:
                 async with self._choosing:
                     self._read_step = resume_step = await self._resume_step()
             except (StoreError, CheckpointError) as error:
+                if isinstance(error, StoreError) and next_try_seconds is not None:
+                    again = f"trying again in {next_try_seconds:.0f} s"
+                    self._append_event(f"no checkpoint could be chosen to go on from, {again}: {error}")
+                    return next_try_seconds
                 self._end("failed", f"no checkpoint could be chosen to go on from: {error}")
-                return
+                return 0.0
         self._number = 1 + max(self._number, *(agent.last_generation for agent in self._joined.values()))
         # The suffix keeps two drivers apart that count from the same number.
         generation_id = f"g{self._number:05d}-{secrets.token_hex(4)}"
@@ -296,6 +319,7 @@ class RunCoordinator:
             origin = f"from the snapshot of step {resume_step} in memory"
         await self.tell(f"generation {self._number}: {ranks}, {origin}")
         self._changed.notify_all()
+        return 0.0
 
     async def _resume_step(self) -> int | None:
         """The step of the checkpoint to go on from; None: from the beginning."""

@@ -1,6 +1,8 @@
 """What the person at the terminal sees: lines as things happen, and one live line of progress."""
 
+import contextlib
 import time
+from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 
@@ -80,13 +82,14 @@ class Display:
 
     def __exit__(self, *exception: object) -> None:
         if self._live is not None:
-            self._live.stop()
-        self._log.close()
+            self._show(self._live.stop)
+        with contextlib.suppress(OSError):
+            self._log.close()
 
     def line(self, text: str) -> None:
         """Something happened."""
-        self._log.write(f"{datetime.now():%Y-%m-%d %H:%M:%S} {text}\n")
-        self.console.print(Text(text), soft_wrap=True)
+        self._write(text)
+        self._show(lambda: self.console.print(Text(text), soft_wrap=True))
 
     def show(self, status: Status) -> None:
         """The state of things, several times a second."""
@@ -96,11 +99,24 @@ class Display:
             return
         text = progress_line(status, self._total_steps, pace)
         if self._live is not None:
-            self._live.update(Text(text), refresh=True)
+            live = self._live
+            self._show(lambda: live.update(Text(text), refresh=True))
         if now - self._last_log >= LOG_SECONDS or status.step == self._total_steps:
             self._last_log = now
             if self._live is None:
                 self.line(text)
             else:
-                self._log.write(f"{datetime.now():%Y-%m-%d %H:%M:%S} {text}\n")
+                self._write(text)
         self._last_step = status.step
+
+    def _write(self, text: str) -> None:
+        with contextlib.suppress(OSError):  # a full disk costs lines of a log, not a run of weeks
+            self._log.write(f"{datetime.now():%Y-%m-%d %H:%M:%S} {text}\n")
+
+    def _show(self, call: Callable[[], None]) -> None:
+        """A terminal that was closed, or a pipe that nobody reads any more, does not end the run: the log goes on."""
+        try:
+            call()
+        except (OSError, SystemExit):  # rich answers a broken pipe with SystemExit
+            self.console = Console(quiet=True)
+            self._live = None

@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -23,15 +23,15 @@ import ray
 import ray.exceptions
 import ray.train
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raynium.accelerators.cpu import usable_cores
 from raynium.accelerators.detect import detect
-from raynium.checkpoint.store import Store
 from raynium.config.schema import Config
 from raynium.errors import ClusterLost, LaunchError, RunFailed, StoreError, TrackingError
 from raynium.hardware.catalog import peak_note
 from raynium.launch.agent import Node, NodeAgent
-from raynium.launch.backend import ATTEMPT_VARIABLE, NodeAgentConfig
+from raynium.launch.backend import ATTEMPT_VARIABLE, NodeAgentConfig, ray_storage
 from raynium.launch.coordinator import RunCoordinator
 from raynium.launch.display import Display
 from raynium.launch.nodes import WAITING_SECONDS, free_nodes, label_selector, node_resources, patient, waiting_message
@@ -49,11 +49,14 @@ logger = logging.getLogger(__name__)
 LOOPBACK = "127.0.0.2"
 STATUS_SECONDS = 0.5  # how often the display is refreshed
 STOP_POLL_SECONDS = 2.0  # how often the run's store is asked for a stop request
+PAGE_RETRY_SECONDS = 60.0
 HEAD_ANSWERS_SECONDS = 5.0
 CLUSTER_LOST_SECONDS = 30.0  # a coordinator that died is back sooner
-AGENTS_END_SECONDS = 60.0  # more than agent.TRACKER_CLOSE_SECONDS
+AGENTS_END_SECONDS = 600.0  # after a failure, they still upload the last checkpoint before it
 
-CONTROLLER_FAILURE_LIMIT = 30  # placements that fail in a row before Ray Train gives up; its default is never
+# Placements and starts of agents that fail, before Ray Train gives up; its default is never. It counts all of a
+# driver's life: in a month a few nodes die while agents start.
+CONTROLLER_FAILURE_LIMIT = 100
 
 
 @dataclass(frozen=True)
@@ -113,12 +116,16 @@ class Driver:
         self.prepared = prepared
         self.display = display
         self._stop = threading.Event()
-        self._events_seen = 0
+        self._life = ""  # of the coordinator that was heard last
+        self._events_seen = 0  # of that life
+        self._told_to_stop = False  # that coordinator
         # Of the whole run, also of earlier drivers, as the record keeps them.
         self._node_faults: list[dict[str, Any]] = list(prepared.keeper.record.node_faults or [])
         self._faults_seen: set[NodeFault] = set()  # by this driver; a coordinator that starts again forgets its own
         self._ledger_before: Ledger | None = None  # the coordinator's life, as it was last told
         self._page_tags: dict[str, str] = {}  # what this driver has put on the run's page
+        self._peak_told = ""
+        self._page_not_before = 0.0  # when it is tried again, after MLflow did not answer
         self._excluded: list[str] = []  # ids of nodes that a preflight or a verdict named
         self._moves = 0  # times that the agents were sent home to start on other nodes
         self._moving = False
@@ -135,11 +142,7 @@ class Driver:
         """
         keeper = self.prepared.keeper
         self._excluded += self._preflight()
-        coordinator = (
-            ray.remote(RunCoordinator)
-            .options(num_cpus=0, max_restarts=-1, max_task_retries=-1)
-            .remote(self.config.model_dump(mode="json"), self.prepared.store.url, keeper.record.generation)
-        )
+        coordinator = start_coordinator(self.config, self.prepared.store.url, keeper.record.generation)
         coordinator.ran_before.remote(keeper.record.ledger)  # repeated with the time until now once it has answered
         while True:
             fitting = _InThread(lambda: self._trainer(coordinator).fit())
@@ -150,7 +153,8 @@ class Driver:
             self._moves += 1
         keeper.finishing()
         if status.agents:  # they still send metrics and give back memory; without any, Ray Train waits for nodes
-            fitting.join(AGENTS_END_SECONDS)
+            with keeper.beating():
+                fitting.join(AGENTS_END_SECONDS)
         if status.ended == "failed" or status.ended is None:
             cause = status.cause or f"Ray Train ended the run: {fitting.error}"
             raise RunFailed(f"run {self.config.run.name!r} failed at step {status.step}: {cause}")
@@ -224,7 +228,7 @@ class Driver:
         """Shows progress, keeps the record, and carries a stop request, until the run or Ray Train has ended."""
         began = time.monotonic()
         next_stop_poll = began
-        told_waiting = told_to_stop = False
+        told_waiting = told_store = False
         while True:
             over = not fitting.is_alive()
             status = self._status(coordinator)
@@ -248,10 +252,13 @@ class Driver:
                     next_stop_poll = now + STOP_POLL_SECONDS
                     if keeper.stop_requested():
                         self._stop.set()
+                    told_store = False
             except StoreError as error:  # training does not need the record: the next round tries again
-                self.display.line(f"the run record could not be written or read: {error}")
-            if self._stop.is_set() and not told_to_stop:
-                told_to_stop = True
+                if not told_store:  # once for all: it may be away for hours
+                    self.display.line(f"the run record could not be written or read: {error}")
+                told_store = True
+            if self._stop.is_set() and not self._told_to_stop:
+                self._told_to_stop = True
                 self.display.line("stopping: every rank saves at its next step, then the run ends")
                 self._calls.submit(coordinator.request_stop.remote)
             if not status.agents and now - began > WAITING_SECONDS and not told_waiting:
@@ -284,19 +291,38 @@ class Driver:
         if peak_flops is not None and status.agents:
             dtype, machine = self.config.engine.dtype, status.agents[0].machine
             tags["mfu.peak"] = peak_note(peak_flops, dtype=dtype, machine=machine)
+            if self._peak_told != tags["mfu.peak"]:
+                self._peak_told = tags["mfu.peak"]
+                self.display.line(f"MFU is a share of {self._peak_told}")
         new = {name: text for name, text in tags.items() if self._page_tags.get(name) != text}
-        if not new:
+        if not new or time.monotonic() < self._page_not_before:
             return
-        self._page_tags |= new
-        if "mfu.peak" in new:
-            self.display.line(f"MFU is a share of {new['mfu.peak']}")
         try:
             set_tags(self.prepared.mlflow.uri, self.prepared.mlflow.run_id, new)
-        except TrackingError as error:  # told above or in the record, which the run goes on with
-            self.display.line(f"the MLflow page does not show {', '.join(new)}: {error}")
+        except TrackingError as error:
+            if not self._page_not_before:  # once for all: it may be away for a day
+                self.display.line(f"the MLflow page does not show {', '.join(new)} yet: {error}")
+            self._page_not_before = time.monotonic() + PAGE_RETRY_SECONDS
+            return
+        self._page_tags |= new
+        self._page_not_before = 0.0
 
     def _status(self, coordinator: Any) -> Status:
-        """Raises ClusterLost when the cluster is gone.
+        """What the coordinator knows; what one that has ordered no generation yet cannot know is as in the record.
+
+        Raises ClusterLost when the cluster is gone.
+        """
+        status = self._ask(coordinator)
+        if status.life != self._life:  # Ray started it again: it numbers its events anew, and knows of no stop
+            self._life, self._events_seen, self._told_to_stop = status.life, 0, False
+            status = self._ask(coordinator)
+        if status.agents:
+            return status
+        record = self.prepared.keeper.record
+        return replace(status, generation=record.generation, step=record.step, metrics=record.metrics or {})
+
+    def _ask(self, coordinator: Any) -> Status:
+        """Raises ClusterLost.
 
         Asked in a thread: when the cluster's processes are killed even a call with a timeout does not come back.
         """
@@ -334,6 +360,19 @@ class Driver:
         )
 
 
+def start_coordinator(config: Config, run_url: str, last_generation: int) -> Any:
+    """The run's coordinator as an actor of this process, on this process's node.
+
+    Ray puts an actor that asks for nothing on any node: with that node's death the driver would take the cluster for
+    lost before Ray has noticed. Without the driver's own node there is no run anyway.
+    """
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    actor_class = ray.remote(RunCoordinator).options(
+        num_cpus=0, max_restarts=-1, max_task_retries=-1, scheduling_strategy=here
+    )
+    return actor_class.remote(config.model_dump(mode="json"), run_url, last_generation)
+
+
 def preflight_level(config: Config) -> Level | None:
     """What is checked before this run; None: nothing. See `PreflightSection`."""
     match config.preflight.before_run:
@@ -345,19 +384,6 @@ def preflight_level(config: Config) -> Level | None:
             return "host" if config.cluster.nodes > 1 else None
         case level:
             return level
-
-
-def ray_storage(store: Store) -> dict[str, Any]:
-    """Where Ray Train keeps its own small state: beside the run, on the same file system."""
-    if store.url.startswith("s3://"):
-        import fsspec
-        import pyarrow.fs
-
-        return {
-            "storage_path": store.url.removeprefix("s3://") + "/ray",
-            "storage_filesystem": pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(fsspec.filesystem("s3"))),
-        }
-    return {"storage_path": store.url + "/ray"}
 
 
 class _InThread(threading.Thread):
@@ -378,13 +404,16 @@ class _InThread(threading.Thread):
 
 @contextlib.contextmanager
 def stop_on_signals(driver: Driver) -> Iterator[None]:
-    """First Ctrl-C, SIGTERM or `ray job stop`: save and end. The second Ctrl-C ends at once."""
+    """First Ctrl-C, SIGTERM, `ray job stop` or closed terminal: save and end. The second Ctrl-C ends at once."""
 
     def first(signal_number: int, frame: Any) -> None:
         driver.request_stop()
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    before = {number: signal.signal(number, first) for number in (signal.SIGTERM, signal.SIGINT)}
+    numbers = [signal.SIGTERM, signal.SIGINT]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # `nohup`: the run is to outlive its terminal
+        numbers.append(signal.SIGHUP)
+    before = {number: signal.signal(number, first) for number in numbers}
     try:
         yield
     finally:

@@ -128,6 +128,9 @@ def prepare(config: Config, *, job_id: str | None, tags: Mapping[str, str], tell
             mlflow = _open_mlflow(config, keeper, uri, tags)
             keep_tokenizer(store, documents)
             store.replace("config.yaml", dump_yaml(config).encode())
+    except (KeyboardInterrupt, SystemExit):
+        keeper.update(state="stopped")
+        raise
     except BaseException as error:
         keeper.update(state="failed", cause=f"{type(error).__name__}: {error}")
         raise

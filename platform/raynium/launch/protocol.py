@@ -30,6 +30,7 @@ class AgentInfo:
     images: tuple[HeldImages, ...] = ()  # what its ranks could start from without the store
     machine: str = ""  # its product name, on EC2 the instance type; "": it shows none
     node_id: str = ""  # Ray's, new in each life of the node; "": without Ray
+    last_generation: int = 0  # that it ran: a coordinator that was started again counts on from there
     uploading: tuple[str, ...] = ()  # ids of the generations for which it still uploads
 
 

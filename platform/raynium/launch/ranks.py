@@ -37,6 +37,7 @@ PRELOADED_MODULES = [
 TEMPLATE_ENVIRONMENT = {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
 LAST_LINES = 20  # of a dead rank's output that reach the user's terminal
+LONGEST_LINE_BYTES = 1 << 16  # of its output: a progress bar may write for weeks without ending a line
 
 
 @dataclass
@@ -248,6 +249,8 @@ class RankGroup:
         *complete, each.partial_line = (each.partial_line + data).split(b"\n")
         if not data and each.partial_line:
             complete, each.partial_line = [each.partial_line], b""
+        if len(each.partial_line) > LONGEST_LINE_BYTES:
+            complete, each.partial_line = [*complete, each.partial_line], b""
         for raw in complete:
             line = raw.decode(errors="replace").rstrip()
             each.last_lines.append(line)

@@ -5,10 +5,12 @@ import secrets
 import sys
 from pathlib import Path
 
-# Ray Train's own defaults cost 2 s per poll and 60 s per failed placement (measured, Ray 2.60).
+# Ray Train's own default costs 2 s per poll (measured, Ray 2.60).
 RAY_TRAIN_ENVIRONMENT = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # the controller's poll of its workers
-    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "30",  # a placement that does not come is asked for again
+    # A placement that does not come counts as a failure of the controller (`driver.CONTROLLER_FAILURE_LIMIT`), and is
+    # asked for again: nodes may be waited for that many hours.
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "3600",
     "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "60",  # a worker that does not answer is dead
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # it prints everything twice
     "RAY_TRAIN_METRICS_ENABLED": "0",  # ours go to MLflow

@@ -119,7 +119,21 @@ class RecordKeeper:
         self.record = record
 
     def update(self, **changes: Any) -> None:
-        """Writes the record with these fields changed and a fresh heartbeat."""
+        """Writes the record with these fields changed and a fresh heartbeat.
+
+        Raises RunInUse if another driver owns the run by now. That happens when this host was frozen or cut off for so
+        long that it was taken for dead.
+        """
+        stored = read_record(self._store)
+        if stored is not None and stored.owner != self.record.owner:
+            raise RunInUse(
+                f"run {self.record.name!r} was taken over by process {stored.owner.pid} on {stored.owner.host} while "
+                f"this driver could not be heard. Nothing is lost: follow the run there, with `raynium status`"
+            )
+        self.take_over(**changes)
+
+    def take_over(self, **changes: Any) -> None:
+        """Like `update`, whoever owned the run before: for the driver that has just claimed it."""
         with self._writing:
             ledger = self._book.ledger(time.monotonic())
             self.record = replace(self.record, **changes, heartbeat_unix=time.time(), ledger=ledger)
@@ -137,18 +151,10 @@ class RecordKeeper:
             self._book.finishing(now=time.monotonic())
 
     def beat(self, **changes: Any) -> None:
-        """Like `update`, at most once every HEARTBEAT_SECONDS. Raises RunInUse if another driver owns the run by now.
-
-        That happens when this host was frozen or cut off for so long that it was taken for dead.
-        """
-        if time.time() - self.record.heartbeat_unix < HEARTBEAT_SECONDS:
+        """Like `update`, at most once every HEARTBEAT_SECONDS."""
+        # A clock that was set back must not stop the heart until it is as late as it was.
+        if 0 <= time.time() - self.record.heartbeat_unix < HEARTBEAT_SECONDS:
             return
-        stored = read_record(self._store)
-        if stored is not None and stored.owner != self.record.owner:
-            raise RunInUse(
-                f"run {self.record.name!r} was taken over by process {stored.owner.pid} on {stored.owner.host} while "
-                f"this driver could not be heard. Nothing is lost: follow the run there, with `raynium status`"
-            )
         self.update(**changes)
 
     @contextmanager
@@ -162,6 +168,8 @@ class RecordKeeper:
                     self.update()
                 except StoreError as error:  # the next beat tries again; several may be missed before it matters
                     logger.warning("a heartbeat of run %s was lost: %s", self.record.name, error)
+                except RunInUse:  # raised anew where the owner next writes something down
+                    return
 
         thread = threading.Thread(target=beat, name="heartbeat", daemon=True)
         thread.start()
@@ -189,9 +197,10 @@ def unowned_record(store: Store, name: str) -> RunRecord | None:
 
 def claim(store: Store, name: str, config: dict[str, Any]) -> RecordKeeper:
     """Takes the run for this process. Raises RunInUse while its owner lives, or when another driver was faster."""
-    earlier = unowned_record(store, name)
+    # Listed before the record is read: whoever claims the run in between has the next number, or a record that lives.
     numbers = [int(key.rpartition("/")[2].removesuffix(".json")) for key in store.list("claims").sizes]
     number = max(numbers, default=0) + 1
+    earlier = unowned_record(store, name)
     owner = this_process()
     try:
         store.write_new(f"claims/{number:06d}.json", json.dumps(asdict(owner)).encode())
@@ -217,7 +226,7 @@ def claim(store: Store, name: str, config: dict[str, Any]) -> RecordKeeper:
             ledger=earlier.ledger + down,
         )
     keeper = RecordKeeper(store, record, number)
-    keeper.update()
+    keeper.take_over()
     return keeper
 
 

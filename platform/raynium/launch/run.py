@@ -9,7 +9,7 @@ from rich.text import Text
 
 from raynium.config.load import dump_yaml
 from raynium.config.schema import Config
-from raynium.errors import TrackingError
+from raynium.errors import RunInUse, StoreError, TrackingError
 from raynium.launch.display import Display
 from raynium.launch.preparation import Prepared, checked, finished_record, prepare, run_store, saved_config
 from raynium.launch.protocol import Status
@@ -48,13 +48,11 @@ def run(
                 if address is None:
                     cluster.enter_context(connect(None, least_cpus=config.cluster.ranks_per_node))
                 return _run_prepared(prepared, display)
-            except KeyboardInterrupt:
-                prepared.keeper.update(state="stopped")
-                _end_mlflow_run(prepared, display, "KILLED", samples=[])
+            except (KeyboardInterrupt, SystemExit):  # SystemExit: a job's SIGTERM where no rank is left to hear of it
+                _write_end(prepared, display, "KILLED", state="stopped")
                 raise
             except BaseException as error:
-                prepared.keeper.update(state="failed", cause=f"{type(error).__name__}: {error}")
-                _end_mlflow_run(prepared, display, "FAILED", samples=[])
+                _write_end(prepared, display, "FAILED", state="failed", cause=f"{type(error).__name__}: {error}")
                 raise
 
 
@@ -104,6 +102,17 @@ def _result(prepared: Prepared, status: Status) -> dict[str, Any]:
             )
             result["samples"].append(text)
     return result
+
+
+def _write_end(prepared: Prepared, display: Display, status: RunStatus, **changes: Any) -> None:
+    """Writes down an end that is an exception. What goes wrong here must not hide that from the user."""
+    try:
+        prepared.keeper.update(**changes)
+    except RunInUse:
+        return  # the record and the MLflow page are another driver's by now
+    except StoreError as error:
+        display.line(f"the run record does not show how the run ended: {error}")
+    _end_mlflow_run(prepared, display, status, samples=[])
 
 
 def _end_mlflow_run(prepared: Prepared, display: Display, status: RunStatus, *, samples: list[str]) -> None:

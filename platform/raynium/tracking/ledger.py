@@ -187,5 +187,7 @@ class RunBook:
             return self._before + Ledger(start=now - self._began)
         parts = Ledger(start=self._until_first) + self._lost + self._coordinator
         if self._finishing_since is not None:
-            parts += Ledger(finish=now - self._finishing_since)
+            # Answers are heard milliseconds after they were given: what that makes too much is none of the run's causes
+            unexplained = max(0.0, now - self._began - parts.total)
+            parts += Ledger(finish=min(now - self._finishing_since, unexplained))
         return self._before + filled(parts, now - self._began, "other")

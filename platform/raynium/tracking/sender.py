@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 MAX_POINTS_PER_REQUEST = 1000  # MLflow's limit on metrics in one log_batch
 FIRST_RETRY_SECONDS = 0.5
 LAST_RETRY_SECONDS = 30.0
+MOST_STEPS_KEPT = 10_000  # of one metric, in memory; of more, MLflow is asked again when steps are repeated again
 
 
 class _LoggedSteps:
@@ -51,9 +52,12 @@ class _LoggedSteps:
         return step in self._steps[name]
 
     def add(self, *, name: str, step: int) -> None:
+        is_last = step >= self._last_step.get(name, step)
         self._last_step[name] = max(step, self._last_step.get(name, step))
         if name in self._steps:
             self._steps[name].add(step)
+            if is_last and len(self._steps[name]) > MOST_STEPS_KEPT:
+                del self._steps[name], self._floor[name]
 
 
 class MetricSender:

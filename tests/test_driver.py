@@ -1,0 +1,227 @@
+"""The driver's own part of a run: what it does when the coordinator under it is another one, and where that lives."""
+
+import json
+import logging
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+from rich.console import Console
+
+from raynium.accelerators.neuron_errors import classify
+from raynium.checkpoint.store import Store
+from raynium.config.load import parse_config
+from raynium.errors import RunFailed, StoreError, TrackingError
+from raynium.launch import driver as driver_module
+from raynium.launch.coordinator import CoordinatorOnLoop, RunCoordinator
+from raynium.launch.display import Display
+from raynium.launch.driver import Driver
+from raynium.launch.preparation import Prepared
+from raynium.launch.protocol import AgentInfo, Status
+from raynium.launch.ray_environment import RAY_TRAIN_ENVIRONMENT
+from raynium.launch.record import claim
+from raynium.tracking.runs import TrackedRun
+
+JOB = """
+run: {name: test}
+cluster: {accelerator: cpu, ranks_per_node: 1}
+model: {vocab_size: 512, hidden_size: 32, num_layers: 1, num_heads: 2, num_kv_heads: 1, head_dim: 16, ffn_size: 64,
+        max_seq_len: 64}
+data: {path: /nowhere, seq_len: 16}
+train: {steps: 4, global_batch_size: 4}
+"""
+DMA_ERROR = "NEURON_HW_ERR=DMA_ERROR instance-id=i-0a1 nd-id=2 nc-id=1 serial-num=7 action=TERMINATE_INSTANCE"
+CONFIG = parse_config(JOB, {})
+RECORD = SimpleNamespace(node_faults=None)
+
+
+class Actor:
+    """A coordinator as Ray shows an actor, whose process can die: Ray then starts another, without memory."""
+
+    def __init__(self, run_url: str):
+        self._run_url = run_url
+        self.start_again()
+
+    def start_again(self) -> None:
+        self.on_loop = CoordinatorOnLoop(RunCoordinator(CONFIG.model_dump(mode="json"), self._run_url, 0))
+
+    def __getattr__(self, method: str) -> Any:
+        return SimpleNamespace(remote=lambda *arguments: self.on_loop.call(method, *arguments))
+
+
+def wait_for(condition: Callable[[], Any], seconds: float = 30) -> Any:
+    deadline = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.005)
+    return value
+
+
+class Watched:
+    """A driver that watches a coordinator of ours, in a thread."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch):
+        monkeypatch.setattr(driver_module, "STATUS_SECONDS", 0.01)
+        monkeypatch.setattr(driver_module.ray, "get", lambda future: future.result())
+        store = Store(folder / "run")
+        self.keeper = claim(store, "test", CONFIG.model_dump(mode="json"))
+        mlflow = TrackedRun("id", "0", "sqlite:////nowhere", None)
+        self.log = folder / "driver.log"
+        prepared = Prepared(CONFIG, store, self.keeper, mlflow, cast(Any, None), str(folder), self.log)
+        self.actor = Actor(store.url)
+        self.display = Display(4, Console(quiet=True), self.log)
+        self.driver = Driver(prepared, self.display)
+        self.ended: Future[Status] = Future()
+        self._thread = threading.Thread(target=self._run)
+
+    def __enter__(self) -> "Watched":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.actor.on_loop.call("give_up", "the test is over")
+        self._thread.join(30)
+
+    def _run(self) -> None:
+        fitting = cast(Any, SimpleNamespace(is_alive=lambda: True))
+        with self.display:
+            try:
+                self.ended.set_result(self.driver._watch(self.actor, fitting, self.keeper))
+            except BaseException as error:
+                self.ended.set_exception(error)
+
+    def told(self, text: str) -> bool:
+        return text in self.log.read_text()
+
+
+AGENT = AgentInfo("a", 0, "127.0.0.1", 29500, pid=1)
+
+
+def test_a_coordinator_that_was_started_again_is_told_of_the_stop_and_its_events_are_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Watched(tmp_path, monkeypatch) as watched:
+        assert watched.actor.on_loop.call("join", AGENT).result(10).generation == 1
+        watched.actor.on_loop.call("report", 3, {"train/loss": 2.5}).result()
+        wait_for(lambda: watched.keeper.record.step == 3)
+        watched.driver.request_stop()
+        assert watched.actor.on_loop.call("watch", 1, False).result(10).kind == "stop"
+
+        watched.actor.start_again()  # before any rank could save
+        watched.actor.on_loop.call("tell", "first words of another life").result()
+        status = watched.ended.result(30)
+        assert (status.ended, status.step, status.generation) == ("stopped", 3, 1)
+        assert status.metrics == {"train/loss": 2.5}
+        assert watched.told("first words of another life")
+
+
+def test_a_store_and_a_page_that_are_away_are_told_once_and_have_it_all_when_they_are_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(driver_module, "STOP_POLL_SECONDS", 0.01)
+    monkeypatch.setattr(driver_module, "PAGE_RETRY_SECONDS", 0.01)
+    away = threading.Event()
+    away.set()
+    tried: list[str] = []
+    page: dict[str, str] = {}
+
+    def exists(self: Store, key: str) -> bool:
+        tried.append("store")
+        if away.is_set():
+            raise StoreError("no answer of S3")
+        return False
+
+    def set_tags(uri: str, run_id: str, tags: dict[str, str]) -> None:
+        tried.append("page")
+        if away.is_set():
+            raise TrackingError("no answer of MLflow")
+        page.update(tags)
+
+    monkeypatch.setattr(Store, "exists", exists)
+    monkeypatch.setattr(driver_module, "set_tags", set_tags)
+    fault = classify([], [DMA_ERROR])
+    assert fault is not None
+    with Watched(tmp_path, monkeypatch) as watched:
+        watched.actor.on_loop.call("join", AGENT).result(10)
+        watched.driver._excluded.append("")  # this node: there is no other to go to
+        watched.actor.on_loop.call("node_fault", 1, 0, fault).result(10)
+        wait_for(lambda: min(tried.count("store"), tried.count("page")) > 5)
+        away.clear()
+        wait_for(lambda: page)
+        log = watched.log.read_text()
+        assert (log.count("no answer of S3"), log.count("no answer of MLflow")) == (1, 1)
+        assert list(page) == ["node_fault.1"]
+
+
+def test_the_heart_beats_while_agents_still_upload(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else others take the run for dead, which it is not."""
+    monkeypatch.setattr("raynium.launch.record.HEARTBEAT_SECONDS", 0.01)
+    watched = Watched(tmp_path, monkeypatch)
+    beats: set[float] = set()
+    ending = threading.Event()
+    monkeypatch.setattr(watched.keeper, "finishing", ending.set)
+    deadline = time.monotonic() + 20
+
+    def upload() -> None:
+        watched.actor.on_loop.call("join", AGENT).result()
+        watched.actor.on_loop.call("give_up", "rank 0: loss nan").result()
+        wait_for(lambda: ending.is_set())
+        while len(beats) < 4:
+            assert time.monotonic() < deadline, "no heartbeat"
+            beats.add(json.loads((tmp_path / "run/run.json").read_text())["heartbeat_unix"])
+
+    monkeypatch.setattr(driver_module, "start_coordinator", lambda *arguments: watched.actor)
+    monkeypatch.setattr(watched.driver, "_trainer", lambda coordinator: SimpleNamespace(fit=upload))
+    with watched.display, pytest.raises(RunFailed, match="loss nan"):
+        watched.driver.run()
+    assert len(beats) == 4
+
+
+def test_nodes_are_waited_for_for_days() -> None:
+    """Ray Train counts each placement that did not come in time, and never forgets one."""
+    seconds = float(RAY_TRAIN_ENVIRONMENT["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"])
+    assert seconds * driver_module.CONTROLLER_FAILURE_LIMIT >= 3 * 24 * 3600
+
+
+@pytest.mark.parametrize("under_nohup", [False, True])
+def test_a_closed_terminal_saves_and_ends_unless_it_is_to_be_outlived(under_nohup: bool) -> None:
+    driver = Driver(cast(Any, SimpleNamespace(config=CONFIG, keeper=SimpleNamespace(record=RECORD))), cast(Any, None))
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN if under_nohup else signal.SIG_DFL)
+    try:
+        with driver_module.stop_on_signals(driver):
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert driver._stop.is_set() is not under_nohup
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.ray
+def test_the_coordinator_lives_and_dies_with_the_drivers_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}.items():
+        monkeypatch.setenv(name, value)
+    import ray
+    from ray._private.state import actors
+    from ray.cluster_utils import Cluster
+
+    def node(number: int) -> dict[str, Any]:
+        return {"num_cpus": 1, "object_store_memory": 80 * 2**20, "node_ip_address": f"127.0.0.{number}"}
+
+    cluster = Cluster(initialize_head=True, head_node_args=node(2) | {"include_dashboard": False})
+    try:
+        for number in (3, 4):
+            cluster.add_node(**node(number))
+        ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.ERROR)
+        coordinators = [driver_module.start_coordinator(CONFIG, os.devnull, 0) for _ in range(4)]
+        ray.get([each.status.remote(0) for each in coordinators])
+        here = ray.get_runtime_context().get_node_id()
+        assert {actor["Address"]["NodeID"] for actor in actors().values()} == {here}
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
