@@ -1,4 +1,4 @@
-"""Loading a checkpoint against torch's own reader: python -m tests.benchmarks.bench_checkpoint_load
+"""Loading a checkpoint against torch's own reader: python tests/benchmarks/bench_checkpoint_load.py
 
 The same state (layers of Llama 3.2 1B in float32 with both moments, and an embedding that fills it up) is saved by one
 process in our format and with DCP's FsspecWriter, in a folder and in one SeaweedFS. Then processes of their own load
@@ -25,12 +25,15 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from s3_server import running_s3_server
 from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader, FsspecWriter
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from s3_server import running_s3_server
 
 from raynium.checkpoint.catalog import open_checkpoint
 from raynium.checkpoint.commit import commit_checkpoint
@@ -107,7 +110,7 @@ def compare(name: str, url: str, env: dict[str, str], gib: int, loads: int, fold
 
 
 def run_child(env: dict[str, str], **task: Any) -> dict[str, float]:
-    command = [sys.executable, "-m", "tests.benchmarks.bench_checkpoint_load", "--child", json.dumps(task)]
+    command = [sys.executable, __file__, "--child", json.dumps(task)]
     ran = subprocess.run(command, env=os.environ | env, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(ran.stdout)
 
