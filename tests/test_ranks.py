@@ -3,11 +3,15 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import forkserver
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,7 +19,7 @@ from typing import Any
 import pytest
 
 from raynium.launch.protocol import RankExit
-from raynium.launch.ranks import LAST_LINES, LONGEST_LINE_BYTES, RankGroup
+from raynium.launch.ranks import LAST_LINES, LONGEST_LINE_BYTES, RankGroup, start_template
 
 TESTS = Path(__file__).parent
 
@@ -91,6 +95,27 @@ def test_a_rank_has_its_environment_and_torch_but_neither_ray_nor_mlflow(
         }
     assert len(ended.lines) == 2
     assert "TORCH_DEVICE_BACKEND_AUTOLOAD" not in os.environ, "the template's variables are not ours"
+
+
+def test_a_template_that_is_dying_is_replaced(programs: ModuleType, caplog: pytest.LogCaptureFixture) -> None:
+    start_template()
+    template = forkserver._forkserver
+    os.kill(template._forkserver_pid, signal.SIGSTOP)
+    with socket.socket(socket.AF_UNIX) as client:  # as a process that has no open file left for its request does
+        client.connect(template._forkserver_address)
+    first = template._forkserver_pid
+    threading.Timer(0.2, os.kill, (first, signal.SIGCONT)).start()
+    ended = play(programs.finish, {"step": 7}, ranks=2)
+    assert [each.exit_code for each in ended.exits] == [0, 0]
+    assert "has died" in caplog.text and template._forkserver_pid != first
+
+
+def test_threads_that_start_processes_leave_our_environment_alone() -> None:
+    before, main = dict(os.environ), dict(vars(sys.modules["__main__"]))
+    with ThreadPoolExecutor(8) as threads:
+        for started in [threads.submit(start_template) for _ in range(2000)]:
+            started.result()
+    assert dict(os.environ) == before and vars(sys.modules["__main__"]) == main
 
 
 def test_a_stop_reaches_all_ranks(programs: ModuleType) -> None:

@@ -7,21 +7,26 @@ not pay for its import, and the tests of this file need no cluster.
 
 import contextlib
 import json
+import logging
 import multiprocessing
 import multiprocessing.connection
 import os
 import signal
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerProcess
 from typing import Any
 
 from raynium import rank_entry
 from raynium.launch.protocol import RankExit
+
+logger = logging.getLogger(__name__)
 
 # What every rank would import anyway and that starts no thread and opens no device.
 PRELOADED_MODULES = [
@@ -83,8 +88,11 @@ def _signal_name(number: int) -> str:
         return f"signal {number}"
 
 
+_STARTING = threading.RLock()  # what follows changes the whole process: its `__main__` and its environment
+
+
 @contextlib.contextmanager
-def main_module_hidden() -> Iterator[None]:
+def _main_module_hidden() -> Iterator[None]:
     """multiprocessing re-imports the parent's `__main__` in each child: here Ray's worker script, which imports ray."""
     main = sys.modules["__main__"]
     hidden = {name: getattr(main, name) for name in ("__spec__", "__file__") if hasattr(main, name)}
@@ -100,20 +108,42 @@ def main_module_hidden() -> Iterator[None]:
 
 def start_template() -> None:
     """Starts the warm template of this process; returns at once, the imports go on in the background."""
-    from multiprocessing import forkserver
-
     multiprocessing.set_forkserver_preload(PRELOADED_MODULES)
-    before = {name: os.environ.get(name) for name in TEMPLATE_ENVIRONMENT}
-    os.environ.update(TEMPLATE_ENVIRONMENT)
-    try:
-        with main_module_hidden():
+    with _STARTING, _main_module_hidden():
+        before = {name: os.environ.get(name) for name in TEMPLATE_ENVIRONMENT}
+        os.environ.update(TEMPLATE_ENVIRONMENT)
+        try:
             forkserver.ensure_running()
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
+        finally:
+            for name, value in before.items():
+                if value is None:
+                    del os.environ[name]
+                else:
+                    os.environ[name] = value
+
+
+def start_process(process: ForkServerProcess) -> None:
+    """Forks a process from the template, any thread; OSError or EOFError where this node lacks what that takes.
+
+    A template that meets an error while it forks ends, and with it all that it forked. What it was asked next then
+    fails too: it is asked of a new one.
+    """
+    with _STARTING, _main_module_hidden():
+        start_template()
+        try:
+            process.start()
+        except (ConnectionError, EOFError) as error:
+            logger.warning("the process that ranks are forked from has died (%s): another is started", error or "EOF")
+            _end_template()
+            start_template()
+            process.start()
+
+
+def _end_template() -> None:
+    """Returns once the template is dead. The attribute is multiprocessing's own (3.11 to 3.14)."""
+    pid = forkserver._forkserver._forkserver_pid  # pyright: ignore[reportAttributeAccessIssue]
+    os.kill(pid, signal.SIGKILL)
+    os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)  # `ensure_running` wants to reap it
 
 
 class RankGroup:
@@ -131,7 +161,6 @@ class RankGroup:
         program: "rank_entry.Program" = rank_entry.train_plan,
     ):
         """environments: rank → all variables it needs; plan_json: a `RankPlan`, the same for all ranks."""
-        start_template()
         context = multiprocessing.get_context("forkserver")
         self.ranks: dict[int, RankProcess] = {}
         for rank, environment in environments.items():
@@ -143,8 +172,7 @@ class RankGroup:
                 name=f"rank-{rank:05d}",
                 daemon=True,
             )
-            with main_module_hidden():
-                process.start()
+            start_process(process)
             theirs.close()
             output_writer.close()
             self.ranks[rank] = RankProcess(rank, process, ours, output_reader)

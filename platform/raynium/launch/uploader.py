@@ -21,7 +21,7 @@ from raynium.checkpoint.manifest import ImageInfo, ShardEntry, shard_key, step_f
 from raynium.checkpoint.store import Store
 from raynium.checkpoint.upload import upload_shard
 from raynium.errors import RayniumError, StoreError
-from raynium.launch.ranks import main_module_hidden, start_template
+from raynium.launch.ranks import start_process
 
 logger = logging.getLogger(__name__)
 
@@ -86,12 +86,10 @@ class _Child:
     """One life of the process."""
 
     def __init__(self, run_url: str):
-        start_template()
         context = multiprocessing.get_context("forkserver")
         self._connection, theirs = context.Pipe(duplex=True)
         self.process = context.Process(target=main, args=(run_url, theirs), name="uploader", daemon=True)
-        with main_module_hidden():
-            self.process.start()
+        start_process(self.process)
         theirs.close()
         self.dead = False
         self._lock = threading.Lock()
