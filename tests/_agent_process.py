@@ -1,10 +1,10 @@
-"""One life of a node agent and its coordinator as a process of their own, so that a test may kill all of it.
+"""One life of the run's node agents (mostly one) and their coordinator as a process, so that a test may kill all of it.
 
     python _agent_process.py FOLDER        FOLDER/job.yaml, and FOLDER/arguments.json:
                                            {"run_url", "data_folder", "changes", "last_save_seconds"}
 
-Writes FOLDER/losses.jsonl ([step, loss] as they are reported), FOLDER/pids.json ({"ranks", "uploader"}, as they change)
-and, when the run has ended, FOLDER/status.json.
+Writes FOLDER/losses.jsonl ([step, loss] as they are reported), FOLDER/pids.json (node 0's {"ranks", "uploader"}, as
+they change) and, when the run has ended, FOLDER/status.json.
 """
 
 import json
@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from raynium.accelerators import cpu
@@ -41,22 +42,28 @@ class LossFile(MemoryTracker):
 def main() -> None:
     folder = Path(sys.argv[1])
     arguments = json.loads((folder / "arguments.json").read_text())
-    config = parse_config((folder / "job.yaml").read_text(), arguments["changes"])
+    job = (folder / "job.yaml").read_text()
+    config = parse_config(job, arguments["changes"])
     last_save.LAST_SAVE_SECONDS = arguments["last_save_seconds"]
     ranks.PRELOADED_MODULES.append("small_parts")
     cpu.usable_cores = lambda: 1  # on busy cores, threads of a small model mostly wait for each other
     coordinator = CoordinatorOnLoop(RunCoordinator(config.model_dump(mode="json"), arguments["run_url"], 0))
-    agent = NodeAgent(
-        config=config,
-        run_url=arguments["run_url"],
-        node=Node(f"attempt-{os.getpid()}", 0, "127.0.0.1"),
-        accelerator=detect("cpu"),
-        coordinator=coordinator,
-        open_tracker=lambda: LossFile(folder / "losses.jsonl"),
-        data_folder=lambda: arguments["data_folder"],
-    )
-    threading.Thread(target=_show_pids, args=(agent, folder / "pids.json"), daemon=True).start()
-    agent.run()
+    agents = [
+        NodeAgent(
+            # Agents of one process would share a folder of images, which has the run's name
+            config=parse_config(job, arguments["changes"] | {"run.name": f"test-{node_rank}"}),
+            run_url=arguments["run_url"],
+            node=Node(f"attempt-{os.getpid()}", node_rank, "127.0.0.1"),
+            accelerator=detect("cpu"),
+            coordinator=coordinator,
+            open_tracker=lambda: LossFile(folder / "losses.jsonl"),
+            data_folder=lambda: arguments["data_folder"],
+        )
+        for node_rank in range(config.cluster.nodes)
+    ]
+    threading.Thread(target=_show_pids, args=(agents[0], folder / "pids.json"), daemon=True).start()
+    with ThreadPoolExecutor(len(agents)) as pool:
+        list(pool.map(NodeAgent.run, agents))
     status = coordinator.call("status", 0).result()
     events = [event.text for event in status.events]
     (folder / "status.json").write_text(json.dumps({"ended": status.ended, "cause": status.cause, "events": events}))

@@ -86,6 +86,16 @@ def fail_while_compiling(plan_json: str, link: Any) -> NoReturn:
     raise RuntimeError("connection reset by peer")
 
 
+def compile_for_long(plan_json: str, link: Any) -> NoReturn:
+    """Says the pids of a compiler and of its helper, which has none of its environment, and waits for them."""
+    command = ["sh", "-c", "env -i sleep 300 & echo $$ $!; wait"]
+    compiler = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    assert compiler.stdout is not None
+    sys.stdout.write(compiler.stdout.readline())
+    compiler.wait()
+    raise AssertionError
+
+
 def never_end_a_line(plan_json: str, link: Any) -> Outcome:
     """A progress bar."""
     for number in range(4000):

@@ -32,7 +32,8 @@ def free_ports(count: int) -> list[int]:
     Both below 32768: from there on Linux gives ports to whoever connects, at any moment.
     """
     found: list[int] = []
-    for port in range(11000 + os.getpid() % 10000, 22700):
+    # Workers of one test run have neighbouring pids, and look at the same time
+    for port in range(11000 + 97 * os.getpid() % 10000, 22700):
         with contextlib.ExitStack() as stack:
             try:
                 for candidate in (port, port + 10000):

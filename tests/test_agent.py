@@ -21,10 +21,12 @@ from raynium.config.load import parse_config
 from raynium.config.schema import Config
 from raynium.data.store_build import build_store
 from raynium.errors import DataError, TrackingError
+from raynium.launch import orphans
 from raynium.launch.agent import Node, NodeAgent, _CommitLog, _Handler
 from raynium.launch.coordinator import CoordinatorOnLoop, RunCoordinator
 from raynium.launch.images import shared_memory_folder
 from raynium.launch.protocol import Commit, Order, Status
+from raynium.launch.ranks import RankGroup
 from raynium.tracking.ledger import CAUSES
 from raynium.tracking.tracker import MemoryTracker
 
@@ -76,6 +78,15 @@ class Played:
             data_folder=lambda: str(document_folder),
         )
         self.thread = threading.Thread(target=self.agent.run)
+        self._uploading = self.agent._uploader._lock
+
+    def hold_uploads(self) -> None:
+        """Before the start: the ranks then wait in their third save, however long whoever watches them is away."""
+        self._uploading.acquire()
+
+    def let_uploads_go(self) -> None:
+        if self._uploading.locked():
+            self._uploading.release()
 
     def status(self) -> Status:
         return self.coordinator.call("status", 0).result()
@@ -123,15 +134,20 @@ def play(tmp_path: Path, document_folder: Path) -> Iterator[Callable[..., Played
     def start(
         data_folder: Path = document_folder,
         make_coordinator: Callable[[RunCoordinator], CoordinatorOnLoop] = CoordinatorOnLoop,
+        hold_uploads: bool = False,
         **changes: Any,
     ) -> Played:
         run = Played(parse_config(JOB, changes), tmp_path / "run", data_folder, make_coordinator)
         played.append(run)
+        if hold_uploads:
+            run.hold_uploads()
         run.thread.start()
         return run
 
     yield start
     for run in played:
+        if run.thread.is_alive():
+            run.let_uploads_go()
         run.thread.join(60)
 
 
@@ -198,10 +214,11 @@ def test_a_killed_rank_costs_one_generation_and_changes_no_bit(
     play: Callable[..., Played], uninterrupted: Played, victim: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
-    run = play()
-    wait_for(lambda: len(run.losses()) >= 5)  # the snapshots of step 4 are taken
+    run = play(hold_uploads=True)
+    wait_for(lambda: any(len(held.ranks) == 2 for held in run.agent._images.held()))
     os.kill(run.agent.rank_pids()[victim], signal.SIGKILL)
     wait_for(lambda: run.status().generation == 2)
+    run.let_uploads_go()
     assert any("from the snapshot of step" in each.text for each in run.status().events)
     assert len(images_in_memory()) == 8, "two images and two of replicas for each rank, in every generation"
     status = run.finish()
@@ -238,11 +255,20 @@ def test_commits_go_on_being_written_down_after_a_disk_was_full() -> None:
 
 
 def test_a_stop_saves_at_the_next_step_and_the_next_driver_goes_on(
-    play: Callable[..., Played], uninterrupted: Played
+    play: Callable[..., Played], uninterrupted: Played, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = play()
-    wait_for(lambda: first.status().step >= 2)
+    broadcast, told = RankGroup.broadcast, threading.Event()
+
+    def note(group: RankGroup, message: dict[str, Any]) -> None:
+        broadcast(group, message)
+        told.set()
+
+    monkeypatch.setattr(RankGroup, "broadcast", note)
+    first = play(hold_uploads=True, **{"checkpoint.every_steps": 1})
+    wait_for(lambda: 3 in first.losses())  # and no further than its save
     first.coordinator.call("request_stop").result()
+    assert told.wait(60)
+    first.let_uploads_go()
     status = first.finish()
     assert status.ended == "stopped"
     stopped_at = status.step
@@ -389,7 +415,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_reaches_no_checkpoint(play: 
     assert checkpoint is None or checkpoint.step < bad_step
 
 
-def test_data_that_no_node_can_read_ends_the_run_at_once(
+def test_data_that_no_node_can_read_ends_the_run_at_once_but_orphans_are_gone_by_then(
     tmp_path: Path, document_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = Played(parse_config(JOB), tmp_path / "run", document_folder)
@@ -398,7 +424,13 @@ def test_data_that_no_node_can_read_ends_the_run_at_once(
         raise DataError("s3://bucket/data is no document store")
 
     monkeypatch.setattr(run.agent, "_data_folder", missing)
-    run.thread.start()
+    monkeypatch.setattr(orphans, "AGENT_VARIABLE", "RAYNIUM_AGENT_OF_THIS_TEST")  # agents beside us look for theirs
+    mark = {name: f"{value}0" for name, value in orphans.agent_mark().items()}  # our pid, but another start
+    with subprocess.Popen(["sleep", "300"], env=os.environ | mark) as orphan:
+        run.thread.start()
+        assert orphan.wait(60) == -signal.SIGKILL
     status = run.finish()
+    told = f"node 0 (127.0.0.1): process {orphan.pid} (sleep 300) was left behind by a node agent that is dead"
+    assert any(told in event.text for event in status.events)
     assert (status.ended, status.generation) == ("failed", 0)
     assert status.cause == "node 0 (127.0.0.1): s3://bucket/data is no document store"

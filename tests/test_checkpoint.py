@@ -2,6 +2,7 @@
 
 import logging
 import math
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -46,7 +47,7 @@ def test_blocks_of_other_ranks_are_not_saved(tmp_path: Path) -> None:
     mine = torch.ones(2)
     replica = Chunk("model/b", (2,), (0,), torch.ones(2), saved_here=False)
     info = stage(tmp_path, 0, [replica, Chunk("model/a", (2,), (0,), mine, saved_here=True)], step=1)
-    assert [block.name for block in info.tensors] == ["model/a"]
+    assert [block.name for block in info.tensors.rows()] == ["model/a"]
 
 
 # ---- the image ----------------------------------------------------------------------------------------------------
@@ -66,7 +67,7 @@ def test_plain_safetensors_opens_an_image(tmp_path: Path) -> None:
         for chunk in chunks:
             stored = file.get_tensor(f"{chunk.name}@{','.join(map(str, chunk.offsets))}")
             assert same_bits(stored, chunk.tensor)
-    for block in info.tensors:
+    for block in info.tensors.rows():
         assert block.begin % TORCH_DTYPES[block.dtype].itemsize == 0
 
 
@@ -162,6 +163,11 @@ def test_what_is_not_one_whole_checkpoint_is_not_committed(tmp_path: Path) -> No
     attempt(lone, "model/w: blocks cover 12 of 24 elements", generation="g4")
     renamed = second.model_copy(update={"file": other_dtype[1].file.model_copy(update={"key": second.file.key})})
     attempt([first, renamed.model_copy(update={"tensors": other_dtype[1].tensors})], r"model/w is float64 \(8, 3\)")
+    for shape in ((12, 3), (8, 3, 1), ()):
+        of_shape = [[Chunk("model/w", shape, (0,) * len(shape), random_tensor("float32", shape), saved_here=True)]]
+        [odd] = upload_all(store, of_shape, generation=f"s{len(shape)}{math.prod(shape)}")
+        text = re.escape(f"model/w is float32 {shape} in g1/shard-00001.safetensors and float32 (8, 3) elsewhere")
+        attempt([first, renamed.model_copy(update={"tensors": odd.tensors})], text)
     attempt([first, second], "state: Value error, Out of range float values", state={"loss": math.nan})
     attempt([first, second], "state.chunks", state={"chunks": {1, 2}})
     store.delete("checkpoints/step-000000007/g1/shard-00001.safetensors")

@@ -6,6 +6,7 @@ faults, bit by bit, and nothing half-uploaded is left to be paid for.
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -305,11 +306,13 @@ def test_a_rank_killed_while_it_copies_leaves_no_image_and_the_older_one_is_used
 
 # ---- a store that fails -------------------------------------------------------------------------------------------
 
+# A proxy's 30 s are as harmless to what waits 120, and cost the suite minutes: set them to see
+DELAY_SECONDS = float(os.environ.get("RAYNIUM_TEST_DELAY_SECONDS", "3"))
 FAULTS = {
     "connections break": [cut(0, 3 * 2**20, times=8)],
     "SlowDown": [refuse(503, "SlowDown", times=4)],
     "500": [refuse(500, "InternalError", times=4)],
-    "slow answers": [delay(3.0, times=2)],
+    "slow answers": [delay(DELAY_SECONDS, times=2)],
     "lost answers": [swallow(of=["CompleteMultipartUpload"]), swallow(of=["PutObject"])],
 }
 UPLOAD = ["CreateMultipartUpload", "UploadPart", "CompleteMultipartUpload"]
@@ -359,3 +362,35 @@ def test_the_last_checkpoint_is_tried_again_and_a_run_that_cannot_save_it_fails_
     assert f"checkpoint of step {STEPS} is saved after all" in told
     place.check_whole()
     assert together([failed, healed]) == reference
+
+
+TWO_NODES = {"cluster.nodes": 2, "train.steps": 4, "checkpoint.every_steps": 100}  # one save, of two small shards
+
+
+def test_of_two_nodes_only_the_one_whose_upload_failed_uploads_again_and_the_last_checkpoint_is_whole(
+    start: Start, place: Place, proxy: FlakyS3
+) -> None:
+    proxy.set(refuse(403, "AccessDenied", of=["PutObject"], times=1))
+    life = start(place.url, place.environment, changes=TWO_NODES)
+    status = life.finish()
+    assert status["ended"] == "finished", status
+    told = "\n".join(status["events"])
+    [failed] = re.findall(r"node ([01]): 1 shard\(s\) of step 4 are still in memory only", told)
+    assert f"checkpoint of step 4 is not saved; training goes on: rank {failed}'s shard could not be uploaded" in told
+    assert "allow s3:PutObject" in told and "checkpoint of step 4 is saved after all" in told
+    assert len([operation for operation in proxy.seen if operation == "DeleteObject"]) == 1, "the other is durable"
+    assert [(each.step, each.world_size) for each in list_checkpoints(place.store)] == [(4, 2)]
+    place.check_whole()
+
+
+def test_of_two_nodes_one_that_cannot_save_fails_the_run_and_leaves_no_checkpoint(
+    start: Start, place: Place, proxy: FlakyS3
+) -> None:
+    passed_on = delay(0, of=["PutObject"], times=1)
+    proxy.set(passed_on, refuse(403, "AccessDenied", of=["PutObject"]))
+    life = start(place.url, place.environment, changes=TWO_NODES, last_save_seconds=1)
+    status = life.finish()
+    assert status["ended"] == "failed" and "training reached step 4" in status["cause"]
+    assert re.search(r"rank [01]'s shard could not be uploaded: .*allow s3:PutObject", status["cause"])
+    assert len(place.store.list("checkpoints").sizes) == 1, "one node's shard, of no checkpoint"
+    assert list_checkpoints(place.store) == [] and place.open_uploads() == []

@@ -5,7 +5,8 @@ import copy
 import itertools
 import json
 import math
-from collections.abc import Iterator
+import tracemalloc
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +15,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from raynium.checkpoint.boxes import Box, intersect, tiling_problem
+from raynium.checkpoint.blocks import Block, Blocks, Tensor, check_blocks, to_column
+from raynium.checkpoint.boxes import Box
 from raynium.checkpoint.catalog import CheckpointRef
-from raynium.checkpoint.checksum import FileChecksums, checksum, combine, from_text, list_to_text, to_text
+from raynium.checkpoint.checksum import FileChecksums, checksum, checksum_units, from_text, list_to_text, to_text
 from raynium.checkpoint.load import load_checkpoint, read_tensors
 from raynium.checkpoint.manifest import (
-    Block,
     CheckpointTooNew,
     FileEntry,
     ImageInfo,
     Manifest,
+    SavedBlock,
+    SavedBlocks,
     ShardEntry,
     TensorEntry,
     Timing,
@@ -63,16 +66,19 @@ def manifest() -> Manifest:
                 name="model/a",
                 dtype="float32",
                 global_shape=(4, 3),
-                blocks=(
-                    Block(shard=0, offsets=(0, 0), shape=(2, 3), begin=4096, end=4120),
-                    Block(shard=0, offsets=(2, 0), shape=(2, 3), begin=4120, end=4144),
-                ),
+                shards=to_column([0, 0]),
+                offsets=(to_column([0, 2]), to_column(0)),
+                shapes=(to_column(2), to_column(3)),
+                begins=to_column([4096, 4120]),
             ),
             TensorEntry(
                 name="model/b",
                 dtype="float32",
                 global_shape=(12,),
-                blocks=(Block(shard=0, offsets=(0,), shape=(12,), begin=4144, end=4192),),
+                shards=to_column([0]),
+                offsets=(to_column(0),),
+                shapes=(to_column(12),),
+                begins=to_column(4144),
             ),
         ),
     )
@@ -93,9 +99,60 @@ def sealed(rest: str | dict[str, Any], version: int = 1) -> bytes:
 
 
 def test_a_manifest_is_plain_json_and_comes_back_equal() -> None:
-    assert manifest_from_bytes(GOOD, where="m") == manifest() == manifest_from_bytes(sealed(fields()), where="m")
+    for data in (GOOD, sealed(fields())):
+        found = manifest_from_bytes(data, where="m")
+        assert found == manifest() and manifest_to_bytes(found) == GOOD
     whole = json.loads(GOOD)
-    assert whole["version"] == 1 and whole["tensors"][1]["blocks"][0]["begin"] == 4144
+    assert (
+        whole["version"] == 1
+        and whole["tensors"][0]["begins"] == [4096, 4120]
+        and whole["tensors"][1]["begins"] == 4144
+    )
+    assert list(manifest().tensors[0].blocks) == [
+        Block(shard=0, offsets=(0, 0), shape=(2, 3), begin=4096, end=4120),
+        Block(shard=0, offsets=(2, 0), shape=(2, 3), begin=4120, end=4144),
+    ]
+    with pytest.raises(IndexError):
+        manifest().tensors[0].blocks[2]
+
+
+def test_a_state_that_looks_like_a_tensor_comes_back_as_it_was() -> None:
+    """Columns become arrays while JSON is read, when nothing is known of where they stand."""
+    state = {
+        "begins": [1, 2],
+        "shards": [[3], True, 1.5],
+        "offsets": [[4, 5], [], 6, "x"],
+        "shapes": None,
+        "inner": [{"begins": [2**70], "shards": [], "offsets": [[True]]}, {"begins": [7], "shapes": 8}],
+    }
+    data = sealed(fields() | {"state": state, "layout": state, "metrics": {"begins": 3}})
+    found = manifest_from_bytes(data, where="m")
+    assert json.dumps(found.state) == json.dumps(found.layout) == json.dumps(state) and found.metrics == {"begins": 3}
+
+
+def test_what_ranks_tell_of_their_blocks_comes_back_equal_and_is_checked() -> None:
+    rows = [
+        SavedBlock(name="model/a", dtype="float32", global_shape=(4, 3), offsets=(2, 0), shape=(2, 3), begin=4096),
+        SavedBlock(name="step", dtype="int64", global_shape=(), offsets=(), shape=(), begin=4120),
+    ]
+    saved = SavedBlocks.of(rows)
+    assert [row.end for row in rows] == [4120, 4128]
+    assert (
+        list(SavedBlocks.from_json(saved.to_json()).rows()) == rows and SavedBlocks.from_json(saved.to_json()) == saved
+    )
+    good = json.loads(saved.to_json())
+    for changes, message in [
+        ({"names": ["model/a"]}, "a column has 2 values instead of 1"),
+        ({"dims": [2]}, "a column has 1 values instead of 2"),
+        ({"dims": 2}, "a column has 1 values instead of 2"),
+        ({"shapes": [2]}, "a column has 1 values instead of 2"),
+        ({"dims": [2**59] * 2}, "a block has more than 32 dims"),
+        ({"dtypes": ["int64", "int"]}, "dtype 'int' is not one of"),
+        ({"names": ["model/a", "../x"]}, "should match pattern"),
+        ({"begins": [4096, -1]}, "begins: .*integer is not"),
+    ]:
+        with pytest.raises(CheckpointDamaged, match=message):
+            SavedBlocks.from_json(json.dumps(good | changes))
 
 
 # ---- bytes that changed -------------------------------------------------------------------------------------------
@@ -150,35 +207,33 @@ def test_wrong_fields_are_named() -> None:
     refused(r"step: .*valid integer", step=7.0)
     refused(r"step: .*valid integer", step=True)
     refused(r"world_size: .*greater than or equal to 1", world_size=0)
-    refused(r"tensors.0.blocks.1.begin: .*greater than or equal to 0", tensors__0__blocks__1__begin=-1)
+    for wrong in (-1, 2**60, 2**70, 10**30):
+        refused(r"tensors.0.begins: .*integer is not", tensors__0__begins=[4096, wrong])
+    for wrong in (True, [4096, True], [4096, 4120.0], "4096", [[4096, 4120]], None, {}, [4096, None], 4096.0):
+        refused(r"tensors.0.begins: .*not a valid integer, or list of integers", tensors__0__begins=wrong)
     refused(r"NaN is not JSON", committed_unix=math.nan)
-    refused(r"NaN is not JSON", tensors__0__blocks__0__end=math.nan)
-    refused(r"tensors.1: .*dtype 'complex64' is not one of", tensors__1__dtype="complex64")
-    refused(r"bytes 4144-4188 do not fit a float32 block of shape \(12,\)", tensors__1__blocks__0__end=4188)
-    refused(r"byte 4142 is no place for a float32", tensors__1__blocks__0__begin=4142, tensors__1__blocks__0__end=4190)
-    refused(r"byte 8 is no place", tensors__1__blocks__0__begin=8, tensors__1__blocks__0__end=56)
-    refused(
-        r"model/b: bytes 8192-8240 lie outside its shard",
-        tensors__1__blocks__0__begin=8192,
-        tensors__1__blocks__0__end=8240,
-    )
-    refused(
-        r"model/a and model/b share bytes of g1/shard-00000",
-        tensors__1__blocks__0__begin=4140,
-        tensors__1__blocks__0__end=4188,
-    )
-    refused("model/b: shard 1 of 1", tensors__1__blocks__0__shard=1)
+    refused(r"NaN is not JSON", tensors__0__begins=[4096, math.nan])
+    refused(r"tensors.1.dtype: .*dtype 'complex64' is not one of", tensors__1__dtype="complex64")
+    refused(r"model/b: byte 4142 is no place for its elements", tensors__1__begins=4142)
+    refused(r"model/b: byte 8 is no place", tensors__1__begins=8)
+    refused(r"model/b: bytes 8192-8240 lie outside its shard", tensors__1__begins=8192)
+    refused(r"model/b: bytes 4160-4208 lie outside its shard", tensors__1__begins=[4160])
+    refused(r"model/a and model/b share bytes of g1/shard-00000", tensors__1__begins=4140)
+    refused("model/b: shard 1 of 1", tensors__1__shards=[1])
     refused("tensors: two have the same name", tensors__1__name="model/a")
     refused("tensors.1.name: .*should match pattern", tensors__1__name="../../etc/passwd")
-    refused(r"model/a: block \(3, 0\) \+ \(2, 3\) lies outside", tensors__0__blocks__1__offsets=[3, 0])
-    refused(r"model/a: blocks .* overlap", tensors__0__blocks__1__offsets=[1, 0])
+    refused(r"model/a: block \(3, 0\) \+ \(2, 3\) lies outside", tensors__0__offsets=[[0, 3], 0])
+    refused(r"model/a: blocks .* overlap", tensors__0__offsets=[[0, 1], 0])
     refused(r"model/a: blocks cover 12 of 15 elements", tensors__0__global_shape=[5, 3])
-    refused(r"model/a: .* another number of dims", tensors__0__blocks__1__offsets=[2])
-    refused(
-        r"model/a: a block is empty",
-        tensors__0__blocks__0={"shard": 0, "offsets": [0, 0], "shape": [0, 3], "begin": 4096, "end": 4096},
-    )
-    refused(r"tensors.0.blocks: .*at least 1 item", tensors__0__blocks=[])
+    refused(r"model/a: .* another number of dims", tensors__0__offsets=[[0, 2]])
+    refused(r"model/a: .* another number of dims", tensors__0__global_shape=[4])
+    refused(r"model/a: a block is empty", tensors__0__shapes=[[0, 2], 3])
+    refused(r"model/a: a block of shape .* is too large", tensors__0__shapes=[2**40, 2**40])
+    refused(r"model/a: a block of shape .* is too large", tensors__0__shapes=[2**59, 1])  # 4 bytes each
+    refused(r"tensors.0: .*shards is not a list", tensors__0__shards=[])
+    refused(r"tensors.0: .*shards is not a list", tensors__0__shards=0)
+    refused(r"tensors.0: .*a column has 1 numbers for 2 blocks", tensors__0__begins=[4096])
+    refused(r"tensors.0: .*a column has 3 numbers for 2 blocks", tensors__0__offsets=[0, [0, 2, 4]])
     refused(r"shards: two have the same key", shards=[fields()["shards"][0]] * 2)
     refused(r"1 unit checksums for 4192 bytes", shards__0__unit_crc64nvme="AAAAAAAAAAA=")
     refused(r"do not combine to that of the whole", shards__0__crc64nvme="AAAAAAAAAAA=")
@@ -326,29 +381,71 @@ def test_tiling_agrees_with_counting_every_element(data: st.DataObject) -> None:
         for place in itertools.product(*(range(o, o + n) for o, n in zip(*box, strict=True))):
             outside |= place not in counts
             counts[place] = counts.get(place, 0) + 1
-    assert (tiling_problem(shape, boxes) is None) == (not outside and set(counts.values()) == {1})
+    assert (problem_of(shape, boxes) is None) == (not outside and set(counts.values()) == {1})
 
 
-def test_checking_a_large_tensor_does_not_compare_all_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
-    boxes = [Box((row * 8, column * 8), (8, 8)) for row in range(64) for column in range(64)]  # 64 × 64 ranks
-    comparisons: list[tuple[Box, Box]] = []
+def problem_of(shape: Sequence[int], boxes: Sequence[Box]) -> str | None:
+    """What is said of blocks at these places, each in a file of its own."""
+    if not boxes:
+        return "none"
+    columns = [[to_column(list(column)) for column in zip(*places, strict=True)] for places in zip(*boxes, strict=True)]
+    blocks = Blocks.of(
+        1, shards=to_column(list(range(len(boxes)))), offsets=columns[0], shapes=columns[1], begins=to_column(4096)
+    )
+    try:
+        check_blocks([Tensor("t", tuple(shape), blocks)], files=[(f"f{index}", 2**50) for index in range(len(boxes))])
+    except ValueError as error:
+        return str(error)
+    return None
 
-    def counted(first: Box, second: Box) -> Box | None:
-        comparisons.append((first, second))
-        return intersect(first, second)
 
-    monkeypatch.setattr("raynium.checkpoint.boxes.intersect", counted)
-    assert tiling_problem((512, 512), boxes) is None
-    assert len(comparisons) < len(boxes) * 64  # all pairs: 8 million
-    assert "overlap" in str(tiling_problem((512, 512), [*boxes, boxes[77]]))
+def test_a_block_in_the_place_of_another_is_seen_though_the_volume_is_right() -> None:
+    """Grids, and a pinwheel, which is no grid: one block moved on top of others, with as many elements as before."""
+    pinwheel = [Box((0, 0), (1, 2)), Box((0, 2), (2, 1)), Box((2, 1), (1, 2)), Box((1, 0), (2, 1)), Box((1, 1), (1, 1))]
+    assert problem_of((3, 3), pinwheel) is None
+    assert (
+        problem_of((3, 3), [*pinwheel[:4], Box((0, 0), (1, 1))])
+        == "t: blocks (0, 0) + (1, 2) and (0, 0) + (1, 1) overlap"
+    )
+    assert problem_of((3, 3), [*pinwheel[:4], Box((2, 2), (1, 1))]) is not None
+    large = [Box((row * 8, column * 8), (8, 8)) for row in range(64) for column in range(64)]
+    assert problem_of((512, 512), large) is None
+    assert "overlap" in str(problem_of((512, 512), [*large[:-1], large[77]]))
+    assert "cover 262,080 of 262,144" in str(problem_of((512, 512), large[:-1]))
+    # Neither overlaps its neighbour in the order of offsets
+    assert problem_of((2, 4), [Box((0, 0), (2, 1)), Box((0, 1), (1, 3)), Box((1, 0), (1, 3))]) == "t: blocks overlap"
+    assert problem_of((), [Box((), ())]) is None
+    assert "overlap" in str(problem_of((), [Box((), ())] * 2))
+
+
+def test_what_a_column_of_one_number_says_takes_no_memory() -> None:
+    """Else a small manifest could ask for much: here 2 bytes a block, and 64 columns."""
+    count = 100_000
+    tensor = fields()["tensors"][0] | {
+        "shards": [0] * count,
+        "global_shape": [1] * 32,
+        "offsets": [0] * 32,
+        "shapes": [1] * 32,
+        "begins": 4096,
+    }
+    data = sealed(fields() | {"tensors": [tensor]})
+    tracemalloc.start()
+    try:
+        with pytest.raises(CheckpointDamaged, match=r"model/a: blocks .* overlap"):
+            manifest_from_bytes(data, where="m")
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 60 * len(data), f"{peak:,} bytes for a manifest of {len(data):,}"  # all columns: 180 times
 
 
 def test_checksums_are_those_of_s3() -> None:
     assert to_text(checksum(b"123456789")) == "rosUhgp5mIg="  # the published check value ae8b14860a799888
     data = bytes(range(256)) * 100
     parts = [data[start : start + 1000] for start in range(0, len(data), 1000)]
-    assert combine([checksum(part) for part in parts], [len(part) for part in parts]) == checksum(data)
-    assert FileChecksums(0, 1000, ()).crc == checksum(b"") == 0
+    assert FileChecksums(len(data), 1000, tuple(map(checksum, parts))).crc == checksum(data)
+    for size in (0, 1, 8, 9, 255, 256, 257, 263, 8 * 40, 8 * 67, 8 * 128 + 3):  # one unit or none, odd numbers, pairs
+        assert checksum_units(data[:size], 8).crc == checksum(data[:size])
     for bad in ("", "AAAAAAAAAAA", "AAAAAAAAAAB=", "é", "AAAAAAAAAAAA"):
         with pytest.raises(ValueError, match="base64"):
             from_text(bad)

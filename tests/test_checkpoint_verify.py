@@ -11,7 +11,7 @@ import torch
 from raynium.checkpoint import compare, verify
 from raynium.checkpoint.batches import raw_bytes
 from raynium.checkpoint.catalog import CheckpointRef, choose_checkpoint
-from raynium.checkpoint.compare import differences
+from raynium.checkpoint.compare import Comparison, differences
 from raynium.checkpoint.manifest import TensorEntry
 from raynium.checkpoint.store import Store
 from raynium.checkpoint.verify import verify_checkpoint
@@ -226,6 +226,52 @@ def test_many_batches_miss_nothing(ref: CheckpointRef, save_run: Save, monkeypat
     monkeypatch.setattr(compare, "BATCH_BYTES", 1)
     second = choose_checkpoint(save_run(Two(seed=1), CONFIG, name="other"))
     assert found(ref, second).keys() == {"model/large", "model/small"}
+
+
+class Layers(torch.nn.Module):
+    """Four layers and a head. All of `seed`s numbers differ."""
+
+    def __init__(self, seed: int = 0, *, num_layers: int = 4):
+        super().__init__()
+        self.layers = [Two(seed) for _ in range(num_layers)]
+        self.blocks = torch.nn.ModuleList(self.layers)
+        self.head = torch.nn.Parameter(torch.zeros(3))
+
+
+def compared(save_run: Save, first: torch.nn.Module, second: torch.nn.Module) -> Comparison:
+    return compare.compare(
+        *(choose_checkpoint(save_run(each, CONFIG, name=f"r{id(each)}")) for each in (first, second))
+    )
+
+
+def test_layers_that_differ_alike_are_one_line_and_every_tensor_is_counted(save_run: Save) -> None:
+    found = compared(save_run, Layers(), Layers(seed=1))
+    assert found.lines() == [
+        "model/blocks.[0-3].large differs in 16,384 of 16,384 numbers (all 4)",
+        "model/blocks.[0-3].small differs in 128 of 128 numbers (all 4)",
+    ]
+    assert found.counts()["model"] == {"equal": 1, "different": 8, "only in the first": 0, "only in the second": 0}
+    assert found.counts()["optimizer/exp_avg"]["equal"] == 9
+
+
+def test_layers_that_differ_in_other_ways_have_lines_of_their_own(save_run: Save) -> None:
+    other = Layers(num_layers=6)
+    with torch.no_grad():
+        other.head[1] = 1
+        for layer, count in ((0, 2), (1, 1), (3, 7)):
+            other.layers[layer].small[:count] += 1
+    other.layers[2].small = torch.nn.Parameter(torch.ones(2, 64))
+    found = compared(save_run, Layers(), other)
+    ours = [line for line in found.lines() if line.startswith("model/")]
+    assert ours == [
+        "model/blocks.[0-1,3].small differs in 1 to 7 of 128 numbers (3 of 6)",
+        "model/blocks.[2].small is float32 [128] in the first and float32 [2, 64] in the second (1 of 6)",
+        "model/blocks.[4-5].large is only in the second (2 of 6)",
+        "model/blocks.[4-5].small is only in the second (2 of 6)",
+        "model/head differs in 1 of 3 numbers",
+    ]
+    assert found.counts()["model"] == {"equal": 4, "different": 5, "only in the first": 0, "only in the second": 4}
+    assert sum(sum(counts.values()) for counts in found.counts().values()) == len(found.names)
 
 
 def test_raw_bytes_are_those_of_the_values_in_order() -> None:

@@ -196,6 +196,21 @@ def test_diff_names_what_differs(
     assert ended.code == 1
     assert ended.out.splitlines()[-1] == "16 of 63 tensors differ", "norms begin as ones, moments as zeros"
     assert "model/head.weight differs in 10,240 of 10,240 numbers\n" in ended.out
+    title, model_counts, *_ = ended.out.splitlines()
+    assert re.split("  +", title.strip()) == [
+        "tensors of",
+        "equal",
+        "different",
+        "only in the first",
+        "only in the second",
+    ]
+    assert model_counts.split() == ["model", "5", "16", "0", "0"]
+    layers = re.search(r"^model/blocks\.\[0-1\]\.(.*)$", ended.out, re.MULTILINE)
+    assert layers is not None and layers[1].endswith("numbers (all 2)") and "model/blocks.0." not in ended.out
+    every = checkpoints("diff", "first@2", "second@4", "--all")
+    assert (every.code, every.out.count(" differs in ")) == (1, 16) and "[0-1]" not in every.out
+    compared = find_run("first").compare(find_run("second"), step=2)
+    assert [f"{each.name} {each.text}" for each in compared.differences] == every.out.splitlines()[-17:-1]
     for odd in ("first@", "first@new", "first@-1"):
         ended = checkpoints("diff", odd, "second")
         assert ended.code == 2 and f"'{odd}' names no step: write first@1000" in ended.err
@@ -218,8 +233,8 @@ def test_export_and_import_make_a_run_with_the_same_weights(checkpoints: Callabl
     out = checkpoints("show", "copy").out
     assert f"imported            from {Path('out').absolute()}\n" in out
     assert "\noptimizer" not in out and out.endswith("degree 1, 2, 4; the optimizer begins anew\n")
-    differing = checkpoints("diff", "first", "copy").out
-    assert differing.count(" is only in the first\n") == 42 and differing.endswith("42 of 63 tensors differ\n")
+    differing = checkpoints("diff", "first", "copy", "--all").out
+    assert differing.count(" is only in the first") == 42 and differing.endswith("42 of 63 tensors differ\n")
 
     assert "exported step 2" in checkpoints("export", "first", "half", "--step", "2", "--dtype", "bfloat16").out
     assert find_run("first").export("sdk", step=2, dtype="bfloat16").num_bytes == 2 * sum(

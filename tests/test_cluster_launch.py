@@ -299,7 +299,7 @@ def home(tmp_path: Path) -> Path:
     return folder
 
 
-def run(args: list[str], env: dict[str, str], timeout: float = 120) -> str:
+def run(args: list[str], env: dict[str, str], timeout: float = 240) -> str:
     done = subprocess.run(
         args, env=env, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=timeout
     )
@@ -348,7 +348,7 @@ print("cores and tracking:", *ray.get(cores.remote()))
 """
 
 
-@pytest.mark.timeout(600)  # 90 s on two cores that six others used too
+@pytest.mark.timeout(900)  # 90 s on two cores that six others used too
 def test_a_submitted_job_gets_the_trainium_node_it_asks_for(
     aws: FakeAws, site: Site, remote: Remote, home: Path, tmp_path: Path, session_folder: str, processes: list[Any]
 ):
@@ -407,7 +407,7 @@ def test_a_submitted_job_gets_the_trainium_node_it_asks_for(
     address = f"http://127.0.0.1:{dashboard}"
     wait_for_dashboard(address, head, tmp_path / "head.log")
     submit = [str(BIN / "ray"), "job", "submit", "--address", address, "--", sys.executable, "-c", JOB]
-    out = run(submit, operator, timeout=180)
+    out = run(submit, operator)
     visible = ",".join(str(core) for core in range(32))
     assert f"cores and tracking: {visible} http://127.0.0.2:5000" in out  # the head's MLflow server
 
@@ -436,7 +436,7 @@ def wait_for_dashboard(address: str, head: subprocess.Popen[bytes], log: Path) -
             # Answers 401 without a token: it is up, and it asks for one.
             if requests.get(f"{address}/api/version", timeout=5).status_code == 401:
                 return
-        except requests.ConnectionError:
+        except (requests.ConnectionError, requests.Timeout):
             pass
         assert head.poll() is None and time.monotonic() < deadline, log.read_text()
         time.sleep(0.3)

@@ -483,7 +483,7 @@ def test_agents_that_are_to_leave_go_home_and_others_go_on(tmp_path: Path) -> No
         )
         assert [(order.kind, order.generation) for order in orders] == [("run", 2), ("run", 2)]
 
-    asyncio.run(asyncio.wait_for(play(), 20))
+    asyncio.run(asyncio.wait_for(play(), 60))
 
 
 def test_a_generation_that_runs_while_its_nodes_are_left_ends_and_is_no_failure(tmp_path: Path) -> None:
@@ -498,4 +498,4 @@ def test_a_generation_that_runs_while_its_nodes_are_left_ends_and_is_no_failure(
         status = await run.status(0)
         assert status.ended is None and not any("failed" in event.text for event in status.events)
 
-    asyncio.run(asyncio.wait_for(play(), 20))
+    asyncio.run(asyncio.wait_for(play(), 60))

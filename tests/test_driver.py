@@ -56,7 +56,7 @@ class Actor:
         return SimpleNamespace(remote=lambda *arguments: self.on_loop.call(method, *arguments))
 
 
-def wait_for(condition: Callable[[], Any], seconds: float = 30) -> Any:
+def wait_for(condition: Callable[[], Any], seconds: float = 60) -> Any:
     deadline = time.monotonic() + seconds
     while not (value := condition()):
         assert time.monotonic() < deadline, "it did not happen"
@@ -108,15 +108,15 @@ def test_a_coordinator_that_was_started_again_is_told_of_the_stop_and_its_events
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with Watched(tmp_path, monkeypatch) as watched:
-        assert watched.actor.on_loop.call("join", AGENT).result(10).generation == 1
+        assert watched.actor.on_loop.call("join", AGENT).result(60).generation == 1
         watched.actor.on_loop.call("report", 3, {"train/loss": 2.5}).result()
         wait_for(lambda: watched.keeper.record.step == 3)
         watched.driver.request_stop()
-        assert watched.actor.on_loop.call("watch", 1, False).result(10).kind == "stop"
+        assert watched.actor.on_loop.call("watch", 1, False).result(60).kind == "stop"
 
         watched.actor.start_again()  # before any rank could save
         watched.actor.on_loop.call("tell", "first words of another life").result()
-        status = watched.ended.result(30)
+        status = watched.ended.result(60)
         assert (status.ended, status.step, status.generation) == ("stopped", 3, 1)
         assert status.metrics == {"train/loss": 2.5}
         assert watched.told("first words of another life")
@@ -149,9 +149,9 @@ def test_a_store_and_a_page_that_are_away_are_told_once_and_have_it_all_when_the
     fault = classify([], [DMA_ERROR])
     assert fault is not None
     with Watched(tmp_path, monkeypatch) as watched:
-        watched.actor.on_loop.call("join", AGENT).result(10)
+        watched.actor.on_loop.call("join", AGENT).result(60)
         watched.driver._excluded.append("")  # this node: there is no other to go to
-        watched.actor.on_loop.call("node_fault", 1, 0, fault).result(10)
+        watched.actor.on_loop.call("node_fault", 1, 0, fault).result(60)
         wait_for(lambda: min(tried.count("store"), tried.count("page")) > 5)
         away.clear()
         wait_for(lambda: page)
@@ -167,7 +167,7 @@ def test_the_heart_beats_while_agents_still_upload(tmp_path: Path, monkeypatch: 
     beats: set[float] = set()
     ending = threading.Event()
     monkeypatch.setattr(watched.keeper, "finishing", ending.set)
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 120
 
     def upload() -> None:
         watched.actor.on_loop.call("join", AGENT).result()

@@ -4,7 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from raynium.checkpoint.manifest import ImageInfo
+from raynium.checkpoint.manifest import ImageInfo, SavedBlocks
 from raynium.launch.images import NodeImages, Snapshot, make_image_folder
 from raynium.launch.protocol import HeldImages
 
@@ -27,7 +27,7 @@ def test_a_killed_agents_memory_is_freed_by_the_next_agent_and_a_live_ones_is_no
 
 
 def snapshot(step: int, generation: str = "g1") -> Snapshot:
-    info = ImageInfo(step=step, path=f"/dev/shm/{step}", size=1, tensors=())
+    info = ImageInfo(step=step, path=f"/dev/shm/{step}", size=1, tensors=SavedBlocks.of(()))
     return Snapshot(generation, None, info, info)
 
 

@@ -144,7 +144,7 @@ def test_a_failure_is_one_message_and_an_exit_code(
 
 
 @pytest.mark.ray
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(150)
 @pytest.mark.parametrize("address", ["http://127.0.0.1:1", "http://no-such-host.invalid:8265"])
 def test_a_dashboard_that_does_not_answer_is_named(address: str) -> None:
     with pytest.raises(LaunchError, match=rf"cannot reach a Ray cluster at {address}: .*RAY_AUTH_TOKEN"):
@@ -152,7 +152,7 @@ def test_a_dashboard_that_does_not_answer_is_named(address: str) -> None:
 
 
 @pytest.mark.ray
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(150)
 @pytest.mark.parametrize(
     "address",
     [

@@ -6,12 +6,16 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.random import Generator
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from raynium.config.schema import ModelSection
+from raynium.models import init
 from raynium.models.decoder import Decoder, rope_tables
 from raynium.models.flops import flops_per_token, parameter_count
-from raynium.models.init import init_parameter, initialise
+from raynium.models.init import TILE_COLUMNS, TILE_ROWS, init_block, init_parameter, initialise
 from raynium.models.names import hugging_face_names
 from raynium.models.plan import divided_sizes, tensor_parallel_plan
 
@@ -170,6 +174,93 @@ def test_first_weights_depend_on_seed_and_name_only() -> None:
     assert not torch.equal(draw("blocks.1.attention.q.weight", 0), first)
     # Bits that must not change between releases and machines: a run started elsewhere would not be the same run.
     assert first.flatten()[:3].tolist() == [0.10308782011270523, 0.10901185125112534, 0.018691513687372208]
+
+
+def test_a_seeds_bits_stay_in_every_tile() -> None:
+    """Beyond the first tile too, and at the edge, where the last tile is narrower."""
+    weight = init_parameter("head.weight", shape=(40, 300), seed=0, config=section("llama"))
+    assert weight[31:33, 255:257].flatten().tolist() == [
+        0.05403904244303703,
+        0.1001150980591774,
+        0.07461173087358475,
+        -0.04373910650610924,
+    ]
+    assert weight[39, 299].item() == -0.0905473381280899
+
+
+@st.composite
+def boxes(draw: st.DrawFn) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
+    """(shape of a matrix, offsets and shape of a block of it), around the sizes of a tile."""
+    sizes, offsets, lengths = [], [], []
+    for most in (3 * TILE_ROWS + 5, 3 * TILE_COLUMNS + 5):
+        size = draw(st.integers(1, most))
+        begin = draw(st.integers(0, size))
+        sizes.append(size)
+        offsets.append(begin)
+        lengths.append(draw(st.integers(0, size - begin)))
+    return tuple(sizes), tuple(offsets), tuple(lengths)  # pyright: ignore[reportReturnType]
+
+
+@settings(deadline=None, max_examples=200)
+@given(boxes(), st.integers(1, 9))
+def test_any_block_equals_that_part_of_the_whole(
+    box: tuple[tuple[int, int], tuple[int, int], tuple[int, int]], threads: int
+) -> None:
+    model, name = section("llama"), "blocks.1.ffn.down.weight"
+    global_shape, offsets, shape = box
+    block = init_block(
+        name, global_shape=global_shape, offsets=offsets, shape=shape, seed=4, config=model, threads=threads
+    )
+    whole = init_parameter(name, shape=global_shape, seed=4, config=model)
+    rows, columns = (slice(begin, begin + size) for begin, size in zip(offsets, shape, strict=True))
+    assert block.shape == shape
+    assert torch.equal(block, whole[rows, columns])
+
+
+@pytest.mark.parametrize(
+    ("shard", "offsets", "shape", "most_drawn"),
+    [
+        ("an even FSDP share of rows", (1024, 0), (128, 4096), 128 * 4096),
+        ("a tensor-parallel share of columns", (0, 1024), (4096, 512), 4096 * 512),
+        ("a few rows of a large group", (1021, 0), (2, 4096), 31 * 4096),
+        ("an uneven share", (1001, 100), (333, 1000), (333 + 31) * (1000 + 2 * 255)),
+    ],
+)
+def test_a_rank_draws_its_own_values_and_those_of_tiles_across_its_edge(
+    shard: str, offsets: tuple[int, int], shape: tuple[int, int], most_drawn: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn = count_drawn(monkeypatch)
+    place: dict[str, Any] = {"global_shape": (4096, 4096), "offsets": offsets, "shape": shape}
+    init_block("head.weight", **place, seed=0, config=section("llama"), threads=3)
+    assert shape[0] * shape[1] <= sum(drawn) <= most_drawn
+
+
+def count_drawn(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The sizes of what first weights are drawn from now on."""
+    drawn: list[int] = []
+
+    class Counting(Generator):
+        def standard_normal(self, *args: Any, **options: Any) -> Any:
+            values = super().standard_normal(*args, **options)
+            drawn.append(values.size)
+            return values
+
+    monkeypatch.setattr(init, "Generator", Counting)
+    return drawn
+
+
+def test_a_block_outside_its_parameter_is_a_mistake_of_ours() -> None:
+    with pytest.raises(AssertionError, match=r"head.weight: \(3, 0\) \+ \(2, 4\)"):
+        init_block("head.weight", global_shape=(4, 4), offsets=(3, 0), shape=(2, 4), seed=0, config=section("llama"))
+    with pytest.raises(AssertionError, match=r"not \(2, 2, 2\)"):
+        init_parameter("experts.weight", shape=(2, 2, 2), seed=0, config=section("llama"))
+
+
+def test_tiles_have_nothing_to_do_with_each_other() -> None:
+    weight = init_parameter("head.weight", shape=(96, 1024), seed=0, config=section("llama"))
+    tiles = weight.unflatten(0, (3, TILE_ROWS)).unflatten(2, (4, TILE_COLUMNS)).transpose(1, 2).flatten(2).flatten(0, 1)
+    between = torch.corrcoef(tiles) - torch.eye(12)
+    assert between.abs().max() < 5 / math.sqrt(tiles.shape[1])
 
 
 def test_first_weights_have_the_promised_spread() -> None:

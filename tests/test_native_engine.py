@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
+from _engine_ranks import extent
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from raynium.accelerators.cpu import CpuAccelerator
@@ -85,7 +86,7 @@ class Run(NamedTuple):
         whole: dict[str, torch.Tensor] = {}
         times: dict[str, torch.Tensor] = {}
         for name, shape, offsets, tensor, saved_here in (chunk for state in self.states for chunk in state):
-            block = tuple(slice(begin, begin + size) for begin, size in zip(offsets, tensor.shape, strict=True))
+            block = extent(offsets, tensor.shape)
             whole.setdefault(name, torch.zeros(shape))[block] += tensor * saved_here
             times.setdefault(name, torch.zeros(shape))[block] += saved_here
         assert all((count == 1).all() for count in times.values())
@@ -206,6 +207,38 @@ def test_every_layout_trains_as_a_plain_float64_loop_does(runs: dict[str, Run], 
         assert [result["tokens"] for result in results] == counted
         assert [nats for nats, _ in evaluations] == pytest.approx(expected.nats, rel=3e-6)
         assert [tokens for _, tokens in evaluations] == counted[4::5]
+
+
+# Matrices of several tiles, whose edges no rank's rows and columns keep to.
+SIZES = {"vocab_size": 722, "hidden_size": 320, "ffn_size": 602}
+BEGINNINGS: dict[str, tuple[dict[str, Any], int]] = LAYOUTS | {
+    "simple, fsdp 2 x tp 2": ({"ranks": 4, "tensor": 2, "fsdp": "simple", "compile": "block"}, PLENTY),
+}
+
+
+@pytest.mark.parametrize("layout", BEGINNINGS)
+def test_every_rank_begins_with_its_part_of_the_one_model(
+    layout: str, tmp_path: Path, forker: subprocess.Popen[str]
+) -> None:
+    arguments, memory = BEGINNINGS[layout]
+    with_sizes: dict[str, Any] = arguments | {"model": arguments.get("model", QWEN3) | SIZES}
+    made = config(**with_sizes)
+    assert_first_weights(run(forker, tmp_path / "run", made, memory_bytes=memory, last_step=0), made)
+
+
+def assert_first_weights(begun: Run, config: Config) -> None:
+    """Of a run that took no step: bit by bit, copies that nobody saves too."""
+    model = Decoder(config.model)
+    initialise(model, seed=config.run.seed, config=config.model)
+    whole = {f"model/{name}": parameter.detach() for name, parameter in model.named_parameters()}
+    wrong = [
+        (rank, name, offsets)
+        for rank, state in enumerate(begun.states)
+        for name, _, offsets, tensor, _ in state
+        if name in whole and not torch.equal(tensor, whole[name][extent(offsets, tensor.shape)])
+    ]
+    assert wrong == []
+    assert begun.whole_state().keys() >= whole.keys()
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

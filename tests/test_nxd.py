@@ -31,7 +31,7 @@ from raynium.models.decoder import Decoder
 from raynium.models.nxd_layout import KvOrder, heads_of_rank, kv_copies, pieces, zero1_pieces
 
 sys.path.append(str(Path(__file__).parent))  # pytest's import mode leaves it out
-from test_native_engine import LLAMA3, QWEN3, Run, config, reference, run, samples
+from test_native_engine import LLAMA3, QWEN3, Run, assert_first_weights, config, reference, run, samples
 
 WORKER = Path(__file__).with_name("_nxd_ranks.py")
 SOURCE = os.environ.get("RAYNIUM_NXD_SOURCE")
@@ -132,6 +132,28 @@ def test_every_layout_trains_as_a_plain_float64_loop_does(
         for name, shape in names.items()
         for prefix in ("model", "optimizer/exp_avg", "optimizer/exp_avg_sq")
     }, "each element once, under the native engine's names"
+
+
+SIZES = {"vocab_size": 720, "hidden_size": 320, "ffn_size": 600}  # matrices of several tiles
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+@pytest.mark.parametrize(
+    "layout",
+    [
+        "tp 2 x dp 2, untied",
+        "tp 4, two ranks a head, interleaved",
+        "tp 4, two ranks a head, adjacent",
+        "pp 2 x dp 2",
+        "pp 2 x tp 2, two ranks a head",
+    ],
+)
+def test_every_rank_begins_with_its_part_of_the_one_model(
+    library: str, layout: str, fork: Fork, tmp_path: Path
+) -> None:
+    arguments, platform = LAYOUTS[layout]
+    made = nxd_config(**arguments | {"model": arguments.get("model", QWEN3) | SIZES})
+    assert_first_weights(run(fork(library, platform), tmp_path / "run", made, last_step=0), made)
 
 
 @pytest.mark.parametrize("library", LIBRARIES)
@@ -235,6 +257,13 @@ XLA_LAYOUTS: dict[str, dict[str, Any]] = {
 def test_zero1_over_torch_xla_trains_as_a_plain_float64_loop_does(layout: str, fork: Fork, tmp_path: Path) -> None:
     ran = run(fork("xla", "trn1"), tmp_path / "run", nxd_config(**XLA_LAYOUTS[layout]))
     check_against_reference(ran, config(**XLA_LAYOUTS[layout]))
+
+
+@needs_xla
+def test_zero1_masters_begin_with_their_part_of_the_one_model(fork: Fork, tmp_path: Path) -> None:
+    """In float32, not made of weights that were rounded to bfloat16."""
+    made = nxd_config(ranks=4, tensor=2, model=LLAMA3 | SIZES, dtype="bfloat16")
+    assert_first_weights(run(fork("xla", "trn1"), tmp_path / "run", made, last_step=0), made)
 
 
 @needs_xla

@@ -1,7 +1,9 @@
 """Preflight: the checks on recorded machines, the trial with real ranks, and who is left out. Ray only where marked."""
 
 import json
+import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -37,6 +39,7 @@ from raynium.checkpoint.store import Store
 from raynium.config.load import parse_config
 from raynium.config.schema import Config
 from raynium.hardware.catalog import INSTANCES
+from raynium.launch import orphans
 from raynium.launch.diagnosis import KernelLog
 from raynium.launch.ports import free_port
 from raynium.launch.preflight import (
@@ -52,6 +55,7 @@ from raynium.launch.preflight import (
     snapshot_bytes,
     storage_checks,
 )
+from raynium.launch.ranks import start_process
 from raynium.trial import multiply
 
 ROOT = Path(__file__).parents[1]
@@ -398,15 +402,29 @@ def order(**changes: Any) -> TrialOrder:
     return replace(TrialOrder(0, 2, "127.0.0.1", free_port("127.0.0.1"), gemm=True, seconds=100), **changes)
 
 
-def test_a_node_is_looked_at_and_its_ranks_are_tried(config: Config) -> None:
+def test_a_node_is_looked_at_and_its_ranks_are_tried(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(orphans, "AGENT_VARIABLE", "RAYNIUM_AGENT_OF_THIS_TEST")  # agents beside us look for theirs
+    mark = {name: f"{value}0" for name, value in orphans.agent_mark().items()}  # our pid, but another start
+    orphan = subprocess.Popen(["sleep", "300"], env=os.environ | mark)
     Store(config.run.root).write_new("probes/driver", b"driver")
     probe = NodeProbe(config.model_dump(mode="json"), "probes")
     checks = {check.name: check for check in [*probe.look(), *probe.trial_here("127.0.0.1", 100)]}
+    assert orphan.wait(60) == -signal.SIGKILL and checks["orphans"].status == "warning"
+    assert f"process {orphan.pid} (sleep 300) was left behind" in checks["orphans"].found
     assert not any(check.is_bad for check in checks.values()), checks
     assert checks["ranks"].found == "2 started and ended"
     assert "TFLOP/s" in checks["matrix product"].found and "GB/s over 2 ranks" in checks["all-reduce"].found
 
 
+@pytest.fixture(scope="module")
+def warm_template() -> None:
+    """Ranks are forked within milliseconds from here on: torch is imported."""
+    process = multiprocessing.get_context("forkserver").Process(target=os.getpid)
+    start_process(process)
+    process.join()
+
+
+@pytest.mark.usefixtures("warm_template")
 def test_ranks_that_wait_for_peers_are_ended_and_say_where_they_were(config: Config) -> None:
     results = run_ranks(CpuAccelerator(), config, order(world_size=4, seconds=8))
     assert [each.rank for each in results] == [0, 1]
@@ -414,6 +432,7 @@ def test_ranks_that_wait_for_peers_are_ended_and_say_where_they_were(config: Con
     assert found.is_bad and "rank 0: still in phase 'process group' after 8 s" in found.found
 
 
+@pytest.mark.usefixtures("warm_template")
 def test_ranks_that_are_late_while_a_graph_is_compiled_say_nothing_about_the_node(
     config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:

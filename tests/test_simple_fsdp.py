@@ -1,6 +1,7 @@
 """SimpleFSDP: the bits, layout and checkpoints of FSDP2, with the collectives inside the compiled graphs."""
 
 import logging
+import math
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -12,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from functorch.compile import default_partition, make_boxed_func, min_cut_rematerialization_partition
+from test_models import count_drawn
 from test_native_engine import LLAMA3, PLENTY, QWEN3, ROWS, WORKER, Run, config, run, samples
 from torch._dynamo.backends.common import aot_autograd
 from torch.fx import GraphModule, Interpreter, Node
@@ -265,6 +267,26 @@ def test_a_backend_that_cannot_be_told_what_to_keep_is_named_once(
         engine.step(batch, step=2, votes=Votes())
     (record,) = caplog.records
     assert "showed no joint graph" in record.message and "set engine.fsdp to fsdp2" in record.message
+
+
+@pytest.mark.parametrize("fsdp", ["fsdp2", "simple"])
+def test_a_rank_draws_no_first_weight_of_another(
+    fsdp: str, pretended: Callable[..., tuple[NativeEngine, Batch]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = {
+        "vocab_size": 2048,
+        "hidden_size": 512,
+        "ffn_size": 1024,
+        "num_heads": 8,
+        "num_kv_heads": 8,
+        "head_dim": 64,
+    }
+    drawn = count_drawn(monkeypatch)
+    engine, _ = pretended(config(ranks=8, tensor=2, model=LLAMA3 | sizes, fsdp=fsdp, compile="block"), "aot_eager")
+    matrices = [block for block in engine._blocks if len(block.global_shape) == 2]
+    of_all_ranks = sum(math.prod(block.global_shape) for block in matrices)
+    held = sum(block.local.numel() for block in matrices)
+    assert sum(drawn) == held == of_all_ranks // 8, "tiles end where these shards end"
 
 
 # ---- What `auto` means -----------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 import pytest
@@ -249,6 +250,44 @@ def test_a_read_only_disk_is_explained(tiny_disk: Path) -> None:
     subprocess.run(["mount", "-o", "remount,ro", tiny_disk], check=True)
     with pytest.raises(StoreError, match="read-only"):
         Store(tiny_disk / "run").check_writable()
+
+
+@pytest.mark.parametrize("times", [1, 4])
+def test_a_folder_that_is_removed_before_its_first_file_is_there_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, times: int
+) -> None:
+    """As retention does with the folder of the last key that it deletes."""
+    store, made = Store(tmp_path), []
+    make_folder = Path.mkdir
+
+    def made_and_removed(path: Path, *arguments: Any, **options: Any) -> None:
+        make_folder(path, *arguments, **options)
+        made.append(path)
+        if len(made) <= times:
+            store.delete_prefix("step")
+
+    monkeypatch.setattr(Path, "mkdir", made_and_removed)
+    store.write_new("step/manifest", b"1")
+    assert store.read("step/manifest") == b"1" and len(made) == times + 1
+    assert [path.name for path in (tmp_path / "step").iterdir()] == ["manifest"]
+
+
+def test_a_folder_that_never_stays_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "mkdir", lambda *_, **__: None)
+    with pytest.raises(KeyMissing, match="step/manifest does not exist"):
+        Store(tmp_path).write_new("step/manifest", b"1")
+
+
+@pytest.mark.parametrize("write", [Store.write_new, Store.replace])
+def test_a_write_whose_unfinished_file_is_deleted_says_so_and_is_not_done_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: Callable[[Store, str, bytes], None]
+) -> None:
+    store = Store(tmp_path)
+    sync = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda file: (sync(file), store.delete_prefix("step")))
+    with pytest.raises(StoreError, match="step/manifest: its unfinished file was deleted while it was written; see"):
+        write(store, "step/manifest", b"1")
+    assert not store.exists("step/manifest")
 
 
 def test_leftovers_of_a_killed_writer_are_invisible(tmp_path: Path) -> None:

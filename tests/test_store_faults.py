@@ -345,6 +345,25 @@ def test_an_upload_that_cannot_be_aborted_is_told_and_collected(
     assert direct.discard_unfinished(older_than_unix=time.time() + 60) == 0
 
 
+def test_an_upload_that_could_not_be_aborted_is_when_the_store_takes_the_next(
+    store: Store, direct: Store, proxy: FlakyS3, image, caplog: pytest.LogCaptureFixture
+) -> None:
+    proxy.set(refuse(403, "ExpiredToken", of=["UploadPart", "AbortMultipartUpload"]))
+    path = image(LARGE)
+    for name in ("first", "second"):
+        with pytest.raises(StoreError, match="renew them"):
+            store.upload_file(name, path)
+    proxy.set(refuse(403, "AccessDenied", of=["AbortMultipartUpload"], times=1))
+    store.upload_file("third", path)
+    assert len(open_uploads(direct)) == 1, "one still cannot be aborted, which fails nothing"
+    store.upload_file("fourth", path)
+    assert not open_uploads(direct)
+    assert len([record for record in caplog.records if "cannot be aborted" in record.message]) == 3
+    proxy.seen.clear()
+    store.upload_file("fifth", path)
+    assert "AbortMultipartUpload" not in proxy.seen
+
+
 @pytest.mark.parametrize(
     ("fault", "says"),
     [

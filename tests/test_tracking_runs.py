@@ -344,7 +344,7 @@ def test_ui_command_shows_the_run_its_metrics_and_artifacts(uri: str, tmp_path: 
     base = f"http://127.0.0.1:{port}"
 
     def get(path: str) -> bytes:
-        with urllib.request.urlopen(base + path, timeout=10) as response:
+        with urllib.request.urlopen(base + path, timeout=60) as response:
             return response.read()
 
     with (tmp_path / "log").open("wb") as log:
@@ -357,7 +357,7 @@ def test_ui_command_shows_the_run_its_metrics_and_artifacts(uri: str, tmp_path: 
             start_new_session=True,
         )
     try:
-        for _ in range(600):
+        for _ in range(1800):
             try:
                 get("/health")
                 break

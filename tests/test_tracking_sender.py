@@ -97,8 +97,8 @@ def assert_each_step_once(uri: str, run_id: str, steps: range) -> None:
         assert points == [(step, value_of(step)) for step in steps]
 
 
-def make_tracker(folder: Path, uri: str, run_id: str) -> MlflowTracker:
-    return MlflowTracker(folder, uri=uri, run_id=run_id, flush_seconds=0.05, request_timeout_seconds=1)
+def make_tracker(folder: Path, uri: str, run_id: str, *, seconds: float = 60) -> MlflowTracker:
+    return MlflowTracker(folder, uri=uri, run_id=run_id, flush_seconds=0.05, request_timeout_seconds=seconds)
 
 
 @pytest.fixture(scope="module")
@@ -170,10 +170,11 @@ def test_what_is_remembered_of_repeated_steps_is_bounded(store: str, tmp_path: P
 def test_late_points_of_an_earlier_node_still_arrive(store: str, tmp_path: Path):
     """Node A dies with steps 0–9 unsent, node B logs 5–19, then A comes back: 0–4 are new, 5–9 are repeats."""
     run_id = new_run(store, "late")
+    before = set(threading.enumerate())
     late = MlflowTracker(tmp_path / "a", uri="http://127.0.0.1:9", run_id=run_id, flush_seconds=0.05)
     for step in range(10):
         append(late, step)
-    (thread,) = [thread for thread in threading.enumerate() if thread.name == "mlflow-sender" and thread.is_alive()]
+    (thread,) = set(threading.enumerate()) - before
     assert late.close(timeout_seconds=0.2).points_pending == 20
     wait_until(lambda: not thread.is_alive(), "a closed sender goes on trying")
     tracker = make_tracker(tmp_path / "b", store, run_id)
@@ -199,7 +200,8 @@ def test_hanging_server_stalls_nobody_and_loses_nothing(server: Server, tmp_path
     run_id = new_run(server.uri, "hanging")
     tracker = make_tracker(tmp_path / "spool", server.uri, run_id)
     append(tracker, 0)
-    wait_until(lambda: tracker.status().points_sent == 2, "the first points never arrived")
+    assert tracker.close(timeout_seconds=CLOSE_SECONDS).points_sent == 2
+    tracker = make_tracker(tmp_path / "spool", server.uri, run_id, seconds=1)
     server.signal(signal.SIGSTOP)
     try:
         for step in range(1, 501):  # returns although the server is stopped until after the loop
@@ -226,8 +228,7 @@ def test_server_killed_and_started_again(server: Server, tmp_path: Path):
         append(tracker, step)
         if step == 200:
             server.kill()
-            wait_until(lambda: tracker.status().last_error is not None, "the loss of the server went unseen")
-            assert "Connection refused" in str(tracker.status()) or "Connection reset" in str(tracker.status())
+            wait_until(lambda: "Connection refused" in str(tracker.status()), "the loss of the server went unseen")
     server.start()
     wait_until(lambda: tracker.status().points_pending == 0, "the points were not sent after the restart")
     assert tracker.status().last_error is None

@@ -4,6 +4,7 @@ import math
 import resource
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -213,11 +214,12 @@ def test_one_process_at_a_time(tmp_path: Path):
         while not (tmp_path / "lock").exists() or not (tmp_path / "lock").read_text():
             assert other.poll() is None
         with pytest.raises(TrackingError, match=rf"in use by process {other.pid}.*Wait for it to end"):
-            MetricSpool(tmp_path)
+            MetricSpool(tmp_path, wait_seconds=0.2)
+        threading.Timer(0.2, other.kill).start()
+        MetricSpool(tmp_path, wait_seconds=60).close()
     finally:
         other.kill()
         other.communicate()
-    MetricSpool(tmp_path).close()
 
 
 def test_a_folder_that_cannot_be_used(tmp_path: Path):

@@ -12,6 +12,7 @@ from typer import Argument, Option
 
 if TYPE_CHECKING:
     from raynium.checkpoint.catalog import CheckpointRef
+    from raynium.checkpoint.compare import Comparison
     from raynium.checkpoint.store import Store
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="List, check, move and remove checkpoints.")
@@ -202,22 +203,23 @@ def diff(
     first: Annotated[str, Argument(metavar="RUN[@STEP]", help="A run's name, and a step if not the newest.")],
     second: Annotated[str, Argument(metavar="RUN[@STEP]", help="What to compare it with.")],
     root: RootOption = "runs",
+    every: Annotated[bool, Option("--all", help="A line for each tensor that differs, layers not folded.")] = False,
 ) -> None:
     """Compare two checkpoints bit by bit, whatever their layouts.
 
-    Exits with 1 if a tensor differs.
+    Prints how many tensors are equal, then those that differ. Exits with 1 if there are any.
     """
-    from raynium.checkpoint.compare import differences
+    from raynium.checkpoint.compare import compare
 
-    left, right = _named(first, root), _named(second, root)
-    count = 0
-    for count, each in enumerate(differences(left, right), 1):  # noqa: B007  (told below)
-        typer.echo(f"{each.name} {each.text}")
-    if count:
-        names = {entry.name for ref in (left, right) for entry in ref.manifest.tensors}
-        typer.echo(f"{count} of {len(names)} tensors differ")
-        raise typer.Exit(1)
-    typer.echo(f"equal: all {len(left.manifest.tensors)} tensors have the same bits")
+    found = compare(_named(first, root), _named(second, root))
+    if not found.differences:
+        typer.echo(f"equal: all {len(found.names)} tensors have the same bits")
+        return
+    _print_counts(found)
+    for line in [f"{each.name} {each.text}" for each in found.differences] if every else found.lines():
+        typer.echo(line)
+    typer.echo(f"{len(found.differences)} of {len(found.names)} tensors differ")
+    raise typer.Exit(1)
 
 
 # ---- arguments ----------------------------------------------------------------------------------------------------
@@ -258,6 +260,18 @@ def _check_new_name(name: str) -> None:
     except ValidationError as error:
         rule = RunSection.model_fields["name"].description
         raise ConfigError([f"run.name is {name!r}: it must be {rule}"]) from error
+
+
+def _print_counts(found: "Comparison") -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from raynium.checkpoint.compare import OUTCOMES
+
+    table = Table("tensors of", *OUTCOMES, box=None)
+    for group, counts in found.counts().items():
+        table.add_row(group, *(f"{counts[outcome]:,}" for outcome in OUTCOMES))
+    Console().print(table)
 
 
 # ---- words --------------------------------------------------------------------------------------------------------

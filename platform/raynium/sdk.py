@@ -18,6 +18,7 @@ from raynium.errors import LaunchError, RunFailed, StoreError
 
 if TYPE_CHECKING:
     from raynium.checkpoint.catalog import CheckpointSummary
+    from raynium.checkpoint.compare import Comparison
     from raynium.checkpoint.retention import Retention
     from raynium.checkpoint.store import Store
     from raynium.checkpoint.verify import Damage, Depth
@@ -148,6 +149,16 @@ class Run:
 
         return verify_checkpoint(choose_checkpoint(self._store(), step), depth=depth)
 
+    def compare(self, other: "Run", *, step: int | None = None, other_step: int | None = None) -> "Comparison":
+        """The newest checkpoint, or that of `step`, beside one of `other`, bit by bit, whatever their layouts.
+
+        Reads both here, on the CPU. CheckpointError if one of them does not exist, CheckpointDamaged.
+        """
+        from raynium.checkpoint.catalog import choose_checkpoint
+        from raynium.checkpoint.compare import compare
+
+        return compare(choose_checkpoint(self._store(), step), choose_checkpoint(other._store(), other_step))
+
     def export(
         self,
         folder: str | Path,
@@ -185,11 +196,12 @@ class Run:
     def logs(self, *, of: Literal["driver", "ranks"] = "driver") -> str:
         """The output so far of the driver, or of the ranks that ran on this host."""
         if of == "ranks":
+            from raynium.launch.node_log import node_logs
             from raynium.launch.scratch import log_folder
 
-            folder = log_folder(self._store().url)
-            paths = sorted(folder.glob("node-*.log"))
+            paths = node_logs(self._store().url)
             if not paths:
+                folder = log_folder(self._store().url)
                 raise StoreError(f"no rank of run {self.name!r} has run on this host: there are no logs in {folder}")
             return "".join(path.read_text(errors="replace") for path in paths)
         if self.client is not None and self.job_id is not None:

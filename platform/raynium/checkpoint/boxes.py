@@ -5,7 +5,7 @@ A tensor of no dims has one element, and one box: ((), ()). Flat ranges count el
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import NamedTuple
 
 Ints = tuple[int, ...]
@@ -41,46 +41,6 @@ def intersect(first: Box, second: Box) -> Box | None:
         starts.append(low)
         lengths.append(high - low)
     return Box(tuple(starts), tuple(lengths))
-
-
-def tiling_problem(shape: Ints, boxes: Sequence[Box]) -> str | None:
-    """Why `boxes` do not cover an array of `shape` exactly once; None if they do.
-
-    A box may be empty only where the whole array is; then any will do.
-    """
-    for box in boxes:
-        if not len(box.offsets) == len(box.shape) == len(shape):
-            return f"block {box.offsets} + {box.shape} has another number of dims than the shape {shape}"
-        ends = (start + length for start, length in zip(*box, strict=True))
-        if min(box.offsets, default=0) < 0 or any(end > size for end, size in zip(ends, shape, strict=True)):
-            return f"block {box.offsets} + {box.shape} lies outside the shape {shape}"
-    total = math.prod(shape)
-    if total == 0:
-        return None
-    if any(box.volume == 0 for box in boxes):
-        return "a block is empty"
-    if overlap := _first_overlap(boxes):
-        return "blocks {0.offsets} + {0.shape} and {1.offsets} + {1.shape} overlap".format(*overlap)
-    covered = sum(box.volume for box in boxes)
-    return None if covered == total else f"blocks cover {covered:,} of {total:,} elements"
-
-
-def _first_overlap(boxes: Sequence[Box]) -> tuple[Box, Box] | None:
-    """Sweep along the dim with the most distinct starts, so that few boxes are open at a time (n·log n for FSDP)."""
-    if len(boxes) < 2:
-        return None
-    num_dims = len(boxes[0].shape)
-    if num_dims == 0:
-        return boxes[0], boxes[1]
-    dim = max(range(num_dims), key=lambda d: len({box.offsets[d] for box in boxes}))
-    open_boxes: list[Box] = []
-    for box in sorted(boxes, key=lambda box: box.offsets[dim]):
-        open_boxes = [other for other in open_boxes if other.offsets[dim] + other.shape[dim] > box.offsets[dim]]
-        for other in open_boxes:
-            if intersect(box, other):
-                return other, box
-        open_boxes.append(box)
-    return None
 
 
 def boxes_of_flat_range(shape: Ints, start: int, end: int) -> Iterator[tuple[int, Box]]:

@@ -1,12 +1,15 @@
 """CRC64NVME, the checksum that S3 itself keeps for every object, over whole files and over units of them. No torch."""
 
 import base64
-import struct
+import sys
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import reduce
+from functools import lru_cache, reduce
 
+import numpy as np
 from awscrt.checksums import combine_crc64nvme, crc64nvme
+from numpy.typing import NDArray
 
 PART_BYTES = 64 * 2**20  # of one request, up or down; files begin a new part at each multiple of it
 UNIT_BYTES = 256 * 2**10  # has one checksum: whoever reads some bytes of a file reads and checks whole units
@@ -18,12 +21,18 @@ class FileChecksums:
 
     size: int
     unit_bytes: int
-    unit_crcs: tuple[int, ...]
+    unit_crcs: Sequence[int]
 
     @property
     def crc(self) -> int:
-        """CRC64NVME of the whole file, without reading it again (0.7 µs per unit)."""
-        return combine(self.unit_crcs, [self.unit_length(index) for index in range(len(self.unit_crcs))])
+        """CRC64NVME of the whole file, without reading it again."""
+        if not self.unit_crcs:
+            return 0
+        last = len(self.unit_crcs) - 1
+        whole_units = np.array(self.unit_crcs[:last], dtype=np.uint64)
+        return combine_crc64nvme(
+            _combine_equal(whole_units, self.unit_bytes), self.unit_crcs[last], self.unit_length(last)
+        )
 
     def unit_length(self, index: int) -> int:
         return min(self.unit_bytes, self.size - index * self.unit_bytes)
@@ -41,10 +50,37 @@ def checksum_units(buffer: bytes | memoryview, unit_bytes: int) -> FileChecksums
     return FileChecksums(len(view), unit_bytes, tuple(crcs))
 
 
-def combine(crcs: Sequence[int], lengths: Sequence[int]) -> int:
-    """CRC64NVME of the concatenation of blocks with these checksums and lengths in bytes; 0 for no block."""
-    pairs = zip(crcs, lengths, strict=True)
-    return reduce(lambda total, pair: combine_crc64nvme(total, pair[0], pair[1]), pairs, 0)
+def _combine_equal(crcs: NDArray[np.uint64], length: int) -> int:
+    """CRC64NVME of the concatenation of blocks of `length` bytes each. Pairs are joined, all at once, until few are
+    left: a large checkpoint has millions, and joining two by a call from Python takes 0.7 µs.
+    """
+    while len(crcs) > 32:
+        if len(crcs) % 2:
+            crcs = np.concatenate([np.zeros(1, np.uint64), crcs])  # the checksum of nothing, which changes nothing
+        crcs = _followed_by(crcs[0::2], length) ^ crcs[1::2]
+        length *= 2
+    return reduce(lambda total, crc: combine_crc64nvme(total, crc, length), crcs.tolist(), 0)
+
+
+def _followed_by(crcs: NDArray[np.uint64], length: int) -> NDArray[np.uint64]:
+    """What each contributes to the checksum of its block and `length` bytes more: linear in its bits."""
+    tables = _tables(length)
+    octets = np.ascontiguousarray(crcs, dtype="<u8").view(np.uint8).reshape(-1, 8)
+    result = tables[0][octets[:, 0]]
+    for index in range(1, 8):
+        result ^= tables[index][octets[:, index]]
+    return result
+
+
+@lru_cache(maxsize=64)
+def _tables(length: int) -> NDArray[np.uint64]:
+    """`_followed_by` of each value of each of the eight bytes, the lowest first [8, 256]."""
+    of_bits = [combine_crc64nvme(1 << bit, 0, length) for bit in range(64)]
+    tables = np.zeros((8, 256), dtype=np.uint64)
+    for bit, value in enumerate(of_bits):
+        table, low = tables[bit // 8], 1 << bit % 8
+        table[low : 2 * low] = table[:low] ^ np.uint64(value)
+    return tables
 
 
 def num_units(size: int, unit_bytes: int) -> int:
@@ -70,15 +106,22 @@ def from_text(text: str) -> int:
 
 def list_to_text(crcs: Sequence[int]) -> str:
     """Many checksums in one text: base64 of eight bytes each, most significant first."""
-    return base64.b64encode(struct.pack(f">{len(crcs)}Q", *crcs)).decode()
+    return base64.b64encode(_big_endian(array("Q", crcs)).tobytes()).decode()
 
 
-def list_from_text(text: str) -> tuple[int, ...]:
-    """Inverse of `list_to_text`. ValueError if `text` is not exactly that form."""
+def list_from_text(text: str) -> "array[int]":
+    """Inverse of `list_to_text`: 8 bytes in memory each. ValueError if `text` is not exactly that form."""
     try:
         raw = base64.b64decode(text, validate=True)
     except ValueError as error:
         raise ValueError(f"{text[:40]!r} is not base64") from error
     if len(raw) % 8 or base64.b64encode(raw).decode() != text:
         raise ValueError(f"{text[:40]!r} is not the base64 of a list of 8-byte numbers")
-    return struct.unpack(f">{len(raw) // 8}Q", raw)
+    return _big_endian(array("Q", raw))
+
+
+def _big_endian(numbers: "array[int]") -> "array[int]":
+    """Changed in place, from or to this machine's order of bytes."""
+    if sys.byteorder == "little":
+        numbers.byteswap()
+    return numbers

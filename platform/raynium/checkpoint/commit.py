@@ -2,18 +2,18 @@
 
 import logging
 import time
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 from pydantic import ValidationError
 
+from raynium.checkpoint.blocks import Column, shortest
 from raynium.checkpoint.catalog import CheckpointRef, open_checkpoint
 from raynium.checkpoint.manifest import (
-    Block,
+    DTYPES,
     Manifest,
-    SavedBlock,
     ShardEntry,
     TensorEntry,
     Timing,
@@ -27,6 +27,9 @@ from raynium.checkpoint.store import KeyExists, Store
 from raynium.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
+
+_DTYPES = tuple(DTYPES)
+_DTYPE_NUMBERS = {dtype: number for number, dtype in enumerate(_DTYPES)}
 
 
 class StepTaken(CheckpointError):
@@ -57,7 +60,7 @@ def commit_checkpoint(
     StepTaken if another generation was first. If this process dies before, the step does not exist; after, it does.
     """
     began = time.perf_counter()
-    manifest = _manifest(
+    manifest = build_manifest(
         step=step,
         generation=generation,
         entries=entries,
@@ -105,8 +108,11 @@ def discard_save(store: Store, *, step: int, generation: str) -> None:
     store.delete_prefix(f"{step_folder(step)}/{generation}")
 
 
-def _manifest(*, step: int, generation: str, entries: Sequence[ShardEntry], world_size: int, **fields: Any) -> Manifest:
-    """The manifest of these shards, checked. CheckpointError says why they are not a checkpoint."""
+def build_manifest(
+    *, step: int, generation: str, entries: Sequence[ShardEntry], world_size: int, **fields: Any
+) -> Manifest:
+    """The manifest of these shards, checked; fields: the others of `Manifest`. CheckpointError says why they are not a
+    checkpoint."""
     refusal = f"step {step} of generation {generation} cannot be committed"
     if other := next((entry for entry in entries if entry.step != step), None):
         raise CheckpointError(f"{refusal}: {other.file.key} is of step {other.step}")
@@ -117,18 +123,6 @@ def _manifest(*, step: int, generation: str, entries: Sequence[ShardEntry], worl
     if found != expected:
         odd = sorted(set(found) ^ set(expected)) or [key for key, next_key in pairwise(found) if key == next_key]
         raise CheckpointError(f"{refusal}: {len(found)} shards for {world_size} ranks, wrong or missing: {odd[:5]}")
-    blocks: dict[str, list[Block]] = defaultdict(list)
-    kinds: dict[str, SavedBlock] = {}  # the first block of each tensor: the others must agree with it
-    for shard, entry in enumerate(entries):
-        for saved in entry.tensors:
-            kind = kinds.setdefault(saved.name, saved)
-            if (saved.dtype, saved.global_shape) != (kind.dtype, kind.global_shape):
-                raise CheckpointError(
-                    f"{refusal}: {saved.name} is {saved.dtype} {saved.global_shape} in {entry.file.key} and "
-                    f"{kind.dtype} {kind.global_shape} elsewhere"
-                )
-            block = Block(shard=shard, offsets=saved.offsets, shape=saved.shape, begin=saved.begin, end=saved.end)
-            blocks[saved.name].append(block)
     try:
         return Manifest(
             step=step,
@@ -136,11 +130,61 @@ def _manifest(*, step: int, generation: str, entries: Sequence[ShardEntry], worl
             committed_unix=time.time(),
             world_size=world_size,
             shards=tuple(entry.file for entry in entries),
-            tensors=tuple(
-                TensorEntry(name=name, dtype=kind.dtype, global_shape=kind.global_shape, blocks=tuple(blocks[name]))
-                for name, kind in sorted(kinds.items())
-            ),
+            tensors=_tensors(entries),
             **fields,
         )
     except ValidationError as error:
         raise CheckpointError(f"{refusal}: {first_problem(error)}") from error
+    except _Disagreement as error:
+        raise CheckpointError(f"{refusal}: {error}") from error
+
+
+class _Disagreement(Exception):
+    """Two shards describe one tensor differently."""
+
+
+def _tensors(entries: Sequence[ShardEntry]) -> tuple[TensorEntry, ...]:
+    """The blocks of all shards by tensor, in the order of names. No step in Python has more to do than find a name."""
+    saved = [entry.tensors for entry in entries]
+    names = sorted({name for each in saved for name in each.names})
+    number = {name: index for index, name in enumerate(names)}
+    tensor_of = np.array([number[name] for each in saved for name in each.names], dtype=np.int64)
+    dtype_of = np.array([_DTYPE_NUMBERS[dtype] for each in saved for dtype in each.dtypes], dtype=np.int64)
+    shard_of = np.repeat(np.arange(len(saved)), [len(each.names) for each in saved])
+    dims = np.concatenate([each.dims for each in saved])
+    begins = np.concatenate([each.begins for each in saved])
+    places = [
+        np.concatenate(columns)
+        for columns in zip(*((each.global_shapes, each.offsets, each.shapes) for each in saved), strict=True)
+    ]
+    first_place = np.cumsum(dims) - dims  # of each block
+    order = np.argsort(tensor_of, kind="stable")
+    bounds = np.searchsorted(tensor_of[order], np.arange(len(names) + 1)).tolist()
+
+    def entry(name: str, rows: Column) -> TensorEntry:
+        at = first_place[rows] + np.arange(int(dims[rows[0]]))[:, None]  # [dims, blocks]
+        odd = (dims[rows] != dims[rows[0]]) | (dtype_of[rows] != dtype_of[rows[0]])
+        if not odd.any():
+            global_shapes, offsets, shapes = (numbers[at] for numbers in places)
+            odd = (global_shapes != global_shapes[:, :1]).any(axis=0)
+        if odd.any():
+            raise _Disagreement(_disagreement(entries, name, shard_of[rows[[0, int(np.argmax(odd))]]].tolist()))
+        return TensorEntry(
+            name=name,
+            dtype=_DTYPES[dtype_of[rows[0]]],
+            global_shape=tuple(global_shapes[:, 0].tolist()),
+            shards=shard_of[rows],
+            offsets=tuple(map(shortest, offsets)),
+            shapes=tuple(map(shortest, shapes)),
+            begins=shortest(begins[rows]),
+        )
+
+    return tuple(entry(name, order[slice(*cut)]) for name, cut in zip(names, pairwise(bounds), strict=True))
+
+
+def _disagreement(entries: Sequence[ShardEntry], name: str, shards: Sequence[int]) -> str:
+    """How the first shard and the second one differ about this tensor."""
+    kinds = [{(row.dtype, row.global_shape) for row in entries[at].tensors.rows() if row.name == name} for at in shards]
+    (dtype, shape), (other_dtype, other_shape) = sorted(kinds[0])[0], sorted(kinds[1] - kinds[0] or kinds[1])[-1]
+    where = entries[shards[1]].file.key
+    return f"{name} is {other_dtype} {other_shape} in {where} and {dtype} {shape} elsewhere"

@@ -16,6 +16,7 @@ from raynium.errors import StoreError
 
 _TEMPORARY_PREFIX = ".tmp-"  # no key may begin with a dot, so listings tell these apart
 _PROBE_BYTES = 64 * 1024
+_FOLDER_ATTEMPTS = 5
 _MAX_BUFFERS = 1000  # of one system call (IOV_MAX is 1,024)
 
 _REMEDIES = {
@@ -171,15 +172,20 @@ class FileBackend:
         """A file to write, which becomes `key` when the block ends well and vanishes when it does not."""
         target = self.root / key
         temporary = target.parent / f"{_TEMPORARY_PREFIX}{target.name}-{uuid4().hex}"
-        target.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with temporary.open("xb", buffering=0) as file:
+            with _new_in_new_folder(temporary) as file:
                 yield _WholeWrites(file)  # pyright: ignore[reportReturnType]
                 os.fsync(file.fileno())  # else a crash of the machine could leave the name without its bytes
-            if exclusive:
-                os.link(temporary, target)  # fails if the name is taken, unlike rename
-            else:
-                temporary.replace(target)
+            try:
+                if exclusive:
+                    os.link(temporary, target)  # fails if the name is taken, unlike rename
+                else:
+                    temporary.replace(target)
+            except FileNotFoundError as error:  # not tried again: somebody took its writer for dead
+                raise StoreError(
+                    f"{self._uri(key)}: its unfinished file was deleted while it was written; see who deletes there "
+                    "(rm, another driver of this run), and write it again if that was not meant"
+                ) from error
         finally:
             temporary.unlink(missing_ok=True)
         sync_folder(target.parent)
@@ -200,6 +206,22 @@ class FileBackend:
         except OSError as error:
             remedy = _REMEDIES.get(error.errno or 0, "check the file system")
             raise StoreError(f"{self._uri(key)}: {error.strerror or error}; {remedy}") from error
+
+
+def _new_in_new_folder(path: Path) -> BinaryIO:
+    """Create `path` for writing, and its folder.
+
+    Whoever deletes the last key of a folder removes the folder too, perhaps between the two: nothing of ours was in
+    it, so to make it again is right. Once the file is there nobody removes the folder without deleting the file.
+    """
+    for attempt in range(1, _FOLDER_ATTEMPTS + 1):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            return path.open("xb", buffering=0)  # pyright: ignore[reportReturnType]
+        except (FileNotFoundError, FileExistsError):  # mkdir says the latter of a folder that is gone when it looks
+            if attempt == _FOLDER_ATTEMPTS:
+                raise
+    raise AssertionError("returned or raised above")
 
 
 def _raise_unless_missing(error: OSError) -> None:

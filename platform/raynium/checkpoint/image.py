@@ -13,6 +13,7 @@ import mmap
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Literal
@@ -20,7 +21,7 @@ from typing import Literal
 import torch
 
 from raynium.checkpoint.checksum import UNIT_BYTES
-from raynium.checkpoint.manifest import ALIGNMENT_BYTES, DTYPES, ImageInfo, SavedBlock
+from raynium.checkpoint.manifest import ALIGNMENT_BYTES, DTYPES, ImageInfo, SavedBlock, SavedBlocks
 from raynium.checkpoint.state import Chunk
 from raynium.errors import CheckpointDamaged, CheckpointError, SnapshotMemoryShort
 
@@ -38,12 +39,16 @@ class ImagePlan:
     header: bytes  # the file's begin, up to the first tensor byte, with _STEP_PLACE in the step's place
     tensors: tuple[SavedBlock, ...]
 
+    @cached_property
+    def _saved(self) -> SavedBlocks:
+        return SavedBlocks.of(self.tensors)
+
     def header_of(self, step: int) -> bytes:
         return self.header.replace(_STEP_PLACE, b"%0*d" % (len(_STEP_PLACE), step), 1)
 
     def info(self, *, step: int, path: str | Path, stall_seconds: float = 0.0) -> ImageInfo:
         """What the rank tells its agent once `write_image` has returned."""
-        return ImageInfo(step=step, path=str(path), size=self.size, tensors=self.tensors, stall_seconds=stall_seconds)
+        return ImageInfo(step=step, path=str(path), size=self.size, tensors=self._saved, stall_seconds=stall_seconds)
 
 
 def plan_image(chunks: Sequence[Chunk], *, of: Literal["saved", "replicas"] = "saved") -> ImagePlan:
@@ -80,7 +85,7 @@ def plan_image(chunks: Sequence[Chunk], *, of: Literal["saved", "replicas"] = "s
 
 
 def _saved_block(chunk: Chunk, header_bytes: int, entries: Mapping[str, Mapping[str, object]]) -> SavedBlock:
-    begin, end = entries[_key(chunk.name, chunk.offsets)]["data_offsets"]  # pyright: ignore[reportGeneralTypeIssues]
+    begin, _ = entries[_key(chunk.name, chunk.offsets)]["data_offsets"]  # pyright: ignore[reportGeneralTypeIssues]
     return SavedBlock(
         name=chunk.name,
         dtype=dtype_name(chunk.tensor, chunk.name),
@@ -88,7 +93,6 @@ def _saved_block(chunk: Chunk, header_bytes: int, entries: Mapping[str, Mapping[
         offsets=tuple(chunk.offsets),
         shape=tuple(chunk.tensor.shape),
         begin=header_bytes + begin,
-        end=header_bytes + end,
     )
 
 
@@ -138,7 +142,7 @@ def read_image(info: ImageInfo, chunks: Sequence[Chunk]) -> list[Chunk]:
     except (OSError, ValueError) as error:
         raise CheckpointDamaged(f"the snapshot {info.path} cannot be read: {error}") from error
     _check_header(info, memoryview(pages))
-    blocks = {(block.name, block.offsets): block for block in info.tensors}
+    blocks = {(block.name, block.offsets): block for block in info.tensors.rows()}
     left: list[Chunk] = []
     for chunk in chunks:
         block = blocks.get((chunk.name, tuple(chunk.offsets)))

@@ -13,10 +13,11 @@ from typing import Any, Literal
 
 import torch
 
+from raynium.checkpoint.blocks import Block
 from raynium.checkpoint.boxes import Box, boxes_of_flat_range, intersect, spans
 from raynium.checkpoint.catalog import CheckpointRef
 from raynium.checkpoint.image import TORCH_DTYPES, dtype_name
-from raynium.checkpoint.manifest import Block, TensorEntry
+from raynium.checkpoint.manifest import TensorEntry
 from raynium.checkpoint.reads import MAX_GAP_UNITS, Wanted, read_wanted
 from raynium.checkpoint.state import Chunk
 from raynium.errors import CheckpointMismatch, some
@@ -59,14 +60,7 @@ def load_checkpoint(
     partly filled, and what is in them must not be used.
     """
     absent = _check_match(ref, chunks, dtypes)
-    tensors = {tensor.name: tensor for tensor in ref.manifest.tensors}
-    wanted = [
-        each
-        for chunk in chunks
-        if chunk.name not in absent
-        for copy in _copies_into(chunk, tensors[chunk.name])
-        for each in _wanted(ref, copy)
-    ]
+    wanted = wanted_ranges(ref, [chunk for chunk in chunks if chunk.name not in absent])
     with torch.no_grad():
         num_bytes_read = read_wanted(ref, wanted)
     return Loaded(dict(ref.manifest.state), tuple(sorted(absent)), num_bytes_read)
@@ -100,6 +94,13 @@ def read_batch(ref: CheckpointRef, entries: Sequence[TensorEntry]) -> dict[str, 
 # ---- what goes where ----------------------------------------------------------------------------------------------
 
 
+def wanted_ranges(ref: CheckpointRef, chunks: Sequence[Chunk]) -> list[Wanted]:
+    """The bytes of data files that these chunks, which the checkpoint has, are made of."""
+    tensors = {tensor.name: tensor for tensor in ref.manifest.tensors}
+    copies = (copy for chunk in chunks for copy in _copies_into(chunk, tensors[chunk.name]))
+    return [each for copy in copies for each in _wanted(ref, copy)]
+
+
 def _check_match(ref: CheckpointRef, chunks: Sequence[Chunk], dtypes: str) -> set[str]:
     """Names of optional tensors that the checkpoint lacks. CheckpointMismatch for anything else that does not fit."""
     tensors = {tensor.name: tensor for tensor in ref.manifest.tensors}
@@ -130,10 +131,8 @@ def _copies_into(chunk: Chunk, entry: TensorEntry) -> Iterator[_Copy]:
     place = Box(tuple(chunk.offsets), tuple(chunk.tensor.shape))
     whole = Box((0,) * len(entry.global_shape), entry.global_shape)
     assert place.volume == 0 or intersect(place, whole) == place, f"{chunk.name}: {place} lies outside {whole}"
-    for block in entry.blocks:
-        wanted = intersect(place, block.box)
-        if wanted is not None and wanted.volume:
-            yield _Copy(block, TORCH_DTYPES[entry.dtype], wanted, chunk)
+    for block, wanted in entry.blocks.meeting(place):
+        yield _Copy(block, TORCH_DTYPES[entry.dtype], wanted, chunk)
 
 
 def _wanted(ref: CheckpointRef, copy: _Copy) -> Iterator[Wanted]:

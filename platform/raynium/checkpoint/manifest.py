@@ -6,23 +6,37 @@ FORMAT.md says the same for other programs. What is read is not trusted: every f
 lie in their files, do not overlap, and cover each tensor exactly once.
 """
 
+import contextlib
 import json
 import math
 import re
-from collections import defaultdict
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
 from typing import Annotated, Any, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, field_validator, model_validator
+import numpy as np
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    JsonValue,
+    PlainSerializer,
+    PlainValidator,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
-from raynium.checkpoint.boxes import Box, tiling_problem
+from raynium.checkpoint.blocks import ALIGNMENT_BYTES, Blocks, Column, Ranges, Tensor, check_blocks, to_column
+from raynium.checkpoint.boxes import Ints
 from raynium.checkpoint.checksum import FileChecksums, checksum, from_text, list_from_text, num_units, to_text
 from raynium.errors import CheckpointDamaged, CheckpointError
 
 FORMAT_NAME, FORMAT_VERSION = "raynium-checkpoint", 1
 CHECKPOINTS_FOLDER, MANIFEST_NAME = "checkpoints", "manifest.json"
-ALIGNMENT_BYTES = 4096  # of a shard's data, and divides every unit: no element straddles two units
 
 # dtype as torch prints it: (its code in safetensors, bytes per element)
 DTYPES = {
@@ -42,16 +56,30 @@ DTYPES = {
     "uint8": ("U8", 1),
     "bool": ("BOOL", 1),
 }
+_MAX_DIMS = 32
+
+
+def _known_dtype(dtype: str) -> str:
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype {dtype[:20]!r} is not one of {', '.join(DTYPES)}")
+    return sys.intern(dtype)
+
 
 GENERATION_PATTERN = r"[a-z0-9][a-z0-9-]{0,62}"
 _SHARD_PATTERN = rf"({GENERATION_PATTERN})/shard-[0-9]{{5,9}}\.safetensors"
 _STEP_FOLDER = re.compile(r"step-([0-9]{9,18})", re.ASCII)
 _HEADER_BYTES = 200  # the first line of a manifest is shorter, in every version
+_HEADER_FIELDS = ("format", "version", "crc64nvme")
 
 Count = Annotated[int, Field(ge=0, lt=2**60)]
-Counts = Annotated[tuple[Count, ...], Field(strict=False, max_length=32)]  # JSON has lists, we keep tuples
+Counts = Annotated[tuple[Count, ...], Field(strict=False, max_length=_MAX_DIMS)]  # JSON has lists, we keep tuples
+# A list of integers in JSON, or one that stands for all; int64 in memory
+Numbers = Annotated[Column, PlainValidator(to_column), PlainSerializer(lambda column: column.tolist())]
+NumbersOfDims = Annotated[tuple[Numbers, ...], Field(strict=False, max_length=_MAX_DIMS)]
 Generation = Annotated[str, Field(pattern=f"^{GENERATION_PATTERN}$")]
-TensorName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]{0,499}$")]
+# Interned: every rank of hundreds sends the same thousands
+TensorName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]{0,499}$"), AfterValidator(sys.intern)]
+DtypeName = Annotated[str, AfterValidator(_known_dtype)]
 Crc = Annotated[str, Field(max_length=12)]
 FiniteFloat = Annotated[float, Field(allow_inf_nan=False)]
 Seconds = Annotated[float, Field(ge=0, lt=2**53)]
@@ -75,21 +103,91 @@ class Record(BaseModel):
         return parsed(cls, text, what=cls.__name__)
 
 
-class SavedBlock(Record):
-    """One block of one logical tensor, and the bytes of the file that hold it (C order, little-endian)."""
+class Columns(Record):
+    """A record with arrays, which do not compare to one truth value: as equal as its JSON."""
 
-    name: TensorName
+    def __eq__(self, other: object) -> bool:
+        return self is other or (isinstance(other, type(self)) and self.to_json() == other.to_json())
+
+    def __hash__(self) -> int:
+        return hash(self.to_json())
+
+
+@dataclass(frozen=True)
+class SavedBlock:
+    """One block of one logical tensor, and where its bytes begin in the file (C order, little-endian)."""
+
+    name: str
     dtype: str
-    global_shape: Counts
-    offsets: Counts
-    shape: Counts
-    begin: Count
-    end: Count
+    global_shape: Ints
+    offsets: Ints
+    shape: Ints
+    begin: int
+
+    @property
+    def end(self) -> int:
+        return self.begin + math.prod(self.shape) * DTYPES[self.dtype][1]
+
+
+class SavedBlocks(Columns):
+    """All blocks of one file, in columns: hundreds of ranks send thousands of blocks each, at every save.
+
+    Places are the numbers of all blocks one after the other, of each as many as it has dims.
+    """
+
+    names: Annotated[tuple[TensorName, ...], Field(strict=False)]
+    dtypes: Annotated[tuple[DtypeName, ...], Field(strict=False)]
+    dims: Numbers  # [blocks]
+    global_shapes: Numbers  # [sum of dims]
+    offsets: Numbers  # [sum of dims]
+    shapes: Numbers  # [sum of dims]
+    begins: Numbers  # [blocks]
+
+    @classmethod
+    def of(cls, blocks: Sequence[SavedBlock]) -> Self:
+        def flat(places: Iterator[Ints]) -> Column:
+            return np.array([number for place in places for number in place], dtype=np.int64)
+
+        return cls(
+            names=tuple(block.name for block in blocks),
+            dtypes=tuple(block.dtype for block in blocks),
+            dims=np.array([len(block.shape) for block in blocks], dtype=np.int64),
+            global_shapes=flat(block.global_shape for block in blocks),
+            offsets=flat(block.offsets for block in blocks),
+            shapes=flat(block.shape for block in blocks),
+            begins=np.array([block.begin for block in blocks], dtype=np.int64),
+        )
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        _check_range(self.name, self.dtype, self.shape, self.begin, self.end)
+        if np.any(self.dims > _MAX_DIMS):
+            raise ValueError(f"a block has more than {_MAX_DIMS} dims")
+        for column, length in (
+            (self.dtypes, len(self.names)),
+            (self.dims, len(self.names)),
+            (self.begins, len(self.names)),
+            *((places, int(np.sum(self.dims))) for places in (self.global_shapes, self.offsets, self.shapes)),
+        ):
+            if np.shape(column) != (length,):
+                raise ValueError(f"a column has {np.size(column)} values instead of {length}")
         return self
+
+    def rows(self) -> Iterator[SavedBlock]:
+        """The blocks one by one, in the order of the file."""
+        global_shapes, offsets, shapes = self.global_shapes.tolist(), self.offsets.tolist(), self.shapes.tolist()
+        first = 0
+        rows = zip(self.names, self.dtypes, self.dims.tolist(), self.begins.tolist(), strict=True)
+        for name, dtype, dims, begin in rows:
+            cut = slice(first, first + dims)
+            yield SavedBlock(
+                name=name,
+                dtype=dtype,
+                global_shape=tuple(global_shapes[cut]),
+                offsets=tuple(offsets[cut]),
+                shape=tuple(shapes[cut]),
+                begin=begin,
+            )
+            first += dims
 
 
 class ImageInfo(Record):
@@ -98,7 +196,7 @@ class ImageInfo(Record):
     step: Count
     path: str
     size: Count
-    tensors: Annotated[tuple[SavedBlock, ...], Field(strict=False)]
+    tensors: SavedBlocks
     stall_seconds: Seconds = 0.0  # that the training thread stood still for it
 
 
@@ -113,15 +211,20 @@ class FileEntry(Record):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        count = len(self.checksums.unit_crcs)
+        checksums = self._decoded()
+        count = len(checksums.unit_crcs)
         if count != num_units(self.size, self.unit_bytes):
             raise ValueError(f"{self.key}: {count} unit checksums for {self.size} bytes")
-        if self.checksums.crc != from_text(self.crc64nvme):
+        if checksums.crc != from_text(self.crc64nvme):
             raise ValueError(f"{self.key}: the units' checksums do not combine to that of the whole")
         return self
 
     @cached_property
     def checksums(self) -> FileChecksums:
+        """Decoded for the files that are read: all of a checkpoint's are many."""
+        return self._decoded()
+
+    def _decoded(self) -> FileChecksums:
         return FileChecksums(self.size, self.unit_bytes, list_from_text(self.unit_crc64nvme))
 
 
@@ -130,39 +233,42 @@ class ShardEntry(Record):
 
     step: Count
     file: FileEntry
-    tensors: Annotated[tuple[SavedBlock, ...], Field(strict=False)]
+    tensors: SavedBlocks
     stall_seconds: Seconds = 0.0  # as in ImageInfo
 
 
-class Block(Record):
-    """Where a part of a tensor lies: `shard` counts in the manifest's `shards`."""
+class TensorEntry(Columns):
+    """A logical tensor, whatever layout it was saved in.
 
-    shard: Count
-    offsets: Counts
-    shape: Counts
-    begin: Count
-    end: Count
-
-    @property
-    def box(self) -> Box:
-        return Box(self.offsets, self.shape)
-
-
-class TensorEntry(Record):
-    """A logical tensor, whatever layout it was saved in."""
+    Its blocks are columns, of one number per block; of places one column per dim. A number stands for a column of
+    equal ones. `blocks` shows them as they are meant.
+    """
 
     name: TensorName
-    dtype: str
+    dtype: DtypeName
     global_shape: Counts
-    blocks: Annotated[tuple[Block, ...], Field(strict=False, min_length=1)]
+    shards: Numbers  # never one number: it says how many blocks there are
+    offsets: NumbersOfDims
+    shapes: NumbersOfDims
+    begins: Numbers
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        for block in self.blocks:
-            _check_range(self.name, self.dtype, block.shape, block.begin, block.end)
-        if problem := tiling_problem(self.global_shape, [block.box for block in self.blocks]):
-            raise ValueError(f"{self.name}: {problem}")
+        if not len(self.offsets) == len(self.shapes) == len(self.global_shape):
+            raise ValueError(f"{self.name}: its blocks have another number of dims than the shape {self.global_shape}")
+        assert len(self.blocks)
         return self
+
+    @cached_property
+    def blocks(self) -> Blocks:
+        """Each block that is somewhere in the checkpoint."""
+        return Blocks.of(
+            DTYPES[self.dtype][1],
+            shards=self.shards,
+            offsets=self.offsets,
+            shapes=self.shapes,
+            begins=self.begins,
+        )
 
 
 class Timing(Record):
@@ -188,6 +294,11 @@ class Manifest(Record):
     shards: Annotated[tuple[FileEntry, ...], Field(strict=False, min_length=1)]
     tensors: Annotated[tuple[TensorEntry, ...], Field(strict=False, min_length=1)]
 
+    @field_validator("layout", "state", mode="before")
+    @classmethod
+    def _unpack(cls, value: Any) -> Any:
+        return _unpacked(value)
+
     @field_validator("layout", "state")
     @classmethod
     def _check_numbers(cls, value: dict[str, JsonValue]) -> dict[str, JsonValue]:
@@ -204,32 +315,20 @@ class Manifest(Record):
         names = [tensor.name for tensor in self.tensors]
         if len(set(names)) < len(names):
             raise ValueError("tensors: two have the same name")
-        self._check_ranges()
+        check_blocks(self._tensors, files=[(shard.key, shard.size) for shard in self.shards])
         return self
 
-    def _check_ranges(self) -> None:
-        """Every block lies inside its file, and no byte belongs to two."""
-        ranges: dict[int, list[tuple[int, int, str]]] = defaultdict(list)
-        for tensor in self.tensors:
-            for block in tensor.blocks:
-                if block.shard >= len(self.shards):
-                    raise ValueError(f"{tensor.name}: shard {block.shard} of {len(self.shards)}")
-                if block.end > self.shards[block.shard].size:
-                    raise ValueError(f"{tensor.name}: bytes {block.begin}-{block.end} lie outside its shard")
-                ranges[block.shard].append((block.begin, block.end, tensor.name))
-        for shard, found in ranges.items():
-            found.sort()
-            for (_, end, name), (begin, _, next_name) in pairwise(found):
-                if begin < end:
-                    raise ValueError(f"{name} and {next_name} share bytes of {self.shards[shard].key}")
+    @property
+    def _tensors(self) -> list[Tensor]:
+        return [Tensor(entry.name, entry.global_shape, entry.blocks) for entry in self.tensors]
+
+    @cached_property
+    def _ranges(self) -> Ranges:
+        return Ranges.of(self._tensors)
 
     def tensors_in(self, shard: int, begin: int, end: int) -> list[str]:
         """Names of the tensors that have bytes in this range of a data file."""
-        return sorted(
-            tensor.name
-            for tensor in self.tensors
-            if any(block.shard == shard and block.begin < end and begin < block.end for block in tensor.blocks)
-        )
+        return sorted(self.tensors[index].name for index in self._ranges.tensors_in(shard, begin, end))
 
     @property
     def num_bytes(self) -> int:
@@ -245,18 +344,18 @@ class Manifest(Record):
 def manifest_to_bytes(manifest: Manifest) -> bytes:
     """The manifest's file: one JSON object, whose first line holds the format, the version and the checksum."""
     rest = manifest.to_json().encode()[1:]
-    return _header(FORMAT_VERSION, rest) + rest
+    return _header(FORMAT_VERSION, memoryview(rest)) + rest
 
 
 def manifest_from_bytes(data: bytes, *, where: str) -> Manifest:
     """Inverse of `manifest_to_bytes`. CheckpointDamaged names the field; CheckpointTooNew for a newer format."""
-    head, newline, rest = data.partition(b"\n")
-    if not newline or len(head) > _HEADER_BYTES or not head.endswith(b","):
+    length = data.find(b"\n", 0, _HEADER_BYTES + 1) + 1
+    head, rest = data[:length], memoryview(data)[length:]  # a large one is not copied
+    if not head.endswith(b",\n"):
         raise CheckpointDamaged(f"{where} is not a checkpoint manifest: its first line is not a manifest's")
     try:
-        fields = json.loads(head[:-1] + b"}")
-        version = fields["version"]
-        whole = type(version) is int and head + newline == _header(version, rest)
+        version = json.loads(head[:-2] + b"}")["version"]
+        whole = type(version) is int and head == _header(version, rest)
     except (ValueError, KeyError, TypeError, RecursionError):
         whole = False
     if not whole:
@@ -267,12 +366,12 @@ def manifest_from_bytes(data: bytes, *, where: str) -> Manifest:
         )
     if version != FORMAT_VERSION:
         raise CheckpointDamaged(f"{where} has format version {version}, which never existed")
-    return parsed(Manifest, b"{" + rest, what=where)
+    return parsed(Manifest, data, what=where, without=_HEADER_FIELDS, object_of=_packed)
 
 
-def _header(version: int, rest: bytes) -> bytes:
+def _header(version: int, rest: memoryview) -> bytes:
     # The version is under the checksum too, so that a flipped bit in it is damage and not a newer format
-    crc = to_text(checksum(b"%d\n" % version + rest))
+    crc = to_text(checksum(rest, checksum(b"%d\n" % version)))
     return f'{{"format":"{FORMAT_NAME}","version":{version},"crc64nvme":"{crc}",\n'.encode()
 
 
@@ -318,10 +417,60 @@ def generation_of(key: str) -> str:
 R = TypeVar("R", bound=Record)
 
 
-def parsed(kind: type[R], text: str | bytes, *, what: str) -> R:
-    """`text` as a `kind`. CheckpointDamaged for bad JSON, a repeated, unknown, missing or wrong field."""
+_ObjectOf = Callable[[list[tuple[str, Any]]], Any]
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        raise ValueError(f"a field is given twice among {sorted(fields)[:5]}")
+    return fields
+
+
+def _packed(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """`_without_repeats`; where the columns of a tensor may be, they become arrays before the next tensor is read.
+
+    As Python's integers those of a large manifest would take several times the memory of its text.
+    """
+    fields = _without_repeats(pairs)
+    if "begins" in fields:
+        for name in fields.keys() & {"shards", "begins"}:
+            fields[name] = _packed_column(fields[name])
+        for name in ("offsets", "shapes"):
+            if type(fields.get(name)) is list:
+                fields[name] = [_packed_column(column) for column in fields[name]]
+    return fields
+
+
+def _packed_column(value: Any) -> Any:
+    """What is no column stays as it is: `to_column` refuses it where it is known to be meant as one."""
+    if type(value) is list:
+        with contextlib.suppress(ValueError):
+            return to_column(value)
+    return value
+
+
+def _unpacked(value: Any) -> Any:
+    """Inverse of `_packed`, for objects that are no tensors but have fields of such names."""
+    if isinstance(value, dict):
+        return {name: _unpacked(inner) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [_unpacked(inner) for inner in value]
+    return value.tolist() if isinstance(value, np.ndarray) else value
+
+
+def parsed(
+    kind: type[R], text: str | bytes, *, what: str, without: Sequence[str] = (), object_of: _ObjectOf = _without_repeats
+) -> R:
+    """`text` as a `kind`, besides the fields `without`. CheckpointDamaged for bad JSON, a repeated, unknown, missing
+    or wrong field. object_of: makes each object of its names and values."""
     try:
-        return kind.model_validate(json.loads(text, object_pairs_hook=_without_repeats, parse_constant=_no_constant))
+        found = json.loads(
+            text if isinstance(text, str) else str(text, "utf-8"),
+            object_pairs_hook=object_of,
+            parse_constant=_no_constant,
+        )
+        return kind.model_validate({key: found[key] for key in found if key not in without} if without else found)
     except ValidationError as error:
         raise CheckpointDamaged(f"{what} is damaged: {first_problem(error)}") from error
     except (ValueError, RecursionError) as error:  # ValueError: JSON, text encoding, endless numbers
@@ -335,22 +484,5 @@ def first_problem(error: ValidationError) -> str:
     return f"{path}: {problem['msg']}" if path else problem["msg"]
 
 
-def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    fields = dict(pairs)
-    if len(fields) < len(pairs):
-        raise ValueError(f"a field is given twice among {sorted(fields)[:5]}")
-    return fields
-
-
 def _no_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
-
-
-def _check_range(name: str, dtype: str, shape: tuple[int, ...], begin: int, end: int) -> None:
-    if dtype not in DTYPES:
-        raise ValueError(f"{name}: dtype {dtype[:20]!r} is not one of {', '.join(DTYPES)}")
-    item_bytes = DTYPES[dtype][1]
-    if end - begin != math.prod(shape) * item_bytes:
-        raise ValueError(f"{name}: bytes {begin}-{end} do not fit a {dtype} block of shape {shape}")
-    if begin < ALIGNMENT_BYTES or begin % item_bytes:
-        raise ValueError(f"{name}: byte {begin} is no place for a {dtype}")

@@ -79,6 +79,7 @@ class S3Backend:
             },
         )
         self._fs.retries = 1
+        self._left_open: list[_LeftOpen] = []  # used on s3fs's thread only
 
     def put(self, key: str, data: bytes, *, exclusive: bool) -> None:
         with self._errors(key, "s3:PutObject"):
@@ -157,6 +158,8 @@ class S3Backend:
             else:
                 sent = self._run(self._upload_parts(key, view, part_bytes, unit_bytes))
         self._check_stored(key, sent)
+        if self._left_open:  # the store answers again
+            self._run(self._clean_up_left_open())
         return sent
 
     def check_reachable(self, *, need_bytes: int) -> None:
@@ -259,16 +262,22 @@ class S3Backend:
         return head["Metadata"].get(_MARK, "")
 
     async def _clean_up(self, upload: Mapping[str, str], cause: BaseException) -> None:
-        """Abort `upload`, which `cause` ended. That may fail for the same reason: then somebody must know."""
+        """Abort `upload`, which `cause` ended. That may fail for the same reason: then our next upload tries again."""
         try:
             async with asyncio.timeout(_CLEANUP_SECONDS):
                 await self._abort(upload)
         except (OSError, BotoCoreError) as error:
+            self._left_open.append(_LeftOpen(upload, cause))
             logger.warning(
-                "the unfinished upload of %s to s3://%s cannot be aborted (%s); its parts cost money until "
-                "Store.discard_unfinished or the bucket's lifecycle rule removes them, after: %s",
+                "the unfinished upload of %s to s3://%s cannot be aborted (%s); its parts cost money until our "
+                "next upload, Store.discard_unfinished or the bucket's lifecycle rule removes them, after: %s",
                 *(upload["Key"], self.bucket, error, cause),
             )
+
+    async def _clean_up_left_open(self) -> None:
+        again, self._left_open = self._left_open, []
+        for each in again:
+            await self._clean_up(each.target, each.cause)
 
     async def _abort(self, upload: Mapping[str, str]) -> bool:
         """False if it is gone already."""
@@ -474,6 +483,14 @@ class _OpenUpload:
 
     target: Mapping[str, str]  # Key and UploadId, as S3 takes them
     began: datetime
+
+
+@dataclass(frozen=True)
+class _LeftOpen:
+    """A multipart upload of ours that `cause` ended, and that could not be aborted."""
+
+    target: Mapping[str, str]
+    cause: BaseException
 
 
 async def _pause_after(attempt: int) -> None:

@@ -160,7 +160,7 @@ class FaultSection(Section):
     """What a failure may cost before the run gives up."""
 
     max_restarts_without_progress: NonNegativeInt = 3  # generations that failed with no new checkpoint between
-    max_node_failures: NonNegativeInt = 8  # Ray Train worker-group restarts
+    max_node_failures_without_progress: NonNegativeInt = 8  # lost nodes and agents with no new checkpoint between
 
 
 class PreflightSection(Section):

@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from raynium.accelerators.cpu import usable_cores
 from raynium.checkpoint.state import Chunk
 from raynium.config.schema import Config
 from raynium.data.batch import IGNORED_LABEL, Batch
@@ -26,7 +27,7 @@ from raynium.engines.base import EvalSum, StepResult, Votes
 from raynium.engines.nxd_layers import mark_copies, parallel_decoder, summed_nats
 from raynium.engines.nxd_pipeline import PipelinePasses, StagedDecoder, pipeline_config
 from raynium.models.decoder import Block
-from raynium.models.init import init_parameter
+from raynium.models.init import init_block
 from raynium.models.nxd_layout import (
     KvOrder,
     Piece,
@@ -81,7 +82,7 @@ def build_nxd_engine(config: Config, *, weights: Literal["first", "loaded"] = "f
     """Model and optimizer of this rank, at step 0. All ranks call it, after `init_process_group`, of one rank too.
 
     The environment is set before: PJRT's for Trainium, or NXD_CPU_MODE=1 for NxD's own mode on a CPU. float32 weights
-    of a rank never exceed its own and one whole parameter. weights: as in `build_native_engine`.
+    of a rank never exceed its own and one more of its parameters. weights: as in `build_native_engine`.
     """
     import neuronx_distributed as nxd
     from neuronx_distributed.utils import get_device
@@ -415,5 +416,12 @@ def _moments(optimizer: torch.optim.Optimizer, stored: Sequence[Stored]) -> list
 
 
 def _first_values(piece: Piece, config: Config) -> Tensor:
-    whole = init_parameter(piece.name, shape=piece.global_shape, seed=config.run.seed, config=config.model)
-    return whole[tuple(slice(begin, begin + size) for begin, size in zip(piece.offsets, piece.shape, strict=True))]
+    return init_block(
+        piece.name,
+        global_shape=piece.global_shape,
+        offsets=piece.offsets,
+        shape=piece.shape,
+        seed=config.run.seed,
+        config=config.model,
+        threads=max(1, usable_cores() // config.cluster.ranks_per_node),
+    )

@@ -5,6 +5,7 @@ no ray: `driver.py` runs it inside a Ray Train worker and hands it a way to call
 """
 
 import logging
+import math
 import os
 import re
 import shutil
@@ -26,6 +27,7 @@ from raynium.launch.compile_cache import node_cache
 from raynium.launch.diagnosis import KERNEL_LOG, Diagnosis, KernelLog
 from raynium.launch.images import NodeImages, SavedShard, Snapshot, make_image_folder
 from raynium.launch.last_save import pause_before_next_try
+from raynium.launch.orphans import end_orphans
 from raynium.launch.ports import rendezvous_port
 from raynium.launch.protocol import AgentInfo, Commit, CoordinatorCalls, Order, Verdict
 from raynium.launch.ranks import RankGroup, start_template
@@ -99,7 +101,7 @@ class NodeAgent:
             self._neuron_monitor = "neuron-monitor"
         self._device_metrics: dict[str, float] = {}  # of all nodes, on node 0, until a step takes them along
         self._compiles_told: set[tuple[int, int, str]] = set()  # generation, step, what was said
-        self._last_report = self._last_ledger = 0.0
+        self._last_report = self._last_ledger = -math.inf  # a steady clock may begin at 0 when the machine starts
         self._goodput_metrics: dict[str, float] = {}  # of the run, until a step takes them along
         # As the coordinator knows, unless it was started again. Only node 0's agent hears of steps.
         self._trained_step = 0
@@ -110,6 +112,8 @@ class NodeAgent:
     def run(self) -> None:
         """Returns when the run has ended, however it ended; the coordinator knows how."""
         start_template()  # torch is imported in there while we prepare the data
+        for orphan in end_orphans():  # before any rank needs its memory, its cores or its lock
+            self.coordinator.call("tell", f"node {self.node.node_rank} ({self.node.host}): {orphan}")
         if self._cache.sync is not None:
             self._cache.sync.start()
         image_folder = make_image_folder(self.config.run.name)

@@ -23,6 +23,8 @@ ATTEMPT_VARIABLE = "RAYNIUM_ATTEMPT"  # read by `driver.run_agent` in each worke
 class NodeAgentConfig(BackendConfig):
     """Backend of the workers that run node agents."""
 
+    coordinator: Any  # of the run, a Ray actor
+
     @property
     def backend_cls(self) -> type["NodeAgentBackend"]:
         return NodeAgentBackend
@@ -42,6 +44,8 @@ class NodeAgentBackend(Backend):
                 worker_failures={},
             )
         attempt = secrets.token_hex(4)
+        assert isinstance(backend_config, NodeAgentConfig)
+        ray.get(backend_config.coordinator.attempt_begins.remote(attempt))  # counts those whose agents never join, too
         worker_group.execute(_set_environment, {ATTEMPT_VARIABLE: attempt})
 
 

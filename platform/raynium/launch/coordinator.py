@@ -25,6 +25,7 @@ from raynium.checkpoint.store import Store
 from raynium.config.schema import Config
 from raynium.errors import CheckpointDamaged, CheckpointError, StoreError
 from raynium.launch.last_save import pause_before_next_try
+from raynium.launch.patience import Patience
 from raynium.launch.protocol import AgentInfo, Commit, Event, HeldImages, NodeFault, Order, RankExit, Status, Verdict
 from raynium.launch.saves import Saves, WholeSave
 from raynium.tracking.ledger import CoordinatorBook, Ledger
@@ -68,7 +69,8 @@ class RunCoordinator:
         self._generation: _Generation | None = None
         self._generations: dict[int, _Generation] = {}
         self._stop_requested = False
-        self._failures_without_progress = 0
+        self._patience = Patience(self.config.fault)
+        self._attempts: set[str] = set()  # that Ray Train has begun
         self._cores_taken_since: float | None = None  # of failures in a row that had no other reason
         self._order_not_before = 0.0
         self._uploading_ids: list[str] = []  # generations of this attempt, whose agents may still upload for them
@@ -93,6 +95,15 @@ class RunCoordinator:
 
     # ---- node agents -----------------------------------------------------------------------------------------------
 
+    async def attempt_begins(self, attempt: str) -> None:
+        """Ray Train has placed the node agents, which may yet die before they join."""
+        async with self._changed:
+            is_new = attempt not in self._attempts  # Ray repeats a call whose answer was lost
+            expected = not self._attempts or self._is_left()
+            self._attempts.add(attempt)
+            if is_new and not expected and (too_many := self._patience.node_failure()) is not None:
+                self._end("failed", f"a node agent was lost. {too_many}")
+
     async def join(self, agent: AgentInfo) -> Order:
         """Waits until every node is ready, then orders the next generation. An agent joins with no rank running."""
         await asyncio.sleep(max(0.0, self._order_not_before - time.monotonic()))
@@ -109,7 +120,7 @@ class RunCoordinator:
                 if self._generation is not None and self._generation.state == "running":
                     cause = "a node agent was lost; Ray Train started the node agents again"
                     self._append_event(f"generation {self._generation.number} failed: {cause}")
-                    self._over(self._generation, cause)
+                    self._over(self._generation, cause, counts=False)  # `attempt_begins` has
             self._uploading_ids += [each for each in agent.uploading if each not in self._uploading_ids]
             key = (agent.attempt, agent.node_rank)
             known, current = self._orders.get(key), self._generation
@@ -396,7 +407,7 @@ class RunCoordinator:
         self._damaged_step = current.resume_step
         return True
 
-    def _over(self, current: _Generation, cause: str, *, cores_taken: bool = False) -> None:
+    def _over(self, current: _Generation, cause: str, *, cores_taken: bool = False, counts: bool = True) -> None:
         """Called with the lock held."""
         current.state, current.cause = "over", cause
         self._book.failed()
@@ -406,17 +417,13 @@ class RunCoordinator:
         else:
             self._order_not_before = now + CORES_PAUSE_SECONDS
             self._cores_taken_since = self._cores_taken_since or now
-        if self._cores_taken_since is None or now - self._cores_taken_since >= CORES_RETURN_SECONDS:
-            self._failures_without_progress += 1
-        limit = self.config.fault.max_restarts_without_progress
+        if self._cores_taken_since is not None and now - self._cores_taken_since < CORES_RETURN_SECONDS:
+            counts = False
+        too_many = self._patience.restart() if counts else None
         if self._stop_requested:
             self._end("stopped", None)
-        elif self._failures_without_progress > limit:
-            self._end(
-                "failed",
-                f"{cause}. It was the {self._failures_without_progress}th failure without a new checkpoint between "
-                f"(fault.max_restarts_without_progress={limit})",
-            )
+        elif too_many is not None:
+            self._end("failed", f"{cause}. {too_many}")
         self._changed.notify_all()
 
     async def _commit(self, whole: WholeSave) -> None:
@@ -425,7 +432,7 @@ class RunCoordinator:
             living = [*self._uploading_ids, whole.generation_id]
             is_newest = await self._saves.commit(whole, living=living, reading=reading)
         if is_newest:
-            self._failures_without_progress = 0
+            self._patience.progress()
         async with self._changed:
             self._changed.notify_all()  # `commits` waits for it
 

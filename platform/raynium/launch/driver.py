@@ -16,7 +16,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Literal, cast
 
 import ray
@@ -34,12 +33,12 @@ from raynium.launch.agent import Node, NodeAgent
 from raynium.launch.backend import ATTEMPT_VARIABLE, NodeAgentConfig, ray_storage
 from raynium.launch.coordinator import RunCoordinator
 from raynium.launch.display import Display
+from raynium.launch.node_log import log_to_file
 from raynium.launch.nodes import WAITING_SECONDS, free_nodes, label_selector, node_resources, patient, waiting_message
 from raynium.launch.preflight_cluster import Level, check_nodes
 from raynium.launch.preparation import Prepared
 from raynium.launch.protocol import NodeFault, Status
 from raynium.launch.record import RecordKeeper
-from raynium.launch.scratch import log_folder
 from raynium.tracking.ledger import Ledger
 from raynium.tracking.runs import log_artifact_text, set_tags
 
@@ -53,6 +52,10 @@ PAGE_RETRY_SECONDS = 60.0
 HEAD_ANSWERS_SECONDS = 5.0
 CLUSTER_LOST_SECONDS = 30.0  # a coordinator that died is back sooner
 AGENTS_END_SECONDS = 600.0  # after a failure, they still upload the last checkpoint before it
+
+# A driver that is killed leaves an agent that Ray has yet to end, while the next driver's may start beside it: they may
+# not both send metrics from one folder.
+AGENT_BEFORE_SECONDS = 60.0
 
 # Placements and starts of agents that fail, before Ray Train gives up; its default is never. It counts all of a
 # driver's life: in a month a few nodes die while agents start.
@@ -77,7 +80,7 @@ def run_agent(settings: dict[str, Any]) -> None:
     config = Config.model_validate(settings["config"])
     context = ray.train.get_context()
     scratch = settings["scratch"]
-    log_to_file(log_folder(settings["run_url"]) / f"node-{context.get_node_rank():05d}.log")
+    log_to_file(settings["run_url"], context.get_node_rank())
     NodeAgent(
         config=config,
         run_url=settings["run_url"],
@@ -93,19 +96,10 @@ def run_agent(settings: dict[str, Any]) -> None:
             f"{scratch}/spool/{settings['mlflow_run_id']}",
             uri=settings["mlflow_uri"],
             run_id=settings["mlflow_run_id"],
+            wait_seconds=AGENT_BEFORE_SECONDS,
         ),
         data_folder=lambda: str(localize(config.data.path, f"{scratch}/data")),
     ).run()
-
-
-def log_to_file(path: Path) -> None:
-    """This process's own log, which holds its ranks' output, beside Ray's: Ray's goes with its session."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(path)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
-    ours = logging.getLogger("raynium")
-    ours.setLevel(logging.INFO)
-    ours.addHandler(handler)
 
 
 class Driver:
@@ -206,7 +200,7 @@ class Driver:
                 "mlflow_run_id": self.prepared.mlflow.run_id,
                 "scratch": self.prepared.scratch,
             },
-            backend_config=NodeAgentConfig(),
+            backend_config=NodeAgentConfig(coordinator),
             scaling_config=ray.train.ScalingConfig(
                 num_workers=cluster.nodes,
                 resources_per_worker=node_resources(self.config),
@@ -217,7 +211,7 @@ class Driver:
                 # Ray would restore a run of an equal name.
                 name=f"driver-{self.prepared.keeper.claim_number:06d}-{self._moves}",
                 failure_config=ray.train.FailureConfig(
-                    max_failures=self.config.fault.max_node_failures,
+                    max_failures=-1,  # the coordinator counts them: see launch/patience.py
                     controller_failure_limit=CONTROLLER_FAILURE_LIMIT,
                 ),
                 **ray_storage(store),

@@ -33,6 +33,7 @@ from raynium.checkpoint.store import KeyMissing, Store
 from raynium.config.schema import Config
 from raynium.errors import LaunchError, StoreError
 from raynium.launch.diagnosis import KernelLog
+from raynium.launch.orphans import end_orphans
 from raynium.launch.ports import rendezvous_port
 from raynium.launch.ranks import RankGroup
 from raynium.launch.scratch import scratch_folder
@@ -272,8 +273,11 @@ class NodeProbe:
     def look(self) -> list[Check]:
         """What shows without a rank."""
         config, host = self._config, ThisHost()
+        orphans = end_orphans()  # before it is looked at who holds cores
         checks = host_checks(host, wanted_of(config, os.environ))
         checks.append(kernel_log())
+        if orphans:
+            checks.append(Check("orphans", "warning", "; ".join(orphans), "no process of a dead node agent"))
         if cache := cache_folder(config, os.environ):
             checks.append(compile_cache(cache))
         return checks + storage_checks(

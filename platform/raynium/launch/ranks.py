@@ -24,6 +24,7 @@ from multiprocessing.context import ForkServerProcess
 from typing import Any
 
 from raynium import rank_entry
+from raynium.launch.orphans import agent_mark
 from raynium.launch.protocol import RankExit
 
 logger = logging.getLogger(__name__)
@@ -168,7 +169,7 @@ class RankGroup:
             output_reader, output_writer = context.Pipe(duplex=False)
             process = context.Process(
                 target=rank_entry.main,
-                args=(environment, plan_json, theirs, output_writer, program),
+                args=(environment | agent_mark(), plan_json, theirs, output_writer, program),
                 name=f"rank-{rank:05d}",
                 daemon=True,
             )

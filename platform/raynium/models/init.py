@@ -1,31 +1,113 @@
-"""How a run's parameters begin: a pure function of (seed, name), so every layout starts from the same bits."""
+"""How a run's parameters begin: each value a pure function of (seed, name, shape, place), so a rank makes only its own.
+
+A matrix is cut into tiles, and each tile has a stream of random numbers of its own. Whatever the layout, a rank draws
+the tiles that its block meets and gets the bits that the whole matrix has there.
+"""
 
 import hashlib
 import math
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
 from numpy.random import Generator, Philox  # by name: numpy loads the module late, and a forked rank should not
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from raynium.config.schema import ModelSection
 
+# Part of what a seed means: other tiles are other weights. A tile is large enough that its numbers take 10 times the
+# work about it, and small enough that few lie across the edges of a rank's blocks: on 64 ranks it draws up to 3 % more
+# than it holds; on 1,024, where a rank of Llama 3 70B has 8 rows of a matrix, twice that, in 2 s.
+TILE_ROWS, TILE_COLUMNS = 32, 256
+MOST_THREADS = 8  # of a tile's 100 µs about 10 are under the interpreter's lock
 
-def init_parameter(name: str, *, shape: tuple[int, ...], seed: int, config: ModelSection) -> Tensor:
-    """The whole parameter `name` (e.g. "blocks.0.attention.q.weight"), float32 on the CPU.
+
+def init_block(
+    name: str,
+    *,
+    global_shape: tuple[int, ...],
+    offsets: tuple[int, ...],
+    shape: tuple[int, ...],
+    seed: int,
+    config: ModelSection,
+    threads: int = 1,
+) -> Tensor:
+    """The block of `shape` that begins at `offsets` of parameter `name` (e.g. "blocks.0.ffn.up.weight").
+
+    float32 on the CPU, in new memory; bit by bit that part of `init_parameter`, on any number of threads. It may have
+    no elements. Drawn are the tiles that the block meets, less their rows below it.
 
     Norm weights are 1. Everything else is normal(0, init_std), and the two matrices of a layer that write into the
     residual stream are smaller by sqrt(2 * num_layers), so that its variance does not grow with depth (GPT-2).
-    numpy's Philox and not torch's generator: torch draws other bits on CPUs with other vector units.
     """
-    if len(shape) == 1:
+    ends = (begin + size for begin, size in zip(offsets, shape, strict=True))
+    assert all(end <= size for end, size in zip(ends, global_shape, strict=True)), f"{name}: {offsets} + {shape}"
+    if len(global_shape) == 1:
         return torch.ones(shape)
-    digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=16).digest()
-    generator = Generator(Philox(key=int.from_bytes(digest, "little")))
+    assert len(global_shape) == 2, f"{name}: first weights are vectors or matrices, not {global_shape}"
+    block = torch.empty(shape)
+    if block.numel() == 0:
+        return block
     std = config.init_std
     if name.endswith(("attention.o.weight", "ffn.down.weight")):
         std /= math.sqrt(2 * config.num_layers)
-    return torch.from_numpy(generator.standard_normal(shape, dtype=np.float32)).mul_(std)
+    key = int.from_bytes(hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=16).digest(), "little")
+    bands = range(offsets[0] // TILE_ROWS, (offsets[0] + shape[0] - 1) // TILE_ROWS + 1)  # rows of tiles
+    threads = min(threads, len(bands), MOST_THREADS)
+
+    def fill(first: int) -> None:
+        _fill_bands(block.numpy(), bands[first::threads], offsets, num_columns=global_shape[1], key=key, std=std)
+
+    if threads == 1:
+        fill(0)
+    else:
+        with ThreadPoolExecutor(threads) as pool:  # numpy draws without the interpreter lock
+            list(pool.map(fill, range(threads)))
+    return block
+
+
+def _fill_bands(
+    block: NDArray[np.float32],
+    bands: Iterable[int],
+    offsets: tuple[int, ...],
+    *,
+    num_columns: int,
+    key: int,
+    std: float,
+) -> None:
+    """What `block` has of some rows of tiles. num_columns: of the whole parameter, at whose edge tiles are narrower.
+
+    Tile (i, j) is the normals, row by row, of Philox with the parameter's key from counter i * 2**128 + j * 2**192 on.
+    Two tiles share no random bit: that takes 2**128 counts, and each gives four words where a normal rarely takes two.
+    numpy's Philox and not torch's generator: torch draws other bits on CPUs with other vector units.
+    """
+    (first_row, first_column), (num_rows, width) = offsets, block.shape
+    philox = Philox(key=key)
+    normals = Generator(philox)
+    state = philox.state
+    counter = state["state"]["counter"]
+    room = np.empty(TILE_ROWS * TILE_COLUMNS, np.float32)
+    tiles = range(first_column // TILE_COLUMNS, (first_column + width - 1) // TILE_COLUMNS + 1)
+    for i in bands:
+        row = i * TILE_ROWS - first_row  # of the block, where the tile begins: negative if that is above it
+        top, bottom = max(row, 0), min(row + TILE_ROWS, num_rows)
+        for j in tiles:
+            column = j * TILE_COLUMNS - first_column
+            tile_width = min(TILE_COLUMNS, num_columns - j * TILE_COLUMNS)
+            left, right = max(column, 0), min(column + tile_width, width)
+            counter[2:] = i, j
+            philox.state = state  # 0.8 µs; another generator would take 7
+            tile = room[: (bottom - row) * tile_width].reshape(bottom - row, tile_width)
+            normals.standard_normal(dtype=np.float32, out=tile)
+            held = tile[top - row :, left - column : right - column]
+            np.multiply(held, std, out=block[top:bottom, left:right])
+
+
+def init_parameter(name: str, *, shape: tuple[int, ...], seed: int, config: ModelSection) -> Tensor:
+    """The whole parameter `name`: `init_block` of everything."""
+    return init_block(name, global_shape=shape, offsets=(0,) * len(shape), shape=shape, seed=seed, config=config)
 
 
 @torch.no_grad()

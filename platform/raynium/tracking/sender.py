@@ -190,8 +190,8 @@ class MetricSender:
 class MlflowTracker:
     """A `Tracker` that delivers to one MLflow run through a spool. Built by the agent of rank 0's node only.
 
-    spool_folder: on a local disk; the same path in every attempt on this node, so that leftovers are sent.
-    Raises TrackingError if another live process uses that folder. MLflow itself may be down.
+    spool_folder: on a local disk; the same path in every attempt on this node, so that leftovers are sent. For a
+    process that still uses it `wait_seconds` are waited, then TrackingError is raised. MLflow itself may be down.
     """
 
     def __init__(
@@ -202,8 +202,9 @@ class MlflowTracker:
         run_id: str,
         flush_seconds: float = 2.0,
         request_timeout_seconds: float = 10.0,
+        wait_seconds: float = 0.0,
     ):
-        self._spool = MetricSpool(spool_folder)
+        self._spool = MetricSpool(spool_folder, wait_seconds=wait_seconds)
         self._sender = MetricSender(
             self._spool,
             uri=uri,

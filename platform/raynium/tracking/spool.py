@@ -18,6 +18,7 @@ import json
 import logging
 import os
 import threading
+import time
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ from raynium.errors import TrackingError
 from raynium.tracking.metrics import check_metrics
 
 logger = logging.getLogger(__name__)
+
+LOCK_POLL_SECONDS = 0.1
 
 
 @dataclass(frozen=True)
@@ -57,10 +60,18 @@ class _Segment:
 class MetricSpool:
     """A queue on disk: any thread may `append`, one thread at a time calls `read_batch` and `acknowledge`.
 
+    wait_seconds: for another process that uses the folder to end.
     Raises TrackingError if the folder cannot be made or another live process uses it.
     """
 
-    def __init__(self, folder: str | Path, *, segment_bytes: int = 1 << 20, max_held_records: int = 10_000):
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        segment_bytes: int = 1 << 20,
+        max_held_records: int = 10_000,
+        wait_seconds: float = 0.0,
+    ):
         self._folder = Path(folder)
         self._segment_bytes = segment_bytes
         self._max_held_records = max_held_records
@@ -82,7 +93,7 @@ class MetricSpool:
                 f"cannot use {self._folder} to keep metrics until MLflow has them: {error}. "
                 "Make it a folder on a local disk that this user may write"
             ) from error
-        self._take_lock()
+        self._take_lock(wait_seconds)
         self._acknowledged = 0  # number of the first unacknowledged record
         self._next_number = 0  # of the next line on disk
         self._load()
@@ -260,19 +271,28 @@ class MetricSpool:
                 os.close(self._lock_fd)
                 self._lock_fd = None
 
-    def _take_lock(self) -> None:
+    def _take_lock(self, wait_seconds: float) -> None:
         assert self._lock_fd is not None
-        try:
-            fcntl.flock(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        deadline = time.monotonic() + wait_seconds
+        while not (taken := self._try_lock()) and time.monotonic() < deadline:
+            time.sleep(LOCK_POLL_SECONDS)
+        if not taken:
             owner = os.pread(self._lock_fd, 32, 0).decode().strip()
             os.close(self._lock_fd)
             raise TrackingError(
                 f"{self._folder} is in use by process {owner}: one process at a time may send a run's metrics. "
                 f"Wait for it to end, or stop it"
-            ) from None
+            )
         os.ftruncate(self._lock_fd, 0)
         os.pwrite(self._lock_fd, f"{os.getpid()}\n".encode(), 0)
+
+    def _try_lock(self) -> bool:
+        assert self._lock_fd is not None
+        try:
+            fcntl.flock(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
 
     def _load(self) -> None:
         """Take over what an earlier process left."""
