@@ -33,6 +33,7 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -50,7 +51,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from s3_server import running_s3_server
 
-from raynium.checkpoint.manifest import ImageInfo
+from raynium.checkpoint.manifest import ImageInfo, SavedBlocks
 from raynium.checkpoint.state import Chunk
 from raynium.launch.uploader import Uploader
 from raynium.snapshots import Snapshots
@@ -130,6 +131,9 @@ class UploadLink:
                 with self._freed:
                     self._free.add(slot)
                     self._freed.notify_all()
+        self._process.join()
+        if self._process.exitcode:
+            os._exit(1)  # it has said why
 
 
 def agent(run_url: str, rank: Connection) -> None:
@@ -138,8 +142,12 @@ def agent(run_url: str, rank: Connection) -> None:
     uploader = Uploader(run_url)
 
     def upload(slot: int, info: str) -> None:
-        uploader.upload(ImageInfo.from_json(info), generation="g1", rank=0)
-        rank.send(slot)
+        try:
+            uploader.upload(ImageInfo.from_json(info), generation="g1", rank=0)
+            rank.send(slot)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)  # the training process sees its connection end
 
     while (image := rank.recv()) is not None:
         threading.Thread(target=upload, args=image).start()
@@ -202,7 +210,9 @@ class Control:
 
     def save(self) -> None:
         self._step += 1
-        info = ImageInfo(step=self._step, path=str(self._path), size=self._size, tensors=(), stall_seconds=0)
+        info = ImageInfo(
+            step=self._step, path=str(self._path), size=self._size, tensors=SavedBlocks.of(()), stall_seconds=0
+        )
         self._link.image(0, info.to_json(), "")
 
     def wait(self) -> None:
