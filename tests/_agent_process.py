@@ -19,9 +19,10 @@ from pathlib import Path
 from raynium.accelerators import cpu
 from raynium.accelerators.detect import detect
 from raynium.config.load import parse_config
-from raynium.launch import last_save, ranks
-from raynium.launch.agent import Node, NodeAgent
-from raynium.launch.coordinator import CoordinatorOnLoop, RunCoordinator
+from raynium.node import ranks
+from raynium.node.agent import Node, NodeAgent
+from raynium.run import last_save
+from raynium.run.coordinator import CoordinatorOnLoop, RunCoordinator
 from raynium.tracking.tracker import MemoryTracker
 
 

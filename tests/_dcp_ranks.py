@@ -20,11 +20,11 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from raynium.checkpoint.commit import commit_checkpoint
 from raynium.checkpoint.dcp import CheckpointReader, CheckpointWriter
-from raynium.checkpoint.image import ImageFile, plan_image, write_image
-from raynium.checkpoint.manifest import ShardEntry
+from raynium.checkpoint.format.image import ImageFile, plan_image, write_image
+from raynium.checkpoint.format.manifest import ShardEntry
 from raynium.checkpoint.state import Chunk
-from raynium.checkpoint.store import Store
 from raynium.checkpoint.upload import upload_shard
+from raynium.storage.store import Store
 
 STEP = 2
 

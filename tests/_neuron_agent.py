@@ -11,8 +11,8 @@ from typing import Any
 
 from raynium.accelerators.detect import detect
 from raynium.config.schema import Config
-from raynium.launch.agent import Node, NodeAgent
-from raynium.launch.coordinator import CoordinatorOnLoop, RunCoordinator
+from raynium.node.agent import Node, NodeAgent
+from raynium.run.coordinator import CoordinatorOnLoop, RunCoordinator
 from raynium.tracking.tracker import MemoryTracker
 
 

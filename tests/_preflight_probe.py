@@ -7,7 +7,7 @@ stdin: {"config", "probes", "seconds"}; the last line of stdout: the checks.
 import json
 import sys
 
-from raynium.launch.preflight import NodeProbe
+from raynium.node.preflight import NodeProbe
 
 
 def main() -> None:

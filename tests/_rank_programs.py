@@ -26,7 +26,7 @@ def look_around(plan_json: str, link: Any) -> Outcome:
     """Reports this process: its environment, and which libraries it has."""
     found = {
         "environment": {name: os.environ.get(name) for name in json.loads(plan_json)["names"]},
-        "loaded": sorted({"ray", "mlflow", "torch", "raynium.rank"} & set(sys.modules)),
+        "loaded": sorted({"ray", "mlflow", "torch", "raynium.rank.build"} & set(sys.modules)),
         "main": sys.modules["__main__"].__name__,
     }
     sys.stdout.write(json.dumps(found) + "\n")

@@ -18,16 +18,16 @@ import torch.distributed as dist
 from raynium.accelerators.detect import detect
 from raynium.checkpoint.catalog import open_checkpoint
 from raynium.checkpoint.commit import commit_checkpoint
-from raynium.checkpoint.image import ImageFile, plan_image, write_image
+from raynium.checkpoint.format.image import ImageFile, plan_image, write_image
+from raynium.checkpoint.format.manifest import ShardEntry
 from raynium.checkpoint.load import load_checkpoint
-from raynium.checkpoint.manifest import ShardEntry
-from raynium.checkpoint.store import Store
 from raynium.checkpoint.upload import upload_shard
 from raynium.config.schema import Config
 from raynium.data.loader import Loader
 from raynium.data.store import open_store
 from raynium.engines.base import Engine, Votes
 from raynium.engines.native import build_native_engine
+from raynium.storage.store import Store
 
 
 def run_rank(rank: int, folder: Path, scenario: dict[str, Any]) -> None:

@@ -11,13 +11,13 @@ from uuid import uuid4
 import pytest
 import torch
 
-from raynium.checkpoint.catalog import CheckpointRef
 from raynium.checkpoint.commit import commit_checkpoint
-from raynium.checkpoint.image import TORCH_DTYPES, ImageFile, plan_image, write_image
-from raynium.checkpoint.manifest import ImageInfo, ShardEntry
+from raynium.checkpoint.format.image import TORCH_DTYPES, ImageFile, plan_image, write_image
+from raynium.checkpoint.format.manifest import ImageInfo, ShardEntry
+from raynium.checkpoint.ref import CheckpointRef
 from raynium.checkpoint.state import Chunk
-from raynium.checkpoint.store import Store
 from raynium.checkpoint.upload import upload_shard
+from raynium.storage.store import Store
 
 SMALL_UNIT = 4096  # so that a test's tensors span many units
 

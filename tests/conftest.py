@@ -33,12 +33,12 @@ def save_run(tmp_path: Path) -> Callable[..., Any]:
     import torch
 
     from raynium.checkpoint.commit import commit_checkpoint
-    from raynium.checkpoint.image import ImageFile, plan_image, write_image
+    from raynium.checkpoint.format.image import ImageFile, plan_image, write_image
     from raynium.checkpoint.state import Chunk
-    from raynium.checkpoint.store import Store
     from raynium.checkpoint.upload import upload_shard
     from raynium.data.store import TOKENIZER_NAME
     from raynium.data.tokenizer import Tokenizer
+    from raynium.storage.store import Store
 
     def save(model: Any, config: Any, *, name: str = "first", step: int = 4, num_ranks: int = 1, **fields: Any) -> Any:
         store = Store(tmp_path / "runs" / name)

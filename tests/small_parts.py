@@ -3,6 +3,6 @@
 `_agent_process.py` has the template preload it: the uploader is forked from there.
 """
 
-import raynium.checkpoint.s3_store
+import raynium.storage.s3_store
 
-raynium.checkpoint.s3_store.PART_BYTES = 5 * 2**20
+raynium.storage.s3_store.PART_BYTES = 5 * 2**20

@@ -16,17 +16,17 @@ import pytest
 
 from raynium.accelerators.detect import detect
 from raynium.checkpoint.catalog import latest, list_checkpoints
-from raynium.checkpoint.store import Store
 from raynium.config.load import parse_config
 from raynium.config.schema import Config
 from raynium.data.store_build import build_store
 from raynium.errors import DataError, TrackingError
-from raynium.launch import orphans
-from raynium.launch.agent import Node, NodeAgent, _CommitLog, _Handler
-from raynium.launch.coordinator import CoordinatorOnLoop, RunCoordinator
-from raynium.launch.images import shared_memory_folder
-from raynium.launch.protocol import Commit, Order, Status
-from raynium.launch.ranks import RankGroup
+from raynium.node import orphans
+from raynium.node.agent import Node, NodeAgent, _CommitLog, _Handler
+from raynium.node.images import shared_memory_folder
+from raynium.node.ranks import RankGroup
+from raynium.run.coordinator import CoordinatorOnLoop, RunCoordinator
+from raynium.run.protocol import Commit, Order, Status
+from raynium.storage.store import Store
 from raynium.tracking.ledger import CAUSES
 from raynium.tracking.tracker import MemoryTracker
 
@@ -192,8 +192,8 @@ def test_a_run_ends_with_its_checkpoints_and_metrics(uninterrupted: Played) -> N
 def test_the_ledger_goes_to_mlflow_now_and_then_and_its_last_step_is_left_for_the_end(
     tmp_path: Path, document_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("raynium.launch.agent.LEDGER_SECONDS", 3600)
-    monkeypatch.setattr("raynium.launch.agent.REPORT_SECONDS", 0)
+    monkeypatch.setattr("raynium.node.agent.LEDGER_SECONDS", 3600)
+    monkeypatch.setattr("raynium.node.agent.REPORT_SECONDS", 0)
     run = Played(parse_config(JOB), tmp_path / "run", document_folder)
     handle = _Handler(run.agent, Order("run", 1, "g1", "127.0.0.1", 1), run.tracker)
 
@@ -394,7 +394,7 @@ def test_too_little_memory_for_snapshots_is_told_before_the_first_step_and_not_t
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", memory], capture_output=True).returncode:
         pytest.skip("mounting needs root")
     try:
-        monkeypatch.setattr("raynium.launch.images.shared_memory_folder", lambda: memory)
+        monkeypatch.setattr("raynium.node.images.shared_memory_folder", lambda: memory)
         run = play()
         status = run.finish()
     finally:

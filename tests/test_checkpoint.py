@@ -29,13 +29,14 @@ from safetensors import safe_open
 
 from raynium.checkpoint.catalog import latest, open_checkpoint
 from raynium.checkpoint.commit import StepTaken, commit_checkpoint
-from raynium.checkpoint.image import TORCH_DTYPES, ImageFile, plan_image
+from raynium.checkpoint.format.image import TORCH_DTYPES, ImageFile, plan_image
+from raynium.checkpoint.format.manifest import ShardEntry, manifest_key
 from raynium.checkpoint.load import load_checkpoint, read_tensors
-from raynium.checkpoint.manifest import ShardEntry, manifest_key
 from raynium.checkpoint.state import Chunk
-from raynium.checkpoint.store import KeyExists, Store
 from raynium.checkpoint.upload import upload_shard
 from raynium.errors import CheckpointDamaged, CheckpointError, CheckpointMismatch
+from raynium.storage.backend import KeyExists
+from raynium.storage.store import Store
 
 
 @pytest.fixture(params=["file", pytest.param("s3", marks=pytest.mark.s3)])
@@ -90,7 +91,7 @@ def test_the_image_is_reserved_once_and_outlives_its_writer(tmp_path: Path) -> N
 def test_too_little_shared_memory_is_explained_before_a_page_is_touched(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("raynium.checkpoint.image._free_bytes", lambda path: 4096)
+    monkeypatch.setattr("raynium.checkpoint.format.image._free_bytes", lambda path: 4096)
     with pytest.raises(
         CheckpointError, match=r"needs 8,192 bytes at .* and 4,096 are free there: enlarge shared memory"
     ):
@@ -104,7 +105,9 @@ def test_a_full_tmpfs_is_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         image = ImageFile(tmp_path / "image")
         with pytest.raises(CheckpointError, match="enlarge shared memory"):
             image.reserve(2**20)
-        monkeypatch.setattr("raynium.checkpoint.image._free_bytes", lambda path: 2**30)  # filled up since we asked
+        monkeypatch.setattr(
+            "raynium.checkpoint.format.image._free_bytes", lambda path: 2**30
+        )  # filled up since we asked
         with pytest.raises(CheckpointError, match="enlarge shared memory"):
             image.reserve(2**20)
         image.reserve(2**15)
@@ -289,6 +292,6 @@ def test_agents_and_coordinators_do_not_load_torch() -> None:
 
 
 def test_a_store_of_files_does_not_load_s3fs(tmp_path: Path) -> None:
-    code = f"import sys; from raynium.checkpoint.store import Store; Store({str(tmp_path)!r}).check_writable(); "
+    code = f"import sys; from raynium.storage.store import Store; Store({str(tmp_path)!r}).check_writable(); "
     code += "sys.exit('s3fs' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], env={"PYTHONPATH": ":".join(sys.path)}).returncode == 0

@@ -21,14 +21,14 @@ from raynium.checkpoint.catalog import (
     resume_point,
     set_aside,
 )
-from raynium.checkpoint.checksum import checksum, to_text
 from raynium.checkpoint.commit import commit_checkpoint
-from raynium.checkpoint.image import ImageFile, plan_image, write_image
-from raynium.checkpoint.manifest import CheckpointTooNew, manifest_key
+from raynium.checkpoint.format.image import ImageFile, plan_image, write_image
+from raynium.checkpoint.format.manifest import CheckpointTooNew, manifest_key
 from raynium.checkpoint.state import Chunk
-from raynium.checkpoint.store import Store
 from raynium.checkpoint.upload import upload_shard
 from raynium.errors import CheckpointDamaged, CheckpointError
+from raynium.storage.checksum import checksum, to_text
+from raynium.storage.store import Store
 
 
 def upload(store: Store, folder: Path, step: int, generation: str = "g1"):

@@ -17,8 +17,8 @@ from raynium.checkpoint.catalog import latest, open_checkpoint
 from raynium.checkpoint.dcp import OBJECTS, CheckpointReader, CheckpointWriter
 from raynium.checkpoint.load import load_checkpoint, read_tensors
 from raynium.checkpoint.state import Chunk
-from raynium.checkpoint.store import Store
 from raynium.errors import CheckpointDamaged, CheckpointError, CheckpointMismatch, StoreError
+from raynium.storage.store import Store
 
 WORKER = Path(__file__).with_name("_dcp_ranks.py")
 STEP = 2  # that it saves

@@ -21,9 +21,9 @@ import pytest
 from flaky_s3 import FlakyS3, cut, delay, hold, refuse, swallow
 
 from raynium.checkpoint.catalog import latest, list_checkpoints, open_checkpoint
-from raynium.checkpoint.store import Store
 from raynium.checkpoint.verify import verify_checkpoint
 from raynium.data.store_build import build_store
+from raynium.storage.store import Store
 
 pytestmark = [pytest.mark.s3, pytest.mark.timeout(900)]  # whole processes, which import torch, on shared cores
 

@@ -13,11 +13,11 @@ import torch
 from awscrt.checksums import crc64nvme
 from checkpoints import SMALL_UNIT, rows_of, split, stage
 
-from raynium.checkpoint.checksum import UNIT_BYTES
 from raynium.checkpoint.commit import commit_checkpoint
 from raynium.checkpoint.state import Chunk
-from raynium.checkpoint.store import Store
 from raynium.checkpoint.upload import upload_shard
+from raynium.storage.checksum import UNIT_BYTES
+from raynium.storage.store import Store
 
 FORMAT = Path(__file__).parents[1] / "platform" / "raynium" / "checkpoint" / "FORMAT.md"
 ITEM_BYTES = {"float64": 8, "int64": 8, "float32": 4, "bfloat16": 2, "uint8": 1, "bool": 1}

@@ -30,15 +30,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from raynium.checkpoint import reads
-from raynium.checkpoint.boxes import Box, spans
-from raynium.checkpoint.catalog import CheckpointRef, open_checkpoint
-from raynium.checkpoint.checksum import PART_BYTES, UNIT_BYTES
-from raynium.checkpoint.image import TORCH_DTYPES
+from raynium.checkpoint.catalog import open_checkpoint
+from raynium.checkpoint.format.boxes import Box, spans
+from raynium.checkpoint.format.image import TORCH_DTYPES
 from raynium.checkpoint.load import load_checkpoint, read_tensors
 from raynium.checkpoint.reads import REQUEST_BYTES, STREAMS
+from raynium.checkpoint.ref import CheckpointRef
 from raynium.checkpoint.state import Chunk
-from raynium.checkpoint.store import Store
 from raynium.errors import CheckpointDamaged, StoreError
+from raynium.storage.checksum import PART_BYTES, UNIT_BYTES
+from raynium.storage.store import Store
 
 
 @pytest.fixture(params=["file", pytest.param("s3", marks=pytest.mark.s3)])
@@ -202,7 +203,7 @@ import resource, torch
 from raynium.checkpoint.catalog import latest
 from raynium.checkpoint.load import load_checkpoint
 from raynium.checkpoint.state import Chunk
-from raynium.checkpoint.store import Store
+from raynium.storage.store import Store
 from raynium.errors import CheckpointDamaged, StoreError
 ref = latest(Store({str(tmp_path)!r}))
 tensor = torch.ones(ref.manifest.tensors[0].global_shape, dtype=torch.uint8)

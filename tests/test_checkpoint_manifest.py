@@ -15,12 +15,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from raynium.checkpoint.blocks import Block, Blocks, Tensor, check_blocks, to_column
-from raynium.checkpoint.boxes import Box
-from raynium.checkpoint.catalog import CheckpointRef
-from raynium.checkpoint.checksum import FileChecksums, checksum, checksum_units, from_text, list_to_text, to_text
-from raynium.checkpoint.load import load_checkpoint, read_tensors
-from raynium.checkpoint.manifest import (
+from raynium.checkpoint.format.blocks import Block, Blocks, Tensor, check_blocks, to_column
+from raynium.checkpoint.format.boxes import Box
+from raynium.checkpoint.format.manifest import (
     CheckpointTooNew,
     FileEntry,
     ImageInfo,
@@ -34,9 +31,12 @@ from raynium.checkpoint.manifest import (
     manifest_to_bytes,
     step_of_folder,
 )
+from raynium.checkpoint.load import load_checkpoint, read_tensors
+from raynium.checkpoint.ref import CheckpointRef
 from raynium.checkpoint.state import Chunk
-from raynium.checkpoint.store import Store
 from raynium.errors import CheckpointDamaged, RayniumError
+from raynium.storage.checksum import FileChecksums, checksum, checksum_units, from_text, list_to_text, to_text
+from raynium.storage.store import Store
 
 SHARD = bytes(4096) + bytes(range(96))  # two float32 tensors: (4, 3) at 4096, (12,) at 4144
 

@@ -24,17 +24,17 @@ from raynium.checkpoint.catalog import (
     remove_tag,
     resume_point,
 )
-from raynium.checkpoint.checksum import checksum, to_text
 from raynium.checkpoint.commit import commit_checkpoint
-from raynium.checkpoint.image import ImageFile, plan_image, write_image
+from raynium.checkpoint.format.image import ImageFile, plan_image, write_image
+from raynium.checkpoint.format.manifest import CheckpointTooNew, manifest_key
 from raynium.checkpoint.load import read_tensors
-from raynium.checkpoint.manifest import CheckpointTooNew, manifest_key
 from raynium.checkpoint.retention import Removed, Retention, apply_retention, expired, reasons_to_keep
 from raynium.checkpoint.state import Chunk
-from raynium.checkpoint.store import Store
 from raynium.checkpoint.upload import upload_shard
 from raynium.config.load import parse_config
 from raynium.errors import CheckpointDamaged, StoreError
+from raynium.storage.checksum import checksum, to_text
+from raynium.storage.store import Store
 
 LAST_TWO = Retention(keep_last=2)
 HOUR = 3600.0

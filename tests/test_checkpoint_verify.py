@@ -9,14 +9,15 @@ import pytest
 import torch
 
 from raynium.checkpoint import compare, verify
-from raynium.checkpoint.batches import raw_bytes
-from raynium.checkpoint.catalog import CheckpointRef, choose_checkpoint
+from raynium.checkpoint.catalog import choose_checkpoint
 from raynium.checkpoint.compare import Comparison, differences
-from raynium.checkpoint.manifest import TensorEntry
-from raynium.checkpoint.store import Store
+from raynium.checkpoint.format.batches import raw_bytes
+from raynium.checkpoint.format.manifest import TensorEntry
+from raynium.checkpoint.ref import CheckpointRef
 from raynium.checkpoint.verify import verify_checkpoint
 from raynium.config.load import parse_config
 from raynium.errors import StoreError
+from raynium.storage.store import Store
 
 CONFIG = parse_config("""
 run: {name: first}

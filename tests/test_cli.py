@@ -12,18 +12,19 @@ from typing import Any
 import pytest
 import torch
 
-from raynium import cli, sdk
+from raynium import sdk
 from raynium.checkpoint.commit import commit_checkpoint
-from raynium.checkpoint.image import ImageFile, plan_image, write_image
+from raynium.checkpoint.format.image import ImageFile, plan_image, write_image
 from raynium.checkpoint.state import Chunk
-from raynium.checkpoint.store import Store
 from raynium.checkpoint.upload import upload_shard
+from raynium.cli import app as cli
 from raynium.config.load import parse_config
 from raynium.data.store import TOKENIZER_NAME
 from raynium.data.tokenizer import Tokenizer
 from raynium.errors import LaunchError
-from raynium.launch.record import Owner, RecordKeeper, claim
 from raynium.models.decoder import Decoder
+from raynium.run.record import Owner, RecordKeeper, claim
+from raynium.storage.store import Store
 
 JOB = """
 run: {name: first, root: ROOT}
@@ -108,7 +109,7 @@ def die(keeper: RecordKeeper) -> None:
 
 def test_help_names_every_command_and_loads_nothing_heavy() -> None:
     code = (
-        "import sys\nfrom raynium import cli\nsys.argv = ['raynium', '--help']\n"
+        "import sys\nfrom raynium.cli import app as cli\nsys.argv = ['raynium', '--help']\n"
         "try: cli.main()\nexcept SystemExit: pass\n"
         "heavy = {'torch', 'ray', 'mlflow', 'rich', 'numpy', 'pydantic', 'yaml', 'fsspec'} & set(sys.modules)\n"
         "sys.stderr.write(' '.join(heavy))"

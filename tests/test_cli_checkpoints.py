@@ -11,15 +11,16 @@ import pytest
 import torch
 import typer
 
-from raynium import cli, cli_checkpoints
 from raynium.checkpoint.catalog import list_checkpoints, open_checkpoint
-from raynium.checkpoint.manifest import Timing, manifest_key, manifest_to_bytes
+from raynium.checkpoint.format.manifest import Timing, manifest_key, manifest_to_bytes
 from raynium.checkpoint.retention import Retention
-from raynium.checkpoint.store import Store
+from raynium.cli import app as cli
+from raynium.cli import checkpoints as cli_checkpoints
 from raynium.config.load import parse_config
-from raynium.launch.record import Owner, RecordKeeper, claim
 from raynium.models.decoder import Decoder
+from raynium.run.record import Owner, RecordKeeper, claim
 from raynium.sdk import find_run
+from raynium.storage.store import Store
 
 CONFIG = parse_config("""
 run: {name: first}

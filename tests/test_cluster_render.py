@@ -10,7 +10,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from raynium.cli import app
+from raynium.cli.app import app
 from raynium.cluster.policies import HOLDERS, Holder, render_policy
 from raynium.cluster.render import Workers, render_cluster
 from raynium.cluster.site import Site, load_site

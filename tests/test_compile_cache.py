@@ -17,10 +17,11 @@ from s3_server import S3Server
 from raynium.accelerators.cpu import CpuAccelerator
 from raynium.accelerators.neuron import NeuronAccelerator
 from raynium.accelerators.neuron_xla import NeuronXlaAccelerator
-from raynium.checkpoint.store import Listing, Store
 from raynium.hardware.catalog import INSTANCES
-from raynium.launch import compile_cache
-from raynium.launch.compile_cache import CacheSync, entries, node_cache
+from raynium.node import compile_cache
+from raynium.node.compile_cache import CacheSync, entries, node_cache
+from raynium.storage.backend import Listing
+from raynium.storage.store import Store
 
 
 @pytest.fixture(autouse=True)

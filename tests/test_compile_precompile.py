@@ -12,7 +12,6 @@ import pytest
 from test_compile_twin import TESTS
 
 from raynium.checkpoint.catalog import list_checkpoints
-from raynium.checkpoint.store import Store
 from raynium.config.load import parse_config
 from raynium.config.schema import Config
 from raynium.data.store_build import build_store
@@ -20,7 +19,8 @@ from raynium.errors import RunFailed
 from raynium.launch import precompile as module
 from raynium.launch.precompile import STEPS, main, precompile, short_config, summary
 from raynium.launch.preparation import checked
-from raynium.launch.record import Owner, RunRecord
+from raynium.run.record import Owner, RunRecord
+from raynium.storage.store import Store
 from raynium.train.compiles import WARM_UP_CALLS
 
 JOB = """

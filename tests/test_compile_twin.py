@@ -12,13 +12,13 @@ import pytest
 from neuron_twin import write_site
 
 from raynium.accelerators.detect import detect
-from raynium.checkpoint.store import Store
 from raynium.config.load import parse_config
 from raynium.data.store_build import build_store
-from raynium.launch.agent import COMPILES_TOLD, Node, NodeAgent, _Handler
-from raynium.launch.compile_cache import FOLDER, entries
-from raynium.launch.coordinator import CoordinatorOnLoop, RunCoordinator
-from raynium.launch.protocol import Order, Status
+from raynium.node.agent import COMPILES_TOLD, Node, NodeAgent, _Handler
+from raynium.node.compile_cache import FOLDER, entries
+from raynium.run.coordinator import CoordinatorOnLoop, RunCoordinator
+from raynium.run.protocol import Order, Status
+from raynium.storage.store import Store
 from raynium.tracking.tracker import MemoryTracker
 
 TESTS = Path(__file__).parent
@@ -101,7 +101,7 @@ def test_a_second_node_starts_with_what_the_first_one_compiled(
 
 SECOND_SHAPE = """
 import os, sys, torch, torch.distributed as dist
-from raynium.accelerators.compiles import TorchCompiles
+from raynium.engines.torch_compiles import TorchCompiles
 from raynium.accelerators.neuron import NeuronAccelerator
 from raynium.config.load import parse_config
 from raynium.data.batch import Batch

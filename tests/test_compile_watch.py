@@ -11,12 +11,12 @@ import torch
 import torch._dynamo
 from torch import nn
 
-from raynium.accelerators.compiles import GraphInput, TorchCompiles, difference
 from raynium.accelerators.cpu import CpuAccelerator
 from raynium.config.load import parse_config
 from raynium.data.batch import Batch
 from raynium.engines.base import FakeEngine, Votes
 from raynium.engines.native import build_native_engine
+from raynium.engines.torch_compiles import GraphInput, TorchCompiles, difference
 from raynium.train.compiles import WARM_UP_CALLS, WatchedEngine
 from raynium.train.link import MemoryLink
 
@@ -215,7 +215,7 @@ def test_what_a_save_compiles_is_not_said_of_the_next_step(compiles: TorchCompil
 
 TORCH_XLA = """
 import torch, torch_xla
-from raynium.accelerators.compiles import TorchCompiles
+from raynium.engines.torch_compiles import TorchCompiles
 from raynium.accelerators.neuron_xla import NeuronXlaAccelerator
 from raynium.data.batch import Batch
 from raynium.engines.base import FakeEngine, Votes

@@ -11,8 +11,8 @@ import pytest
 
 from raynium.config.load import dump_yaml, load_config, parse_config, preset_names
 from raynium.config.paths import resolve
-from raynium.config.rules import check
 from raynium.models.flops import parameter_count
+from raynium.planning.rules import check
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = ROOT / "tests/golden"

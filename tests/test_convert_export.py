@@ -17,9 +17,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 from transformers import Qwen3ForCausalLM as Qwen3
 
-from raynium.checkpoint.batches import in_batches, in_file_order
 from raynium.checkpoint.catalog import choose_checkpoint
-from raynium.checkpoint.store import Store
+from raynium.checkpoint.format.batches import in_batches, in_file_order
 from raynium.config.load import parse_config
 from raynium.config.schema import Config
 from raynium.convert import export
@@ -30,6 +29,7 @@ from raynium.data.store import TOKENIZER_NAME
 from raynium.data.tokenizer import Tokenizer
 from raynium.errors import CheckpointDamaged, CheckpointError, CheckpointMismatch, StoreError
 from raynium.models.decoder import Decoder
+from raynium.storage.store import Store
 
 JOB = """
 run: {name: first}
@@ -322,7 +322,7 @@ def test_a_killed_export_is_no_folder(save_run: Save, tmp_path: Path) -> None:
     store = save_run(random_model(config), config)
     code = (
         "import os, pathlib, sys\nfrom raynium.checkpoint.catalog import choose_checkpoint\n"
-        "from raynium.checkpoint.store import Store\nfrom raynium.convert.export import export_checkpoint\n"
+        "from raynium.storage.store import Store\nfrom raynium.convert.export import export_checkpoint\n"
         "pathlib.Path.rename = lambda *_: os.kill(os.getpid(), 9)\n"
         "export_checkpoint(choose_checkpoint(Store(sys.argv[1])), sys.argv[2])"
     )

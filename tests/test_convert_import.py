@@ -21,7 +21,6 @@ from raynium.checkpoint import load
 from raynium.checkpoint.catalog import choose_checkpoint, latest, list_checkpoints, open_checkpoint
 from raynium.checkpoint.compare import differences
 from raynium.checkpoint.load import read_tensors
-from raynium.checkpoint.store import Store
 from raynium.checkpoint.verify import verify_checkpoint
 from raynium.config.load import parse_config
 from raynium.config.schema import Config
@@ -37,6 +36,7 @@ from raynium.launch.preparation import keep_tokenizer
 from raynium.launch.settle import settled
 from raynium.models.decoder import Decoder
 from raynium.sampling import open_sampler
+from raynium.storage.store import Store
 
 JOB = """
 run: {name: first}

@@ -11,16 +11,16 @@ from typing import Any
 import pytest
 import torch
 
-import raynium.launch.coordinator as coordinator_module
-from raynium.accelerators.neuron_errors import classify
+import raynium.run.coordinator as coordinator_module
 from raynium.checkpoint.catalog import list_checkpoints, open_checkpoint
-from raynium.checkpoint.image import ImageFile, plan_image, write_image
+from raynium.checkpoint.format.image import ImageFile, plan_image, write_image
 from raynium.checkpoint.state import Chunk
-from raynium.checkpoint.store import Store
 from raynium.checkpoint.upload import upload_shard
 from raynium.config.load import parse_config
-from raynium.launch.coordinator import RunCoordinator
-from raynium.launch.protocol import AgentInfo, HeldImages, Order, RankExit
+from raynium.health.faults import classify
+from raynium.run.coordinator import RunCoordinator
+from raynium.run.protocol import AgentInfo, HeldImages, Order, RankExit
+from raynium.storage.store import Store
 from raynium.tracking.ledger import Ledger
 
 JOB = """

@@ -15,7 +15,7 @@ from raynium.data.evaluation import EvaluationSet, bits_per_byte, evaluation_set
 from raynium.data.store import DocumentStore
 from raynium.data.store_build import build_store
 from raynium.engines.base import EvalSum, FakeEngine
-from raynium.rank import Evaluation
+from raynium.rank.build import Evaluation
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from raynium.accelerators.doctor import Diagnosis, diagnose
-from raynium.accelerators.host import Check, RecordedHost, ThisHost
+from raynium.health.doctor import Diagnosis, diagnose
+from raynium.health.host import Check, RecordedHost, ThisHost
 
 FIXTURES = Path(__file__).parent / "fixtures/doctor"
 PYTHON = (3, 12, 1)
@@ -130,7 +130,7 @@ def test_an_old_python() -> None:
 def test_the_command_loads_nothing_heavy_and_says_what_is_wrong_in_its_exit_code() -> None:
     code = (
         "import sys\n"
-        "from raynium.cli import app\n"
+        "from raynium.cli.app import app\n"
         "try: app(['doctor', '--json'])\n"
         "except SystemExit as end: status = end.code\n"
         "assert not {'torch', 'ray', 'mlflow', 'numpy'} & set(sys.modules), sorted(sys.modules)\n"
@@ -145,9 +145,9 @@ def test_the_command_loads_nothing_heavy_and_says_what_is_wrong_in_its_exit_code
 def test_the_table_shows_findings_and_ends_with_one(monkeypatch: pytest.MonkeyPatch) -> None:
     from typer.testing import CliRunner
 
-    from raynium.cli import app
+    from raynium.cli.app import app
 
-    monkeypatch.setattr("raynium.accelerators.host.ThisHost", lambda: recorded("placeholder-packages"))
+    monkeypatch.setattr("raynium.health.host.ThisHost", lambda: recorded("placeholder-packages"))
     result = CliRunner().invoke(app, ["doctor"])
     assert result.exit_code == 1
     assert "trn2.3xlarge, 1 Neuron device(s): nothing is what" in result.output

@@ -15,18 +15,18 @@ from typing import Any, cast
 import pytest
 from rich.console import Console
 
-from raynium.accelerators.neuron_errors import classify
-from raynium.checkpoint.store import Store
 from raynium.config.load import parse_config
 from raynium.errors import RunFailed, StoreError, TrackingError
+from raynium.health.faults import classify
 from raynium.launch import driver as driver_module
-from raynium.launch.coordinator import CoordinatorOnLoop, RunCoordinator
 from raynium.launch.display import Display
 from raynium.launch.driver import Driver
 from raynium.launch.preparation import Prepared
-from raynium.launch.protocol import AgentInfo, Status
 from raynium.launch.ray_environment import RAY_TRAIN_ENVIRONMENT
-from raynium.launch.record import claim
+from raynium.run.coordinator import CoordinatorOnLoop, RunCoordinator
+from raynium.run.protocol import AgentInfo, Status
+from raynium.run.record import claim
+from raynium.storage.store import Store
 from raynium.tracking.runs import TrackedRun
 
 JOB = """
@@ -162,7 +162,7 @@ def test_a_store_and_a_page_that_are_away_are_told_once_and_have_it_all_when_the
 
 def test_the_heart_beats_while_agents_still_upload(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Else others take the run for dead, which it is not."""
-    monkeypatch.setattr("raynium.launch.record.HEARTBEAT_SECONDS", 0.01)
+    monkeypatch.setattr("raynium.run.record.HEARTBEAT_SECONDS", 0.01)
     watched = Watched(tmp_path, monkeypatch)
     beats: set[float] = set()
     ending = threading.Event()

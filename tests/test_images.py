@@ -4,14 +4,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-from raynium.checkpoint.manifest import ImageInfo, SavedBlocks
-from raynium.launch.images import NodeImages, Snapshot, make_image_folder
-from raynium.launch.protocol import HeldImages
+from raynium.checkpoint.format.manifest import ImageInfo, SavedBlocks
+from raynium.node.images import NodeImages, Snapshot, make_image_folder
+from raynium.run.protocol import HeldImages
 
 
 def test_a_killed_agents_memory_is_freed_by_the_next_agent_and_a_live_ones_is_not(tmp_path: Path) -> None:
     script = (
-        "import os, signal, sys; from pathlib import Path; from raynium.launch.images import make_image_folder;"
+        "import os, signal, sys; from pathlib import Path; from raynium.node.images import make_image_folder;"
         "(make_image_folder('dead', Path(sys.argv[1])) / 'image').write_bytes(b'x');"
         "os.kill(os.getpid(), signal.SIGKILL)"
     )

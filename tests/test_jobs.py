@@ -19,7 +19,7 @@ from raynium.launch.jobs import (
     runtime_env,
     submit_job,
 )
-from raynium.launch.record import Owner, RunRecord
+from raynium.run.record import Owner, RunRecord
 
 ROOT = Path(__file__).parents[1]
 
@@ -161,7 +161,7 @@ def test_a_dashboard_that_does_not_answer_is_named(address: str) -> None:
     ],
 )
 def test_a_cluster_that_does_not_answer_is_named(address: str) -> None:
-    from raynium.launch.driver import connect
+    from raynium.launch.connect import connect
 
     with pytest.raises(LaunchError, match=f"cannot reach the Ray cluster at {address}"), connect(address):
         pass

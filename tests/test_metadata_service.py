@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from raynium.accelerators.host import ThisHost
-from raynium.accelerators.metadata_service import MetadataService, ask
+from raynium.health.host import ThisHost
+from raynium.health.metadata_service import MetadataService, ask
 
 TOKEN = "token-of-a-minute"
 
@@ -73,7 +73,7 @@ def test_nobody_answers() -> None:
 
 def test_only_ec2_instances_are_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = MetadataService(True, False)
-    monkeypatch.setattr("raynium.accelerators.host.ask", lambda: asked)
+    monkeypatch.setattr("raynium.health.host.ask", lambda: asked)
     vendor = "QEMU\n"
     monkeypatch.setattr(ThisHost, "read", lambda self, path: vendor)
     assert ThisHost().metadata_service() is None

@@ -19,9 +19,9 @@ from raynium.data.batch import IGNORED_LABEL, Batch
 from raynium.engines.base import FakeEngine, Votes
 from raynium.engines.cross_entropy import ROWS_AT_ONCE, summed_nats
 from raynium.engines.native import build_native_engine
+from raynium.engines.optim import decays, learning_rate
 from raynium.models.decoder import Decoder
 from raynium.models.init import initialise
-from raynium.optim import decays, learning_rate
 
 STEPS, ROWS, SEQ_LEN, VOCAB = 20, 12, 16, 64
 PLENTY = 1 << 40

@@ -9,7 +9,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raynium.accelerators.neuron_errors import NEURON_ROWS, STATUSES, Fault, classify, symptoms
+from raynium.health.faults import NEURON_ROWS, STATUSES, Fault, classify, symptoms
 
 FIXTURES = Path(__file__).parent / "fixtures/neuron"
 DEATHS: list[dict[str, Any]] = yaml.safe_load((FIXTURES / "recovery.yaml").read_text())

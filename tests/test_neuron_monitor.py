@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from raynium.accelerators.neuron_monitor import (
+from raynium.health.neuron_monitor import (
     MEMORY_KINDS,
     DeviceMonitor,
     DeviceSample,
@@ -236,7 +236,7 @@ def test_reports_that_make_no_sense_are_left_out_with_one_word(
 
 
 def test_a_monitor_that_will_not_end_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("raynium.accelerators.neuron_monitor.STOP_SECONDS", 0.2)
+    monkeypatch.setattr("raynium.health.neuron_monitor.STOP_SECONDS", 0.2)
     program = monitor_program(
         tmp_path, then="trap '' TERM; cat '" + str(FIXTURES / "monitor.jsonl") + "'; while :; do sleep 0.05; done"
     )
@@ -255,7 +255,7 @@ def test_the_monitor_ends_with_its_agent(tmp_path: Path) -> None:
     told = tmp_path / "pid"
     program = (
         "import os, pathlib, sys, threading\n"
-        "from raynium.accelerators.neuron_monitor import DeviceMonitor\n"
+        "from raynium.health.neuron_monitor import DeviceMonitor\n"
         "monitor = DeviceMonitor(run_name='replay', publish=lambda sample: None, command=sys.argv[1])\n"
         "pathlib.Path(sys.argv[2]).write_text(str(monitor.pid()))\n"
         "os._exit(0)\n"

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from raynium import find_run
-from raynium.checkpoint.store import Store
-from raynium.launch import node_log
-from raynium.launch.scratch import log_folder
+from raynium.node import node_log
+from raynium.node.scratch import log_folder
+from raynium.storage.store import Store
 
 
 @pytest.fixture

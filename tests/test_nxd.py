@@ -20,7 +20,6 @@ import pytest
 import torch
 
 from raynium.checkpoint.load import read_tensors
-from raynium.checkpoint.store import Store
 from raynium.config.schema import Config, ModelSection
 from raynium.convert.config_json import config_from_model
 from raynium.convert.nxd_folder import import_nxd_folder
@@ -29,6 +28,7 @@ from raynium.data.store import TOKENIZER_NAME
 from raynium.data.tokenizer import Tokenizer
 from raynium.models.decoder import Decoder
 from raynium.models.nxd_layout import KvOrder, heads_of_rank, kv_copies, pieces, zero1_pieces
+from raynium.storage.store import Store
 
 sys.path.append(str(Path(__file__).parent))  # pytest's import mode leaves it out
 from test_native_engine import LLAMA3, QWEN3, Run, assert_first_weights, config, reference, run, samples

@@ -15,8 +15,7 @@ from typer.testing import CliRunner
 
 from raynium.checkpoint.catalog import choose_checkpoint, list_checkpoints
 from raynium.checkpoint.load import read_tensors
-from raynium.checkpoint.store import Store
-from raynium.cli import app
+from raynium.cli.app import app
 from raynium.config.schema import ModelSection
 from raynium.convert.config_json import config_from_model
 from raynium.convert.nxd_files import load_tensors
@@ -25,6 +24,7 @@ from raynium.data.store import TOKENIZER_NAME
 from raynium.data.tokenizer import Tokenizer
 from raynium.errors import CheckpointDamaged, CheckpointError, CheckpointMismatch, RayniumError
 from raynium.models.decoder import Decoder
+from raynium.storage.store import Store
 
 STEP = 7
 HEAD_DIM = 12

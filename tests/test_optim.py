@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from raynium.config.schema import OptimizerSection
-from raynium.optim import decays, learning_rate
+from raynium.engines.optim import decays, learning_rate
 
 
 def rates(total_steps: int, **settings: object) -> list[float]:
@@ -61,6 +61,8 @@ def test_matrices_decay_and_norms_do_not() -> None:
 
 
 def test_importing_the_schedules_loads_no_torch() -> None:
-    modules = "raynium.optim, raynium.models.flops, raynium.models.plan, raynium.models.names, raynium.accelerators"
+    modules = (
+        "raynium.engines.optim, raynium.models.flops, raynium.models.plan, raynium.models.names, raynium.accelerators"
+    )
     code = f"import sys, {modules}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

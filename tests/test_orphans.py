@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from raynium.launch import orphans
-from raynium.launch.orphans import agent_mark, end_orphans
+from raynium.node import orphans
+from raynium.node.orphans import agent_mark, end_orphans
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="orphans are found in /proc")
 
@@ -20,9 +20,9 @@ AGENT = """
 import sys
 sys.path.insert(0, sys.argv[1])
 import _rank_programs
-from raynium.launch import orphans
+from raynium.node import orphans
 orphans.AGENT_VARIABLE = sys.argv[2]
-from raynium.launch.ranks import RankGroup
+from raynium.node.ranks import RankGroup
 group = RankGroup({0: {"RANK": "0"}}, "{}", program=_rank_programs.compile_for_long)
 while True:
     for rank, line in group.poll(1)[1]:

@@ -6,8 +6,8 @@ import pytest
 
 from raynium.accelerators.neuron import collectives_port
 from raynium.errors import LaunchError
-from raynium.launch import ports
-from raynium.launch.ports import rendezvous_port
+from raynium.node import ports
+from raynium.node.ports import rendezvous_port
 
 HOST = "127.0.0.1"
 

@@ -18,14 +18,18 @@ from neuron_twin import write_site
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from raynium.accelerators.base import Place
-from raynium.accelerators.checks import Wanted, compile_cache, foreign_processes, host_checks, neuron_devices
 from raynium.accelerators.cpu import CpuAccelerator
 from raynium.accelerators.cuda import CudaAccelerator
-from raynium.accelerators.host import NO_ANSWER, Check, RecordedHost, ThisHost
-from raynium.accelerators.metadata_service import MetadataService
 from raynium.accelerators.neuron import NeuronAccelerator
 from raynium.accelerators.neuron_xla import NeuronXlaAccelerator
-from raynium.accelerators.trial_checks import (
+from raynium.config.load import parse_config
+from raynium.config.schema import Config
+from raynium.hardware.catalog import INSTANCES
+from raynium.health.checks import Wanted, compile_cache, foreign_processes, host_checks, neuron_devices
+from raynium.health.host import NO_ANSWER, Check, RecordedHost, ThisHost
+from raynium.health.metadata_service import MetadataService
+from raynium.health.report import NodeReport, Report, blamed, rounds_of_pairs
+from raynium.health.trial_checks import (
     Gemm,
     RankResult,
     Reduced,
@@ -35,28 +39,21 @@ from raynium.accelerators.trial_checks import (
     ranks_check,
     reduce_check,
 )
-from raynium.checkpoint.store import Store
-from raynium.config.load import parse_config
-from raynium.config.schema import Config
-from raynium.hardware.catalog import INSTANCES
-from raynium.launch import orphans
-from raynium.launch.diagnosis import KernelLog
-from raynium.launch.ports import free_port
-from raynium.launch.preflight import (
+from raynium.node import orphans
+from raynium.node.diagnosis import KernelLog
+from raynium.node.ports import free_port
+from raynium.node.preflight import (
     NodeProbe,
-    NodeReport,
-    Report,
     TrialOrder,
-    blamed,
     cache_folder,
     kernel_log,
-    rounds_of_pairs,
     run_ranks,
     snapshot_bytes,
     storage_checks,
 )
-from raynium.launch.ranks import start_process
-from raynium.trial import multiply
+from raynium.node.ranks import start_process
+from raynium.rank.trial import multiply
+from raynium.storage.store import Store
 
 ROOT = Path(__file__).parents[1]
 FIXTURES = Path(__file__).parent / "fixtures/doctor"
@@ -228,7 +225,7 @@ def test_the_kernel_log_is_named_or_why_there_is_none(monkeypatch: pytest.Monkey
     (tmp_path / "kmsg").touch()
     for path, status, words in (("kmsg", "ok", "kmsg"), ("none", "warning", "none: No such file or directory")):
         log = KernelLog(tmp_path / path, programs=())
-        monkeypatch.setattr("raynium.launch.preflight.KernelLog", lambda log=log: log)
+        monkeypatch.setattr("raynium.node.preflight.KernelLog", lambda log=log: log)
         assert kernel_log().status == status and words in kernel_log().found
 
 
@@ -284,7 +281,7 @@ def test_storage_is_shared_and_its_clock_is_ours(tmp_path: Path, monkeypatch: py
     assert unwritable.is_bad
 
     times = iter([1_000.0, 1_001.0])
-    monkeypatch.setattr("raynium.launch.preflight.time.time", lambda: next(times))
+    monkeypatch.setattr("raynium.node.preflight.time.time", lambda: next(times))
     *_, clock = storage_checks(str(tmp_path), probes="probes", node="b")
     assert clock.status == "warning" and "chrony" in clock.remedy
 
@@ -440,7 +437,7 @@ def test_ranks_that_are_late_while_a_graph_is_compiled_say_nothing_about_the_nod
     busy = RecordedHost(
         folders={"/proc": ("1", "77", "self")}, files={"/proc/1/cmdline": "", "/proc/77/cmdline": command}
     )
-    monkeypatch.setattr("raynium.launch.preflight.ThisHost", lambda: busy)
+    monkeypatch.setattr("raynium.node.preflight.ThisHost", lambda: busy)
     found = ranks_check(run_ranks(CpuAccelerator(), config, order(world_size=4, seconds=8)))
     assert found.status == "warning" and "preflight.seconds" in found.remedy
     assert "rank 1: still in phase 'process group' after 8 s, while a compiler runs" in found.found

@@ -21,7 +21,7 @@ from sessions import kill_started
 from raynium import Client, Run
 from raynium.data.store_build import build_store
 from raynium.errors import LaunchError, RunFailed
-from raynium.launch.ports import free_port
+from raynium.node.ports import free_port
 from raynium.tracking.client import mlflow_client
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]  # what is waited for in here has limits of its own
@@ -42,7 +42,7 @@ preflight: {before_run: all, seconds: 120}
 # In every process of the head: no host name is short enough.
 BAD_NODE = """
 import importlib
-checks = importlib.import_module("raynium.accelerators.checks")
+checks = importlib.import_module("raynium.health.checks")
 checks.MAX_HOST_NAME_CHARS = 0
 """
 # In every process of either node: the kernel's log is a file of its own.

@@ -15,10 +15,8 @@ from typing import Any
 
 import pytest
 
-from raynium.checkpoint.checksum import UNIT_BYTES, checksum, to_text
 from raynium.checkpoint.commit import commit_checkpoint
-from raynium.checkpoint.manifest import FileEntry, SavedBlock, SavedBlocks, ShardEntry, shard_key, step_folder
-from raynium.checkpoint.store import Store
+from raynium.checkpoint.format.manifest import FileEntry, SavedBlock, SavedBlocks, ShardEntry, shard_key, step_folder
 from raynium.config.load import load_config, parse_config
 from raynium.config.schema import Config
 from raynium.data.store import TOKENIZER_NAME
@@ -28,7 +26,9 @@ from raynium.errors import ConfigError, DataError, RayniumError, RunInUse, Store
 from raynium.launch import preparation
 from raynium.launch import record as record_module
 from raynium.launch.preparation import Prepared, checked, finished_record, prepare, run_store
-from raynium.launch.record import RECORD_KEY, claim, read_record
+from raynium.run.record import RECORD_KEY, claim, read_record
+from raynium.storage.checksum import UNIT_BYTES, checksum, to_text
+from raynium.storage.store import Store
 from raynium.tracking.runs import TrackedRun
 
 JOB = """

@@ -17,8 +17,8 @@ from typing import Any
 
 import pytest
 
-from raynium.launch.protocol import RankExit
-from raynium.launch.ranks import LAST_LINES, LONGEST_LINE_BYTES, RankGroup, start_template
+from raynium.node.ranks import LAST_LINES, LONGEST_LINE_BYTES, RankGroup, start_template
+from raynium.run.protocol import RankExit
 
 TESTS = Path(__file__).parent
 
@@ -89,7 +89,7 @@ def test_a_rank_has_its_environment_and_torch_but_neither_ray_nor_mlflow(
     for rank, line in ended.lines:
         assert json.loads(line) == {
             "environment": dict(zip(names, [str(rank), f"value {rank}", "0"], strict=True)),
-            "loaded": ["raynium.rank", "torch"],
+            "loaded": ["raynium.rank.build", "torch"],
             "main": "__main__",
         }
     assert len(ended.lines) == 2
@@ -198,7 +198,7 @@ sys.stdout.flush()
 if __name__ == "__main__":
     sys.path.insert(0, sys.argv[1])
     import _rank_programs
-    from raynium.launch.ranks import RankGroup
+    from raynium.node.ranks import RankGroup
     group = RankGroup({rank: {"RANK": str(rank)} for rank in range(2)}, "{}", program=_rank_programs.hold_the_gil)
     while True:
         for rank, line in group.poll(1)[1]:

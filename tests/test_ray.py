@@ -26,7 +26,7 @@ from sessions import kill_started
 from raynium import Client, Run, find_run
 from raynium.data.store_build import build_store
 from raynium.errors import ConfigError, LaunchError, RunFailed, RunInUse
-from raynium.launch.record import RunRecord
+from raynium.run.record import RunRecord
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]  # what is waited for in here has limits of its own
 
@@ -166,7 +166,7 @@ def losses(run: Run) -> dict[int, list[float]]:
 def final_state(run: Run) -> dict[str, Any]:
     from raynium.checkpoint.catalog import latest
     from raynium.checkpoint.load import read_tensors
-    from raynium.checkpoint.store import Store
+    from raynium.storage.store import Store
 
     reference = latest(Store(run.url))
     assert reference is not None

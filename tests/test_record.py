@@ -10,9 +10,8 @@ from typing import Any
 
 import pytest
 
-from raynium.checkpoint.store import Store
 from raynium.errors import RunInUse, StoreError
-from raynium.launch.record import (
+from raynium.run.record import (
     OWNER_LOST_SECONDS,
     STOP_KEY,
     Owner,
@@ -23,6 +22,7 @@ from raynium.launch.record import (
     request_stop,
     this_process,
 )
+from raynium.storage.store import Store
 from raynium.tracking.ledger import Ledger
 
 CONFIG = {"train": {"steps": 4}}
@@ -43,7 +43,7 @@ def test_a_live_owner_keeps_its_run(tmp_path: Path) -> None:
 
 def test_a_dead_owner_loses_its_run_at_once_and_the_mlflow_run_stays(tmp_path: Path) -> None:
     script = (
-        "import sys; from raynium.checkpoint.store import Store; from raynium.launch.record import claim;"
+        "import sys; from raynium.storage.store import Store; from raynium.run.record import claim;"
         "claim(Store(sys.argv[1]), 'first', {}).update(state='running', mlflow_run_id='m1', generation=2);"
         "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
     )
@@ -161,13 +161,13 @@ def test_a_driver_that_was_taken_for_dead_notices_and_does_not_write(
     other = replace(keeper.record, owner=Owner("elsewhere", "boot", 7, "7"))
     store.replace("run.json", other.to_json())
     keeper.beat(step=5)  # too soon after the last one to say anything
-    monkeypatch.setattr("raynium.launch.record.HEARTBEAT_SECONDS", 0.0)
+    monkeypatch.setattr("raynium.run.record.HEARTBEAT_SECONDS", 0.0)
     with pytest.raises(RunInUse, match="taken over by process 7 on elsewhere"):
         keeper.beat(step=5)
     with pytest.raises(RunInUse, match="taken over by process 7 on elsewhere"):
         keeper.update(state="running", generation=2)
     assert read_record(store) == other
-    monkeypatch.setattr("raynium.launch.record.HEARTBEAT_SECONDS", 0.01)
+    monkeypatch.setattr("raynium.run.record.HEARTBEAT_SECONDS", 0.01)
     with keeper.beating():
         time.sleep(0.1)
     assert read_record(store) == other
@@ -177,7 +177,7 @@ def test_the_heart_goes_on_beating_when_the_clock_is_set_back(tmp_path: Path, mo
     keeper = claim(Store(tmp_path), "first", CONFIG)
     hour_ago = time.time() - 3600
     with monkeypatch.context() as patch:
-        patch.setattr("raynium.launch.record.time.time", lambda: hour_ago)
+        patch.setattr("raynium.run.record.time.time", lambda: hour_ago)
         keeper.beat(step=5)
     record = read_record(Store(tmp_path))
     assert record is not None and record.step == 5

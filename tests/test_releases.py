@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from raynium.accelerators.host import Check, RecordedHost
-from raynium.accelerators.releases import COMPONENTS, RELEASES, release_check, releases_of, versions
+from raynium.health.host import Check, RecordedHost
+from raynium.health.releases import COMPONENTS, RELEASES, release_check, releases_of, versions
 
 DPKG = "dpkg-query -W -f=${Version} "
 RPM = "rpm -q --qf %{VERSION} "

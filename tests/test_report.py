@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from raynium.accelerators.neuron_errors import Fault
-from raynium.launch.protocol import NodeFault
-from raynium.launch.record import Owner, RunRecord, this_process
+from raynium.health.faults import Fault
 from raynium.launch.report import goodput_line, report_lines, table_row, ui_lines
+from raynium.run.protocol import NodeFault
+from raynium.run.record import Owner, RunRecord, this_process
 from raynium.tracking.ledger import Ledger
 
 CONFIG = {"train": {"steps": 2000}, "run": {"root": "/data/my runs"}}

@@ -5,7 +5,7 @@ import re
 import pytest
 
 from raynium.config.load import load_config
-from raynium.config.rules import check
+from raynium.planning.rules import check
 
 EIGHT_B = "llama3-8b"  # 64 ranks of trn2.48xlarge, tensor 4, batch 128
 

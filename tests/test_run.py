@@ -8,16 +8,16 @@ from typing import Any
 
 import pytest
 
-from raynium.checkpoint.store import Store
 from raynium.config.load import parse_config
 from raynium.config.schema import Config
 from raynium.data.store_build import build_store
 from raynium.errors import ClusterLost, ConfigError, RunFailed, RunInUse, StoreError, TrackingError
 from raynium.launch import driver as driver_module
 from raynium.launch import run as run_module
-from raynium.launch.protocol import Status
-from raynium.launch.record import Owner, RunRecord, read_record
 from raynium.launch.run import run
+from raynium.run.protocol import Status
+from raynium.run.record import Owner, RunRecord, read_record
+from raynium.storage.store import Store
 from raynium.tracking.client import mlflow_client
 
 JOB = """
@@ -79,7 +79,7 @@ def train(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str | None]]:
             yield {"CPU": 2.0}
 
         monkeypatch.setattr(driver_module, "Driver", Driver)
-        monkeypatch.setattr(driver_module, "connect", connect)
+        monkeypatch.setattr("raynium.launch.connect.connect", connect)
         return addresses
 
     return pretend

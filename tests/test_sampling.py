@@ -8,9 +8,8 @@ import pytest
 import torch
 
 from raynium.checkpoint.commit import commit_checkpoint
-from raynium.checkpoint.image import ImageFile, plan_image, write_image
+from raynium.checkpoint.format.image import ImageFile, plan_image, write_image
 from raynium.checkpoint.state import Chunk
-from raynium.checkpoint.store import Store
 from raynium.checkpoint.upload import upload_shard
 from raynium.config.load import parse_config
 from raynium.config.schema import Config
@@ -19,6 +18,7 @@ from raynium.data.tokenizer import Tokenizer
 from raynium.errors import CheckpointError, StoreError
 from raynium.models.decoder import Decoder
 from raynium.sampling import MODEL_PREFIX, open_sampler
+from raynium.storage.store import Store
 
 JOB = """
 run: {name: test}

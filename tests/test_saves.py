@@ -9,10 +9,10 @@ import pytest
 from checkpoints import halves, random_tensor, upload_all
 
 from raynium.checkpoint.catalog import latest, list_checkpoints
-from raynium.checkpoint.store import Store
 from raynium.config.load import parse_config
 from raynium.errors import StoreError
-from raynium.launch.saves import MOST_COMING_IN, Saves, WholeSave
+from raynium.run.saves import MOST_COMING_IN, Saves, WholeSave
+from raynium.storage.store import Store
 
 JOB = """
 run: {name: test}
@@ -59,7 +59,7 @@ def told() -> list[str]:
 
 @pytest.fixture
 def saves(store: RefusingStore, told: list[str], monkeypatch: pytest.MonkeyPatch) -> Saves:
-    monkeypatch.setattr("raynium.launch.saves.pause_before_next_try", lambda tries, _: 0.001 if tries < 4 else None)
+    monkeypatch.setattr("raynium.run.saves.pause_before_next_try", lambda tries, _: 0.001 if tries < 4 else None)
     return Saves(parse_config(JOB), store, tell=told.append)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from raynium.errors import StoreError
-from raynium.launch.scratch import log_folder, scratch_folder
+from raynium.node.scratch import log_folder, scratch_folder
 
 
 @pytest.fixture(autouse=True)

@@ -12,12 +12,12 @@ import pytest
 
 import raynium
 from raynium import Client, Run, find_run, list_runs, sdk
-from raynium.checkpoint.store import Store
 from raynium.config.load import load_config, parse_config
 from raynium.errors import ConfigError, LaunchError, RunFailed, RunInUse, StoreError
 from raynium.launch import jobs
-from raynium.launch.record import STOP_KEY, Owner, RecordKeeper, claim
-from raynium.launch.scratch import log_folder
+from raynium.node.scratch import log_folder
+from raynium.run.record import STOP_KEY, Owner, RecordKeeper, claim
+from raynium.storage.store import Store
 from raynium.tracking.client import mlflow_client
 from raynium.tracking.runs import MetricPoint, open_run
 

@@ -11,12 +11,12 @@ import pytest
 
 from raynium import standalone
 from raynium.checkpoint.catalog import latest, list_checkpoints
-from raynium.checkpoint.store import Store
 from raynium.config.load import parse_config
 from raynium.data.store import TOKENIZER_NAME
 from raynium.data.store_build import build_store
-from raynium.launch.record import claim
+from raynium.run.record import claim
 from raynium.sampling import open_sampler
+from raynium.storage.store import Store
 
 JOB = """
 run: {name: alone, root: ROOT}

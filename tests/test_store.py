@@ -14,9 +14,10 @@ from uuid import uuid4
 
 import pytest
 
-from raynium.checkpoint.checksum import checksum, to_text
-from raynium.checkpoint.store import KeyExists, KeyMissing, Store
 from raynium.errors import StoreError
+from raynium.storage.backend import KeyExists, KeyMissing
+from raynium.storage.checksum import checksum, to_text
+from raynium.storage.store import Store
 
 PART = 5 * 2**20  # the smallest part S3 takes
 UNIT = 2**20
@@ -25,7 +26,7 @@ UNIT = 2**20
 @pytest.fixture
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Uploads of more than 5 MiB have several parts."""
-    monkeypatch.setattr("raynium.checkpoint.s3_store.PART_BYTES", PART)
+    monkeypatch.setattr("raynium.storage.s3_store.PART_BYTES", PART)
 
 
 @pytest.fixture(params=["file", pytest.param("s3", marks=pytest.mark.s3)])
@@ -319,8 +320,8 @@ def test_unfinished_files_are_collected_once_they_are_old(tmp_path: Path) -> Non
 def test_a_killed_upload_to_a_file_system_is_invisible_and_collected(tmp_path: Path) -> None:
     (tmp_path / "image").write_bytes(os.urandom(2 * UNIT))
     code = (
-        "import os, signal; import raynium.checkpoint.file_store as file_store\n"
-        "from raynium.checkpoint.store import Store\n"
+        "import os, signal; import raynium.storage.file_store as file_store\n"
+        "from raynium.storage.store import Store\n"
         "file_store.os.fsync = lambda _: os.kill(os.getpid(), signal.SIGKILL)\n"
         f"Store({str(tmp_path / 'run')!r}).upload_file('steps/shard', {str(tmp_path / 'image')!r})\n"
     )
@@ -407,7 +408,7 @@ def test_a_failed_part_leaves_no_open_upload(
     # The server is told a wrong checksum for the second part, as if its bytes had changed on the way
     wrong_for = checksum((tmp_path / "image").read_bytes()[PART : 2 * PART])
     monkeypatch.setattr(
-        "raynium.checkpoint.s3_store.to_text", lambda crc: to_text(crc ^ 1) if crc == wrong_for else to_text(crc)
+        "raynium.storage.s3_store.to_text", lambda crc: to_text(crc ^ 1) if crc == wrong_for else to_text(crc)
     )
     with pytest.raises(StoreError, match=r"parts/shard.*the bytes changed on the way"):
         store.upload_file("shard", tmp_path / "image", unit_bytes=UNIT)
@@ -451,7 +452,7 @@ def test_ctrl_c_during_an_upload_cleans_up(s3_server, tmp_path: Path) -> None:
     bucket = s3_server.create_bucket("ctrl-c")
     (tmp_path / "image").write_bytes(os.urandom(3 * PART))
     code = (
-        "import asyncio, os, signal, sys; from raynium.checkpoint.store import Store\n"
+        "import asyncio, os, signal, sys; from raynium.storage.store import Store\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # ignored in what a script starts with `&`
         f"store = Store({bucket!r}); fs = store._backend._fs; call = fs._call_s3\n"
         "async def slow(method, **request):\n"
@@ -459,7 +460,7 @@ def test_ctrl_c_during_an_upload_cleans_up(s3_server, tmp_path: Path) -> None:
         "    if method == 'upload_part': await asyncio.sleep(30)\n"
         "    return await call(method, **request)\n"
         "fs._call_s3 = slow\n"
-        f"import raynium.checkpoint.s3_store as s3_store; s3_store.PART_BYTES = {PART}\n"
+        f"import raynium.storage.s3_store as s3_store; s3_store.PART_BYTES = {PART}\n"
         f"try: store.upload_file('shard', {str(tmp_path / 'image')!r})\n"
         "except KeyboardInterrupt: sys.exit(7)\n"
     )

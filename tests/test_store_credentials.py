@@ -6,8 +6,8 @@ from uuid import uuid4
 import pytest
 import s3fs
 
-from raynium.checkpoint.store import Store
 from raynium.errors import StoreError
+from raynium.storage.store import Store
 
 
 @pytest.fixture(autouse=True)

@@ -18,11 +18,12 @@ from checkpoints import halves, random_tensor, same_bits, save
 from flaky_s3 import FlakyS3, cut, delay, hold, refuse, slow, swallow
 
 from raynium.checkpoint.catalog import open_checkpoint
-from raynium.checkpoint.checksum import checksum, to_text
 from raynium.checkpoint.load import read_tensors
-from raynium.checkpoint.store import KeyExists, Store
 from raynium.checkpoint.verify import verify_checkpoint
 from raynium.errors import StoreError
+from raynium.storage.backend import KeyExists
+from raynium.storage.checksum import checksum, to_text
+from raynium.storage.store import Store
 
 pytestmark = pytest.mark.s3
 
@@ -43,13 +44,13 @@ def bucket(s3_server) -> str:
 
 @pytest.fixture
 def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("raynium.checkpoint.s3_store._PAUSE_SECONDS", 0.001)
+    monkeypatch.setattr("raynium.storage.s3_store._PAUSE_SECONDS", 0.001)
 
 
 @pytest.fixture
 def store(s3_server, bucket: str, proxy: FlakyS3, short_pauses: None, monkeypatch: pytest.MonkeyPatch) -> Store:
     """Behind the proxy, with small parts."""
-    monkeypatch.setattr("raynium.checkpoint.s3_store.PART_BYTES", PART)
+    monkeypatch.setattr("raynium.storage.s3_store.PART_BYTES", PART)
     return Store(f"{bucket}/run", options=s3_server.options | {"endpoint_url": proxy.endpoint})
 
 
@@ -121,7 +122,7 @@ def test_many_parts_at_once_outlast_what_one_does(store: Store, proxy: FlakyS3, 
 def test_a_body_that_the_server_does_not_take_is_sent_again(
     s3_server, bucket: str, direct: Store, proxy: FlakyS3, short_pauses: None, monkeypatch, image, size: int
 ) -> None:
-    monkeypatch.setattr("raynium.checkpoint.s3_store._SILENCE_SECONDS", 1)
+    monkeypatch.setattr("raynium.storage.s3_store._SILENCE_SECONDS", 1)
     store = Store(f"{bucket}/run", options=s3_server.options | {"endpoint_url": proxy.endpoint})
     path = image(size)
     proxy.set(hold(of=["PutObject"], after_bytes=size // 2))
@@ -133,7 +134,7 @@ def test_a_body_that_the_server_does_not_take_is_sent_again(
 def test_a_server_that_never_takes_a_body_is_left(
     s3_server, bucket: str, proxy: FlakyS3, short_pauses: None, monkeypatch
 ) -> None:
-    monkeypatch.setattr("raynium.checkpoint.s3_store._SILENCE_SECONDS", 0.2)
+    monkeypatch.setattr("raynium.storage.s3_store._SILENCE_SECONDS", 0.2)
     store = Store(f"{bucket}/run", options=s3_server.options | {"endpoint_url": proxy.endpoint})
     proxy.set(delay(30))
     with pytest.raises(StoreError, match=r"nothing moved for 0\.2 s; the server has gone silent"):
@@ -143,7 +144,7 @@ def test_a_server_that_never_takes_a_body_is_left(
 def test_a_slow_upload_is_not_a_silent_one(
     s3_server, bucket: str, direct: Store, proxy: FlakyS3, short_pauses: None, monkeypatch, image
 ) -> None:
-    monkeypatch.setattr("raynium.checkpoint.s3_store._SILENCE_SECONDS", 3)  # the kernel's buffers hold one of data
+    monkeypatch.setattr("raynium.storage.s3_store._SILENCE_SECONDS", 3)  # the kernel's buffers hold one of data
     store = Store(f"{bucket}/run", options=s3_server.options | {"endpoint_url": proxy.endpoint})
     path = image(40 * 2**20)
     proxy.set(slow(8 * 2**20))
@@ -387,7 +388,7 @@ def test_a_read_that_cannot_end_says_why(store: Store, direct: Store, proxy: Fla
 def test_a_server_that_goes_silent_is_left(
     s3_server, bucket: str, proxy: FlakyS3, short_pauses: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("raynium.checkpoint.s3_store._SILENCE_SECONDS", 0.3)
+    monkeypatch.setattr("raynium.storage.s3_store._SILENCE_SECONDS", 0.3)
     store = Store(f"{bucket}/silent", options=s3_server.options | {"endpoint_url": proxy.endpoint})
     store.write_new("object", b"123")
     proxy.set(delay(30))
@@ -401,7 +402,7 @@ def test_a_server_that_goes_silent_is_left(
 def test_a_read_that_goes_silent_goes_on(
     store: Store, direct: Store, proxy: FlakyS3, monkeypatch: pytest.MonkeyPatch, size: int
 ) -> None:
-    monkeypatch.setattr("raynium.checkpoint.s3_store._SILENCE_SECONDS", 0.3)
+    monkeypatch.setattr("raynium.storage.s3_store._SILENCE_SECONDS", 0.3)
     store = Store(store.url, options=store._options)
     data = os.urandom(size)
     direct.write_new("object", data)
@@ -456,8 +457,8 @@ def test_a_killed_upload_is_invisible_and_collected(
 ) -> None:
     path = image(LARGE)
     code = (
-        f"import raynium.checkpoint.s3_store as s3_store; s3_store.PART_BYTES = {PART}\n"
-        "from raynium.checkpoint.store import Store\n"
+        f"import raynium.storage.s3_store as s3_store; s3_store.PART_BYTES = {PART}\n"
+        "from raynium.storage.store import Store\n"
         f"Store({bucket + '/run'!r}).upload_file('shard', {str(path)!r})\n"
     )
     proxy.set(phase)

@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 
-from raynium.checkpoint.checksum import checksum_units, from_text
-from raynium.checkpoint.manifest import ImageInfo, SavedBlocks, ShardEntry
-from raynium.checkpoint.store import Store
+from raynium.checkpoint.format.manifest import ImageInfo, SavedBlocks, ShardEntry
 from raynium.errors import StoreError
-from raynium.launch.ranks import start_process
-from raynium.launch.uploader import ATTEMPTS, Uploader
+from raynium.node.ranks import start_process
+from raynium.node.uploader import ATTEMPTS, Uploader
+from raynium.storage.checksum import checksum_units, from_text
+from raynium.storage.store import Store
 
 SHARD = "checkpoints/step-000000007/g1/shard-00003.safetensors"
 
@@ -132,7 +132,7 @@ def test_a_process_that_dies_again_and_again_is_given_up(
         killed.append(process.pid)
         os.kill(process.pid, signal.SIGKILL)
 
-    monkeypatch.setattr("raynium.launch.uploader.start_process", start_and_kill)
+    monkeypatch.setattr("raynium.node.uploader.start_process", start_and_kill)
     with pytest.raises(StoreError, match=f"died {ATTEMPTS} times under rank 3's shard of step 7"):
         uploader.upload(image(10), generation="g1", rank=3)
     assert len(killed) == ATTEMPTS

@@ -7,11 +7,11 @@
     │   ├── CheckpointDamaged      bytes differ from what the manifest says
     │   ├── SnapshotMemoryShort    a node has too little shared memory for its ranks' snapshots
     │   ├── CheckpointMismatch     whole, but contradicts the model or the config that asks for it
-    │   ├── CheckpointTooNew       of a newer format (checkpoint/manifest.py)
+    │   ├── CheckpointTooNew       of a newer format (checkpoint/format/manifest.py)
     │   └── StepTaken              another generation committed this step (checkpoint/commit.py)
     ├── StoreError             the run's folder or bucket: missing, full, or not permitted
-    │   ├── KeyExists              an exclusive create found the key taken (checkpoint/store.py)
-    │   └── KeyMissing             (checkpoint/store.py)
+    │   ├── KeyExists              an exclusive create found the key taken (storage/store.py)
+    │   └── KeyMissing             (storage/store.py)
     ├── TrackingError          MLflow cannot be reached, or refused what it was given
     └── LaunchError            the cluster, a node or a rank
         ├── ClusterLost            the Ray cluster under a driver stopped answering

@@ -8,11 +8,11 @@ import torch
 from raynium.checkpoint.catalog import choose_checkpoint
 from raynium.checkpoint.load import read_tensors
 from raynium.checkpoint.state import MODEL_PREFIX
-from raynium.checkpoint.store import Store
 from raynium.convert.config_json import saved_model
 from raynium.data.store import TOKENIZER_NAME
 from raynium.data.tokenizer import Tokenizer
 from raynium.models.decoder import Decoder
+from raynium.storage.store import Store
 
 
 @dataclass(frozen=True)

@@ -20,11 +20,11 @@ if TYPE_CHECKING:
     from raynium.checkpoint.catalog import CheckpointSummary
     from raynium.checkpoint.compare import Comparison
     from raynium.checkpoint.retention import Retention
-    from raynium.checkpoint.store import Store
     from raynium.checkpoint.verify import Damage, Depth
     from raynium.convert.config_json import Dtype
     from raynium.convert.export import Exported
-    from raynium.launch.record import RunRecord
+    from raynium.run.record import RunRecord
+    from raynium.storage.store import Store
     from raynium.tracking.runs import MetricPoint
 
 logger = logging.getLogger(__name__)
@@ -50,7 +50,7 @@ class Run:
 
         Raises StoreError while it has written nothing.
         """
-        from raynium.launch.record import read_record
+        from raynium.run.record import read_record
 
         record = read_record(self._store())
         if record is None:
@@ -65,7 +65,7 @@ class Run:
 
         Raises RunFailed with the cause, TimeoutError in time.
         """
-        from raynium.launch.record import LIVE_STATES, read_record
+        from raynium.run.record import LIVE_STATES, read_record
 
         deadline = None if timeout_seconds is None else time.monotonic() + timeout_seconds
         heard: float | None = None
@@ -121,7 +121,7 @@ class Run:
         """Which checkpoints the run keeps, by its config; None if no driver has started it (it was imported)."""
         from raynium.checkpoint.retention import Retention
         from raynium.config.schema import CheckpointSection
-        from raynium.launch.record import read_record
+        from raynium.run.record import read_record
 
         record = read_record(self._store())
         return Retention.of(CheckpointSection(**record.config["checkpoint"])) if record is not None else None
@@ -196,8 +196,8 @@ class Run:
     def logs(self, *, of: Literal["driver", "ranks"] = "driver") -> str:
         """The output so far of the driver, or of the ranks that ran on this host."""
         if of == "ranks":
-            from raynium.launch.node_log import node_logs
-            from raynium.launch.scratch import log_folder
+            from raynium.node.node_log import node_logs
+            from raynium.node.scratch import log_folder
 
             paths = node_logs(self._store().url)
             if not paths:
@@ -213,12 +213,12 @@ class Run:
 
     def stop(self) -> None:
         """Asks the run to save a checkpoint at its next step and end. Returns at once; `wait()` for it."""
-        from raynium.launch.record import request_stop
+        from raynium.run.record import request_stop
 
         request_stop(self._store())
 
     def _store(self) -> "Store":
-        from raynium.checkpoint.store import Store
+        from raynium.storage.store import Store
 
         return Store(self.url)
 
@@ -257,7 +257,7 @@ class Client:
         from raynium.config.load import dump_yaml, load_config
         from raynium.launch.jobs import submit_job
         from raynium.launch.preparation import check_resume, checked, run_store
-        from raynium.launch.record import unowned_record
+        from raynium.run.record import unowned_record
 
         resolved = checked(load_config(config, _with_name(overrides, name)))
         store = run_store(resolved)
@@ -300,9 +300,9 @@ def find_run(name: str, root: str = "runs") -> Run:
 
 def list_runs(root: str = "runs") -> "list[RunRecord]":
     """The records of all runs under `root`, newest first."""
-    from raynium.checkpoint.store import Store
     from raynium.config.paths import absolute_root
-    from raynium.launch.record import read_record
+    from raynium.run.record import read_record
+    from raynium.storage.store import Store
 
     store = Store(absolute_root(root))
     records = []

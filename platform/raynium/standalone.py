@@ -18,19 +18,19 @@ import torch.distributed as dist
 
 from raynium.checkpoint.catalog import resume_point
 from raynium.checkpoint.commit import commit_checkpoint
-from raynium.checkpoint.manifest import ImageInfo, ShardEntry
+from raynium.checkpoint.format.manifest import ImageInfo, ShardEntry
 from raynium.checkpoint.retention import Retention, apply_retention
-from raynium.checkpoint.store import Store
+from raynium.checkpoint.state import checkpoint_state, layout
 from raynium.checkpoint.upload import upload_shard
 from raynium.config.load import load_config
 from raynium.config.schema import Config
 from raynium.errors import RayniumError
 from raynium.launch.preparation import check_resume, checked, keep_tokenizer, prepare_data, run_store, saved_config
-from raynium.launch.record import unowned_record
-from raynium.launch.saves import checkpoint_state, layout
 from raynium.launch.settle import settled
-from raynium.rank import run
-from raynium.rank_plan import RankPlan
+from raynium.rank.build import run
+from raynium.rank.plan import RankPlan
+from raynium.run.record import unowned_record
+from raynium.storage.store import Store
 
 logger = logging.getLogger(__name__)
 

@@ -37,12 +37,12 @@ from s3_server import running_s3_server
 
 from raynium.checkpoint.catalog import open_checkpoint
 from raynium.checkpoint.commit import commit_checkpoint
-from raynium.checkpoint.image import ImageFile, plan_image, write_image
+from raynium.checkpoint.format.image import ImageFile, plan_image, write_image
 from raynium.checkpoint.load import load_checkpoint
 from raynium.checkpoint.reads import STREAMS
 from raynium.checkpoint.state import Chunk
-from raynium.checkpoint.store import Store
 from raynium.checkpoint.upload import upload_shard
+from raynium.storage.store import Store
 
 MOST_FETCHED = 1.1  # times what an eighth needs
 MOST_TIME = 1.1  # times the peer's

@@ -51,10 +51,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from s3_server import running_s3_server
 
-from raynium.checkpoint.manifest import ImageInfo, SavedBlocks
+from raynium.checkpoint.format.manifest import ImageInfo, SavedBlocks
 from raynium.checkpoint.state import Chunk
-from raynium.launch.uploader import Uploader
-from raynium.snapshots import Snapshots
+from raynium.node.uploader import Uploader
+from raynium.rank.snapshots import Snapshots
 from raynium.train.link import IMAGE_SLOTS
 
 MOST_STALL = 1.15  # × one warm memcpy

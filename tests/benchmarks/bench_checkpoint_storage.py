@@ -32,8 +32,8 @@ from typing import Any
 
 import numpy as np
 
-from raynium.checkpoint.checksum import PART_BYTES
-from raynium.checkpoint.store import Store
+from raynium.storage.checksum import PART_BYTES
+from raynium.storage.store import Store
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from s3_server import S3Server, running_s3_server

@@ -32,9 +32,9 @@ from raynium.data.loader import Loader
 from raynium.data.store import open_store
 from raynium.data.store_build import build_store
 from raynium.engines.native import build_native_engine
+from raynium.engines.optim import decays
 from raynium.models.decoder import Decoder
 from raynium.models.init import initialise
-from raynium.optim import decays
 from raynium.train.link import MemoryLink
 from raynium.train.loop import Cadence, train
 from raynium.train.metrics import Throughput

@@ -35,15 +35,15 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from raynium.checkpoint.catalog import CheckpointRef
-from raynium.checkpoint.checksum import UNIT_BYTES, FileChecksums, list_to_text, num_units, to_text
 from raynium.checkpoint.commit import build_manifest
-from raynium.checkpoint.image import plan_image
+from raynium.checkpoint.format.image import plan_image
+from raynium.checkpoint.format.manifest import FileEntry, ShardEntry, manifest_from_bytes, manifest_to_bytes, shard_key
 from raynium.checkpoint.load import wanted_ranges
-from raynium.checkpoint.manifest import FileEntry, ShardEntry, manifest_from_bytes, manifest_to_bytes, shard_key
 from raynium.checkpoint.reads import plan_requests
+from raynium.checkpoint.ref import CheckpointRef
 from raynium.checkpoint.state import Chunk
-from raynium.checkpoint.store import Store
+from raynium.storage.checksum import UNIT_BYTES, FileChecksums, list_to_text, num_units, to_text
+from raynium.storage.store import Store
 
 STEP = 1000
 TENSOR_WAYS = 8

@@ -113,7 +113,7 @@ class NeuronAccelerator:
 
 
 def default_cache(inherited: Mapping[str, str]) -> str:
-    """Where executables are kept if nobody says so; with a store behind it launch/compile_cache.py chooses.
+    """Where executables are kept if nobody says so; with a store behind it node/compile_cache.py chooses.
 
     torch-neuronx names them after the graph and the compiler's flags, of which the size of a logical core is none; the
     runtime loads none of another size.
@@ -184,7 +184,7 @@ def interface_towards(host: str, routes: str | None = None) -> str | None:
 def collectives_port(master_port: int) -> int:
     """The root communicator's port: another one than the rendezvous', and new in every generation as that is.
 
-    Every node must come to the same number, so it is made of the one number that all are told; launch/ports.py makes
+    Every node must come to the same number, so it is made of the one number that all are told; node/ports.py makes
     sure that it is free on the root's node.
     """
     return COLLECTIVES_PORTS[master_port % len(COLLECTIVES_PORTS)]

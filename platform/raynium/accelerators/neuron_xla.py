@@ -111,7 +111,7 @@ class NeuronXlaAccelerator:
 
 
 def default_cache() -> str:
-    """Where executables are kept if nobody says so; in a run launch/compile_cache.py does."""
+    """Where executables are kept if nobody says so; in a run node/compile_cache.py does."""
     return str(Path.home() / ".cache/raynium/neuron-compile-cache")
 
 

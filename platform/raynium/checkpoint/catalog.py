@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 from weakref import WeakKeyDictionary
 
-from raynium.checkpoint.manifest import (
+from raynium.checkpoint.format.manifest import (
     CHECKPOINTS_FOLDER,
     MANIFEST_NAME,
     CheckpointTooNew,
@@ -20,9 +20,11 @@ from raynium.checkpoint.manifest import (
     step_folder,
     step_of_folder,
 )
-from raynium.checkpoint.store import KeyMissing, Listing, Store
+from raynium.checkpoint.ref import CheckpointRef
 from raynium.checkpoint.verify import damage_text, verify_checkpoint
 from raynium.errors import CheckpointDamaged, CheckpointError, some
+from raynium.storage.backend import KeyMissing, Listing
+from raynium.storage.store import Store
 
 logger = logging.getLogger(__name__)
 
@@ -33,27 +35,6 @@ MANIFEST_READERS = 8  # hides S3's latency; a manifest of a thousand ranks may h
 _ASIDE_NAME = "manifest-damaged.json"
 _TAG_PREFIX = "tag-"
 _TAG = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}", re.ASCII)
-
-
-@dataclass(frozen=True)
-class CheckpointRef:
-    """A committed checkpoint: its place, and its manifest, already read and checked."""
-
-    store: Store
-    manifest: Manifest
-
-    @property
-    def step(self) -> int:
-        return self.manifest.step
-
-    @property
-    def uri(self) -> str:
-        """The checkpoint's folder, for people and MLflow."""
-        return self.store.uri(step_folder(self.step))
-
-    def shard_key(self, index: int) -> str:
-        """The key in the store of data file `index` of the manifest."""
-        return f"{step_folder(self.step)}/{self.manifest.shards[index].key}"
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 from pydantic import ValidationError
 
-from raynium.checkpoint.blocks import Column, shortest
-from raynium.checkpoint.catalog import CheckpointRef, open_checkpoint
-from raynium.checkpoint.manifest import (
+from raynium.checkpoint.catalog import open_checkpoint
+from raynium.checkpoint.format.blocks import Column, shortest
+from raynium.checkpoint.format.manifest import (
     DTYPES,
     Manifest,
     ShardEntry,
@@ -23,8 +23,10 @@ from raynium.checkpoint.manifest import (
     shard_key,
     step_folder,
 )
-from raynium.checkpoint.store import KeyExists, Store
+from raynium.checkpoint.ref import CheckpointRef
 from raynium.errors import CheckpointError
+from raynium.storage.backend import KeyExists
+from raynium.storage.store import Store
 
 logger = logging.getLogger(__name__)
 

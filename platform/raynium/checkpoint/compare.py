@@ -9,10 +9,10 @@ from typing import Literal
 
 import torch
 
-from raynium.checkpoint.batches import in_batches, in_file_order
-from raynium.checkpoint.catalog import CheckpointRef
+from raynium.checkpoint.format.batches import in_batches, in_file_order
+from raynium.checkpoint.format.manifest import TensorEntry
 from raynium.checkpoint.load import read_batch
-from raynium.checkpoint.manifest import TensorEntry
+from raynium.checkpoint.ref import CheckpointRef
 
 BATCH_BYTES = 256 * 2**20  # of each of the two; the largest tensor if that is more
 _INDEX = re.compile(r"(?<=[.-])[0-9]+(?=\.|$)")  # of a layer, or of a rank: blocks.7.norm.weight, rng/rank-00003

@@ -46,15 +46,16 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
 from torch.futures import Future
 
-from raynium.checkpoint.catalog import CheckpointRef, choose_checkpoint
+from raynium.checkpoint.catalog import choose_checkpoint
 from raynium.checkpoint.commit import commit_checkpoint
-from raynium.checkpoint.image import TORCH_DTYPES, ImageFile, plan_image, write_image
+from raynium.checkpoint.format.image import TORCH_DTYPES, ImageFile, plan_image, write_image
+from raynium.checkpoint.format.manifest import ShardEntry, TensorEntry
 from raynium.checkpoint.load import load_checkpoint
-from raynium.checkpoint.manifest import ShardEntry, TensorEntry
+from raynium.checkpoint.ref import CheckpointRef
 from raynium.checkpoint.state import Chunk
-from raynium.checkpoint.store import Store
 from raynium.checkpoint.upload import upload_shard
 from raynium.errors import CheckpointError, CheckpointMismatch
+from raynium.storage.store import Store
 
 logger = logging.getLogger(__name__)
 

@@ -13,12 +13,12 @@ from typing import Any, Literal
 
 import torch
 
-from raynium.checkpoint.blocks import Block
-from raynium.checkpoint.boxes import Box, boxes_of_flat_range, intersect, spans
-from raynium.checkpoint.catalog import CheckpointRef
-from raynium.checkpoint.image import TORCH_DTYPES, dtype_name
-from raynium.checkpoint.manifest import TensorEntry
+from raynium.checkpoint.format.blocks import Block
+from raynium.checkpoint.format.boxes import Box, boxes_of_flat_range, intersect, spans
+from raynium.checkpoint.format.image import TORCH_DTYPES, dtype_name
+from raynium.checkpoint.format.manifest import TensorEntry
 from raynium.checkpoint.reads import MAX_GAP_UNITS, Wanted, read_wanted
+from raynium.checkpoint.ref import CheckpointRef
 from raynium.checkpoint.state import Chunk
 from raynium.errors import CheckpointMismatch, some
 

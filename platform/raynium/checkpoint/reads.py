@@ -13,10 +13,10 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from queue import SimpleQueue
 
-from raynium.checkpoint.catalog import CheckpointRef
-from raynium.checkpoint.checksum import checksum, to_text
-from raynium.checkpoint.store import KeyMissing
+from raynium.checkpoint.ref import CheckpointRef
 from raynium.errors import CheckpointDamaged, StoreError, some
+from raynium.storage.backend import KeyMissing
+from raynium.storage.checksum import checksum, to_text
 
 STREAMS = 8  # requests in flight: hides S3's latency, and one stream of S3 is slower than any network card
 REQUEST_BYTES = 16 * 2**20  # of one request at most, and so of one stream's scratch memory; 16 MiB keep 8 streams busy

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Self
 
 from raynium.checkpoint.catalog import (
-    CheckpointRef,
     CheckpointSummary,
     StepFolder,
     check_files,
@@ -17,10 +16,11 @@ from raynium.checkpoint.catalog import (
     step_folders,
     summaries,
 )
-from raynium.checkpoint.manifest import CHECKPOINTS_FOLDER, step_folder
-from raynium.checkpoint.store import Store
+from raynium.checkpoint.format.manifest import CHECKPOINTS_FOLDER, step_folder
+from raynium.checkpoint.ref import CheckpointRef
 from raynium.config.schema import CheckpointSection
 from raynium.errors import CheckpointDamaged
+from raynium.storage.store import Store
 
 logger = logging.getLogger(__name__)
 

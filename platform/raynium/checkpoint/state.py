@@ -1,7 +1,9 @@
 """What an engine hands to checkpoints: the training state as named blocks of logical tensors."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from raynium.config.schema import Config
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,3 +24,19 @@ class Chunk:
     offsets: tuple[int, ...]  # where this block begins in the global tensor, one per dim
     tensor: "Tensor"  # this rank's block, on any device; shape gives the block's extent
     saved_here: bool  # of the ranks that hold this block exactly one saves it
+
+
+def checkpoint_state(config: Config, step: int) -> dict[str, Any]:
+    """What a manifest holds beside tensors: the position in the data is a pure function of the step."""
+    return {
+        "step": step,
+        "next_sample": step * config.train.global_batch_size,
+        "tokens": step * config.tokens_per_step,
+        "config": config.model_dump(mode="json"),
+    }
+
+
+def layout(config: Config) -> dict[str, int]:
+    """The degrees the state was cut by; for people, since any layout reads any other."""
+    parallel = config.parallel
+    return {"data": config.data_parallel_size, "tensor": parallel.tensor, "pipeline": parallel.pipeline}

@@ -1,9 +1,9 @@
 """What the node agent does with a rank's image: upload it, verify it, describe it. No torch."""
 
-from raynium.checkpoint.checksum import UNIT_BYTES, list_to_text, to_text
-from raynium.checkpoint.manifest import FileEntry, ImageInfo, ShardEntry, shard_key, step_folder
-from raynium.checkpoint.store import Store
+from raynium.checkpoint.format.manifest import FileEntry, ImageInfo, ShardEntry, shard_key, step_folder
 from raynium.errors import CheckpointError
+from raynium.storage.checksum import UNIT_BYTES, list_to_text, to_text
+from raynium.storage.store import Store
 
 
 def upload_shard(

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING, Literal
 
-from raynium.checkpoint.checksum import checksum, num_units
-from raynium.checkpoint.store import KeyMissing
 from raynium.errors import some
+from raynium.storage.backend import KeyMissing
+from raynium.storage.checksum import checksum, num_units
 
 if TYPE_CHECKING:
-    from raynium.checkpoint.catalog import CheckpointRef  # the catalog asks this module about its newest checkpoint
+    from raynium.checkpoint.ref import CheckpointRef
 
 ASKERS = 16  # requests in flight that read nothing: hides S3's latency
 READERS = 4  # requests in flight that read; each holds READ_BYTES in memory

@@ -1,7 +1,7 @@
 """The one schema of a run. A job file holds only what differs from these defaults.
 
 Every model is frozen and refuses unknown keys. A model checks its own fields here; rules that cross parts
-(batch × ranks, tensor parallelism × heads × cores, memory) are in `config/rules.py`.
+(batch × ranks, tensor parallelism × heads × cores, memory) are in `planning/rules.py`.
 """
 
 from typing import Annotated, Literal

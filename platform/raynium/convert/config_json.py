@@ -9,8 +9,8 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
-from raynium.checkpoint.catalog import CheckpointRef
-from raynium.checkpoint.manifest import first_problem
+from raynium.checkpoint.format.manifest import first_problem
+from raynium.checkpoint.ref import CheckpointRef
 from raynium.config.schema import ModelSection, RopeScaling
 from raynium.errors import CheckpointError, CheckpointMismatch
 

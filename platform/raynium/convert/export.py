@@ -21,12 +21,11 @@ from uuid import uuid4
 
 import torch
 
-from raynium.checkpoint.batches import in_batches, in_file_order, raw_bytes
-from raynium.checkpoint.catalog import CheckpointRef
-from raynium.checkpoint.file_store import sync_folder
-from raynium.checkpoint.image import TORCH_DTYPES
+from raynium.checkpoint.format.batches import in_batches, in_file_order, raw_bytes
+from raynium.checkpoint.format.image import TORCH_DTYPES
+from raynium.checkpoint.format.manifest import DTYPES, TensorEntry
 from raynium.checkpoint.load import read_batch
-from raynium.checkpoint.manifest import DTYPES, TensorEntry
+from raynium.checkpoint.ref import CheckpointRef
 from raynium.checkpoint.state import MODEL_PREFIX
 from raynium.config.schema import ModelSection
 from raynium.convert.config_json import Dtype, config_from_model, saved_model
@@ -35,6 +34,7 @@ from raynium.data.store import TOKENIZER_NAME
 from raynium.data.tokenizer import Tokenizer
 from raynium.errors import CheckpointError
 from raynium.models.names import hugging_face_names
+from raynium.storage.local_files import sync_folder
 
 logger = logging.getLogger(__name__)
 

@@ -18,13 +18,13 @@ import torch
 import yaml
 from safetensors import SafetensorError, safe_open
 
-from raynium.checkpoint.batches import raw_bytes
-from raynium.checkpoint.catalog import CheckpointRef, list_checkpoints
+from raynium.checkpoint.catalog import list_checkpoints
 from raynium.checkpoint.commit import commit_checkpoint, discard_save
-from raynium.checkpoint.image import plan_image
-from raynium.checkpoint.manifest import ShardEntry
+from raynium.checkpoint.format.batches import raw_bytes
+from raynium.checkpoint.format.image import plan_image
+from raynium.checkpoint.format.manifest import ShardEntry
+from raynium.checkpoint.ref import CheckpointRef
 from raynium.checkpoint.state import MODEL_PREFIX, Chunk
-from raynium.checkpoint.store import Store
 from raynium.checkpoint.upload import upload_shard
 from raynium.config.schema import ModelSection
 from raynium.convert.config_json import model_from_config
@@ -34,6 +34,7 @@ from raynium.data.store import TOKENIZER_NAME
 from raynium.data.tokenizer import Tokenizer
 from raynium.errors import CheckpointDamaged, CheckpointError, CheckpointMismatch, some
 from raynium.models.names import hugging_face_names
+from raynium.storage.store import Store
 
 logger = logging.getLogger(__name__)
 

@@ -11,12 +11,11 @@ from uuid import uuid4
 
 import torch
 
-from raynium.checkpoint.batches import raw_bytes
 from raynium.checkpoint.commit import commit_checkpoint, discard_save
-from raynium.checkpoint.image import plan_image
-from raynium.checkpoint.manifest import ShardEntry
+from raynium.checkpoint.format.batches import raw_bytes
+from raynium.checkpoint.format.image import plan_image
+from raynium.checkpoint.format.manifest import ShardEntry
 from raynium.checkpoint.state import Chunk
-from raynium.checkpoint.store import Store
 from raynium.checkpoint.upload import upload_shard
 from raynium.config.schema import ModelSection
 from raynium.convert.config_json import model_from_config
@@ -26,6 +25,7 @@ from raynium.data.store import TOKENIZER_NAME
 from raynium.data.tokenizer import Tokenizer
 from raynium.errors import CheckpointError, CheckpointMismatch, some
 from raynium.models.nxd_layout import KvOrder, by_stored, pieces
+from raynium.storage.store import Store
 
 logger = logging.getLogger(__name__)
 

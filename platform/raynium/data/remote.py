@@ -11,11 +11,11 @@ from fsspec import AbstractFileSystem
 from fsspec.core import url_to_fs
 
 from raynium.config.schema import DataSection
-from raynium.data.durable_files import checksum, exclusive, write_atomically
 from raynium.data.manifest import MANIFEST_NAME, Manifest, StoredFile
 from raynium.data.store import DocumentStore, open_store
 from raynium.data.store_build import build_store
 from raynium.errors import DataError
+from raynium.storage.local_files import checksum, exclusive, write_atomically
 
 logger = logging.getLogger(__name__)
 

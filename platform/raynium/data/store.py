@@ -19,10 +19,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from raynium.data.durable_files import checksum
 from raynium.data.manifest import MANIFEST_NAME, Manifest
 from raynium.data.tokenizer import Tokenizer
 from raynium.errors import DataError
+from raynium.storage.local_files import checksum
 
 TOKENIZER_NAME = "tokenizer.json"
 TOKEN_COUNTS_NAME = "train-token-counts.bin"

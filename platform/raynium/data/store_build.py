@@ -18,7 +18,6 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from raynium.data.corpus import Document, Skipped, is_held_out, name_hash, read_documents
-from raynium.data.durable_files import checksum, exclusive, write_atomically
 from raynium.data.manifest import (
     FORMAT_VERSION,
     MANIFEST_NAME,
@@ -40,6 +39,7 @@ from raynium.data.store import (
 )
 from raynium.data.tokenizer import Tokenizer
 from raynium.errors import DataError
+from raynium.storage.local_files import checksum, exclusive, write_atomically
 
 logger = logging.getLogger(__name__)
 

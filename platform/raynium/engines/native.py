@@ -17,21 +17,21 @@ from torch.distributed.tensor import DTensor, Partial, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from raynium.accelerators import Accelerator, native_fsdp
-from raynium.accelerators.compiles import Backend
 from raynium.accelerators.cpu import usable_cores
 from raynium.checkpoint.state import Chunk
 from raynium.config.schema import Config
 from raynium.data.batch import IGNORED_LABEL, Batch
 from raynium.engines.base import EvalSum, StepResult, Votes
 from raynium.engines.cross_entropy import summed_nats
+from raynium.engines.optim import decays, learning_rate
 from raynium.engines.parallelize import apply_fsdp, apply_tensor_parallel, fsdp_modules, parameter_names, wrap_blocks
 from raynium.engines.recompute import with_recompute_marks
 from raynium.engines.simple_fsdp import gather_in_forward, shard_parameters
+from raynium.engines.torch_compiles import Backend
 from raynium.models.decoder import Decoder
 from raynium.models.flops import parameter_count
 from raynium.models.init import init_block
 from raynium.models.plan import divided_sizes
-from raynium.optim import decays, learning_rate
 
 
 class Layout(NamedTuple):

@@ -26,6 +26,7 @@ from raynium.data.batch import IGNORED_LABEL, Batch
 from raynium.engines.base import EvalSum, StepResult, Votes
 from raynium.engines.nxd_layers import mark_copies, parallel_decoder, summed_nats
 from raynium.engines.nxd_pipeline import PipelinePasses, StagedDecoder, pipeline_config
+from raynium.engines.optim import decays, learning_rate
 from raynium.models.decoder import Block
 from raynium.models.init import init_block
 from raynium.models.nxd_layout import (
@@ -38,7 +39,6 @@ from raynium.models.nxd_layout import (
     zero1_pieces,
     zero1_rows,
 )
-from raynium.optim import decays, learning_rate
 
 # Token counts travel as base and rest, both exact in float32 on up to 4,096 ranks: Neuron collectives have no float64,
 # and more than 2**24 tokens in a step is a batch that people train with.

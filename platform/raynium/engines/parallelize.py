@@ -20,8 +20,8 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
-from raynium.accelerators.compiles import Backend
 from raynium.config.schema import EngineSection
+from raynium.engines.torch_compiles import Backend
 from raynium.models.decoder import Decoder
 from raynium.models.plan import Split, tensor_parallel_plan
 

@@ -14,7 +14,7 @@ from torch._dynamo.backends.registry import lookup_backend
 from torch.fx import GraphModule, Node
 from torch.utils.checkpoint import CheckpointPolicy
 
-from raynium.accelerators.compiles import Backend
+from raynium.engines.torch_compiles import Backend
 
 logger = logging.getLogger(__name__)
 

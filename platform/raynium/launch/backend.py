@@ -14,7 +14,8 @@ import ray
 import ray.train
 from ray.train.backend import Backend, BackendConfig
 
-from raynium.checkpoint.store import Store
+from raynium.storage.arrow import arrow_place
+from raynium.storage.store import Store
 
 ATTEMPT_VARIABLE = "RAYNIUM_ATTEMPT"  # read by `driver.run_agent` in each worker
 
@@ -59,12 +60,5 @@ def _set_environment(variables: dict[str, str]) -> None:
 
 def ray_storage(store: Store) -> dict[str, Any]:
     """Where Ray Train keeps its own small state: beside the run, on the same file system."""
-    if store.url.startswith("s3://"):
-        import fsspec
-        import pyarrow.fs
-
-        return {
-            "storage_path": store.url.removeprefix("s3://") + "/ray",
-            "storage_filesystem": pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(fsspec.filesystem("s3"))),
-        }
-    return {"storage_path": store.url + "/ray"}
+    path, file_system = arrow_place(store.child("ray"))
+    return {"storage_path": path} | ({"storage_filesystem": file_system} if file_system is not None else {})

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from raynium.launch.protocol import Status
+from raynium.run.protocol import Status
 
 # Without a terminal (a job's log) the progress line becomes ordinary lines, at most this often.
 LOG_SECONDS = 10.0

@@ -7,15 +7,12 @@ What comes before is in `preparation.py`, what comes after in `run.py`.
 import contextlib
 import json
 import logging
-import os
 import signal
-import socket
-import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any, Literal, cast
 
 import ray
@@ -24,82 +21,33 @@ import ray.train
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from raynium.accelerators.cpu import usable_cores
-from raynium.accelerators.detect import detect
 from raynium.config.schema import Config
 from raynium.errors import ClusterLost, LaunchError, RunFailed, StoreError, TrackingError
 from raynium.hardware.catalog import peak_note
-from raynium.launch.agent import Node, NodeAgent
-from raynium.launch.backend import ATTEMPT_VARIABLE, NodeAgentConfig, ray_storage
-from raynium.launch.coordinator import RunCoordinator
+from raynium.launch.backend import NodeAgentConfig, ray_storage
 from raynium.launch.display import Display
-from raynium.launch.node_log import log_to_file
 from raynium.launch.nodes import WAITING_SECONDS, free_nodes, label_selector, node_resources, patient, waiting_message
 from raynium.launch.preflight_cluster import Level, check_nodes
 from raynium.launch.preparation import Prepared
-from raynium.launch.protocol import NodeFault, Status
-from raynium.launch.record import RecordKeeper
+from raynium.launch.worker import run_agent
+from raynium.run.coordinator import RunCoordinator
+from raynium.run.protocol import NodeFault, Status
+from raynium.run.record import RecordKeeper
 from raynium.tracking.ledger import Ledger
 from raynium.tracking.runs import log_artifact_text, set_tags
 
 logger = logging.getLogger(__name__)
 
-# Ray replaces 127.0.0.1 by the network card's address; 127.0.0.2 it keeps (Linux: all of 127/8 is the loopback).
-LOOPBACK = "127.0.0.2"
 STATUS_SECONDS = 0.5  # how often the display is refreshed
 STOP_POLL_SECONDS = 2.0  # how often the run's store is asked for a stop request
 PAGE_RETRY_SECONDS = 60.0
-HEAD_ANSWERS_SECONDS = 5.0
 CLUSTER_LOST_SECONDS = 30.0  # a coordinator that died is back sooner
 AGENTS_END_SECONDS = 600.0  # after a failure, they still upload the last checkpoint before it
 
-# A driver that is killed leaves an agent that Ray has yet to end, while the next driver's may start beside it: they may
-# not both send metrics from one folder.
-AGENT_BEFORE_SECONDS = 60.0
 
 # Placements and starts of agents that fail, before Ray Train gives up; its default is never. It counts all of a
 # driver's life: in a month a few nodes die while agents start.
 CONTROLLER_FAILURE_LIMIT = 100
-
-
-@dataclass(frozen=True)
-class RayCoordinatorCalls:
-    """The coordinator as node agents reach it: a Ray actor."""
-
-    actor: Any
-
-    def call(self, method: str, *arguments: Any) -> "Future[Any]":
-        return getattr(self.actor, method).remote(*arguments).future()
-
-
-def run_agent(settings: dict[str, Any]) -> None:
-    """What Ray Train runs on each node. Referenced by name: it lives in the package, not in a job script."""
-    from raynium.data.remote import localize
-    from raynium.tracking.sender import MlflowTracker
-
-    config = Config.model_validate(settings["config"])
-    context = ray.train.get_context()
-    scratch = settings["scratch"]
-    log_to_file(settings["run_url"], context.get_node_rank())
-    NodeAgent(
-        config=config,
-        run_url=settings["run_url"],
-        node=Node(
-            attempt=os.environ[ATTEMPT_VARIABLE],
-            node_rank=context.get_node_rank(),
-            host=ray.util.get_node_ip_address(),
-            node_id=ray.get_runtime_context().get_node_id(),
-        ),
-        accelerator=detect(config.cluster.accelerator),
-        coordinator=RayCoordinatorCalls(settings["coordinator"]),
-        open_tracker=lambda: MlflowTracker(
-            f"{scratch}/spool/{settings['mlflow_run_id']}",
-            uri=settings["mlflow_uri"],
-            run_id=settings["mlflow_run_id"],
-            wait_seconds=AGENT_BEFORE_SECONDS,
-        ),
-        data_folder=lambda: str(localize(config.data.path, f"{scratch}/data")),
-    ).run()
 
 
 class Driver:
@@ -211,7 +159,7 @@ class Driver:
                 # Ray would restore a run of an equal name.
                 name=f"driver-{self.prepared.keeper.claim_number:06d}-{self._moves}",
                 failure_config=ray.train.FailureConfig(
-                    max_failures=-1,  # the coordinator counts them: see launch/patience.py
+                    max_failures=-1,  # the coordinator counts them: see run/patience.py
                     controller_failure_limit=CONTROLLER_FAILURE_LIMIT,
                 ),
                 **ray_storage(store),
@@ -413,79 +361,3 @@ def stop_on_signals(driver: Driver) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-@contextlib.contextmanager
-def connect(address: str | None, *, least_cpus: int = 1) -> Iterator[Mapping[str, float]]:
-    """Joins the cluster at `address`, or starts one here that ends with the context. Yields its resources.
-
-    `ray_environment.set_ray_environment` must have run before this module was imported.
-
-    least_cpus: CPU slots that a cluster of our own declares, also on a machine with fewer cores.
-    """
-    arguments: dict[str, Any] = {"address": address}
-    if address is None:
-        num_cpus = max(least_cpus, usable_cores())
-        arguments = {
-            "address": "local",
-            "include_dashboard": False,
-            "num_cpus": num_cpus,
-            "_node_ip_address": LOOPBACK,
-        }
-    if address is not None:
-        _look_for_head(address)
-    try:
-        with _other_process_group() if address is None else contextlib.nullcontext():
-            ray.init(log_to_driver=False, logging_level=logging.WARNING, **arguments)
-    except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
-        raise _unreachable(address, error) from error
-    try:
-        yield ray.cluster_resources()
-    except ClusterLost:
-        raise  # there is nothing left to shut down, and trying would wait for it
-    except BaseException:
-        ray.shutdown()
-        raise
-    ray.shutdown()
-
-
-def _look_for_head(address: str) -> None:
-    """Ray itself tries an address where nobody listens for minutes."""
-    host, _, port = address.rpartition("/")[2].rpartition(":")
-    if host and port.isdecimal():
-        try:
-            socket.create_connection((host, int(port)), HEAD_ANSWERS_SECONDS).close()
-        except OSError as error:
-            raise _unreachable(address, error) from error
-
-
-def _unreachable(address: str | None, error: Exception) -> LaunchError:
-    where = f"the Ray cluster at {address}" if address else "a Ray cluster on this machine"
-    return LaunchError(
-        f"cannot reach {where}: {error}. Check the address and that the cluster runs (`ray status`), and that "
-        f"RAY_AUTH_MODE and the token are those of the cluster"
-    )
-
-
-@contextlib.contextmanager
-def _other_process_group() -> Iterator[None]:
-    """What is started in here is in a process group of its own; this process comes back to its own.
-
-    So that a signal to the whole group (Ctrl-C in a terminal, `timeout`, a CI runner) reaches the driver, which saves
-    and ends, and not the cluster that it needs for that. The leader of a session (a container's first process) cannot
-    leave its group: then the cluster is in it too.
-    """
-    if os.getsid(0) == os.getpid():
-        yield
-        return
-    mine = os.getpgrp()
-    place = subprocess.Popen(["sleep", "60"])  # keeps our group in being, should we be the last one in it
-    leader = subprocess.Popen(["sleep", "60"], process_group=0)  # the leader of one group cannot make another
-    os.setpgid(0, leader.pid)
-    try:
-        yield
-    finally:
-        os.setpgid(0, mine)
-        for helper in (place, leader):
-            helper.kill()
-            helper.wait()

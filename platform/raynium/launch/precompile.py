@@ -12,15 +12,15 @@ import secrets
 import sys
 import tempfile
 
-from raynium.checkpoint.store import Store
 from raynium.config.load import load_config
 from raynium.config.schema import Config
 from raynium.errors import ClusterLost, RayniumError, StoreError
-from raynium.launch.compile_cache import FOLDER
 from raynium.launch.jobs import job_metadata
 from raynium.launch.preparation import checked, saved_config
-from raynium.launch.record import RunRecord
 from raynium.launch.run import run
+from raynium.node.compile_cache import FOLDER
+from raynium.run.record import RunRecord
+from raynium.storage.store import Store
 
 STEPS = 2  # as train/compiles.py, WARM_UP_CALLS: after them every shape of training has been seen
 

@@ -17,13 +17,14 @@ import ray
 import ray.exceptions
 from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
 
-from raynium.accelerators.host import Check
-from raynium.accelerators.trial_checks import RankResult, cluster_floor, ranks_check, reduce_check
-from raynium.checkpoint.store import Store
 from raynium.config.schema import Config
 from raynium.hardware.catalog import INSTANCES
+from raynium.health.host import Check
+from raynium.health.report import NodeReport, Report, blamed, rounds_of_pairs
+from raynium.health.trial_checks import RankResult, cluster_floor, ranks_check, reduce_check
 from raynium.launch.nodes import NODE_ID_LABEL, fitting_nodes
-from raynium.launch.preflight import NodeProbe, NodeReport, Report, TrialOrder, blamed, rounds_of_pairs
+from raynium.node.preflight import NodeProbe, TrialOrder
+from raynium.storage.store import Store
 
 PROBE_START_SECONDS = 60.0  # Python, Raynium and the job's runtime environment on a node
 BUSY_SECONDS = 10.0  # longer than for the nodes that had free cores: one that has not come by then has none

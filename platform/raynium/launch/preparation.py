@@ -11,19 +11,19 @@ from pathlib import Path
 from typing import Any
 
 from raynium.checkpoint.catalog import latest, step_folders
-from raynium.checkpoint.store import Store
 from raynium.config.load import dump_yaml
 from raynium.config.paths import placeholders, resolve
 from raynium.config.resume import resume_conflicts, resume_notes
-from raynium.config.rules import check
 from raynium.config.schema import Config
 from raynium.data.remote import prepare_store
 from raynium.data.store import TOKENIZER_NAME, DocumentStore
 from raynium.data.tokenizer import Tokenizer
 from raynium.errors import ConfigError, DataError
-from raynium.launch.record import RecordKeeper, RunRecord, claim, read_record, unowned_record
-from raynium.launch.scratch import log_folder, scratch_folder
 from raynium.models.flops import parameter_count
+from raynium.node.scratch import log_folder, scratch_folder
+from raynium.planning.rules import check
+from raynium.run.record import RecordKeeper, RunRecord, claim, read_record, unowned_record
+from raynium.storage.store import Store
 from raynium.tracking.client import check_reachable, redact
 from raynium.tracking.provenance import provenance_tags
 from raynium.tracking.runs import TrackedRun, log_artifact_text, open_run, resolve_uri

@@ -8,7 +8,7 @@ from datetime import datetime
 from pathlib import Path
 
 from raynium.launch.display import clock
-from raynium.launch.record import RunRecord
+from raynium.run.record import RunRecord
 from raynium.tracking.ledger import Ledger
 from raynium.tracking.runs import page_url
 

@@ -12,10 +12,10 @@ from raynium.config.schema import Config
 from raynium.errors import RunInUse, StoreError, TrackingError
 from raynium.launch.display import Display
 from raynium.launch.preparation import Prepared, checked, finished_record, prepare, run_store, saved_config
-from raynium.launch.protocol import Status
 from raynium.launch.ray_environment import set_ray_environment
-from raynium.launch.record import RunRecord
 from raynium.launch.settle import check_this_machine, settled
+from raynium.run.protocol import Status
+from raynium.run.record import RunRecord
 from raynium.tracking.runs import RunStatus, finish_run, log_artifact_text
 
 
@@ -29,7 +29,7 @@ def run(
     """
     config = checked(config)
     set_ray_environment(starts_cluster=address is None)
-    from raynium.launch.driver import connect  # imports ray, which takes seconds
+    from raynium.launch.connect import connect
 
     console = Console(highlight=False, soft_wrap=True)
     with contextlib.ExitStack() as cluster:

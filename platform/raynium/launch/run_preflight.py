@@ -11,7 +11,7 @@ from pathlib import Path
 
 from raynium.config.schema import Config
 from raynium.errors import LaunchError
-from raynium.launch.preflight import Report
+from raynium.health.report import Report
 from raynium.launch.preparation import checked, saved_config
 from raynium.launch.ray_environment import set_ray_environment
 from raynium.launch.settle import check_this_machine, settled
@@ -30,7 +30,7 @@ def run_preflight(config: Config, *, address: str | None, tell: Callable[[str], 
         check_this_machine(settled(config, cluster_resources=None, saved=saved_config(config)))
     set_ray_environment(starts_cluster=address is None)
     tell("starting a Ray cluster on this machine" if address is None else f"joining the Ray cluster at {address}")
-    from raynium.launch.driver import connect  # imports ray: some seconds
+    from raynium.launch.connect import connect
     from raynium.launch.nodes import node_resources, patient, waiting_message
     from raynium.launch.preflight_cluster import check_nodes
 

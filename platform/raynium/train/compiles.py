@@ -8,10 +8,10 @@ again (4.1 s): hidden_BTD is float32 [4, 256, 64], seen float32 [4, 512, 64]".
 from collections.abc import Callable
 from typing import Literal
 
-from raynium.accelerators.compiles import Compiled, GraphInput, TorchCompiles, difference, graph_input
 from raynium.checkpoint.state import Chunk
 from raynium.data.batch import Batch
 from raynium.engines.base import Engine, EvalSum, StepResult, Votes
+from raynium.engines.torch_compiles import Compiled, GraphInput, TorchCompiles, difference, graph_input
 from raynium.train.link import Link
 
 # Of steps, of evaluation calls, and of copies of the state that compile. The second may compile once more: what the

@@ -1,4 +1,4 @@
-"""The training loop. Every part it needs is an argument; `rank.py` builds them.
+"""The training loop. Every part it needs is an argument; `rank/build.py` builds them.
 
 One call of `train()` is one generation's work on one rank: from the step after the checkpoint it resumed from, to the
 last step of the run or to the first step at which some rank was asked to stop.
@@ -25,7 +25,7 @@ class Batches(Protocol):
 
 
 class Snapshots(Protocol):
-    """Saves the training state; see `raynium/snapshots.py`."""
+    """Saves the training state; see `raynium/rank/snapshots.py`."""
 
     def wants_to_skip(self) -> bool:
         """Whether this rank would rather leave out a save that came now."""

@@ -1,0 +1,237 @@
+"""The `raynium` command. Thin: each command parses, calls one function, and prints.
+
+`raynium --help` must answer in 0.3 s, so everything heavy is imported inside the commands.
+"""
+
+import os
+import sys
+import time
+from typing import Annotated
+
+import typer
+from typer import Argument, Option
+
+from raynium.cli import checkpoints as cli_checkpoints
+from raynium.cli import checks as cli_checks
+from raynium.cli import cluster as cli_cluster
+from raynium.errors import ClusterLost, ConfigError, RayniumError, StoreError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # plain help: rich would cost 0.1 s
+    help="Train large language models on AWS Trainium, on CUDA machines, or right here.",
+)
+
+ConfigArgument = Annotated[str, Argument(help="A YAML job file, or the name of a preset (quickstart, llama3-8b, …).")]
+OverridesArgument = Annotated[list[str] | None, Argument(help="Dotted overrides, e.g. train.steps=200 run.name=first")]
+RootOption = Annotated[str, Option(help="Folder or URL that holds the runs.", envvar="RAYNIUM_ROOT")]
+RunArgument = Annotated[str, Argument(help="The run's name.")]
+
+
+@app.command()
+def train(
+    config: ConfigArgument,
+    overrides: OverridesArgument = None,
+    address: Annotated[
+        str | None, Option(help="Ray cluster to train on, e.g. auto. Default: one started here.")
+    ] = None,
+) -> None:
+    """Train here and now.
+
+    Prepares the data, trains, evaluates, and ends with text from the model. Ctrl-C saves a checkpoint and ends; the
+    same command goes on from it, also after a crash.
+    """
+    from raynium.config.load import load_config
+    from raynium.launch.report import report_lines
+    from raynium.launch.run import run
+
+    try:
+        record = run(load_config(config, overrides or []), address=address)
+    except KeyboardInterrupt:
+        _print("interrupted: the same command goes on from the newest checkpoint")
+        raise typer.Exit(130) from None
+    _print(*report_lines(record))
+
+
+@app.command()
+def submit(
+    config: ConfigArgument,
+    overrides: OverridesArgument = None,
+    address: Annotated[
+        str, Option(help="Dashboard of the Ray cluster.", envvar="RAY_API_SERVER_ADDRESS")
+    ] = "http://127.0.0.1:8265",
+    wait: Annotated[bool, Option("--wait", help="Stay until the run has ended, and print its log.")] = False,
+) -> None:
+    """Check a job file, then start it as a job of a Ray cluster."""
+    from raynium.sdk import Client
+
+    run = Client(address).submit(config, overrides or [])
+    _print(f"run {run.name} is job {run.job_id}", f"it writes to {run.url}")
+    if wait:
+        try:
+            run.wait()
+        finally:
+            _print(run.logs())
+
+
+@app.command()
+def runs(root: RootOption = "runs") -> None:
+    """List the runs under a root, newest first."""
+    from rich.console import Console
+    from rich.table import Column, Table
+
+    from raynium.launch.report import table_row
+    from raynium.sdk import list_runs
+
+    table = Table(Column("run", overflow="fold"), "state", "step", "held-out bits/byte", "created", box=None)
+    for record in list_runs(root):
+        table.add_row(*table_row(record, time.time()))
+    if not table.row_count:
+        _print(f"no runs under {root}")
+        return
+    Console(width=None if sys.stdout.isatty() else 200).print(table)  # for grep: a run is one line
+
+
+@app.command()
+def status(name: RunArgument, root: RootOption = "runs") -> None:
+    """Show one run: state, metrics, checkpoints, page."""
+    from raynium.launch.report import report_lines
+    from raynium.sdk import find_run
+
+    run = find_run(name, root)
+    record = run.record()
+    _print(*report_lines(record))
+    for key, value in sorted((record.metrics or {}).items()):
+        _print(f"  {key:42} {value:,.6g}")
+    for each in run.checkpoints():
+        _print(f"  checkpoint of step {each.step:,}: {each.num_bytes / 1e6:,.1f} MB{_problem(each.problem)}")
+
+
+@app.command()
+def logs(
+    name: RunArgument,
+    root: RootOption = "runs",
+    ranks: Annotated[bool, Option("--ranks", help="The ranks' output on this host instead.")] = False,
+    address: Annotated[
+        str, Option(help="Dashboard of the Ray cluster, for a submitted run.", envvar="RAY_API_SERVER_ADDRESS")
+    ] = "http://127.0.0.1:8265",
+) -> None:
+    """Print what a run's driver has printed."""
+    from raynium.sdk import Client, Run, find_run
+
+    run = find_run(name, root)
+    job_id = run.record().job_id
+    if ranks:
+        _print(run.logs(of="ranks").rstrip())
+        return
+    _print((Run(run.name, run.url, Client(address), job_id) if job_id else run).logs().rstrip())
+
+
+@app.command()
+def stop(
+    name: RunArgument,
+    root: RootOption = "runs",
+    wait: Annotated[bool, Option("--wait/--no-wait", help="Stay until it has stopped.")] = True,
+) -> None:
+    """Have a run save a checkpoint at its next step and end."""
+    from raynium.launch.report import report_lines
+    from raynium.sdk import find_run
+
+    run = find_run(name, root)
+    record = run.record()
+    if not record.owner_is_alive(time.time()):
+        _print(f"run {name} does not run: it is {record.shown_state(time.time())} at step {record.step:,}")
+        return
+    run.stop()
+    _print(f"asked run {name} to save and end")
+    if wait:
+        _print(*report_lines(run.wait()))
+
+
+@app.command()
+def sample(
+    name: RunArgument,
+    prompt: Annotated[str, Argument(help="The text to continue.")] = "",
+    root: RootOption = "runs",
+    step: Annotated[int | None, Option(help="Which checkpoint. Default: the newest.")] = None,
+    max_new_tokens: Annotated[int, Option(min=1)] = 120,
+    temperature: Annotated[float, Option(min=0.0, help="0: the likeliest token each time.")] = 0.8,
+    seed: Annotated[int, Option(min=0)] = 0,
+) -> None:
+    """Continue a prompt with a run's model."""
+    from raynium.sdk import find_run
+
+    _print(
+        find_run(name, root).sample(
+            prompt, step=step, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed
+        )
+    )
+
+
+@app.command()
+def ui(
+    name: Annotated[str | None, Argument(help="A run to print the page of.")] = None,
+    root: RootOption = "runs",
+    port: Annotated[int, Option(help="Port of the MLflow UI.")] = 5000,
+) -> None:
+    """Serve the MLflow UI of the runs under a root.
+
+    On this machine only: nothing asks who is looking.
+    """
+    from raynium.config.paths import absolute_root
+    from raynium.launch.report import ui_lines
+    from raynium.sdk import find_run
+    from raynium.tracking.client import sqlite_path
+    from raynium.tracking.runs import resolve_uri, ui_command, ui_environment
+
+    record = find_run(name, root).record() if name else None
+    uri = (record.mlflow_uri if record else None) or resolve_uri(None, absolute_root(root))
+    if record is not None:
+        _print(ui_lines(record, port)[0])
+    if uri.startswith("http"):
+        if record is None:
+            _print(f"MLflow: {uri}")
+        return
+    if not sqlite_path(uri).exists():
+        raise StoreError(f"there is no {sqlite_path(uri)} yet: runs under {root} have tracked nothing there")
+    if record is None:
+        _print(f"MLflow: http://127.0.0.1:{port}")
+    sys.stdout.flush()
+    command = ui_command(uri, host="127.0.0.1", port=port)
+    os.execve(command[0], command, ui_environment())
+
+
+app.command()(cli_checks.doctor)
+app.command()(cli_checks.preflight)
+app.add_typer(cli_checkpoints.app, name="checkpoints")
+app.add_typer(cli_cluster.app, name="cluster")
+
+
+def main() -> None:
+    """Runs the command line. A mistake of the user's ends in one message, not in a traceback."""
+    try:
+        app(prog_name="raynium")
+    except ConfigError as error:
+        typer.secho(f"error: {error}", fg="red", err=True)
+        sys.exit(2)
+    except ClusterLost as error:
+        typer.secho(f"error: {error}", fg="red", err=True)
+        os._exit(1)
+    except RayniumError as error:
+        typer.secho(f"error: {error}", fg="red", err=True)
+        sys.exit(1)
+
+
+def _problem(problem: str | None) -> str:
+    return f" (damaged: {problem})" if problem else ""
+
+
+def _print(*lines: str) -> None:
+    for line in lines:
+        typer.echo(line)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,358 @@
+"""The `raynium checkpoints` commands. Thin, and everything heavy is imported inside, as in `cli/app.py`."""
+
+import re
+import time
+from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime
+from enum import StrEnum
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+from typer import Argument, Option
+
+if TYPE_CHECKING:
+    from raynium.checkpoint.compare import Comparison
+    from raynium.checkpoint.ref import CheckpointRef
+    from raynium.storage.store import Store
+
+app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="List, check, move and remove checkpoints.")
+
+RootOption = Annotated[str, Option(help="Folder or URL that holds the runs.", envvar="RAYNIUM_ROOT")]
+RunArgument = Annotated[str, Argument(metavar="RUN", help="The run's name.")]
+StepOption = Annotated[int | None, Option(help="Which checkpoint. Default: the newest.")]
+
+SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?) ?([KMGT]i?)?B?", re.IGNORECASE)
+MULTIPLES = (
+    {"": 1} | {f"{p}i": 2 ** (10 * i) for i, p in enumerate("kmgt", 1)} | {p: 1000**i for i, p in enumerate("kmgt", 1)}
+)
+
+
+class KvOrderChoice(StrEnum):
+    """Of the ranks that share a key/value head: as a Trainium1 saves them, or a Trainium2."""
+
+    INTERLEAVED = "interleaved"
+    ADJACENT = "adjacent"
+
+
+@app.command("ls")
+def list_(name: RunArgument, root: RootOption = "runs") -> None:
+    """List a run's checkpoints, oldest first, and why each is kept."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from raynium.checkpoint.retention import reasons_to_keep
+    from raynium.sdk import find_run
+
+    run = find_run(name, root)
+    found = run.checkpoints()
+    if not found:
+        state = run.record().state  # StoreError if there is no such run
+        typer.echo(f"run {name} ({state}) has no checkpoint yet")
+        return
+    policy = run.retention()
+    reasons = reasons_to_keep(found, policy) if policy is not None else None
+    table = Table("step", "size", "ranks", "saved", "kept for", "manifest", box=None)
+    for each in found:
+        # Without a driver there is no policy, and nothing is deleted
+        why = reasons[each.step] if reasons is not None else [f"tag {tag}" for tag in each.tags]
+        kept = ", ".join(why) or ("" if reasons is None else "goes after the next save")
+        if each.problem is None:
+            saved = _ago(time.time() - each.committed_unix)
+            table.add_row(f"{each.step:,}", _size(each.num_bytes), str(each.world_size), saved, kept, "whole")
+        else:
+            table.add_row(f"{each.step:,}", "", "", "", kept, "cannot be used, see below")
+    Console().print(table)
+    for each in found:
+        if each.problem is not None:
+            typer.echo(f"step {each.step:,}: {each.problem}")
+
+
+@app.command()
+def show(name: RunArgument, root: RootOption = "runs", step: StepOption = None) -> None:
+    """Describe one checkpoint, and say what can load it."""
+    from raynium.checkpoint.catalog import checkpoint_tags, choose_checkpoint
+
+    ref = choose_checkpoint(_store(name, root), step)
+    for title, text in _description(ref, checkpoint_tags(ref.store, ref.step), time.time()):
+        typer.echo(f"{title:20}{text}")
+
+
+@app.command()
+def verify(
+    name: RunArgument,
+    root: RootOption = "runs",
+    step: StepOption = None,
+    deep: Annotated[bool, Option("--deep", help="Read every byte and compare checksums.")] = False,
+) -> None:
+    """Check a checkpoint's files against its manifest.
+
+    Without --deep the store is asked for their sizes and, where it keeps them (S3), their checksums; nothing is read.
+    Exits with 1 if it is damaged.
+    """
+    from raynium.checkpoint.catalog import choose_checkpoint
+    from raynium.checkpoint.verify import damage_text, verify_checkpoint
+    from raynium.errors import CheckpointDamaged
+
+    ref = choose_checkpoint(_store(name, root), step)
+    if damages := verify_checkpoint(ref, depth="contents" if deep else "stored"):
+        raise CheckpointDamaged(damage_text(ref.step, damages))
+    stored = "sizes and checksums" if ref.store.url.startswith("s3://") else "sizes"
+    done = "all bytes read, all checksums right" if deep else f"{stored} right as stored; --deep would read them"
+    typer.echo(f"step {ref.step:,} is whole: {_files(ref)}, {_size(ref.manifest.num_bytes)}, {done}")
+
+
+@app.command()
+def tag(
+    name: RunArgument,
+    step: Annotated[int, Argument(metavar="STEP", help="Which checkpoint.")],
+    tag: Annotated[str, Argument(metavar="TAG", help="A name, such as release or before-the-spike.")],
+    root: RootOption = "runs",
+    remove: Annotated[bool, Option("--remove", help="Take the tag away.")] = False,
+) -> None:
+    """Keep a checkpoint for as long as it has this tag."""
+    from raynium.sdk import find_run
+
+    run = find_run(name, root)
+    if remove:
+        run.untag(step, tag)
+        typer.echo(f"step {step:,} of run {name} is no longer tagged {tag}")
+    else:
+        run.tag(step, tag)
+        typer.echo(f"step {step:,} of run {name} is tagged {tag}, and kept until the tag is removed")
+
+
+@app.command()
+def export(
+    name: RunArgument,
+    folder: Annotated[str, Argument(metavar="FOLDER", help="The folder to make; it must not exist.")],
+    root: RootOption = "runs",
+    step: StepOption = None,
+    dtype: Annotated[
+        Literal["float32", "bfloat16"], Option(help="float32 keeps every bit; bfloat16 is half the size.")
+    ] = "float32",
+    max_shard_size: Annotated[
+        str, Option(help="Of one file of weights, e.g. 500MB. Also the memory this takes.")
+    ] = "2GiB",
+) -> None:
+    """Write a checkpoint as a Hugging Face folder."""
+    from raynium.sdk import find_run
+
+    done = find_run(name, root).export(folder, step=step, dtype=dtype, max_shard_bytes=_bytes(max_shard_size))
+    typer.echo(
+        f"exported step {done.step:,} to {done.folder}: {done.num_tensors} tensors, {_size(done.num_bytes)} of {dtype} "
+        f"in {len(done.files)} file(s)"
+    )
+
+
+@app.command("import")
+def import_(
+    folder: Annotated[
+        str, Argument(metavar="FOLDER", help="A Hugging Face folder, or a neuronx-distributed checkpoint.")
+    ],
+    name: Annotated[str, Argument(metavar="RUN", help="The name of the new run.")],
+    root: RootOption = "runs",
+    model: Annotated[
+        str | None,
+        Option(help="For neuronx-distributed: a Hugging Face folder with this model's config.json and tokenizer.json."),
+    ] = None,
+    optimizer: Annotated[bool, Option(help="For neuronx-distributed: take the optimizer's state too.")] = True,
+    kv_order: Annotated[
+        KvOrderChoice, Option(help="For neuronx-distributed, where ranks share a key/value head: how they stand.")
+    ] = KvOrderChoice.INTERLEAVED,
+) -> None:
+    """Make a Llama 3 or Qwen 3 model the start of a new run.
+
+    A checkpoint of neuronx-distributed brings its optimizer along, and the run goes on at its step.
+    """
+    from raynium.config.paths import absolute_root
+    from raynium.convert.import_folder import import_folder
+    from raynium.convert.nxd_folder import import_nxd_folder
+
+    _check_new_name(name)
+    if model is None:
+        imported = import_folder(folder, _store(name, root))
+    else:
+        imported = import_nxd_folder(
+            folder, _store(name, root), model_folder=model, with_optimizer=optimizer, kv_order=kv_order.value
+        )
+    typer.echo(f"# {folder} is step {imported.ref.step} of run {name}; a job with these lines trains it further:")
+    typer.echo(imported.job_snippet(name=name, root=absolute_root(root)).rstrip())
+
+
+@app.command("rm")
+def remove(
+    name: RunArgument,
+    step: Annotated[int, Option(help="Which checkpoint.")],
+    root: RootOption = "runs",
+    yes: Annotated[bool, Option("--yes", help="Do not ask.")] = False,
+    force: Annotated[bool, Option("--force", help="Also the newest one, or a tagged one.")] = False,
+) -> None:
+    """Delete one checkpoint."""
+    from raynium.run.removal import check_removable, remove_checkpoint
+
+    store = _store(name, root)
+    check_removable(store, step, force=force)  # before the question: it may make no sense
+    if not yes:
+        typer.confirm(f"delete the checkpoint of step {step:,} of run {name} under {root} for good?", abort=True)
+    remove_checkpoint(store, step, force=force)
+    typer.echo(f"deleted the checkpoint of step {step:,} of run {name}")
+
+
+@app.command()
+def diff(
+    first: Annotated[str, Argument(metavar="RUN[@STEP]", help="A run's name, and a step if not the newest.")],
+    second: Annotated[str, Argument(metavar="RUN[@STEP]", help="What to compare it with.")],
+    root: RootOption = "runs",
+    every: Annotated[bool, Option("--all", help="A line for each tensor that differs, layers not folded.")] = False,
+) -> None:
+    """Compare two checkpoints bit by bit, whatever their layouts.
+
+    Prints how many tensors are equal, then those that differ. Exits with 1 if there are any.
+    """
+    from raynium.checkpoint.compare import compare
+
+    found = compare(_named(first, root), _named(second, root))
+    if not found.differences:
+        typer.echo(f"equal: all {len(found.names)} tensors have the same bits")
+        return
+    _print_counts(found)
+    for line in [f"{each.name} {each.text}" for each in found.differences] if every else found.lines():
+        typer.echo(line)
+    typer.echo(f"{len(found.differences)} of {len(found.names)} tensors differ")
+    raise typer.Exit(1)
+
+
+# ---- arguments ----------------------------------------------------------------------------------------------------
+
+
+def _store(name: str, root: str) -> "Store":
+    from raynium.sdk import find_run
+    from raynium.storage.store import Store
+
+    return Store(find_run(name, root).url)
+
+
+def _named(text: str, root: str) -> "CheckpointRef":
+    """The checkpoint that `run` or `run@step` names."""
+    from raynium.checkpoint.catalog import choose_checkpoint
+
+    name, _, step = text.partition("@")
+    if "@" in text and not step.isdecimal():
+        raise typer.BadParameter(f"{text!r} names no step: write {name}@1000, or {name} for its newest checkpoint")
+    return choose_checkpoint(_store(name, root), int(step) if step else None)
+
+
+def _bytes(text: str) -> int:
+    match = SIZE.fullmatch(text)
+    if match is None:
+        raise typer.BadParameter(f"{text!r} is no size: write a number with a unit, such as 500MB or 2GiB")
+    return int(float(match[1]) * MULTIPLES[(match[2] or "").lower()])
+
+
+def _check_new_name(name: str) -> None:
+    from pydantic import ValidationError
+
+    from raynium.config.schema import RunSection
+    from raynium.errors import ConfigError
+
+    try:
+        RunSection(name=name)
+    except ValidationError as error:
+        rule = RunSection.model_fields["name"].description
+        raise ConfigError([f"run.name is {name!r}: it must be {rule}"]) from error
+
+
+def _print_counts(found: "Comparison") -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from raynium.checkpoint.compare import OUTCOMES
+
+    table = Table("tensors of", *OUTCOMES, box=None)
+    for group, counts in found.counts().items():
+        table.add_row(group, *(f"{counts[outcome]:,}" for outcome in OUTCOMES))
+    Console().print(table)
+
+
+# ---- words --------------------------------------------------------------------------------------------------------
+
+
+def _description(ref: "CheckpointRef", tags: Sequence[str], now_unix: float) -> Iterator[tuple[str, str]]:
+    """(title, text) lines about a checkpoint."""
+    manifest = ref.manifest
+    when = datetime.fromtimestamp(manifest.committed_unix, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+    layout = ", ".join(f"{key} {value}" for key, value in manifest.layout.items())
+    came_from = "" if manifest.parent_step is None else f", which began at step {manifest.parent_step:,}"
+    yield "step", f"{ref.step:,}"
+    yield "place", ref.uri
+    yield "size", f"{_size(manifest.num_bytes)} in {_files(ref)}"
+    yield "saved", f"{when} ({_ago(now_unix - manifest.committed_unix)})"
+    if (timing := manifest.timing) is not None:
+        yield (
+            "took",
+            f"training stood still {timing.stall_seconds:.3g} s; upload {timing.upload_seconds:.3g} s, commit "
+            f"{timing.commit_seconds:.3g} s",
+        )
+    if tags:
+        yield "tags", ", ".join(tags)
+    for metric, value in sorted(manifest.metrics.items()):
+        yield metric, f"{value:.6g}"
+    if imported_from := manifest.state.get("imported_from"):
+        yield "imported", f"from {imported_from}"
+    else:
+        yield "saved by", f"{manifest.world_size} rank(s) ({layout}) of generation {manifest.generation}{came_from}"
+    for kind in ("model", "optimizer", "rng"):
+        if line := _tensors(ref, f"{kind}/"):
+            yield kind, line
+    yield "loads into", _who_can_load(ref)
+
+
+def _tensors(ref: "CheckpointRef", prefix: str) -> str:
+    """How many tensors of a kind there are, of which dtypes, and what they take; "" if there are none."""
+    from math import prod
+
+    from raynium.checkpoint.format.manifest import DTYPES
+
+    entries = [entry for entry in ref.manifest.tensors if entry.name.startswith(prefix)]
+    if not entries:
+        return ""
+    numbers = sum(prod(entry.global_shape) for entry in entries)
+    num_bytes = sum(prod(entry.global_shape) * DTYPES[entry.dtype][1] for entry in entries)
+    dtypes = ", ".join(sorted({entry.dtype for entry in entries}))
+    return f"{len(entries)} tensors, {numbers:,} numbers, {dtypes}, {_size(num_bytes)}"
+
+
+def _who_can_load(ref: "CheckpointRef") -> str:
+    """The model, the layouts, and what starts anew."""
+    from math import gcd
+
+    from raynium.convert.config_json import saved_model
+    from raynium.models.plan import divided_sizes
+
+    model = saved_model(ref)
+    sizes = divided_sizes(model, seq_len=0)  # 0 is a multiple of every degree: the data is not part of a checkpoint
+    largest = gcd(*sizes.values())
+    degrees = ", ".join(str(degree) for degree in range(1, largest + 1) if largest % degree == 0)
+    optimizer = "; the optimizer begins anew" if ref.manifest.weights_only else ""
+    return (
+        f"{model.family} of {model.num_layers} layers, hidden size {model.hidden_size:,}, vocabulary "
+        f"{model.vocab_size:,}, {model.embeddings} embeddings; any number of ranks, tensor-parallel degree "
+        f"{degrees}{optimizer}"
+    )
+
+
+def _files(ref: "CheckpointRef") -> str:
+    return f"{len(ref.manifest.shards)} file(s)"
+
+
+def _size(num_bytes: int) -> str:
+    if num_bytes >= 1e9:
+        return f"{num_bytes / 1e9:,.2f} GB"
+    return f"{num_bytes / 1e6:.1f} MB" if num_bytes >= 1e5 else f"{num_bytes / 1e3:.1f} kB"
+
+
+def _ago(seconds: float) -> str:
+    for unit, length in (("days", 86_400), ("h", 3_600), ("min", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.0f} {unit} ago"
+    return f"{max(seconds, 0):.0f} s ago"

@@ -1,0 +1,60 @@
+"""What Ray Train runs on each node: the node agent, and how it reaches the coordinator."""
+
+import os
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+import ray.exceptions
+import ray.train
+
+from raynium.accelerators.detect import detect
+from raynium.config.schema import Config
+from raynium.launch.backend import ATTEMPT_VARIABLE
+from raynium.node.agent import Node, NodeAgent
+from raynium.node.node_log import log_to_file
+
+# A driver that is killed leaves an agent that Ray has yet to end, while the next driver's may start beside it: they may
+# not both send metrics from one folder.
+AGENT_BEFORE_SECONDS = 60.0
+
+
+@dataclass(frozen=True)
+class RayCoordinatorCalls:
+    """The coordinator as node agents reach it: a Ray actor."""
+
+    actor: Any
+
+    def call(self, method: str, *arguments: Any) -> "Future[Any]":
+        return getattr(self.actor, method).remote(*arguments).future()
+
+
+def run_agent(settings: dict[str, Any]) -> None:
+    """What Ray Train runs on each node. Referenced by name: it lives in the package, not in a job script."""
+    from raynium.data.remote import localize
+    from raynium.tracking.sender import MlflowTracker
+
+    config = Config.model_validate(settings["config"])
+    context = ray.train.get_context()
+    scratch = settings["scratch"]
+    log_to_file(settings["run_url"], context.get_node_rank())
+    NodeAgent(
+        config=config,
+        run_url=settings["run_url"],
+        node=Node(
+            attempt=os.environ[ATTEMPT_VARIABLE],
+            node_rank=context.get_node_rank(),
+            host=ray.util.get_node_ip_address(),
+            node_id=ray.get_runtime_context().get_node_id(),
+        ),
+        accelerator=detect(config.cluster.accelerator),
+        coordinator=RayCoordinatorCalls(settings["coordinator"]),
+        open_tracker=lambda: MlflowTracker(
+            f"{scratch}/spool/{settings['mlflow_run_id']}",
+            uri=settings["mlflow_uri"],
+            run_id=settings["mlflow_run_id"],
+            wait_seconds=AGENT_BEFORE_SECONDS,
+        ),
+        data_folder=lambda: str(localize(config.data.path, f"{scratch}/data")),
+    ).run()

@@ -1,0 +1,174 @@
+"""Snapshot images: memory of the node that outlives a rank and ends with its agent, and which of them holds what."""
+
+import logging
+import os
+import re
+import shutil
+import tempfile
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from raynium.checkpoint.format.manifest import ImageInfo, ShardEntry
+from raynium.run.process import pid_started
+from raynium.run.protocol import HeldImages
+from raynium.train.link import IMAGE_SLOTS
+
+logger = logging.getLogger(__name__)
+
+
+def shared_memory_folder() -> Path:
+    """Memory that files can live in. Where there is none (not Linux) the temporary folder stands in."""
+    shm = Path("/dev/shm")
+    return shm if shm.is_dir() else Path(tempfile.gettempdir())
+
+
+def make_image_folder(run_name: str, parent: Path | None = None) -> Path:
+    """A folder of this process's own; those that killed agents of this user left behind are removed first.
+
+    Nobody else would: an agent that was killed leaves gigabytes of memory that no process owns.
+    """
+    parent = parent or shared_memory_folder()
+    for folder in parent.glob(f"raynium-{os.getuid()}-*"):
+        owner = re.fullmatch(r"raynium-\d+-(\d+)-(\d+)-.*", folder.name)
+        if owner is not None and pid_started(int(owner[1])) != owner[2]:
+            logger.info("removing %s, left by a killed node agent", folder)
+            shutil.rmtree(folder, ignore_errors=True)  # two agents may start at once, and either may remove it
+    mine = parent / f"raynium-{os.getuid()}-{os.getpid()}-{pid_started(os.getpid())}-{run_name}"
+    mine.mkdir(mode=0o700)
+    return mine
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """One rank's state of one step, complete in this node's memory."""
+
+    generation_id: str
+    parent_step: int | None  # that this generation started from
+    info: ImageInfo  # the file that is uploaded
+    replicas: ImageInfo  # what the rank holds and others save: a restart from memory needs it
+    taken: float = field(default_factory=time.monotonic)
+
+
+@dataclass(frozen=True)
+class FailedUpload:
+    """A rank's newest snapshot, which the store did not take."""
+
+    rank: int
+    slot: int
+    snapshot: Snapshot
+    failure: str
+
+
+@dataclass(frozen=True)
+class SavedShard:
+    """A rank's snapshot, which the store has."""
+
+    rank: int
+    snapshot: Snapshot
+    entry: ShardEntry
+    upload_seconds: float
+
+
+@dataclass
+class _Slot:
+    snapshot: Snapshot | None = None
+    uploading: str | None = None  # id of the generation for which an upload from it runs
+    saved: SavedShard | None = None
+    failure: str | None = None  # why the upload failed, if it did
+    offered: bool = False  # its rank may be writing it; the header says whether it got to the end
+
+
+class NodeImages:
+    """Which images of a node's ranks hold what, across generations. Safe to use from several threads.
+
+    An image may be written once it is uploaded and a newer one of its rank is complete: so a rank always has one to
+    start again from.
+    """
+
+    def __init__(self, ranks: Iterable[int]):
+        self._slots = {rank: [_Slot() for _ in range(IMAGE_SLOTS)] for rank in ranks}
+        self._newest: dict[int, _Slot] = {}
+        self._lock = threading.Lock()
+
+    def start_generation(self, keep: HeldImages | None) -> None:
+        """No rank runs. All but `keep`, which the next ranks start from, is of no use any more."""
+        with self._lock:
+            self._newest.clear()
+            for rank, slots in self._slots.items():
+                for slot in slots:
+                    slot.offered = False
+                    if keep is not None and _holds(slot, keep):
+                        self._newest[rank] = slot
+                    else:
+                        slot.snapshot = None
+
+    def complete(self, rank: int, slot: int, snapshot: Snapshot) -> None:
+        """The rank has written this image, and its upload begins."""
+        with self._lock:
+            self._slots[rank][slot] = self._newest[rank] = _Slot(snapshot, uploading=snapshot.generation_id)
+
+    def uploaded(self, rank: int, slot: int, *, saved: SavedShard | None = None, failure: str | None = None) -> None:
+        """The upload has ended: what the store has now, or why it has not."""
+        with self._lock:
+            found = self._slots[rank][slot]
+            found.uploading, found.saved, found.failure = None, saved, failure
+
+    def uploading(self) -> tuple[str, ...]:
+        """Ids of the generations for which uploads run, also of those that are over."""
+        with self._lock:
+            return tuple({slot.uploading for slots in self._slots.values() for slot in slots if slot.uploading})
+
+    def saved(self) -> list[SavedShard]:
+        """Of each rank's newest snapshot, if it is in the store."""
+        with self._lock:
+            return [slot.saved for slot in self._newest.values() if slot.saved is not None]
+
+    def failed(self) -> list[FailedUpload]:
+        """The ranks whose newest snapshot is in this memory only. No upload runs."""
+        with self._lock:
+            return [
+                FailedUpload(rank, number, slot.snapshot, slot.failure)
+                for rank, slots in self._slots.items()
+                for number, slot in enumerate(slots)
+                if slot is self._newest.get(rank) and slot.snapshot is not None and slot.failure is not None
+            ]
+
+    def take_offers(self) -> list[tuple[int, int]]:
+        """(rank, slot) of each image that may be written from now on; each is returned once."""
+        offers: list[tuple[int, int]] = []
+        with self._lock:
+            for rank, slots in self._slots.items():
+                for number, slot in enumerate(slots):
+                    if not (slot.uploading or slot.offered or slot is self._newest.get(rank)):
+                        slot.offered = True
+                        offers.append((rank, number))
+        return offers
+
+    def held(self) -> tuple[HeldImages, ...]:
+        """What the ranks of this node could start from."""
+        found: dict[tuple[str, int], list[int]] = defaultdict(list)
+        with self._lock:
+            for rank, slots in self._slots.items():
+                for slot in slots:
+                    if slot.snapshot is not None:
+                        found[slot.snapshot.generation_id, slot.snapshot.info.step].append(rank)
+        return tuple(HeldImages(generation, step, tuple(ranks)) for (generation, step), ranks in found.items())
+
+    def find(self, wanted: HeldImages) -> dict[int, list[str]]:
+        """Rank → its image and replicas as JSON, for `RankPlan.resume_images`."""
+        with self._lock:
+            return {
+                rank: [slot.snapshot.info.to_json(), slot.snapshot.replicas.to_json()]
+                for rank, slots in self._slots.items()
+                for slot in slots
+                if slot.snapshot is not None and _holds(slot, wanted)
+            }
+
+
+def _holds(slot: _Slot, wanted: HeldImages) -> bool:
+    found = slot.snapshot
+    return found is not None and (found.generation_id, found.info.step) == (wanted.generation_id, wanted.step)

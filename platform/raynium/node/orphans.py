@@ -1,0 +1,94 @@
+"""What ranks have started and a killed agent has left behind: compilers, which run for hours with gigabytes and locks.
+
+The ranks die with their agent, by the kernel's hand; what they started does not. So every process that a rank starts
+carries the agent's mark in its environment, and whoever comes next to this node ends those whose agent is dead.
+"""
+
+import contextlib
+import logging
+import os
+import platform
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from raynium.run.process import pid_started
+
+logger = logging.getLogger(__name__)
+
+# "<pid namespace>/<pid>/<start time>" of the agent. A container's pids mean nothing outside of it, so what carries
+# another namespace than ours is left alone.
+AGENT_VARIABLE = "RAYNIUM_AGENT"
+
+LEADER_SECONDS = 10.0  # within these the kernel has ended a rank whose agent is dead
+
+
+def agent_mark() -> dict[str, str]:
+    """The variable for ranks of this process."""
+    pid = os.getpid()
+    return {AGENT_VARIABLE: f"{_pid_namespace()}/{pid}/{pid_started(pid)}"}
+
+
+def end_orphans() -> list[str]:
+    """Kills the processes on this node whose mark names a dead agent, and their groups; a line for each of them.
+
+    Sees those whose environment this user may read. Linux only: elsewhere nothing is found.
+    """
+    if platform.system() != "Linux":
+        return []
+    ended: dict[int, str] = {}
+    # Again, since one that dies may just have started another. One that is slow to die is not waited for.
+    while found := {pid: command for pid, command in _orphans() if pid not in ended}:
+        for pid, command in found.items():
+            ended[pid] = f"process {pid} ({command}) was left behind by a node agent that is dead, and is killed"
+            logger.warning(ended[pid])
+            _kill(pid, orphans=found)
+    return list(ended.values())
+
+
+def _kill(pid: int, *, orphans: dict[int, str]) -> None:
+    with contextlib.suppress(ProcessLookupError):  # it has ended by itself, or with its group
+        group = os.getpgid(pid)
+        # A rank leads the group of all that it started, and is dead or about to die. Where the leader goes on living it
+        # is somebody else, and not ours to kill.
+        deadline = time.monotonic() + LEADER_SECONDS
+        while not (is_ours := group in orphans or not _lives(group)) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        if is_ours:
+            os.killpg(group, signal.SIGKILL)
+        else:
+            os.kill(pid, signal.SIGKILL)
+
+
+def _orphans() -> Iterator[tuple[int, str]]:
+    """(pid, command line) of each."""
+    namespace = _pid_namespace()
+    wanted = f"{AGENT_VARIABLE}={namespace}/".encode()
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            environment = (folder / "environ").read_bytes()
+            if wanted not in environment or not _lives(int(folder.name)):
+                continue
+            mark = next(each for each in environment.split(b"\0") if each.startswith(wanted))
+            agent, started = mark.removeprefix(wanted).decode().split("/")
+            command = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
+        except (FileNotFoundError, ProcessLookupError, PermissionError):  # it has ended, or is another user's
+            continue
+        if not (pid_started(int(agent)) == started and _lives(int(agent))):
+            yield int(folder.name), command[:80]
+
+
+def _lives(pid: int) -> bool:
+    """False for a zombie too: in a container nobody may collect it."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in ("Z", "X")
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def _pid_namespace() -> str:
+    """Of this process; a name without a slash."""
+    if platform.system() != "Linux":
+        return ""
+    return os.readlink("/proc/self/ns/pid")

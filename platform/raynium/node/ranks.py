@@ -1,0 +1,286 @@
+"""The rank processes of one node: forked from a warm template, watched, and taken down together.
+
+The template is `multiprocessing`'s forkserver with torch preloaded. Nothing that owns a device, a thread or a socket
+exists in it; the device library is imported in the fork, after its environment is set. No ray in here: a rank must
+not pay for its import, and the tests of this file need no cluster.
+"""
+
+import contextlib
+import json
+import logging
+import multiprocessing
+import multiprocessing.connection
+import os
+import signal
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from multiprocessing import forkserver
+from multiprocessing.connection import Connection
+from multiprocessing.context import ForkServerProcess
+from typing import Any
+
+from raynium.node.orphans import agent_mark
+from raynium.rank import entry as rank_entry
+from raynium.run.protocol import RankExit
+
+logger = logging.getLogger(__name__)
+
+# What every rank would import anyway and that starts no thread and opens no device.
+PRELOADED_MODULES = [
+    "raynium.rank.entry",
+    "torch",
+    "torch.distributed.fsdp",
+    "torch.distributed.tensor",
+    "raynium.rank.build",
+]
+
+# Read when the template starts. AUTOLOAD: torch would open torch_neuronx's device at import. The BLAS libraries would
+# start their thread pools at import, and threads do not survive a fork.
+TEMPLATE_ENVIRONMENT = {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+
+LAST_LINES = 20  # of a dead rank's output that reach the user's terminal
+LONGEST_LINE_BYTES = 1 << 16  # of its output: a progress bar may write for weeks without ending a line
+
+
+@dataclass
+class RankProcess:
+    """One rank as its agent sees it."""
+
+    rank: int
+    process: ForkServerProcess
+    connection: Connection  # messages, both ways; see train/link.py
+    output: Connection  # its stdout and stderr
+    last_lines: deque[str] = field(default_factory=lambda: deque(maxlen=LAST_LINES))
+    partial_line: bytes = b""
+    outcome: dict[str, Any] | None = None
+    failure: dict[str, Any] | None = None
+
+    def exit(self) -> RankExit:
+        """Valid once the process has ended and its connections are drained."""
+        exit_code = self.process.exitcode
+        assert exit_code is not None
+        lines = tuple(self.last_lines)
+        if exit_code == 0 and self.outcome is not None:
+            return RankExit(self.rank, 0, None, retry=False, outcome=self.outcome)
+        if self.failure is not None:
+            return RankExit(
+                self.rank,
+                exit_code,
+                self.failure["cause"],
+                self.failure["retry"],
+                error=self.failure["error"],
+                last_lines=lines,
+            )
+        if exit_code < 0:
+            name = _signal_name(-exit_code)
+            hint = " (out of memory? look for 'oom-kill' in the kernel's log)" if name == "SIGKILL" else ""
+            return RankExit(self.rank, exit_code, f"killed by {name}{hint}", retry=True, last_lines=lines)
+        return RankExit(self.rank, exit_code, f"exit code {exit_code} without a reason", retry=True, last_lines=lines)
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # Python names the first and the last real-time signal only
+        return f"signal {number}"
+
+
+_STARTING = threading.RLock()  # what follows changes the whole process: its `__main__` and its environment
+
+
+@contextlib.contextmanager
+def _main_module_hidden() -> Iterator[None]:
+    """multiprocessing re-imports the parent's `__main__` in each child: here Ray's worker script, which imports ray."""
+    main = sys.modules["__main__"]
+    hidden = {name: getattr(main, name) for name in ("__spec__", "__file__") if hasattr(main, name)}
+    main.__spec__ = None
+    if "__file__" in hidden:
+        del main.__file__
+    try:
+        yield
+    finally:
+        for name, value in hidden.items():
+            setattr(main, name, value)
+
+
+def start_template() -> None:
+    """Starts the warm template of this process; returns at once, the imports go on in the background."""
+    multiprocessing.set_forkserver_preload(PRELOADED_MODULES)
+    with _STARTING, _main_module_hidden():
+        before = {name: os.environ.get(name) for name in TEMPLATE_ENVIRONMENT}
+        os.environ.update(TEMPLATE_ENVIRONMENT)
+        try:
+            forkserver.ensure_running()
+        finally:
+            for name, value in before.items():
+                if value is None:
+                    del os.environ[name]
+                else:
+                    os.environ[name] = value
+
+
+def start_process(process: ForkServerProcess) -> None:
+    """Forks a process from the template, any thread; OSError or EOFError where this node lacks what that takes.
+
+    A template that meets an error while it forks ends, and with it all that it forked. What it was asked next then
+    fails too: it is asked of a new one.
+    """
+    with _STARTING, _main_module_hidden():
+        start_template()
+        try:
+            process.start()
+        except (ConnectionError, EOFError) as error:
+            logger.warning("the process that ranks are forked from has died (%s): another is started", error or "EOF")
+            _end_template()
+            start_template()
+            process.start()
+
+
+def _end_template() -> None:
+    """Returns once the template is dead. The attribute is multiprocessing's own (3.11 to 3.14)."""
+    pid = forkserver._forkserver._forkserver_pid  # pyright: ignore[reportAttributeAccessIssue]
+    os.kill(pid, signal.SIGKILL)
+    os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)  # `ensure_running` wants to reap it
+
+
+class RankGroup:
+    """The ranks of one generation on this node.
+
+    `poll()` is called in a loop by one thread: it moves messages and output, and returns what arrived. Any thread may
+    `ring()` to have it return at once.
+    """
+
+    def __init__(
+        self,
+        environments: dict[int, dict[str, str]],
+        plan_json: str,
+        *,
+        program: "rank_entry.Program" = rank_entry.train_plan,
+    ):
+        """environments: rank → all variables it needs; plan_json: a `RankPlan`, the same for all ranks."""
+        context = multiprocessing.get_context("forkserver")
+        self.ranks: dict[int, RankProcess] = {}
+        for rank, environment in environments.items():
+            ours, theirs = context.Pipe(duplex=True)
+            output_reader, output_writer = context.Pipe(duplex=False)
+            process = context.Process(
+                target=rank_entry.main,
+                args=(environment | agent_mark(), plan_json, theirs, output_writer, program),
+                name=f"rank-{rank:05d}",
+                daemon=True,
+            )
+            start_process(process)
+            theirs.close()
+            output_writer.close()
+            self.ranks[rank] = RankProcess(rank, process, ours, output_reader)
+        self._bell_reader, self._bell_writer = context.Pipe(duplex=False)
+        self._open: dict[Any, RankProcess] = {}
+        for each in self.ranks.values():
+            self._open[each.connection] = each
+            self._open[each.output] = each
+
+    def poll(self, timeout_seconds: float) -> tuple[list[tuple[int, dict[str, Any]]], list[tuple[int, str]]]:
+        """Waits for news: (rank, message) pairs and (rank, output line) pairs, each in the order they arrived."""
+        messages: list[tuple[int, dict[str, Any]]] = []
+        lines: list[tuple[int, str]] = []
+        watched: list[Any] = [self._bell_reader, *self._open, *(each.process.sentinel for each in self.alive())]
+        for ready in multiprocessing.connection.wait(watched, timeout_seconds):
+            each = self._open.get(ready)
+            if ready is self._bell_reader:
+                self._bell_reader.recv_bytes()
+            elif each is None:  # a sentinel: somebody ended, seen through `ended()`
+                continue
+            elif ready is each.connection:
+                self._receive(each, messages)
+            else:
+                self._read_output(each, lines)
+        return messages, lines
+
+    def ring(self) -> None:
+        """Ends a `poll()` that waits; safe from any thread, also when the group is already closed."""
+        with contextlib.suppress(OSError):
+            self._bell_writer.send_bytes(b"!")
+
+    def alive(self) -> list[RankProcess]:
+        return [each for each in self.ranks.values() if each.process.exitcode is None]
+
+    def ended(self) -> list[RankProcess]:
+        return [each for each in self.ranks.values() if each.process.exitcode is not None]
+
+    def send(self, rank: int, message: dict[str, Any]) -> None:
+        """A rank that is already gone is not told: its end is reported through `ended()`."""
+        with contextlib.suppress(OSError):
+            self.ranks[rank].connection.send_bytes(json.dumps(message).encode())
+
+    def broadcast(self, message: dict[str, Any]) -> None:
+        for rank in self.ranks:
+            self.send(rank, message)
+
+    def kill(self) -> None:
+        """SIGKILL to all that live, and waits for them: the next generation needs their cores and ports.
+
+        Also to what they, and those that failed, have started: a compiler goes on for hours with a gigabyte of memory.
+        """
+        for each in self.ranks.values():
+            if each.process.exitcode != 0:
+                assert each.process.pid is not None
+                with contextlib.suppress(ProcessLookupError):  # nobody of its group lives, or it has made none yet
+                    os.killpg(each.process.pid, signal.SIGKILL)
+                each.process.kill()
+        for each in self.ranks.values():
+            each.process.join()
+
+    def drain(self) -> tuple[list[tuple[int, dict[str, Any]]], list[tuple[int, str]]]:
+        """What ended ranks left in their pipes. Call after all have ended."""
+        messages: list[tuple[int, dict[str, Any]]] = []
+        lines: list[tuple[int, str]] = []
+        deadline = time.monotonic() + 5.0  # a grandchild that inherited the pipe must not hold us
+        while self._open and time.monotonic() < deadline:
+            for ready in multiprocessing.connection.wait(list(self._open), 0.2):
+                each = self._open.get(ready)
+                if each is None:
+                    continue
+                if ready is each.connection:
+                    self._receive(each, messages)
+                else:
+                    self._read_output(each, lines)
+        return messages, lines
+
+    def close(self) -> None:
+        for each in self.ranks.values():
+            each.connection.close()
+            each.output.close()
+            each.process.close()
+        self._bell_reader.close()
+        self._bell_writer.close()
+        self._open.clear()
+
+    def _receive(self, each: RankProcess, messages: list[tuple[int, dict[str, Any]]]) -> None:
+        try:
+            message = json.loads(each.connection.recv_bytes())
+        except (EOFError, OSError):
+            del self._open[each.connection]
+            return
+        if message["kind"] == "outcome":
+            each.outcome = message
+        elif message["kind"] == "failed":
+            each.failure = message
+        messages.append((each.rank, message))
+
+    def _read_output(self, each: RankProcess, lines: list[tuple[int, str]]) -> None:
+        data = os.read(each.output.fileno(), 65536)
+        if not data:
+            del self._open[each.output]
+        *complete, each.partial_line = (each.partial_line + data).split(b"\n")
+        if not data and each.partial_line:
+            complete, each.partial_line = [each.partial_line], b""
+        if len(each.partial_line) > LONGEST_LINE_BYTES:
+            complete, each.partial_line = [*complete, each.partial_line], b""
+        for raw in complete:
+            line = raw.decode(errors="replace").rstrip()
+            each.last_lines.append(line)
+            lines.append((each.rank, line))

@@ -1,0 +1,171 @@
+"""Uploads snapshots in a process of its own, so that neither ranks nor agent share an interpreter lock with them.
+
+The agent's side is `Uploader`; `main` is the process. If that is killed, the agent starts another, which removes what
+the first left unfinished and uploads again.
+"""
+
+import contextlib
+import json
+import logging
+import math
+import multiprocessing
+import os
+import signal
+import threading
+from concurrent.futures import Future, ThreadPoolExecutor
+from multiprocessing.connection import Connection
+from typing import Any
+
+from raynium.checkpoint.format.manifest import ImageInfo, ShardEntry, shard_key, step_folder
+from raynium.checkpoint.upload import upload_shard
+from raynium.errors import RayniumError, StoreError
+from raynium.node.ranks import start_process
+from raynium.rank import entry as rank_entry
+from raynium.storage.store import Store
+
+logger = logging.getLogger(__name__)
+
+UPLOADS_AT_ONCE = 4  # shards; each has several parts in flight
+ATTEMPTS = 3  # uploads of one shard, if the process dies under it
+NICENESS = 10  # below the ranks: where they share cores, training goes first
+
+
+class _UploaderDied(Exception):
+    """The process ended before it answered."""
+
+
+class Uploader:
+    """The agent's side. `upload` may be called from any thread; the process is started when it is first needed."""
+
+    def __init__(self, run_url: str):
+        self._run_url = run_url
+        self._lock = threading.Lock()
+        self._child: _Child | None = None
+
+    def upload(self, info: ImageInfo, *, generation: str, rank: int, again: bool = False) -> ShardEntry:
+        """Returns once the shard is durable and confirmed; StoreError with the cause otherwise.
+
+        again: an earlier call failed, and may have left something at the shard's key.
+        """
+        for attempt in range(1, ATTEMPTS + 1):
+            job = {"info": info.to_json(), "generation": generation, "rank": rank, "again": again or attempt > 1}
+            try:
+                return ShardEntry.from_json(self._living_child().ask(job).result())
+            except _UploaderDied as death:
+                logger.warning("%s while it saved rank %d's shard of step %d", death, rank, info.step)
+        raise StoreError(
+            f"the process that uploads checkpoints died {ATTEMPTS} times under rank {rank}'s shard of step {info.step} "
+            "(out of memory? look for 'oom-kill' in the kernel's log)"
+        )
+
+    def pid(self) -> int | None:
+        """Of the process, if it runs; for tests and debuggers."""
+        return self._child.process.pid if self._child is not None else None
+
+    def close(self) -> None:
+        """Ends the process; uploads that still run fail."""
+        with self._lock:
+            if self._child is not None:
+                self._child.close()
+                self._child = None
+
+    def _living_child(self) -> "_Child":
+        with self._lock:
+            if self._child is None or self._child.dead:
+                try:
+                    self._child = _Child(self._run_url)
+                except (OSError, EOFError) as error:  # EOFError: the template's process could not fork
+                    raise StoreError(
+                        f"the process that uploads checkpoints cannot be started: {error or 'it could not be forked'}; "
+                        "this node lacks memory, processes or open files (ulimit -u, ulimit -n)"
+                    ) from error
+            return self._child
+
+
+class _Child:
+    """One life of the process."""
+
+    def __init__(self, run_url: str):
+        context = multiprocessing.get_context("forkserver")
+        self._connection, theirs = context.Pipe(duplex=True)
+        self.process = context.Process(target=main, args=(run_url, theirs), name="uploader", daemon=True)
+        start_process(self.process)
+        theirs.close()
+        self.dead = False
+        self._lock = threading.Lock()
+        self._waiting: dict[int, Future[str]] = {}
+        self._count = 0
+        threading.Thread(target=self._read_answers, name="uploader-answers", daemon=True).start()
+
+    def ask(self, job: dict[str, Any]) -> "Future[str]":
+        """The answer to one job, as it comes; its exception is StoreError, or _UploaderDied."""
+        answer: Future[str] = Future()
+        with self._lock:
+            self._count += 1
+            if not self.dead:
+                self._waiting[self._count] = answer
+                # An error here means that it died a moment ago: the reading thread is about to find out
+                with contextlib.suppress(OSError):
+                    self._connection.send_bytes(json.dumps(job | {"id": self._count}).encode())
+                return answer
+        answer.set_exception(_UploaderDied("the uploader was dead"))
+        return answer
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.join()
+
+    def _read_answers(self) -> None:
+        while True:
+            try:
+                answer = json.loads(self._connection.recv_bytes())
+            except (EOFError, OSError):
+                break
+            waiting = self._waiting.pop(answer["id"])
+            if "entry" in answer:
+                waiting.set_result(answer["entry"])
+            else:
+                waiting.set_exception(StoreError(answer["error"]))
+        self.process.join()
+        with self._lock:
+            self.dead = True
+        for waiting in self._waiting.values():
+            waiting.set_exception(_UploaderDied(f"the uploader died (exit code {self.process.exitcode})"))
+
+
+def main(run_url: str, connection: Connection) -> None:
+    """The uploading process: takes jobs until its agent is gone."""
+    rank_entry.die_with_the_agent()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole terminal group; the agent decides
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    os.nice(NICENESS)
+    store = Store(run_url)
+    sending = threading.Lock()
+
+    def work(job: dict[str, Any]) -> None:
+        answer: dict[str, Any] = {"id": job["id"]}
+        try:
+            answer["entry"] = _save(store, job).to_json()
+        except RayniumError as error:
+            answer["error"] = str(error)
+        except Exception as error:  # a fault of ours must not leave the agent waiting
+            answer["error"] = f"{type(error).__name__}: {error}"
+        with sending:
+            connection.send_bytes(json.dumps(answer).encode())
+
+    with ThreadPoolExecutor(UPLOADS_AT_ONCE, thread_name_prefix="upload") as pool:
+        while True:
+            try:
+                pool.submit(work, json.loads(connection.recv_bytes()))
+            except (EOFError, OSError):
+                os._exit(0)  # nobody is left to want the uploads
+
+
+def _save(store: Store, job: dict[str, Any]) -> ShardEntry:
+    info = ImageInfo.from_json(job["info"])
+    if job["again"]:
+        # Nobody else writes this generation's shard of this rank, and it is not committed: what is there is ours.
+        key = f"{step_folder(info.step)}/{shard_key(job['generation'], job['rank'])}"
+        store.delete(key)
+        store.discard_unfinished(key, older_than_unix=math.inf)
+    return upload_shard(store, info, generation=job["generation"], rank=job["rank"])

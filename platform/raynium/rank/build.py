@@ -1,0 +1,136 @@
+"""Builds one rank's parts from the plan and runs the loop: all that a rank process does.
+
+This is the only place that knows every constructor. A node agent forks it (`rank/entry.py`); for debugging,
+`torchrun --nproc-per-node 2 -m raynium.standalone CONFIG` starts the same ranks without Ray.
+"""
+
+import logging
+import os
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from raynium.accelerators.base import Accelerator
+from raynium.accelerators.detect import detect
+from raynium.accelerators.timeouts import PROCESS_GROUP_TIMEOUT_SECONDS
+from raynium.checkpoint.format.manifest import ImageInfo
+from raynium.config.schema import Config
+from raynium.data.evaluation import bits_per_byte, evaluation_set
+from raynium.data.loader import Loader
+from raynium.data.store import DocumentStore, open_store
+from raynium.engines.base import Engine
+from raynium.engines.native import build_native_engine
+from raynium.engines.nxd import build_nxd_engine
+from raynium.engines.torch_compiles import TorchCompiles
+from raynium.models.flops import flops_per_token
+from raynium.rank.plan import RankPlan
+from raynium.rank.snapshots import NoSnapshots, Snapshots
+from raynium.storage.store import Store
+from raynium.train.compiles import WatchedEngine
+from raynium.train.link import Link
+from raynium.train.loop import Cadence, Outcome, train
+from raynium.train.metrics import Throughput
+
+logger = logging.getLogger(__name__)
+
+
+def run(plan: RankPlan, link: Link) -> Outcome:
+    """One generation of this rank, from process group to the last snapshot. Every rank of the world calls it.
+
+    Reads the standard environment: RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT.
+    """
+    config = plan.config
+    rank, world_size, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+
+    # ---- the process group first: on Trainium nothing may touch the device before it -------------------------------
+    link.phase("start", 0)
+    accelerator = detect(config.cluster.accelerator)
+    accelerator.set_device(local_rank)
+    dist.init_process_group(
+        accelerator.process_group_backend,
+        rank=rank,
+        world_size=world_size,
+        timeout=timedelta(seconds=PROCESS_GROUP_TIMEOUT_SECONDS),
+    )
+    torch.manual_seed(config.run.seed + rank)
+
+    # ---- model, optimizer, and the state they start from -----------------------------------------------------------
+    compiles = TorchCompiles()
+    resumes = bool(plan.resume_images) or plan.resume_step is not None
+    weights = "loaded" if resumes else "first"
+    if config.engine.kind == "nxd":
+        built = build_nxd_engine(config, weights=weights)
+    else:
+        backend = compiles.backend(accelerator.compile_backend)
+        built = build_native_engine(config, accelerator, compile_backend=backend, weights=weights)
+    engine = WatchedEngine(built, torch_compiles=compiles, device_counts=accelerator.metrics, link=link)
+    snapshots = Snapshots(engine, link, Path(plan.image_folder), if_busy=config.checkpoint.if_busy)
+    start_step = 0
+    if plan.resume_images:
+        start_step = snapshots.restore_images([ImageInfo.from_json(text) for text in plan.resume_images[rank]])
+    elif plan.resume_step is not None:
+        start_step = snapshots.restore(Store(plan.run_url), plan.resume_step)
+
+    # ---- data ------------------------------------------------------------------------------------------------------
+    documents = open_store(plan.data_folder)
+    loader = Loader(
+        documents,
+        seq_len=config.data.seq_len,
+        global_batch_size=config.train.global_batch_size,
+        data_rank=engine.data_rank,
+        data_size=engine.data_size,
+        seed=config.run.seed,
+    )
+    evaluation = Evaluation(engine, documents, config)
+
+    # ---- train -----------------------------------------------------------------------------------------------------
+    outcome = train(
+        engine=engine,
+        batches=loader,
+        cadence=Cadence(config.train.steps, config.checkpoint.every_steps, config.evaluate.every_steps),
+        start_step=start_step,
+        evaluate=lambda: evaluation.metrics() | accelerator.metrics() | engine.compile_metrics(),
+        snapshots=snapshots if config.checkpoint.save == "steps" else NoSnapshots(),
+        throughput=_throughput(config, accelerator, world_size),
+        link=link,
+    )
+    engine.close()
+    dist.destroy_process_group()
+    return outcome
+
+
+class Evaluation:
+    """Held-out loss. Every rank calls `metrics()` at the same step; all get the same numbers."""
+
+    def __init__(self, engine: Engine, documents: DocumentStore, config: Config):
+        self._engine = engine
+        # A pipeline takes as many micro-batches as a step has; without one a single one needs the least memory.
+        micro_batches = config.num_micro_batches if config.parallel.pipeline > 1 else 1
+        self._held_out = evaluation_set(
+            documents,
+            seq_len=config.data.seq_len,
+            batch_size=config.train.micro_batch_size * micro_batches,
+            data_rank=engine.data_rank,
+            data_size=engine.data_size,
+            max_documents=config.evaluate.max_documents,
+        )
+
+    def metrics(self) -> dict[str, float]:
+        """eval/loss is nats per token over all held-out tokens, eval/bits_per_byte over their UTF-8 bytes."""
+        sums = [self._engine.evaluate(batch) for batch in self._held_out.batches]
+        nats, tokens = sum(each.nats for each in sums), sum(each.tokens for each in sums)
+        return {"eval/loss": nats / tokens, "eval/bits_per_byte": bits_per_byte(nats, self._held_out.num_bytes)}
+
+
+def _throughput(config: Config, accelerator: Accelerator, world_size: int) -> Throughput:
+    flops = flops_per_token(config.model, config.data.seq_len)
+    return Throughput(
+        world_size=world_size,
+        tokens_per_step=config.tokens_per_step,
+        global_batch_size=config.train.global_batch_size,
+        flops_per_token_6n=flops.six_n,
+        flops_per_token_with_attention=flops.with_attention,
+        peak_flops_per_rank=accelerator.peak_flops(config.engine.dtype),
+    )

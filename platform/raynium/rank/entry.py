@@ -1,0 +1,83 @@
+"""The first code of a forked rank: environment, output and parent-death, before torch sees anything.
+
+Kept apart from `rank/build.py` so that unpickling the process's target imports nothing.
+"""
+
+import ctypes
+import faulthandler
+import logging
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from multiprocessing import forkserver
+from multiprocessing.connection import Connection
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from raynium.train.link import AgentLink
+    from raynium.train.loop import Outcome
+
+    Program = Callable[[str, AgentLink], Outcome]  # (plan as JSON, link): what a rank runs once it is set up
+
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+def train_plan(plan_json: str, link: "AgentLink") -> "Outcome":
+    """The program of every rank; tests give others."""
+    from raynium.rank.build import run
+    from raynium.rank.plan import RankPlan
+
+    return run(RankPlan.from_json(plan_json), link)
+
+
+def main(
+    environment: dict[str, str], plan_json: str, connection: Connection, output: Connection, program: "Program"
+) -> None:
+    """Runs one rank in a fresh fork of the template. Exits non-zero when it did not end as it should.
+
+    environment: every variable the rank needs, set before any device library is imported.
+    connection: to the node agent, messages of `train/link.py`. output: becomes this process's stdout and stderr.
+    """
+    os.environ.update(environment)
+    for descriptor in (1, 2):
+        os.dup2(output.fileno(), descriptor)
+    output.close()
+    sys.stdout.reconfigure(line_buffering=True)  # pyright: ignore[reportAttributeAccessIssue]  # a kill loses no line
+    faulthandler.enable()  # a crash in native code leaves Python's stack among the last lines
+    die_with_the_agent()
+    # A group of its own: a compiler that this rank starts ends with it, and Ctrl-C in a terminal is for the agent
+    os.setpgid(0, 0)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s", force=True)
+
+    from raynium.errors import CheckpointMismatch, ConfigError, DataError, SnapshotMemoryShort
+    from raynium.train.guard import BadStep
+    from raynium.train.link import AgentLink
+
+    link = AgentLink(connection, reports_steps=environment["RANK"] == "0")
+    try:
+        outcome = program(plan_json, link)
+    except Exception as error:
+        traceback.print_exc()
+        happens_again = isinstance(error, BadStep | CheckpointMismatch | ConfigError | DataError | SnapshotMemoryShort)
+        link.failed(error, retry=not happens_again)
+        link.close()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)  # not sys.exit: a collective's background thread may still wait for a peer
+    link.outcome(outcome.step, outcome.reason)
+    link.close()
+
+
+def die_with_the_agent() -> None:
+    """When the agent is killed the template ends, and the kernel then kills this process, whatever it is doing.
+
+    The template ends when the last holder of its alive pipe does; a fork inherits one and must give it back. The
+    attribute is multiprocessing's own (3.11 to 3.14); the test that kills an agent fails if it moves.
+    """
+    os.close(forkserver._forkserver._forkserver_alive_fd)  # pyright: ignore[reportAttributeAccessIssue]
+    forkserver._forkserver._forkserver_alive_fd = None  # pyright: ignore[reportAttributeAccessIssue]
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

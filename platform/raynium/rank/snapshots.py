@@ -1,0 +1,110 @@
+"""This rank's training state, to and from images in shared memory, and from checkpoints.
+
+A rank has two images: while one is being uploaded the next snapshot goes into the other, and the newer one that is
+complete stays until a newer one is, so that a generation that dies can be followed by one that starts from memory.
+"""
+
+import logging
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+
+from raynium.checkpoint.catalog import open_checkpoint
+from raynium.checkpoint.format.image import ImageFile, ImagePlan, plan_image, read_image, write_image
+from raynium.checkpoint.format.manifest import ImageInfo
+from raynium.checkpoint.load import load_checkpoint
+from raynium.checkpoint.state import Chunk
+from raynium.engines.base import Engine
+from raynium.storage.store import Store
+from raynium.train.link import IMAGE_SLOTS, Link
+
+logger = logging.getLogger(__name__)
+
+
+class NoSnapshots:
+    """For a run that keeps nothing (checkpoint.save=never)."""
+
+    def wants_to_skip(self) -> bool:
+        return False
+
+    def save(self, step: int) -> dict[str, float]:
+        return {}
+
+
+class Snapshots:
+    """Saves and restores one rank. Every rank builds its own, after its engine; CheckpointError if memory is short."""
+
+    def __init__(self, engine: Engine, link: Link, folder: Path, *, if_busy: Literal["wait", "skip"]):
+        """folder: shared memory that outlives the rank. All of it is taken here, before the first step."""
+        self._engine = engine
+        self._link = link
+        self._if_busy = if_busy
+        self._rank = dist.get_rank()
+        self._random_state = torch.get_rng_state()  # uint8 [5056], the same tensor each time: chunks hold it
+        chunks = self._chunks()
+        self._plan = plan_image(chunks)
+        # What another rank saves and this one holds too is not uploaded, but a restart from memory needs it.
+        self._replica_plan = plan_image(chunks, of="replicas")
+        names = [f"rank-{self._rank:05d}.{slot}" for slot in range(IMAGE_SLOTS)]
+        self._images = [_reserved(folder / f"{name}.safetensors", self._plan) for name in names]
+        self._replicas = [_reserved(folder / f"{name}.replicas.safetensors", self._replica_plan) for name in names]
+
+    def wants_to_skip(self) -> bool:
+        """Whether the policy would leave out a save that came now. Ranks may differ: they agree in the step."""
+        return self._if_busy == "skip" and not self._link.has_free_image()
+
+    def save(self, step: int) -> dict[str, float]:
+        """Copies the state into a free image and hands it to the agent; returns what it cost.
+
+        Waits only if both images are still being uploaded. All ranks call it after the same step, without talking.
+        """
+        began = time.perf_counter()
+        slot = self._link.wait_free_image()
+        free = time.perf_counter()
+        self._random_state.copy_(torch.get_rng_state())
+        chunks = self._chunks()
+        for image, plan in ((self._images[slot], self._plan), (self._replicas[slot], self._replica_plan)):
+            write_image(plan, chunks, image.reserve(plan.size), step=step)
+        stall_seconds = time.perf_counter() - began
+        info = self._plan.info(step=step, path=self._images[slot].path, stall_seconds=stall_seconds)
+        replicas = self._replica_plan.info(step=step, path=self._replicas[slot].path)
+        self._link.image(slot, info.to_json(), replicas.to_json())
+        return {"checkpoint/stall_seconds": stall_seconds, "checkpoint/wait_seconds": free - began}
+
+    def restore(self, store: Store, step: int) -> int:
+        """Reads the checkpoint of `step` into the engine, in whatever layout it was written; returns the step."""
+        loaded = load_checkpoint(open_checkpoint(store, step), self._chunks())
+        if not loaded.absent:  # a rank that did not exist when it was saved keeps its fresh seed
+            torch.set_rng_state(self._random_state)
+        logger.info("resumed from the checkpoint of step %d, %.1f MB read", step, loaded.num_bytes_read / 1e6)
+        return self._restored(step)
+
+    def restore_images(self, images: Sequence[ImageInfo]) -> int:
+        """Copies back what this rank's predecessor left in memory: its image and its replicas, of one step."""
+        step = images[0].step
+        missing = self._chunks()
+        for image in images:
+            missing = read_image(image, missing)
+        assert not missing, f"the images of rank {self._rank} lack {missing[0].name} of {len(missing)}"
+        torch.set_rng_state(self._random_state)
+        logger.info("resumed from the snapshot of step %d in this node's memory", step)
+        return self._restored(step)
+
+    def _restored(self, step: int) -> int:
+        self._engine.set_step(step)
+        return step
+
+    def _chunks(self) -> list[Chunk]:
+        name = f"rng/rank-{self._rank:05d}"
+        random = Chunk(name, tuple(self._random_state.shape), (0,), self._random_state, saved_here=True)
+        return [*self._engine.state(), random]
+
+
+def _reserved(path: Path, plan: ImagePlan) -> ImageFile:
+    image = ImageFile(path)
+    image.reserve(plan.size)
+    return image

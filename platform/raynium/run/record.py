@@ -1,0 +1,236 @@
+"""The run record: what a run is, where it got to, and which process owns it. Lives in the run's store; no ray.
+
+<root>/<name>/run.json              the record, rewritten by the owner: also its heartbeat
+<root>/<name>/claims/000007.json    one per driver that ever owned the run; created exclusively, so that of two
+                                    drivers that start at once exactly one wins
+<root>/<name>/stop-requested        somebody asked the owner to save and end
+"""
+
+import json
+import logging
+import os
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal
+
+from raynium.errors import RunInUse, StoreError
+from raynium.run.process import boot_id, pid_started
+from raynium.storage.backend import KeyExists, KeyMissing
+from raynium.storage.store import Store
+from raynium.tracking.ledger import Ledger, RunBook
+
+logger = logging.getLogger(__name__)
+
+RECORD_KEY = "run.json"
+STOP_KEY = "stop-requested"
+HEARTBEAT_SECONDS = 10.0
+# An owner on another host is taken for dead after this long without a heartbeat. On the same host we look at its pid.
+OWNER_LOST_SECONDS = 60.0
+
+State = Literal["preparing", "running", "finished", "stopped", "failed"]
+LIVE_STATES = ("preparing", "running")
+
+
+@dataclass(frozen=True)
+class Owner:
+    """A process, told apart from a later one with the same pid."""
+
+    host: str
+    boot_id: str
+    pid: int
+    pid_started: str
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """Everything the CLI, the SDK and the next driver need to know about a run."""
+
+    name: str
+    config: dict[str, Any]  # resolved; enough to run the job again
+    state: State
+    owner: Owner
+    created_unix: float
+    heartbeat_unix: float
+    generation: int = 0
+    agents: list[dict[str, Any]] | None = None  # host and pid of each node's agent, by node rank
+    step: int = 0
+    metrics: dict[str, float] | None = None  # the last value of every metric
+    mlflow_uri: str | None = None
+    mlflow_run_id: str | None = None
+    mlflow_experiment_id: str | None = None
+    log_path: str | None = None  # of the driver, on its host
+    job_id: str | None = None  # Ray job submission id, when it runs as one
+    cause: str | None = None  # of a failure
+    node_faults: list[dict[str, Any]] | None = None  # nodes that a verdict named, oldest first; NodeFault.to_json
+    result: dict[str, Any] | None = None  # of a finished run: evaluation, baselines, samples
+    ledger: Ledger = field(default_factory=Ledger)  # from created_unix to heartbeat_unix
+
+    def to_json(self) -> bytes:
+        return json.dumps(asdict(self), indent=1).encode()
+
+    @classmethod
+    def from_json(cls, text: bytes) -> "RunRecord":
+        fields = json.loads(text)
+        return cls(**fields | {"owner": Owner(**fields["owner"]), "ledger": Ledger(**fields.get("ledger", {}))})
+
+    def owner_is_alive(self, now_unix: float) -> bool:
+        """False once the owner has ended, cleanly or not."""
+        if self.state not in LIVE_STATES:
+            return False
+        if self.owner.host == socket.gethostname() and self.owner.boot_id == boot_id():
+            return pid_started(self.owner.pid) == self.owner.pid_started
+        return now_unix - self.heartbeat_unix < OWNER_LOST_SECONDS
+
+    def shown_state(self, now_unix: float) -> str:
+        """The state in the words of a person: a run whose owner is gone was interrupted."""
+        if self.state in LIVE_STATES and not self.owner_is_alive(now_unix):
+            return "interrupted"
+        return self.state
+
+
+def this_process() -> Owner:
+    return Owner(socket.gethostname(), boot_id(), os.getpid(), pid_started(os.getpid()))
+
+
+def read_record(store: Store) -> RunRecord | None:
+    """The record of the run that this store holds; None if there is no run."""
+    try:
+        return RunRecord.from_json(store.read(RECORD_KEY))
+    except KeyMissing:
+        return None
+    except (ValueError, TypeError, KeyError) as error:
+        raise StoreError(
+            f"{store.uri(RECORD_KEY)} is not a run record ({error}). Give another run.name, or move the folder away"
+        ) from error
+
+
+class RecordKeeper:
+    """The owner's hand on the record. One per driver; threads may share it."""
+
+    def __init__(self, store: Store, record: RunRecord, claim_number: int):
+        """record: as of now, its ledger too."""
+        self.claim_number = claim_number  # this driver is the run's n-th
+        self._store = store
+        self._writing = threading.Lock()
+        self._book = RunBook(record.ledger, now=time.monotonic())
+        self.record = record
+
+    def update(self, **changes: Any) -> None:
+        """Writes the record with these fields changed and a fresh heartbeat.
+
+        Raises RunInUse if another driver owns the run by now. That happens when this host was frozen or cut off for so
+        long that it was taken for dead.
+        """
+        stored = read_record(self._store)
+        if stored is not None and stored.owner != self.record.owner:
+            raise RunInUse(
+                f"run {self.record.name!r} was taken over by process {stored.owner.pid} on {stored.owner.host} while "
+                f"this driver could not be heard. Nothing is lost: follow the run there, with `raynium status`"
+            )
+        self.take_over(**changes)
+
+    def take_over(self, **changes: Any) -> None:
+        """Like `update`, whoever owned the run before: for the driver that has just claimed it."""
+        with self._writing:
+            ledger = self._book.ledger(time.monotonic())
+            self.record = replace(self.record, **changes, heartbeat_unix=time.time(), ledger=ledger)
+            self._store.replace(RECORD_KEY, self.record.to_json())
+
+    def hear_ledger(self, coordinator: Ledger) -> Ledger:
+        """Takes over what the coordinator has booked; returns what the run's ledger held before its birth."""
+        with self._writing:
+            self._book.heard(coordinator, now=time.monotonic())
+            return self._book.before_coordinator()
+
+    def finishing(self) -> None:
+        """No generation will follow: the time from here on is the run's end."""
+        with self._writing:
+            self._book.finishing(now=time.monotonic())
+
+    def beat(self, **changes: Any) -> None:
+        """Like `update`, at most once every HEARTBEAT_SECONDS."""
+        # A clock that was set back must not stop the heart until it is as late as it was.
+        if 0 <= time.time() - self.record.heartbeat_unix < HEARTBEAT_SECONDS:
+            return
+        self.update(**changes)
+
+    @contextmanager
+    def beating(self) -> Iterator[None]:
+        """Keeps the heart beating while this thread is busy with one long thing, such as making a document store."""
+        done = threading.Event()
+
+        def beat() -> None:
+            while not done.wait(HEARTBEAT_SECONDS):
+                try:
+                    self.update()
+                except StoreError as error:  # the next beat tries again; several may be missed before it matters
+                    logger.warning("a heartbeat of run %s was lost: %s", self.record.name, error)
+                except RunInUse:  # raised anew where the owner next writes something down
+                    return
+
+        thread = threading.Thread(target=beat, name="heartbeat", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()
+
+    def stop_requested(self) -> bool:
+        return self._store.exists(STOP_KEY)
+
+
+def unowned_record(store: Store, name: str) -> RunRecord | None:
+    """The record of a run that nobody drives; None if there is no run. Raises RunInUse while its owner lives."""
+    record = read_record(store)
+    if record is not None and record.owner_is_alive(time.time()):
+        owner = record.owner
+        raise RunInUse(
+            f"run {name!r} at {store.url} is in use by process {owner.pid} on {owner.host} "
+            f"({record.state}, step {record.step}). Stop it with `raynium stop {name}`, or give another run.name"
+        )
+    return record
+
+
+def claim(store: Store, name: str, config: dict[str, Any]) -> RecordKeeper:
+    """Takes the run for this process. Raises RunInUse while its owner lives, or when another driver was faster."""
+    # Listed before the record is read: whoever claims the run in between has the next number, or a record that lives.
+    numbers = [int(key.rpartition("/")[2].removesuffix(".json")) for key in store.list("claims").sizes]
+    number = max(numbers, default=0) + 1
+    earlier = unowned_record(store, name)
+    owner = this_process()
+    try:
+        store.write_new(f"claims/{number:06d}.json", json.dumps(asdict(owner)).encode())
+    except KeyExists as error:
+        raise RunInUse(
+            f"run {name!r} at {store.url} was taken by another driver a moment ago. Give another run.name, or wait"
+        ) from error
+    store.delete(STOP_KEY)  # asked of an earlier owner
+    now = time.time()
+    if earlier is None:
+        record = RunRecord(name, config, "preparing", owner, created_unix=now, heartbeat_unix=now)
+    else:
+        # Unix time is all that two drivers share. Where their clocks disagree, this is what makes the sum right again.
+        down = Ledger(down=max(0.0, now - earlier.created_unix - earlier.ledger.total))
+        record = replace(
+            earlier,
+            config=config,
+            state="preparing",
+            owner=owner,
+            cause=None,
+            result=None,
+            heartbeat_unix=now,
+            ledger=earlier.ledger + down,
+        )
+    keeper = RecordKeeper(store, record, number)
+    keeper.take_over()
+    return keeper
+
+
+def request_stop(store: Store) -> None:
+    """Asks the run's owner to save at the next step and end."""
+    store.replace(STOP_KEY, b"")

@@ -1,0 +1,214 @@
+"""The run's saves as its coordinator sees them: shards come in, whole ones are committed, what failed keeps its cause.
+
+All methods run on the coordinator's loop, so each runs unbroken between its awaits.
+"""
+
+import asyncio
+import json
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from raynium.checkpoint.catalog import latest, list_checkpoints
+from raynium.checkpoint.commit import StepTaken, commit_checkpoint
+from raynium.checkpoint.format.manifest import ShardEntry, generation_of, step_folder
+from raynium.checkpoint.ref import CheckpointRef
+from raynium.checkpoint.retention import Retention, apply_retention
+from raynium.checkpoint.state import checkpoint_state, layout
+from raynium.config.schema import Config
+from raynium.errors import CheckpointError, StoreError
+from raynium.run.last_save import pause_before_next_try
+from raynium.run.protocol import Commit
+from raynium.storage.store import Store
+
+HELD_OUT_METRICS = ("eval/loss", "eval/bits_per_byte")  # a checkpoint keeps those of its step
+# Saves whose shards still come in. A rank has two images, so a generation has no more than three; what is older lacks a
+# shard that failed or whose rank died, and the checksums of a terabyte's shards take hundreds of megabytes
+MOST_COMING_IN = 8
+
+
+@dataclass(frozen=True)
+class WholeSave:
+    """All ranks' shards of one step are in the store, verified: only the manifest is missing."""
+
+    generation_id: str
+    step: int
+    parent_step: int | None
+    entries: tuple[ShardEntry, ...]
+    upload_seconds: float  # of the slowest shard
+
+
+class Saves:
+    """What became of each save."""
+
+    def __init__(self, config: Config, store: Store, *, tell: Callable[[str], None]):
+        """tell: a line for the user's terminal."""
+        self._config = config
+        self._store = store
+        self._tell = tell
+        self._evaluations: dict[int, dict[str, float]] = {}  # step → eval/… metrics, until its checkpoint is committed
+        # (generation, step) → rank → its shard, and how long that took
+        self._shards: dict[tuple[str, int], dict[int, tuple[ShardEntry, float]]] = {}
+        self._whole: deque[tuple[str, int]] = deque(maxlen=MOST_COMING_IN)  # (generation, step) of those that came in
+        self._uncommitted: WholeSave | None = None  # the newest, of those that the store did not let us commit
+        self._causes: dict[int, str] = {}  # step → why it is not committed
+        self.commits: list[Commit] = []
+        self.committed_step: int | None = None
+        self.committed_uri: str | None = None
+
+    def note_evaluation(self, step: int, metrics: dict[str, float]) -> None:
+        """Metrics of rank 0's report; the checkpoint of that step keeps those of the held-out text, where finite."""
+        found = {name: metrics[name] for name in HELD_OUT_METRICS if math.isfinite(metrics.get(name, math.nan))}
+        if found:
+            self._evaluations[step] = found
+
+    def resumed(self, checkpoint: CheckpointRef) -> None:
+        """The run goes on from here: its newest checkpoint, until there is a newer one."""
+        self.committed_step, self.committed_uri = checkpoint.step, checkpoint.uri
+
+    def shard_saved(
+        self, step: int, rank: int, entry: ShardEntry, upload_seconds: float, *, parent: int | None
+    ) -> WholeSave | None:
+        """The save, if this was its last shard. parent: the step that its generation started from."""
+        save = generation_of(entry.file.key), step
+        if save in self._whole:  # told again, by an agent whose ranks start from it
+            return None
+        shards = self._shards.setdefault(save, {})
+        shards[rank] = entry, upload_seconds
+        if len(shards) < self._config.world_size:
+            if len(self._shards) > MOST_COMING_IN:
+                del self._shards[next(iter(self._shards))]
+            return None
+        found = [shards[rank] for rank in sorted(shards)]
+        del self._shards[save]
+        self._whole.append(save)
+        entries = tuple(entry for entry, _ in found)
+        return WholeSave(*save, parent, entries, max(seconds for _, seconds in found))
+
+    def shard_failed(self, step: int, rank: int, cause: str) -> None:
+        """Told once a step: where one shard fails, the others mostly do."""
+        if self.committed_step is not None and step <= self.committed_step:
+            return  # by another generation
+        told = step in self._causes
+        self._causes[step] = f"rank {rank}'s shard could not be uploaded: {cause}"
+        if not told:
+            self._tell(f"checkpoint of step {step} is not saved; training goes on: {self._causes[step]}")
+
+    def problem(self, step: int) -> str | None:
+        """Why a run that ended well at this step has no checkpoint of it; None: it has, or never saves."""
+        if self._config.checkpoint.save == "never" or (self.committed_step is not None and self.committed_step >= step):
+            return None
+        newest = "no checkpoint" if self.committed_step is None else f"the checkpoint of step {self.committed_step}"
+        return (
+            f"training reached step {step}, but its checkpoint could not be saved: "
+            f"{self._causes.get(step, 'no shard of it arrived')}. Its state in the nodes' memory is gone with this "
+            f"attempt, and the run has {newest} to go on from: correct the cause and start the run again"
+        )
+
+    async def commit(self, whole: WholeSave, *, living: Sequence[str], reading: Sequence[int] = ()) -> bool:
+        """Makes it a checkpoint and tidies up. True if it is the newest one now.
+
+        living: generations that may still upload. reading: steps whose checkpoint ranks may still read. What goes wrong
+        is told: training goes on without this checkpoint.
+        """
+        step = whole.step
+        began = time.perf_counter()
+        try:
+            reference = await asyncio.to_thread(
+                commit_checkpoint,
+                self._store,
+                step=step,
+                generation=whole.generation_id,
+                entries=whole.entries,
+                state=checkpoint_state(self._config, step),
+                world_size=self._config.world_size,
+                layout=layout(self._config),
+                parent_step=whole.parent_step,
+                metrics=self._evaluations.get(step, {}),
+                upload_seconds=whole.upload_seconds,
+            )
+        except (StoreError, CheckpointError) as error:
+            self._commit_failed(whole, error)
+            return False
+        commit_seconds = time.perf_counter() - began
+        self._evaluations.pop(step, None)
+        if self._causes.pop(step, None) is not None:
+            self._tell(f"checkpoint of step {step} is saved after all")
+        newest = self.committed_step is None or step > self.committed_step
+        if newest:
+            self.committed_step, self.committed_uri = step, reference.uri
+        await self._tidy_up(step, living, reading)
+        await self._log(reference, commit_seconds)
+        return newest
+
+    async def commit_last(self, step: int, *, living: Sequence[str]) -> None:
+        """At the run's end, if its last save is whole and was not committed: tries that again for a while."""
+        if self.problem(step) is not None:
+            await self._look_for(step)
+        began, tries = time.monotonic(), 1
+        while (whole := self._uncommitted) is not None and whole.step == step:
+            pause = pause_before_next_try(tries, time.monotonic() - began)
+            if pause is None:
+                return
+            self._tell(f"checkpoint of step {step}: trying to commit it again in {pause:.0f} s")
+            await asyncio.sleep(pause)
+            self._uncommitted = None
+            await self.commit(whole, living=living)
+            tries += 1
+
+    async def _look_for(self, step: int) -> None:
+        """Another generation may have committed it, or a coordinator that died before the run's end."""
+        try:
+            newest = await asyncio.to_thread(latest, self._store)
+        except (StoreError, CheckpointError) as error:
+            self._causes.setdefault(step, f"the store cannot be asked for it: {error}")
+            return
+        if newest is not None and newest.step == step:
+            self.resumed(newest)
+
+    def _commit_failed(self, whole: WholeSave, error: Exception) -> None:
+        self._causes[whole.step] = f"it could not be committed: {error}"
+        if isinstance(error, StepTaken):
+            self._tell(f"step {whole.step} was already committed by another generation: {error}")
+            return
+        self._tell(f"checkpoint of step {whole.step} is not saved; training goes on: {self._causes[whole.step]}")
+        # What is not one whole checkpoint will not become one; what the store refused it may take later
+        may_succeed = isinstance(error, StoreError)
+        if may_succeed and (self._uncommitted is None or whole.step > self._uncommitted.step):
+            self._uncommitted = whole
+
+    async def _tidy_up(self, step: int, living: Sequence[str], reading: Sequence[int]) -> None:
+        try:
+            await asyncio.to_thread(
+                apply_retention,
+                self._store,
+                policy=Retention.of(self._config.checkpoint),
+                living=living,
+                reading=reading,
+                now_unix=time.time(),
+            )
+        except (StoreError, CheckpointError) as error:
+            self._tell(f"checkpoint of step {step} is committed, but older ones were not tidied up: {error}")
+
+    async def _log(self, reference: CheckpointRef, commit_seconds: float) -> None:
+        """Notes the commit for whoever writes it into MLflow."""
+        timing = reference.manifest.timing
+        assert timing is not None
+        metrics = {
+            "checkpoint/bytes": float(reference.manifest.num_bytes),
+            "checkpoint/longest_stall_seconds": timing.stall_seconds,
+            "checkpoint/upload_seconds": timing.upload_seconds,
+            "checkpoint/commit_seconds": commit_seconds,
+        }
+        try:
+            found = await asyncio.to_thread(list_checkpoints, self._store)
+        except (StoreError, CheckpointError) as error:
+            self._tell(f"checkpoint of step {reference.step} is committed, but missing on the MLflow page: {error}")
+            return
+        listed = [vars(each) | {"uri": self._store.uri(step_folder(each.step))} for each in found]
+        text = json.dumps(listed, indent=2)
+        # One list for all: of a run that keeps thousands, a list for each commit would take gigabytes
+        earlier = [replace(each, checkpoints=text) for each in self.commits]
+        self.commits = [*earlier, Commit(len(earlier) + 1, reference.step, metrics, text)]

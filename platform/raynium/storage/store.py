@@ -1,0 +1,183 @@
+"""The run's store: one folder, on a file system or in S3, that holds everything a run keeps. No torch.
+
+    Store("/data/runs/first")            a folder of this machine, or of a file system that all nodes mount
+    Store("file:///data/runs/first")     the same folder
+    Store("s3://bucket/runs/first")      S3, through s3fs; reads the usual AWS environment
+
+Two writers may race for one key: `write_new` and `upload_file` create a key or raise `KeyExists`, and a key is
+never seen half-written. Every failure is a `StoreError` that names the store, the key, the cause and what to do.
+"""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+from uuid import uuid4
+
+from raynium.errors import StoreError
+from raynium.storage.backend import Backend, KeyMissing, Listing
+from raynium.storage.checksum import UNIT_BYTES, FileChecksums
+
+MAX_READ_BYTES = 2**30  # `read` is for records and manifests; data goes through `read_into`
+_KEY_PART = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=+-]{0,199}", re.ASCII)  # no leading dot: those are our temporary files
+_MAX_KEY_CHARS = 700  # S3 allows 1,024 bytes, of which the store's own prefix takes some
+
+
+class Store:
+    """One run's folder (or, for the driver, the folder of all runs). Safe to use from several threads and processes.
+
+    url: a path, a file:// URL or an s3:// URL; StoreError for any other. `options` go to s3fs
+    (`endpoint_url`, `key`, `secret`); without them it reads the AWS environment and profile.
+    """
+
+    def __init__(self, url: str | Path, *, options: Mapping[str, Any] | None = None):
+        self.url, self._backend = _open(str(url), dict(options or {}))
+        self._options = options
+
+    def __repr__(self) -> str:
+        return f"Store({self.url!r})"
+
+    def child(self, folder: str) -> "Store":
+        """The same storage, one or more levels down."""
+        return Store(self.uri(folder), options=self._options)
+
+    def uri(self, key: str) -> str:
+        """Where `key` lies, for people, logs and MLflow."""
+        return f"{self.url}/{checked_key(key)}"
+
+    def write_new(self, key: str, data: bytes) -> None:
+        """Create `key`. KeyExists if another call of this, anywhere, created it; this call's own retries are known."""
+        self._backend.put(checked_key(key), data, exclusive=True)
+
+    def replace(self, key: str, data: bytes) -> None:
+        """Write `key` whole, over what was there. Readers see the old or the new bytes, never a mixture."""
+        self._backend.put(checked_key(key), data, exclusive=False)
+
+    def read(self, key: str, *, max_bytes: int = MAX_READ_BYTES) -> bytes:
+        """All of a small object. KeyMissing; StoreError if it is larger than `max_bytes`."""
+        return self._backend.read(checked_key(key), max_bytes=max_bytes)
+
+    def read_range(self, key: str, start: int, length: int) -> bytes:
+        """Exactly `length` bytes from `start`. KeyMissing; StoreError if the object ends before."""
+        buffer = bytearray(length)
+        self.read_into(key, start, memoryview(buffer))
+        return bytes(buffer)
+
+    def read_into(self, key: str, start: int, *buffers: memoryview) -> None:
+        """Fill `buffers` (flat bytes), one after the other, from byte `start` of `key`, in one request.
+
+        KeyMissing; StoreError if the object ends before.
+        """
+        if filled := [buffer for buffer in buffers if len(buffer)]:
+            self._backend.read_into(checked_key(key), start, filled)
+
+    def size(self, key: str) -> int:
+        """Bytes of `key`. KeyMissing."""
+        return self._backend.size(checked_key(key))
+
+    def stored_checksum(self, key: str) -> tuple[int, str | None]:
+        """Bytes of `key`, and the CRC64NVME (base64) that the server keeps of it, in one request. KeyMissing.
+
+        None where it keeps none: file systems, and S3 servers older than that checksum.
+        """
+        return self._backend.stored_checksum(checked_key(key))
+
+    def exists(self, key: str) -> bool:
+        try:
+            self.size(key)
+        except KeyMissing:
+            return False
+        return True
+
+    def list(self, folder: str = "", *, recursive: bool = True) -> Listing:
+        """Everything under `folder` ("" is the whole store), however many; nothing if there is no such folder.
+
+        recursive=False lists one level: the keys in it, and the folders.
+        """
+        return self._backend.list(checked_key(folder) if folder else "", recursive=recursive)
+
+    def delete(self, key: str) -> None:
+        """Remove `key`; nothing happens if it is not there."""
+        self._backend.delete(checked_key(key))
+
+    def delete_prefix(self, folder: str) -> int:
+        """Remove all keys under `folder`, which may not be the whole store. Returns how many there were.
+
+        Several may do so at once; what one writes there meanwhile may stay.
+        """
+        return self._backend.delete_prefix(checked_key(folder))
+
+    def discard_unfinished(self, under: str = "", *, older_than_unix: float) -> int:
+        """Remove what killed writers left of the key `under`, or in the folder of that name ("" is the whole store).
+
+        In S3 these are multipart uploads begun before that time, which no listing shows and which are paid for; on a
+        file system, temporary files not written to since then. Returns how many there were. A writer that still works
+        on one fails, so give it time (hours), or know that it is dead.
+        """
+        return self._backend.discard_unfinished(checked_key(under) if under else "", older_than_unix=older_than_unix)
+
+    def upload_file(self, key: str, path: str | Path, *, unit_bytes: int = UNIT_BYTES) -> FileChecksums:
+        """Create `key` from a file of any size, durably, and say what was sent. KeyExists if it is there already.
+
+        The file is sent from the page cache without a copy, so it must not change before this returns; S3 checks the
+        checksums on arrival and refuses bytes that changed. Whatever ends this early, the key does not appear.
+        """
+        return self._backend.upload_file(checked_key(key), Path(path), unit_bytes=unit_bytes)
+
+    def check_writable(self, *, need_bytes: int = 0) -> None:
+        """Write, read and delete a probe, so that a run that could not save fails before it starts.
+
+        Every permission that a run needs is tried, on S3 also for multipart uploads. need_bytes: also refuse a file
+        system with less free space (S3 has no such limit). StoreError; a probe that may not be deleted stays.
+        """
+        probe = f"probe-{uuid4().hex}"
+        data = probe.encode()
+        self._backend.check_reachable(need_bytes=need_bytes)
+        self.write_new(probe, data)
+        if self.read(probe) != data:
+            raise StoreError(f"{self.url} does not give back what was written to it; use another store")
+        self.delete(probe)  # last: a role without s3:DeleteObject leaves this one key, and the error names it
+
+
+def checked_key(key: str) -> str:
+    """`key` itself if it names something inside a store. StoreError otherwise."""
+    if len(key) > _MAX_KEY_CHARS or not all(_KEY_PART.fullmatch(part) for part in key.split("/")):
+        raise StoreError(
+            f"{key[:200]!r} is not a valid key: use parts of letters, digits and ._=+- that start with a letter or "
+            f"digit, joined by single slashes, at most {_MAX_KEY_CHARS} characters in all"
+        )
+    return key
+
+
+def _open(url: str, options: dict[str, Any]) -> tuple[str, Backend]:
+    """The normalised address (never with credentials, so it can be logged) and the backend for `url`."""
+    # Imported here: s3fs takes a second to import, and the file backend must not pay it
+    if "://" not in url:
+        url = f"file://{Path(url).expanduser().absolute()}"
+    parts = urlsplit(url)
+    if "@" in parts.netloc or parts.query or parts.fragment:  # not echoed: it may hold a secret
+        raise StoreError(
+            f"a {parts.scheme}:// store address may not hold credentials, a query or a fragment, because addresses are "
+            "logged: put credentials in the environment (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY) or a profile"
+        )
+    folder = parts.path.rstrip("/")
+    if ".." in folder.split("/"):
+        raise StoreError(f"{url!r} holds '..': give the folder's own path")
+    if parts.scheme == "file":
+        from raynium.storage.file_store import FileBackend
+
+        if parts.netloc not in ("", "localhost") or not folder:
+            raise StoreError(
+                f"{url!r} is not a local folder: a file address has three slashes, as in file:///data/runs"
+            )
+        return f"file://{folder}", FileBackend(Path(folder))
+    if parts.scheme == "s3":
+        from raynium.storage.s3_store import S3Backend
+
+        if not parts.netloc:
+            raise StoreError(f"{url!r} names no bucket: write s3://bucket/folder")
+        if "//" in folder:  # S3 keeps an empty folder name, some servers drop it from some answers and not from others
+            raise StoreError(f"{url!r} holds '//': separate folders by single slashes")
+        return f"s3://{parts.netloc}{folder}", S3Backend(parts.netloc, folder.lstrip("/"), options)
+    raise StoreError(f"{url!r} has the scheme {parts.scheme!r}: use a path, file:// or s3://")
