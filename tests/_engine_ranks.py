@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from raynium.accelerators.cpu import CpuAccelerator
 from raynium.config.schema import Config
+from raynium.config.world import World
 from raynium.data.batch import Batch
 from raynium.engines.base import Votes
 from raynium.engines.native import build_native_engine
@@ -38,12 +39,13 @@ def run_rank(rank: int, folder: Path, scenario: dict) -> None:
     with (folder / "stderr").open("ab") as stderr:
         os.dup2(stderr.fileno(), 2)
     torch.set_num_threads(1)
-    if config.world_size > 1:
+    world = World.of(config)
+    if world.size > 1:
         # A file and not a port: nothing to collide with.
-        store = dist.FileStore(str(folder / "rendezvous"), config.world_size)  # pyright: ignore[reportPrivateImportUsage]
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=config.world_size)
+        store = dist.FileStore(str(folder / "rendezvous"), world.size)  # pyright: ignore[reportPrivateImportUsage]
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=world.size)
     weights = "first" if scenario["load_from"] is None else "loaded"
-    engine = build_native_engine(config, TestAccelerator(scenario["memory_bytes"][rank]), weights=weights)
+    engine = build_native_engine(config, world, TestAccelerator(scenario["memory_bytes"][rank]), weights=weights)
     samples = torch.load(folder / "batches.pt")
     rows = config.train.global_batch_size // engine.data_size
     mine = slice(engine.data_rank * rows, (engine.data_rank + 1) * rows)
@@ -69,7 +71,7 @@ def run_rank(rank: int, folder: Path, scenario: dict) -> None:
     state = [(c.name, c.global_shape, c.offsets, c.tensor, c.saved_here) for c in engine.state()]
     torch.save({"results": results, "evaluations": evaluations, "state": state}, folder / f"rank-{rank}.pt")
     engine.close()
-    if config.world_size > 1:
+    if world.size > 1:
         dist.destroy_process_group()
     assert not dist.is_initialized()
 

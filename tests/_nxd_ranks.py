@@ -22,6 +22,7 @@ import torch.distributed as dist
 from _engine_ranks import TestAccelerator, load
 
 from raynium.config.schema import Config
+from raynium.config.world import World
 from raynium.data.batch import Batch
 from raynium.engines.base import Engine, Votes
 from raynium.engines.native import build_native_engine
@@ -49,17 +50,18 @@ def run_rank(rank: int, folder: Path, scenario: dict, library: str) -> None:
         os.dup2(stderr.fileno(), 2)
         os.dup2(stderr.fileno(), 1)  # the library's log
     torch.set_num_threads(1)
-    store = dist.FileStore(str(folder / "rendezvous"), config.world_size)  # pyright: ignore[reportPrivateImportUsage]
+    world = World.of(config)
+    store = dist.FileStore(str(folder / "rendezvous"), world.size)  # pyright: ignore[reportPrivateImportUsage]
     backend = "xla" if library == "xla" and config.engine.kind == "nxd" else "gloo"
     if backend == "xla":
         import torch_xla.distributed.xla_backend  # noqa: F401
-    dist.init_process_group(backend, store=store, rank=rank, world_size=config.world_size)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world.size)
     weights = "first" if scenario["load_from"] is None else "loaded"
     engine: Engine
     if config.engine.kind == "nxd":
-        engine = build_nxd_engine(config, weights=weights)
+        engine = build_nxd_engine(config, world, weights=weights)
     else:
-        engine = build_native_engine(config, TestAccelerator(scenario["memory_bytes"][rank]), weights=weights)
+        engine = build_native_engine(config, world, TestAccelerator(scenario["memory_bytes"][rank]), weights=weights)
     samples = torch.load(folder / "batches.pt")
     rows = config.train.global_batch_size // engine.data_size
     mine = slice(engine.data_rank * rows, (engine.data_rank + 1) * rows)

@@ -23,6 +23,7 @@ from raynium.checkpoint.format.manifest import ShardEntry
 from raynium.checkpoint.load import load_checkpoint
 from raynium.checkpoint.upload import upload_shard
 from raynium.config.schema import Config
+from raynium.config.world import World
 from raynium.data.loader import Loader
 from raynium.data.store import open_store
 from raynium.engines.base import Engine, Votes
@@ -36,9 +37,9 @@ def run_rank(rank: int, folder: Path, scenario: dict[str, Any]) -> None:
     with (folder / "stderr").open("ab") as stderr:
         os.dup2(stderr.fileno(), 2)
     torch.set_num_threads(1)
-    store = dist.FileStore(str(folder / "rendezvous"), config.world_size)  # pyright: ignore[reportPrivateImportUsage]
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=config.world_size)
-    engine = build_native_engine(config, detect("cpu"))
+    store = dist.FileStore(str(folder / "rendezvous"), World.of(config).size)  # pyright: ignore[reportPrivateImportUsage]
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=World.of(config).size)
+    engine = build_native_engine(config, World.of(config), detect("cpu"))
     loader = Loader(
         open_store(config.data.path),
         seq_len=config.data.seq_len,

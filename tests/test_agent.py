@@ -18,6 +18,7 @@ from raynium.accelerators.detect import detect
 from raynium.checkpoint.catalog import latest, list_checkpoints
 from raynium.config.load import parse_config
 from raynium.config.schema import Config
+from raynium.config.world import World
 from raynium.data.store_build import build_store
 from raynium.errors import DataError, TrackingError
 from raynium.node import orphans
@@ -195,7 +196,7 @@ def test_the_ledger_goes_to_mlflow_now_and_then_and_its_last_step_is_left_for_th
     monkeypatch.setattr("raynium.node.agent.LEDGER_SECONDS", 3600)
     monkeypatch.setattr("raynium.node.agent.REPORT_SECONDS", 0)
     run = Played(parse_config(JOB), tmp_path / "run", document_folder)
-    handle = _Handler(run.agent, Order("run", 1, "g1", "127.0.0.1", 1), run.tracker)
+    handle = _Handler(run.agent, Order("run", World.of(run.agent.config), 1, "g1", "127.0.0.1", 1), run.tracker)
 
     def step(number: int) -> None:
         handle([(0, {"kind": "step", "step": number, "metrics": {"time/step_seconds": 0.001}})], [])

@@ -13,6 +13,7 @@ from neuron_twin import write_site
 
 from raynium.accelerators.detect import detect
 from raynium.config.load import parse_config
+from raynium.config.world import World
 from raynium.data.store_build import build_store
 from raynium.node.agent import COMPILES_TOLD, Node, NodeAgent, _Handler
 from raynium.node.compile_cache import FOLDER, entries
@@ -106,6 +107,7 @@ from raynium.accelerators.neuron import NeuronAccelerator
 from raynium.config.load import parse_config
 from raynium.data.batch import Batch
 from raynium.engines.base import Votes
+from raynium.config.world import World
 from raynium.engines.native import build_native_engine
 from raynium.train.compiles import WatchedEngine
 from raynium.train.link import MemoryLink
@@ -115,7 +117,7 @@ dist.init_process_group("neuron", store=dist.HashStore(), rank=0, world_size=1)
 config = parse_config(sys.stdin.read(), {"cluster.ranks_per_node": 1, "train.micro_batch_size": 4, "train.steps": 9})
 accelerator.memory_bytes = lambda **place: 2**30
 compiles, link = TorchCompiles(), MemoryLink()
-native = build_native_engine(config, accelerator, compile_backend=compiles.backend("neuron"))
+native = build_native_engine(config, World.of(config), accelerator, compile_backend=compiles.backend("neuron"))
 engine = WatchedEngine(native, torch_compiles=compiles, device_counts=accelerator.metrics, link=link)
 for step, tokens in enumerate((32, 32, 32, 48, 32), start=1):
     ids = torch.ones(4, tokens, dtype=torch.int64)
@@ -163,7 +165,7 @@ def test_a_surprise_is_told_once_for_all_ranks_of_a_node_and_never_without_end(
         open_tracker=MemoryTracker,
         data_folder=str,
     )
-    handle = _Handler(agent, Order("run", 1, "g1", "127.0.0.1", 1), MemoryTracker())
+    handle = _Handler(agent, Order("run", World.of(agent.config), 1, "g1", "127.0.0.1", 1), MemoryTracker())
 
     def compiled(rank: int, step: int, *surprises: str) -> tuple[int, dict[str, Any]]:
         fields = {"step": step, "graphs": 2, "seconds": 4.1, "surprises": surprises}

@@ -13,6 +13,7 @@ from torch import nn
 
 from raynium.accelerators.cpu import CpuAccelerator
 from raynium.config.load import parse_config
+from raynium.config.world import World
 from raynium.data.batch import Batch
 from raynium.engines.base import FakeEngine, Votes
 from raynium.engines.native import build_native_engine
@@ -56,7 +57,9 @@ def steps(engine: WatchedEngine, *tokens: int, first: int = 1) -> None:
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # torch's own look at it, which it means to hide
 def test_a_second_shape_is_explained_and_equal_shapes_compile_nothing(compiles: TorchCompiles) -> None:
     link = MemoryLink()
-    native = build_native_engine(parse_config(JOB), CpuAccelerator(), compile_backend=compiles.backend("aot_eager"))
+    native = build_native_engine(
+        parse_config(JOB), World.of(parse_config(JOB)), CpuAccelerator(), compile_backend=compiles.backend("aot_eager")
+    )
     engine = WatchedEngine(native, torch_compiles=compiles, device_counts=no_counts, link=link)
     steps(engine, 16, 16)
     engine.evaluate(batch())

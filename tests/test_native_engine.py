@@ -15,6 +15,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from raynium.accelerators.cpu import CpuAccelerator
 from raynium.config.schema import Config
+from raynium.config.world import World
 from raynium.data.batch import IGNORED_LABEL, Batch
 from raynium.engines.base import FakeEngine, Votes
 from raynium.engines.cross_entropy import ROWS_AT_ONCE, summed_nats
@@ -118,7 +119,7 @@ def run(
     torch.save(samples(), folder / "batches.pt")
     scenario = {
         "config": config.model_dump(mode="json"),
-        "memory_bytes": [memory_bytes] * config.world_size if isinstance(memory_bytes, int) else memory_bytes,
+        "memory_bytes": [memory_bytes] * World.of(config).size if isinstance(memory_bytes, int) else memory_bytes,
         "first_step": first_step,
         "last_step": last_step,
         "load_from": None if load_from is None else str(load_from),
@@ -129,7 +130,7 @@ def run(
     forker.stdin.write(f"{folder}\n")
     forker.stdin.flush()
     assert forker.stdout.readline() == "0\n", (folder / "stderr").read_text()[-6000:]
-    ranks = [torch.load(folder / f"rank-{rank}.pt") for rank in range(config.world_size)]
+    ranks = [torch.load(folder / f"rank-{rank}.pt") for rank in range(World.of(config).size)]
     return Run(folder, *([rank[key] for rank in ranks] for key in ("results", "evaluations", "state")))
 
 
@@ -328,7 +329,7 @@ def test_compiled_blocks_give_the_same_losses(
 
 def test_logits_do_not_outlive_their_micro_batch() -> None:
     """They are the largest activation, and the next micro-batch is about to make its own."""
-    engine = build_native_engine(config(micro_batches=3), CpuAccelerator())
+    engine = build_native_engine(config(micro_batches=3), World.of(config(micro_batches=3)), CpuAccelerator())
     made: list[StorageWeakRef] = []
     alive: list[int] = []
     engine._model.register_forward_pre_hook(lambda *_: alive.append(sum(not each.expired() for each in made)))

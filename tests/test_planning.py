@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from raynium.config.load import load_config
+from raynium.config.world import World
 from raynium.models.decoder import Decoder
 from raynium.models.flops import parameter_count
 from raynium.planning.memory import MemoryEstimate, estimate_memory, parameter_parts
@@ -12,7 +13,8 @@ PRESETS = ["quickstart", "llama3-1b", "llama3-8b", "llama3-70b", "qwen3-8b"]
 
 
 def estimate(preset, *overrides) -> MemoryEstimate:
-    return estimate_memory(load_config(preset, overrides))
+    config = load_config(preset, overrides)
+    return estimate_memory(config, data_parallel=World.of(config).data)
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -106,7 +108,7 @@ def test_the_formula_counts_what_autograd_saves(family, dtype):
     base.append(f"engine.dtype={dtype}")
     configs = [load_config("quickstart", [*base, f"model.num_layers={n}"]) for n in (1, 3)]
     one_saved, three_saved = (_saved_bytes(config) for config in configs)
-    one_planned, three_planned = (estimate_memory(config).activations for config in configs)
+    one_planned, three_planned = (estimate_memory(config, data_parallel=1).activations for config in configs)
     # The estimate leaves out one number per token and head, or per token and norm.
     assert three_saved - one_saved == pytest.approx(three_planned - one_planned, rel=0.01)
 

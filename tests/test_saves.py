@@ -10,6 +10,7 @@ from checkpoints import halves, random_tensor, upload_all
 
 from raynium.checkpoint.catalog import latest, list_checkpoints
 from raynium.config.load import parse_config
+from raynium.config.world import World
 from raynium.errors import StoreError
 from raynium.run.saves import MOST_COMING_IN, Saves, WholeSave
 from raynium.storage.store import Store
@@ -60,7 +61,7 @@ def told() -> list[str]:
 @pytest.fixture
 def saves(store: RefusingStore, told: list[str], monkeypatch: pytest.MonkeyPatch) -> Saves:
     monkeypatch.setattr("raynium.run.saves.pause_before_next_try", lambda tries, _: 0.001 if tries < 4 else None)
-    return Saves(parse_config(JOB), store, tell=told.append)
+    return Saves(parse_config(JOB), World.of(parse_config(JOB)), store, tell=told.append)
 
 
 def whole(saves: Saves, store: Store, step: int, generation: str = "g1") -> WholeSave:
@@ -200,19 +201,19 @@ def test_a_last_checkpoint_that_an_earlier_coordinator_committed_is_found(
     saves: Saves, store: RefusingStore, told: list[str]
 ) -> None:
     run_out(saves, whole(saves, store, 8))
-    restarted = Saves(saves._config, store, tell=told.append)
+    restarted = Saves(saves._config, saves._world, store, tell=told.append)
     assert restarted.problem(8) is not None
     asyncio.run(restarted.commit_last(8, living=[]))
     assert restarted.problem(8) is None and restarted.committed_step == 8 and restarted.committed_uri is not None
     assert "no shard of it arrived" in (restarted.problem(9) or "")
 
-    taken = Saves(saves._config, store, tell=told.append)
+    taken = Saves(saves._config, saves._world, store, tell=told.append)
     run_out(taken, whole(taken, store, 8, "g2"))
     assert taken.problem(8) is None
 
     manifest = "checkpoints/step-000000008/manifest.json"
     store.replace(manifest, store.read(manifest)[:-1])
-    unlucky = Saves(saves._config, store, tell=told.append)
+    unlucky = Saves(saves._config, saves._world, store, tell=told.append)
     asyncio.run(unlucky.commit_last(8, living=[]))
     assert "could not be saved: the store cannot be asked for it" in (unlucky.problem(8) or "")
 

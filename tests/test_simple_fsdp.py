@@ -21,6 +21,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from raynium.config.schema import Config
+from raynium.config.world import World
 from raynium.data.batch import Batch
 from raynium.engines.base import Votes
 from raynium.engines.native import NativeEngine, build_native_engine
@@ -159,8 +160,10 @@ def pretended() -> Iterator[Callable[..., tuple[NativeEngine, Batch]]]:
     """Rank 0 of a group whose collectives do nothing, and its first batch: for shapes and graphs, not for values."""
 
     def build(made: Config, backend: Callable[..., Any], memory_bytes: int = 0) -> tuple[NativeEngine, Batch]:
-        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=made.world_size)
-        engine = build_native_engine(made, _engine_ranks.TestAccelerator(memory_bytes), compile_backend=backend)
+        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=World.of(made).size)
+        engine = build_native_engine(
+            made, World.of(made), _engine_ranks.TestAccelerator(memory_bytes), compile_backend=backend
+        )
         if isinstance(backend, RecordingBackend):
             assert engine._layout.mesh is not None
             backend.data_group = engine._layout.mesh.get_group("data").group_name

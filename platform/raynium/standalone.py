@@ -20,10 +20,11 @@ from raynium.checkpoint.catalog import resume_point
 from raynium.checkpoint.commit import commit_checkpoint
 from raynium.checkpoint.format.manifest import ImageInfo, ShardEntry
 from raynium.checkpoint.retention import Retention, apply_retention
-from raynium.checkpoint.state import checkpoint_state, layout
+from raynium.checkpoint.state import checkpoint_state
 from raynium.checkpoint.upload import upload_shard
 from raynium.config.load import load_config
 from raynium.config.schema import Config
+from raynium.config.world import World
 from raynium.errors import RayniumError
 from raynium.launch.preparation import check_resume, checked, keep_tokenizer, prepare_data, run_store, saved_config
 from raynium.launch.settle import settled
@@ -38,8 +39,9 @@ logger = logging.getLogger(__name__)
 class StandaloneLink:
     """The link of a rank that nobody watches. Saving blocks the loop; every rank calls `image` at the same step."""
 
-    def __init__(self, config: Config, store: Store):
+    def __init__(self, config: Config, world: World, store: Store):
         self._config = config
+        self._world = world
         self._store = store
         self._stop = False
         self._generation = ""
@@ -88,8 +90,8 @@ class StandaloneLink:
                 generation=self._generation,
                 entries=[ShardEntry.from_json(each) for each in entries],
                 state=checkpoint_state(self._config, image.step),
-                world_size=self._config.world_size,
-                layout=layout(self._config),
+                world_size=self._world.size,
+                layout=self._world.degrees(),
             )
             apply_retention(
                 self._store,
@@ -109,9 +111,10 @@ def main() -> None:
     path, *overrides = sys.argv[1:]
     try:
         config = checked(load_config(path, overrides))
-        if int(os.environ["WORLD_SIZE"]) != config.world_size:
+        world = World.of(config)
+        if int(os.environ["WORLD_SIZE"]) != world.size:
             sys.exit(
-                f"error: torchrun started {os.environ['WORLD_SIZE']} ranks, the config asks for {config.world_size} "
+                f"error: torchrun started {os.environ['WORLD_SIZE']} ranks, the config asks for {world.size} "
                 f"(cluster.nodes × cluster.ranks_per_node). Make them equal"
             )
         config = settled(config, cluster_resources=None, saved=saved_config(config))
@@ -128,12 +131,13 @@ def main() -> None:
         with tempfile.TemporaryDirectory(prefix="raynium-") as images:
             plan = RankPlan(
                 config=config,
+                world=world,
                 run_url=store.url,
                 resume_step=checkpoint.step if checkpoint else None,
                 data_folder=str(documents.path),
                 image_folder=images,
             )
-            outcome = run(plan, StandaloneLink(config, store))
+            outcome = run(plan, StandaloneLink(config, world, store))
     except RayniumError as error:
         sys.exit(f"error: {error}")
     logger.info("%s at step %d", outcome.reason, outcome.step)

@@ -28,6 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 from raynium.accelerators.detect import detect
 from raynium.config.load import load_config
 from raynium.config.schema import Config
+from raynium.config.world import World
 from raynium.data.loader import Loader
 from raynium.data.store import open_store
 from raynium.data.store_build import build_store
@@ -98,7 +99,7 @@ def one_rank(rank: int, world_size: int, folder: str, turns: int, port: int) -> 
 
 
 def our_turns(config: Config) -> Callable[[int], None]:
-    engine = build_native_engine(config, detect("cpu"))
+    engine = build_native_engine(config, World.of(config), detect("cpu"))
     loader = Loader(
         open_store(config.data.path),
         seq_len=config.data.seq_len,
@@ -107,7 +108,9 @@ def our_turns(config: Config) -> Callable[[int], None]:
         data_size=engine.data_size,
         seed=config.run.seed,
     )
-    throughput = Throughput(config.world_size, config.tokens_per_step, config.train.global_batch_size, 1.0, 1.0, 1.0)
+    throughput = Throughput(
+        World.of(config).size, config.tokens_per_step, config.train.global_batch_size, 1.0, 1.0, 1.0
+    )
 
     def take_turn(turn: int) -> None:
         never = 10**9

@@ -34,9 +34,3 @@ def checkpoint_state(config: Config, step: int) -> dict[str, Any]:
         "tokens": step * config.tokens_per_step,
         "config": config.model_dump(mode="json"),
     }
-
-
-def layout(config: Config) -> dict[str, int]:
-    """The degrees the state was cut by; for people, since any layout reads any other."""
-    parallel = config.parallel
-    return {"data": config.data_parallel_size, "tensor": parallel.tensor, "pipeline": parallel.pipeline}

@@ -199,21 +199,6 @@ class Config(Section):
     sample: SampleSection = SampleSection()
 
     @property
-    def world_size(self) -> int:
-        """Number of ranks over all nodes."""
-        return self.cluster.nodes * self.cluster.ranks_per_node
-
-    @property
-    def data_parallel_size(self) -> int:
-        """Number of ranks that see different samples (rules check that it is whole)."""
-        return self.world_size // (self.parallel.tensor * self.parallel.pipeline)
-
-    @property
-    def num_micro_batches(self) -> int:
-        """Forward passes of one data-parallel rank in a step (rules check that it is whole)."""
-        return self.train.global_batch_size // (self.data_parallel_size * self.train.micro_batch_size)
-
-    @property
     def tokens_per_step(self) -> int:
         """Tokens that contribute to one optimizer step, over all ranks."""
         return self.train.global_batch_size * self.data.seq_len

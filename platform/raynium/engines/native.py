@@ -20,6 +20,7 @@ from raynium.accelerators import Accelerator, native_fsdp
 from raynium.accelerators.cpu import usable_cores
 from raynium.checkpoint.state import Chunk
 from raynium.config.schema import Config
+from raynium.config.world import World
 from raynium.data.batch import IGNORED_LABEL, Batch
 from raynium.engines.base import EvalSum, StepResult, Votes
 from raynium.engines.cross_entropy import summed_nats
@@ -57,6 +58,7 @@ class Block(NamedTuple):
 
 def build_native_engine(
     config: Config,
+    world: World,
     accelerator: Accelerator,
     *,
     compile_backend: Backend | None = None,
@@ -73,13 +75,13 @@ def build_native_engine(
     """
     assert config.engine.dtype != "auto", "the driver settles it"
     dtype = getattr(torch, config.engine.dtype)
-    assert config.world_size == 1 or dist.is_initialized(), f"{config.world_size} ranks and no process group"
-    sharded = config.world_size > 1 or dtype != torch.float32
+    assert world.size == 1 or dist.is_initialized(), f"{world.size} ranks and no process group"
+    sharded = world.size > 1 or dtype != torch.float32
     opens_group = sharded and not dist.is_initialized()
     if opens_group:
         store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
         dist.init_process_group(accelerator.process_group_backend, store=store, rank=0, world_size=1)
-    layout = _layout(config, accelerator) if sharded else Layout(None, 0, 1, 0, 1)
+    layout = _layout(world, accelerator) if sharded else Layout(None, 0, 1, 0, 1)
     gathered = _fits_gathered(config, accelerator)
     backend = compile_backend or accelerator.compile_backend
     model, blocks = _build_model(config, accelerator, layout, dtype, backend, gathered=gathered, weights=weights)
@@ -251,12 +253,9 @@ class NativeEngine:
 # ---- Building --------------------------------------------------------------------------------------------------------
 
 
-def _layout(config: Config, accelerator: Accelerator) -> Layout:
-    tensor = config.parallel.tensor
-    mesh = init_device_mesh(
-        accelerator.device_type, (config.data_parallel_size, tensor), mesh_dim_names=("data", "tensor")
-    )
-    return Layout(mesh, mesh.get_local_rank("data"), config.data_parallel_size, mesh.get_local_rank("tensor"), tensor)
+def _layout(world: World, accelerator: Accelerator) -> Layout:
+    mesh = init_device_mesh(accelerator.device_type, (world.data, world.tensor), mesh_dim_names=("data", "tensor"))
+    return Layout(mesh, mesh.get_local_rank("data"), world.data, mesh.get_local_rank("tensor"), world.tensor)
 
 
 def _build_model(

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from raynium.accelerators.cpu import usable_cores
 from raynium.checkpoint.state import Chunk
 from raynium.config.schema import Config
+from raynium.config.world import World
 from raynium.data.batch import IGNORED_LABEL, Batch
 from raynium.engines.base import EvalSum, StepResult, Votes
 from raynium.engines.nxd_layers import mark_copies, parallel_decoder, summed_nats
@@ -78,7 +79,7 @@ class Stored(NamedTuple):
         return tensor[begin : begin + piece.shape[0]]
 
 
-def build_nxd_engine(config: Config, *, weights: Literal["first", "loaded"] = "first") -> "NxdEngine":
+def build_nxd_engine(config: Config, world: World, *, weights: Literal["first", "loaded"] = "first") -> "NxdEngine":
     """Model and optimizer of this rank, at step 0. All ranks call it, after `init_process_group`, of one rank too.
 
     The environment is set before: PJRT's for Trainium, or NXD_CPU_MODE=1 for NxD's own mode on a CPU. float32 weights
@@ -112,21 +113,21 @@ def build_nxd_engine(config: Config, *, weights: Literal["first", "loaded"] = "f
                 parameter[piece.row : piece.row + piece.shape[0]].copy_(_first_values(piece, config))
 
     nxd_config = nxd.neuronx_distributed_config(
-        tensor_parallel_size=config.parallel.tensor,
-        pipeline_parallel_size=config.parallel.pipeline,
-        pipeline_config=pipeline_config(config),
+        tensor_parallel_size=world.tensor,
+        pipeline_parallel_size=world.pipeline,
+        pipeline_config=pipeline_config(config, world),
         optimizer_config={
             "zero_one_enabled": zero1,
             "grad_clipping": True,
             "max_grad_norm": config.optimizer.clip_norm,
         },
         activation_checkpoint_config=[Block] if config.engine.activation_checkpointing == "full" else None,
-        sequence_parallel=config.parallel.tensor > 1,
+        sequence_parallel=world.tensor > 1,
         model_init_config={"meta_device_init": True, "param_init_fn": first_weights},
         # Set by the accelerator on Trainium2: NxD lays tensor groups along other links with two cores in one.
         lnc_size=int(os.environ.get("NEURON_LOGICAL_NC_CONFIG", "1")),
     )
-    layout = _layout(config)
+    layout = _layout(config, world)
     place = {"tensor_rank": layout.tensor_rank, "tensor_size": layout.tensor_size, "kv_order": layout.kv_order}
     stored = by_stored(pieces(config.model, **place))
     if config.model.embeddings == "tied" and layout.num_stages > 1 and layout.is_last_stage:
@@ -143,7 +144,7 @@ def build_nxd_engine(config: Config, *, weights: Literal["first", "loaded"] = "f
             for each in found:  # NxD made them of weights that were already rounded
                 for piece in each.pieces:
                     each.view(each.master, piece).copy_(_first_values(piece, config))
-    return NxdEngine(config, layout, nxd_model, optimizer, found, device=get_device(), zero1=zero1)
+    return NxdEngine(config, world, layout, nxd_model, optimizer, found, device=get_device(), zero1=zero1)
 
 
 class Passes(Protocol):
@@ -201,6 +202,7 @@ class NxdEngine:
     def __init__(
         self,
         config: Config,
+        world: World,
         layout: Layout,
         model: Any,
         optimizer: Any,
@@ -218,9 +220,8 @@ class NxdEngine:
         self._passes: Passes
         micro_batch_size = config.train.micro_batch_size
         if layout.num_stages > 1:
-            number = config.num_micro_batches
             self._passes = PipelinePasses(
-                model, micro_batch_size=micro_batch_size, num_micro_batches=number, device=device
+                model, micro_batch_size=micro_batch_size, num_micro_batches=world.num_micro_batches, device=device
             )
         else:
             self._passes = WholePasses(model, micro_batch_size=micro_batch_size, device=device)
@@ -335,11 +336,11 @@ class NxdEngine:
 # ---- Building --------------------------------------------------------------------------------------------------------
 
 
-def _layout(config: Config) -> Layout:
+def _layout(config: Config, world: World) -> Layout:
     from neuronx_distributed.parallel_layers import parallel_state
 
     # NxD knows by the chip which ranks share a head; the layers make the same groups, if they are not there yet.
-    parallel_state.initialize_kv_group(kv_copies(config.model, config.parallel.tensor))
+    parallel_state.initialize_kv_group(kv_copies(config.model, world.tensor))
     sharing = parallel_state.get_kv_shared_replica_groups()[0]
     adjacent = sharing == list(range(sharing[0], sharing[0] + len(sharing)))
     layout = Layout(
@@ -352,7 +353,7 @@ def _layout(config: Config) -> Layout:
         kv_order="adjacent" if adjacent else "interleaved",
     )
     sizes = (layout.data_size, layout.tensor_size, layout.num_stages)
-    assert sizes == (config.data_parallel_size, config.parallel.tensor, config.parallel.pipeline)
+    assert sizes == (world.data, world.tensor, world.pipeline)
     return layout
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from raynium.config.schema import Config, ModelSection
+from raynium.config.world import World
 from raynium.data.batch import Batch
 from raynium.engines.nxd_layers import summed_nats
 from raynium.models.decoder import Block, Decoder, RMSNorm, Rope, rope_tables
@@ -71,15 +72,15 @@ class ScaledNats(nn.Module):
         return summed_nats(logits_TBV, labels_BT) * self.scale
 
 
-def pipeline_config(config: Config) -> dict[str, Any] | None:
+def pipeline_config(config: Config, world: World) -> dict[str, Any] | None:
     """NxDPPModel's arguments, equal numbers of blocks a stage; None without pipeline parallelism."""
-    num_stages = config.parallel.pipeline
+    num_stages = world.pipeline
     if num_stages == 1:
         return None
     per_stage = config.model.num_layers // num_stages
     return {
         "transformer_layer_cls": Block,
-        "num_microbatches": config.num_micro_batches,
+        "num_microbatches": world.num_micro_batches,
         "pipeline_cuts": [f"blocks.{stage * per_stage - 1}" for stage in range(1, num_stages)],  # last of each stage
         "input_names": ["tokens", "labels"],
         "leaf_module_cls": [kind.__name__ for kind in (RMSNorm, Positions, ScaledNats)],  # NxD compares names

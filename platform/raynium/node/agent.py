@@ -21,6 +21,7 @@ from raynium.accelerators.base import Accelerator, Place
 from raynium.accelerators.detect import look
 from raynium.checkpoint.format.manifest import ImageInfo
 from raynium.config.schema import Config
+from raynium.config.world import World
 from raynium.errors import DataError, StoreError, TrackingError
 from raynium.health.neuron_monitor import DeviceMonitor, DeviceSample, has_devices
 from raynium.node.compile_cache import node_cache
@@ -175,14 +176,15 @@ class NodeAgent:
 
     def _environments(self, order: Order) -> dict[int, dict[str, str]]:
         """Rank → its whole environment: the standard variables, and what the accelerator's libraries read."""
-        per_node = self.config.cluster.ranks_per_node
+        world = order.world
+        assert world is not None, "an order to run has a world"
         environments = {}
-        for local_rank in range(per_node):
+        for local_rank, rank in enumerate(world.ranks_of(self.node.node_rank)):
             place = Place(
-                rank=self.node.node_rank * per_node + local_rank,
-                world_size=self.config.world_size,
+                rank=rank,
+                world_size=world.size,
                 local_rank=local_rank,
-                local_world_size=per_node,
+                local_world_size=world.ranks_per_node,
                 master_host=order.master_host,
                 master_port=order.master_port,
                 run_name=self.config.run.name,
@@ -207,6 +209,7 @@ class NodeAgent:
         self._saving += [self._uploads.submit(self._tell_saved, saved) for saved in self._images.saved()]
         plan = RankPlan(
             config=self.config,
+            world=handle.world,
             run_url=self.run_url,
             resume_step=order.resume_step,
             data_folder=data_folder,
@@ -353,14 +356,14 @@ class NodeAgent:
         if not answer.cancelled() and answer.exception() is None:  # without a coordinator, `watch` ends the generation
             self._device_metrics = answer.result()
 
-    def take_device_metrics(self, mfu: float | None) -> dict[str, float]:
+    def take_device_metrics(self, world: World, mfu: float | None) -> dict[str, float]:
         """Those that no step has reported yet. mfu: of this step, with attention; None: not known."""
         taken, self._device_metrics = self._device_metrics, {}
         counted = taken.get("device/flops_per_second")
         if mfu and counted is not None:
             peak_flops = self.accelerator.peak_flops(self.config.engine.dtype)
             assert peak_flops is not None, "the rank that reports an MFU had one"
-            taken["device/flops_to_estimate_ratio"] = counted / (mfu * peak_flops * self.config.world_size)
+            taken["device/flops_to_estimate_ratio"] = counted / (mfu * peak_flops * world.size)
         return taken
 
     def new_book(self, order: Order) -> GenerationBook:
@@ -441,6 +444,8 @@ class _Handler:
     tracker: Tracker | None
 
     def __post_init__(self) -> None:
+        assert self.order.world is not None
+        self.world = self.order.world
         self.book = self.agent.new_book(self.order)
 
     def __call__(self, messages: list[tuple[int, dict[str, Any]]], lines: list[tuple[int, str]]) -> None:
@@ -466,7 +471,7 @@ class _Handler:
             why = "earlier ones are still being uploaded (checkpoint.if_busy=skip)"
             self.agent.coordinator.call("tell", f"step {step}: no checkpoint, because {why}")
         metrics = metrics | {"run/generation": float(self.order.generation)}
-        metrics |= self.agent.take_device_metrics(metrics.get("throughput/mfu_with_attention"))
+        metrics |= self.agent.take_device_metrics(self.world, metrics.get("throughput/mfu_with_attention"))
         self.agent.report(self.order, step, metrics, self.book.ledger())
         assert self.tracker is not None
         metrics |= self.agent.take_goodput_metrics(step)

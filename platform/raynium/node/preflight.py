@@ -19,6 +19,7 @@ from raynium.accelerators import neuron, neuron_xla
 from raynium.accelerators.base import Accelerator, Place
 from raynium.accelerators.detect import detect
 from raynium.config.schema import Config
+from raynium.config.world import World
 from raynium.errors import LaunchError, StoreError
 from raynium.health.checks import MAX_CLOCK_SECONDS, Wanted, compile_cache, host_checks
 from raynium.health.host import Check, Host, Status, ThisHost
@@ -81,7 +82,7 @@ def wanted_of(config: Config, environment: Mapping[str, str]) -> Wanted:
 
 def snapshot_bytes(config: Config) -> int:
     """Shared memory of one node, estimated: parameters and both moments of each rank, in every image slot."""
-    estimate = estimate_memory(config)
+    estimate = estimate_memory(config, data_parallel=World.of(config).data)
     return IMAGE_SLOTS * config.cluster.ranks_per_node * (estimate.parameters + estimate.optimizer)
 
 

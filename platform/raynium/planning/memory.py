@@ -84,17 +84,17 @@ def parameter_parts(model: ModelSection) -> ParameterParts:
     )
 
 
-def estimate_memory(config: Config) -> MemoryEstimate:
-    """Estimated peak bytes per rank; the degrees must divide world size and layers (`rules.check` says)."""
+def estimate_memory(config: Config, *, data_parallel: int) -> MemoryEstimate:
+    """Estimated peak bytes per rank; data_parallel: ranks that see different samples (`World.data`)."""
     parts = _parts_of_stage(config)
     compute_bytes = BYTES_OF_DTYPE[config.engine.dtype]
     tensor = config.parallel.tensor
-    own_parameters = _per_rank(parts, tensor, config.data_parallel_size)
+    own_parameters = _per_rank(parts, tensor, data_parallel)
     return MemoryEstimate(
         parameters=own_parameters * FLOAT32_BYTES,
         gradients=own_parameters * FLOAT32_BYTES,
         optimizer=own_parameters * 2 * FLOAT32_BYTES,
-        gathered_blocks=_gathered_bytes(parts, tensor, config.data_parallel_size, compute_bytes),
+        gathered_blocks=_gathered_bytes(parts, tensor, data_parallel, compute_bytes),
         activations=_activation_bytes(config, compute_bytes),
         logits=_logit_bytes(config, compute_bytes),
     )

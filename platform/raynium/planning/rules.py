@@ -107,7 +107,8 @@ def pipeline_parallel(config: Config) -> Iterator[str]:
             f"parallel.pipeline is {parallel.pipeline} with engine.kind {config.engine.kind}, which has no pipeline "
             "parallelism: set parallel.pipeline to 1, or engine.kind to nxd"
         )
-    ranks = config.world_size // parallel.tensor
+    size = _world_size(config)
+    ranks = size // parallel.tensor
 
     def fits(degree: int) -> bool:
         # Odd numbers: NxD joins neighbours in two sets of pairs, and around an odd ring the pairs of a set overlap.
@@ -116,20 +117,16 @@ def pipeline_parallel(config: Config) -> Iterator[str]:
     if not fits(parallel.pipeline):
         yield (
             f"parallel.pipeline is {parallel.pipeline}: the stages take equal shares of model.num_layers {num_layers} "
-            f"and of {ranks} ranks (world size {config.world_size} / parallel.tensor {parallel.tensor}), and their "
+            f"and of {ranks} ranks (world size {size} / parallel.tensor {parallel.tensor}), and their "
             f"number is even, since they talk in pairs; set parallel.pipeline to "
             f"{_choices([degree for degree in _divisors(num_layers) if fits(degree)])}"
         )
 
 
 def batch_size(config: Config) -> Iterator[str]:
-    if not _has_data_parallel_size(config):
+    if (data_parallel := _data_parallel(config)) is None:
         return
-    batch, micro, data_parallel = (
-        config.train.global_batch_size,
-        config.train.micro_batch_size,
-        config.data_parallel_size,
-    )
+    batch, micro = config.train.global_batch_size, config.train.micro_batch_size
     unit = data_parallel * micro
     parallel = config.parallel
     if batch % unit:
@@ -137,12 +134,12 @@ def batch_size(config: Config) -> Iterator[str]:
         stages = f" / parallel.pipeline {parallel.pipeline}" if parallel.pipeline > 1 else ""
         yield (
             f"train.global_batch_size is {batch}: it must be a multiple of {unit} = {data_parallel} data-parallel "
-            f"ranks (world size {config.world_size} / parallel.tensor {parallel.tensor}{stages}) × "
+            f"ranks (world size {_world_size(config)} / parallel.tensor {parallel.tensor}{stages}) × "
             f"train.micro_batch_size {micro}; set {f'{below} or ' if below else ''}{below + unit}"
         )
-    elif config.num_micro_batches < parallel.pipeline:
+    elif (micro_batches := batch // unit) < parallel.pipeline:
         yield (
-            f"parallel.pipeline is {parallel.pipeline} with {config.num_micro_batches} micro-batches a step "
+            f"parallel.pipeline is {parallel.pipeline} with {micro_batches} micro-batches a step "
             f"(train.global_batch_size {batch} / {data_parallel} data-parallel ranks / train.micro_batch_size "
             f"{micro}): with fewer than stages some always wait; set global_batch_size to {unit * parallel.pipeline} "
             "or more, or a smaller micro_batch_size or pipeline"
@@ -263,9 +260,9 @@ def tensor_groups(config: Config, instance: Instance) -> Iterator[str]:
 
 
 def memory_fit(config: Config, instance: Instance) -> Iterator[str]:
-    if not _has_data_parallel_size(config):
+    if (data_parallel := _data_parallel(config)) is None:
         return
-    estimate = estimate_memory(config)
+    estimate = estimate_memory(config, data_parallel=data_parallel)
     usable = instance.memory_gib_per_core * USABLE_FRACTION * GIB
     if estimate.total > usable:
         yield (
@@ -292,9 +289,16 @@ RULES = (head_counts, sequence_length, vocabulary, tensor_parallel, pipeline_par
 HARDWARE_RULES = (accelerator_of_instance, core_count, tensor_groups, memory_fit)
 
 
-def _has_data_parallel_size(config: Config) -> bool:
+def _world_size(config: Config) -> int:
+    return config.cluster.nodes * config.cluster.ranks_per_node
+
+
+def _data_parallel(config: Config) -> int | None:
+    """Ranks that see different samples; None where another rule says that they are no whole number."""
     tensor, pipeline = config.parallel.tensor, config.parallel.pipeline
-    return config.cluster.ranks_per_node % tensor == 0 and config.world_size % (tensor * pipeline) == 0
+    if config.cluster.ranks_per_node % tensor or _world_size(config) % (tensor * pipeline):
+        return None
+    return _world_size(config) // (tensor * pipeline)
 
 
 def _divisors(number: int) -> list[int]:

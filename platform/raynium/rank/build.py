@@ -17,6 +17,7 @@ from raynium.accelerators.detect import detect
 from raynium.accelerators.timeouts import PROCESS_GROUP_TIMEOUT_SECONDS
 from raynium.checkpoint.format.manifest import ImageInfo
 from raynium.config.schema import Config
+from raynium.config.world import World
 from raynium.data.evaluation import bits_per_byte, evaluation_set
 from raynium.data.loader import Loader
 from raynium.data.store import DocumentStore, open_store
@@ -39,10 +40,10 @@ logger = logging.getLogger(__name__)
 def run(plan: RankPlan, link: Link) -> Outcome:
     """One generation of this rank, from process group to the last snapshot. Every rank of the world calls it.
 
-    Reads the standard environment: RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT.
+    Reads the standard environment: RANK, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT.
     """
     config = plan.config
-    rank, world_size, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    rank, local_rank = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
 
     # ---- the process group first: on Trainium nothing may touch the device before it -------------------------------
     link.phase("start", 0)
@@ -51,7 +52,7 @@ def run(plan: RankPlan, link: Link) -> Outcome:
     dist.init_process_group(
         accelerator.process_group_backend,
         rank=rank,
-        world_size=world_size,
+        world_size=plan.world.size,
         timeout=timedelta(seconds=PROCESS_GROUP_TIMEOUT_SECONDS),
     )
     torch.manual_seed(config.run.seed + rank)
@@ -61,10 +62,10 @@ def run(plan: RankPlan, link: Link) -> Outcome:
     resumes = bool(plan.resume_images) or plan.resume_step is not None
     weights = "loaded" if resumes else "first"
     if config.engine.kind == "nxd":
-        built = build_nxd_engine(config, weights=weights)
+        built = build_nxd_engine(config, plan.world, weights=weights)
     else:
         backend = compiles.backend(accelerator.compile_backend)
-        built = build_native_engine(config, accelerator, compile_backend=backend, weights=weights)
+        built = build_native_engine(config, plan.world, accelerator, compile_backend=backend, weights=weights)
     engine = WatchedEngine(built, torch_compiles=compiles, device_counts=accelerator.metrics, link=link)
     snapshots = Snapshots(engine, link, Path(plan.image_folder), if_busy=config.checkpoint.if_busy)
     start_step = 0
@@ -83,7 +84,7 @@ def run(plan: RankPlan, link: Link) -> Outcome:
         data_size=engine.data_size,
         seed=config.run.seed,
     )
-    evaluation = Evaluation(engine, documents, config)
+    evaluation = Evaluation(engine, documents, config, plan.world)
 
     # ---- train -----------------------------------------------------------------------------------------------------
     outcome = train(
@@ -93,7 +94,7 @@ def run(plan: RankPlan, link: Link) -> Outcome:
         start_step=start_step,
         evaluate=lambda: evaluation.metrics() | accelerator.metrics() | engine.compile_metrics(),
         snapshots=snapshots if config.checkpoint.save == "steps" else NoSnapshots(),
-        throughput=_throughput(config, accelerator, world_size),
+        throughput=_throughput(config, plan.world, accelerator),
         link=link,
     )
     engine.close()
@@ -104,10 +105,10 @@ def run(plan: RankPlan, link: Link) -> Outcome:
 class Evaluation:
     """Held-out loss. Every rank calls `metrics()` at the same step; all get the same numbers."""
 
-    def __init__(self, engine: Engine, documents: DocumentStore, config: Config):
+    def __init__(self, engine: Engine, documents: DocumentStore, config: Config, world: World):
         self._engine = engine
         # A pipeline takes as many micro-batches as a step has; without one a single one needs the least memory.
-        micro_batches = config.num_micro_batches if config.parallel.pipeline > 1 else 1
+        micro_batches = world.num_micro_batches if world.pipeline > 1 else 1
         self._held_out = evaluation_set(
             documents,
             seq_len=config.data.seq_len,
@@ -124,10 +125,10 @@ class Evaluation:
         return {"eval/loss": nats / tokens, "eval/bits_per_byte": bits_per_byte(nats, self._held_out.num_bytes)}
 
 
-def _throughput(config: Config, accelerator: Accelerator, world_size: int) -> Throughput:
+def _throughput(config: Config, world: World, accelerator: Accelerator) -> Throughput:
     flops = flops_per_token(config.model, config.data.seq_len)
     return Throughput(
-        world_size=world_size,
+        world_size=world.size,
         tokens_per_step=config.tokens_per_step,
         global_batch_size=config.train.global_batch_size,
         flops_per_token_6n=flops.six_n,

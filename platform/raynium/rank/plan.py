@@ -4,6 +4,7 @@ import json
 from dataclasses import dataclass, field
 
 from raynium.config.schema import Config
+from raynium.config.world import World
 
 
 @dataclass(frozen=True)
@@ -11,6 +12,7 @@ class RankPlan:
     """The same for all ranks of a node and generation."""
 
     config: Config
+    world: World
     run_url: str  # the run's folder or URL
     resume_step: int | None  # of the checkpoint to start from; None: the initial weights
     data_folder: str  # the document store, on this node's disk
@@ -20,10 +22,11 @@ class RankPlan:
     resume_images: dict[int, list[str]] = field(default_factory=dict)
 
     def to_json(self) -> str:
-        return json.dumps(vars(self) | {"config": self.config.model_dump(mode="json")})
+        return json.dumps(vars(self) | {"config": self.config.model_dump(mode="json"), "world": self.world.to_json()})
 
     @classmethod
     def from_json(cls, text: str) -> "RankPlan":
         fields = json.loads(text)
         images = {int(rank): infos for rank, infos in fields["resume_images"].items()}  # JSON's keys are text
-        return cls(**fields | {"config": Config.model_validate(fields["config"]), "resume_images": images})
+        config, world = Config.model_validate(fields["config"]), World.from_json(fields["world"])
+        return cls(**fields | {"config": config, "world": world, "resume_images": images})

@@ -19,6 +19,7 @@ from typing import Any, Literal
 from raynium.checkpoint.catalog import resume_point, set_aside
 from raynium.checkpoint.format.manifest import CHECKPOINTS_FOLDER, ShardEntry
 from raynium.config.schema import Config
+from raynium.config.world import World
 from raynium.errors import CheckpointDamaged, CheckpointError, StoreError
 from raynium.health.faults import CORES_TAKEN, Fault
 from raynium.health.neuron_monitor import DeviceSample
@@ -59,6 +60,7 @@ class RunCoordinator:
         """config: the resolved config as a dict; last_generation: of the run's earlier drivers, 0 for a new run."""
         self.config = Config.model_validate(config)
         self.store = Store(run_url)
+        self._world = World.of(self.config)
         self._life = secrets.token_hex(4)
         self._changed = asyncio.Condition()
         self._attempt = ""
@@ -80,7 +82,7 @@ class RunCoordinator:
         self._choosing = asyncio.Lock()  # held while a checkpoint is chosen to go on from, or older ones are deleted
         self._read_step: int | None = None  # which the ranks may still be reading
         self._commits_taken = 0  # number of the last that an agent has sent to MLflow
-        self._saves = Saves(self.config, self.store, tell=self._append_event)
+        self._saves = Saves(self.config, self._world, self.store, tell=self._append_event)
         self._step = 0
         self._metrics: dict[str, float] = {}
         self._devices: dict[int, tuple[float, DeviceSample]] = {}  # node rank → when it came, and the newest
@@ -321,10 +323,18 @@ class RunCoordinator:
         ledger = self._run_ledger()
         for agent in agents:
             self._orders[(agent.attempt, agent.node_rank)] = Order(
-                "run", self._number, generation_id, agents[0].host, agents[0].free_port, resume_step, images, ledger
+                "run",
+                self._world,
+                self._number,
+                generation_id,
+                agents[0].host,
+                agents[0].free_port,
+                resume_step,
+                images,
+                ledger,
             )
         self._joined.clear()
-        ranks = f"{self.config.world_size} ranks on {self.config.cluster.nodes} node(s)"
+        ranks = f"{self._world.size} ranks on {self.config.cluster.nodes} node(s)"
         origin = f"from the checkpoint of step {resume_step}" if resume_step is not None else "from step 0"
         if images is not None:
             origin = f"from the snapshot of step {resume_step} in memory"
@@ -354,14 +364,12 @@ class RunCoordinator:
             for held in agent.images:
                 ranks[held.generation_id, held.step].update(held.ranks)
         whole = [
-            key
-            for key, found in ranks.items()
-            if len(found) == self.config.world_size and key not in self._distrusted_images
+            key for key, found in ranks.items() if len(found) == self._world.size and key not in self._distrusted_images
         ]
         if not whole:
             return None
         generation_id, step = max(whole, key=lambda key: key[1])
-        return HeldImages(generation_id, step, tuple(range(self.config.world_size)))
+        return HeldImages(generation_id, step, tuple(range(self._world.size)))
 
     def _report_failure(self, current: _Generation, node_rank: int, first: RankExit) -> None:
         """Called with the lock held."""

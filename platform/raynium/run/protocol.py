@@ -5,6 +5,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
+from raynium.config.world import World
 from raynium.health.faults import ACTIONS, Fault
 from raynium.tracking.ledger import Ledger
 
@@ -39,6 +40,7 @@ class Order:
     """The coordinator's answer to `join`: run one generation, or go home."""
 
     kind: Literal["run", "end"]
+    world: World | None = None  # of a generation to run
     generation: int = 0
     generation_id: str = ""  # in every key this generation writes, so that an older one can never overwrite
     master_host: str = ""

@@ -16,8 +16,9 @@ from raynium.checkpoint.commit import StepTaken, commit_checkpoint
 from raynium.checkpoint.format.manifest import ShardEntry, generation_of, step_folder
 from raynium.checkpoint.ref import CheckpointRef
 from raynium.checkpoint.retention import Retention, apply_retention
-from raynium.checkpoint.state import checkpoint_state, layout
+from raynium.checkpoint.state import checkpoint_state
 from raynium.config.schema import Config
+from raynium.config.world import World
 from raynium.errors import CheckpointError, StoreError
 from raynium.run.last_save import pause_before_next_try
 from raynium.run.protocol import Commit
@@ -43,9 +44,10 @@ class WholeSave:
 class Saves:
     """What became of each save."""
 
-    def __init__(self, config: Config, store: Store, *, tell: Callable[[str], None]):
+    def __init__(self, config: Config, world: World, store: Store, *, tell: Callable[[str], None]):
         """tell: a line for the user's terminal."""
         self._config = config
+        self._world = world
         self._store = store
         self._tell = tell
         self._evaluations: dict[int, dict[str, float]] = {}  # step → eval/… metrics, until its checkpoint is committed
@@ -77,7 +79,7 @@ class Saves:
             return None
         shards = self._shards.setdefault(save, {})
         shards[rank] = entry, upload_seconds
-        if len(shards) < self._config.world_size:
+        if len(shards) < self._world.size:
             if len(self._shards) > MOST_COMING_IN:
                 del self._shards[next(iter(self._shards))]
             return None
@@ -123,8 +125,8 @@ class Saves:
                 generation=whole.generation_id,
                 entries=whole.entries,
                 state=checkpoint_state(self._config, step),
-                world_size=self._config.world_size,
-                layout=layout(self._config),
+                world_size=self._world.size,
+                layout=self._world.degrees(),
                 parent_step=whole.parent_step,
                 metrics=self._evaluations.get(step, {}),
                 upload_seconds=whole.upload_seconds,
