@@ -285,12 +285,6 @@ def test_a_checkpoint_of_another_model_is_refused_by_name(tmp_path: Path) -> Non
 # ---- weight of imports --------------------------------------------------------------------------------------------
 
 
-def test_agents_and_coordinators_do_not_load_torch() -> None:
-    modules = "store, file_store, s3_store, manifest, upload, commit, catalog, boxes, checksum, state"
-    code = f"import sys; from raynium.checkpoint import {modules}; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], env={"PYTHONPATH": ":".join(sys.path)}).returncode == 0
-
-
 def test_a_store_of_files_does_not_load_s3fs(tmp_path: Path) -> None:
     code = f"import sys; from raynium.storage.store import Store; Store({str(tmp_path)!r}).check_writable(); "
     code += "sys.exit('s3fs' in sys.modules)"

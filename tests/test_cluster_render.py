@@ -205,7 +205,7 @@ def test_a_worker_can_do_nothing_but_read_and_write_the_run_store(site: Site):
 @pytest.mark.parametrize("holder", ["operator", "head", "worker"])
 def test_every_right_that_the_store_asks_for_is_given(holder: Holder, site: Site):
     """The store's errors name the right that a call needs; training does not start without any of them."""
-    asked = set(re.findall(r'"(s3:[A-Za-z]+)"', (ROOT / "platform/raynium/checkpoint/s3_store.py").read_text()))
+    asked = set(re.findall(r'"(s3:[A-Za-z]+)"', (ROOT / "platform/raynium/storage/s3_store.py").read_text()))
     assert len(asked) >= 6
     assert asked <= set(re.findall(r'"(s3:[A-Za-z]+)"', render_policy(site, holder)))
 

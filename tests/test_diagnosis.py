@@ -19,13 +19,13 @@ from raynium.config.load import parse_config
 from raynium.data.store_build import build_store
 from raynium.health.faults import Fault, classify
 from raynium.health.neuron_monitor import DeviceSample
-from raynium.launch import agent as agent_module
-from raynium.launch import coordinator as coordinator_module
+from raynium.node import agent as agent_module
 from raynium.node import diagnosis
 from raynium.node.agent import Node as AgentNode
 from raynium.node.agent import NodeAgent
 from raynium.node.diagnosis import KERNEL_LOG, ROWS, Diagnosis, KernelLog
 from raynium.node.ranks import RankGroup
+from raynium.run import coordinator as coordinator_module
 from raynium.run.coordinator import CoordinatorOnLoop, RunCoordinator
 from raynium.run.protocol import AgentInfo, RankExit
 from raynium.tracking.tracker import MemoryTracker

@@ -24,8 +24,8 @@ from raynium.data.store_build import build_store
 from raynium.data.tokenizer import Tokenizer
 from raynium.errors import ConfigError, DataError, RayniumError, RunInUse, StoreError, TrackingError
 from raynium.launch import preparation
-from raynium.launch import record as record_module
 from raynium.launch.preparation import Prepared, checked, finished_record, prepare, run_store
+from raynium.run import record as record_module
 from raynium.run.record import RECORD_KEY, claim, read_record
 from raynium.storage.checksum import UNIT_BYTES, checksum, to_text
 from raynium.storage.store import Store

@@ -136,7 +136,7 @@ def test_ctrl_c_to_the_whole_group_saves_and_kill_9_leaves_nothing_behind(
 def test_what_a_cluster_is_started_in_is_another_group_where_that_can_be(kind: str) -> None:
     script = (
         "import os, subprocess\n"
-        "from raynium.launch.driver import _other_process_group\n"
+        "from raynium.launch.connect import _other_process_group\n"
         "before = os.getpgrp()\n"
         "with _other_process_group():\n"
         "    child = subprocess.Popen(['sleep', '1'])\n"
