@@ -1,10 +1,15 @@
-"""The spool: nothing accepted is lost by a crash, a torn line or a full disk, and disk use is bounded by what waits."""
+"""The spool: nothing accepted is lost by a crash or a full disk, and disk use is bounded by what waits."""
 
 import math
+import os
 import resource
+import shutil
+import sqlite3
 import subprocess
 import sys
 import threading
+from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -16,43 +21,54 @@ from raynium.tracking.metrics import METRICS, check_metrics
 from raynium.tracking.spool import MetricSpool
 
 
+@pytest.fixture
+def open_spool(tmp_path: Path) -> Iterator[Callable[..., MetricSpool]]:
+    """Makes spools of one folder; the one before is closed first."""
+    opened: list[MetricSpool] = []
+
+    def open_one(**options: int) -> MetricSpool:
+        if opened:
+            opened[-1].close()
+        opened.append(MetricSpool(tmp_path, **options))
+        return opened[-1]
+
+    yield open_one
+    for spool in opened[-1:]:
+        spool.close()
+
+
 def append(spool: MetricSpool, step: int, **extra: float) -> None:
     spool.append({"train/loss": step / 7, **extra}, step=step, unix_ms=1_700_000_000_000 + step)
 
 
 def steps_waiting(spool: MetricSpool) -> list[int]:
-    return [record.step for record in spool.read_batch(max_points=1_000_000)]
+    return [waiting.step for waiting in spool.read_steps(max_points=1_000_000)]
 
 
-def reopen(spool: MetricSpool, folder: Path, **options: int) -> MetricSpool:
-    spool.close()
-    return MetricSpool(folder, **options)
-
-
-def test_points_come_back_bit_for_bit_and_in_order(tmp_path: Path):
-    spool = MetricSpool(tmp_path)
+def test_points_come_back_bit_for_bit_and_in_order(open_spool):
+    spool = open_spool()
     spool.append({"train/loss": 0.1 + 0.2, "train/grad_norm": math.inf}, step=3, unix_ms=11)
     spool.append({"train/loss": math.nan, "train/grad_norm": -math.inf}, step=4, unix_ms=12)
-    first, second = reopen(spool, tmp_path).read_batch(max_points=100)
+    first, second = open_spool().read_steps(max_points=100)
     assert (first.step, first.unix_ms, first.metrics) == (3, 11, {"train/loss": 0.1 + 0.2, "train/grad_norm": math.inf})
     assert math.isnan(second.metrics["train/loss"])
     assert second.metrics["train/grad_norm"] == -math.inf
 
 
-def test_batch_is_bounded_in_points_but_never_empty(tmp_path: Path):
-    spool = MetricSpool(tmp_path)
+def test_batch_is_bounded_in_points_but_never_empty(open_spool):
+    spool = open_spool()
     for step in range(5):
         append(spool, step, **{"train/tokens": 1, "train/samples": 1})
-    assert [record.step for record in spool.read_batch(max_points=7)] == [0, 1]
-    assert [record.step for record in spool.read_batch(max_points=1)] == [0]
+    assert [waiting.step for waiting in spool.read_steps(max_points=7)] == [0, 1]
+    assert [waiting.step for waiting in spool.read_steps(max_points=1)] == [0]
     assert spool.points_pending == 15
 
 
 @settings(max_examples=60, deadline=None)
-@given(actions=st.lists(st.sampled_from(["append", "append", "append", "send", "restart", "torn"]), max_size=60))
+@given(actions=st.lists(st.sampled_from(["append", "append", "append", "send", "restart"]), max_size=60))
 def test_any_order_of_appends_sends_and_restarts_keeps_the_queue(tmp_path_factory, actions: list[str]):
     folder = tmp_path_factory.mktemp("spool")
-    spool = MetricSpool(folder, segment_bytes=150)
+    spool = MetricSpool(folder)
     expected: list[int] = []
     next_step = 0
     for action in actions:
@@ -61,71 +77,93 @@ def test_any_order_of_appends_sends_and_restarts_keeps_the_queue(tmp_path_factor
             expected.append(next_step)
             next_step += 1
         elif action == "send":
-            records = spool.read_batch(max_points=2)
-            if records:
-                spool.acknowledge(through=records[-1].number)
-                del expected[: len(records)]
-        elif action == "restart":
-            spool = reopen(spool, folder, segment_bytes=150)
+            steps = spool.read_steps(max_points=2)
+            if steps:
+                spool.acknowledge_steps(steps)
+                del expected[: len(steps)]
         else:
             spool.close()
-            for path in sorted(folder.glob("points-*.jsonl"))[-1:]:
-                with path.open("ab") as file:
-                    file.write(b'{"step": 99, "unix')
-            spool = MetricSpool(folder, segment_bytes=150)
+            spool = MetricSpool(folder)
         assert steps_waiting(spool) == expected
         assert spool.points_pending == len(expected)
     spool.close()
 
 
-def test_acknowledged_segments_leave_the_disk(tmp_path: Path):
-    spool = MetricSpool(tmp_path, segment_bytes=500)
-    for step in range(100):
-        append(spool, step)
-    assert len(list(tmp_path.glob("points-*"))) > 10
-    spool.acknowledge(through=98)
-    assert len(list(tmp_path.glob("points-*"))) <= 2
-    assert steps_waiting(spool) == [99]
+def bytes_on_disk(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.iterdir())
 
 
-def test_a_damaged_line_costs_only_itself(tmp_path: Path, caplog: pytest.LogCaptureFixture):
-    spool = MetricSpool(tmp_path)
-    for step in range(3):
+def test_the_disk_holds_no_more_than_what_once_waited_at_a_time(tmp_path: Path, open_spool):
+    spool = open_spool()
+    sizes = []
+    for round in range(6):
+        for step in range(2000):
+            append(spool, round * 2000 + step)
+        spool.acknowledge_steps(spool.read_steps(max_points=2000))
+        sizes.append(bytes_on_disk(tmp_path))
+    assert max(sizes[3:]) <= max(sizes[:3]) < 8 << 20
+    assert steps_waiting(spool) == []
+    spool.close()
+
+
+def test_points_are_appended_while_another_connection_reads_and_while_it_checkpoints(tmp_path: Path, open_spool):
+    spool = open_spool()
+    append(spool, 0)
+    with closing(sqlite3.connect(tmp_path / "queue.db")) as reader:
+        reader.execute("BEGIN")
+        assert reader.execute("SELECT count(*) FROM steps").fetchone() == (1,)
+        for step in range(1, 3000):
+            append(spool, step)
+        assert reader.execute("SELECT count(*) FROM steps").fetchone() == (1,)
+    assert not spool._held, "the reader kept points from the disk"
+    assert steps_waiting(spool) == list(range(3000))
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler, to count the calls of fsync")
+def test_no_append_and_no_acknowledgement_waits_for_a_disk(tmp_path: Path):
+    """By the system calls of a whole life of the spool, checkpoints of the write-ahead log included."""
+    life = (
+        "import sys\nfrom raynium.tracking.spool import MetricSpool\n"
+        "spool = MetricSpool(sys.argv[1])\n"
+        "for step in range(3000):\n"
+        "    spool.append({'train/loss': step}, step=step, unix_ms=step)\n"
+        "    if step % 100 == 99: spool.acknowledge_steps(spool.read_steps(max_points=100))\n"
+    )
+    library = tmp_path / "count_syncs.so"
+    source = tmp_path / "count_syncs.c"
+    source.write_text(
+        '#include <unistd.h>\nstatic int count(void) { write(2, "sync\\n", 5); return 0; }\n'
+        "int fsync(int fd) { return count(); }\nint fdatasync(int fd) { return count(); }\n"
+    )
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", library, source], check=True)
+    command = [sys.executable, "-c", life, str(tmp_path / "spool")]
+    done = subprocess.run(command, env={**os.environ, "LD_PRELOAD": str(library)}, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("damage", ["no database", "a page of zeros", "torn"])
+def test_a_queue_that_a_power_cut_damaged_is_set_aside(
+    tmp_path: Path, open_spool, caplog: pytest.LogCaptureFixture, damage: str
+):
+    spool = open_spool()
+    for step in range(300):
         append(spool, step)
     spool.close()
-    (path,) = tmp_path.glob("points-*")
-    lines = path.read_bytes().splitlines(keepends=True)
-    path.write_bytes(lines[0] + b"\0" * 20 + b"\n" + lines[2])
-    spool = MetricSpool(tmp_path)
-    records = spool.read_batch(max_points=100)
-    assert [(record.step, len(record.metrics)) for record in records] == [(0, 1), (0, 0), (2, 1)]
-    assert "damaged line" in caplog.text
-    spool.acknowledge(through=records[1].number)
-    assert steps_waiting(reopen(spool, tmp_path)) == [2]
-
-
-def test_a_damaged_acknowledgement_sends_again_rather_than_losing(tmp_path: Path, caplog: pytest.LogCaptureFixture):
-    spool = MetricSpool(tmp_path)
-    for step in range(3):
-        append(spool, step)
-    spool.acknowledge(through=0)
-    spool.close()
-    (tmp_path / "acknowledged").write_text("")
-    assert steps_waiting(MetricSpool(tmp_path)) == [0, 1, 2]
-    assert "sent again" in caplog.text
-
-
-def test_acknowledging_works_again_after_the_acknowledgement_was_damaged(tmp_path: Path):
-    spool = MetricSpool(tmp_path, segment_bytes=500)
-    for step in range(30):
-        append(spool, step)
-    spool.acknowledge(through=20)
-    assert not (tmp_path / "points-000000000000.jsonl").exists()
-    (tmp_path / "acknowledged").unlink()
-    spool = reopen(spool, tmp_path, segment_bytes=500)
-    records = spool.read_batch(max_points=100)
-    spool.acknowledge(through=records[-2].number)
-    assert steps_waiting(reopen(spool, tmp_path)) == [29]
+    file = tmp_path / "queue.db"
+    content = file.read_bytes()
+    damaged = {
+        "no database": b"x" * len(content),
+        "a page of zeros": content[:8192] + b"\0" * 4096 + content[12288:],
+        "torn": content[: len(content) // 2],
+    }
+    file.write_bytes(damaged[damage])
+    spool = open_spool()
+    assert (steps_waiting(spool), spool.points_pending) == ([], 0)
+    assert "as after a power cut" in caplog.text
+    (aside,) = tmp_path.glob("queue.damaged-*")
+    assert str(aside) in caplog.text and aside.read_bytes() == damaged[damage]
+    append(spool, 301)
+    assert steps_waiting(open_spool()) == [301]
 
 
 class FullDisk:
@@ -142,36 +180,65 @@ class FullDisk:
         resource.setrlimit(resource.RLIMIT_FSIZE, self.before)
 
 
-def test_full_disk_holds_points_in_memory_and_writes_them_later(tmp_path: Path, caplog: pytest.LogCaptureFixture):
-    spool = MetricSpool(tmp_path)
-    with FullDisk(1000):
+def test_full_disk_holds_points_in_memory_and_writes_them_later(open_spool, caplog: pytest.LogCaptureFixture):
+    spool = open_spool()
+    with FullDisk(60_000):
         for step in range(50):
             append(spool, step)
-        assert steps_waiting(spool) == list(range(50))
+        assert 0 < len(spool._held) < 50
+        assert drained(spool, acknowledge=False) == list(range(50 - len(spool._held)))
     assert caplog.text.count("kept in memory") == 1
-    (path,) = tmp_path.glob("points-*")
-    assert path.read_bytes().endswith(b"}\n"), "a torn line would swallow the next one"
     append(spool, 50)
-    assert steps_waiting(reopen(spool, tmp_path)) == list(range(51))
+    assert steps_waiting(open_spool()) == list(range(51))
     assert spool.points_lost == 0
 
 
-def test_points_sent_from_memory_while_the_disk_is_full(tmp_path: Path):
-    spool = MetricSpool(tmp_path)
-    with FullDisk(1000):
+def drained(spool: MetricSpool, *, acknowledge: bool = True, stop: int = 10**9) -> list[int]:
+    """Steps in the order in which a sender gets them, up to `stop`."""
+    steps: list[int] = []
+    while len(steps) < stop and (batch := spool.read_steps(max_points=min(7, stop - len(steps)))):
+        steps += [each.step for each in batch]
+        if not acknowledge:
+            return steps_waiting(spool)
+        spool.acknowledge_steps(batch)
+    return steps
+
+
+def test_points_sent_from_memory_while_the_disk_is_full(open_spool):
+    spool = open_spool()
+    with FullDisk(60_000):
         for step in range(50):
             append(spool, step)
-        spool.acknowledge(through=39)
-        assert steps_waiting(spool) == list(range(40, 50))
+        num_held = len(spool._held)
+        assert drained(spool, stop=50 - num_held + 3) == list(range(50 - num_held + 3))
+        waiting = list(range(50 - num_held + 3, 50))
+        assert (steps_waiting(spool), spool.points_pending) == (waiting, len(waiting))
     append(spool, 50)
-    spool = reopen(spool, tmp_path)
-    assert steps_waiting(spool) == list(range(40, 51))
+    spool = open_spool()
+    assert steps_waiting(spool)[-len(waiting) - 1 :] == [*waiting, 50]
     append(spool, 51)
-    assert steps_waiting(reopen(spool, tmp_path)) == list(range(40, 52))
+    assert steps_waiting(open_spool())[-len(waiting) - 2 :] == [*waiting, 50, 51]
 
 
-def test_full_disk_and_full_memory_count_what_they_refuse(tmp_path: Path, caplog: pytest.LogCaptureFixture):
-    spool = MetricSpool(tmp_path, max_held_records=5)
+def test_a_step_that_reaches_the_disk_while_a_batch_is_read_is_neither_skipped_nor_read_twice(open_spool):
+    spool = open_spool()
+    with FullDisk(0):
+        append(spool, 0)
+        append(spool, 1)
+    on_disk = spool._steps_on_disk
+
+    def disk_recovers(**asked):
+        append(spool, 2)
+        return on_disk(**asked)
+
+    spool._steps_on_disk = disk_recovers
+    assert [each.step for each in spool.read_steps(max_points=100)] == [0, 1]
+    del spool._steps_on_disk
+    assert steps_waiting(spool) == [0, 1, 2]
+
+
+def test_full_disk_and_full_memory_count_what_they_refuse(open_spool, caplog: pytest.LogCaptureFixture):
+    spool = open_spool(max_held_steps=5)
     with FullDisk(0):
         for step in range(8):
             append(spool, step, **{"train/tokens": 1})
@@ -179,32 +246,39 @@ def test_full_disk_and_full_memory_count_what_they_refuse(tmp_path: Path, caplog
         assert caplog.text.count("points are lost") == 1
         with pytest.raises(TrackingError, match=r"artifact 'a\.txt'.*Free some space"):
             spool.put_artifact("a.txt", "text")
+        assert spool.artifacts_pending == 0
         spool.close()
     assert "5 steps of metrics never reached the disk" in caplog.text
 
 
-def test_acknowledgement_that_cannot_be_written_is_remembered_and_only_sends_again(tmp_path: Path):
-    spool = MetricSpool(tmp_path)
+def test_acknowledgement_that_cannot_be_written_is_remembered_and_only_sends_again(open_spool):
+    spool = open_spool()
     for step in range(4):
         append(spool, step)
+    spool.put_artifact("a.txt", "text")
     with FullDisk(0):
-        spool.acknowledge(through=1)
+        spool.acknowledge_steps(spool.read_steps(max_points=2))
+        spool.acknowledge_artifact(*spool.read_artifacts())
         assert steps_waiting(spool) == [2, 3]
-    assert steps_waiting(reopen(spool, tmp_path)) == [0, 1, 2, 3]
+        assert (spool.read_artifacts(), spool.artifacts_pending) == ([], 0)
+        spool.close()
+    spool = open_spool()
+    assert steps_waiting(spool) == [0, 1, 2, 3]
+    assert [artifact.path for artifact in spool.read_artifacts()] == ["a.txt"]
 
 
-def test_artifacts_wait_on_disk_and_survive(tmp_path: Path, caplog: pytest.LogCaptureFixture):
-    spool = MetricSpool(tmp_path)
+def test_artifacts_wait_on_disk_and_survive(open_spool):
+    spool = open_spool()
     spool.put_artifact("samples/step-10.txt", "def main(:\n  é")
-    spool = reopen(spool, tmp_path)
+    spool = open_spool()
     spool.put_artifact("config.yaml", "x: 1")
     first, second = spool.read_artifacts()
     assert (first.path, first.text, second.path) == ("samples/step-10.txt", "def main(:\n  é", "config.yaml")
-    spool.remove_artifact(first)
-    second.file.write_text("")
-    assert spool.read_artifacts() == []
-    assert "damaged" in caplog.text
-    assert spool.artifacts_pending == 0
+    assert spool.artifacts_pending == 2
+    spool.acknowledge_artifact(first)
+    assert spool.read_artifacts() == [second]
+    spool = open_spool()
+    assert (spool.read_artifacts(), spool.artifacts_pending) == ([second], 1)
 
 
 def test_one_process_at_a_time(tmp_path: Path):
@@ -224,8 +298,11 @@ def test_one_process_at_a_time(tmp_path: Path):
 
 def test_a_folder_that_cannot_be_used(tmp_path: Path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(TrackingError, match="local disk that this user may write"):
+    with pytest.raises(TrackingError, match="local disk with room, that this user may write"):
         MetricSpool(tmp_path / "file")
+    with FullDisk(1000), pytest.raises(TrackingError, match="local disk with room"):
+        MetricSpool(tmp_path / "full")
+    MetricSpool(tmp_path / "full").close()
 
 
 @pytest.mark.parametrize(
@@ -238,16 +315,16 @@ def test_a_folder_that_cannot_be_used(tmp_path: Path):
         ({}, "at least one name"),
     ],
 )
-def test_refused_points_leave_no_trace(tmp_path: Path, metrics: dict, message: str):
-    spool = MetricSpool(tmp_path)
+def test_refused_points_leave_no_trace(open_spool, metrics: dict, message: str):
+    spool = open_spool()
     with pytest.raises(ValueError, match=message):
         spool.append(metrics, step=1, unix_ms=1)
     assert steps_waiting(spool) == []
 
 
-def test_negative_step_is_refused(tmp_path: Path):
+def test_negative_step_is_refused(open_spool):
     with pytest.raises(ValueError, match="must not be negative"):
-        MetricSpool(tmp_path).append({"train/loss": 1.0}, step=-1, unix_ms=1)
+        open_spool().append({"train/loss": 1.0}, step=-1, unix_ms=1)
 
 
 def test_every_metric_name_is_area_slash_name_and_mlflow_takes_it():
@@ -260,11 +337,11 @@ def test_every_metric_name_is_area_slash_name_and_mlflow_takes_it():
     check_metrics(dict.fromkeys(METRICS, 0.5))
 
 
-def test_a_process_killed_while_appending_loses_no_returned_append(tmp_path: Path):
+def test_a_process_killed_while_appending_loses_no_returned_append(tmp_path: Path, open_spool):
     """The child reports each append that returned; whatever it reported must be there after kill -9."""
     child = (
         "import sys\nfrom raynium.tracking.spool import MetricSpool\n"
-        "spool = MetricSpool(sys.argv[1], segment_bytes=3000)\n"
+        "spool = MetricSpool(sys.argv[1])\n"
         "for step in range(10**9):\n"
         "    spool.append({'train/loss': step}, step=step, unix_ms=step)\n"
         "    sys.stdout.write(f'{step}\\n'); sys.stdout.flush()\n"
@@ -275,7 +352,7 @@ def test_a_process_killed_while_appending_loses_no_returned_append(tmp_path: Pat
         writer.stdout.readline()
     writer.kill()
     last_reported = 399 + len(writer.communicate()[0].splitlines())
-    spool = MetricSpool(tmp_path)
+    spool = open_spool()
     steps = steps_waiting(spool)
     assert steps == list(range(len(steps)))
     assert len(steps) >= last_reported

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from raynium.errors import TrackingError
 from raynium.tracking.client import mlflow_client
-from raynium.tracking.spool import MetricSpool, Record
+from raynium.tracking.spool import MetricSpool, SpooledStep
 from raynium.tracking.tracker import TrackerStatus
 
 if TYPE_CHECKING:
@@ -135,37 +135,41 @@ class MetricSender:
 
     def _send_all(self) -> None:
         while not self._abandoned:
-            records = self._spool.read_batch(max_points=MAX_POINTS_PER_REQUEST)
-            artifacts = [] if records else self._spool.read_artifacts()
-            if not records and not artifacts:
+            steps = self._spool.read_steps(max_points=MAX_POINTS_PER_REQUEST)
+            artifacts = [] if steps else self._spool.read_artifacts()
+            if not steps and not artifacts:
                 return
             with mlflow_client(self._uri, timeout_seconds=self._request_timeout_seconds) as client:
-                if records:
-                    self._send(client, records)
+                if steps:
+                    self._send(client, steps)
                 for artifact in artifacts:
                     client.log_text(self._run_id, artifact.text, artifact.path)
-                    self._spool.remove_artifact(artifact)
+                    with self._mutex:
+                        if self._abandoned:
+                            return
+                        self._spool.acknowledge_artifact(artifact)
 
-    def _send(self, client: "MlflowClient", records: list[Record]) -> None:
+    def _send(self, client: "MlflowClient", steps: list[SpooledStep]) -> None:
         from mlflow.entities import Metric
 
         if self._logged is None:
             self._logged = _LoggedSteps(client, self._run_id)
         points: dict[tuple[str, int], Metric] = {}
         num_points = 0
-        for record in records:
-            num_points += len(record.metrics)
-            for name, value in record.metrics.items():
-                identity = (name, record.step)
-                if identity not in points and not self._logged.holds(client, self._run_id, name=name, step=record.step):
-                    points[identity] = Metric(name, value, record.unix_ms, record.step)
+        for spooled in steps:
+            num_points += len(spooled.metrics)
+            for name, value in spooled.metrics.items():
+                identity = (name, spooled.step)
+                if identity in points or self._logged.holds(client, self._run_id, name=name, step=spooled.step):
+                    continue
+                points[identity] = Metric(name, value, spooled.unix_ms, spooled.step)
         if points:
             # Dying here, or a lost answer, leaves the outcome unknown: the same points are sent again.
             client.log_batch(self._run_id, metrics=list(points.values()))
         with self._mutex:
             if self._abandoned:
                 return
-            self._spool.acknowledge(through=records[-1].number)
+            self._spool.acknowledge_steps(steps)
             self._points_sent += len(points)
             self._points_repeated += num_points - len(points)
         for name, step in points:
