@@ -1,6 +1,8 @@
 # make quickstart   a fresh machine with Python 3.11+: installs into .venv, trains, prints text and the MLflow page
-# make test         installs what the tests need, runs them
-# make check        format, lint, types, tests: all that CI runs
+# make test         installs what the tests need, runs them: ten minutes at most on two cores
+# make quick        only those of pure Python: under a minute
+# make slow         only what `make test` leaves out: Ray clusters, Neuron's twins, long schedules of faults
+# make check        format, lint, types, every test once: all that CI runs
 # make bench        the benchmarks; their last results are in tests/benchmarks/RESULTS.md
 
 PYTHON ?= python3
@@ -8,15 +10,25 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: quickstart test check format lint types bench clean
+# Several hundred processes of the tests import the package: it is compiled once.
+TESTS := PYTHONDONTWRITEBYTECODE= $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=25
+
+.PHONY: quickstart quick test slow check format lint types bench clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/raynium train quickstart
 
-test: $(VENV)/.installed-dev    # several hundred processes import the package: it is compiled once
-	PYTHONDONTWRITEBYTECODE= $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=25
+quick: $(VENV)/.installed-dev
+	$(TESTS) -m quick
 
-check: format lint types test
+test: $(VENV)/.installed-dev
+	$(TESTS) -m 'not slow'
+
+slow: $(VENV)/.installed-dev
+	$(TESTS) -m slow
+
+check: format lint types
+	$(TESTS)
 
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check platform jobs tests

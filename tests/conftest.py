@@ -1,6 +1,19 @@
-"""Fixtures that more than one test module uses."""
+"""The layers of the tests, and fixtures that more than one test module uses.
+
+Every test is in one of three layers:
+
+    make quick   files that say `pytestmark = pytest.mark.quick`: they import no torch, start no cluster; under a minute
+    make test    the quick ones, and all that carry neither mark: ten minutes at most on two cores
+    make slow    files and single tests marked `slow`: Ray clusters, Neuron's twins, long schedules of faults
+    make check   every test once, after format, lint and types: all that CI runs
+
+`-m quick` does not even import the other files, so nobody waits for torch. `parity` is no layer: it stands on what is
+compared with transformers, peft or trl, and `-m "not parity"` works where they are not installed. test_layers.py keeps
+all of this true.
+"""
 
 import os
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,9 +25,23 @@ from s3_server import S3Server, running_s3_server
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
+# Given to the workers first, the longest before all: what begins late would hold up the end.
+LONGEST = ("test_ray.py",)
+
+
+def is_quick(file: Path) -> bool:
+    """Whether a test file is of the quick layer, by its text alone."""
+    return re.search(r"^pytestmark = .*\bpytest\.mark\.quick\b", file.read_text(), re.MULTILINE) is not None
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    quick_only = config.option.markexpr == "quick" and collection_path.match("test_*.py")
+    return True if quick_only and not is_quick(collection_path) else None
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest file first: of the two workers of `make test` one does it, the other goes on with the rest."""
-    items.sort(key=lambda item: item.path.name != "test_ray.py")
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(places)))
 
 
 @pytest.fixture(scope="session")

@@ -18,6 +18,8 @@ from raynium.errors import ConfigError
 from raynium.hardware.catalog import INSTANCES
 from raynium.hardware.hosts import HOSTS
 
+pytestmark = pytest.mark.quick
+
 ROOT = Path(__file__).parents[1]
 FILES = ("trn1.32xlarge", "trn2.48xlarge", "trn2.3xlarge", "cpu")
 BLOCK = "cr-0123456789abcdef0"

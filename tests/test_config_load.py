@@ -16,6 +16,8 @@ from raynium.config.load import (
 from raynium.config.schema import Config
 from raynium.errors import ConfigError
 
+pytestmark = pytest.mark.quick
+
 MINIMAL = """
 run: {name: tiny}
 model: {vocab_size: 64, hidden_size: 8, num_layers: 1, num_heads: 2, num_kv_heads: 1, head_dim: 4,

@@ -9,6 +9,8 @@ from raynium.config.load import load_config
 from raynium.config.paths import RAY_JOB_VARIABLE, resolve
 from raynium.errors import ConfigError
 
+pytestmark = pytest.mark.quick
+
 
 @pytest.fixture(autouse=True)
 def plain_environment(monkeypatch, tmp_path):

@@ -14,6 +14,8 @@ from raynium.config.paths import resolve
 from raynium.models.flops import parameter_count
 from raynium.planning.rules import check
 
+pytestmark = pytest.mark.quick
+
 ROOT = Path(__file__).parents[1]
 GOLDEN = ROOT / "tests/golden"
 PRESETS = preset_names(ROOT)

@@ -6,6 +6,8 @@ from raynium.config.fields import schema_fields
 from raynium.config.load import load_config
 from raynium.config.resume import FIXED, FREE, NOTED, resume_conflicts, resume_notes
 
+pytestmark = pytest.mark.quick
+
 
 def saved(*overrides):
     return load_config("llama3-8b", overrides).model_dump(mode="json")

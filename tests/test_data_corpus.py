@@ -9,6 +9,8 @@ import pytest
 from raynium.data.corpus import PYTHON_STDLIB, Document, Skipped, is_held_out, name_hash, read_documents
 from raynium.errors import DataError
 
+pytestmark = pytest.mark.quick
+
 
 def test_standard_library_is_large_sorted_and_without_installed_packages():
     items = list(read_documents(PYTHON_STDLIB))

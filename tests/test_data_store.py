@@ -23,6 +23,8 @@ from raynium.data.store_build import build_store
 from raynium.data.tokenizer import END_OF_DOCUMENT, Tokenizer
 from raynium.errors import DataError
 
+pytestmark = pytest.mark.quick
+
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 from raynium.data.tokenizer import END_OF_DOCUMENT, Tokenizer
 from raynium.errors import DataError
 
+pytestmark = pytest.mark.quick
+
 TEXTS = [
     "def main(argument):\n    return argument + 1\n" * 20,
     "class Größe:\n\tpass  # naïve ✓\n" * 20,

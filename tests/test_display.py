@@ -14,6 +14,8 @@ from rich.console import Console
 from raynium.launch.display import LOG_SECONDS, Display, Pace, progress_line
 from raynium.run.protocol import Status
 
+pytestmark = pytest.mark.quick
+
 METRICS = {"train/loss": 3.21449, "eval/bits_per_byte": 2.305, "throughput/tokens_per_second": 5210.4}
 
 

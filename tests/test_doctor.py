@@ -11,6 +11,8 @@ import pytest
 from raynium.health.doctor import Diagnosis, diagnose
 from raynium.health.host import Check, RecordedHost, ThisHost
 
+pytestmark = pytest.mark.quick
+
 FIXTURES = Path(__file__).parent / "fixtures/doctor"
 PYTHON = (3, 12, 1)
 

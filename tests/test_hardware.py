@@ -7,6 +7,8 @@ import pytest
 from raynium.hardware.catalog import INSTANCES, Instance, peak_note
 from raynium.hardware.hosts import HOSTS
 
+pytestmark = pytest.mark.quick
+
 FIGURES = (
     "cores",
     "core_blocks",

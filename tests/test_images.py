@@ -4,9 +4,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from raynium.checkpoint.format.manifest import ImageInfo, SavedBlocks
 from raynium.node.images import NodeImages, Snapshot, make_image_folder
 from raynium.run.protocol import HeldImages
+
+pytestmark = pytest.mark.quick
 
 
 def test_a_killed_agents_memory_is_freed_by_the_next_agent_and_a_live_ones_is_not(tmp_path: Path) -> None:

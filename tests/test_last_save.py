@@ -1,6 +1,10 @@
 """How long the last checkpoint is tried."""
 
+import pytest
+
 from raynium.run.last_save import LAST_SAVE_SECONDS, pause_before_next_try
+
+pytestmark = pytest.mark.quick
 
 
 def test_pauses_grow_to_a_minute_and_end_after_the_time_that_is_told() -> None:

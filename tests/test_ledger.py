@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 from raynium.tracking.ledger import CAUSES, CoordinatorBook, GenerationBook, Ledger, RunBook
 from raynium.tracking.metrics import METRICS, check_metrics
 
+pytestmark = pytest.mark.quick
+
 
 def took(step: float, evaluate: float = 0.0) -> dict[str, float]:
     """What rank 0 tells of a step."""

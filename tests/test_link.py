@@ -13,6 +13,8 @@ import pytest
 
 from raynium.train.link import AGENT_LOST_EXIT_CODE, MemoryLink
 
+pytestmark = pytest.mark.quick
+
 PROLOGUE = """
 import signal, sys, time
 from multiprocessing.connection import Connection

@@ -11,6 +11,8 @@ import pytest
 from raynium.health.host import ThisHost
 from raynium.health.metadata_service import MetadataService, ask
 
+pytestmark = pytest.mark.quick
+
 TOKEN = "token-of-a-minute"
 
 

@@ -23,6 +23,8 @@ from raynium.accelerators.timeouts import (
 from raynium.errors import LaunchError
 from raynium.hardware.catalog import INSTANCES
 
+pytestmark = pytest.mark.quick
+
 TWELVE = "0,1,10,11,2,3,4,5,6,7,8,9"  # text order
 NATIVE = {"torch": "2.13.0", "torch-neuronx": "2.13.3.0.1", "neuronx-cc": "2.28.7631.0"}
 XLA = {

@@ -7,6 +7,8 @@ from hypothesis import strategies as st
 from raynium.accelerators.cores import parse_cores, rank_cores
 from raynium.errors import LaunchError
 
+pytestmark = pytest.mark.quick
+
 
 @pytest.mark.parametrize(
     ("text", "cores"),

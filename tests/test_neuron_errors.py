@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 
 from raynium.health.faults import NEURON_ROWS, STATUSES, Fault, classify, symptoms
 
+pytestmark = pytest.mark.quick
+
 FIXTURES = Path(__file__).parent / "fixtures/neuron"
 DEATHS: list[dict[str, Any]] = yaml.safe_load((FIXTURES / "recovery.yaml").read_text())
 BY_STATUS: dict[int, tuple[str, str, str]] = yaml.safe_load((FIXTURES / "statuses.yaml").read_text())

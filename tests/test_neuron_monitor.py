@@ -24,6 +24,8 @@ from raynium.health.neuron_monitor import (
 )
 from raynium.tracking.metrics import check_metrics
 
+pytestmark = pytest.mark.quick
+
 FIXTURES = Path(__file__).parent / "fixtures/neuron"
 REPORTS: list[dict[str, Any]] = [json.loads(line) for line in (FIXTURES / "monitor.jsonl").read_text().splitlines()]
 IDLE = json.loads((FIXTURES / "monitor_idle.json").read_text())

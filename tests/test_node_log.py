@@ -11,6 +11,8 @@ from raynium.node import node_log
 from raynium.node.scratch import log_folder
 from raynium.storage.store import Store
 
+pytestmark = pytest.mark.quick
+
 
 @pytest.fixture
 def ours() -> Iterator[logging.Logger]:

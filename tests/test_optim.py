@@ -8,6 +8,8 @@ import pytest
 from raynium.config.schema import OptimizerSection
 from raynium.engines.optim import decays, learning_rate
 
+pytestmark = pytest.mark.quick
+
 
 def rates(total_steps: int, **settings: object) -> list[float]:
     optimizer = OptimizerSection.model_validate({"learning_rate": 1.0, "final_learning_rate_ratio": 0.2, **settings})

@@ -9,6 +9,8 @@ from raynium.errors import LaunchError
 from raynium.node import ports
 from raynium.node.ports import rendezvous_port
 
+pytestmark = pytest.mark.quick
+
 HOST = "127.0.0.1"
 
 

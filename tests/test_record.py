@@ -25,6 +25,8 @@ from raynium.run.record import (
 from raynium.storage.store import Store
 from raynium.tracking.ledger import Ledger
 
+pytestmark = pytest.mark.quick
+
 CONFIG = {"train": {"steps": 4}}
 
 

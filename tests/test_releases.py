@@ -8,6 +8,8 @@ import pytest
 from raynium.health.host import Check, RecordedHost
 from raynium.health.releases import COMPONENTS, RELEASES, release_check, releases_of, versions
 
+pytestmark = pytest.mark.quick
+
 DPKG = "dpkg-query -W -f=${Version} "
 RPM = "rpm -q --qf %{VERSION} "
 RUNTIME, COLLECTIVES = "aws-neuronx-runtime-lib", "aws-neuronx-collectives"

@@ -16,6 +16,8 @@ from raynium.run.protocol import NodeFault
 from raynium.run.record import Owner, RunRecord, this_process
 from raynium.tracking.ledger import Ledger
 
+pytestmark = pytest.mark.quick
+
 CONFIG = {"train": {"steps": 2000}, "run": {"root": "/data/my runs"}}
 RESULT = {
     "bits_per_byte": 2.0,

@@ -7,6 +7,8 @@ import pytest
 from raynium.config.load import load_config
 from raynium.planning.rules import check
 
+pytestmark = pytest.mark.quick
+
 EIGHT_B = "llama3-8b"  # 64 ranks of trn2.48xlarge, tensor 4, batch 128
 
 

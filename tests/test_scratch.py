@@ -10,6 +10,8 @@ import pytest
 from raynium.errors import StoreError
 from raynium.node.scratch import log_folder, scratch_folder
 
+pytestmark = pytest.mark.quick
+
 
 @pytest.fixture(autouse=True)
 def temporary_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:

@@ -21,6 +21,8 @@ from raynium.storage.store import Store
 from raynium.tracking.client import mlflow_client
 from raynium.tracking.runs import MetricPoint, open_run
 
+pytestmark = pytest.mark.quick
+
 JOB = """
 cluster: {accelerator: cpu}
 model: {vocab_size: 512, hidden_size: 32, num_layers: 2, num_heads: 2, num_kv_heads: 1, head_dim: 16, ffn_size: 64,

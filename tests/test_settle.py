@@ -9,6 +9,8 @@ from raynium.config.load import parse_config
 from raynium.errors import LaunchError
 from raynium.launch.settle import settled
 
+pytestmark = pytest.mark.quick
+
 JOB = """
 run: {name: job, root: ROOT}
 model: {vocab_size: 512, hidden_size: 32, num_layers: 2, num_heads: 2, num_kv_heads: 1, head_dim: 16, ffn_size: 64,

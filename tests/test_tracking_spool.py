@@ -20,6 +20,8 @@ from raynium.errors import TrackingError
 from raynium.tracking.metrics import METRICS, check_metrics
 from raynium.tracking.spool import MetricSpool
 
+pytestmark = pytest.mark.quick
+
 
 @pytest.fixture
 def open_spool(tmp_path: Path) -> Iterator[Callable[..., MetricSpool]]:

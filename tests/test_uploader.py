@@ -18,6 +18,8 @@ from raynium.node.uploader import ATTEMPTS, Uploader
 from raynium.storage.checksum import checksum_units, from_text
 from raynium.storage.store import Store
 
+pytestmark = pytest.mark.quick
+
 SHARD = "checkpoints/step-000000007/g1/shard-00003.safetensors"
 
 
