@@ -7,8 +7,8 @@ Every test is in one of three layers:
     make slow    files and single tests marked `slow`: Ray clusters, Neuron's twins, long schedules of faults
     make check   every test once, after format, lint and types: all that CI runs
 
-`-m quick` does not even import the other files, so nobody waits for torch. `parity` is no layer: it stands on what is
-compared with transformers, peft or trl, and `-m "not parity"` works where they are not installed. test_layers.py keeps
+`-m quick` does not even import the other files, so nobody waits for torch. `parity` is no layer: a test has that mark
+when it takes a fixture named in PEERS, and `-m "not parity"` works where those are not installed. test_layers.py keeps
 all of this true.
 """
 
@@ -29,6 +29,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 LONGEST = ("test_ray.py",)
 
 
+# Libraries that some tests compare ours with. Tests get them from fixtures of these names.
+PEERS = ("transformers",)
+
+
 def is_quick(file: Path) -> bool:
     """Whether a test file is of the quick layer, by its text alone."""
     return re.search(r"^pytestmark = .*\bpytest\.mark\.quick\b", file.read_text(), re.MULTILINE) is not None
@@ -39,7 +43,11 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     return True if quick_only and not is_quick(collection_path) else None
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if set(PEERS) & set(getattr(item, "fixturenames", ())):
+            item.add_marker("parity")
     places = {name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: places.get(item.path.name, len(places)))
 
@@ -107,43 +115,57 @@ def save_run(tmp_path: Path) -> Callable[..., Any]:
     return save
 
 
+@pytest.fixture(scope="session")
+def transformers() -> Any:
+    import transformers
+
+    return transformers
+
+
+@pytest.fixture(scope="session")
+def transformers_model(transformers: Any) -> Callable[..., Any]:
+    """transformers_model(model, **more) -> transformers' own model of a ModelSection, its weights drawn by it."""
+
+    def make(model: Any, **more: Any) -> Any:
+        rope: dict[str, Any] = {"rope_type": "default", "rope_theta": model.rope_theta}
+        if (scaling := model.rope_scaling) is not None:
+            rope |= {"rope_type": "llama3"} | scaling.model_dump(exclude={"original_max_seq_len"})
+            rope["original_max_position_embeddings"] = scaling.original_max_seq_len
+        family = {"llama3": "Llama", "qwen3": "Qwen3"}[model.family]
+        config = getattr(transformers, f"{family}Config")(
+            vocab_size=model.vocab_size,
+            hidden_size=model.hidden_size,
+            intermediate_size=model.ffn_size,
+            num_hidden_layers=model.num_layers,
+            num_attention_heads=model.num_heads,
+            num_key_value_heads=model.num_kv_heads,
+            head_dim=model.head_dim,
+            max_position_embeddings=model.max_seq_len,
+            rms_norm_eps=model.norm_eps,
+            rope_parameters=rope,
+            tie_word_embeddings=model.embeddings == "tied",
+            **more,
+        )
+        return getattr(transformers, f"{family}ForCausalLM")(config)
+
+    return make
+
+
 @pytest.fixture
-def hugging_face(tmp_path: Path) -> Callable[..., Path]:
+def hugging_face(tmp_path: Path, transformers_model: Callable[..., Any]) -> Callable[..., Path]:
     """Has transformers itself save a random model of a ModelSection, with a tokenizer of ours.
 
     hugging_face(model, dtype=torch.float32, max_shard_size="5GB") -> tmp_path/hugging-face
     """
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
     from raynium.data.store import TOKENIZER_NAME
     from raynium.data.tokenizer import Tokenizer
 
     def save(model: Any, *, dtype: torch.dtype = torch.float32, max_shard_size: str = "5GB") -> Path:
         folder = tmp_path / "hugging-face"
-        rope: dict[str, Any] = {"rope_type": "default", "rope_theta": model.rope_theta}
-        if (scaling := model.rope_scaling) is not None:
-            rope |= {"rope_type": "llama3"} | scaling.model_dump(exclude={"original_max_seq_len"})
-            rope["original_max_position_embeddings"] = scaling.original_max_seq_len
-        kinds = {"llama3": (LlamaConfig, LlamaForCausalLM), "qwen3": (Qwen3Config, Qwen3ForCausalLM)}
-        config_class, model_class = kinds[model.family]
         torch.manual_seed(0)
-        theirs = model_class(
-            config_class(
-                vocab_size=model.vocab_size,
-                hidden_size=model.hidden_size,
-                intermediate_size=model.ffn_size,
-                num_hidden_layers=model.num_layers,
-                num_attention_heads=model.num_heads,
-                num_key_value_heads=model.num_kv_heads,
-                head_dim=model.head_dim,
-                max_position_embeddings=model.max_seq_len,
-                rms_norm_eps=model.norm_eps,
-                rope_parameters=rope,
-                tie_word_embeddings=model.embeddings == "tied",
-            )
-        ).to(dtype)
-        theirs.save_pretrained(folder, max_shard_size=max_shard_size)
+        transformers_model(model).to(dtype).save_pretrained(folder, max_shard_size=max_shard_size)
         tokenizer = Tokenizer.train(["def main(x): return 12345 it's"], vocab_size=280)
         (folder / TOKENIZER_NAME).write_text(tokenizer.file_text)
         return folder

@@ -4,7 +4,6 @@ import json
 from typing import Any
 
 import pytest
-from transformers import LlamaConfig, Qwen3Config
 
 from raynium.config.load import load_config
 from raynium.convert.config_json import config_from_model, model_from_config
@@ -75,7 +74,7 @@ def test_published_models_are_our_presets(preset: str) -> None:
             assert written[name] == value, name
 
 
-def test_what_is_left_out_is_what_transformers_takes() -> None:
+def test_what_is_left_out_is_what_transformers_takes(transformers: Any) -> None:
     sizes = {
         "vocab_size": 320,
         "hidden_size": 256,
@@ -85,7 +84,7 @@ def test_what_is_left_out_is_what_transformers_takes() -> None:
         "max_position_embeddings": 64,
     }
     # transformers' own default for Qwen's key/value heads is 32, whatever the number of heads: it must be given.
-    for config_class, given in ((LlamaConfig, {}), (Qwen3Config, {"num_key_value_heads": 4})):
+    for config_class, given in ((transformers.LlamaConfig, {}), (transformers.Qwen3Config, {"num_key_value_heads": 4})):
         short = sizes | given | {"model_type": config_class.model_type}
         full = json.loads(config_class(**sizes, **given).to_json_string(use_diff=False))
         assert "rope_parameters" in full and "architectures" in full

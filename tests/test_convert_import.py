@@ -14,7 +14,6 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
 
 from raynium.accelerators import native_dtype
 from raynium.checkpoint import load
@@ -126,11 +125,13 @@ def test_narrow_weights_become_float32_without_loss(
         assert same_tensors(weights_in(tmp_path / "back"), theirs)
 
 
-def test_an_imported_run_can_be_sampled_and_described(hugging_face: Callable[..., Path], tmp_path: Path) -> None:
+def test_an_imported_run_can_be_sampled_and_described(
+    transformers: Any, hugging_face: Callable[..., Path], tmp_path: Path
+) -> None:
     folder = hugging_face(config_of("qwen3").model)
     imported = import_from(folder, Store(tmp_path / "runs/imported"))
     sampler = open_sampler(imported.ref.store.url)
-    theirs = AutoModelForCausalLM.from_pretrained(folder)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder)
     tokens_BT = torch.arange(40)[None]
     with torch.no_grad():
         expected = theirs(tokens_BT).logits
@@ -359,7 +360,7 @@ def documents(hugging_face: Callable[..., Path], tmp_path: Path) -> Path:
     return tmp_path / "data"
 
 
-def test_training_goes_on_from_imported_weights(documents: Path, tmp_path: Path) -> None:
+def test_training_goes_on_from_imported_weights(transformers: Any, documents: Path, tmp_path: Path) -> None:
     """The first loss is that of the transformers model on the same batch; then the run saves checkpoints of its own."""
     store = Store(tmp_path / "runs/imported")
     imported = import_from(tmp_path / "hugging-face", store)
@@ -386,7 +387,7 @@ def test_training_goes_on_from_imported_weights(documents: Path, tmp_path: Path)
     assert sorted(losses) == [1, 2]
 
     batch = Loader(open_store(documents), seq_len=16, global_batch_size=4, data_rank=0, data_size=1, seed=0).batch(1)
-    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "hugging-face", dtype=torch.float32)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hugging-face", dtype=torch.float32)
     with torch.no_grad():
         logits_BTV = theirs(batch.tokens_BT).logits
         expected = torch.nn.functional.cross_entropy(logits_BTV.flatten(0, 1), batch.labels_BT.flatten())

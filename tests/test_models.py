@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -9,7 +10,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.random import Generator
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from raynium.config.schema import ModelSection
 from raynium.models import init
@@ -55,43 +55,11 @@ def random_decoder(model: ModelSection) -> Decoder:
     return decoder
 
 
-def hugging_face(model: ModelSection) -> torch.nn.Module:
-    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": model.rope_theta}
-    if (scaling := model.rope_scaling) is not None:
-        rope |= {
-            "rope_type": "llama3",
-            "factor": scaling.factor,
-            "low_freq_factor": scaling.low_freq_factor,
-            "high_freq_factor": scaling.high_freq_factor,
-            "original_max_position_embeddings": scaling.original_max_seq_len,
-        }
-    config_class, model_class = {
-        "llama3": (LlamaConfig, LlamaForCausalLM),
-        "qwen3": (Qwen3Config, Qwen3ForCausalLM),
-    }[model.family]
-    return model_class(
-        config_class(
-            vocab_size=model.vocab_size,
-            hidden_size=model.hidden_size,
-            intermediate_size=model.ffn_size,
-            num_hidden_layers=model.num_layers,
-            num_attention_heads=model.num_heads,
-            num_key_value_heads=model.num_kv_heads,
-            head_dim=model.head_dim,
-            max_position_embeddings=model.max_seq_len,
-            rms_norm_eps=model.norm_eps,
-            rope_parameters=rope,
-            tie_word_embeddings=model.embeddings == "tied",
-            attn_implementation="eager",
-        )
-    )
-
-
 @pytest.mark.parametrize("name", MODELS)
 @torch.no_grad()
-def test_logits_equal_transformers(name: str) -> None:
+def test_logits_equal_transformers(transformers_model: Callable[..., Any], name: str) -> None:
     model = section(name)
-    ours, theirs = random_decoder(model), hugging_face(model)
+    ours, theirs = random_decoder(model), transformers_model(model, attn_implementation="eager")
     renamed = {hugging_face_names(model)[name]: parameter for name, parameter in ours.named_parameters()}
     loaded = theirs.load_state_dict(renamed, strict=False)
     assert not loaded.unexpected_keys
