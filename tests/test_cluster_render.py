@@ -15,8 +15,7 @@ from raynium.cluster.policies import HOLDERS, Holder, render_policy
 from raynium.cluster.render import Workers, render_cluster
 from raynium.cluster.site import Site, load_site
 from raynium.errors import ConfigError
-from raynium.hardware.catalog import INSTANCES
-from raynium.hardware.hosts import HOSTS
+from raynium.hardware.catalog import CPU_INSTANCES, INSTANCES
 
 pytestmark = pytest.mark.quick
 
@@ -71,7 +70,9 @@ def test_the_four_kinds_of_cluster_are_there():
 # ------------------------------------------------------------------------------------------------- every rendering
 
 
-@pytest.mark.parametrize("name", [n for n, each in INSTANCES.items() if each.is_neuron and each.markets] + list(HOSTS))
+@pytest.mark.parametrize(
+    "name", [n for n, each in INSTANCES.items() if each.is_neuron and each.markets] + list(CPU_INSTANCES)
+)
 def test_whatever_can_be_rendered_is_private_and_asks_for_a_token(name: str, site: Site):
     file = yaml.safe_load(render_cluster(site, Workers(instance_type=name, market=first_market(name))))
     assert file["provider"]["use_internal_ips"] is True
@@ -90,7 +91,7 @@ def test_whatever_can_be_rendered_is_private_and_asks_for_a_token(name: str, sit
 
 
 def first_market(name: str) -> Any:
-    return "on-demand" if name in HOSTS else (INSTANCES[name].markets or ())[0]
+    return "on-demand" if name in CPU_INSTANCES else (INSTANCES[name].markets or ())[0]
 
 
 def test_nodes_that_are_paid_for_all_start(site: Site):

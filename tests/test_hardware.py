@@ -1,11 +1,12 @@
 """The catalogue: figures that other figures imply, and a source for each."""
 
 import dataclasses
+from typing import get_type_hints
 
 import pytest
+from pydantic import TypeAdapter
 
-from raynium.hardware.catalog import INSTANCES, Instance, peak_note
-from raynium.hardware.hosts import HOSTS
+from raynium.hardware.catalog import CPU_INSTANCES, INSTANCES, CpuInstance, Instance, peak_note
 
 pytestmark = pytest.mark.quick
 
@@ -31,6 +32,14 @@ def test_the_instances_of_the_plan_are_there_under_their_own_names():
         "p4d.24xlarge", "p5.48xlarge", "p5en.48xlarge", "p6-b200.48xlarge",
     ]  # fmt: skip
     assert all(name == instance.name for name, instance in INSTANCES.items())
+
+
+@pytest.mark.parametrize("machine", [*INSTANCES.values(), *CPU_INSTANCES.values()], ids=lambda machine: machine.name)
+def test_every_figure_has_the_type_that_the_catalogue_says(machine: Instance | CpuInstance):
+    """The loader takes the table's word for it."""
+    for figure, hint in get_type_hints(type(machine)).items():
+        value = getattr(machine, figure)
+        TypeAdapter(hint).validate_python(dict(value) if figure == "sources" else value, strict=True)
 
 
 @every_instance
@@ -104,13 +113,13 @@ def test_figures_are_those_that_ec2_itself_gives(instance: Instance):
     assert set(instance.markets or ()) == set(theirs["SupportedUsageClasses"])
 
 
-def test_hosts_are_those_that_ec2_itself_gives():
+def test_instances_without_an_accelerator_are_those_that_ec2_itself_gives():
     from moto.ec2.models.instance_types import INSTANCE_TYPES
 
-    for host in HOSTS.values():
-        theirs = INSTANCE_TYPES[host.name]
-        assert host.vcpus == theirs["VCpuInfo"]["DefaultVCpus"]
-        assert host.ram_gib == theirs["MemoryInfo"]["SizeInMiB"] / 1024
+    for instance in CPU_INSTANCES.values():
+        theirs = INSTANCE_TYPES[instance.name]
+        assert instance.vcpus == theirs["VCpuInfo"]["DefaultVCpus"]
+        assert instance.ram_gib == theirs["MemoryInfo"]["SizeInMiB"] / 1024
 
 
 def test_the_denominator_of_mfu_is_said():

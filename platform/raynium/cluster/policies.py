@@ -13,8 +13,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from raynium.cluster.site import Site
-from raynium.hardware.catalog import INSTANCES
-from raynium.hardware.hosts import HOSTS
+from raynium.hardware.catalog import CPU_INSTANCES, INSTANCES
 
 Holder = Literal["operator", "head", "worker", "trust"]
 HOLDERS: tuple[Holder, ...] = ("operator", "head", "worker", "trust")
@@ -28,7 +27,9 @@ def render_policy(site: Site, holder: Holder) -> str:
     elif holder == "worker":
         statements = _run_store(site)
     elif holder == "head":
-        worker_types = [name for name, each in INSTANCES.items() if each.is_neuron and each.markets] + list(HOSTS)
+        worker_types = [name for name, each in INSTANCES.items() if each.is_neuron and each.markets] + list(
+            CPU_INSTANCES
+        )
         statements = [
             *_look_around(["ec2:DescribeInstances", "ec2:DescribeInstanceTypes"]),
             *_start_instances(site, worker_types, ["worker"]),

@@ -8,8 +8,7 @@ from string import Template
 
 from raynium.cluster.site import Site
 from raynium.errors import ConfigError
-from raynium.hardware.catalog import INSTANCES, Instance, Market
-from raynium.hardware.hosts import HOSTS, Host
+from raynium.hardware.catalog import CPU_INSTANCES, INSTANCES, CpuInstance, Instance, Market
 
 _UBUNTU = "resolve:ssm:/aws/service/canonical/ubuntu/server/24.04/stable/current/amd64/hvm/ebs-gp3/ami-id"
 # What EC2 itself looks up in AWS's public parameters when an instance starts. The head runs the workers' image, so that
@@ -65,13 +64,13 @@ def render_cluster(site: Site, workers: Workers) -> str:
     )
 
 
-def _node_type(name: str) -> Instance | Host:
-    return INSTANCES[name] if name in INSTANCES else HOSTS[name]
+def _node_type(name: str) -> Instance | CpuInstance:
+    return INSTANCES[name] if name in INSTANCES else CPU_INSTANCES[name]
 
 
 def _renderable() -> list[str]:
     """Types a file can be rendered for: Trainium that EC2 offers under its name, and plain hosts."""
-    return [each.name for each in INSTANCES.values() if each.chip in _IMAGES] + list(HOSTS)
+    return [each.name for each in INSTANCES.values() if each.chip in _IMAGES] + list(CPU_INSTANCES)
 
 
 def _problems(workers: Workers) -> list[str]:
@@ -109,9 +108,9 @@ def _problems(workers: Workers) -> list[str]:
 # ------------------------------------------------------------------------------------------------- parts of the file
 
 
-def _title(instance: Instance | Host, workers: Workers) -> str:
+def _title(instance: Instance | CpuInstance, workers: Workers) -> str:
     how = {"on-demand": "on demand", "spot": "spot", "capacity-block": "from a Capacity Block"}[workers.market]
-    if isinstance(instance, Host):
+    if isinstance(instance, CpuInstance):
         return f"A CPU head and up to {workers.max_workers} × {instance.name} {how}: {instance.vcpus} CPU ranks each."
     cores = f"{instance.cores} {'logical ' if instance.chip != 'trainium1' else ''}NeuronCores"
     return f"A CPU head and up to {workers.max_workers} × {instance.name} {how}: {cores} each."
@@ -132,7 +131,7 @@ def _arguments(workers: Workers) -> str:
     return " ".join(words)
 
 
-def _resources(instance: Instance | Host) -> str:
+def _resources(instance: Instance | CpuInstance) -> str:
     parts = {"CPU": instance.vcpus}
     if isinstance(instance, Instance):
         # The second is what Ray itself adds to Neuron nodes that it knows.
@@ -160,7 +159,7 @@ def _market(workers: Workers) -> str:
     )
 
 
-def _network_interfaces(site: Site, instance: Instance | Host) -> str:
+def _network_interfaces(site: Site, instance: Instance | CpuInstance) -> str:
     """One interface per network card with EFA; the first also carries IP, the others only EFA and take no address.
 
     Device index: 0 on card 0, 1 on every other, as Neuron's guide for multi-node Trn1 has it. With several interfaces
