@@ -23,7 +23,7 @@ from raynium.node import agent as agent_module
 from raynium.node import diagnosis
 from raynium.node.agent import Node as AgentNode
 from raynium.node.agent import NodeAgent
-from raynium.node.diagnosis import KERNEL_LOG, ROWS, Diagnosis, KernelLog
+from raynium.node.diagnosis import KERNEL_LOG, Diagnosis, KernelLog
 from raynium.node.ranks import RankGroup
 from raynium.run import coordinator as coordinator_module
 from raynium.run.coordinator import CoordinatorOnLoop, RunCoordinator
@@ -235,7 +235,7 @@ def test_cuda_out_of_memory_says_what_to_set(node: Node) -> None:
 
 @pytest.mark.parametrize("xid, row", [(x, r) for x, r in yaml.safe_load((FIXTURES / "xids.yaml").read_text()).items()])
 def test_gpu_faults_of_the_kernels_log(xid: str, row: list[str] | None) -> None:
-    fault = classify([], [xid], ROWS)
+    fault = classify([], [xid])
     assert (None if fault is None else [fault.name, fault.action]) == row
 
 

@@ -2,14 +2,15 @@
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import TypeAdapter
 
-from raynium.health.faults import NEURON_ROWS, STATUSES, Fault, classify, symptoms
+from raynium.health.faults import CORES_TAKEN, ROWS, STATUSES, Fault, Row, classify, symptoms
 
 pytestmark = pytest.mark.quick
 
@@ -45,7 +46,7 @@ def test_each_death_has_its_verdict(death: dict[str, Any]) -> None:
     assert told(fault) == death["verdict"]
     if fault is not None:
         line = next(line for line in [*death.get("output", ()), *death.get("kernel", ())] if fault.evidence in line)
-        assert death.get("kernel") or symptoms(NEURON_ROWS).search(line), "the agent would not have kept this line"
+        assert death.get("kernel") or symptoms(ROWS).search(line), "the agent would not have kept this line"
 
 
 @pytest.mark.parametrize("spelling", SPELLINGS)
@@ -56,13 +57,27 @@ def test_each_status_has_its_verdict_however_it_is_said(number: int, spelling: s
     fault = classify(["a line before", line, "a line after"])
     assert fault is not None and (fault.name, fault.action) == (row, action)
     assert f"{name} ({number})" in fault.cause and fault.evidence == line
-    assert symptoms(NEURON_ROWS).search(line)
+    assert symptoms(ROWS).search(line)
 
 
 def test_no_status_and_no_row_is_without_a_fixture() -> None:
     assert {number: name for number, (name, *_) in BY_STATUS.items()} == STATUSES
     seen = {death["verdict"][0] for death in DEATHS if death["verdict"]} | {row for _, row, _ in BY_STATUS.values()}
-    assert seen == {row.name for row in NEURON_ROWS}
+    seen |= {verdict[0] for verdict in yaml.safe_load((FIXTURES / "xids.yaml").read_text()).values() if verdict}
+    assert seen | {"device-memory"} == {row.name for row in ROWS}  # of torch's own words; see test_diagnosis.py
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+def test_every_row_of_the_table_has_the_fields_and_the_values_that_the_loader_takes_for_granted(row: Row) -> None:
+    for field, hint in get_type_hints(Row).items():
+        TypeAdapter(hint).validate_python(getattr(row, field), strict=True)
+    assert row.log or row.kernel or row.statuses, "nothing shows it"
+    assert row.cause and row.source and not row.cause.endswith(".")
+
+
+def test_every_status_belongs_to_one_row_and_the_row_that_code_names_is_there() -> None:
+    assert len(STATUSES) == sum(len(row.statuses) for row in ROWS)
+    assert {CORES_TAKEN, "compute-hang"} <= {row.name for row in ROWS}
 
 
 def test_broken_hardware_is_found_behind_everything_that_it_causes() -> None:

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from raynium.health.faults import NEURON_ROWS, WAITING, Fault, Row, classify, symptoms
+from raynium.health.faults import ROWS, WAITING, Fault, Row, classify, symptoms
 from raynium.node.images import shared_memory_folder
 from raynium.run.protocol import RankExit
 
@@ -36,39 +36,6 @@ LIBRARY_ERRORS = {
     *("RuntimeError", "XlaRuntimeError", "AcceleratorError", "OutOfMemoryError"),
     *("DistError", "DistBackendError", "DistNetworkError", "DistStoreError"),
 }
-
-_XID = r"\bNVRM: Xid \(PCI:[^)]*\): "
-_XIDS = "NVIDIA, Xid catalogue (docs.nvidia.com/deploy/xid-errors)"
-
-COMMON_ROWS: tuple[Row, ...] = (
-    Row(
-        "gpu-memory-error",
-        "a GPU's memory had an error that cannot be corrected",
-        "reboot",
-        "node",
-        f"{_XIDS}: 48, 64, 95, reset the GPU",
-        kernel=_XID + r"(48|64|95)\b",
-    ),
-    Row("gpu-lost", "a GPU fell off the bus", "reboot", "node", f"{_XIDS}: 79, reset the GPU", kernel=_XID + r"79\b"),
-    Row(
-        "gpu-contained-memory-error",
-        "a GPU's memory had an error that cannot be corrected and that hit only this process",
-        "restart",
-        "unknown",
-        f"{_XIDS}: 94, restart the application",
-        kernel=_XID + r"94\b",
-    ),
-    Row(
-        "device-memory",
-        "the GPU has too little memory: set engine.activation_checkpointing=full, fewer sequences "
-        "(train.global_batch_size), or more ranks",
-        "restart",  # it may be another process's memory, or a late fragment; the same at once is counted and ends
-        "job",
-        "torch.OutOfMemoryError",
-        log=r"CUDA out of memory",
-    ),
-)
-ROWS = (*NEURON_ROWS, *COMMON_ROWS)
 
 _SYMPTOMS = symptoms(ROWS)
 _OOM_KILL = re.compile(r"(?:[Oo]ut of memory: Killed process |\boom-kill:.*,pid=)(\d+)")
@@ -232,7 +199,7 @@ def _rows(lines_by_rank: Iterable[Iterable[str]]) -> tuple[Row, ...]:
     AWS's table has a hang of software in the same row, and there every rank reports it: of every node, which are then
     all to be replaced.
     """
-    faults = [classify(lines, (), ROWS) for lines in lines_by_rank]
+    faults = [classify(lines) for lines in lines_by_rank]
     chips = {fault.device for fault in faults if fault is not None and fault.name == "compute-hang"}
     if len(chips) < 2:
         return ROWS
