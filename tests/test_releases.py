@@ -1,5 +1,6 @@
 """Which Neuron versions belong together. The answers of package managers are made up after their documentation."""
 
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -80,6 +81,13 @@ def test_where_versions_are_found() -> None:
 
 
 def test_every_release_is_told_from_the_others_by_its_runtime() -> None:
-    for release in RELEASES:
-        assert releases_of("runtime", release.runtime + ".1.0") == (release.sdk,)
+    for sdk, components in RELEASES.items():
+        assert releases_of("runtime", components["runtime"] + ".1.0") == (sdk,)
     assert not any(releases_of(component, "") for component in COMPONENTS)
+
+
+def test_the_table_names_known_components_with_two_numbers_each_oldest_release_first() -> None:
+    assert list(RELEASES) == sorted(RELEASES, key=lambda sdk: [int(part) for part in sdk.split(".")])
+    for components in RELEASES.values():
+        assert set(components) <= set(COMPONENTS)
+        assert all(re.fullmatch(r"\d+\.\d+", version) for version in components.values())

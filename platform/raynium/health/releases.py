@@ -6,16 +6,13 @@ mixture is a warning and not a failure; of the devices' firmware it publishes no
 """
 
 import re
+import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from pathlib import Path
 
 from raynium.accelerators.detect import PLACEHOLDERS
 from raynium.health.host import Check, Host
 
-SOURCE = (
-    "AWS Neuron docs, release-notes/components/index of v2.28.1, v2.29.0, v2.30.0, v2.31.0, v2.32.0 and v2.33.0; "
-    "read 2026-11-23"
-)
 COMPONENTS = ("driver", "runtime", "collectives", "compiler")
 RUNTIME_FOLDER = "/opt/aws/neuron/lib"
 QUERY_SECONDS = 10.0
@@ -23,27 +20,8 @@ _PACKAGES = {"runtime": "aws-neuronx-runtime-lib", "collectives": "aws-neuronx-c
 _LIBRARIES = {"runtime": "libnrt", "collectives": "libnccom"}
 
 
-@dataclass(frozen=True)
-class Release:
-    """One release of the Neuron SDK: the first two numbers of each component's version."""
-
-    sdk: str
-    driver: str
-    runtime: str
-    collectives: str
-    compiler: str
-
-
-# The pages of 2.28.1 and 2.30.0 each have one version that is plainly of an earlier release. Left empty: not known.
-RELEASES = (
-    #        SDK     driver  runtime collect. compiler
-    Release("2.28", "2.26", "2.30", "2.30", ""),
-    Release("2.29", "2.26", "2.31", "2.31", "2.24"),
-    Release("2.30", "2.28", "2.32", "", "2.25"),
-    Release("2.31", "2.29", "2.33", "2.33", "2.26"),
-    Release("2.32", "2.30", "2.34", "2.34", "2.27"),
-    Release("2.33", "2.31", "2.35", "2.35", "2.28"),
-)
+# SDK release → component → its version, as far as it is known.
+RELEASES: dict[str, dict[str, str]] = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
 
 
 def loaded_driver(host: Host, *, timeout_seconds: float) -> str | None:
@@ -93,13 +71,18 @@ def release_check(host: Host) -> Check:
     if known and not set.intersection(*map(set, known.values())):
         return Check(name, "warning", shown, rule, _remedy(found))
     if len(known) < len(found) or len(known) < 2:
-        return Check(name, "skipped", shown, f"{rule}; those of {RELEASES[0].sdk} to {RELEASES[-1].sdk} are known here")
+        return Check(
+            name,
+            "skipped",
+            shown,
+            f"{rule}; those of {next(iter(RELEASES))} to {next(reversed(RELEASES))} are known here",
+        )
     return Check(name, "ok", shown, rule)
 
 
 def releases_of(component: str, version: str) -> tuple[str, ...]:
     """The SDK releases that came with a version of this component, oldest first; (): none that is known here."""
-    return tuple(each.sdk for each in RELEASES if version and getattr(each, component) == _short(version))
+    return tuple(sdk for sdk, versions in RELEASES.items() if versions.get(component) == _short(version))
 
 
 def _remedy(found: Mapping[str, str]) -> str:
