@@ -28,7 +28,7 @@ from raynium.engines.base import EvalSum, StepResult, Votes
 from raynium.engines.nxd_layers import mark_copies, parallel_decoder, summed_nats
 from raynium.engines.nxd_pipeline import PipelinePasses, StagedDecoder, pipeline_config
 from raynium.engines.optim import decays, learning_rate
-from raynium.models.decoder import Block
+from raynium.models.decoder import DecoderBlock
 from raynium.models.init import init_block
 from raynium.models.nxd_layout import (
     KvOrder,
@@ -121,7 +121,7 @@ def build_nxd_engine(config: Config, world: World, *, weights: Literal["first", 
             "grad_clipping": True,
             "max_grad_norm": config.optimizer.clip_norm,
         },
-        activation_checkpoint_config=[Block] if config.engine.activation_checkpointing == "full" else None,
+        activation_checkpoint_config=[DecoderBlock] if config.engine.activation_checkpointing == "full" else None,
         sequence_parallel=world.tensor > 1,
         model_init_config={"meta_device_init": True, "param_init_fn": first_weights},
         # Set by the accelerator on Trainium2: NxD lays tensor groups along other links with two cores in one.

@@ -17,7 +17,7 @@ from raynium.config.schema import Config, ModelSection
 from raynium.config.world import World
 from raynium.data.batch import Batch
 from raynium.engines.nxd_layers import summed_nats
-from raynium.models.decoder import Block, Decoder, RMSNorm, Rope, rope_tables
+from raynium.models.decoder import Decoder, DecoderBlock, RMSNorm, Rope, rope_tables
 
 
 class StagedDecoder(nn.Module):
@@ -79,7 +79,7 @@ def pipeline_config(config: Config, world: World) -> dict[str, Any] | None:
         return None
     per_stage = config.model.num_layers // num_stages
     return {
-        "transformer_layer_cls": Block,
+        "transformer_layer_cls": DecoderBlock,
         "num_microbatches": world.num_micro_batches,
         "pipeline_cuts": [f"blocks.{stage * per_stage - 1}" for stage in range(1, num_stages)],  # last of each stage
         "input_names": ["tokens", "labels"],

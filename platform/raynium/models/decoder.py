@@ -27,7 +27,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.blocks = nn.ModuleList(DecoderBlock(config) for _ in range(config.num_layers))
         self.final_norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.tie()
@@ -46,7 +46,7 @@ class Decoder(nn.Module):
         return self.head(self.final_norm(hidden_BTD))
 
 
-class Block(nn.Module):
+class DecoderBlock(nn.Module):
     """One pre-norm layer: attention, then SwiGLU, each added to the residual stream."""
 
     def __init__(self, config: ModelSection):
