@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from raynium.health.doctor import Diagnosis, diagnose
+from raynium.health.doctor import Examination, examine
 from raynium.health.host import Check, RecordedHost, ThisHost
 
 pytestmark = pytest.mark.quick
@@ -21,17 +21,17 @@ def recorded(name: str) -> RecordedHost:
     return RecordedHost.from_json((FIXTURES / f"{name}.json").read_text())
 
 
-def check(diagnosis: Diagnosis, name: str) -> Check:
-    (found,) = [each for each in diagnosis.checks if each.name == name]
+def check(examination: Examination, name: str) -> Check:
+    (found,) = [each for each in examination.checks if each.name == name]
     return found
 
 
-def statuses(diagnosis: Diagnosis, status: str) -> set[str]:
-    return {each.name for each in diagnosis.checks if each.status == status}
+def statuses(examination: Examination, status: str) -> set[str]:
+    return {each.name for each in examination.checks if each.status == status}
 
 
 def test_a_laptop_without_accelerators_is_well() -> None:
-    found = diagnose(recorded("cpu-laptop"), python=PYTHON)
+    found = examine(recorded("cpu-laptop"), python=PYTHON)
     assert found.is_well and found.chosen == "cpu"
     assert found.machine == "a machine of unknown type, no accelerator"
     reasons = {each.accelerator: " ".join(each.reasons) for each in found.findings if not each.usable}
@@ -41,7 +41,7 @@ def test_a_laptop_without_accelerators_is_well() -> None:
 
 
 def test_placeholders_of_the_public_index_are_named_with_the_remedy() -> None:
-    found = diagnose(recorded("placeholder-packages"), python=PYTHON)
+    found = examine(recorded("placeholder-packages"), python=PYTHON)
     assert not found.is_well and found.chosen is None
     fake = check(found, "placeholders")
     assert "torch-neuronx, neuronx-distributed, neuronx-cc, libneuronxla are placeholders" in fake.found
@@ -51,12 +51,12 @@ def test_placeholders_of_the_public_index_are_named_with_the_remedy() -> None:
 
 def test_placeholders_are_wrong_on_a_laptop_too() -> None:
     laptop = recorded("cpu-laptop")
-    found = diagnose(replace(laptop, packages=laptop.packages | {"torch-neuronx": "1.0"}), python=PYTHON)
+    found = examine(replace(laptop, packages=laptop.packages | {"torch-neuronx": "1.0"}), python=PYTHON)
     assert found.chosen == "cpu" and statuses(found, "failed") == {"placeholders"}
 
 
 def test_versions_that_do_not_belong_together() -> None:
-    found = diagnose(recorded("mismatched-versions"), python=PYTHON)
+    found = examine(recorded("mismatched-versions"), python=PYTHON)
     assert found.chosen is None and statuses(found, "failed") == {"accelerator"}
     assert "made for torch 2.13, and torch 2.14.0 is installed" in check(found, "accelerator").found
     # dmesg's last start counts; modinfo reads the disk.
@@ -69,23 +69,23 @@ def test_versions_that_do_not_belong_together() -> None:
 
 def test_torch_xla_that_would_train_on_the_cpu() -> None:
     host = recorded("silent-cpu-trn1")
-    found = diagnose(host, python=PYTHON)
+    found = examine(host, python=PYTHON)
     assert found.chosen is None
     assert "without a word" in check(found, "silent CPU fallback").found
 
-    fake = diagnose(replace(host, packages=host.packages | {"libneuronxla": "1.0"}), python=PYTHON)
+    fake = examine(replace(host, packages=host.packages | {"libneuronxla": "1.0"}), python=PYTHON)
     assert check(fake, "silent CPU fallback").status == "failed"
 
     mended = replace(host, packages=host.packages | {"libneuronxla": "2.2.1"})
-    found = diagnose(mended, python=PYTHON)
+    found = examine(mended, python=PYTHON)
     assert found.chosen == "neuron_xla" and found.is_well
 
-    told = diagnose(replace(mended, environment={"PJRT_DEVICE": "CPU"}), python=PYTHON)
+    told = examine(replace(mended, environment={"PJRT_DEVICE": "CPU"}), python=PYTHON)
     assert check(told, "silent CPU fallback").remedy == "unset PJRT_DEVICE" and not told.is_well
 
 
 def test_a_healthy_trn2() -> None:
-    found = diagnose(recorded("healthy-trn2"), python=PYTHON)
+    found = examine(recorded("healthy-trn2"), python=PYTHON)
     assert found.chosen == "neuron" and found.machine == "trn2.48xlarge, 16 Neuron device(s)"
     assert {each.status for each in found.checks} == {"ok"}
     assert check(found, "neuron cores").found == "16 chip(s), 64 cores"
@@ -94,15 +94,15 @@ def test_a_healthy_trn2() -> None:
 
 
 def test_credentials_are_found_and_never_shown() -> None:
-    shown = json.dumps(diagnose(recorded("healthy-trn2"), python=PYTHON).to_json())
+    shown = json.dumps(examine(recorded("healthy-trn2"), python=PYTHON).to_json())
     assert "AWS_ACCESS_KEY_ID" in shown and "AKIA" not in shown and "very-secret" not in shown
 
     laptop = recorded("cpu-laptop")
-    assert check(diagnose(laptop, python=PYTHON), "S3 credentials").status == "skipped"
+    assert check(examine(laptop, python=PYTHON), "S3 credentials").status == "skipped"
     with_file = replace(laptop, files={"/home/ray/.aws/credentials": "[default]"})
-    assert check(diagnose(with_file, python=PYTHON), "S3 credentials").found == "a credentials file"
+    assert check(examine(with_file, python=PYTHON), "S3 credentials").found == "a credentials file"
     on_ec2 = replace(laptop, product_name="trn2.48xlarge")
-    assert "instance profile" in check(diagnose(on_ec2, python=PYTHON), "S3 credentials").found
+    assert "instance profile" in check(examine(on_ec2, python=PYTHON), "S3 credentials").found
 
 
 @pytest.mark.parametrize(
@@ -113,20 +113,20 @@ def test_old_or_missing_packages(package: str, version: str | None, found: str) 
     laptop = recorded("cpu-laptop")
     packages = {name: each for name, each in laptop.packages.items() if name != package}
     packages |= {package: version} if version is not None else {}
-    diagnosis = diagnose(replace(laptop, packages=packages), python=PYTHON)
-    assert statuses(diagnosis, "failed") == {package} and check(diagnosis, package).found == found
+    examination = examine(replace(laptop, packages=packages), python=PYTHON)
+    assert statuses(examination, "failed") == {package} and check(examination, package).found == found
 
 
 def test_gpus_that_this_torch_cannot_use() -> None:
     host = replace(recorded("cpu-laptop"), devices=("nvidia0", "nvidiactl"))
-    found = diagnose(host, python=PYTHON)
+    found = examine(host, python=PYTHON)
     assert found.chosen == "cuda" and statuses(found, "failed") == {"torch for GPUs"}
     cuda_build = replace(host, packages=host.packages | {"torch": "2.13.0+cu130"})
-    assert diagnose(cuda_build, python=PYTHON).is_well
+    assert examine(cuda_build, python=PYTHON).is_well
 
 
 def test_an_old_python() -> None:
-    assert statuses(diagnose(recorded("cpu-laptop"), python=(3, 10, 14)), "failed") == {"python"}
+    assert statuses(examine(recorded("cpu-laptop"), python=(3, 10, 14)), "failed") == {"python"}
 
 
 def test_the_command_loads_nothing_heavy_and_says_what_is_wrong_in_its_exit_code() -> None:

@@ -16,10 +16,10 @@ def doctor(as_json: JsonOption = False) -> None:
 
     Ends with 1 if something is wrong.
     """
-    from raynium.health.doctor import diagnose
+    from raynium.health.doctor import examine
     from raynium.health.host import ThisHost
 
-    found = diagnose(ThisHost(), python=sys.version_info[:3])
+    found = examine(ThisHost(), python=sys.version_info[:3])
     if as_json:
         typer.echo(json.dumps(found.to_json(), indent=2))
     else:

@@ -38,7 +38,7 @@ DOCKER_SHARED_MEMORY_GIB = 0.0625
 
 
 @dataclass(frozen=True)
-class Diagnosis:
+class Examination:
     """What the doctor found. `chosen` is what cluster.accelerator=auto would take; None: it would refuse."""
 
     machine: str
@@ -63,7 +63,7 @@ class Diagnosis:
         }
 
 
-def diagnose(host: Host, *, python: tuple[int, int, int]) -> Diagnosis:
+def examine(host: Host, *, python: tuple[int, int, int]) -> Examination:
     """python: of the interpreter that training would use."""
     machine = host.machine
     found = findings(machine)
@@ -90,7 +90,7 @@ def diagnose(host: Host, *, python: tuple[int, int, int]) -> Diagnosis:
     devices = [f"{machine.neuron_devices} Neuron device(s)"] * bool(machine.neuron_devices)
     devices += [f"{machine.gpus} GPU(s)"] * bool(machine.gpus)
     text = f"{machine.product_name or 'a machine of unknown type'}, {' and '.join(devices) or 'no accelerator'}"
-    return Diagnosis(text, chosen, found, tuple(checks))
+    return Examination(text, chosen, found, tuple(checks))
 
 
 def _choice(chosen: str | None, found: tuple[Finding, ...]) -> Check:
