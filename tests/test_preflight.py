@@ -25,7 +25,7 @@ from raynium.accelerators.neuron_xla import NeuronXlaAccelerator
 from raynium.config.load import parse_config
 from raynium.config.schema import Config
 from raynium.hardware.catalog import INSTANCES
-from raynium.health.checks import Wanted, compile_cache, foreign_processes, host_checks, neuron_devices
+from raynium.health.checks import NodeNeeds, compile_cache, foreign_processes, host_checks, neuron_devices
 from raynium.health.host import NO_ANSWER, Check, RecordedHost, ThisHost
 from raynium.health.metadata_service import MetadataService
 from raynium.health.report import NodeReport, Report, blamed, rounds_of_pairs
@@ -60,7 +60,7 @@ FIXTURES = Path(__file__).parent / "fixtures/doctor"
 GIB = 2**30
 TRN2 = RecordedHost.from_json((FIXTURES / "healthy-trn2.json").read_text())
 WHOLE_NODE = Place(0, 64, 0, 64, "127.0.0.1", 45123, "checked", inherited={})
-WANTED = Wanted("neuron", 2, 64, 200 * GIB, ("/tmp",), instance_type="trn2.48xlarge")
+NEEDS = NodeNeeds("neuron", 2, 64, 200 * GIB, ("/tmp",), instance_type="trn2.48xlarge")
 JOB = """
 run: {name: checked, root: ROOT}
 cluster: {accelerator: cpu, ranks_per_node: 2}
@@ -76,12 +76,12 @@ def config(tmp_path: Path) -> Config:
     return parse_config(JOB.replace("ROOT", str(tmp_path)))
 
 
-def on_host(host: RecordedHost, wanted: Wanted = WANTED) -> dict[str, Check]:
-    return {check.name: check for check in host_checks(host, wanted)}
+def on_host(host: RecordedHost, needs: NodeNeeds = NEEDS) -> dict[str, Check]:
+    return {check.name: check for check in host_checks(host, needs)}
 
 
-def not_ok(host: RecordedHost, wanted: Wanted = WANTED) -> dict[str, str]:
-    return {name: check.status for name, check in on_host(host, wanted).items() if check.status != "ok"}
+def not_ok(host: RecordedHost, needs: NodeNeeds = NEEDS) -> dict[str, str]:
+    return {name: check.status for name, check in on_host(host, needs).items() if check.status != "ok"}
 
 
 def with_devices(**changes: Any) -> RecordedHost:
@@ -118,9 +118,9 @@ def test_another_lnc_than_the_ranks_will_set_fails() -> None:
 
 def test_a_trn1_has_no_lnc() -> None:
     host = RecordedHost.from_json((FIXTURES / "silent-cpu-trn1.json").read_text())
-    wanted = replace(WANTED, accelerator="neuron_xla", nodes=1, ranks=2, shared_memory_bytes=GIB, instance_type=None)
-    assert on_host(host, wanted)["neuron cores"].found == "1 chip(s), 2 cores at LNC 1"
-    assert on_host(host, wanted)["neuron cores"].status == "ok"
+    needs = replace(NEEDS, accelerator="neuron_xla", nodes=1, ranks=2, shared_memory_bytes=GIB, instance_type=None)
+    assert on_host(host, needs)["neuron cores"].found == "1 chip(s), 2 cores at LNC 1"
+    assert on_host(host, needs)["neuron cores"].status == "ok"
 
 
 @pytest.mark.parametrize(
@@ -144,11 +144,11 @@ def test_processes_of_others_on_our_cores() -> None:
     host = with_devices(neuron_processes=held)
     foreign = on_host(host)["foreign processes"]
     assert foreign.is_bad and foreign.found == "pid 4242 (python train.py) on chip 0"
-    assert not on_host(host, replace(WANTED, own_pids=frozenset({4242})))["foreign processes"].is_bad
+    assert not on_host(host, replace(NEEDS, own_pids=frozenset({4242})))["foreign processes"].is_bad
 
     def granted(cores: str) -> Check:
         other = replace(host, environment={"NEURON_RT_VISIBLE_CORES": cores})
-        return foreign_processes(other, WANTED, neuron_devices(other))
+        return foreign_processes(other, NEEDS, neuron_devices(other))
 
     assert granted("4-7").status == "ok"  # the next chip
     assert granted("0-1").status == "warning"  # half of that chip: the other half may be the other job's
@@ -161,16 +161,16 @@ def test_the_wrong_instance_type_is_named() -> None:
     assert found.is_bad and found.found == "trn2.3xlarge" and "trn2.48xlarge" in found.rule
     assert on_host(replace(TRN2, product_name="Standard PC"))["instance type"].status == "warning"
     assert on_host(replace(TRN2, product_name=None))["instance type"].status == "warning"
-    assert on_host(TRN2, replace(WANTED, instance_type=None))["instance type"].status == "skipped"
+    assert on_host(TRN2, replace(NEEDS, instance_type=None))["instance type"].status == "skipped"
 
 
 def test_efa_cards_are_counted_where_nodes_talk() -> None:
     few = replace(TRN2, folders=TRN2.folders | {"/sys/class/infiniband": ("rdmap0s0",)})
     assert on_host(few)["EFA cards"].is_bad and on_host(few)["EFA cards"].found == "1"
-    assert on_host(few, replace(WANTED, nodes=1))["EFA cards"].status == "skipped"
+    assert on_host(few, replace(NEEDS, nodes=1))["EFA cards"].status == "skipped"
     # Nobody has published what the small one's card carries.
     small = replace(few, product_name="trn2.3xlarge", folders={})
-    assert on_host(small, replace(WANTED, instance_type=None))["EFA cards"].status == "warning"
+    assert on_host(small, replace(NEEDS, instance_type=None))["EFA cards"].status == "warning"
     assert on_host(replace(few, product_name=None))["EFA cards"].status == "skipped"
     for command in ("fi_info -p efa", "/opt/amazon/efa/bin/fi_info -p efa"):
         commands = {name: each for name, each in TRN2.commands.items() if not name.startswith("fi_info")}
@@ -231,10 +231,10 @@ def test_the_kernel_log_is_named_or_why_there_is_none(monkeypatch: pytest.Monkey
 
 def test_gpus_are_counted() -> None:
     host = RecordedHost(devices=("nvidia0", "nvidia1"), free={"/dev/shm": GIB, "/tmp": 90 * GIB})
-    wanted = Wanted("cuda", 1, 4, 0, ("/tmp",))
-    assert on_host(host, wanted)["GPUs"].is_bad
-    assert on_host(host, replace(wanted, ranks=2))["GPUs"].status == "ok"
-    assert on_host(RecordedHost(), wanted)["accelerator"].is_bad
+    needs = NodeNeeds("cuda", 1, 4, 0, ("/tmp",))
+    assert on_host(host, needs)["GPUs"].is_bad
+    assert on_host(host, replace(needs, ranks=2))["GPUs"].status == "ok"
+    assert on_host(RecordedHost(), needs)["accelerator"].is_bad
 
 
 def test_a_compile_cache_must_be_writable(tmp_path: Path) -> None:

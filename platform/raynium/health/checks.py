@@ -34,7 +34,7 @@ MAX_CLOCK_SECONDS = 5.0  # S3 itself refuses requests that are 15 minutes off; l
 
 
 @dataclass(frozen=True)
-class Wanted:
+class NodeNeeds:
     """What a run will ask of each node."""
 
     accelerator: str  # settled: not "auto"
@@ -50,42 +50,42 @@ class Wanted:
         return self.accelerator in ("neuron", "neuron_xla")
 
 
-def host_checks(host: Host, wanted: Wanted) -> list[Check]:
+def host_checks(host: Host, needs: NodeNeeds) -> list[Check]:
     """Everything about a node that shows without starting a rank, in the order of the checks below. Seconds."""
-    checks = [accelerator(host, wanted), instance_type(host, wanted)]
-    if wanted.on_neuron:
+    checks = [accelerator(host, needs), instance_type(host, needs)]
+    if needs.on_neuron:
         devices = neuron_devices(host)
         checks += [driver(host), runtime_libraries(host), release_check(host)]
-        checks += [neuron_cores(host, wanted, devices), foreign_processes(host, wanted, devices)]
-    if wanted.accelerator == "cuda":
-        checks.append(gpu_count(host, wanted))
-    if wanted.accelerator != "cpu":
-        checks += [efa_cards(host, wanted), locked_memory(host), huge_pages(host), metadata_service(host)]
-    checks += [free_disk(host, wanted), shared_memory(host, wanted), host_name(host)]
+        checks += [neuron_cores(host, needs, devices), foreign_processes(host, needs, devices)]
+    if needs.accelerator == "cuda":
+        checks.append(gpu_count(host, needs))
+    if needs.accelerator != "cpu":
+        checks += [efa_cards(host, needs), locked_memory(host), huge_pages(host), metadata_service(host)]
+    checks += [free_disk(host, needs), shared_memory(host, needs), host_name(host)]
     return checks
 
 
 # ---- the machine and its devices ------------------------------------------------------------------------------------
 
 
-def accelerator(host: Host, wanted: Wanted) -> Check:
+def accelerator(host: Host, needs: NodeNeeds) -> Check:
     """Packages and devices fit each other, and are those that the config names."""
-    finding = next(each for each in findings(host.machine) if each.accelerator == wanted.accelerator)
-    rule = f"{wanted.accelerator} can be used here"
+    finding = next(each for each in findings(host.machine) if each.accelerator == needs.accelerator)
+    rule = f"{needs.accelerator} can be used here"
     status = "ok" if finding.usable else "failed"
     return Check("accelerator", status, "; ".join(finding.reasons), rule, "" if finding.usable else "`raynium doctor`")
 
 
-def instance_type(host: Host, wanted: Wanted) -> Check:
+def instance_type(host: Host, needs: NodeNeeds) -> Check:
     """The node is what cluster.instance_type says. On EC2's Nitro machines the product name is the instance type."""
     name = "instance type"
     found = host.machine.product_name
-    if wanted.instance_type is None:
+    if needs.instance_type is None:
         return Check(name, "skipped", found or "unknown", "cluster.instance_type names none")
-    rule = f"cluster.instance_type is {wanted.instance_type}"
+    rule = f"cluster.instance_type is {needs.instance_type}"
     if found is None:
         return Check(name, "warning", "unknown", rule)
-    if found == wanted.instance_type:
+    if found == needs.instance_type:
         return Check(name, "ok", found, rule)
     if host.machine.instance is None:
         return Check(name, "warning", f"{found}, no type of the catalogue", rule)
@@ -155,7 +155,7 @@ def neuron_devices(host: Host) -> NeuronDevices:
     return NeuronDevices(tuple(devices))
 
 
-def neuron_cores(host: Host, wanted: Wanted, listed: NeuronDevices) -> Check:
+def neuron_cores(host: Host, needs: NodeNeeds, listed: NeuronDevices) -> Check:
     """As many chips and logical cores as the instance type has, all with the LNC that the ranks will set."""
     name = "neuron cores"
     machine = host.machine
@@ -182,7 +182,7 @@ def _cores_at(instance: Instance, lnc: int) -> int:
     return instance.cores if instance.chip == "trainium1" else instance.cores * int(DEFAULT_LNC) // lnc
 
 
-def foreign_processes(host: Host, wanted: Wanted, listed: NeuronDevices) -> Check:
+def foreign_processes(host: Host, needs: NodeNeeds, listed: NeuronDevices) -> Check:
     """Nobody else holds this job's cores. neuron-ls lists processes by chip: on a chip that the job shares, it may be
     the other job's, so there it is a warning.
     """
@@ -199,7 +199,7 @@ def foreign_processes(host: Host, wanted: Wanted, listed: NeuronDevices) -> Chec
     for number, device in enumerate(listed.devices):
         cores = set(_core_ids(device, number))
         for process in device.get("neuron_processes", []):
-            if process["pid"] in wanted.own_pids or not cores & mine:
+            if process["pid"] in needs.own_pids or not cores & mine:
                 continue
             text = f"pid {process['pid']} ({process.get('command', '?')}) on chip {device.get('neuron_device', number)}"
             (surely if cores <= mine else perhaps).append(text)
@@ -216,10 +216,10 @@ def _core_ids(device: dict[str, Any], number: int) -> list[int]:
     return device.get("neuroncore_ids") or list(range(number * count, (number + 1) * count))
 
 
-def gpu_count(host: Host, wanted: Wanted) -> Check:
+def gpu_count(host: Host, needs: NodeNeeds) -> Check:
     gpus = host.machine.gpus
-    rule = f"{wanted.ranks} rank(s), one GPU each"
-    if gpus >= wanted.ranks:
+    rule = f"{needs.ranks} rank(s), one GPU each"
+    if gpus >= needs.ranks:
         return Check("GPUs", "ok", str(gpus), rule)
     return Check("GPUs", "failed", str(gpus), rule, "lower cluster.ranks_per_node, or look at the driver (nvidia-smi)")
 
@@ -227,13 +227,13 @@ def gpu_count(host: Host, wanted: Wanted) -> Check:
 # ---- the network between nodes ------------------------------------------------------------------------------------
 
 
-def efa_cards(host: Host, wanted: Wanted) -> Check:
+def efa_cards(host: Host, needs: NodeNeeds) -> Check:
     """Every EFA card of the type has an interface: each that lacks one costs its share of the bandwidth."""
     name = "EFA cards"
     cards = host.names(str(EFA_FOLDER))
     instance = host.machine.instance
     expected = instance.efa_interfaces if instance is not None else None
-    if wanted.nodes == 1:
+    if needs.nodes == 1:
         return Check(name, "skipped", str(len(cards)), "one node needs none")
     if instance is None or expected is None:
         return Check(name, "skipped", str(len(cards)), "no count of the catalogue to compare with")
@@ -322,10 +322,10 @@ def host_name(host: Host) -> Check:
 # ---- memory and disks ----------------------------------------------------------------------------------------------
 
 
-def free_disk(host: Host, wanted: Wanted) -> Check:
+def free_disk(host: Host, needs: NodeNeeds) -> Check:
     """Room for caches, metric spools and logs."""
     name = "free disk"
-    free = {folder: found for folder in wanted.disk_folders if (found := host.free_bytes(folder)) is not None}
+    free = {folder: found for folder in needs.disk_folders if (found := host.free_bytes(folder)) is not None}
     if not free:
         return Check(name, "skipped", "unknown")
     folder = min(free, key=lambda each: free[each])
@@ -334,17 +334,17 @@ def free_disk(host: Host, wanted: Wanted) -> Check:
     remedy = "empty it, take a larger root disk, or set TMPDIR and the caches' folders to a disk of the instance"
     if gib < MIN_FREE_DISK_GIB:
         return Check(name, "failed", found, f"{MIN_FREE_DISK_GIB:g} GiB", remedy)
-    if wanted.on_neuron and gib < LOW_FREE_DISK_GIB:
+    if needs.on_neuron and gib < LOW_FREE_DISK_GIB:
         return Check(name, "warning", found, f"{LOW_FREE_DISK_GIB:g} GiB for compiled graphs", remedy)
     return Check(name, "ok", found, f"{MIN_FREE_DISK_GIB:g} GiB")
 
 
-def shared_memory(host: Host, wanted: Wanted) -> Check:
+def shared_memory(host: Host, needs: NodeNeeds) -> Check:
     """/dev/shm holds two snapshots of every rank of the node."""
     name = "shared memory"
     free = host.free_bytes("/dev/shm")
-    need = wanted.shared_memory_bytes
-    rule = f"two snapshots of {wanted.ranks} rank(s), {need / GIB:.2f} GiB (estimate)"
+    need = needs.shared_memory_bytes
+    rule = f"two snapshots of {needs.ranks} rank(s), {need / GIB:.2f} GiB (estimate)"
     if free is None:
         return Check(name, "skipped", "unknown", rule)
     found = f"{free / GIB:.2f} GiB free in /dev/shm"

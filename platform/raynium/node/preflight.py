@@ -21,7 +21,7 @@ from raynium.accelerators.detect import detect
 from raynium.config.schema import Config
 from raynium.config.world import World
 from raynium.errors import LaunchError, StoreError
-from raynium.health.checks import MAX_CLOCK_SECONDS, Wanted, compile_cache, host_checks
+from raynium.health.checks import MAX_CLOCK_SECONDS, NodeNeeds, compile_cache, host_checks
 from raynium.health.host import Check, Host, Status, ThisHost
 from raynium.health.trial_checks import (
     RankResult,
@@ -64,12 +64,12 @@ class TrialOrder:
 # ---- what the run will ask of a node -------------------------------------------------------------------------------
 
 
-def wanted_of(config: Config, environment: Mapping[str, str]) -> Wanted:
+def needs_of(config: Config, environment: Mapping[str, str]) -> NodeNeeds:
     """config: settled. environment: the node's."""
     folders = [str(scratch_folder()), tempfile.gettempdir()]
     if cache := cache_folder(config, environment):
         folders.append(cache)
-    return Wanted(
+    return NodeNeeds(
         accelerator=config.cluster.accelerator,
         nodes=config.cluster.nodes,
         ranks=config.cluster.ranks_per_node,
@@ -169,7 +169,7 @@ class NodeProbe:
         """What shows without a rank."""
         config, host = self._config, ThisHost()
         orphans = end_orphans()  # before it is looked at who holds cores
-        checks = host_checks(host, wanted_of(config, os.environ))
+        checks = host_checks(host, needs_of(config, os.environ))
         checks.append(kernel_log())
         if orphans:
             checks.append(Check("orphans", "warning", "; ".join(orphans), "no process of a dead node agent"))
