@@ -89,7 +89,7 @@ class CheckpointTooNew(CheckpointError):
     """A whole checkpoint, written by a newer Raynium in a format that this one does not know."""
 
 
-class Record(BaseModel):
+class JsonObject(BaseModel):
     """A frozen JSON object; unknown or missing fields and wrong types are refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -103,8 +103,8 @@ class Record(BaseModel):
         return parsed(cls, text, what=cls.__name__)
 
 
-class Columns(Record):
-    """A record with arrays, which do not compare to one truth value: as equal as its JSON."""
+class Columns(JsonObject):
+    """An object with arrays, which do not compare to one truth value: as equal as its JSON."""
 
     def __eq__(self, other: object) -> bool:
         return self is other or (isinstance(other, type(self)) and self.to_json() == other.to_json())
@@ -190,7 +190,7 @@ class SavedBlocks(Columns):
             first += dims
 
 
-class ImageInfo(Record):
+class ImageInfo(JsonObject):
     """A rank's finished file image in shared memory: what it tells its node agent."""
 
     step: Count
@@ -200,7 +200,7 @@ class ImageInfo(Record):
     stall_seconds: Seconds = 0.0  # that the training thread stood still for it
 
 
-class FileEntry(Record):
+class FileEntry(JsonObject):
     """One data file: its key below the step's folder, and CRC64NVME (base64) of the whole and of each unit."""
 
     key: Annotated[str, Field(pattern=f"^{_SHARD_PATTERN}$")]
@@ -228,7 +228,7 @@ class FileEntry(Record):
         return FileChecksums(self.size, self.unit_bytes, list_from_text(self.unit_crc64nvme))
 
 
-class ShardEntry(Record):
+class ShardEntry(JsonObject):
     """An uploaded and verified file: what a node agent tells the run coordinator."""
 
     step: Count
@@ -271,7 +271,7 @@ class TensorEntry(Columns):
         )
 
 
-class Timing(Record):
+class Timing(JsonObject):
     """What this checkpoint cost, in seconds; of many ranks the longest."""
 
     stall_seconds: Seconds  # a rank's training thread stood still
@@ -279,7 +279,7 @@ class Timing(Record):
     commit_seconds: Seconds  # from then on until the manifest was ready to be written
 
 
-class Manifest(Record):
+class Manifest(JsonObject):
     """A whole checkpoint. Its existence is the commit."""
 
     step: Count
@@ -414,7 +414,7 @@ def generation_of(key: str) -> str:
 
 # ---- strict JSON --------------------------------------------------------------------------------------------------
 
-R = TypeVar("R", bound=Record)
+R = TypeVar("R", bound=JsonObject)
 
 
 _ObjectOf = Callable[[list[tuple[str, Any]]], Any]
