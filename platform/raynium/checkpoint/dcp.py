@@ -206,11 +206,11 @@ class CheckpointWriter(StorageWriter):
                 objects[name] = _json_of(name, item, planner)
             else:
                 chunks.append(_chunk_of(name, item, planner))
-        plan = plan_image(chunks)
+        image_plan = plan_image(chunks)
         with tempfile.TemporaryDirectory(prefix="raynium-dcp-", dir=self._image_folder) as folder:
             with ImageFile(Path(folder) / "image") as image:
-                write_image(plan, chunks, image.reserve(plan.size), step=self.step)
-            info = plan.info(step=self.step, path=Path(folder) / "image")
+                write_image(image_plan, chunks, image.reserve(image_plan.size), step=self.step)
+            info = image_plan.info(step=self.step, path=Path(folder) / "image")
             entry = upload_shard(self.store, info, generation=generation, rank=rank)
         result = WriteResult(MetadataIndex(entry.file.key), entry.file.size, (entry.to_json(), objects))
         return _done([result])
