@@ -1,0 +1,102 @@
+"""Names that libraries keep to themselves and Raynium uses: one list, with the tests that fail without them.
+
+A name that stands in the list and nowhere in the code, or the other way round, fails here.
+"""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.quick
+
+TESTS = Path(__file__).parent
+PACKAGE = TESTS.parent / "platform/raynium"
+
+# Test that fails without them → names as the code spells them. Why each is used stands where it is used.
+USED = {
+    "test_ranks.py::test_a_killed_agent_takes_stuck_ranks_along_and_its_main_module_was_imported_once": (
+        "forkserver._forkserver._forkserver_alive_fd",
+    ),
+    "test_ranks.py::test_a_template_that_is_dying_is_replaced": ("forkserver._forkserver._forkserver_pid",),
+    "test_simple_fsdp.py::test_two_data_ranks_train_to_the_bits_of_fsdp2": (
+        "module._parameters",
+        "torch.distributed.tensor.placement_types._StridedShard",
+    ),
+    "test_run_preflight.py::test_who_waits_for_nodes_is_told_once_what_is_missing": (
+        "ray._private.state.available_resources_per_node",
+    ),
+    "test_store.py::test_what_is_written_is_read_listed_and_deleted": ("self._fs._call_s3",),
+    "test_native_engine.py::test_every_layout_trains_as_a_plain_float64_loop_does": (
+        "torch._dynamo",
+        "torch._foreach_mul_",
+    ),
+    "test_compile_watch.py::test_a_second_shape_is_explained_and_equal_shapes_compile_nothing": (
+        "torch._dynamo.backends.registry.lookup_backend",
+        "torch._dynamo.callback.CallbackArgs",
+        "torch._dynamo.callback.callback_handler",
+        "torch._dynamo.utils.CompilationMetrics",
+        "torch._dynamo.utils.get_compilation_metrics",
+        "torch._dynamo.utils.set_compilation_metrics_limit",
+        "torch._guards.CompileContext",
+    ),
+    "test_simple_fsdp.py::test_a_checkpointed_block_keeps_its_input_and_its_attention": ("torch._functorch.config",),
+    "test_native_engine.py::test_activation_checkpointing_changes_no_bit": (
+        "torch.distributed.algorithms._checkpoint.checkpoint_wrapper.checkpoint_wrapper",
+    ),
+    "test_native_engine.py::test_each_element_is_saved_once_under_names_that_do_not_know_the_layout": (
+        "torch.distributed.tensor._utils.compute_local_shape_and_global_offset",
+    ),
+    "test_simple_fsdp.py::test_one_graph_of_a_block_holds_its_collectives_and_keeps_no_whole_parameter": (
+        "torch.ops._c10d_functional",
+    ),
+    "test_backend.py::test_two_agents_on_one_node_are_refused_and_leave_no_workers_behind": (
+        "worker_group._clear_state",
+    ),
+}
+
+# Public, whatever their names look like.
+PUBLIC = {"os._exit", *("_replace", "_fields", "_asdict")}
+
+
+def is_private(name: str) -> bool:
+    return name.startswith("_") and not name.startswith("__")
+
+
+def names_used(tree: ast.Module) -> Iterator[str]:
+    """Dotted names with a private part: those imported, and attributes of anything but self and cls."""
+    inner = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Attribute) and is_private(node.attr)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (each.name for each in node.names if any(map(is_private, each.name.split("."))))
+        elif isinstance(node, ast.ImportFrom) and not (node.module or "").startswith("raynium"):
+            names = [f"{node.module}.{each.name}" for each in node.names]
+            yield from (name for name in names if any(map(is_private, name.split("."))))
+        elif isinstance(node, ast.Attribute) and is_private(node.attr) and id(node) not in inner:
+            yield ast.unparse(node)
+
+
+def own_names(tree: ast.Module) -> Iterator[str]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            yield node.name
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and ast.unparse(node.value) == "self":
+            yield node.attr
+        elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            yield node.target.id
+
+
+def test_every_private_name_of_a_library_that_is_used_stands_in_the_list_and_no_other() -> None:
+    trees = [ast.parse(path.read_text()) for path in PACKAGE.rglob("*.py")]
+    ours = PUBLIC.union(*(filter(is_private, own_names(tree)) for tree in trees))
+    used = {name for tree in trees for name in names_used(tree)}
+    used = {name for name in used - PUBLIC if name.rpartition(".")[2] not in ours}
+    assert used == {name for names in USED.values() for name in names}
+
+
+@pytest.mark.parametrize("test", USED)
+def test_the_test_that_watches_it_exists(test: str) -> None:
+    file, _, name = test.partition("::")
+    tree = ast.parse((TESTS / file).read_text())
+    assert name in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
