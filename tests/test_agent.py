@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny import build_documents, job_text
 
 from raynium.accelerators.detect import detect
 from raynium.checkpoint.catalog import latest, list_checkpoints
 from raynium.config.load import parse_config
 from raynium.config.schema import Config
 from raynium.config.world import World
-from raynium.data.store_build import build_store
 from raynium.errors import DataError, TrackingError
 from raynium.node import orphans
 from raynium.node.agent import Node, NodeAgent, _CommitLog, _Handler
@@ -31,28 +31,21 @@ from raynium.storage.store import Store
 from raynium.tracking.ledger import CAUSES
 from raynium.tracking.tracker import MemoryTracker
 
-JOB = """
-run: {name: test}
-cluster: {accelerator: cpu, ranks_per_node: 2}
-model: {vocab_size: 512, hidden_size: 32, num_layers: 2, num_heads: 2, num_kv_heads: 1, head_dim: 16, ffn_size: 64,
-        max_seq_len: 64}
-data: {path: /nowhere, seq_len: 32}
-optimizer: {learning_rate: 3.0e-3}
-train: {steps: 12, global_batch_size: 4}
-checkpoint: {every_steps: 4, keep_last: 2}
-evaluate: {every_steps: 6, max_documents: 2}
-"""
+JOB = job_text(
+    {
+        "optimizer.learning_rate": 3e-3,
+        "train.steps": 12,
+        "checkpoint.every_steps": 4,
+        "checkpoint.keep_last": 2,
+        "evaluate.every_steps": 6,
+        "evaluate.max_documents": 2,
+    }
+)
 
 
 @pytest.fixture(scope="module")
 def document_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    source = tmp_path_factory.mktemp("text")
-    for number in range(40):
-        text = "\n".join(f"def function_{number}_{line}(x): return x * {line}" for line in range(60))
-        (source / f"{number}.py").write_text(text)
-    store = tmp_path_factory.mktemp("documents")
-    build_store(store, source=str(source), vocab_size=512, heldout_fraction=0.2)
-    return store
+    return build_documents(tmp_path_factory.mktemp("documents"))
 
 
 class Played:

@@ -19,10 +19,10 @@ from uuid import uuid4
 import boto3
 import pytest
 from flaky_s3 import FlakyS3, cut, delay, hold, refuse, swallow
+from tiny import build_documents, job_text
 
 from raynium.checkpoint.catalog import latest, list_checkpoints, open_checkpoint
 from raynium.checkpoint.verify import verify_checkpoint
-from raynium.data.store_build import build_store
 from raynium.storage.store import Store
 
 pytestmark = [pytest.mark.s3, pytest.mark.timeout(900)]  # whole processes, which import torch, on shared cores
@@ -31,27 +31,25 @@ PATIENCE_SECONDS = 240
 
 STEPS = 60
 # One rank, whose shard of 8 MB takes two parts (see `small_parts`). Its uploads are slower than its steps
-JOB = """
-run: {name: test}
-cluster: {accelerator: cpu, ranks_per_node: 1}
-model: {vocab_size: 512, hidden_size: 128, num_layers: 3, num_heads: 4, num_kv_heads: 2, head_dim: 32, ffn_size: 344,
-        max_seq_len: 32}
-data: {path: /nowhere, seq_len: 16}
-optimizer: {learning_rate: 1.0e-3}
-train: {steps: 60, global_batch_size: 2}
-checkpoint: {every_steps: 2, keep_last: 2}
-evaluate: {every_steps: 100, max_documents: 1}
-"""
+LARGER = {"hidden_size": 128, "num_layers": 3, "num_heads": 4, "num_kv_heads": 2, "head_dim": 32, "ffn_size": 344}
+JOB = job_text(
+    {f"model.{name}": size for name, size in LARGER.items()}
+    | {
+        "cluster.ranks_per_node": 1,
+        "data.seq_len": 16,
+        "train.steps": 60,
+        "train.global_batch_size": 2,
+        "checkpoint.every_steps": 2,
+        "checkpoint.keep_last": 2,
+        "evaluate.every_steps": 100,
+        "evaluate.max_documents": 1,
+    }
+)
 
 
 @pytest.fixture(scope="module")
 def document_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    source = tmp_path_factory.mktemp("text")
-    for number in range(20):
-        (source / f"{number}.py").write_text("\n".join(f"value_{number}_{line} = {line}" for line in range(60)))
-    store = tmp_path_factory.mktemp("documents")
-    build_store(store, source=str(source), vocab_size=512, heldout_fraction=0.2)
-    return store
+    return build_documents(tmp_path_factory.mktemp("documents"))
 
 
 class Life:

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 from test_compile_twin import TESTS
+from tiny import build_documents, job_text
 
 from raynium.checkpoint.catalog import list_checkpoints
 from raynium.config.load import parse_config
 from raynium.config.schema import Config
-from raynium.data.store_build import build_store
 from raynium.errors import RunFailed
 from raynium.launch import precompile as module
 from raynium.launch.precompile import STEPS, main, precompile, short_config, summary
@@ -23,33 +23,28 @@ from raynium.run.record import Owner, RunRecord
 from raynium.storage.store import Store
 from raynium.train.compiles import WARM_UP_CALLS
 
-JOB = """
-run: {name: NAME, root: ROOT}
-cluster: {accelerator: cpu}
-model: {vocab_size: 512, hidden_size: 32, num_layers: 2, num_heads: 2, num_kv_heads: 2, head_dim: 16, ffn_size: 64,
-        max_seq_len: 64}
-data: {path: ROOT/data, seq_len: 32}
-engine: {dtype: auto}
-optimizer: {warmup_steps: 50, schedule: wsd}
-train: {steps: 1000, global_batch_size: 8, micro_batch_size: 2}
-checkpoint: {every_steps: 1}
-sample: {prompts: [once]}
-"""
+CHANGES = {
+    "model.num_kv_heads": 2,
+    "engine.dtype": "auto",
+    "optimizer.warmup_steps": 50,
+    "optimizer.schedule": "wsd",
+    "train.steps": 1000,
+    "train.global_batch_size": 8,
+    "train.micro_batch_size": 2,
+    "checkpoint.every_steps": 1,
+    "sample.prompts": ["once"],
+}
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("root")
-    (root / "text").mkdir()
-    for number in range(20):
-        text = "\n".join(f"def function_{number}_{line}(x): return x * {line}" for line in range(60))
-        (root / "text" / f"{number}.py").write_text(text)
-    build_store(root / "data", source=str(root / "text"), vocab_size=512, heldout_fraction=0.2)
+    build_documents(root)
     return root
 
 
 def job(root: Path, name: str = "tiny") -> str:
-    return JOB.replace("ROOT", str(root)).replace("NAME", name)
+    return job_text(CHANGES | {"run.name": name, "cluster.ranks_per_node": None}, root=root)
 
 
 def config(root: Path, name: str = "tiny", **changes: Any) -> Config:

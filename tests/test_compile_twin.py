@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 from neuron_twin import write_site
+from tiny import build_documents, job_text
 
 from raynium.accelerators.detect import detect
 from raynium.config.load import parse_config
 from raynium.config.world import World
-from raynium.data.store_build import build_store
 from raynium.node.agent import COMPILES_TOLD, Node, NodeAgent, _Handler
 from raynium.node.compile_cache import FOLDER, entries
 from raynium.run.coordinator import CoordinatorOnLoop, RunCoordinator
@@ -23,17 +23,16 @@ from raynium.storage.store import Store
 from raynium.tracking.tracker import MemoryTracker
 
 TESTS = Path(__file__).parent
-JOB = """
-run: {name: twin}
-cluster: {accelerator: neuron, ranks_per_node: 2}
-model: {vocab_size: 512, hidden_size: 32, num_layers: 2, num_heads: 2, num_kv_heads: 2, head_dim: 16, ffn_size: 64,
-        max_seq_len: 64}
-data: {path: /nowhere, seq_len: 32}
-engine: {compile: block}
-train: {steps: 4, global_batch_size: 4}
-checkpoint: {every_steps: 4}
-evaluate: {every_steps: 2, max_documents: 2}
-"""
+JOB = job_text(
+    {
+        "cluster.accelerator": "neuron",
+        "model.num_kv_heads": 2,
+        "engine.compile": "block",
+        "checkpoint.every_steps": 4,
+        "evaluate.every_steps": 2,
+        "evaluate.max_documents": 2,
+    }
+)
 
 
 @pytest.fixture(scope="module")
@@ -43,13 +42,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def document_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    source = tmp_path_factory.mktemp("text")
-    for number in range(20):
-        text = "\n".join(f"def function_{number}_{line}(x): return x * {line}" for line in range(60))
-        (source / f"{number}.py").write_text(text)
-    store = tmp_path_factory.mktemp("documents")
-    build_store(store, source=str(source), vocab_size=512, heldout_fraction=0.2)
-    return store
+    return build_documents(tmp_path_factory.mktemp("documents"))
 
 
 def play(run_folder: Path, document_folder: Path, environment: dict[str, str]) -> dict[str, Any]:

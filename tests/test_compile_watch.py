@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch._dynamo
+from tiny import job_text
 from torch import nn
 
 from raynium.accelerators.cpu import CpuAccelerator
@@ -21,15 +22,16 @@ from raynium.engines.torch_compiles import GraphInput, TorchCompiles, difference
 from raynium.train.compiles import WARM_UP_CALLS, WatchedEngine
 from raynium.train.link import MemoryLink
 
-JOB = """
-run: {name: compile}
-cluster: {accelerator: cpu}
-model: {vocab_size: 64, hidden_size: 16, num_layers: 2, num_heads: 2, num_kv_heads: 1, head_dim: 8, ffn_size: 16,
-        max_seq_len: 32}
-data: {path: /nowhere, seq_len: 16}
-engine: {compile: block}
-train: {steps: 20, global_batch_size: 2, micro_batch_size: 2}
-"""
+JOB = job_text(
+    {
+        "cluster.ranks_per_node": 1,
+        "data.seq_len": 16,
+        "engine.compile": "block",
+        "train.steps": 20,
+        "train.global_batch_size": 2,
+        "train.micro_batch_size": 2,
+    }
+)
 
 
 @pytest.fixture
@@ -79,12 +81,12 @@ def test_a_second_shape_is_explained_and_equal_shapes_compile_nothing(compiles: 
     forward, backward = surprises
     assert forward.startswith("forward (decoder.py:")
     assert " was compiled again (" in forward
-    assert "hidden_BTD is float32 [2, 24, 16] that wants a gradient, seen float32 [2, 16, 16]" in forward
+    assert "hidden_BTD is float32 [2, 24, 32] that wants a gradient, seen float32 [2, 16, 32]" in forward
     assert backward.startswith("backward of forward (decoder.py:") and "hidden_BTD is float32" in backward
 
     engine.evaluate(batch(tokens=24))
     step, _, (surprise,) = link.compiles[3]
-    assert step == 6 and "hidden_BTD is float32 [2, 24, 16], seen float32 [2, 16, 16]" in surprise
+    assert step == 6 and "hidden_BTD is float32 [2, 24, 32], seen float32 [2, 16, 32]" in surprise
 
     metrics = engine.compile_metrics()
     assert metrics["compile/graphs"] == sum(graphs for _, graphs, _ in link.compiles)

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny import job_text
 
 import raynium.run.coordinator as coordinator_module
 from raynium.checkpoint.catalog import list_checkpoints, open_checkpoint
@@ -23,15 +24,7 @@ from raynium.run.protocol import AgentInfo, HeldImages, Order, RankExit
 from raynium.storage.store import Store
 from raynium.tracking.ledger import Ledger
 
-JOB = """
-run: {name: test}
-cluster: {accelerator: cpu, nodes: 2, ranks_per_node: 1}
-model: {vocab_size: 512, hidden_size: 32, num_layers: 1, num_heads: 2, num_kv_heads: 1, head_dim: 16, ffn_size: 64,
-        max_seq_len: 64}
-data: {path: /nowhere, seq_len: 16}
-train: {steps: 4, global_batch_size: 4}
-fault: {max_restarts_without_progress: 1}
-"""
+JOB = job_text({"cluster.nodes": 2, "cluster.ranks_per_node": 1, "fault.max_restarts_without_progress": 1})
 
 DIED = RankExit(1, -9, "killed by SIGKILL", retry=True, last_lines=("last words",))
 BROKEN_PIPE = RankExit(0, 1, "RuntimeError: connection closed by peer", retry=True)

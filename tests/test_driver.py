@@ -14,6 +14,7 @@ from typing import Any, cast
 
 import pytest
 from rich.console import Console
+from tiny import job_text
 
 from raynium.config.load import parse_config
 from raynium.errors import RunFailed, StoreError, TrackingError
@@ -29,16 +30,8 @@ from raynium.run.record import claim
 from raynium.storage.store import Store
 from raynium.tracking.runs import TrackedRun
 
-JOB = """
-run: {name: test}
-cluster: {accelerator: cpu, ranks_per_node: 1}
-model: {vocab_size: 512, hidden_size: 32, num_layers: 1, num_heads: 2, num_kv_heads: 1, head_dim: 16, ffn_size: 64,
-        max_seq_len: 64}
-data: {path: /nowhere, seq_len: 16}
-train: {steps: 4, global_batch_size: 4}
-"""
 DMA_ERROR = "NEURON_HW_ERR=DMA_ERROR instance-id=i-0a1 nd-id=2 nc-id=1 serial-num=7 action=TERMINATE_INSTANCE"
-CONFIG = parse_config(JOB, {})
+CONFIG = parse_config(job_text({"cluster.ranks_per_node": 1}))
 RECORD = SimpleNamespace(node_faults=None)
 
 

@@ -12,22 +12,25 @@ from typing import Any
 
 import pytest
 from neuron_twin import RECORD_VARIABLE, write_site
+from tiny import build_documents, job_text
 
 from raynium.config.load import parse_config
-from raynium.data.store_build import build_store
 
 TESTS = Path(__file__).parent
-JOB = """
-run: {name: twin}
-cluster: {accelerator: neuron}
-model: {vocab_size: 512, hidden_size: 32, num_layers: 2, num_heads: 2, num_kv_heads: 2, head_dim: 16, ffn_size: 64,
-        max_seq_len: 64}
-data: {path: /nowhere, seq_len: 32}
-optimizer: {learning_rate: 3.0e-3, schedule: constant}
-train: {steps: 6, global_batch_size: 4}
-checkpoint: {every_steps: 3, keep_last: 2}
-evaluate: {every_steps: 3, max_documents: 2}
-"""
+JOB = job_text(
+    {
+        "cluster.accelerator": "neuron",
+        "cluster.ranks_per_node": None,
+        "model.num_kv_heads": 2,
+        "optimizer.learning_rate": 3e-3,
+        "optimizer.schedule": "constant",
+        "train.steps": 6,
+        "checkpoint.every_steps": 3,
+        "checkpoint.keep_last": 2,
+        "evaluate.every_steps": 3,
+        "evaluate.max_documents": 2,
+    }
+)
 
 
 @pytest.fixture(scope="module")
@@ -37,13 +40,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def document_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    source = tmp_path_factory.mktemp("text")
-    for number in range(40):
-        text = "\n".join(f"def function_{number}_{line}(x): return x * {line}" for line in range(60))
-        (source / f"{number}.py").write_text(text)
-    store = tmp_path_factory.mktemp("documents")
-    build_store(store, source=str(source), vocab_size=512, heldout_fraction=0.2)
-    return store
+    return build_documents(tmp_path_factory.mktemp("documents"))
 
 
 def play(run_folder: Path, document_folder: Path, environment: dict[str, str], **changes: Any) -> dict[str, Any]:

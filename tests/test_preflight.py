@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from neuron_twin import write_site
+from tiny import job_text
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from raynium.accelerators.base import Place
@@ -61,19 +62,11 @@ GIB = 2**30
 TRN2 = RecordedHost.from_json((FIXTURES / "healthy-trn2.json").read_text())
 WHOLE_NODE = Place(0, 64, 0, 64, "127.0.0.1", 45123, "checked", inherited={})
 NEEDS = NodeNeeds("neuron", 2, 64, 200 * GIB, ("/tmp",), instance_type="trn2.48xlarge")
-JOB = """
-run: {name: checked, root: ROOT}
-cluster: {accelerator: cpu, ranks_per_node: 2}
-model: {vocab_size: 512, hidden_size: 32, num_layers: 2, num_heads: 2, num_kv_heads: 1, head_dim: 16, ffn_size: 64,
-        max_seq_len: 64}
-data: {path: ROOT/data, seq_len: 32}
-train: {steps: 4, global_batch_size: 8}
-"""
 
 
 @pytest.fixture
 def config(tmp_path: Path) -> Config:
-    return parse_config(JOB.replace("ROOT", str(tmp_path)))
+    return parse_config(job_text({"run.name": "checked", "train.global_batch_size": 8}, root=tmp_path))
 
 
 def on_host(host: RecordedHost, needs: NodeNeeds = NEEDS) -> dict[str, Check]:

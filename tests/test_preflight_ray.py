@@ -17,9 +17,9 @@ from typing import Any
 
 import pytest
 from sessions import kill_started
+from tiny import build_documents, job_text
 
 from raynium import Client, Run
-from raynium.data.store_build import build_store
 from raynium.errors import LaunchError, RunFailed
 from raynium.node.ports import free_port
 from raynium.tracking.client import mlflow_client
@@ -29,16 +29,13 @@ pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]  # what is waited for i
 ROOT = Path(__file__).parents[1]
 RAY = str(Path(sys.executable).parent / "ray")
 HEAD, WORKER = "127.0.0.2", "127.0.0.3"
-JOB = """
-run: {name: test, root: ROOT}
-cluster: {accelerator: cpu, ranks_per_node: 1}
-model: {vocab_size: 300, hidden_size: 16, num_layers: 1, num_heads: 2, num_kv_heads: 1, head_dim: 8, ffn_size: 32,
-        max_seq_len: 32}
-data: {path: ROOT/data, seq_len: 16}
-train: {steps: 4, global_batch_size: 4}
-evaluate: {every_steps: 4, max_documents: 1}
-preflight: {before_run: all, seconds: 120}
-"""
+CHANGES = {
+    "cluster.ranks_per_node": 1,
+    "evaluate.every_steps": 4,
+    "evaluate.max_documents": 1,
+    "preflight.before_run": "all",
+    "preflight.seconds": 120,
+}
 # In every process of the head: no host name is short enough.
 BAD_NODE = """
 import importlib
@@ -66,11 +63,8 @@ class Cluster:
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """The head is the bad node, and the smaller one: Ray fills it first."""
     folder = tmp_path_factory.mktemp("cluster")
-    (folder / "text").mkdir()
-    for number in range(8):
-        (folder / "text" / f"{number}.py").write_text(f"def function_{number}(x): return x * {number}\n" * 60)
-    build_store(folder / "data", source=str(folder / "text"), vocab_size=300, heldout_fraction=0.2)
-    (folder / "job.yaml").write_text(JOB.replace("ROOT", str(folder)))
+    build_documents(folder)
+    (folder / "job.yaml").write_text(job_text(CHANGES, root=folder))
     for host in (HEAD, WORKER):
         (folder / host).mkdir()
         (folder / host / "kmsg").touch()

@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny import build_documents, job_text
 
 from raynium.checkpoint.commit import commit_checkpoint
 from raynium.checkpoint.format.manifest import FileEntry, SavedBlock, SavedBlocks, ShardEntry, shard_key, step_folder
 from raynium.config.load import load_config, parse_config
 from raynium.config.schema import Config
 from raynium.data.store import TOKENIZER_NAME
-from raynium.data.store_build import build_store
 from raynium.data.tokenizer import Tokenizer
 from raynium.errors import ConfigError, DataError, RayniumError, RunInUse, StoreError, TrackingError
 from raynium.launch import preparation
@@ -31,27 +31,15 @@ from raynium.storage.checksum import UNIT_BYTES, checksum, to_text
 from raynium.storage.store import Store
 from raynium.tracking.runs import TrackedRun
 
-JOB = """
-run: {name: test}
-cluster: {accelerator: cpu, ranks_per_node: 2}
-model: {vocab_size: 512, hidden_size: 32, num_layers: 2, num_heads: 2, num_kv_heads: 1, head_dim: 16, ffn_size: 64,
-        max_seq_len: 64}
-data: {seq_len: 32}
-train: {steps: 6, global_batch_size: 4}
-"""
+JOB = job_text({"train.steps": 6, "data.path": None})
 run_numbers = itertools.count(1)
-
-TEXT = "\n".join(f"def function_{line}(x): return x * {line}" for line in range(60))
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The root of all runs of this file, with a document store in `data`; its MLflow store is made once."""
     folder = tmp_path_factory.mktemp("root")
-    (folder / "text").mkdir()
-    for number in range(20):
-        (folder / "text" / f"{number}.py").write_text(TEXT.replace("function", f"function_{number}"))
-    build_store(folder / "data", source=str(folder / "text"), vocab_size=512, heldout_fraction=0.2)
+    build_documents(folder)
     return folder
 
 

@@ -22,27 +22,25 @@ from typing import Any
 import pytest
 from neuron_twin import RECORD_VARIABLE, write_site
 from sessions import kill_started
+from tiny import build_documents, job_text
 
 from raynium import Client, Run, find_run
-from raynium.data.store_build import build_store
 from raynium.errors import ConfigError, LaunchError, RunFailed, RunInUse
 from raynium.run.record import RunRecord
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]  # what is waited for in here has limits of its own
 
 ROOT = Path(__file__).parents[1]
-JOB = """
-run: {name: test, root: ROOT}
-cluster: {accelerator: cpu, ranks_per_node: 2}
-model: {vocab_size: 512, hidden_size: 32, num_layers: 2, num_heads: 2, num_kv_heads: 1, head_dim: 16, ffn_size: 64,
-        max_seq_len: 64}
-data: {path: ROOT/data, seq_len: 32}
-optimizer: {learning_rate: 3.0e-3}
-train: {steps: 60, global_batch_size: 8}
-checkpoint: {every_steps: 10}
-evaluate: {every_steps: 30, max_documents: 2}
-sample: {prompts: ["def "], max_new_tokens: 8}
-"""
+CHANGES = {
+    "optimizer.learning_rate": 3e-3,
+    "train.steps": 60,
+    "train.global_batch_size": 8,
+    "checkpoint.every_steps": 10,
+    "evaluate.every_steps": 30,
+    "evaluate.max_documents": 2,
+    "sample.prompts": ["def "],
+    "sample.max_new_tokens": 8,
+}
 NEURON_CORES = '--resources={"neuron_cores": 2}'  # of each node
 LONG = 160  # steps of a run that is to be interrupted: some seconds
 
@@ -69,14 +67,9 @@ def free_port() -> int:
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     folder = tmp_path_factory.mktemp("cluster")
-    source = folder / "text"
-    source.mkdir()
-    for number in range(40):
-        text = "\n".join(f"def function_{number}_{line}(x): return x * {line}" for line in range(60))
-        (source / f"{number}.py").write_text(text)
-    build_store(folder / "data", source=str(source), vocab_size=512, heldout_fraction=0.2)
+    build_documents(folder)
     job_file = folder / "job.yaml"
-    job_file.write_text(JOB.replace("ROOT", str(folder)))
+    job_file.write_text(job_text(CHANGES, root=folder))
 
     environment = {
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",  # a job's entrypoint is `python …`

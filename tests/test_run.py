@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny import build_documents, job_text
 
 from raynium.config.load import parse_config
 from raynium.config.schema import Config
-from raynium.data.store_build import build_store
 from raynium.errors import ClusterLost, ConfigError, RunFailed, RunInUse, StoreError, TrackingError
 from raynium.launch import driver as driver_module
 from raynium.launch import run as run_module
@@ -20,24 +20,11 @@ from raynium.run.record import Owner, RunRecord, read_record
 from raynium.storage.store import Store
 from raynium.tracking.client import mlflow_client
 
-JOB = """
-run: {name: first, root: ROOT}
-cluster: {accelerator: cpu}
-model: {vocab_size: 512, hidden_size: 32, num_layers: 2, num_heads: 2, num_kv_heads: 1, head_dim: 16, ffn_size: 64,
-        max_seq_len: 64}
-data: {path: ROOT/data, seq_len: 32}
-train: {steps: 6, global_batch_size: 4}
-"""
-
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("root")
-    (folder / "text").mkdir()
-    for number in range(20):
-        text = "\n".join(f"def function_{number}_{line}(x): return x * {line}" for line in range(60))
-        (folder / "text" / f"{number}.py").write_text(text)
-    build_store(folder / "data", source=str(folder / "text"), vocab_size=512, heldout_fraction=0.2)
+    build_documents(folder)
     return folder
 
 
@@ -46,7 +33,7 @@ def config(root: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureR
     for name in ("RAYNIUM_HOME", "MLFLOW_TRACKING_URI"):
         monkeypatch.delenv(name, raising=False)
     name = request.node.originalname.replace("_", "-")[:60]
-    return parse_config(JOB.replace("ROOT", str(root)), {"run.name": name})
+    return parse_config(job_text({"train.steps": 6, "run.name": name, "cluster.ranks_per_node": None}, root=root))
 
 
 def ended(how: str, step: int) -> Status:

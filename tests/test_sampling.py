@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny import job_text
 
 from raynium.checkpoint.commit import commit_checkpoint
 from raynium.checkpoint.format.image import ImageFile, plan_image, write_image
@@ -20,13 +21,7 @@ from raynium.models.decoder import Decoder
 from raynium.sampling import MODEL_PREFIX, open_sampler
 from raynium.storage.store import Store
 
-JOB = """
-run: {name: test}
-model: {vocab_size: 320, hidden_size: 32, num_layers: 2, num_heads: 2, num_kv_heads: 1, head_dim: 16, ffn_size: 64,
-        max_seq_len: 16}
-data: {path: /nowhere, seq_len: 16}
-train: {steps: 4, global_batch_size: 2}
-"""
+JOB = job_text({"model.vocab_size": 320, "model.max_seq_len": 16, "data.seq_len": 16})
 PROMPT = "def main("
 
 

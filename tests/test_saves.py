@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from checkpoints import halves, random_tensor, upload_all
+from tiny import job_text
 
 from raynium.checkpoint.catalog import latest, list_checkpoints
 from raynium.config.load import parse_config
@@ -15,15 +16,7 @@ from raynium.errors import StoreError
 from raynium.run.saves import MOST_COMING_IN, Saves, WholeSave
 from raynium.storage.store import Store
 
-JOB = """
-run: {name: test}
-cluster: {accelerator: cpu, ranks_per_node: 2}
-model: {vocab_size: 512, hidden_size: 32, num_layers: 1, num_heads: 2, num_kv_heads: 1, head_dim: 16, ffn_size: 64,
-        max_seq_len: 64}
-data: {path: /nowhere, seq_len: 16}
-train: {steps: 8, global_batch_size: 4}
-checkpoint: {keep_last: 1}
-"""
+JOB = job_text({"train.steps": 8, "checkpoint.keep_last": 1})
 
 
 class RefusingStore(Store):

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from tiny import job_text
 
 import raynium
 from raynium import Client, Run, find_run, list_runs, sdk
@@ -23,13 +24,7 @@ from raynium.tracking.runs import MetricPoint, open_run
 
 pytestmark = pytest.mark.quick
 
-JOB = """
-cluster: {accelerator: cpu}
-model: {vocab_size: 512, hidden_size: 32, num_layers: 2, num_heads: 2, num_kv_heads: 1, head_dim: 16, ffn_size: 64,
-        max_seq_len: 64}
-data: {path: data, seq_len: 32}
-train: {steps: 6, global_batch_size: 4}
-"""
+JOB = job_text({"run.name": None, "cluster.ranks_per_node": None, "data.path": "data", "train.steps": 6})
 CONFIG = {"train": {"steps": 6}}
 DEAD = Owner("elsewhere", "boot", 1, "1")
 

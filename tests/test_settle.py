@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny import job_text
 
 from raynium.config.load import parse_config
 from raynium.errors import LaunchError
@@ -11,13 +12,6 @@ from raynium.launch.settle import settled
 
 pytestmark = pytest.mark.quick
 
-JOB = """
-run: {name: job, root: ROOT}
-model: {vocab_size: 512, hidden_size: 32, num_layers: 2, num_heads: 2, num_kv_heads: 1, head_dim: 16, ffn_size: 64,
-        max_seq_len: 64}
-data: {path: ROOT/data, seq_len: 32}
-train: {steps: 4, global_batch_size: 8}
-"""
 # ray.cluster_resources() of the clusters that cluster/*.yaml start, while only the head is there (CPU: 0).
 HEAD = {"node:10.0.16.9": 1.0, "memory": 24e9, "object_store_memory": 8e9, "node:__internal_head__": 1.0}
 
@@ -25,7 +19,7 @@ HEAD = {"node:10.0.16.9": 1.0, "memory": 24e9, "object_store_memory": 8e9, "node
 @pytest.fixture
 def accelerator(tmp_path: Path) -> Any:
     def settle(resources: dict[str, float], **cluster: Any) -> str:
-        config = parse_config(JOB.replace("ROOT", str(tmp_path)))
+        config = parse_config(job_text({"cluster.accelerator": "auto"}, root=tmp_path))
         asked = config.model_copy(update={"cluster": config.cluster.model_copy(update=cluster)})
         return settled(asked, cluster_resources=HEAD | resources, saved=None).cluster.accelerator
 

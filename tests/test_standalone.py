@@ -8,40 +8,33 @@ import sys
 from pathlib import Path
 
 import pytest
+from tiny import build_documents, job_text
 
 from raynium import standalone
 from raynium.checkpoint.catalog import latest, list_checkpoints
 from raynium.config.load import parse_config
 from raynium.data.store import TOKENIZER_NAME
-from raynium.data.store_build import build_store
 from raynium.run.record import claim
 from raynium.sampling import open_sampler
 from raynium.storage.store import Store
 
-JOB = """
-run: {name: alone, root: ROOT}
-cluster: {accelerator: cpu, ranks_per_node: 2}
-model: {vocab_size: 512, hidden_size: 32, num_layers: 2, num_heads: 2, num_kv_heads: 1, head_dim: 16, ffn_size: 64,
-        max_seq_len: 64}
-data: {path: ROOT/data, seq_len: 32}
-engine: {dtype: float32}
-optimizer: {schedule: constant}
-train: {steps: 4, global_batch_size: 4}
-checkpoint: {every_steps: 2, keep_last: 2}
-evaluate: {every_steps: 4, max_documents: 2}
-"""
+CHANGES = {
+    "run.name": "alone",
+    "engine.dtype": "float32",
+    "optimizer.schedule": "constant",
+    "checkpoint.every_steps": 2,
+    "checkpoint.keep_last": 2,
+    "evaluate.every_steps": 4,
+    "evaluate.max_documents": 2,
+}
 
 
 @pytest.fixture(scope="module")
 def job(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The job file; its run and data lie beside it."""
     folder = tmp_path_factory.mktemp("alone")
-    (folder / "text").mkdir()
-    for number in range(20):
-        text = "\n".join(f"def function_{number}_{line}(x): return x * {line}" for line in range(60))
-        (folder / "text" / f"{number}.py").write_text(text)
-    build_store(folder / "data", source=str(folder / "text"), vocab_size=512, heldout_fraction=0.2)
-    (folder / "job.yaml").write_text(JOB.replace("ROOT", str(folder)))
+    build_documents(folder)
+    (folder / "job.yaml").write_text(job_text(CHANGES, root=folder))
     return folder / "job.yaml"
 
 

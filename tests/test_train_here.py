@@ -11,34 +11,27 @@ from pathlib import Path
 
 import pytest
 from s3_server import S3Server
+from tiny import build_documents, job_text
 
 from raynium import Run, find_run
-from raynium.data.store_build import build_store
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]  # what is waited for in here has limits of its own
 
-JOB = """
-run: {name: here, root: ROOT}
-cluster: {ranks_per_node: 2, accelerator: cpu}
-model: {vocab_size: 512, hidden_size: 32, num_layers: 2, num_heads: 2, num_kv_heads: 1, head_dim: 16, ffn_size: 64,
-        max_seq_len: 64}
-data: {path: ROOT/data, seq_len: 32}
-optimizer: {learning_rate: 3.0e-3}
-train: {steps: 100000, global_batch_size: 8}
-checkpoint: {every_steps: 10}
-evaluate: {every_steps: 200, max_documents: 2}
-"""
+CHANGES = {
+    "run.name": "here",
+    "optimizer.learning_rate": 3e-3,
+    "train.steps": 100_000,
+    "train.global_batch_size": 8,
+    "checkpoint.every_steps": 10,
+    "evaluate.every_steps": 200,
+    "evaluate.max_documents": 2,
+}
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    source = tmp_path / "text"
-    source.mkdir()
-    for number in range(40):
-        text = "\n".join(f"def function_{number}_{line}(x): return x * {line}" for line in range(60))
-        (source / f"{number}.py").write_text(text)
-    build_store(tmp_path / "data", source=str(source), vocab_size=512, heldout_fraction=0.2)
-    (tmp_path / "job.yaml").write_text(JOB.replace("ROOT", str(tmp_path)))
+    build_documents(tmp_path)
+    (tmp_path / "job.yaml").write_text(job_text(CHANGES, root=tmp_path))
     return tmp_path
 
 
