@@ -7,9 +7,13 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import Any, NoReturn
 
+from raynium.accelerators.cpu import CpuAccelerator
 from raynium.errors import DataError
+from raynium.rank.entry import train_plan
+from raynium.rank.plan import RankPlan
 from raynium.train.loop import Outcome
 
 
@@ -102,3 +106,21 @@ def never_end_a_line(plan_json: str, link: Any) -> Outcome:
         sys.stdout.write(f"\r{number:-<99}")
     sys.stdout.flush()
     return Outcome(0, "finished")
+
+
+def write_modules(file: str) -> None:
+    """What a process has loaded that was just forked from the template: no program of a rank, but in its place."""
+    threads = len(os.listdir(f"/proc/{os.getppid()}/task"))
+    Path(file).write_text(json.dumps({"modules": sorted(sys.modules), "threads_of_template": threads}))
+
+
+def train_and_write_modules(plan_json: str, link: Any) -> Outcome:
+    """A rank as it is. Writes what it has loaded in the end, except code that the compiler has generated."""
+    CpuAccelerator.compile_backend = os.environ["TEST_COMPILE_BACKEND"]
+    outcome = train_plan(plan_json, link)
+    plan = RankPlan.from_json(plan_json)
+    files = {name: getattr(module, "__file__", None) or "" for name, module in sys.modules.items()}
+    generated = os.environ["TORCHINDUCTOR_CACHE_DIR"]
+    names = sorted(name for name, file in files.items() if not file.startswith(generated))
+    Path(plan.image_folder, f"modules-{os.environ['RANK']}.json").write_text(json.dumps(names))
+    return outcome

@@ -1,5 +1,6 @@
 """The rank processes of a node: how they are set up and heard, how each end is told, and who outlives whom."""
 
+import functools
 import json
 import os
 import signal
@@ -99,7 +100,7 @@ def test_a_rank_has_its_environment_and_torch_but_neither_ray_nor_mlflow(
 def test_a_template_that_is_dying_is_replaced(
     programs: ModuleType, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    start_template()
+    start_template(run_url="/nowhere", compile_backend=None)
     template = forkserver._forkserver
     os.kill(template._forkserver_pid, signal.SIGSTOP)
     with socket.socket(socket.AF_UNIX) as client:  # as a process that has no open file left for its request does
@@ -121,7 +122,8 @@ def test_a_template_that_is_dying_is_replaced(
 def test_threads_that_start_processes_leave_our_environment_alone() -> None:
     before, main = dict(os.environ), dict(vars(sys.modules["__main__"]))
     with ThreadPoolExecutor(8) as threads:
-        for started in [threads.submit(start_template) for _ in range(2000)]:
+        start = functools.partial(start_template, run_url="/nowhere", compile_backend=None)
+        for started in [threads.submit(start) for _ in range(2000)]:
             started.result()
     assert dict(os.environ) == before and vars(sys.modules["__main__"]) == main
 

@@ -68,13 +68,16 @@ class TorchCompiles:
         self._listeners.clear()
 
     def backend(self, name: str) -> Backend:
-        """torch.compile's backend of that name, watched."""
-        compile_graph = lookup_backend(name)
+        """torch.compile's backend of that name, watched.
+
+        It is looked up when there is a graph to compile: inductor's takes a second to import, and most runs on CPUs
+        compile nothing.
+        """
 
         def watched(graph: torch.fx.GraphModule, inputs: list[Any], **options: Any) -> Callable[..., Any]:
             names = [str(node.target) for node in graph.graph.nodes if node.op == "placeholder"]
             self._inputs[str(CompileContext.current_compile_id())] = graph_inputs(names, inputs)
-            return compile_graph(graph, inputs, **options)
+            return lookup_backend(name)(graph, inputs, **options)
 
         return watched
 

@@ -112,7 +112,9 @@ class NodeAgent:
 
     def run(self) -> None:
         """Returns when the run has ended, however it ended; the coordinator knows how."""
-        start_template()  # torch is imported in there while we prepare the data
+        # torch is imported in there while we prepare the data.
+        compiles = self.config.engine.compile != "none"
+        start_template(run_url=self.run_url, compile_backend=self.accelerator.compile_backend if compiles else None)
         for orphan in end_orphans():  # before any rank needs its memory, its cores or its lock
             self.coordinator.call("tell", f"node {self.node.node_rank} ({self.node.host}): {orphan}")
         if self._cache.sync is not None:

@@ -29,14 +29,18 @@ from raynium.run.protocol import RankExit
 
 logger = logging.getLogger(__name__)
 
-# What every rank would import anyway and that starts no thread and opens no device.
-PRELOADED_MODULES = [
+# What the template loads: all that a rank would, so that one that is started again imports nothing. It starts no thread
+# and opens no device.
+PRELOADED_MODULES = (
     "raynium.rank.entry",
-    "torch",
-    "torch.distributed.fsdp",
-    "torch.distributed.tensor",
-    "raynium.rank.build",
-]
+    "raynium.rank.template",
+    "raynium.storage.file_store",
+    # The first step's `numpy.unique` and FSDP's profiler marks import these. A torch that has no such module is passed
+    # over.
+    "numpy.ma",
+    "torch.profiler._cupti_monitor",
+)
+PRELOADED_FOR_S3 = ("raynium.storage.s3_store",)
 
 # Read when the template starts. AUTOLOAD: torch would open torch_neuronx's device at import. The BLAS libraries would
 # start their thread pools at import, and threads do not survive a fork.
@@ -107,12 +111,36 @@ def _main_module_hidden() -> Iterator[None]:
             setattr(main, name, value)
 
 
-def start_template() -> None:
-    """Starts the warm template of this process; returns at once, the imports go on in the background."""
-    multiprocessing.set_forkserver_preload(PRELOADED_MODULES)
+@dataclass
+class _Template:
+    """What this process's template is started with, and the one that takes its place if it dies."""
+
+    modules: list[str]
+    environment: dict[str, str]
+
+
+_template = _Template([*PRELOADED_MODULES], TEMPLATE_ENVIRONMENT)
+
+
+def start_template(*, run_url: str, compile_backend: str | None) -> None:
+    """Starts the warm template of this process; returns at once, the imports go on in the background.
+
+    run_url: the store that its ranks may read. compile_backend: what they will give torch.compile; None: they compile
+    nothing. A template that runs already stays as it is.
+    """
+    with _STARTING:
+        on_s3 = run_url.startswith("s3://")
+        _template.modules = [*PRELOADED_MODULES, *(PRELOADED_FOR_S3 if on_s3 else ())]
+        compiles = {} if compile_backend is None else {rank_entry.COMPILE_BACKEND_VARIABLE: compile_backend}
+        _template.environment = TEMPLATE_ENVIRONMENT | compiles
+        _ensure_template()
+
+
+def _ensure_template() -> None:
     with _STARTING, _main_module_hidden():
-        before = {name: os.environ.get(name) for name in TEMPLATE_ENVIRONMENT}
-        os.environ.update(TEMPLATE_ENVIRONMENT)
+        multiprocessing.set_forkserver_preload(_template.modules)
+        before = {name: os.environ.get(name) for name in _template.environment}
+        os.environ.update(_template.environment)
         try:
             forkserver.ensure_running()
         finally:
@@ -130,13 +158,13 @@ def start_process(process: ForkServerProcess) -> None:
     fails too: it is asked of a new one.
     """
     with _STARTING, _main_module_hidden():
-        start_template()
+        _ensure_template()
         try:
             process.start()
         except (ConnectionError, EOFError) as error:
             logger.warning("the process that ranks are forked from has died (%s): another is started", error or "EOF")
             _end_template()
-            start_template()
+            _ensure_template()
             process.start()
 
 

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
+# The template's variable that names torch.compile's backend, if its ranks will compile; see `rank/template.py`.
+COMPILE_BACKEND_VARIABLE = "RAYNIUM_TEMPLATE_COMPILE_BACKEND"
+
 
 def train_plan(plan_json: str, link: "AgentLink") -> "Outcome":
     """The program of every rank; tests give others."""
