@@ -27,7 +27,6 @@ from raynium.cluster.policies import render_policy, role_name
 from raynium.cluster.render import Workers, render_cluster
 from raynium.cluster.site import Site, load_site
 
-pytestmark = pytest.mark.ray
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
 FILES = ("trn1.32xlarge", "trn2.48xlarge", "trn2.3xlarge", "cpu")
@@ -348,6 +347,8 @@ print("cores and tracking:", *ray.get(cores.remote()))
 """
 
 
+@pytest.mark.ray
+@pytest.mark.slow
 @pytest.mark.timeout(900)  # 90 s on two cores that six others used too
 def test_a_submitted_job_gets_the_trainium_node_it_asks_for(
     aws: FakeAws, site: Site, remote: Remote, home: Path, tmp_path: Path, session_folder: str, processes: list[Any]

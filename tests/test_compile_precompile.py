@@ -134,6 +134,7 @@ def test_a_bad_config_is_said_and_nothing_is_left(tmp_path: Path) -> None:
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_the_job_leaves_the_runs_root_as_it_was_but_for_mlflow(root: Path, tmp_path: Path) -> None:
     (tmp_path / "job.yaml").write_text(job(root))
     before = {path.name for path in root.iterdir()}

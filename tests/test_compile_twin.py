@@ -22,6 +22,8 @@ from raynium.run.protocol import Order, Status
 from raynium.storage.store import Store
 from raynium.tracking.tracker import MemoryTracker
 
+pytestmark = pytest.mark.slow
+
 TESTS = Path(__file__).parent
 JOB = job_text(
     {

@@ -196,6 +196,7 @@ def test_a_closed_terminal_saves_and_ends_unless_it_is_to_be_outlived(under_nohu
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_the_coordinator_lives_and_dies_with_the_drivers_node(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}.items():
         monkeypatch.setenv(name, value)

@@ -143,7 +143,6 @@ def test_a_failure_is_one_message_and_an_exit_code(
 # ------------------------------------------------------------------------------------------------- no answer
 
 
-@pytest.mark.ray
 @pytest.mark.timeout(150)
 @pytest.mark.parametrize("address", ["http://127.0.0.1:1", "http://no-such-host.invalid:8265"])
 def test_a_dashboard_that_does_not_answer_is_named(address: str) -> None:
@@ -151,7 +150,6 @@ def test_a_dashboard_that_does_not_answer_is_named(address: str) -> None:
         connect_jobs(address)
 
 
-@pytest.mark.ray
 @pytest.mark.timeout(150)
 @pytest.mark.parametrize(
     "address",

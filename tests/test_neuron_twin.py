@@ -16,6 +16,8 @@ from tiny import build_documents, job_text
 
 from raynium.config.load import parse_config
 
+pytestmark = pytest.mark.slow
+
 TESTS = Path(__file__).parent
 JOB = job_text(
     {

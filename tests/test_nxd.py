@@ -33,6 +33,8 @@ from raynium.storage.store import Store
 sys.path.append(str(Path(__file__).parent))  # pytest's import mode leaves it out
 from test_native_engine import LLAMA3, QWEN3, Run, assert_first_weights, config, reference, run, samples
 
+pytestmark = pytest.mark.slow
+
 WORKER = Path(__file__).with_name("_nxd_ranks.py")
 SOURCE = os.environ.get("RAYNIUM_NXD_SOURCE")
 XLA_PYTHON = os.environ.get("RAYNIUM_NXD_PYTHON")

@@ -24,7 +24,8 @@ from raynium.errors import LaunchError, RunFailed
 from raynium.node.ports import free_port
 from raynium.tracking.client import mlflow_client
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]  # what is waited for in here has limits of its own
+# What is waited for in here has limits of its own.
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
 
 ROOT = Path(__file__).parents[1]
 RAY = str(Path(sys.executable).parent / "ray")

@@ -28,7 +28,8 @@ from raynium import Client, Run, find_run
 from raynium.errors import ConfigError, LaunchError, RunFailed, RunInUse
 from raynium.run.record import RunRecord
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]  # what is waited for in here has limits of its own
+# What is waited for in here has limits of its own.
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
 
 ROOT = Path(__file__).parents[1]
 CHANGES = {

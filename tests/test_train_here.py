@@ -15,7 +15,8 @@ from tiny import build_documents, job_text
 
 from raynium import Run, find_run
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]  # what is waited for in here has limits of its own
+# What is waited for in here has limits of its own.
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
 CHANGES = {
     "run.name": "here",
@@ -78,6 +79,18 @@ def living(pids: set[int]) -> dict[int, str]:
     }
 
 
+def test_one_command_trains_and_samples(folder: Path, home: Path) -> None:
+    """The one test of `make test` that starts a Ray cluster."""
+    process = start(folder, "train.steps=4", "sample.prompts=[def]", "sample.max_new_tokens=3")
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, output
+    assert "run here: finished at step 4 of 4" in output and "sampled from the model" in output
+    run = find_run("here", str(folder))
+    assert [point.step for point in run.metrics("train/loss")] == [1, 2, 3, 4]
+    assert [each.step for each in run.checkpoints()] == [4] and run.record().state == "finished"
+
+
+@pytest.mark.slow
 @pytest.mark.s3
 def test_ctrl_c_to_the_whole_group_saves_and_kill_9_leaves_nothing_behind(
     folder: Path, home: Path, s3_server: S3Server, monkeypatch: pytest.MonkeyPatch
