@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from raynium.checkpoint import compare, verify
+from raynium.checkpoint import compare
 from raynium.checkpoint.catalog import choose_checkpoint
 from raynium.checkpoint.compare import Comparison, differences
 from raynium.checkpoint.format.batches import raw_bytes
@@ -17,6 +17,7 @@ from raynium.checkpoint.ref import CheckpointRef
 from raynium.checkpoint.verify import verify_checkpoint
 from raynium.config.load import parse_config
 from raynium.errors import StoreError
+from raynium.storage import verify as storage_verify
 from raynium.storage.store import Store
 
 CONFIG = parse_config("""
@@ -123,7 +124,7 @@ def test_what_is_left_of_a_cut_file_is_read(ref: CheckpointRef) -> None:
 def test_neighbouring_units_are_one_damage_also_where_reads_meet(
     ref: CheckpointRef, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(verify, "READ_BYTES", 2 * UNIT)
+    monkeypatch.setattr(storage_verify, "READ_BYTES", 2 * UNIT)
     size = ref.manifest.shards[1].size
     for unit in (1, 2, 3, 6, size // UNIT):
         flip(file_of(ref, 1), unit * UNIT)

@@ -6,6 +6,7 @@ from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache, reduce
+from typing import Self
 
 import numpy as np
 from awscrt.checksums import combine_crc64nvme, crc64nvme
@@ -22,6 +23,14 @@ class FileChecksums:
     size: int
     unit_bytes: int
     unit_crcs: Sequence[int]
+
+    @classmethod
+    def from_text(cls, size: int, unit_bytes: int, unit_text: str) -> Self:
+        """unit_text: as `list_to_text` writes it. ValueError if it is not, or of another number of units."""
+        crcs = list_from_text(unit_text)
+        if len(crcs) != num_units(size, unit_bytes):
+            raise ValueError(f"{len(crcs)} unit checksums for {size} bytes in units of {unit_bytes}")
+        return cls(size, unit_bytes, crcs)
 
     @property
     def crc(self) -> int:

@@ -33,7 +33,7 @@ from pydantic import (
 from raynium.checkpoint.format.blocks import ALIGNMENT_BYTES, Blocks, Column, Ranges, Tensor, check_blocks, to_column
 from raynium.checkpoint.format.boxes import Ints
 from raynium.errors import CheckpointDamaged, CheckpointError
-from raynium.storage.checksum import FileChecksums, checksum, from_text, list_from_text, num_units, to_text
+from raynium.storage.checksum import FileChecksums, checksum, from_text, to_text
 
 FORMAT_NAME, FORMAT_VERSION = "raynium-checkpoint", 1
 CHECKPOINTS_FOLDER, MANIFEST_NAME = "checkpoints", "manifest.json"
@@ -211,11 +211,7 @@ class FileEntry(JsonObject):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        checksums = self._decoded()
-        count = len(checksums.unit_crcs)
-        if count != num_units(self.size, self.unit_bytes):
-            raise ValueError(f"{self.key}: {count} unit checksums for {self.size} bytes")
-        if checksums.crc != from_text(self.crc64nvme):
+        if self._decoded().crc != from_text(self.crc64nvme):
             raise ValueError(f"{self.key}: the units' checksums do not combine to that of the whole")
         return self
 
@@ -225,7 +221,7 @@ class FileEntry(JsonObject):
         return self._decoded()
 
     def _decoded(self) -> FileChecksums:
-        return FileChecksums(self.size, self.unit_bytes, list_from_text(self.unit_crc64nvme))
+        return FileChecksums.from_text(self.size, self.unit_bytes, self.unit_crc64nvme)
 
 
 class ShardEntry(JsonObject):
