@@ -66,7 +66,7 @@ HOMES = {
     "ray": {"launch"},
     "mlflow": {"tracking"},
     "s3fs": {"storage"},
-    "fsspec": {"storage", "data"},
+    "fsspec": {"storage"},
     "boto3": {"cluster"},
     "torch": {
         *("models", "data", "checkpoint", "checkpoint.state", "checkpoint.format", "accelerators", "engines"),

@@ -34,7 +34,7 @@ model: {vocab_size: 320, hidden_size: 32, num_layers: 1, num_heads: 2, num_kv_he
 data: {path: ROOT/data, seq_len: 16}
 train: {steps: 6, global_batch_size: 4}
 """
-COMMANDS = ("train", "submit", "runs", "status", "logs", "stop", "sample", "ui", "checkpoints")
+COMMANDS = ("train", "submit", "runs", "status", "logs", "stop", "sample", "ui", "checkpoints", "data")
 
 
 @dataclass(frozen=True)
@@ -149,6 +149,7 @@ def test_the_installed_command_is_this_one() -> None:
         (["logs", "nothing"], 1, "no run 'nothing' at"),
         (["stop", "nothing"], 1, "no run 'nothing' at"),
         (["sample", "nothing", "def"], 1, "has no checkpoint. Check its name"),
+        (["data", "verify", "nothing"], 1, "nothing is no document store: it has no manifest.json; give the folder or"),
         (["ui"], 1, "mlflow.db yet: runs under runs have tracked nothing there"),
         (["ui", "nothing"], 1, "no run 'nothing' at"),
     ],

@@ -21,6 +21,7 @@ from raynium.data.manifest import Manifest, token_dtype_for
 from raynium.data.store import DocumentStore, open_store
 from raynium.data.store_build import build_store
 from raynium.data.tokenizer import END_OF_DOCUMENT, Tokenizer
+from raynium.data.verify import verify_store
 from raynium.errors import DataError
 
 pytestmark = pytest.mark.quick
@@ -80,7 +81,7 @@ def test_store_holds_every_document_once(finished: DocumentStore, source: Path):
     assert (manifest.skipped_undecodable, manifest.skipped_empty) == (1, 1)
     assert manifest.token_dtype == "uint16" and manifest.tokenizer_sha256 == tokenizer.sha256
     assert np.array_equal(finished.train_token_counts(), np.bincount(stream, minlength=manifest.vocab_size))
-    finished.verify()
+    verify_store(finished.path)
 
 
 def test_heldout_documents_come_by_hash_of_name_with_their_sizes(finished: DocumentStore, source: Path):
@@ -177,7 +178,7 @@ def test_killed_build_leaves_no_store_and_the_next_one_succeeds(
     with pytest.raises(DataError, match=r"no document store: it has no manifest\.json; set data\.source"):
         open_store(path)
     store = build(source, path)  # with fewer, larger shards than the one that died
-    store.verify()
+    verify_store(store.path)
     assert store.manifest == finished.manifest
     on_disk = {file.name for file in path.iterdir()} - {"manifest.json", ".build.lock"}
     assert on_disk - {f"{dies_at}.partial"} == {file.name for file in store.manifest.files}
@@ -189,7 +190,7 @@ def build_and_report(source: Path, path: Path, barrier: Any, results: Any) -> No
     store_build._build = lambda *arguments: built.append(1) or build_for_real(*arguments)
     barrier.wait()
     store = build(source, path)
-    store.verify()
+    verify_store(store.path)
     results.put((len(built), store.manifest.model_dump_json()))
 
 
@@ -293,26 +294,22 @@ def test_flipped_bit_is_found_by_verify(store: DocumentStore):
         content[len(content) // 2] ^= 0x10
         (store.path / name).write_bytes(content)
     reopened = open_store(store.path)  # sizes are right
-    with pytest.raises(DataError, match=r"is damaged: train-00002\.bin, heldout-00000\.bin; delete"):
-        reopened.verify()
+    with pytest.raises(
+        DataError, match=r"is damaged:\n  - train-00002\.bin is damaged in 1 unit\(s\) .*\n  - heldout-0"
+    ):
+        verify_store(reopened.path)
 
 
-def test_damaged_heldout_index_is_named(store: DocumentStore):
-    index = store.path / "heldout-documents.json"
-    original = index.read_text()
-    for damaged in (original.replace("[", "{", 1), original.replace('"offset"', '"offfet"', 1)):
-        index.write_text(damaged)
-        with pytest.raises(DataError, match=r"is damaged: heldout-documents\.json \("):
-            open_store(store.path).heldout_documents()
-
-
-def test_manifest_of_a_newer_format_is_refused_as_such(store: DocumentStore):
-    edit_manifest(store, format_version=2, something_new=[])
-    with pytest.raises(DataError, match="has format 2, this Raynium reads up to 1; upgrade Raynium"):
+def test_manifest_of_another_format_is_refused_as_such(store: DocumentStore):
+    edit_manifest(store, format_version=3, something_new=[])
+    with pytest.raises(DataError, match="has format 3, this Raynium reads 2; upgrade Raynium"):
+        open_store(store.path)
+    edit_manifest(store, format_version=1)
+    with pytest.raises(DataError, match=r"has format 1, of an older Raynium, .* build the store again \(from the same"):
         open_store(store.path)
 
 
-@pytest.mark.parametrize("content", ["", "{", "\x00\x00", "[]", "null", "5"])
+@pytest.mark.parametrize("content", ["", "{", "\x00\x00", "[]", "null", "5", "9" * 5000, "[" * 100_000])
 def test_manifest_that_is_none_is_refused(store: DocumentStore, content: str):
     (store.path / "manifest.json").write_text(content)
     with pytest.raises(DataError, match=r"manifest\.json is damaged: .*; delete the folder and build"):
@@ -323,7 +320,7 @@ def test_manifest_that_is_none_is_refused(store: DocumentStore, content: str):
     ("fields", "message"),
     [
         ({"vocab_size": "400"}, "vocab_size: Input should be a valid integer"),
-        ({"format_version": "1"}, "format_version: Input should be 1"),
+        ({"format_version": "2"}, "format_version: Input should be 2"),
         ({"token_dtype": "int64"}, "token_dtype: Input should be 'uint16' or 'uint32'"),
         ({"token_dtype": "uint32"}, "do not add up to"),
         ({"vocab_size": 65_537}, "vocab_size 65537 does not fit token_dtype uint16"),
@@ -331,7 +328,11 @@ def test_manifest_that_is_none_is_refused(store: DocumentStore, content: str):
         ({"files": []}, r"train\.shards names 'train-00000\.bin', which is not in files"),
         ({"train": {"documents": 1}}, r"train\.tokens: Field required"),
         ({"surprise": 1}, "surprise: Extra inputs are not permitted"),
-        ({"files": [{"name": "../x", "size_bytes": 1, "crc64nvme": "0" * 16}]}, r"files\.0\.name: String should match"),
+        ({"files": [{"name": "../x", "size_bytes": 1, "unit_crc64nvme": ""}]}, r"files\.0\.name: String should match"),
+        ({"files": [{"name": "x", "size_bytes": 1, "unit_crc64nvme": ""}]}, "files: 0 unit checksums for 1 bytes"),
+        ({"files": [{"name": "x", "size_bytes": 0, "unit_crc64nvme": ""}] * 2}, "files: two have the same name"),
+        ({"unit_bytes": 262_142}, "unit_bytes: Input should be a multiple of 8"),
+        ({"source": "elsewhere"}, "its crc64nvme does not match its contents"),
     ],
 )
 def test_manifest_with_wrong_fields_is_refused_by_name(store: DocumentStore, fields: dict[str, Any], message: str):
@@ -340,17 +341,23 @@ def test_manifest_with_wrong_fields_is_refused_by_name(store: DocumentStore, fie
         open_store(store.path)
 
 
-def test_identity_of_the_training_data_ignores_its_place_but_not_its_content(
+def test_identity_ignores_where_the_data_lies_but_no_token_and_no_tokenizer(
     finished: DocumentStore, source: Path, tmp_path: Path
 ):
     changed = tmp_path / "changed"
     shutil.copytree(source, changed)
-    assert build(changed, tmp_path / "copy").manifest.train_sha256 == finished.manifest.train_sha256
-    [first, *_] = [name for name in sorted(os.listdir(source)) if not is_held_out(name, 0.2)]
+    copy = build(changed, tmp_path / "copy", unit_bytes=64).manifest
+    assert copy.identity == finished.manifest.identity and copy.source != finished.manifest.source
     tokenizer_path = str(finished.path / "tokenizer.json")
-    (changed / first).write_text((source / first).read_text().replace("only", "ylno"))
-    altered = build(changed, tmp_path / "altered", tokenizer_path=tokenizer_path)
-    assert altered.manifest.train_sha256 != finished.manifest.train_sha256
+    identities = {copy.identity}
+    for held_out in (False, True):
+        [first, *_] = [name for name in sorted(os.listdir(source)) if is_held_out(name, 0.2) == held_out]
+        (changed / first).write_text((source / first).read_text().replace("only", "ylno"))
+        identities.add(build(changed, tmp_path / f"{held_out}", tokenizer_path=tokenizer_path).manifest.identity)
+    fields = json.loads(Path(tokenizer_path).read_text())
+    (tmp_path / "other.json").write_text(json.dumps({**fields, "normalizer": {"type": "Lowercase"}}))
+    lossy = build(source, tmp_path / "lossy", tokenizer_path=str(tmp_path / "other.json"))
+    assert len(identities | {lossy.manifest.identity}) == 4
 
 
 def test_manifest_survives_its_own_json(finished: DocumentStore):

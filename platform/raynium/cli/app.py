@@ -14,6 +14,7 @@ from typer import Argument, Option
 from raynium.cli import checkpoints as cli_checkpoints
 from raynium.cli import checks as cli_checks
 from raynium.cli import cluster as cli_cluster
+from raynium.cli import data as cli_data
 from raynium.errors import ClusterLost, ConfigError, RayniumError, StoreError
 
 app = typer.Typer(
@@ -206,6 +207,7 @@ def ui(
 app.command()(cli_checks.doctor)
 app.command()(cli_checks.preflight)
 app.add_typer(cli_checkpoints.app, name="checkpoints")
+app.add_typer(cli_data.app, name="data")
 app.add_typer(cli_cluster.app, name="cluster")
 
 

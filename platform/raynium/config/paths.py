@@ -143,9 +143,14 @@ def _tracking_uri(uri: str, place) -> str:
 
 def absolute_root(root: str) -> str:
     """A root given on the command line, placed as `resolve` places run.root. Raises ConfigError."""
+    return absolute_path("root", root)
+
+
+def absolute_path(name: str, text: str) -> str:
+    """A path or URL given on the command line as `name`, placed as `resolve` places those of a config."""
     problems: list[str] = []
     home = relative_paths_begin_at(os.environ, Path.cwd(), problems)
-    place = _absolute("root", root, home, problems)
+    place = _absolute(name, text, home, problems)
     if problems:
         raise ConfigError(problems)
     return place

@@ -1,23 +1,31 @@
-"""Stores behind a URL (s3://bucket/prefix): copied into a folder of this machine, used from there.
+"""Stores in S3 (s3://bucket/prefix): copied into a folder of this machine, used from there.
 
-A local folder is used in place. Anything fsspec knows is a URL.
+A local folder is used in place.
 """
 
 import hashlib
 import logging
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
-from fsspec import AbstractFileSystem
-from fsspec.core import url_to_fs
-
 from raynium.config.schema import DataSection
-from raynium.data.manifest import MANIFEST_NAME, Manifest, StoredFile
-from raynium.data.store import DocumentStore, open_store
+from raynium.data.manifest import MANIFEST_NAME, Manifest
+from raynium.data.store import DocumentStore, local_manifest, open_store
 from raynium.data.store_build import build_store
-from raynium.errors import DataError
-from raynium.storage.local_files import checksum, exclusive, write_atomically
+from raynium.errors import DataError, StoreError
+from raynium.storage.backend import KeyExists, KeyMissing
+from raynium.storage.checksum import FileChecksums, to_text
+from raynium.storage.local_files import exclusive, file_checksums, sync_folder, write_atomically
+from raynium.storage.store import Store
+from raynium.storage.verify import wrong_units
 
 logger = logging.getLogger(__name__)
+
+STREAMS = 8  # requests in flight: hides S3's latency, and one stream of S3 is slower than any network card
+REQUEST_BYTES = 16 * 2**20  # of one request at most; each stream holds as many
 
 
 def prepare_store(data: DataSection, *, model_vocab_size: int, cache_dir: str | Path) -> DocumentStore:
@@ -27,7 +35,7 @@ def prepare_store(data: DataSection, *, model_vocab_size: int, cache_dir: str | 
     or if the store does not fit the config.
     """
     path = local_path(data.path)
-    if data.source is not None and (path is not None or _fetch_manifest(data.path) is None):
+    if data.source is not None and (path is not None or find_manifest(data.path) is None):
         store = build_store(
             path or _cache_folder(data.path, cache_dir, "build"),
             source=data.source,
@@ -42,6 +50,15 @@ def prepare_store(data: DataSection, *, model_vocab_size: int, cache_dir: str | 
         store.check_recipe(source=data.source, heldout_fraction=data.heldout_fraction)
     store.check_fits(model_vocab_size=model_vocab_size, tokenizer_path=data.tokenizer)
     return store
+
+
+def find_manifest(path: str | Path) -> Manifest | None:
+    """Of the store that `path` names; None if there is none. Raises DataError."""
+    folder = local_path(path)
+    if folder is not None:
+        return local_manifest(folder)
+    content = _fetch_manifest(str(path))
+    return None if content is None else Manifest.parse(content, f"document store {path}")
 
 
 def localize(path: str | Path, cache_dir: str | Path) -> Path:
@@ -67,11 +84,9 @@ def localize(path: str | Path, cache_dir: str | Path) -> Path:
     try:
         with exclusive(folder / ".copy.lock", f"copy of {url}"):
             contents_verified = (folder / MANIFEST_NAME).exists()  # by an earlier call: then sizes are enough
-            for file in manifest.files:
-                target = folder / file.name
-                right_size = target.is_file() and target.stat().st_size == file.size_bytes
-                if not (right_size and (contents_verified or checksum(target) == file.crc64nvme)):
-                    _fetch_file(url, file, target)
+            for name, expected in manifest.checksums.items():
+                if not _is_there(folder / name, expected, contents_verified):
+                    _fetch_file(url, name, expected, folder / name)
             write_atomically(folder / MANIFEST_NAME, content)
     except OSError as error:
         raise DataError(
@@ -81,17 +96,28 @@ def localize(path: str | Path, cache_dir: str | Path) -> Path:
 
 
 def publish(store: DocumentStore, url: str) -> None:
-    """Upload a store, manifest last, so that nobody sees half of it. Raises DataError if the URL cannot be written."""
-    file_system, root = _file_system(url)
-    try:
-        file_system.makedirs(root, exist_ok=True)
-        for name in [*(file.name for file in store.manifest.files), MANIFEST_NAME]:
-            file_system.put_file(str(store.path / name), f"{root}/{name}")
-    except Exception as error:  # each kind of storage has its own errors
-        raise DataError(
-            f"document store {store.path} cannot be uploaded to {url}: {error}; "
-            "check the URL, credentials and permissions"
-        ) from error
+    """Upload a store, manifest last, so that nobody sees half of it.
+
+    What an upload that died left there is used or replaced. Raises DataError if the URL cannot be written, or has
+    another store by now.
+    """
+    with _errors(url, "written"):
+        target = Store(url)
+        for name, expected in store.manifest.checksums.items():
+            try:
+                target.upload_file(name, store.path / name)
+            except KeyExists:
+                if target.stored_checksum(name) != (expected.size, to_text(expected.crc)):
+                    target.delete(name)
+                    target.upload_file(name, store.path / name)
+        try:
+            target.write_new(MANIFEST_NAME, store.manifest.to_json())
+        except KeyExists as error:
+            if find_manifest(url) != store.manifest:
+                raise DataError(
+                    f"document store {store.path} cannot be uploaded to {url}: another one was put there meanwhile; "
+                    "give another data.path"
+                ) from error
     logger.info("uploaded document store %s to %s", store.path, url)
 
 
@@ -103,44 +129,68 @@ def local_path(path: str | Path) -> Path | None:
 
 def _fetch_manifest(url: str) -> bytes | None:
     """None if there is none."""
-    file_system, root = _file_system(url)
-    try:
-        content = file_system.cat_file(f"{root}/{MANIFEST_NAME}")
-    except FileNotFoundError:
-        return None
-    except Exception as error:
-        raise DataError(f"{url} cannot be read: {error}; check the URL, credentials and permissions") from error
-    assert isinstance(content, bytes)
-    return content
+    with _errors(url, "read"):
+        try:
+            return Store(url).read(MANIFEST_NAME)
+        except KeyMissing:
+            return None
 
 
-def _fetch_file(url: str, file: StoredFile, target: Path) -> None:
-    """Copy one file of the store; `target` appears only when its checksum is right."""
-    file_system, root = _file_system(url)
-    partial = target.with_name(file.name + ".partial")
-    try:
-        file_system.get_file(f"{root}/{file.name}", str(partial))
-    except Exception as error:
-        raise DataError(
-            f"{url}/{file.name} cannot be copied to {target}: {error}; check access and free space"
-        ) from error
-    if checksum(partial) != file.crc64nvme:
-        raise DataError(
-            f"{url}/{file.name} is damaged: its checksum is not the one in {MANIFEST_NAME}; "
-            "build or upload the store again"
-        )
+def _is_there(path: Path, expected: FileChecksums, contents_verified: bool) -> bool:
+    if not path.is_file() or path.stat().st_size != expected.size:
+        return False
+    return contents_verified or list(file_checksums(path, expected.unit_bytes).unit_crcs) == list(expected.unit_crcs)
+
+
+def _fetch_file(url: str, name: str, expected: FileChecksums, target: Path) -> None:
+    """Copy one file of the store; `target` appears only when all its checksums are right.
+
+    Memory: REQUEST_BYTES for each of STREAMS, whatever the size of the file.
+    """
+    partial = target.with_name(name + ".partial")
+    units_at_once = max(1, REQUEST_BYTES // expected.unit_bytes)
+    with (
+        _errors(url, "read"),
+        partial.open("wb", buffering=0) as file,
+        ThreadPoolExecutor(STREAMS, thread_name_prefix="data-copy") as pool,
+    ):
+        store = Store(url)
+
+        def fetch(units: range) -> None:
+            begin = units.start * expected.unit_bytes
+            content = memoryview(bytearray(min(units.stop * expected.unit_bytes, expected.size) - begin))
+            store.read_into(name, begin, content)
+            if wrong := wrong_units(content, expected, units):
+                raise DataError(
+                    f"{url}/{name} is damaged: unit {wrong[0]} of {expected.unit_bytes:,} bytes has not the checksum "
+                    f"in {MANIFEST_NAME}; `raynium data verify {url}` finds all damage; build or upload the store again"
+                )
+            while content:
+                written = os.pwrite(file.fileno(), content, begin)
+                begin, content = begin + written, content[written:]
+
+        number = len(expected.unit_crcs)
+        lots = [range(first, min(first + units_at_once, number)) for first in range(0, number, units_at_once)]
+        try:
+            for _ in pool.map(fetch, lots):
+                pass
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+        os.fsync(file.fileno())
     partial.replace(target)
+    sync_folder(target.parent)
+
+
+@contextmanager
+def _errors(url: str, done: str) -> Iterator[None]:
+    """Storage's errors become the data's: they name the place, the cause and what to do."""
+    try:
+        yield
+    except StoreError as error:
+        raise DataError(f"data.path = {url!r} cannot be {done}: {error}") from error
 
 
 def _cache_folder(url: str, cache_dir: str | Path, version: str) -> Path:
     """version: what distinguishes folders of the same URL."""
     return Path(cache_dir) / f"{hashlib.sha256(url.encode()).hexdigest()[:16]}-{version}"
-
-
-def _file_system(url: str) -> tuple[AbstractFileSystem, str]:
-    """The file system of a URL and the path in it, without a slash at its end."""
-    try:
-        file_system, root = url_to_fs(url)
-    except (ValueError, ImportError) as error:  # an unknown scheme, or one whose library is not installed
-        raise DataError(f"data.path = {url!r} cannot be opened: {error}; give a folder or an s3:// URL") from error
-    return file_system, root.rstrip("/")

@@ -7,13 +7,13 @@
     tokenizer.json
     manifest.json           written last: without it the folder is no store
 
-`store_build.py` writes it; what is here reads it. Any number of processes may have one store open.
+`store_build.py` writes it; what is here reads it, and compares each unit (256 KiB) of a file with its checksum before
+its first use. Any number of processes may have one store open.
 """
 
 import json
-from bisect import bisect_right
 from dataclasses import dataclass
-from itertools import accumulate
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,8 +21,8 @@ import numpy as np
 
 from raynium.data.manifest import MANIFEST_NAME, Manifest
 from raynium.data.tokenizer import Tokenizer
+from raynium.data.tokens import Shard, TokenStream, check_unit
 from raynium.errors import DataError
-from raynium.storage.local_files import checksum
 
 TOKENIZER_NAME = "tokenizer.json"
 TOKEN_COUNTS_NAME = "train-token-counts.bin"
@@ -40,44 +40,6 @@ class HeldoutDocument(NamedTuple):
     zlib_bytes: int  # of its text alone, compressed by zlib at level 9: a baseline
 
 
-class TokenStream:
-    """The tokens of memory-mapped shards as one long sequence."""
-
-    def __init__(self, shards: list[np.ndarray]):
-        """shards: token ids, each [tokens of the shard]"""
-        # plain arrays over the same memory: slicing numpy's memmap class costs five times as much
-        self._shards = [shard.view(np.ndarray) for shard in shards]
-        self._begins = [0, *accumulate(len(shard) for shard in self._shards)]
-
-    def __len__(self) -> int:
-        return self._begins[-1]
-
-    def read(self, start: int, length: int) -> np.ndarray:
-        """Tokens [start, start + length), in the shards' dtype; a view of the file unless they cross shards."""
-        assert 0 <= start < start + length <= len(self)
-        shard = bisect_right(self._begins, start) - 1
-        begin = start - self._begins[shard]
-        piece = self._shards[shard][begin : begin + length]
-        if len(piece) == length:
-            return piece
-        return np.concatenate([piece, self.read(start + len(piece), length - len(piece))])
-
-    def gather(self, starts: np.ndarray, length: int) -> np.ndarray:
-        """[rows, length] in the shards' dtype: row r holds tokens [starts[r], starts[r] + length)."""
-        if len(self._shards) == 1:
-            # The shard seen as all its windows, [tokens - length + 1, length] over the same memory: one numpy call
-            # copies every row, up to five times as fast as the loop below when rows are short.
-            shard = self._shards[0]
-            all_windows = np.ndarray(
-                (len(shard) - length + 1, length), shard.dtype, buffer=shard, strides=2 * shard.strides
-            )
-            return all_windows[starts]
-        rows = np.empty((len(starts), length), dtype=self._shards[0].dtype)
-        for row, start in enumerate(starts.tolist()):
-            rows[row] = self.read(start, length)
-        return rows
-
-
 @dataclass(frozen=True)
 class DocumentStore:
     """An open store; `open_store` makes one."""
@@ -87,35 +49,22 @@ class DocumentStore:
 
     def train_stream(self) -> TokenStream:
         """All training tokens, in the order of the source."""
-        return self._map_shards(self.manifest.train.shards)
+        return TokenStream([self._shards[name] for name in self.manifest.train.shards])
 
     def heldout_stream(self) -> TokenStream:
-        return self._map_shards(self.manifest.heldout.shards)
+        return TokenStream([self._shards[name] for name in self.manifest.heldout.shards])
 
     def heldout_documents(self, max_documents: int | None = None) -> list[HeldoutDocument]:
-        """The held-out documents by hash of name, or the first `max_documents` of them."""
-        try:
-            documents = json.loads((self.path / HELDOUT_INDEX_NAME).read_bytes())
-            return [HeldoutDocument(**document) for document in documents[:max_documents]]
-        except (ValueError, TypeError) as error:
-            raise self._damage([f"{HELDOUT_INDEX_NAME} ({error})"]) from error
+        """The held-out documents by hash of name, or the first `max_documents` of them. DataError for damage."""
+        documents = json.loads(self._read(HELDOUT_INDEX_NAME))
+        return [HeldoutDocument(**document) for document in documents[:max_documents]]
 
     def train_token_counts(self) -> np.ndarray:
-        """int64 [vocab_size]: occurrences in the training stream."""
-        return np.fromfile(self.path / TOKEN_COUNTS_NAME, dtype=TOKEN_COUNT_DTYPE).astype(np.int64)
+        """int64 [vocab_size]: occurrences in the training stream. DataError for damage."""
+        return np.frombuffer(self._read(TOKEN_COUNTS_NAME), dtype=TOKEN_COUNT_DTYPE).astype(np.int64)
 
     def tokenizer(self) -> Tokenizer:
-        return Tokenizer.load(self.path / TOKENIZER_NAME)
-
-    def verify(self) -> None:
-        """Read every file and compare checksums. Raises DataError that names all damaged files."""
-        damaged = []
-        for file in self.manifest.files:
-            path = self.path / file.name
-            if not path.is_file() or checksum(path) != file.crc64nvme:
-                damaged.append(file.name)
-        if damaged:
-            raise self._damage(damaged)
+        return Tokenizer(self._read(TOKENIZER_NAME).decode(), str(self.path / TOKENIZER_NAME))
 
     def check_fits(self, *, model_vocab_size: int, tokenizer_path: str | None) -> None:
         """Raises DataError if the model's vocabulary is too small, or the config names another tokenizer."""
@@ -151,35 +100,62 @@ class DocumentStore:
                 found = "missing" if size_bytes is None else f"{size_bytes} bytes"
                 damaged.append(f"{file.name} ({found}, expected {file.size_bytes} bytes)")
         if damaged:
-            raise self._damage(damaged)
+            raise DataError(
+                f"document store {self.path} is damaged: {', '.join(damaged)}; "
+                "delete the folder and build or copy the store again"
+            )
 
-    def _damage(self, damaged: list[str]) -> DataError:
-        return DataError(
-            f"document store {self.path} is damaged: {', '.join(damaged)}; "
-            "delete the folder and build or copy the store again"
-        )
+    def _read(self, name: str) -> bytes:
+        """A file's whole content, verified."""
+        content, expected = (self.path / name).read_bytes(), self.manifest.checksums[name]
+        for unit in range(len(expected.unit_crcs)):
+            check_unit(self.path / name, memoryview(content), expected, unit)
+        return content
 
-    def _map_shards(self, names: list[str]) -> TokenStream:
-        dtype = self.manifest.numpy_dtype
-        return TokenStream([np.memmap(self.path / name, dtype=dtype, mode="r") for name in names])
+    @cached_property
+    def _shards(self) -> dict[str, Shard]:
+        """By name. All streams share them, so that each unit is verified once."""
+        dtype, checksums = self.manifest.numpy_dtype, self.manifest.checksums
+        names = [*self.manifest.train.shards, *self.manifest.heldout.shards]
+        return {name: Shard(self.path / name, dtype, checksums[name]) for name in names}
 
 
-def open_store(path: str | Path) -> DocumentStore:
-    """Open a store in a local folder, checking that each file is there in its right size (contents: `verify()`).
+def open_store(path: str | Path, *, identity: str | None = None) -> DocumentStore:
+    """Open a store in a local folder, checking that each file is there in its right size.
 
-    Raises DataError if the folder is no store, is damaged, or was written by a newer Raynium.
+    What is in the files is checked when it is read. identity: that the store must have (`Manifest.identity`).
+
+    Raises DataError if the folder is no store, is damaged or another one, or was written by another format.
     """
     path = Path(path)
-    try:
-        content = (path / MANIFEST_NAME).read_bytes()
-    except (FileNotFoundError, NotADirectoryError) as error:
+    manifest = local_manifest(path)
+    if manifest is None:
         raise DataError(
             f"data.path = {str(path)!r} is no document store: it has no {MANIFEST_NAME}; "
             "set data.source to build one there, or give the path of a finished store"
-        ) from error
-    store = DocumentStore(path, Manifest.parse(content, f"document store {path}"))
+        )
+    refuse_other_data(manifest, identity, where=str(path))
+    store = DocumentStore(path, manifest)
     store.check_sizes()
     return store
+
+
+def local_manifest(path: Path) -> Manifest | None:
+    """None if the folder holds no store."""
+    try:
+        content = (path / MANIFEST_NAME).read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return Manifest.parse(content, f"document store {path}")
+
+
+def refuse_other_data(manifest: Manifest, identity: str | None, *, where: str) -> None:
+    """Raises DataError unless the store has this identity; None: any will do."""
+    if identity not in (None, manifest.identity):
+        raise DataError(
+            f"document store {where} holds other data (identity {manifest.identity}) than data.identity = {identity!r} "
+            "says; give a data.path with that data, or leave out data.identity to take what is there"
+        )
 
 
 def refuse_small_vocabulary(model_vocab_size: int, vocab_size: int, holder: str) -> None:

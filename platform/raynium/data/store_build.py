@@ -18,15 +18,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from raynium.data.corpus import Document, Skipped, is_held_out, name_hash, read_documents
-from raynium.data.manifest import (
-    FORMAT_VERSION,
-    MANIFEST_NAME,
-    Manifest,
-    Split,
-    StoredFile,
-    shard_dtype,
-    token_dtype_for,
-)
+from raynium.data.manifest import MANIFEST_NAME, Manifest, Split, StoredFile, shard_dtype, token_dtype_for
 from raynium.data.store import (
     HELDOUT_INDEX_NAME,
     TOKEN_COUNT_DTYPE,
@@ -39,7 +31,8 @@ from raynium.data.store import (
 )
 from raynium.data.tokenizer import Tokenizer
 from raynium.errors import DataError
-from raynium.storage.local_files import checksum, exclusive, write_atomically
+from raynium.storage.checksum import UNIT_BYTES
+from raynium.storage.local_files import exclusive, file_checksums, write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -59,12 +52,13 @@ def build_store(
     heldout_fraction: float = 0.05,
     shard_tokens: int = SHARD_TOKENS,
     tokenizer_sample_bytes: int = TOKENIZER_SAMPLE_BYTES,
+    unit_bytes: int = UNIT_BYTES,
 ) -> DocumentStore:
     """Build the store in the local folder `path`, or open the one that is there.
 
     source: see `corpus.read_documents`. tokenizer_path: a tokenizer.json to use; None trains one of `vocab_size` tokens
     on training documents, taken in the order of a hash of their names until `tokenizer_sample_bytes` are reached.
-    shard_tokens: most tokens of one shard file.
+    shard_tokens: most tokens of one shard file. unit_bytes: that have a checksum of their own, a multiple of 8.
 
     A crash at any point leaves no store, and the next call builds it. Raises DataError for unusable text or tokenizer,
     a store there that was built from something else, and a folder that cannot be written.
@@ -76,7 +70,14 @@ def build_store(
             with exclusive(path / LOCK_NAME, f"document store {path}"):
                 if not finished.exists():  # nobody was faster
                     manifest = _build(
-                        path, source, vocab_size, tokenizer_path, heldout_fraction, shard_tokens, tokenizer_sample_bytes
+                        path,
+                        source,
+                        vocab_size,
+                        tokenizer_path,
+                        heldout_fraction,
+                        shard_tokens,
+                        tokenizer_sample_bytes,
+                        unit_bytes,
                     )
                     # Dying before this line leaves a folder that is no store; after it, a whole one.
                     write_atomically(finished, manifest.to_json())
@@ -99,6 +100,7 @@ def _build(
     heldout_fraction: float,
     shard_tokens: int,
     tokenizer_sample_bytes: int,
+    unit_bytes: int,
 ) -> Manifest:
     """All but the manifest, which is returned. The caller holds the lock."""
     started = time.monotonic()
@@ -112,7 +114,7 @@ def _build(
     else:
         tokenizer = Tokenizer.load(tokenizer_path)
         refuse_small_vocabulary(vocab_size, tokenizer.vocab_size, f"tokenizer {tokenizer_path!r}")
-    manifest = _write_files(folder, source, tokenizer, heldout_fraction, shard_tokens)
+    manifest = _write_files(folder, source, tokenizer, heldout_fraction, shard_tokens, unit_bytes)
     logger.info(
         "built document store %s in %.1f s: %d + %d held-out documents, %d training tokens, %.2f bytes per token",
         folder,
@@ -199,7 +201,7 @@ class _Tokenised:
 
 
 def _write_files(
-    folder: Path, source: str, tokenizer: Tokenizer, heldout_fraction: float, shard_tokens: int
+    folder: Path, source: str, tokenizer: Tokenizer, heldout_fraction: float, shard_tokens: int, unit_bytes: int
 ) -> Manifest:
     """Tokenise all documents and write every file but the manifest, which is returned."""
     token_dtype = token_dtype_for(tokenizer.vocab_size)
@@ -210,8 +212,7 @@ def _write_files(
     write_atomically(folder / TOKEN_COUNTS_NAME, tokenised.train_token_counts.astype(TOKEN_COUNT_DTYPE).tobytes())
     write_atomically(folder / TOKENIZER_NAME, tokenizer.file_text.encode())
     shards = [*tokenised.train.shards, *tokenised.heldout.shards]
-    return Manifest(
-        format_version=FORMAT_VERSION,
+    return Manifest.of(
         source=source,
         heldout_fraction=heldout_fraction,
         skipped_undecodable=tokenised.skipped["undecodable"],
@@ -222,8 +223,9 @@ def _write_files(
         token_dtype=token_dtype,
         train=tokenised.train,
         heldout=tokenised.heldout,
+        unit_bytes=unit_bytes,
         files=[
-            StoredFile(name=name, size_bytes=(folder / name).stat().st_size, crc64nvme=checksum(folder / name))
+            StoredFile.of(name, file_checksums(folder / name, unit_bytes))
             for name in [*shards, HELDOUT_INDEX_NAME, TOKEN_COUNTS_NAME, TOKENIZER_NAME]
         ],
     )
