@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import threading
@@ -378,6 +379,29 @@ def test_a_rank_that_cannot_start_is_quoted_and_not_tried_again(play: Callable[.
     assert (status.ended, status.generation) == ("failed", 1)
     assert "DataError" in (status.cause or "") and "is no document store" in (status.cause or "")
     assert any("Traceback" in each.text for each in status.events)
+
+
+def test_damaged_data_ends_the_run_with_the_cause_before_it_is_trained_on(
+    play: Callable[..., Played], document_folder: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(document_folder, tmp_path / "documents")
+    with (tmp_path / "documents/train-00000.bin").open("r+b") as file:
+        file.seek(5000)
+        [byte] = file.read(1)
+        file.seek(5000)
+        file.write(bytes([byte ^ 4]))
+    run = play(data_folder=tmp_path / "documents")
+    status = run.finish()
+    assert (status.ended, status.generation) == ("failed", 1) and not run.losses()
+    assert "DataError" in (status.cause or "") and "train-00000.bin is damaged in unit 0, bytes 0 to" in (
+        status.cause or ""
+    )
+
+
+def test_ranks_refuse_other_data_than_the_run_has(play: Callable[..., Played]) -> None:
+    status = play(**{"data.identity": "0" * 64}).finish()
+    assert (status.ended, status.generation) == ("failed", 1)
+    assert "holds other data (identity" in (status.cause or "")
 
 
 def test_too_little_memory_for_snapshots_is_told_before_the_first_step_and_not_tried_again(

@@ -9,6 +9,9 @@ from raynium.config.resume import FIXED, FREE, NOTED, resume_conflicts, resume_n
 pytestmark = pytest.mark.quick
 
 
+IDENTITY = f"data.identity={'ab' * 32}"
+
+
 def saved(*overrides):
     return load_config("llama3-8b", overrides).model_dump(mode="json")
 
@@ -23,8 +26,8 @@ def test_every_field_has_exactly_one_side():
 
 
 def test_an_unchanged_config_resumes_without_a_word():
-    assert resume_conflicts(saved(), load_config("llama3-8b")) == []
-    assert resume_notes(saved(), load_config("llama3-8b")) == []
+    assert resume_conflicts(saved(IDENTITY), load_config("llama3-8b", [IDENTITY])) == []
+    assert resume_notes(saved(IDENTITY), load_config("llama3-8b", [IDENTITY])) == []
 
 
 def test_a_contradiction_names_field_values_and_remedy():
@@ -38,7 +41,7 @@ def test_a_contradiction_names_field_values_and_remedy():
 
 @pytest.mark.parametrize(
     "override",
-    ["run.seed=1", "data.path=elsewhere", "data.tokenizer=null", "data.heldout_fraction=0.2",
+    ["run.seed=1", "data.heldout_fraction=0.2",
      "train.global_batch_size=64",
      "optimizer.betas=[0.9, 0.99]", "optimizer.eps=1e-7", "model.rope_scaling=null", "model.rope_scaling.factor=9",
      "model.embeddings=tied", "model.norm_eps=1e-6"],
@@ -59,16 +62,18 @@ def test_machines_and_bookkeeping_may_change_freely():
         "llama3-8b",
         ["cluster.nodes=4", "cluster.accelerator=cuda", "cluster.instance_type=p5.48xlarge", "cluster.ranks_per_node=8",
          "parallel.tensor=2", "train.micro_batch_size=2", "engine.compile=none", "engine.activation_checkpointing=none",
-         "run.root=elsewhere", "checkpoint.every_steps=7", "sample.prompts=[a]", "tracking.experiment=e"],
+        
+         "run.root=elsewhere", "data.path=elsewhere", "data.source=text", "data.tokenizer=null",
+         "checkpoint.every_steps=7", "sample.prompts=[a]", "tracking.experiment=e"],
     )  # fmt: skip
-    assert resume_conflicts(saved(), now) == []
-    assert resume_notes(saved(), now) == []
+    assert resume_conflicts(saved(IDENTITY), now) == []
+    assert resume_notes(saved(IDENTITY), now) == []
 
 
 def test_changes_that_move_the_losses_are_allowed_and_said():
     now = load_config("llama3-8b", ["train.steps=200000", "optimizer.learning_rate=1e-4"])
-    assert resume_conflicts(saved(), now) == []
-    assert resume_notes(saved(), now) == [
+    assert resume_conflicts(saved(IDENTITY), now) == []
+    assert resume_notes(saved(IDENTITY), now) == [
         "train.steps changed from 150000 to 200000: the learning-rate schedule now ends at another step, so the rate "
         "changes from here on",
         "optimizer.learning_rate changed from 0.0003 to 0.0001: the rate changes from here on",
@@ -79,3 +84,21 @@ def test_a_field_that_an_older_checkpoint_lacks_is_not_compared():
     old = saved()
     del old["model"]["norm_eps"], old["run"]
     assert resume_conflicts(old, load_config("llama3-8b", ["run.seed=3"])) == []
+
+
+def test_data_is_known_by_its_content_and_other_data_is_refused_with_both_identities():
+    now = load_config("llama3-8b", [f"data.identity={'cd' * 32}", "data.path=elsewhere"])
+    assert resume_conflicts(saved(IDENTITY), now) == [
+        f'data.identity is "{"cd" * 32}", but the checkpoint was trained with "{"ab" * 32}": the data position counts '
+        "samples of that tokenizer and those tokens. Give the data.path of a store with the data of then, wherever it "
+        "lies, or give the run another run.name to start anew"
+    ]
+
+
+def test_data_that_nobody_knows_is_not_compared_and_that_is_said():
+    now = load_config("llama3-8b", [IDENTITY])
+    assert resume_conflicts(saved(), now) == resume_conflicts(saved(IDENTITY), load_config("llama3-8b")) == []
+    (note,) = resume_notes(saved(), now)
+    assert note.startswith("the checkpoint does not say which data it was trained on, since an older Raynium wrote it")
+    imported = {"model": saved()["model"]}
+    assert resume_conflicts(imported, now) == resume_notes(imported, now) == []

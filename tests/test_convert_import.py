@@ -404,7 +404,9 @@ def test_documents_of_another_tokenizer_are_refused(documents: Path, tmp_path: P
     import_from(tmp_path / "hugging-face", store)
     keep_tokenizer(store, open_store(documents))
     build_store(tmp_path / "other", source=str(tmp_path / "text"), vocab_size=320, heldout_fraction=0.2)
-    with pytest.raises(DataError, match=r"was tokenised with another tokenizer than the run's own, .*tokenizer\.json"):
+    with pytest.raises(
+        DataError, match=r"another tokenizer \(sha256 \w{64}\) than the run's own, .*tokenizer\.json \(sha256"
+    ):
         keep_tokenizer(store, open_store(tmp_path / "other"))
 
 

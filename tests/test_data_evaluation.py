@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from raynium.config.load import load_config
+from raynium.config.world import World
 from raynium.data.baselines import compute_baselines
 from raynium.data.batch import IGNORED_LABEL, Batch
 from raynium.data.evaluation import EvaluationSet, bits_per_byte, evaluation_set
@@ -135,5 +136,5 @@ def test_a_pipeline_is_evaluated_with_as_many_rows_as_it_trains(
         return EvalSum(nats=1.0, tokens=1)
 
     monkeypatch.setattr(engine, "evaluate", evaluate)
-    Evaluation(engine, store, config).metrics()
+    Evaluation(engine, store, config, World.of(config)).metrics()
     assert set(seen) == {rows}

@@ -14,7 +14,7 @@ import s3fs
 
 from raynium.config.schema import DataSection
 from raynium.data import remote
-from raynium.data.remote import localize, prepare_store, publish
+from raynium.data.remote import find_identity, localize, prepare_store, publish
 from raynium.data.store import DocumentStore, open_store
 from raynium.data.store_build import build_store
 from raynium.data.verify import verify_store
@@ -287,6 +287,24 @@ def test_prepare_refuses_what_does_not_fit(local: DocumentStore, tmp_path: Path)
         prepare_store(
             data_section(local.path, tokenizer=str(tmp_path / "other.json")), model_vocab_size=300, cache_dir=tmp_path
         )
+
+
+def test_the_content_is_known_by_its_identity_wherever_it_lies(local: DocumentStore, url: str, tmp_path: Path):
+    publish(local, url)
+    identity = local.manifest.identity
+    for path in (local.path, url):
+        assert find_identity(data_section(path)) == identity
+        data = data_section(path, identity=identity)
+        assert prepare_store(data, model_vocab_size=300, cache_dir=tmp_path).manifest.identity == identity
+        for use in (
+            find_identity,
+            lambda data: prepare_store(data, model_vocab_size=300, cache_dir=tmp_path),
+        ):
+            with pytest.raises(
+                DataError, match=rf"holds other data \(identity {identity}\) than data.identity = '0{{64}}"
+            ):
+                use(data_section(path, identity="0" * 64))
+    assert find_identity(data_section(tmp_path / "none")) is None
 
 
 # ---- two processes ---------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ Everything is real but Ray: files, the document store, the MLflow store. Each te
 import itertools
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -14,13 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from mlflow import MlflowClient
 from tiny import build_documents, job_text
 
 from raynium.checkpoint.commit import commit_checkpoint
 from raynium.checkpoint.format.manifest import FileEntry, SavedBlock, SavedBlocks, ShardEntry, shard_key, step_folder
+from raynium.checkpoint.state import checkpoint_state
 from raynium.config.load import load_config, parse_config
 from raynium.config.schema import Config
-from raynium.data.store import TOKENIZER_NAME
+from raynium.data.store import TOKENIZER_NAME, open_store
 from raynium.data.tokenizer import Tokenizer
 from raynium.errors import ConfigError, DataError, RayniumError, RunInUse, StoreError, TrackingError
 from raynium.launch import preparation
@@ -333,6 +336,73 @@ def test_a_change_that_is_allowed_is_told(attempt: Attempt) -> None:
     assert again.mlflow.run_id == first.mlflow.run_id, "one MLflow run for the life of a run"
     record = read_record(again.store)
     assert record is not None and record.config["optimizer"]["learning_rate"] == 1e-4
+
+
+# ------------------------------------------------------------------------------------------------- the run's data
+
+
+@pytest.fixture
+def other_data(tmp_path: Path) -> Path:
+    """A store of other text, which lies beside it in `text`."""
+    (tmp_path / "other").mkdir()
+    return build_documents(tmp_path / "other", num_files=20)
+
+
+def test_the_identity_of_the_data_is_in_config_record_and_page(attempt: Attempt) -> None:
+    prepared = attempt()
+    identity = open_store(attempt.root / "data").manifest.identity
+    record = read_record(prepared.store)
+    assert prepared.config.data.identity == identity and record is not None
+    assert record.config["data"]["identity"] == checkpoint_state(prepared.config, 4)["config"]["data"]["identity"]
+    client = MlflowClient(prepared.mlflow.uri)
+    assert client.get_run(prepared.mlflow.run_id).data.params["data.identity"] == identity
+
+
+def test_the_same_data_elsewhere_goes_on_without_a_word(attempt: Attempt, tmp_path: Path) -> None:
+    saved_run(attempt)
+    attempt.told.clear()
+    shutil.copytree(attempt.root / "data", tmp_path / "copy")
+    assert attempt(**{"data.path": str(tmp_path / "copy")}).documents.path == tmp_path / "copy"
+    assert not [line for line in attempt.told if line.startswith("note")]
+
+
+@pytest.mark.parametrize("state", ["stopped", "finished"])
+def test_other_data_at_the_same_path_is_refused_with_both_identities(
+    attempt: Attempt, other_data: Path, tmp_path: Path, state: str
+) -> None:
+    path = tmp_path / "data"
+    shutil.copytree(attempt.root / "data", path)
+    saved = saved_run(attempt, step=6 if state == "finished" else 4, state=state, **{"data.path": str(path)})
+    before = saved.store.read(RECORD_KEY)
+    shutil.rmtree(path)
+    shutil.copytree(other_data, path)
+    with pytest.raises(ConfigError, match=r"Give the data\.path of a store with the data of then") as caught:
+        if finished_record(attempt.config(**{"data.path": str(path)})) is None:
+            attempt(**{"data.path": str(path)})
+    assert all(open_store(each).manifest.identity in str(caught.value) for each in (attempt.root / "data", path))
+    assert saved.store.read(RECORD_KEY) == before
+
+
+def test_a_finished_run_needs_its_data_no_more(attempt: Attempt, tmp_path: Path) -> None:
+    shutil.copytree(attempt.root / "data", tmp_path / "data")
+    saved_run(attempt, step=6, state="finished", **{"data.path": str(tmp_path / "data")})
+    shutil.rmtree(tmp_path / "data")
+    assert finished_record(attempt.config(**{"data.path": str(tmp_path / "data")})) is not None
+
+
+def test_data_that_is_built_anew_from_other_text_is_refused(attempt: Attempt, other_data: Path, tmp_path: Path) -> None:
+    saved_run(attempt)
+    changes = {"data.path": str(tmp_path / "new"), "data.source": str(other_data.parent / "text")}
+    with pytest.raises(ConfigError, match=r"data\.identity is .* but the checkpoint was trained with"):
+        attempt(**changes)
+    record = read_record(Store(attempt.root / attempt.name))
+    assert record is not None and record.state == "failed" and "data.identity is" in (record.cause or "")
+
+
+def test_a_config_that_names_other_data_than_is_there_is_refused(attempt: Attempt) -> None:
+    match = r"holds other data \(identity \w{64}\) than data\.identity = '0{64}' says; give a data\.path with that data"
+    attempt.refused(DataError, match, **{"data.identity": "0" * 64})
+    attempt.refused(ConfigError, r"data\.identity is .*64 hex digits", **{"data.identity": "0"})
 
 
 # ------------------------------------------------------------------------------------------------- what it makes

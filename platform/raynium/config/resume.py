@@ -34,8 +34,7 @@ FIXED: Mapping[str, str] = {
     "model.rope_scaling": _WEIGHTS,
     "model.norm_eps": _WEIGHTS,
     "model.embeddings": _WEIGHTS,
-    "data.path": _POSITION,
-    "data.tokenizer": "token ids would mean other text",
+    "data.identity": "the data position counts samples of that tokenizer and those tokens",
     "data.heldout_fraction": "documents would move between training and evaluation",
     "data.seq_len": _POSITION,
     "optimizer.betas": _MOMENTS,
@@ -62,7 +61,9 @@ FREE = (
     "cluster",
     "model.max_seq_len",  # a bound, no weight; rules check data.seq_len against it
     "model.init_std",  # used once, at step 0
+    "data.path",  # data.identity says what must be there
     "data.source",  # read only where no store exists yet
+    "data.tokenizer",  # its content is compared with the store's, which data.identity covers
     "parallel",
     "engine.activation_checkpointing",
     "engine.compile",
@@ -76,6 +77,9 @@ FREE = (
     "sample",
 )
 
+# A field that a change is not taken back in, but elsewhere.
+_REMEDIES = {"data.identity": "Give the data.path of a store with the data of then, wherever it lies"}
+
 
 def resume_conflicts(saved: Mapping[str, Any], now: Config) -> list[str]:
     """Why the checkpoint of the config `saved` cannot go on with the config `now`; [] when it can.
@@ -86,17 +90,25 @@ def resume_conflicts(saved: Mapping[str, Any], now: Config) -> list[str]:
     """
     return [
         f"{name} is {_shown(after)}, but the checkpoint was trained with {_shown(before)}: {reason}. "
-        f"Set {name} back to {_shown(before)}, or give the run another run.name to start anew"
+        f"{_REMEDIES.get(name, f'Set {name} back to {_shown(before)}')}, or give the run another run.name to start anew"
         for name, before, after, reason in _changes_in(FIXED, saved, now)
+        # Before the data was looked at, or by an older Raynium that did not: there is nothing to compare.
+        if not (name == "data.identity" and None in (before, after))
     ]
 
 
 def resume_notes(saved: Mapping[str, Any], now: Config) -> list[str]:
     """Changes that are allowed, and that a user must be told of: one line each, to be logged when the run resumes."""
-    return [
+    notes = [
         f"{name} changed from {_shown(before)} to {_shown(after)}: {effect}"
         for name, before, after, effect in _changes_in(NOTED, saved, now)
     ]
+    if "data" in saved and saved["data"].get("identity") is None:
+        notes.append(
+            "the checkpoint does not say which data it was trained on, since an older Raynium wrote it: whether the "
+            "run goes on with the same is not checked"
+        )
+    return notes
 
 
 def _changes_in(table: Mapping[str, str], saved: Mapping[str, Any], now: Config) -> Iterator[tuple[str, Any, Any, str]]:

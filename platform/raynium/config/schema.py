@@ -79,7 +79,12 @@ class DataSection(Section):
     If `path` holds no store yet and `source` is given, the driver makes one before training.
     """
 
-    path: Location  # folder or URL of the document store
+    path: Location  # folder or s3:// URL of the document store
+    # Of the content that must be there (`identity` in its manifest.json). None: whatever is; the driver fills it in, so
+    # that a run goes on with the same content only, wherever it lies.
+    identity: Annotated[
+        str | None, Field(pattern=r"^[0-9a-f]{64}$", description="the identity of a document store, 64 hex digits")
+    ] = None
     source: Location | None = None  # "python-stdlib", or a folder of .txt / .py / .jsonl files
     tokenizer: Location | None = None  # tokenizer.json to use; None: train a byte-level BPE on the source
     heldout_fraction: FractionBelowOne = 0.05  # of documents, chosen by a hash of their names

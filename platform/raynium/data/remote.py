@@ -13,7 +13,7 @@ from pathlib import Path
 
 from raynium.config.schema import DataSection
 from raynium.data.manifest import MANIFEST_NAME, Manifest
-from raynium.data.store import DocumentStore, local_manifest, open_store
+from raynium.data.store import DocumentStore, local_manifest, open_store, refuse_other_data
 from raynium.data.store_build import build_store
 from raynium.errors import DataError, StoreError
 from raynium.storage.backend import KeyExists, KeyMissing
@@ -45,11 +45,23 @@ def prepare_store(data: DataSection, *, model_vocab_size: int, cache_dir: str | 
         )
         if path is None:
             publish(store, data.path)
-    store = open_store(localize(data.path, cache_dir))
+    store = open_store(localize(data.path, cache_dir), identity=data.identity)
     if data.source is not None:
         store.check_recipe(source=data.source, heldout_fraction=data.heldout_fraction)
     store.check_fits(model_vocab_size=model_vocab_size, tokenizer_path=data.tokenizer)
     return store
+
+
+def find_identity(data: DataSection) -> str | None:
+    """Of the store at `data.path`, from its manifest alone; None if there is no store yet.
+
+    Raises DataError if what is there cannot be read, or is not the data.identity that the config asks for.
+    """
+    manifest = find_manifest(data.path)
+    if manifest is None:
+        return None
+    refuse_other_data(manifest, data.identity, where=data.path)
+    return manifest.identity
 
 
 def find_manifest(path: str | Path) -> Manifest | None:

@@ -15,7 +15,7 @@ from raynium.config.load import dump_yaml
 from raynium.config.paths import placeholders, resolve
 from raynium.config.resume import resume_conflicts, resume_notes
 from raynium.config.schema import Config
-from raynium.data.remote import prepare_store
+from raynium.data.remote import find_identity, prepare_store
 from raynium.data.store import TOKENIZER_NAME, DocumentStore
 from raynium.data.tokenizer import Tokenizer
 from raynium.errors import ConfigError, DataError
@@ -50,7 +50,7 @@ def finished_record(config: Config) -> RunRecord | None:
     record = read_record(run_store(config))
     if record is None or record.state != "finished" or record.step != config.train.steps:
         return None
-    if conflicts := resume_conflicts(record.config, config):
+    if conflicts := resume_conflicts(record.config, identified(config)):
         raise ConfigError(conflicts)
     return record
 
@@ -66,6 +66,15 @@ def checked(config: Config) -> Config:
     if problems := [*placeholders(config), *check(config)]:
         raise ConfigError(problems)
     return config
+
+
+def identified(config: Config, identity: str | None = None) -> Config:
+    """The config with this identity of its data, or that of the store at its data.path; as it is if there is none yet.
+
+    Reads the store's manifest only. Raises DataError if it cannot be read, or is not what data.identity says.
+    """
+    identity = identity or find_identity(config.data)
+    return config.model_copy(update={"data": config.data.model_copy(update={"identity": identity})})
 
 
 def saved_config(config: Config) -> Mapping[str, Any] | None:
@@ -110,6 +119,7 @@ def prepare(config: Config, *, job_id: str | None, tags: Mapping[str, str], tell
     config: from `checked`. tell: gets a line for each thing that takes time. Raises RayniumError.
     """
     store = run_store(config)
+    config = identified(config)
     uri = resolve_uri(config.tracking.uri, config.run.root)
     unowned_record(store, config.run.name)
     notes = check_resume(config, store)
@@ -124,7 +134,7 @@ def prepare(config: Config, *, job_id: str | None, tags: Mapping[str, str], tell
     keeper = claim(store, config.run.name, config.model_dump(mode="json"))
     try:
         with keeper.beating():
-            documents = prepare_data(config, tell)
+            config, documents = prepare_data(config, store, tell)
             mlflow = _open_mlflow(config, keeper, uri, tags)
             keep_tokenizer(store, documents)
             store.replace("config.yaml", dump_yaml(config).encode())
@@ -136,6 +146,7 @@ def prepare(config: Config, *, job_id: str | None, tags: Mapping[str, str], tell
         raise
     log_path = log_folder(store.url) / "driver.log"
     keeper.update(
+        config=config.model_dump(mode="json"),
         mlflow_uri=_address(mlflow.uri),
         mlflow_run_id=mlflow.run_id,
         mlflow_experiment_id=mlflow.experiment_id,
@@ -145,8 +156,11 @@ def prepare(config: Config, *, job_id: str | None, tags: Mapping[str, str], tell
     return Prepared(config, store, keeper, mlflow, documents, str(scratch_folder()), log_path)
 
 
-def prepare_data(config: Config, tell: Callable[[str], None]) -> DocumentStore:
-    """The document store on this machine, built first if the config names a source and there is none."""
+def prepare_data(config: Config, store: Store, tell: Callable[[str], None]) -> tuple[Config, DocumentStore]:
+    """The document store on this machine, built first if the config names a source and there is none.
+
+    Returns the config with its identity, too. store: of the run, which must be able to go on with this data.
+    """
     began = time.monotonic()
     documents = prepare_store(
         config.data, model_vocab_size=config.model.vocab_size, cache_dir=scratch_folder() / "data"
@@ -157,12 +171,15 @@ def prepare_data(config: Config, tell: Callable[[str], None]) -> DocumentStore:
         f"vocabulary of {documents.manifest.vocab_size:,}; {heldout.documents} documents held out "
         f"({time.monotonic() - began:.1f} s)"
     )
-    if len(documents.train_stream()) < config.data.seq_len + 1:
+    if train.tokens < config.data.seq_len + 1:
         raise DataError(
-            f"document store {documents.path} has {len(documents.train_stream()):,} training tokens; one sample takes "
+            f"document store {documents.path} has {train.tokens:,} training tokens; one sample takes "
             f"data.seq_len + 1 = {config.data.seq_len + 1}. Give more text, or a shorter data.seq_len"
         )
-    return documents
+    if config.data.identity is None:  # the store is new: what it holds was not known when the run's past was looked at
+        config = identified(config, documents.manifest.identity)
+        check_resume(config, store)
+    return config, documents
 
 
 def _address(uri: str) -> str:
@@ -176,14 +193,15 @@ def keep_tokenizer(store: Store, documents: DocumentStore) -> None:
     An imported model brought one along: DataError if the documents were tokenised with another.
     """
     if not store.exists(TOKENIZER_NAME):
-        store.replace(TOKENIZER_NAME, (documents.path / TOKENIZER_NAME).read_bytes())
+        store.replace(TOKENIZER_NAME, documents.tokenizer().file_text.encode())
         return
     kept = Tokenizer(store.read(TOKENIZER_NAME).decode(), store.uri(TOKENIZER_NAME))
     if kept.sha256 != documents.manifest.tokenizer_sha256:
         raise DataError(
-            f"document store {documents.path} was tokenised with another tokenizer than the run's own, "
-            f"{store.uri(TOKENIZER_NAME)}: token ids would mean other text. Give another data.path, and that file as "
-            f"data.tokenizer, to make a store for this model"
+            f"document store {documents.path} was tokenised with another tokenizer (sha256 "
+            f"{documents.manifest.tokenizer_sha256}) than the run's own, {store.uri(TOKENIZER_NAME)} (sha256 "
+            f"{kept.sha256}): token ids would mean other text. Give another data.path, and that file as "
+            "data.tokenizer, to make a store for this model"
         )
 
 

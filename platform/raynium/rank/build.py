@@ -75,7 +75,7 @@ def run(plan: RankPlan, link: Link) -> Outcome:
         start_step = snapshots.restore(Store(plan.run_url), plan.resume_step)
 
     # ---- data ------------------------------------------------------------------------------------------------------
-    documents = open_store(plan.data_folder)
+    documents = open_store(plan.data_folder, identity=config.data.identity)
     loader = Loader(
         documents,
         seq_len=config.data.seq_len,
