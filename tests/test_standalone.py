@@ -13,7 +13,8 @@ from tiny import build_documents, job_text
 from raynium import standalone
 from raynium.checkpoint.catalog import latest, list_checkpoints
 from raynium.config.load import parse_config
-from raynium.data.store import TOKENIZER_NAME
+from raynium.data.store import TOKENIZER_NAME, open_store
+from raynium.data.store_build import build_store
 from raynium.run.record import claim
 from raynium.sampling import open_sampler
 from raynium.storage.store import Store
@@ -61,7 +62,9 @@ def losses(log: str) -> dict[int, float]:
     return {int(step): float(loss) for step, loss in re.findall(r"step (\d+): train/loss ([\d.]+)", log)}
 
 
-def test_it_trains_saves_and_goes_on_where_it_ended(job: Path) -> None:
+def test_it_trains_saves_and_goes_on_where_it_ended_with_the_same_data(
+    job: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     store = Store(job.parent / "alone")
     first = torchrun(job, "train.steps=2")
     assert sorted(losses(first)) == [1, 2]
@@ -75,6 +78,10 @@ def test_it_trains_saves_and_goes_on_where_it_ended(job: Path) -> None:
     assert [each.step for each in list_checkpoints(store)] == [2, 4]
     assert store.read(TOKENIZER_NAME) == (job.parent / "data" / TOKENIZER_NAME).read_bytes()
     assert open_sampler(store.url).step == 4
+    build_store(tmp_path / "other", source=str(job.parent / "text"), vocab_size=512, heldout_fraction=0.5)
+    message = refused(monkeypatch, str(job), f"data.path={tmp_path / 'other'}")
+    for path in (job.parent / "data", tmp_path / "other"):
+        assert open_store(path).manifest.identity in message
 
 
 # ------------------------------------------------------------------------------------------------- refused
