@@ -23,7 +23,7 @@ from raynium.checkpoint.load import read_tensors
 from raynium.checkpoint.verify import verify_checkpoint
 from raynium.config.load import parse_config
 from raynium.config.schema import Config
-from raynium.convert import import_folder
+from raynium.convert import new_run
 from raynium.convert.export import export_checkpoint
 from raynium.convert.import_folder import import_folder as import_from
 from raynium.data.loader import Loader
@@ -279,7 +279,7 @@ def test_an_import_that_fails_leaves_no_data_and_can_be_repeated(
     folder = hugging_face(config_of().model, max_shard_size="20KB")
     uploads = 0
 
-    def breaking(*arguments: Any, upload: Any = import_folder.upload_shard, **names: Any) -> Any:
+    def breaking(*arguments: Any, upload: Any = new_run.upload_shard, **names: Any) -> Any:
         nonlocal uploads
         uploads += 1
         if uploads == 3:
@@ -287,11 +287,11 @@ def test_an_import_that_fails_leaves_no_data_and_can_be_repeated(
         return upload(*arguments, **names)
 
     with monkeypatch.context() as patch:
-        patch.setattr(import_folder, "upload_shard", breaking)
+        patch.setattr(new_run, "upload_shard", breaking)
         refused(folder, tmp_path, StoreError, "the disk is full")
     assert uploads == 3
     with monkeypatch.context() as patch:
-        patch.setattr(import_folder, "raw_bytes", lambda tensor: os.write(10**6, b""))  # any OSError
+        patch.setattr(new_run, "raw_bytes", lambda tensor: os.write(10**6, b""))  # any OSError
         refused(folder, tmp_path, CheckpointError, r"cannot write [\d,]+ bytes to .*: .*; set TMPDIR to a larger disk")
     # Killed between the data files and the manifest: what lies there is no checkpoint
     store = Store(tmp_path / "runs/imported")
@@ -307,23 +307,23 @@ def test_an_import_that_ends_as_it_commits_leaves_no_checkpoint_without_data(
     folder = hugging_face(config_of().model)
     store = Store(tmp_path / "runs/imported")
 
-    def interrupted(*arguments: Any, commit: Any = import_folder.commit_checkpoint, **names: Any) -> Any:
+    def interrupted(*arguments: Any, commit: Any = new_run.commit_checkpoint, **names: Any) -> Any:
         commit(*arguments, **names)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(import_folder, "commit_checkpoint", interrupted)
+        patch.setattr(new_run, "commit_checkpoint", interrupted)
         with pytest.raises(KeyboardInterrupt):
             import_from(folder, store)
     assert not list_checkpoints(store)
 
-    def overtaken(*arguments: Any, generation: str, commit: Any = import_folder.commit_checkpoint, **names: Any) -> Any:
+    def overtaken(*arguments: Any, generation: str, commit: Any = new_run.commit_checkpoint, **names: Any) -> Any:
         patch.undo()
         import_from(folder, store)  # another one, of the same name
         return commit(*arguments, generation=generation, **names)
 
     with monkeypatch.context() as patch:
-        patch.setattr(import_folder, "commit_checkpoint", overtaken)
+        patch.setattr(new_run, "commit_checkpoint", overtaken)
         with pytest.raises(CheckpointError, match="committed step 0 before import-"):
             import_from(folder, store)
     [winner] = list_checkpoints(store)

@@ -6,29 +6,20 @@ Weights become float32, as training keeps them; the optimizer begins anew. Only 
 import json
 import logging
 import re
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import torch
-import yaml
 from safetensors import SafetensorError, safe_open
 
-from raynium.checkpoint.catalog import list_checkpoints
-from raynium.checkpoint.commit import commit_checkpoint, discard_save
-from raynium.checkpoint.format.batches import raw_bytes
-from raynium.checkpoint.format.image import plan_image
-from raynium.checkpoint.format.manifest import ShardEntry
-from raynium.checkpoint.ref import CheckpointRef
 from raynium.checkpoint.state import MODEL_PREFIX, Chunk
-from raynium.checkpoint.upload import upload_shard
 from raynium.config.schema import ModelSection
 from raynium.convert.config_json import model_from_config
 from raynium.convert.export import INDEX_NAME, SINGLE_NAME
+from raynium.convert.new_run import Imported, Part, refuse_used, write_first_checkpoint
 from raynium.convert.parameters import Shapes, check_shapes, parameter_shapes
 from raynium.data.store import TOKENIZER_NAME
 from raynium.data.tokenizer import Tokenizer
@@ -44,24 +35,6 @@ _DTYPES = ("F32", "BF16", "F16")  # each of their numbers is a float32 number
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\.safetensors", re.ASCII)  # in the folder itself
 _DERIVED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")  # old files store RoPE's frequencies
 _MAX_JSON_BYTES = 64 * 2**20
-
-
-@dataclass(frozen=True)
-class Imported:
-    """The new run's first checkpoint."""
-
-    ref: CheckpointRef
-    model: ModelSection
-    tokenizer_path: str  # for data.tokenizer of the job
-
-    def job_snippet(self, *, name: str, root: str) -> str:
-        """The part of a job file that this model settles, as YAML."""
-        sections = {
-            "run": {"name": name, "root": root},
-            "model": self.model.model_dump(mode="json"),
-            "data": {"tokenizer": self.tokenizer_path},
-        }
-        return yaml.safe_dump(sections, sort_keys=False, allow_unicode=True)
 
 
 @dataclass(frozen=True)
@@ -91,32 +64,16 @@ def import_folder(folder: str | Path, store: Store) -> Imported:
         )
     stored = _checked_tensors(path, model)
 
-    generation = f"import-{uuid4().hex[:8]}"
-    try:
-        entries = [
-            _upload(store, tensors, model, generation=generation, rank=rank)
-            for rank, tensors in enumerate(_by_file(stored))
-        ]
-        store.replace(TOKENIZER_NAME, tokenizer.file_text.encode())
-        ref = commit_checkpoint(
-            store,
-            step=STEP,
-            generation=generation,
-            entries=entries,
-            state={
-                "step": STEP,
-                "next_sample": 0,
-                "tokens": 0,
-                "weights_only": True,
-                "config": {"model": model.model_dump(mode="json")},
-                "imported_from": str(path),
-            },
-            world_size=len(entries),
-            layout={"files": len(entries)},
-        )
-    except BaseException:
-        discard_save(store, step=STEP, generation=generation)
-        raise
+    ref = write_first_checkpoint(
+        store,
+        _parts(stored, model),
+        step=STEP,
+        model=model,
+        tokenizer=tokenizer,
+        weights_only=True,
+        imported_from=str(path),
+        layout={"files": len({tensor.path for tensor in stored.values()})},
+    )
     logger.info("imported %s into %s: %d tensors", path, store.url, len(stored))
     local = store.uri(TOKENIZER_NAME).removeprefix("file://")
     return Imported(ref, model, str(path / TOKENIZER_NAME) if "://" in local else local)
@@ -127,12 +84,6 @@ def _existing_folder(folder: str | Path) -> Path:
     if "://" in str(folder) or not path.is_dir():
         raise CheckpointError(f"{folder} is no folder of this machine: give one with config.json and *.safetensors")
     return path
-
-
-def refuse_used(store: Store) -> None:
-    """What an import that died has left, which is no checkpoint, does not count."""
-    if list_checkpoints(store) or set(store.list(recursive=False).sizes) - {TOKENIZER_NAME}:
-        raise CheckpointError(f"{store.url} is in use: import into a run of another name")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -229,42 +180,16 @@ def _refuse_untied(stored: Mapping[str, _Stored]) -> None:
 # ---- into our format ----------------------------------------------------------------------------------------------
 
 
-def _by_file(stored: Mapping[str, _Stored]) -> Iterator[dict[str, _Stored]]:
-    """The parameters of one file of the folder at a time: it becomes one file of ours."""
+def _parts(stored: Mapping[str, _Stored], model: ModelSection) -> Iterator[Part]:
+    """One file of the folder at a time: it becomes one file of ours."""
+    ours = {theirs: MODEL_PREFIX + name for name, theirs in hugging_face_names(model).items()}
     for path in sorted({tensor.path for tensor in stored.values()}):
-        yield {name: tensor for name, tensor in stored.items() if tensor.path == path}
+        theirs = {ours[name]: name for name, tensor in stored.items() if tensor.path == path}
+        with _opened(path) as source:
+            chunks = [_chunk(name, stored[theirs[name]].shape) for name in theirs]
+            yield chunks, lambda block, source=source, theirs=theirs: source.get_tensor(theirs[block.name])
 
 
-def _upload(
-    store: Store, tensors: Mapping[str, _Stored], model: ModelSection, *, generation: str, rank: int
-) -> ShardEntry:
-    """Write these tensors as one data file of step 0."""
-    theirs = {MODEL_PREFIX + ours: name for ours, name in hugging_face_names(model).items()}
-    plan = plan_image(_chunks(tensors, {name: ours for ours, name in theirs.items()}))
-    path = next(iter(tensors.values())).path
-    with tempfile.TemporaryDirectory(prefix="raynium-import-") as folder, _opened(path) as source:
-        image = Path(folder) / "image"
-        try:
-            with image.open("xb") as file:
-                file.write(plan.header_of(STEP))
-                for block in plan.tensors:  # as they lie in the file, without gaps
-                    file.write(raw_bytes(source.get_tensor(theirs[block.name]).to(torch.float32)))
-        except OSError as error:
-            raise CheckpointError(
-                f"cannot write {plan.size:,} bytes to {image}: {error.strerror}; set TMPDIR to a larger disk"
-            ) from error
-        return upload_shard(store, plan.info(step=STEP, path=image), generation=generation, rank=rank)
-
-
-def _chunks(tensors: Mapping[str, _Stored], ours: Mapping[str, str]) -> Sequence[Chunk]:
-    """The tensors' places, without their memory."""
-    return [
-        Chunk(
-            name=ours[name],
-            global_shape=tensor.shape,
-            offsets=(0,) * len(tensor.shape),
-            tensor=torch.empty(tensor.shape, dtype=torch.float32, device="meta"),
-            saved_here=True,
-        )
-        for name, tensor in tensors.items()
-    ]
+def _chunk(name: str, shape: tuple[int, ...]) -> Chunk:
+    """A tensor's place, without its memory."""
+    return Chunk(name, shape, (0,) * len(shape), torch.empty(shape, device="meta"), saved_here=True)

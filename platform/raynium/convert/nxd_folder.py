@@ -4,22 +4,16 @@ With its optimizer the run goes on at the step the optimizer has reached; withou
 """
 
 import logging
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from uuid import uuid4
 
 import torch
 
-from raynium.checkpoint.commit import commit_checkpoint, discard_save
-from raynium.checkpoint.format.batches import raw_bytes
-from raynium.checkpoint.format.image import plan_image
-from raynium.checkpoint.format.manifest import ShardEntry
 from raynium.checkpoint.state import Chunk
-from raynium.checkpoint.upload import upload_shard
 from raynium.config.schema import ModelSection
 from raynium.convert.config_json import model_from_config
-from raynium.convert.import_folder import Imported, read_json, refuse_used
+from raynium.convert.import_folder import read_json
+from raynium.convert.new_run import Imported, Part, refuse_used, write_first_checkpoint
 from raynium.convert.nxd_files import NxdFiles, RankState, Tensors
 from raynium.data.store import TOKENIZER_NAME
 from raynium.data.tokenizer import Tokenizer
@@ -57,35 +51,18 @@ def import_nxd_folder(
     files = NxdFiles(tag, with_optimizer=with_optimizer)
     _check_degree(model, files)
 
-    generation = f"import-{uuid4().hex[:8]}"
-    step = 0
-    try:
-        entries = []
-        for tensor_rank in range(files.tensor_size):
-            state = files.read(tensor_rank)
-            step = files.one_step({step, state.step} if tensor_rank > 0 else {state.step})
-            chunks = _chunks(state, model, files, tensor_rank=tensor_rank, kv_order=kv_order)
-            entries.append(_upload(store, chunks, step=step, generation=generation, rank=tensor_rank))
-        store.replace(TOKENIZER_NAME, tokenizer.file_text.encode())
-        ref = commit_checkpoint(
-            store,
-            step=step,
-            generation=generation,
-            entries=entries,
-            state={
-                "step": step,
-                "next_sample": 0,
-                "tokens": 0,
-                "weights_only": not with_optimizer,
-                "config": {"model": model.model_dump(mode="json")},
-                "imported_from": str(tag),
-            },
-            world_size=len(entries),
-            layout={"tensor": files.tensor_size},
-        )
-    except BaseException:
-        discard_save(store, step=step, generation=generation)
-        raise
+    # Files are mapped, not read: the first rank's are looked at twice.
+    step = files.read(0).step
+    ref = write_first_checkpoint(
+        store,
+        (_part(files, step, model, tensor_rank, kv_order) for tensor_rank in range(files.tensor_size)),
+        step=step,
+        model=model,
+        tokenizer=tokenizer,
+        weights_only=not with_optimizer,
+        imported_from=str(tag),
+        layout={"tensor": files.tensor_size},
+    )
     logger.info("imported %s into %s at step %d", tag, store.url, step)
     return Imported(ref, model, str(described / TOKENIZER_NAME))
 
@@ -113,6 +90,14 @@ def _check_degree(model: ModelSection, files: NxdFiles) -> None:
             f"{files.folder} was saved by {degree} tensor-parallel ranks, among which {model.num_heads} heads, {heads} "
             f"key/value heads and {model.vocab_size:,} tokens cannot be divided: is it of the model in config.json?"
         )
+
+
+def _part(files: NxdFiles, step: int, model: ModelSection, tensor_rank: int, kv_order: KvOrder) -> Part:
+    state = files.read(tensor_rank)
+    files.one_step({step, state.step})
+    chunks = _chunks(state, model, files, tensor_rank=tensor_rank, kv_order=kv_order)
+    sources = {(chunk.name, chunk.offsets): chunk.tensor for chunk in chunks}
+    return chunks, lambda block: sources[block.name, block.offsets]
 
 
 def _chunks(
@@ -147,32 +132,3 @@ def _chunks(
 
 def _kinds(weights: Tensors, state: RankState) -> Sequence[tuple[str, Tensors]]:
     return [("model", weights), *((f"optimizer/{kind}", tensors) for kind, tensors in state.moments.items())]
-
-
-def _upload(store: Store, chunks: Sequence[Chunk], *, step: int, generation: str, rank: int) -> ShardEntry:
-    """Write these blocks as one data file, in float32, one tensor at a time."""
-    sources = {(chunk.name, chunk.offsets): chunk.tensor for chunk in chunks}
-    plan = plan_image(
-        [
-            Chunk(
-                chunk.name,
-                chunk.global_shape,
-                chunk.offsets,
-                torch.empty(chunk.tensor.shape, dtype=torch.float32, device="meta"),
-                chunk.saved_here,
-            )
-            for chunk in chunks
-        ]
-    )
-    with tempfile.TemporaryDirectory(prefix="raynium-import-") as folder:
-        image = Path(folder) / "image"
-        try:
-            with image.open("xb") as file:
-                file.write(plan.header_of(step))
-                for block in plan.tensors:  # as they lie in the file, without gaps
-                    file.write(raw_bytes(sources[block.name, block.offsets].to(torch.float32)))
-        except OSError as error:
-            raise CheckpointError(
-                f"cannot write {plan.size:,} bytes to {image}: {error.strerror}; set TMPDIR to a larger disk"
-            ) from error
-        return upload_shard(store, plan.info(step=step, path=image), generation=generation, rank=rank)
