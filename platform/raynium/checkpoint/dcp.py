@@ -62,13 +62,27 @@ logger = logging.getLogger(__name__)
 OBJECTS = "dcp_objects"  # in a manifest's state: name → JSON value
 _SHARED_MEMORY = Path("/dev/shm")
 
-Id = str | PathLike[str] | None
+
+class _Given:
+    """DCP chooses neither reader nor writer by itself: it must be given, with its run and step."""
+
+    def reset(self, checkpoint_id: str | PathLike[str] | None = None) -> None:
+        if checkpoint_id is not None:
+            kind = type(self).__name__
+            raise CheckpointError(
+                f"checkpoint_id={str(checkpoint_id)!r} was given beside a {kind}: leave it out, and give run and step "
+                f"to {kind}(run, step=…)"
+            )
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | PathLike[str]) -> bool:
+        return False
 
 
 # ---- reading ------------------------------------------------------------------------------------------------------
 
 
-class CheckpointReader(StorageReader):
+class CheckpointReader(_Given, StorageReader):
     """Loads a run's checkpoint with `dcp.load`, whichever engine, layout or world size saved it.
 
     Every rank makes one. step: None takes the newest; give it where several ranks load a run that is still being
@@ -91,14 +105,6 @@ class CheckpointReader(StorageReader):
                 "it with raynium.checkpoint.load.load_checkpoint"
             )
         self._paths = {_dotted(name): tuple(name.split("/")) for name in names}
-
-    def reset(self, checkpoint_id: Id = None) -> None:
-        _refuse_id(checkpoint_id, "CheckpointReader")
-
-    @classmethod
-    def validate_checkpoint_id(cls, checkpoint_id: str | PathLike[str]) -> bool:
-        """DCP does not choose this reader by itself: it must be given."""
-        return False
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         """The manifest, in DCP's words."""
@@ -127,10 +133,9 @@ class CheckpointReader(StorageReader):
         items: list[tuple[ReadItem, torch.Tensor]] = []
         for item in plan.items:
             if item.type == LoadItemType.BYTE_IO:
+                # Planners expect a pickle; nothing of it was stored.
                 buffer = io.BytesIO()
-                torch.save(
-                    self._objects[item.storage_index.fqn], buffer
-                )  # planners expect it; nothing of it was stored
+                torch.save(self._objects[item.storage_index.fqn], buffer)
                 buffer.seek(0)
                 planner.load_bytes(item, buffer)
             else:
@@ -150,7 +155,7 @@ class CheckpointReader(StorageReader):
 # ---- writing ------------------------------------------------------------------------------------------------------
 
 
-class CheckpointWriter(StorageWriter):
+class CheckpointWriter(_Given, StorageWriter):
     """Saves one checkpoint of a run with `dcp.save`, also by several ranks; one writer for each step.
 
     Every rank makes one with the same arguments. state: JSON values to keep beside the tensors. What is neither a
@@ -174,14 +179,6 @@ class CheckpointWriter(StorageWriter):
         self._image_folder = image_folder or (_SHARED_MEMORY if _SHARED_MEMORY.is_dir() else None)
         self._generation = ""
         self._num_ranks = 0
-
-    def reset(self, checkpoint_id: Id = None) -> None:
-        _refuse_id(checkpoint_id, "CheckpointWriter")
-
-    @classmethod
-    def validate_checkpoint_id(cls, checkpoint_id: str | PathLike[str]) -> bool:
-        """DCP does not choose this writer by itself: it must be given."""
-        return False
 
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
         return
@@ -271,14 +268,6 @@ def json_value(value: Any, *, where: str) -> Any:
 def _dotted(name: str) -> str:
     """As DCP flattens the same path."""
     return name.replace("/", ".")
-
-
-def _refuse_id(checkpoint_id: Id, kind: str) -> None:
-    if checkpoint_id is not None:
-        raise CheckpointError(
-            f"checkpoint_id={str(checkpoint_id)!r} was given beside a {kind}: leave it out, and give run and step to "
-            f"{kind}(run, step=…)"
-        )
 
 
 def _done(value: Any) -> Future[Any]:

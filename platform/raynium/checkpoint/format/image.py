@@ -12,7 +12,7 @@ import json
 import mmap
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -63,42 +63,24 @@ def plan_image(chunks: Sequence[Chunk], *, of: Literal["saved", "replicas"] = "s
     # so that the first parts of the file are complete soonest
     saved.sort(key=lambda chunk: (-chunk.tensor.element_size(), -chunk.tensor.numel(), chunk.name, chunk.offsets))
     entries: dict[str, dict[str, object]] = {"__metadata__": {"step": _STEP_PLACE.decode()}}
+    blocks: list[SavedBlock] = []
     position = 0
     for chunk in saved:
-        key = _key(chunk.name, chunk.offsets)
+        dtype, offsets, shape = dtype_name(chunk.tensor, chunk.name), tuple(chunk.offsets), tuple(chunk.tensor.shape)
+        # One file may hold several blocks of one tensor.
+        key = f"{chunk.name}@{','.join(map(str, offsets))}"
         assert key not in entries, f"{key} is saved twice by one rank"
-        end = position + chunk.tensor.numel() * chunk.tensor.element_size()
-        code = DTYPES[dtype_name(chunk.tensor, chunk.name)][0]
-        entries[key] = {"dtype": code, "shape": list(chunk.tensor.shape), "data_offsets": [position, end]}
-        position = end
+        blocks.append(SavedBlock(chunk.name, dtype, tuple(chunk.global_shape), offsets, shape, position))
+        entries[key] = {"dtype": DTYPES[dtype][0], "shape": list(shape), "data_offsets": [position, blocks[-1].end]}
+        position = blocks[-1].end
     text = json.dumps(entries, separators=(",", ":")).encode()
     # In a large file tensors begin with a unit of checksums, so that even shares of them end with one too: a reader of
     # such a share reads hardly more
     alignment = UNIT_BYTES if position >= _LARGE_BYTES else ALIGNMENT_BYTES
     header_bytes = -(-(8 + len(text)) // alignment) * alignment
     header = (header_bytes - 8).to_bytes(8, "little") + text.ljust(header_bytes - 8)
-    return ImagePlan(
-        size=header_bytes + position,
-        header=header,
-        tensors=tuple(_saved_block(chunk, header_bytes, entries) for chunk in saved),
-    )
-
-
-def _saved_block(chunk: Chunk, header_bytes: int, entries: Mapping[str, Mapping[str, object]]) -> SavedBlock:
-    begin, _ = entries[_key(chunk.name, chunk.offsets)]["data_offsets"]  # pyright: ignore[reportGeneralTypeIssues]
-    return SavedBlock(
-        name=chunk.name,
-        dtype=dtype_name(chunk.tensor, chunk.name),
-        global_shape=tuple(chunk.global_shape),
-        offsets=tuple(chunk.offsets),
-        shape=tuple(chunk.tensor.shape),
-        begin=header_bytes + begin,
-    )
-
-
-def _key(name: str, offsets: Sequence[int]) -> str:
-    """A block's name inside the safetensors file: one file may hold several blocks of one tensor."""
-    return f"{name}@{','.join(map(str, offsets))}"
+    tensors = tuple(replace(block, begin=header_bytes + block.begin) for block in blocks)
+    return ImagePlan(size=header_bytes + position, header=header, tensors=tensors)
 
 
 def dtype_name(tensor: torch.Tensor, name: str) -> str:
