@@ -4,7 +4,7 @@
 same reasons and tests can make up machines. Neither imports torch or a device library, since agents have none.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -101,26 +101,22 @@ def detect(name: str, machine: Machine | None = None) -> Accelerator:
     machine = machine or look()
     found = {finding.accelerator: finding for finding in findings(machine)}
     if name == "auto":
-        best = next(finding for finding in found.values() if finding.usable)
-        if machine.neuron_devices and best.accelerator not in ("neuron", "neuron_xla"):
+        finding = next(finding for finding in found.values() if finding.usable)
+        if machine.neuron_devices and finding.accelerator not in ("neuron", "neuron_xla"):
             raise LaunchError(
                 f"cluster.accelerator is 'auto' and this machine has {machine.neuron_devices} Neuron device(s), which "
                 f"cannot be used. For neuron: {'; '.join(found['neuron'].reasons)}. For neuron_xla: "
                 f"{'; '.join(found['neuron_xla'].reasons)}. Or set it to 'cpu' to train on the machine's CPU"
             )
-        return _make(best.accelerator, machine)
-    assert name in found, name
-    finding = found[name]
-    if not finding.usable:
-        raise LaunchError(
-            f"cluster.accelerator is {name!r}, which this machine cannot use: {'; '.join(finding.reasons)}. "
-            "Or set cluster.accelerator to 'auto' or 'cpu'"
-        )
-    return _make(finding.accelerator, machine)
-
-
-def _make(name: Name, machine: Machine) -> Accelerator:
-    match name:
+    else:
+        assert name in found, name
+        finding = found[name]
+        if not finding.usable:
+            raise LaunchError(
+                f"cluster.accelerator is {name!r}, which this machine cannot use: {'; '.join(finding.reasons)}. "
+                "Or set cluster.accelerator to 'auto' or 'cpu'"
+            )
+    match finding.accelerator:
         case "neuron":
             return NeuronAccelerator(machine.instance)
         case "neuron_xla":
@@ -132,39 +128,44 @@ def _make(name: Name, machine: Machine) -> Accelerator:
 
 
 def _against_neuron(machine: Machine) -> list[str]:
-    reasons = [*_no_devices(machine)]
+    reasons = _no_devices(machine)
     if (machine.product_name or "").startswith(("trn1", "inf")):
         reasons.append(
             f"{machine.product_name} is older than Trainium2, which TorchNeuron needs: use neuron_xla, or a trn2"
         )
+    other = (
+        f"works through torch-xla (neuron_xla); TorchNeuron begins with {_dotted(FIRST_NATIVE_TORCH)}: install "
+        f"raynium[neuron] from {AWS_REPOSITORY}"
+    )
     reasons += _bad_packages(machine, ("torch-neuronx", "neuronx-cc"), extra="neuron")
-    torch_family = _family(machine.packages.get("torch"))
-    family = _family(machine.packages.get("torch-neuronx"))
-    if _is_real(machine, "torch-neuronx") and family is not None:
-        if family < FIRST_NATIVE_TORCH:
-            reasons.append(
-                f"torch-neuronx {machine.packages['torch-neuronx']} works through torch-xla (neuron_xla); TorchNeuron "
-                f"begins with {_dotted(FIRST_NATIVE_TORCH)}: install raynium[neuron] from {AWS_REPOSITORY}"
-            )
-        elif torch_family != family:
-            reasons.append(_mismatch(machine, family))
-    return reasons
+    return reasons + _bad_family(machine, lambda family: family >= FIRST_NATIVE_TORCH, other)
 
 
 def _against_neuron_xla(machine: Machine) -> list[str]:
-    reasons = [*_no_devices(machine)]
     packages = ("torch-neuronx", "torch-xla", "libneuronxla", "neuronx-cc", "neuronx-distributed")
-    reasons += _bad_packages(machine, packages, extra="neuron-xla")
-    family = _family(machine.packages.get("torch-neuronx"))
-    if _is_real(machine, "torch-neuronx") and family is not None:
-        if family > XLA_TORCH:
-            reasons.append(
-                f"torch-neuronx {machine.packages['torch-neuronx']} is TorchNeuron (neuron); torch-xla ended with "
-                f"{_dotted(XLA_TORCH)}: install raynium[neuron-xla] from {AWS_REPOSITORY}, in an environment of its own"
-            )
-        elif _family(machine.packages.get("torch")) != family:
-            reasons.append(_mismatch(machine, family))
-    return reasons
+    other = (
+        f"is TorchNeuron (neuron); torch-xla ended with {_dotted(XLA_TORCH)}: install raynium[neuron-xla] from "
+        f"{AWS_REPOSITORY}, in an environment of its own"
+    )
+    reasons = _no_devices(machine) + _bad_packages(machine, packages, extra="neuron-xla")
+    return reasons + _bad_family(machine, lambda family: family <= XLA_TORCH, other)
+
+
+def _bad_family(machine: Machine, is_ours: Callable[[tuple[int, int]], bool], other: str) -> list[str]:
+    """What is wrong with the pair of torch-neuronx and torch. other: said of a torch-neuronx of the other way."""
+    version, torch = machine.packages.get("torch-neuronx"), machine.packages.get("torch")
+    family = _family(version)
+    if family is None or not _is_real(machine, "torch-neuronx"):
+        return []
+    if not is_ours(family):
+        return [f"torch-neuronx {version} {other}"]
+    if _family(torch) == family:
+        return []
+    made_for = _dotted(family)
+    return [
+        f"torch-neuronx {version} is made for torch {made_for}, and torch {torch} is installed: install the pair of "
+        f"one family, torch=={made_for}.*"
+    ]
 
 
 def _no_devices(machine: Machine) -> list[str]:
@@ -179,28 +180,15 @@ def _no_devices(machine: Machine) -> list[str]:
 def _bad_packages(machine: Machine, names: tuple[str, ...], *, extra: str) -> list[str]:
     remedy = f"install raynium[{extra}] from {AWS_REPOSITORY}"
     missing = [name for name in names if name not in machine.packages]
-    fake = [
-        f"{name} {machine.packages[name]}" for name in names if name in machine.packages and not _is_real(machine, name)
-    ]
-    reasons = []
-    if missing:
-        reasons.append(f"{', '.join(missing)} not installed: {remedy}")
-    if fake:
-        reasons.append(
-            f"{', '.join(fake)} is a placeholder from the public package index, which does nothing: {remedy}"
-        )
-    return reasons
+    there = [name for name in names if name in machine.packages]
+    fake = [f"{name} {machine.packages[name]}" for name in there if not _is_real(machine, name)]
+    placeholder = "is a placeholder from the public package index, which does nothing"
+    reasons = [f"{', '.join(missing)} not installed: {remedy}"] if missing else []
+    return reasons + ([f"{', '.join(fake)} {placeholder}: {remedy}"] if fake else [])
 
 
 def _is_real(machine: Machine, name: str) -> bool:
     return name in machine.packages and machine.packages[name] != PLACEHOLDERS.get(name)
-
-
-def _mismatch(machine: Machine, family: tuple[int, int]) -> str:
-    return (
-        f"torch-neuronx {machine.packages['torch-neuronx']} is made for torch {_dotted(family)}, and torch "
-        f"{machine.packages.get('torch')} is installed: install the pair of one family, torch=={_dotted(family)}.*"
-    )
 
 
 def _family(version: str | None) -> tuple[int, int] | None:

@@ -47,6 +47,14 @@ class DeviceSample:
     execution_errors: int = 0  # executions that ended in an error or could not start
     execution_timeouts: int = 0
 
+    def plus(self, other: "DeviceSample", times: int = 1) -> "DeviceSample":
+        """This one, with the counts of another added (or, at -1 times, taken away)."""
+        sums = {name: getattr(self, name) + times * getattr(other, name) for name in COUNTS}
+        return replace(self, **sums)
+
+
+COUNTS = ("ecc_corrected_errors", "ecc_uncorrected_errors", "execution_errors", "execution_timeouts")
+
 
 def metrics(samples: Iterable[DeviceSample]) -> dict[str, float]:
     """The newest sample of each node → metrics of the job, under names of tracking/metrics.py. Empty if there is none.
@@ -57,13 +65,8 @@ def metrics(samples: Iterable[DeviceSample]) -> dict[str, float]:
     known = list(samples)
     if not known:
         return {}
-    found = {
-        "device/ecc_corrected_errors": float(sum(each.ecc_corrected_errors for each in known)),
-        "device/ecc_uncorrected_errors": float(sum(each.ecc_uncorrected_errors for each in known)),
-        "device/execution_errors": float(sum(each.execution_errors for each in known)),
-        "device/execution_timeouts": float(sum(each.execution_timeouts for each in known)),
-        "device/reporting_nodes": float(len(known)),
-    }
+    found = {f"device/{name}": float(sum(getattr(each, name) for each in known)) for name in COUNTS}
+    found["device/reporting_nodes"] = float(len(known))
     if ratios := [ratio for each in known for ratio in each.utilization_ratios]:
         found["device/utilization_ratio"] = sum(ratios) / len(ratios)
         found["device/lowest_utilization_ratio"] = min(ratios)
@@ -109,15 +112,9 @@ def read_report(report: Mapping[str, Any], *, run_name: str, before: DeviceSampl
             uncorrected += int(device.get("mem_ecc_repairable_uncorrected") or 0)
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"neuron-monitor's report has another form than AWS documents: {error!r}") from error
-    return DeviceSample(
-        utilization_ratios=tuple(ratios),
-        flops_per_second=flops if ratios else None,
-        memory_bytes=max(memory.values(), key=lambda kinds: sum(kinds.values()), default=None),
-        ecc_corrected_errors=before.ecc_corrected_errors + corrected,
-        ecc_uncorrected_errors=before.ecc_uncorrected_errors + uncorrected,
-        execution_errors=before.execution_errors + errors,
-        execution_timeouts=before.execution_timeouts + timeouts,
-    )
+    fullest = max(memory.values(), key=lambda kinds: sum(kinds.values()), default=None)
+    counts = (corrected, uncorrected, errors, timeouts)
+    return DeviceSample(tuple(ratios), flops if ratios else None, fullest, *counts).plus(before)
 
 
 def read_sysfs(folder: Path = SYSFS) -> DeviceSample:
@@ -141,10 +138,10 @@ def read_sysfs(folder: Path = SYSFS) -> DeviceSample:
             errors += _number(total)
         elif total.parent.name == "timeout":
             timeouts += _number(total)
-    memories = []
-    for core in folder.glob("neuron*/**/device_mem"):
-        kinds = {path.parent.name: _number(path) for path in core.glob("*/total")}
-        memories.append(kinds)
+    memories = [
+        {path.parent.name: _number(path) for path in core.glob("*/total")}
+        for core in folder.glob("neuron*/**/device_mem")
+    ]
     return DeviceSample(
         memory_bytes=max(memories, key=lambda kinds: sum(kinds.values()), default=None),
         ecc_uncorrected_errors=uncorrected,
@@ -155,16 +152,6 @@ def read_sysfs(folder: Path = SYSFS) -> DeviceSample:
 
 def _number(path: Path) -> int:
     return int(path.read_text().strip())
-
-
-def since(first: DeviceSample, now: DeviceSample) -> DeviceSample:
-    """`now` with its counts from `first` on."""
-    return replace(
-        now,
-        ecc_uncorrected_errors=now.ecc_uncorrected_errors - first.ecc_uncorrected_errors,
-        execution_errors=now.execution_errors - first.execution_errors,
-        execution_timeouts=now.execution_timeouts - first.execution_timeouts,
-    )
 
 
 def has_devices(folder: Path = DEVICE_FOLDER) -> bool:
@@ -258,15 +245,6 @@ class DeviceMonitor:
         try:
             first = read_sysfs(self._sysfs)
             while not self._closing.wait(self._period_seconds):
-                sample = since(first, read_sysfs(self._sysfs))
-                self._publish(
-                    replace(
-                        sample,
-                        ecc_corrected_errors=counted.ecc_corrected_errors,
-                        ecc_uncorrected_errors=counted.ecc_uncorrected_errors + sample.ecc_uncorrected_errors,
-                        execution_errors=counted.execution_errors + sample.execution_errors,
-                        execution_timeouts=counted.execution_timeouts + sample.execution_timeouts,
-                    )
-                )
+                self._publish(read_sysfs(self._sysfs).plus(first, -1).plus(counted))
         except (OSError, ValueError) as error:
             logger.warning("no more device metrics: %s cannot be read: %s", self._sysfs, error)
