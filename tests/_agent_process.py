@@ -22,7 +22,8 @@ from raynium.config.load import parse_config
 from raynium.node import ranks
 from raynium.node.agent import Node, NodeAgent
 from raynium.run import last_save
-from raynium.run.coordinator import CoordinatorOnLoop, RunCoordinator
+from raynium.run.coordinator import RunCoordinator
+from raynium.run.on_loop import CoordinatorOnLoop
 from raynium.tracking.tracker import MemoryTracker
 
 
@@ -54,7 +55,7 @@ def main() -> None:
             # Agents of one process would share a folder of images, which has the run's name
             config=parse_config(job, arguments["changes"] | {"run.name": f"test-{node_rank}"}),
             run_url=arguments["run_url"],
-            node=Node(f"attempt-{os.getpid()}", node_rank, "127.0.0.1"),
+            node=Node(f"attempt-{os.getpid()}", node_rank, config.cluster.nodes, "127.0.0.1"),
             accelerator=detect("cpu"),
             coordinator=coordinator,
             open_tracker=lambda: LossFile(folder / "losses.jsonl"),
@@ -65,7 +66,7 @@ def main() -> None:
     threading.Thread(target=_show_pids, args=(agents[0], folder / "pids.json"), daemon=True).start()
     with ThreadPoolExecutor(len(agents)) as pool:
         list(pool.map(NodeAgent.run, agents))
-    status = coordinator.call("status", 0).result()
+    status = coordinator.run(lambda each: each.status(0)).result()
     events = [event.text for event in status.events]
     (folder / "status.json").write_text(json.dumps({"ended": status.ended, "cause": status.cause, "events": events}))
 

@@ -24,3 +24,17 @@ def end_of_a_hang() -> NoReturn:
     time.sleep(0.5)  # rank 0's line is out by then: a runtime's timeouts are minutes
     sys.stdout.write(HUNG_LINE + "\n")
     raise RuntimeError("Failed to execute the model status=5 message=Operation timed out")
+
+
+def fail_in_a_step(plan_json: str, link: Any) -> NoReturn:
+    """Rank 1 has a fault of its own in the middle of a step; rank 0 only notices that its peer is gone."""
+    import torch
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo")
+    numbers = torch.ones(4)
+    dist.all_reduce(numbers)
+    if os.environ["RANK"] == "1":
+        [][1]
+    while True:
+        dist.all_reduce(numbers)

@@ -12,7 +12,8 @@ from typing import Any
 from raynium.accelerators.detect import detect
 from raynium.config.schema import Config
 from raynium.node.agent import Node, NodeAgent
-from raynium.run.coordinator import CoordinatorOnLoop, RunCoordinator
+from raynium.run.coordinator import RunCoordinator
+from raynium.run.on_loop import CoordinatorOnLoop
 from raynium.tracking.tracker import MemoryTracker
 
 
@@ -38,13 +39,13 @@ def main() -> None:
     NodeAgent(
         config=config,
         run_url=given["run_folder"],
-        node=Node("a", 0, "127.0.0.1"),
+        node=Node("a", 0, 1, "127.0.0.1"),
         accelerator=detect(config.cluster.accelerator),
         coordinator=coordinator,
         open_tracker=lambda: tracker,
         data_folder=lambda: given["data_folder"],
     ).run()
-    status: Any = coordinator.call("status", 0).result()
+    status: Any = coordinator.run(lambda each: each.status(0)).result()
     coordinator.close()
     points = [[point.step, point.metrics] for point in tracker.points]
     found = {"ended": status.ended, "cause": status.cause, "points": points, "log": log.lines}

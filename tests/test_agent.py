@@ -23,14 +23,17 @@ from raynium.config.schema import Config
 from raynium.config.world import World
 from raynium.errors import DataError, TrackingError
 from raynium.node import orphans
-from raynium.node.agent import Node, NodeAgent, _CommitLog, _Handler
+from raynium.node.agent import Node, NodeAgent
 from raynium.node.images import shared_memory_folder
 from raynium.node.ranks import RankGroup
-from raynium.run.coordinator import CoordinatorOnLoop, RunCoordinator
-from raynium.run.protocol import Commit, Order, Status
+from raynium.node.reports import CommitLog, Reports
+from raynium.run.coordinator import RunCoordinator
+from raynium.run.on_loop import CoordinatorOnLoop
+from raynium.run.protocol import AgentEvent, CannotGoOn, Commit, News, Order, Said, ShardSaved, Status
 from raynium.storage.store import Store
 from raynium.tracking.ledger import CAUSES
 from raynium.tracking.tracker import MemoryTracker
+from raynium.train.link import Stepped
 
 JOB = job_text(
     {
@@ -66,14 +69,14 @@ class Played:
         self.agent = NodeAgent(
             config=config,
             run_url=str(run_folder),
-            node=Node("a", 0, "127.0.0.1"),
+            node=Node("a", 0, 1, "127.0.0.1"),
             accelerator=detect("cpu"),
             coordinator=self.coordinator,
             open_tracker=lambda: self.tracker,
             data_folder=lambda: str(document_folder),
         )
         self.thread = threading.Thread(target=self.agent.run)
-        self._uploading = self.agent._uploader._lock
+        self._uploading = self.agent._saving._uploader._lock
 
     def hold_uploads(self) -> None:
         """Before the start: the ranks then wait in their third save, however long whoever watches them is away."""
@@ -84,7 +87,7 @@ class Played:
             self._uploading.release()
 
     def status(self) -> Status:
-        return self.coordinator.call("status", 0).result()
+        return self.coordinator.run(lambda each: each.status(0)).result()
 
     def finish(self) -> Status:
         self.thread.join(120)
@@ -187,17 +190,25 @@ def test_a_run_ends_with_its_checkpoints_and_metrics(uninterrupted: Played) -> N
 def test_the_ledger_goes_to_mlflow_now_and_then_and_its_last_step_is_left_for_the_end(
     tmp_path: Path, document_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("raynium.node.agent.LEDGER_SECONDS", 3600)
-    monkeypatch.setattr("raynium.node.agent.REPORT_SECONDS", 0)
+    monkeypatch.setattr("raynium.node.reports.LEDGER_SECONDS", 3600)
+    monkeypatch.setattr("raynium.node.reports.REPORT_SECONDS", 0)
     run = Played(parse_config(JOB), tmp_path / "run", document_folder)
-    handle = _Handler(run.agent, Order("run", World.of(run.agent.config), 1, "g1", "127.0.0.1", 1), run.tracker)
+    reports = Reports(
+        run.agent.config,
+        run.coordinator,
+        run.tracker,
+        peak_flops_per_rank=lambda: None,
+        halted=lambda rank: False,
+    )
+    world = World.of(run.agent.config)
+    reports.begin_generation(Order(world, 1, "g1", "127.0.0.1", 1), world.ranks_of(0))
 
     def step(number: int) -> None:
-        handle([(0, {"kind": "step", "step": number, "metrics": {"time/step_seconds": 0.001}})], [])
+        reports.take(0, Stepped(number, {"time/step_seconds": 0.001}))
         run.status()  # once it has answered, it has answered what was asked before
 
     step(12)
-    wait_for(lambda: run.agent._goodput_metrics)
+    wait_for(lambda: reports._goodput_metrics)
     for number in (12, 3, 4, 5):
         step(number)
     run.coordinator.close()
@@ -210,7 +221,7 @@ def test_a_killed_rank_costs_one_generation_and_changes_no_bit(
 ) -> None:
     caplog.set_level(logging.INFO)
     run = play(hold_uploads=True)
-    wait_for(lambda: any(len(held.ranks) == 2 for held in run.agent._images.held()))
+    wait_for(lambda: any(len(held.ranks) == 2 for held in run.agent._saving.images.held()))
     os.kill(run.agent.rank_pids()[victim], signal.SIGKILL)
     wait_for(lambda: run.status().generation == 2)
     run.let_uploads_go()
@@ -224,8 +235,8 @@ def test_a_killed_rank_costs_one_generation_and_changes_no_bit(
         assert set(losses) == set(reference[step]), f"step {step}"
     assert run.tracker.values("eval/bits_per_byte")[-1] == uninterrupted.tracker.values("eval/bits_per_byte")[-1]
     run.check_goodput()
-    assert status.ledger.restart > 0
-    assert 0 < status.ledger.total < time.monotonic() - run.began
+    assert status.ledger.total.restart > 0
+    assert 0 < status.ledger.total.total < time.monotonic() - run.began
 
 
 def test_commits_go_on_being_written_down_after_a_disk_was_full() -> None:
@@ -236,15 +247,14 @@ def test_commits_go_on_being_written_down_after_a_disk_was_full() -> None:
             super().artifact(path, text)
 
     class Calls:
-        def call(self, method: str, *arguments: Any) -> "Future[Any]":
+        def commits(self, after: int) -> "Future[Any]":
             answer: Future[Any] = Future()
-            after = arguments[0]
             text = ("first", "second", None)[after]
             answer.set_result([Commit(after + 1, 10 * after, {"checkpoint/bytes": 1.0}, text)] if text else None)
             return answer
 
     tracker = FullOnce()
-    _CommitLog(Calls(), tracker).close()
+    CommitLog(Calls(), tracker).close()
     assert [step for step, _ in tracker.values("checkpoint/bytes")] == [0, 10]
     assert tracker.artifacts == {"checkpoints.json": "second"}
 
@@ -261,7 +271,7 @@ def test_a_stop_saves_at_the_next_step_and_the_next_driver_goes_on(
     monkeypatch.setattr(RankGroup, "broadcast", note)
     first = play(hold_uploads=True, **{"checkpoint.every_steps": 1})
     wait_for(lambda: 3 in first.losses())  # and no further than its save
-    first.coordinator.call("request_stop").result()
+    first.coordinator.run(lambda each: each.request_stop()).result()
     assert told.wait(60)
     first.let_uploads_go()
     status = first.finish()
@@ -305,49 +315,45 @@ def test_a_last_checkpoint_that_failed_is_saved_from_memory_once_it_can_be(
 
 
 class DyingCoordinator(CoordinatorOnLoop):
-    """Loses its memory when the first shard of the last save has come in. As Ray does, it sends waiting calls again."""
+    """Loses its memory when the first shard of the last save has come in. As Ray does, it makes waiting calls again."""
 
     def __init__(self, coordinator: RunCoordinator):
         super().__init__(coordinator)
         self.lives = 1
         self._lock = threading.Lock()
-        self._waiting: dict[Future[Any], tuple[str, tuple[Any, ...]]] = {}
+        self._waiting: dict[Future[Any], Callable[[RunCoordinator], Any]] = {}
         self._inside: list[Future[Any]] = []
 
-    def call(self, method: str, *arguments: Any) -> "Future[Any]":
-        last_save = method == "shard_saved" and arguments[0] == self.coordinator.config.train.steps
+    def tell(self, event: AgentEvent) -> "Future[News]":
+        if not (isinstance(event, ShardSaved) and event.step == 12 and self.lives == 1):
+            return super().tell(event)
+        super().tell(event).result()
+        with self._lock:
+            self.lives = 2
+            for call in self._inside:
+                call.cancel()
+            config = self.coordinator._config.model_dump(mode="json")
+            self.coordinator = RunCoordinator(config, self.coordinator._saves._store.url, 0)
+            for answer in list(self._waiting):
+                self._send(answer)
+        return super().tell(Said("what it said before is forgotten"))
+
+    def run(self, call: Callable[[RunCoordinator], Any]) -> "Future[Any]":
         answer: Future[Any] = Future()
         with self._lock:
-            self._waiting[answer] = method, arguments
+            self._waiting[answer] = call
             self._send(answer)
-            if last_save and self.lives == 1:
-                super().call("status", 0).result()  # all that came before is known by now
-                self._die()
         return answer
 
     def _send(self, answer: "Future[Any]") -> None:
         life = self.lives
-        method, arguments = self._waiting[answer]
 
         def done(found: "Future[Any]") -> None:
             if life == self.lives and self._waiting.pop(answer, None) is not None:
                 answer.set_result(found.result())
 
-        self._inside.append(super().call(method, *arguments))
+        self._inside.append(super().run(self._waiting[answer]))
         self._inside[-1].add_done_callback(done)
-
-    def _die(self) -> None:
-        self.lives = 2
-        for call in self._inside:
-            call.cancel()
-        config = self.coordinator.config.model_dump(mode="json")
-        self.coordinator = RunCoordinator(config, self.coordinator.store.url, 0)
-        for answer, (method, _) in list(self._waiting.items()):
-            if method == "shard_saved":  # which it had answered
-                del self._waiting[answer]
-                answer.set_result(None)
-            else:
-                self._send(answer)
 
 
 def test_a_coordinator_that_dies_in_the_last_save_hears_of_its_shards_again(
@@ -357,6 +363,7 @@ def test_a_coordinator_that_dies_in_the_last_save_hears_of_its_shards_again(
     status = run.finish()
     assert isinstance(run.coordinator, DyingCoordinator) and run.coordinator.lives == 2
     assert status.ended == "finished", status.cause
+    assert status.generation == 1, "it goes on"
     newest = latest(Store(run.run_folder))
     assert newest is not None and newest.step == 12
     assert {step: set(losses) for step, losses in run.losses().items()} == {
@@ -367,7 +374,7 @@ def test_a_coordinator_that_dies_in_the_last_save_hears_of_its_shards_again(
 def test_nobody_tries_to_save_for_a_run_that_is_over(play: Callable[..., Played], blocked_step: Path) -> None:
     run = play()
     wait_until_it_tries_again(run)
-    run.coordinator.call("give_up", "node 1 cannot go on").result()
+    run.coordinator.tell(CannotGoOn("node 1 cannot go on")).result()
     status = run.finish()
     assert (status.ended, status.cause) == ("failed", "node 1 cannot go on") and blocked_step.is_file()
     assert not images_in_memory()

@@ -12,15 +12,16 @@ import pytest
 from neuron_twin import write_site
 from tiny import build_documents, job_text
 
-from raynium.accelerators.detect import detect
 from raynium.config.load import parse_config
 from raynium.config.world import World
-from raynium.node.agent import COMPILES_TOLD, Node, NodeAgent, _Handler
 from raynium.node.compile_cache import FOLDER, entries
-from raynium.run.coordinator import CoordinatorOnLoop, RunCoordinator
+from raynium.node.reports import COMPILES_TOLD, Reports
+from raynium.run.coordinator import RunCoordinator
+from raynium.run.on_loop import CoordinatorOnLoop
 from raynium.run.protocol import Order, Status
 from raynium.storage.store import Store
 from raynium.tracking.tracker import MemoryTracker
+from raynium.train.link import Compiled
 
 pytestmark = pytest.mark.slow
 
@@ -151,33 +152,19 @@ def test_a_surprise_is_told_once_for_all_ranks_of_a_node_and_never_without_end(
     caplog.set_level(logging.INFO, "raynium")
     config = parse_config(JOB, {"cluster.accelerator": "cpu"})
     coordinator = CoordinatorOnLoop(RunCoordinator(config.model_dump(mode="json"), str(tmp_path / "run"), 0))
-    agent = NodeAgent(
-        config=config,
-        run_url=str(tmp_path / "run"),
-        node=Node("a", 0, "127.0.0.1"),
-        accelerator=detect("cpu"),
-        coordinator=coordinator,
-        open_tracker=MemoryTracker,
-        data_folder=str,
-    )
-    handle = _Handler(agent, Order("run", World.of(agent.config), 1, "g1", "127.0.0.1", 1), MemoryTracker())
+    reports = Reports(config, coordinator, MemoryTracker(), peak_flops_per_rank=lambda: None, halted=lambda rank: False)
+    reports.begin_generation(Order(World.of(config), 1, "g1", "127.0.0.1", 1), range(2))
 
-    def compiled(rank: int, step: int, *surprises: str) -> tuple[int, dict[str, Any]]:
-        fields = {"step": step, "graphs": 2, "seconds": 4.1, "surprises": surprises}
-        return rank, {"kind": "compiled"} | fields
+    def compiled(rank: int, step: int, *surprises: str) -> None:
+        reports.take(rank, Compiled(step, 2, 4.1, list(surprises)))
 
-    handle([compiled(0, 1), compiled(1, 1)], [])
-    handle(
-        [
-            compiled(1, 12, "forward was compiled again (4.1 s): x"),
-            compiled(0, 12, "forward was compiled again (4.3 s): x"),
-        ],
-        [],
-    )
-    handle(
-        [compiled(0, step, "forward was compiled again (4.3 s): x") for step in range(13, 13 + 2 * COMPILES_TOLD)], []
-    )
-    status: Status = coordinator.call("status", 0).result()
+    compiled(0, 1)
+    compiled(1, 1)
+    compiled(1, 12, "forward was compiled again (4.1 s): x")
+    compiled(0, 12, "forward was compiled again (4.3 s): x")
+    for step in range(13, 13 + 2 * COMPILES_TOLD):
+        compiled(0, step, "forward was compiled again (4.3 s): x")
+    status: Status = coordinator.run(lambda each: each.status(0)).result()
     coordinator.close()
     told = [event.text for event in status.events]
     assert told[:2] == [

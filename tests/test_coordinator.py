@@ -18,9 +18,25 @@ from raynium.checkpoint.format.image import ImageFile, plan_image, write_image
 from raynium.checkpoint.state import Chunk
 from raynium.checkpoint.upload import upload_shard
 from raynium.config.load import parse_config
-from raynium.health.faults import classify
+from raynium.config.world import World
+from raynium.health.faults import Fault, classify
+from raynium.rank.plan import RankPlan
+from raynium.run import verdicts as verdicts_module
 from raynium.run.coordinator import RunCoordinator
-from raynium.run.protocol import AgentInfo, HeldImages, Order, RankExit
+from raynium.run.protocol import (
+    AgentInfo,
+    CannotGoOn,
+    GoHome,
+    HeldImages,
+    Order,
+    Outcome,
+    Progressed,
+    RankExit,
+    Said,
+    ShardFailed,
+    ShardSaved,
+    Verdict,
+)
 from raynium.storage.store import Store
 from raynium.tracking.ledger import Ledger
 
@@ -35,8 +51,32 @@ def coordinator(folder: Path, **changes: Any) -> RunCoordinator:
     return RunCoordinator(parse_config(JOB, changes).model_dump(mode="json"), str(folder / "run"), last_generation=0)
 
 
-def agent(node_rank: int, attempt: str = "a") -> AgentInfo:
-    return AgentInfo(attempt, node_rank, f"127.0.0.{node_rank + 2}", 29500 + node_rank, pid=1)
+def agent(node_rank: int, attempt: str = "a", *, nodes: int = 2) -> AgentInfo:
+    return AgentInfo(attempt, node_rank, nodes, f"127.0.0.{node_rank + 2}", 29500 + node_rank, pid=1)
+
+
+ALONE = agent(0, nodes=1)
+WORLD = World.of(parse_config(JOB))
+
+
+def order_of(run: RunCoordinator, generation: int) -> Order:
+    return run._lives._generations[generation].order
+
+
+async def watch(run: RunCoordinator, generation: int = 1, *, stop_known: bool = False) -> Verdict:
+    return await run.watch(agent(0), order_of(run, generation), stop_known=stop_known)
+
+
+async def ended(run: RunCoordinator, generation: int, node_rank: int, exits: list[RankExit]) -> None:
+    await run.exited(agent(node_rank), order_of(run, generation), exits)
+
+
+async def report(run: RunCoordinator, step: int, metrics: dict[str, float]) -> None:
+    await run.tell(Progressed(run._lives.number, step, metrics, Ledger()))
+
+
+async def account(run: RunCoordinator, generation: int, ledger: Ledger) -> Ledger:
+    return (await run.tell(Progressed(generation, ledger.step, {}, ledger))).ledger
 
 
 def test_a_generation_starts_when_every_node_is_there_and_all_get_the_same_rendezvous(tmp_path: Path) -> None:
@@ -47,7 +87,7 @@ def test_a_generation_starts_when_every_node_is_there_and_all_get_the_same_rende
         assert not first.done()
         second = await run.join(agent(0))
         assert await first == second
-        assert (second.kind, second.generation, second.resume_step) == ("run", 1, None)
+        assert (second.generation, second.resume_step, second.world) == (1, None, WORLD)
         assert (second.master_host, second.master_port) == ("127.0.0.2", 29500)
 
     asyncio.run(play())
@@ -57,11 +97,11 @@ def test_a_death_takes_every_node_to_the_next_generation_and_its_cause_is_told(t
     async def play() -> None:
         run = coordinator(tmp_path)
         await asyncio.gather(run.join(agent(0)), run.join(agent(1)))
-        watching = asyncio.create_task(run.watch(1, False))
-        await run.exited(1, 1, [DIED])
+        watching = asyncio.create_task(watch(run))
+        await ended(run, 1, 1, [DIED])
         verdict = await watching
         assert verdict.kind == "over" and "rank 1: killed by SIGKILL" in verdict.cause
-        await run.exited(1, 0, [BROKEN_PIPE])  # a consequence: neither counted nor told as a cause
+        await ended(run, 1, 0, [BROKEN_PIPE])  # a consequence: neither counted nor told as a cause
         orders = await asyncio.gather(run.join(agent(0)), run.join(agent(1)))
         assert {order.generation for order in orders} == {2}
         texts = [event.text for event in (await run.status(0)).events]
@@ -75,8 +115,8 @@ def test_of_several_deaths_the_signal_is_the_cause(tmp_path: Path) -> None:
     async def play() -> None:
         run = coordinator(tmp_path)
         await asyncio.gather(run.join(agent(0)), run.join(agent(1)))
-        await run.exited(1, 0, [BROKEN_PIPE, DIED])
-        assert "SIGKILL" in (await run.watch(1, False)).cause
+        await ended(run, 1, 0, [BROKEN_PIPE, DIED])
+        assert "SIGKILL" in (await watch(run)).cause
 
     asyncio.run(play())
 
@@ -86,8 +126,8 @@ def test_it_gives_up_after_failures_without_progress_and_says_so(tmp_path: Path)
         run = coordinator(tmp_path)
         for generation in (1, 2):
             await asyncio.gather(run.join(agent(0)), run.join(agent(1)))
-            await run.exited(generation, 1, [DIED])
-        assert (await run.join(agent(0))).kind == "end"
+            await ended(run, generation, 1, [DIED])
+        assert isinstance(await run.join(agent(0)), GoHome)
         status = await run.status(0)
         assert status.ended == "failed" and status.cause is not None
         assert "max_restarts_without_progress=1" in status.cause and "SIGKILL" in status.cause
@@ -104,7 +144,7 @@ def test_lost_nodes_are_counted_apart_from_failed_ranks_and_only_without_progres
             await run.attempt_begins(attempt)
             await run.attempt_begins(attempt)  # Ray repeats a call whose answer was lost
             order, _ = await asyncio.gather(run.join(agent(0, attempt)), run.join(agent(1, attempt)))
-            assert order.kind == "run"
+            assert isinstance(order, Order)
             if number in (1, 3, 5):  # else no third loss would be survived
                 await save(run, tmp_path, order, 2 * number)
         await run.leave()
@@ -125,25 +165,25 @@ def test_lost_nodes_are_counted_apart_from_failed_ranks_and_only_without_progres
 def test_cores_that_a_killed_rank_still_holds_are_waited_for_a_while(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(coordinator_module, "CORES_PAUSE_SECONDS", 0.05)
+    monkeypatch.setattr(verdicts_module, "CORES_PAUSE_SECONDS", 0.05)
     fault = classify(["NRT:nrt_init Logical Neuron Core(s) not available - Requested:1 Available:0"], [])
     taken = RankExit(0, 1, str(fault), retry=True, fault=fault)
 
     async def play() -> None:
         run = coordinator(tmp_path, **{"cluster.nodes": 1})
-        order = await run.join(agent(0))
+        order = await run.join(ALONE)
         await save(run, tmp_path, order, 2)
-        await run.report(4, {"train/loss": 3.0})
-        await run.exited(1, 0, [replace(DIED, rank=0)])
-        images = holding(0, HeldImages(order.generation_id, 2, (0,)))
+        await report(run, 4, {"train/loss": 3.0})
+        await ended(run, 1, 0, [replace(DIED, rank=0)])
+        images = replace(ALONE, images=(HeldImages(order.generation_id, 2, (0,), order.world),))
         for generation in range(2, 7):
             assert (await run.join(images)).resume_images is not None, "the snapshot in memory is not to blame"
             failed = time.monotonic()
-            await run.exited(generation, 0, [taken])
+            await ended(run, generation, 0, [taken])
         assert (await run.join(images)).generation == 7 and time.monotonic() - failed >= 0.05
-        monkeypatch.setattr(coordinator_module, "CORES_RETURN_SECONDS", 0.0)
-        await run.exited(7, 0, [taken])
-        assert (await run.join(images)).kind == "end"
+        monkeypatch.setattr(verdicts_module, "CORES_RETURN_SECONDS", 0.0)
+        await ended(run, 7, 0, [taken])
+        assert isinstance(await run.join(images), GoHome)
         assert "max_restarts_without_progress=1" in str((await run.status(0)).cause)
 
     asyncio.run(play())
@@ -153,8 +193,8 @@ def test_what_would_happen_again_is_not_tried_again(tmp_path: Path) -> None:
     async def play() -> None:
         run = coordinator(tmp_path)
         await asyncio.gather(run.join(agent(0)), run.join(agent(1)))
-        await run.exited(1, 0, [BAD_STEP])
-        assert (await run.join(agent(0))).kind == "end"
+        await ended(run, 1, 0, [BAD_STEP])
+        assert isinstance(await run.join(agent(0)), GoHome)
         assert (await run.status(0)).cause == "rank 0: BadStep: step 3: loss nan"
 
     asyncio.run(play())
@@ -164,13 +204,13 @@ def test_a_new_worker_group_ends_the_old_generation_and_sends_old_agents_home(tm
     async def play() -> None:
         run = coordinator(tmp_path)
         await asyncio.gather(run.join(agent(0)), run.join(agent(1)))
-        watching = asyncio.create_task(run.watch(1, False))
+        watching = asyncio.create_task(watch(run))
         ready_again = replace(agent(1), last_generation=1)
         zombie = asyncio.create_task(run.join(ready_again))  # of the old group
         await asyncio.sleep(0.01)
         orders = await asyncio.gather(run.join(agent(0, "b")), run.join(agent(1, "b")))
         assert (await watching).kind == "over"
-        assert (await zombie).kind == "end"
+        assert isinstance(await zombie, GoHome)
         assert {order.generation for order in orders} == {2}
 
     asyncio.run(play())
@@ -181,17 +221,17 @@ def test_a_stop_reaches_running_ranks_once_and_ends_a_run_that_has_none(tmp_path
         run = coordinator(tmp_path)
         await asyncio.gather(run.join(agent(0)), run.join(agent(1)))
         await run.request_stop()
-        assert (await run.watch(1, False)).kind == "stop"
-        again = asyncio.create_task(run.watch(1, True))
+        assert (await watch(run)).kind == "stop"
+        again = asyncio.create_task(watch(run, stop_known=True))
         await asyncio.sleep(0.01)
         assert not again.done()
-        await run.exited(1, 1, [DIED])  # killed while it was saving: the user wanted the end, not another generation
+        await ended(run, 1, 1, [DIED])  # killed while it was saving: the user wanted the end, not another generation
         assert (await again).kind == "over"
         assert (await run.status(0)).ended == "stopped"
 
         idle = coordinator(tmp_path)
         await idle.request_stop()
-        assert (await idle.join(agent(0))).kind == "end"
+        assert isinstance(await idle.join(agent(0)), GoHome)
 
     asyncio.run(play())
 
@@ -199,9 +239,9 @@ def test_a_stop_reaches_running_ranks_once_and_ends_a_run_that_has_none(tmp_path
 def test_reaching_the_end_without_a_committed_checkpoint_is_a_failure(tmp_path: Path) -> None:
     async def play() -> None:
         run = coordinator(tmp_path, **{"cluster.nodes": 1})
-        await run.join(agent(0))
-        await run.shard_failed(4, 0, "disk full")
-        await run.exited(1, 0, [RankExit(0, 0, None, retry=False, outcome={"step": 4, "reason": "finished"})])
+        await run.join(ALONE)
+        await run.tell(ShardFailed(4, 0, "disk full"))
+        await ended(run, 1, 0, [RankExit(0, 0, None, retry=False, outcome=Outcome(4, "finished"))])
         status = await run.status(0)
         assert status.ended == "failed" and "training reached step 4, but its checkpoint" in (status.cause or "")
         assert "rank 0's shard could not be uploaded: disk full" in (status.cause or "")
@@ -210,12 +250,134 @@ def test_reaching_the_end_without_a_committed_checkpoint_is_a_failure(tmp_path: 
     asyncio.run(play())
 
 
-def test_a_coordinator_that_was_started_again_sends_agents_back_to_join(tmp_path: Path) -> None:
+def test_a_coordinator_that_was_started_again_keeps_a_healthy_generation(tmp_path: Path) -> None:
+    async def play() -> None:
+        dead = coordinator(tmp_path)
+        order, _ = await asyncio.gather(dead.join(agent(0)), dead.join(agent(1)))
+        await report(dead, 3, {"train/loss": 3.0})
+        run = coordinator(tmp_path)
+        # Ray makes the calls again that had no answer.
+        watching = [asyncio.create_task(run.watch(agent(rank), order, stop_known=False)) for rank in (0, 1)]
+        await asyncio.sleep(0.01)
+        assert not any(each.done() for each in watching)
+        status = await run.status(0)
+        assert (status.generation, status.running, len(status.agents)) == (1, True, 2)
+        assert "generation 1 goes on: the run coordinator was started again" in [each.text for each in status.events]
+        await report(run, 4, {"train/loss": 2.0})
+        assert (await run.status(0)).step == 4
+        await save(run, tmp_path, order, 4)
+        done = RankExit(0, 0, None, retry=False, outcome=Outcome(4, "finished"))
+        await asyncio.gather(*(run.exited(agent(rank), order, [done]) for rank in (0, 1)))
+        assert (await run.status(0)).ended == "finished"
+        assert {(await each).kind for each in watching} == {"over"}
+
+    asyncio.run(play())
+
+
+def test_a_generation_that_ended_while_no_coordinator_lived_is_not_taken_for_running(tmp_path: Path) -> None:
+    async def play(*, joins_first: bool) -> None:
+        dead, run = coordinator(tmp_path), coordinator(tmp_path)
+        order, _ = await asyncio.gather(dead.join(agent(0)), dead.join(agent(1)))
+        through = replace(agent(1), last_generation=1)  # its ranks' end was heard by the one that is dead
+        calls = [lambda: run.join(through), lambda: run.watch(agent(0), order, stop_known=False)]
+        tasks = []
+        for call in calls if joins_first else reversed(calls):
+            tasks.append(asyncio.create_task(call()))
+            await asyncio.sleep(0.01)
+        verdict = await (tasks[1] if joins_first else tasks[0])
+        assert verdict.kind == "over"
+        await run.join(replace(agent(0), last_generation=1))
+        assert (await run.status(0)).generation == 2
+
+    asyncio.run(play(joins_first=True))
+    asyncio.run(play(joins_first=False))
+
+
+def test_ranks_that_end_before_their_generation_is_known_again_are_heard(tmp_path: Path) -> None:
+    async def play() -> None:
+        dead, run = coordinator(tmp_path), coordinator(tmp_path)
+        order, _ = await asyncio.gather(dead.join(agent(0)), dead.join(agent(1)))
+        await run.exited(agent(1), order, [DIED])
+        verdict = await run.watch(agent(0), order, stop_known=False)
+        assert verdict.kind == "over" and "killed by SIGKILL" in verdict.cause
+
+    asyncio.run(play())
+
+
+def test_agents_of_an_attempt_that_is_gone_bring_no_generation_back(tmp_path: Path) -> None:
+    async def play() -> None:
+        dead, run = coordinator(tmp_path), coordinator(tmp_path)
+        order, _ = await asyncio.gather(dead.join(agent(0)), dead.join(agent(1)))
+        await asyncio.gather(*(run.join(replace(agent(rank, "b"), last_generation=1)) for rank in (0, 1)))
+        assert (await run.watch(agent(0), order, stop_known=False)).kind == "over"
+        assert (await run.status(0)).generation == 2
+
+    asyncio.run(play())
+
+
+def test_a_peer_that_was_missed_is_not_blamed_before_its_own_node_has_spoken(tmp_path: Path) -> None:
+    missed = replace(BROKEN_PIPE, fault=Fault("peer-lost", "a rank was gone", "restart", "peer"))
+    index_error = RankExit(1, 1, "IndexError: list index out of range", retry=True, error="IndexError")
+
     async def play() -> None:
         run = coordinator(tmp_path)
-        assert "started again" in (await run.watch(7, False)).cause
-        await run.exited(7, 0, [DIED])  # about ranks of its former life: nothing to do
-        assert (await run.status(0)).ended is None
+        await asyncio.gather(run.join(agent(0)), run.join(agent(1)))
+        first = asyncio.create_task(ended(run, 1, 0, [missed]))
+        await asyncio.sleep(0.01)
+        assert not first.done()
+        await ended(run, 1, 1, [index_error])
+        await first
+        assert (await watch(run)).cause == "rank 1: IndexError: list index out of range"
+
+        # Where nobody else speaks, what is known is told.
+        await asyncio.gather(run.join(agent(0)), run.join(agent(1)))
+        await ended(run, 2, 0, [missed])
+        assert (await watch(run, 2)).cause == f"rank 0: {BROKEN_PIPE.cause}"
+
+    asyncio.run(play())
+
+
+def test_generations_of_different_node_counts_get_the_right_worlds(tmp_path: Path) -> None:
+    async def play() -> None:
+        run = coordinator(tmp_path, **{"fault.max_restarts_without_progress": 9})
+        first, _ = await asyncio.gather(run.join(agent(0)), run.join(agent(1)))
+        assert isinstance(first, Order)
+        assert (first.world.size, first.world.data, first.world.num_micro_batches) == (2, 2, 2)
+        await save(run, tmp_path, first, 2)
+        images = [HeldImages(first.generation_id, 3, (rank,), first.world) for rank in (0, 1)]
+
+        # A worker group of one node takes over: it holds images of another world, so the checkpoint is its origin.
+        alone = replace(agent(0, "b", nodes=1), images=(replace(images[0], ranks=(0,)),), last_generation=1)
+        second = await run.join(alone)
+        assert isinstance(second, Order) and second.resume_step == 2 and second.resume_images is None
+        assert (second.world.nodes, second.world.size, second.world.data, second.world.num_micro_batches) == (
+            1,
+            1,
+            1,
+            4,
+        )
+        shard = entry(Store(tmp_path / "run"), tmp_path / "whole", step=4, generation_id=second.generation_id, rank=0)
+        await run.tell(ShardSaved(4, 0, shard, 1.0, 2, second.world))
+        plans = [RankPlan(parse_config(JOB), each.world, "run", None, "data", "images") for each in (first, second)]
+        assert [RankPlan.from_json(plan.to_json()) for plan in plans] == plans
+
+        # Three nodes cannot share four samples of micro-batches of one.
+        three = [run.join(replace(agent(rank, "c", nodes=3), last_generation=2)) for rank in range(3)]
+        assert all(isinstance(answer, GoHome) for answer in await asyncio.gather(*three))
+        assert "train.global_batch_size 4 is no multiple of 3" in str((await run.status(0)).cause)
+
+    asyncio.run(play())
+
+
+def test_a_stop_that_ranks_do_not_follow_ends_the_run_after_a_while(tmp_path: Path) -> None:
+    async def play() -> None:
+        run = coordinator(tmp_path, **{"fault.stop_seconds": 0.05})
+        await asyncio.gather(run.join(agent(0)), run.join(agent(1)))
+        await run.request_stop()
+        assert (await asyncio.wait_for(watch(run, stop_known=True), 60)).kind == "over"
+        status = await run.status(0)
+        assert status.ended == "stopped" and any("fault.stop_seconds" in each.text for each in status.events)
+        assert isinstance(await run.join(replace(agent(0), last_generation=1)), GoHome)
 
     asyncio.run(play())
 
@@ -223,7 +385,7 @@ def test_a_coordinator_that_was_started_again_sends_agents_back_to_join(tmp_path
 def test_a_coordinator_that_was_started_again_is_known_by_its_life_and_counts_on(tmp_path: Path) -> None:
     async def play() -> None:
         dead, run = coordinator(tmp_path), coordinator(tmp_path)
-        assert (await dead.status(0)).life != (await run.status(0)).life
+        assert (await dead.status(0)).ledger.life != (await run.status(0)).ledger.life
         joining = run.join(replace(agent(0), last_generation=5)), run.join(agent(1))
         assert {order.generation for order in await asyncio.gather(*joining)} == {6}
 
@@ -236,7 +398,7 @@ def test_an_unreadable_store_ends_the_run_with_the_reason(tmp_path: Path, monkey
 
     async def play() -> None:
         run = coordinator(tmp_path, **{"cluster.nodes": 1})
-        assert (await run.join(agent(0))).kind == "end"
+        assert isinstance(await run.join(ALONE), GoHome)
         status = await run.status(0)
         assert status.ended == "failed" and "no checkpoint could be chosen" in (status.cause or "")
         assert [event.text.count("trying again") for event in status.events] == [1, 1]
@@ -255,7 +417,7 @@ def test_a_store_that_does_not_answer_when_a_generation_is_ordered_is_waited_for
 
     async def play() -> None:
         run = coordinator(tmp_path, **{"cluster.nodes": 1})
-        joining = asyncio.create_task(run.join(agent(0)))
+        joining = asyncio.create_task(run.join(ALONE))
         while not (await run.status(0)).events:
             await asyncio.sleep(0.01)
         if meanwhile == "stop":
@@ -264,9 +426,9 @@ def test_a_store_that_does_not_answer_when_a_generation_is_ordered_is_waited_for
         else:
             away.unlink()
         if meanwhile == "new attempt":
-            assert (await run.join(agent(0, "b"))).generation == 1
+            assert (await run.join(agent(0, "b", nodes=1))).generation == 1
         order = await asyncio.wait_for(joining, 60)
-        assert order.kind == ("run" if meanwhile == "the store is back" else "end")
+        assert isinstance(order, Order if meanwhile == "the store is back" else GoHome)
 
     asyncio.run(play())
 
@@ -279,8 +441,8 @@ def test_an_order_whose_answer_was_lost_is_given_again(tmp_path: Path) -> None:
         first_through = asyncio.create_task(run.join(replace(agent(1), last_generation=1)))  # node 0 still saves
         await asyncio.sleep(0.01)
         assert not first_through.done()
-        await run.give_up("the test is over")
-        assert (await first_through).kind == "end"
+        await run.tell(CannotGoOn("the test is over"))
+        assert isinstance(await first_through, GoHome)
 
     asyncio.run(play())
 
@@ -291,9 +453,9 @@ def test_an_agent_that_ray_took_for_dead_does_not_come_back(tmp_path: Path) -> N
         await asyncio.gather(run.join(agent(0)), run.join(agent(1)))
         waiting = asyncio.create_task(run.join(agent(0, "b")))
         await asyncio.sleep(0.01)
-        assert (await run.join(replace(agent(1), last_generation=1))).kind == "end"  # its node was cut off
+        assert isinstance(await run.join(replace(agent(1), last_generation=1)), GoHome)  # its node was cut off
         orders = await asyncio.gather(waiting, run.join(agent(1, "b")))
-        assert {(order.kind, order.generation) for order in orders} == {("run", 2)}
+        assert {order.generation for order in orders} == {2}
 
     asyncio.run(play())
 
@@ -303,9 +465,9 @@ def test_failed_generations_leave_little_behind(tmp_path: Path) -> None:
         run = coordinator(tmp_path, **{"cluster.nodes": 1, "fault.max_restarts_without_progress": 99})
         for generation in range(1, 31):
             last_words = replace(DIED, rank=0, last_lines=(f"{generation}" * 10_000,))
-            await run.join(replace(agent(0), last_generation=generation - 1))
-            await run.exited(generation, 0, [last_words] * 2)
-        assert len(pickle.dumps(run._generations)) < 100_000
+            await run.join(replace(ALONE, last_generation=generation - 1))
+            await ended(run, generation, 0, [last_words] * 2)
+        assert len(pickle.dumps(run._lives._generations)) < 100_000
 
     asyncio.run(play())
 
@@ -314,8 +476,8 @@ def test_failed_generations_leave_little_behind(tmp_path: Path) -> None:
 def test_events_are_told_once(tmp_path: Path, events_after: int, expected: list[str]) -> None:
     async def play() -> None:
         run = coordinator(tmp_path)
-        await run.tell("one")
-        await run.tell("two")
+        await run.tell(Said("one"))
+        await run.tell(Said("two"))
         assert [event.text for event in (await run.status(events_after)).events] == expected
 
     asyncio.run(play())
@@ -337,8 +499,10 @@ def entry(store: Store, image: Path, *, step: int, generation_id: str, rank: int
 
 async def save(run: RunCoordinator, folder: Path, order: Order, step: int) -> None:
     for rank in (0, 1):
-        shard = entry(run.store, folder / f"image-{rank}", step=step, generation_id=order.generation_id, rank=rank)
-        await run.shard_saved(step, rank, shard, 3.0 + rank, order.resume_step)
+        shard = entry(
+            Store(folder / "run"), folder / f"image-{rank}", step=step, generation_id=order.generation_id, rank=rank
+        )
+        await run.tell(ShardSaved(step, rank, shard, 3.0 + rank, order.resume_step, order.world))
 
 
 def holding(node_rank: int, *images: HeldImages) -> AgentInfo:
@@ -350,14 +514,14 @@ def test_a_late_commit_does_not_delete_the_checkpoint_that_new_ranks_read(tmp_pa
         run = coordinator(tmp_path, **{"checkpoint.keep_last": 1, "fault.max_restarts_without_progress": 9})
         first, _ = await asyncio.gather(run.join(agent(0)), run.join(agent(1)))
         await save(run, tmp_path, first, 2)
-        await run.exited(1, 0, [DIED])
+        await ended(run, 1, 0, [DIED])
         second, _ = await asyncio.gather(run.join(agent(0)), run.join(agent(1)))
         assert second.resume_step == 2
         await save(run, tmp_path, first, 3)  # its last shard was still on its way
-        assert [each.step for each in list_checkpoints(run.store)] == [2, 3]
-        await run.report(3, {"train/loss": 3.0})
+        assert [each.step for each in list_checkpoints(Store(tmp_path / "run"))] == [2, 3]
+        await report(run, 3, {"train/loss": 3.0})
         await save(run, tmp_path, second, 4)
-        assert [each.step for each in list_checkpoints(run.store)] == [4]
+        assert [each.step for each in list_checkpoints(Store(tmp_path / "run"))] == [4]
 
     asyncio.run(play())
 
@@ -366,25 +530,25 @@ def test_a_commit_is_told_with_what_it_cost_and_keeps_the_metrics_of_its_step(tm
     async def play() -> None:
         run = coordinator(tmp_path)
         order, _ = await asyncio.gather(run.join(agent(0)), run.join(agent(1)))
-        await run.report(2, {"train/loss": 3.0, "eval/loss": 2.5})
+        await report(run, 2, {"train/loss": 3.0, "eval/loss": 2.5})
         following = asyncio.create_task(run.commits(0))
         await save(run, tmp_path, order, 2)
         [commit] = await following or []
         assert (commit.number, commit.step) == (1, 2)
         assert commit.metrics["checkpoint/longest_stall_seconds"] == 1.5
         assert commit.metrics["checkpoint/upload_seconds"] == 4.0
-        manifest = open_checkpoint(run.store, 2).manifest
+        manifest = open_checkpoint(Store(tmp_path / "run"), 2).manifest
         assert commit.metrics["checkpoint/bytes"] == manifest.num_bytes
         assert manifest.metrics == {"eval/loss": 2.5}
         assert manifest.timing is not None and manifest.timing.stall_seconds == 1.5
         await save(run, tmp_path, order, 4)
         [again] = await run.commits(1) or []
         assert [each["step"] for each in json.loads(again.checkpoints)] == [2, 4]
-        assert open_checkpoint(run.store, 4).manifest.metrics == {}
+        assert open_checkpoint(Store(tmp_path / "run"), 4).manifest.metrics == {}
         assert [commit.step for commit in await run.commits(0) or []] == [4], (
             "a new agent sends only what none has sent"
         )
-        await run.give_up("enough")
+        await run.tell(CannotGoOn("enough"))
         assert await run.commits(2) is None
 
     asyncio.run(play())
@@ -409,26 +573,26 @@ def test_the_newest_snapshot_that_every_rank_has_in_memory_comes_before_the_stor
         run = coordinator(tmp_path, **{"fault.max_restarts_without_progress": 9})
         order, _ = await asyncio.gather(run.join(agent(0)), run.join(agent(1)))
         await save(run, tmp_path, order, 2)
-        await run.report(4, {"train/loss": 3.0})
-        await run.exited(1, 0, [DIED])
+        await report(run, 4, {"train/loss": 3.0})
+        await ended(run, 1, 0, [DIED])
         id_ = order.generation_id
-        older, newer = HeldImages(id_, 2, (0,)), HeldImages(id_, 3, (0,))
+        older, newer = HeldImages(id_, 2, (0,), WORLD), HeldImages(id_, 3, (0,), WORLD)
         first, second = await asyncio.gather(
             run.join(holding(0, older, newer)),
             run.join(holding(1, replace(older, ranks=(1,)))),
         )
         assert first == second and first.resume_step == 2, "rank 1 has no snapshot of step 3"
-        assert first.resume_images == HeldImages(id_, 2, (0, 1))
+        assert first.resume_images == HeldImages(id_, 2, (0, 1), WORLD)
 
         # It makes no step from there: the same images are not tried again, the store has the same step.
-        await run.exited(2, 0, [DIED])
+        await ended(run, 2, 0, [DIED])
         third, _ = await asyncio.gather(run.join(holding(0, older)), run.join(holding(1, replace(older, ranks=(1,)))))
         assert (third.resume_step, third.resume_images) == (2, None)
 
         # It goes on: images of a step that was never committed will do.
-        await run.report(4, {"train/loss": 3.0})
-        await run.exited(3, 0, [DIED])
-        uncommitted = [HeldImages(third.generation_id, 3, (rank,)) for rank in (0, 1)]
+        await report(run, 4, {"train/loss": 3.0})
+        await ended(run, 3, 0, [DIED])
+        uncommitted = [HeldImages(third.generation_id, 3, (rank,), WORLD) for rank in (0, 1)]
         fourth, _ = await asyncio.gather(*(run.join(holding(rank, uncommitted[rank])) for rank in (0, 1)))
         assert fourth.resume_step == 3 and fourth.resume_images is not None
 
@@ -443,26 +607,26 @@ def test_each_second_of_a_run_is_booked_whatever_happens_to_its_generations(tmp_
         before = Ledger(train=50, down=30, step=8)
         await run.ran_before(before)
         await run.ran_before(Ledger(train=50, step=8))  # an earlier word that comes later
-        order = await run.join(agent(0))
+        order = await run.join(ALONE)
         assert order.ledger.total > 80 and order.ledger.step == 8, "steps up to 8 are repeated, not trained"
         await asyncio.sleep(0.02)
-        await run.account(1, Ledger(load=0.004, repeat=0.003, train=0.003, step=9))
-        whole = await run.account(1, Ledger(load=0.004, step=8))
+        await account(run, 1, Ledger(load=0.004, repeat=0.003, train=0.003, step=9))
+        whole = await account(run, 1, Ledger(load=0.004, step=8))
         assert (whole.train, whole.step) == (50.003, 9)
-        await run.exited(1, 0, [replace(DIED, rank=0)])
+        await ended(run, 1, 0, [replace(DIED, rank=0)])
         await asyncio.sleep(0.01)
-        second = await run.join(agent(0))
+        second = await run.join(ALONE)
         assert second.ledger.restart >= 0.01 and (second.ledger.repeat, second.ledger.step) == (0.003, 9)
-        await run.account(1, Ledger(train=1000))  # the last word of a life that is over comes late
-        booked = (await run.status(0)).ledger
+        await account(run, 1, Ledger(train=1000))  # the last word of a life that is over comes late
+        booked = (await run.status(0)).ledger.total
         assert booked.train == 0.003 and booked.load > 0.004, "the second is being loaded"
         await asyncio.sleep(0.01)
-        await run.account(2, Ledger(load=0.001, train=0.001, step=10))
+        await account(run, 2, Ledger(load=0.001, train=0.001, step=10))
         await run.leave()
-        home = await run.join(agent(0))
-        assert home.kind == "end" and home.ledger.restart > second.ledger.restart
+        home = await run.join(ALONE)
+        assert isinstance(home, GoHome) and home.ledger.restart > second.ledger.restart
         asked = time.monotonic()
-        total = (await run.status(0)).ledger.total
+        total = (await run.status(0)).ledger.total.total
         assert asked - made <= total <= time.monotonic() - began, "nothing is missing, and nothing counted twice"
         assert home.ledger.total - before.total <= total
 
@@ -473,15 +637,15 @@ def test_the_upload_of_the_last_checkpoint_is_part_of_the_end(tmp_path: Path) ->
     async def play() -> None:
         run = coordinator(tmp_path)
         order, _ = await asyncio.gather(run.join(agent(0)), run.join(agent(1)))
-        await run.account(1, Ledger(step=4))
+        await account(run, 1, Ledger(step=4))
         await save(run, tmp_path, order, 4)
-        done = RankExit(0, 0, None, retry=False, outcome={"step": 4, "reason": "finished"})
-        await run.exited(1, 0, [done])
-        assert (await run.status(0)).ledger.finish == 0
-        await run.exited(1, 1, [done])
+        done = RankExit(0, 0, None, retry=False, outcome=Outcome(4, "finished"))
+        await ended(run, 1, 0, [done])
+        assert (await run.status(0)).ledger.total.finish == 0
+        await ended(run, 1, 1, [done])
         status = await run.status(0)
-        assert status.ended == "finished" and status.ledger.finish > 0
-        assert (status.ledger.other, status.ledger.restart) == (0, 0)
+        assert status.ended == "finished" and status.ledger.total.finish > 0
+        assert (status.ledger.total.other, status.ledger.total.restart) == (0, 0)
 
     asyncio.run(play())
 
@@ -500,12 +664,12 @@ def test_damage_that_ranks_find_while_they_read_is_handled_as_the_policy_says(tm
         run = coordinator(tmp_path, **{"checkpoint.if_damaged": if_damaged})
         orders = await asyncio.gather(run.join(agent(0)), run.join(agent(1)))
         assert orders[0].resume_step == 4
-        await run.exited(1, 0, [DAMAGED])
+        await ended(run, 1, 0, [DAMAGED])
         orders = await asyncio.gather(run.join(agent(0)), run.join(agent(1)))
         status = await run.status(0)
         told = "\n".join(event.text for event in status.events)
         if if_damaged == "stop":
-            assert orders[0].kind == "end" and status.ended == "failed"
+            assert isinstance(orders[0], GoHome) and status.ended == "failed"
             assert "checkpoint of step 4 is damaged" in told and "checkpoint.if_damaged=use_older" in told
         else:
             assert orders[0].resume_step == 2
@@ -523,7 +687,7 @@ def test_uploads_that_a_dead_attempt_left_open_are_removed_and_living_ones_are_n
         await asyncio.gather(run.join(agent(0)), run.join(agent(1)))
         assert not (folder / ".tmp-left").exists()
         (folder / ".tmp-living").write_bytes(b"half")
-        await run.exited(1, 0, [DIED])
+        await ended(run, 1, 0, [DIED])
         await asyncio.gather(run.join(agent(0)), run.join(agent(1)))
         assert (folder / ".tmp-living").exists(), "the agents of this attempt may still upload"
         restarted = coordinator(tmp_path)

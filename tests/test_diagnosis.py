@@ -24,12 +24,14 @@ from raynium.node import agent as agent_module
 from raynium.node import diagnosis
 from raynium.node.agent import Node as AgentNode
 from raynium.node.agent import NodeAgent
-from raynium.node.diagnosis import KERNEL_LOG, Diagnosis, KernelLog
+from raynium.node.diagnosis import KERNEL_LOG, Diagnosis, KernelLog, may_blame_a_peer
 from raynium.node.ranks import RankGroup
-from raynium.run import coordinator as coordinator_module
-from raynium.run.coordinator import CoordinatorOnLoop, RunCoordinator
-from raynium.run.protocol import AgentInfo, RankExit
+from raynium.run import board
+from raynium.run.coordinator import RunCoordinator
+from raynium.run.on_loop import CoordinatorOnLoop
+from raynium.run.protocol import AgentInfo, DevicesSeen, FaultSeen, GoHome, RankExit
 from raynium.tracking.tracker import MemoryTracker
+from raynium.train.link import Failed
 
 FIXTURES = Path(__file__).parent / "fixtures/neuron"
 KILLED = RankExit(1, -signal.SIGKILL, "killed by SIGKILL (out of memory?)", retry=True)
@@ -142,6 +144,31 @@ def test_a_hang_on_collectives_does_not_blame_this_node(node: Node) -> None:
     found = node.one(LIBRARY_ERROR)
     assert found.fault is not None and found.fault.guilty == "peer" and not found.fault.names_the_node
     assert found.retry and "this node is not to blame" in (found.cause or "")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "RuntimeError: [.../gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:1",
+        "RuntimeError: [.../tcp/pair.cc:581] Read error [127.0.0.1]:28571: Connection reset by peer",
+        "RuntimeError: [.../tcp/unbound_buffer.cc:81] Timed out waiting 1800000ms for recv operation to complete",
+        "DistBackendError: NCCL error in: NCCLUtils.cpp:94, remote process exited or there was a network error",
+        "DistNetworkError: failed to recv, got 0 bytes",
+        "DistNetworkError: The client socket has timed out after 60000ms while trying to connect",
+    ],
+)
+def test_a_broken_connection_blames_a_peer_and_never_the_rank_that_says_so(node: Node, text: str) -> None:
+    error = text.partition(":")[0]
+    assert may_blame_a_peer(Failed(error, text, retry=True))
+    found = node.one(RankExit(0, 1, text, retry=True, error=error))
+    assert found.fault is not None and found.fault.guilty == "peer" and found.retry and text in (found.cause or "")
+
+    own = text.replace(error, "ConnectionError")
+    assert not may_blame_a_peer(Failed("ConnectionError", own, retry=True)), "it may be anybody's connection"
+    assert node.one(RankExit(0, 1, own, retry=True, error="ConnectionError")).fault is None
+    node.diagnosis.note(0, "WARNING s3: Connection reset by peer, trying again")
+    shape = "RuntimeError: mat1 and mat2 shapes cannot be multiplied"
+    assert node.one(RankExit(0, 1, shape, retry=True, error="RuntimeError")).fault is None
 
 
 def test_waiting_for_a_rank_that_compiles_is_told_and_is_no_fault(node: Node) -> None:
@@ -277,9 +304,20 @@ def died_of(fault: Fault, rank: int) -> RankExit:
 async def started(folder: Path) -> RunCoordinator:
     """A coordinator whose first generation runs on two nodes."""
     run = RunCoordinator(parse_config(JOB).model_dump(mode="json"), str(folder / "run"), last_generation=0)
-    agents = [AgentInfo("a", node, f"10.0.0.{node + 2}", 29500 + node, pid=1) for node in range(2)]
+    agents = [AgentInfo("a", node, 2, f"10.0.0.{node + 2}", 29500 + node, pid=1) for node in range(2)]
     await asyncio.gather(*(run.join(agent) for agent in agents))
     return run
+
+
+async def ended(run: RunCoordinator, generation: int, node_rank: int, exits: list[RankExit]) -> None:
+    order = run._lives._generations[generation].order
+    await run.exited(order_agent(run, node_rank), order, exits)
+
+
+def order_agent(run: RunCoordinator, node_rank: int) -> AgentInfo:
+    newest = run._lives.newest
+    assert newest is not None
+    return newest.agents[node_rank]
 
 
 async def texts(run: RunCoordinator) -> list[str]:
@@ -289,7 +327,7 @@ async def texts(run: RunCoordinator) -> list[str]:
 def test_a_broken_node_is_named_with_what_to_do_and_the_run_goes_on(tmp_path: Path) -> None:
     async def play() -> None:
         run = await started(tmp_path)
-        await run.exited(1, 1, [died_of(ABORT, 1)])
+        await ended(run, 1, 1, [died_of(ABORT, 1)])
         told = await texts(run)
         assert told[-3:] == [
             "generation 1 failed: rank 1: Neuron device 2, core 1, a DMA engine stopped for good (RuntimeError: x)",
@@ -312,11 +350,11 @@ def test_a_broken_node_is_named_with_what_to_do_and_the_run_goes_on(tmp_path: Pa
 def test_the_node_that_made_others_hang_is_named_though_they_reported_first(tmp_path: Path) -> None:
     async def play() -> None:
         run = await started(tmp_path)
-        await run.exited(1, 0, [died_of(HANG, 0)])
+        await ended(run, 1, 0, [died_of(HANG, 0)])
         assert not [text for text in await texts(run) if "10.0.0" in text], "nobody is blamed yet"
-        await run.exited(1, 1, [died_of(ABORT, 1)])
+        await ended(run, 1, 1, [died_of(ABORT, 1)])
         assert (await texts(run))[-1].startswith("node 1 (10.0.0.3): Neuron device 2, core 1, a DMA engine")
-        await run.node_fault(1, 1, ABORT)
+        await run.tell(FaultSeen(1, 1, ABORT))
         assert sum("replace this instance" in text for text in await texts(run)) == 1, "once"
 
     asyncio.run(play())
@@ -325,10 +363,10 @@ def test_the_node_that_made_others_hang_is_named_though_they_reported_first(tmp_
 def test_a_node_whose_ranks_only_hung_is_named_too(tmp_path: Path) -> None:
     async def play() -> None:
         run = await started(tmp_path)
-        await run.exited(1, 0, [died_of(HANG, 0)])
-        await run.node_fault(1, 1, ABORT)
+        await ended(run, 1, 0, [died_of(HANG, 0)])
+        await run.tell(FaultSeen(1, 1, ABORT))
         assert (await texts(run))[-1].startswith("node 1 (10.0.0.3)")
-        await run.node_fault(7, 1, ABORT)  # of a life of the coordinator that it has forgotten
+        await run.tell(FaultSeen(7, 1, ABORT))  # of a life of the coordinator that it has forgotten
 
     asyncio.run(play())
 
@@ -336,7 +374,7 @@ def test_a_node_whose_ranks_only_hung_is_named_too(tmp_path: Path) -> None:
 def test_what_would_happen_again_ends_the_run(tmp_path: Path) -> None:
     async def play() -> None:
         run = await started(tmp_path)
-        await run.exited(1, 0, [died_of(NAN, 0)])
+        await ended(run, 1, 0, [died_of(NAN, 0)])
         status = await run.status(0)
         assert status.ended == "failed" and "produced NaN" in (status.cause or "")
 
@@ -358,7 +396,7 @@ def test_of_several_deaths_the_one_that_explains_the_others_is_told(
 ) -> None:
     async def play() -> None:
         run = await started(tmp_path)
-        await run.exited(1, 0, exits)
+        await ended(run, 1, 0, exits)
         assert any(text.startswith(f"generation 1 failed: rank {guilty}: ") for text in await texts(run))
 
     asyncio.run(play())
@@ -367,11 +405,13 @@ def test_of_several_deaths_the_one_that_explains_the_others_is_told(
 def test_device_metrics_are_of_all_nodes_that_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async def play() -> None:
         run = await started(tmp_path)
-        await run.device_sample(1, DeviceSample((0.5,), 10.0))
-        found = await run.device_sample(0, DeviceSample((0.7,), 30.0))
+        await run.tell(DevicesSeen(1, DeviceSample((0.5,), 10.0)))
+        found = (await run.tell(DevicesSeen(0, DeviceSample((0.7,), 30.0)))).device_metrics
         assert (found["device/reporting_nodes"], found["device/flops_per_second"]) == (2.0, 40.0)
-        monkeypatch.setattr(coordinator_module, "DEVICE_SAMPLE_SECONDS", -1.0)
-        assert await run.device_sample(0, DeviceSample((0.7,), 30.0)) == {}, "too old to be true now"
+        monkeypatch.setattr(board, "DEVICE_SAMPLE_SECONDS", -1.0)
+        assert (await run.tell(DevicesSeen(0, DeviceSample((0.7,), 30.0)))).device_metrics == {}, (
+            "too old to be true now"
+        )
 
     asyncio.run(play())
 
@@ -408,7 +448,7 @@ def test_an_agent_reports_its_devices_and_names_what_broke_on_its_node(tmp_path:
     agent = NodeAgent(
         config=config,
         run_url=str(tmp_path / "run"),
-        node=AgentNode("a", 0, "127.0.0.1"),
+        node=AgentNode("a", 0, 1, "127.0.0.1"),
         accelerator=detect("cpu"),
         coordinator=coordinator,
         open_tracker=lambda: tracker,
@@ -423,10 +463,12 @@ def test_an_agent_reports_its_devices_and_names_what_broke_on_its_node(tmp_path:
         with (tmp_path / "kmsg").open("a") as file:
             file.write(f"3,1,123456789,-;{HBM}\n")
         os.kill(agent.rank_pids()[0], signal.SIGKILL)
-        status = wait_for(lambda: (now := coordinator.call("status", 0).result()).generation == 2 and now)
-        wait_for(lambda: coordinator.call("status", 0).result().step >= 1)
+        status = wait_for(
+            lambda: (now := coordinator.run(lambda each: each.status(0)).result()).generation == 2 and now
+        )
+        wait_for(lambda: coordinator.run(lambda each: each.status(0)).result().step >= 1)
     finally:
-        coordinator.call("request_stop").result()
+        coordinator.run(lambda each: each.request_stop()).result()
         thread.join(60)
         coordinator.close()
     told = "\n".join(event.text for event in status.events)
@@ -450,14 +492,14 @@ def test_an_agent_names_the_broken_node_though_the_rank_that_died_was_another(
     NodeAgent(
         config=config,
         run_url=str(tmp_path / "run"),
-        node=AgentNode("a", 0, "127.0.0.1"),
+        node=AgentNode("a", 0, 1, "127.0.0.1"),
         accelerator=detect("cpu"),
         coordinator=coordinator,
         open_tracker=MemoryTracker,
         data_folder=lambda: str(documents),
         kernel_log=tmp_path / "kmsg",
     ).run()
-    status = coordinator.call("status", 0).result()
+    status = coordinator.run(lambda each: each.status(0)).result()
     coordinator.close()
     told = [event.text for event in status.events]
     assert any(text.startswith("generation 1 failed: rank 1: Neuron device 0, core 0, a collective") for text in told)
@@ -465,24 +507,46 @@ def test_an_agent_names_the_broken_node_though_the_rank_that_died_was_another(
     assert told[-1].startswith("node 0 (127.0.0.1): Neuron device 2, core 1, an execution did not end")
 
 
+def test_a_ranks_own_error_ends_the_run_and_not_its_peers_broken_connection(
+    tmp_path: Path, documents: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two real processes of one gloo group: rank 1 fails in the middle of a step, rank 0 while it waits for it."""
+    monkeypatch.setattr(agent_module, "RankGroup", partial(RankGroup, program=_dying_ranks.fail_in_a_step))
+    changes = {"cluster.nodes": 1, "cluster.ranks_per_node": 2, "fault.max_restarts_without_progress": 0}
+    config = parse_config(JOB, changes)
+    coordinator = CoordinatorOnLoop(RunCoordinator(config.model_dump(mode="json"), str(tmp_path / "run"), 0))
+    NodeAgent(
+        config=config,
+        run_url=str(tmp_path / "run"),
+        node=AgentNode("a", 0, 1, "127.0.0.1"),
+        accelerator=detect("cpu"),
+        coordinator=coordinator,
+        open_tracker=MemoryTracker,
+        data_folder=lambda: str(documents),
+    ).run()
+    status = coordinator.run(lambda each: each.status(0)).result()
+    coordinator.close()
+    assert (status.cause or "").startswith("rank 1: IndexError: list index out of range")
+
+
 def test_agents_that_are_to_leave_go_home_and_others_go_on(tmp_path: Path) -> None:
     async def play() -> None:
         run = await started(tmp_path)
-        await run.exited(1, 1, [died_of(ABORT, 1)])
-        waiting = asyncio.create_task(run.join(AgentInfo("a", 1, "10.0.0.3", 29501, pid=1)))
+        await ended(run, 1, 1, [died_of(ABORT, 1)])
+        waiting = asyncio.create_task(run.join(AgentInfo("a", 1, 2, "10.0.0.3", 29501, pid=1)))
         commits = asyncio.create_task(run.commits(0))
         await asyncio.sleep(0)
         await run.leave()
-        assert (await waiting).kind == "end" and await commits is None
+        assert isinstance(await waiting, GoHome) and await commits is None
         # One that comes late is sent home too, though now all would be there.
-        assert (await run.join(AgentInfo("a", 0, "10.0.0.2", 29500, pid=1))).kind == "end"
+        assert isinstance(await run.join(AgentInfo("a", 0, 2, "10.0.0.2", 29500, pid=1)), GoHome)
         status = await run.status(0)
         assert status.ended is None and status.generation == 1
 
         orders = await asyncio.gather(
-            *(run.join(AgentInfo("b", node, f"10.0.0.{node + 4}", 29500, pid=1)) for node in range(2))
+            *(run.join(AgentInfo("b", node, 2, f"10.0.0.{node + 4}", 29500, pid=1)) for node in range(2))
         )
-        assert [(order.kind, order.generation) for order in orders] == [("run", 2), ("run", 2)]
+        assert [order.generation for order in orders] == [2, 2]
 
     asyncio.run(asyncio.wait_for(play(), 60))
 
@@ -490,12 +554,12 @@ def test_agents_that_are_to_leave_go_home_and_others_go_on(tmp_path: Path) -> No
 def test_a_generation_that_runs_while_its_nodes_are_left_ends_and_is_no_failure(tmp_path: Path) -> None:
     async def play() -> None:
         run = await started(tmp_path)
-        watch = asyncio.create_task(run.watch(1, False))
+        watch = asyncio.create_task(run.watch(order_agent(run, 0), run._lives._generations[1].order, stop_known=False))
         await asyncio.sleep(0)
         await run.leave()
         verdict = await watch
         assert (verdict.kind, verdict.cause) == ("over", "the run leaves these nodes")
-        await run.exited(1, 0, [RankExit(0, -signal.SIGKILL, "killed", retry=True)])
+        await ended(run, 1, 0, [RankExit(0, -signal.SIGKILL, "killed", retry=True)])
         status = await run.status(0)
         assert status.ended is None and not any("failed" in event.text for event in status.events)
 

@@ -24,10 +24,12 @@ from raynium.launch.display import Display
 from raynium.launch.driver import Driver
 from raynium.launch.preparation import Prepared
 from raynium.launch.ray_environment import RAY_TRAIN_ENVIRONMENT
-from raynium.run.coordinator import CoordinatorOnLoop, RunCoordinator
-from raynium.run.protocol import AgentInfo, Status
+from raynium.run.coordinator import RunCoordinator
+from raynium.run.on_loop import CoordinatorOnLoop
+from raynium.run.protocol import AgentInfo, CannotGoOn, FaultSeen, Order, Progressed, Said, Status
 from raynium.run.record import claim
 from raynium.storage.store import Store
+from raynium.tracking.ledger import Ledger
 from raynium.tracking.runs import TrackedRun
 
 DMA_ERROR = "NEURON_HW_ERR=DMA_ERROR instance-id=i-0a1 nd-id=2 nc-id=1 serial-num=7 action=TERMINATE_INSTANCE"
@@ -46,7 +48,9 @@ class Actor:
         self.on_loop = CoordinatorOnLoop(RunCoordinator(CONFIG.model_dump(mode="json"), self._run_url, 0))
 
     def __getattr__(self, method: str) -> Any:
-        return SimpleNamespace(remote=lambda *arguments: self.on_loop.call(method, *arguments))
+        return SimpleNamespace(
+            remote=lambda *arguments: self.on_loop.run(lambda each: getattr(each, method)(*arguments))
+        )
 
 
 def wait_for(condition: Callable[[], Any], seconds: float = 60) -> Any:
@@ -79,7 +83,7 @@ class Watched:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self.actor.on_loop.call("give_up", "the test is over")
+        self.actor.on_loop.tell(CannotGoOn("the test is over"))
         self._thread.join(30)
 
     def _run(self) -> None:
@@ -94,21 +98,22 @@ class Watched:
         return text in self.log.read_text()
 
 
-AGENT = AgentInfo("a", 0, "127.0.0.1", 29500, pid=1)
+AGENT = AgentInfo("a", 0, 1, "127.0.0.1", 29500, pid=1)
 
 
 def test_a_coordinator_that_was_started_again_is_told_of_the_stop_and_its_events_are_shown(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with Watched(tmp_path, monkeypatch) as watched:
-        assert watched.actor.on_loop.call("join", AGENT).result(60).generation == 1
-        watched.actor.on_loop.call("report", 3, {"train/loss": 2.5}).result()
+        order = watched.actor.on_loop.join(AGENT).result(60)
+        assert isinstance(order, Order) and order.generation == 1
+        watched.actor.on_loop.tell(Progressed(1, 3, {"train/loss": 2.5}, Ledger())).result()
         wait_for(lambda: watched.keeper.record.step == 3)
         watched.driver.request_stop()
-        assert watched.actor.on_loop.call("watch", 1, False).result(60).kind == "stop"
+        assert watched.actor.on_loop.watch(AGENT, order, stop_known=False).result(60).kind == "stop"
 
         watched.actor.start_again()  # before any rank could save
-        watched.actor.on_loop.call("tell", "first words of another life").result()
+        watched.actor.on_loop.tell(Said("first words of another life")).result()
         status = watched.ended.result(60)
         assert (status.ended, status.step, status.generation) == ("stopped", 3, 1)
         assert status.metrics == {"train/loss": 2.5}
@@ -142,9 +147,9 @@ def test_a_store_and_a_page_that_are_away_are_told_once_and_have_it_all_when_the
     fault = classify([], [DMA_ERROR])
     assert fault is not None
     with Watched(tmp_path, monkeypatch) as watched:
-        watched.actor.on_loop.call("join", AGENT).result(60)
+        watched.actor.on_loop.join(AGENT).result(60)
         watched.driver._excluded.append("")  # this node: there is no other to go to
-        watched.actor.on_loop.call("node_fault", 1, 0, fault).result(60)
+        watched.actor.on_loop.tell(FaultSeen(1, 0, fault)).result(60)
         wait_for(lambda: min(tried.count("store"), tried.count("page")) > 5)
         away.clear()
         wait_for(lambda: page)
@@ -163,8 +168,8 @@ def test_the_heart_beats_while_agents_still_upload(tmp_path: Path, monkeypatch: 
     deadline = time.monotonic() + 120
 
     def upload() -> None:
-        watched.actor.on_loop.call("join", AGENT).result()
-        watched.actor.on_loop.call("give_up", "rank 0: loss nan").result()
+        watched.actor.on_loop.join(AGENT).result()
+        watched.actor.on_loop.tell(CannotGoOn("rank 0: loss nan")).result()
         wait_for(lambda: ending.is_set())
         while len(beats) < 4:
             assert time.monotonic() < deadline, "no heartbeat"
@@ -181,6 +186,20 @@ def test_nodes_are_waited_for_for_days() -> None:
     """Ray Train counts each placement that did not come in time, and never forgets one."""
     seconds = float(RAY_TRAIN_ENVIRONMENT["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"])
     assert seconds * driver_module.CONTROLLER_FAILURE_LIMIT >= 3 * 24 * 3600
+
+
+def test_the_second_sigterm_ends_at_once_unless_it_belongs_to_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(driver_module, "SECOND_SIGNAL_SECONDS", 0.2)
+    driver = Driver(cast(Any, SimpleNamespace(config=CONFIG, keeper=SimpleNamespace(record=RECORD))), cast(Any, None))
+    with driver_module.stop_on_signals(driver):
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert driver._stop.is_set(), "and this process goes on"
+        time.sleep(0.25)
+        with pytest.raises(SystemExit) as ended:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(5)
+    assert ended.value.code == 143
 
 
 @pytest.mark.parametrize("under_nohup", [False, True])

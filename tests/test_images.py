@@ -7,10 +7,14 @@ from pathlib import Path
 import pytest
 
 from raynium.checkpoint.format.manifest import ImageInfo, SavedBlocks
+from raynium.config.world import World
 from raynium.node.images import NodeImages, Snapshot, make_image_folder
 from raynium.run.protocol import HeldImages
 
 pytestmark = pytest.mark.quick
+
+
+WORLD = World(nodes=1, ranks_per_node=2, tensor=1, pipeline=1, num_micro_batches=1)
 
 
 def test_a_killed_agents_memory_is_freed_by_the_next_agent_and_a_live_ones_is_not(tmp_path: Path) -> None:
@@ -32,7 +36,7 @@ def test_a_killed_agents_memory_is_freed_by_the_next_agent_and_a_live_ones_is_no
 
 def snapshot(step: int, generation: str = "g1") -> Snapshot:
     info = ImageInfo(step=step, path=f"/dev/shm/{step}", size=1, tensors=SavedBlocks.of(()))
-    return Snapshot(generation, None, info, info)
+    return Snapshot(generation, WORLD, None, info, info)
 
 
 def test_a_rank_always_has_one_image_to_write_and_one_to_start_from() -> None:
@@ -41,7 +45,7 @@ def test_a_rank_always_has_one_image_to_write_and_one_to_start_from() -> None:
     assert images.take_offers() == [(0, 0), (0, 1)] and images.take_offers() == []
 
     images.complete(0, 0, snapshot(10))
-    assert images.take_offers() == [] and images.held() == (HeldImages("g1", 10, (0,)),)
+    assert images.take_offers() == [] and images.held() == (HeldImages("g1", 10, (0,), WORLD),)
     images.uploaded(0, 0, failure=None)
     assert images.take_offers() == [], "the only complete one: a restart needs it"
     images.complete(0, 1, snapshot(20))
@@ -63,12 +67,12 @@ def test_a_new_generation_keeps_what_it_starts_from_and_what_is_being_uploaded()
         images.complete(rank, 0, snapshot(10))
         images.uploaded(rank, 0, failure=None)
     images.complete(5, 1, snapshot(20))
-    kept = HeldImages("g1", 10, (0, 1, 4, 5))
-    assert set(images.held()) == {HeldImages("g1", 10, (4, 5)), HeldImages("g1", 20, (5,))}
+    kept = HeldImages("g1", 10, (0, 1, 4, 5), WORLD)
+    assert set(images.held()) == {HeldImages("g1", 10, (4, 5), WORLD), HeldImages("g1", 20, (5,), WORLD)}
 
     images.start_generation(kept)
     assert images.uploading() == ("g1",)
-    assert images.held() == (HeldImages("g1", 10, (4, 5)),), "step 20 is of a past that did not happen"
+    assert images.held() == (HeldImages("g1", 10, (4, 5), WORLD),), "step 20 is of a past that did not happen"
     assert {rank: [ImageInfo.from_json(each).step for each in found] for rank, found in images.find(kept).items()} == {
         4: [10, 10],
         5: [10, 10],
@@ -100,7 +104,7 @@ def test_of_failed_uploads_the_newest_of_each_rank_may_be_tried_again() -> None:
     images.uploaded(1, 0, failure=None)
     assert [each.rank for each in images.failed()] == [0]
 
-    images.start_generation(HeldImages("g1", 20, (0,)))
+    images.start_generation(HeldImages("g1", 20, (0,), WORLD))
     assert [each.rank for each in images.failed()] == [0], "the next generation starts from it"
     assert images.saved() == []
     images.start_generation(None)

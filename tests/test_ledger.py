@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raynium.tracking.ledger import CAUSES, CoordinatorBook, GenerationBook, Ledger, RunBook
+from raynium.tracking.ledger import CAUSES, CoordinatorBook, GenerationBook, Ledger, LifeLedger, RunBook
 from raynium.tracking.metrics import METRICS, check_metrics
 
 pytestmark = pytest.mark.quick
@@ -87,32 +87,33 @@ def generation(**seconds: Any) -> Ledger:
 
 
 def test_what_a_failed_generation_had_not_finished_belongs_to_the_restart() -> None:
-    book = CoordinatorBook(now=0)
-    book.ordered(now=4)
-    assert nonzero(book.ledger(9)) == {"start": 4, "load": 5}
-    book.account(generation(load=5, train=10, step=10))
-    assert nonzero(book.ledger(20)) == {"start": 4, "load": 5, "train": 10, "other": 1}
+    book = CoordinatorBook(life="a", now=0)
+    book.ordered(1, now=4)
+    assert nonzero(book.ledger(9).total) == {"start": 4, "load": 5}
+    book.account(1, generation(load=5, train=10, step=10), 20)
+    assert nonzero(book.ledger(20).total) == {"start": 4, "load": 5, "train": 10, "other": 1}
     book.failed()
-    book.account(generation(load=5, train=11, step=11))  # node 0's last word comes after another node's rank died
-    book.ordered(now=24)
-    assert nonzero(book.ledger(24)) == {"start": 4, "load": 5, "train": 11, "restart": 4}
-    book.account(generation(repeat=2, train=3, step=12))
+    # Node 0's last word comes after another node's rank died.
+    book.account(1, generation(load=5, train=11, step=11), 24)
+    book.ordered(2, now=24)
+    assert nonzero(book.ledger(24).total) == {"start": 4, "load": 5, "train": 11, "restart": 4}
+    book.account(2, generation(repeat=2, train=3, step=12), 31)
     book.ended()
-    assert nonzero(book.ledger(31)) == {
+    assert nonzero(book.ledger(31).total) == {
         "start": 4, "load": 5, "train": 14, "restart": 4, "repeat": 2, "finish": 2,
     }  # fmt: skip
-    assert book.ledger(31).step == 12
+    assert book.ledger(31).total.step == 12
 
 
 @pytest.mark.parametrize("ordered, failed, cause", [(False, False, "start"), (True, True, "restart")])
 def test_a_run_that_ends_while_no_rank_lives_was_waiting_for_them(ordered: bool, failed: bool, cause: str) -> None:
-    book = CoordinatorBook(now=0)
+    book = CoordinatorBook(life="a", now=0)
     if ordered:
-        book.ordered(now=0)
+        book.ordered(1, now=0)
     if failed:
         book.failed()
     book.ended()
-    assert nonzero(book.ledger(8)) == {cause: 8}
+    assert nonzero(book.ledger(8).total) == {cause: 8}
 
 
 # ---- a run -----------------------------------------------------------------------------------------------------------
@@ -122,9 +123,9 @@ def test_a_driver_books_what_it_hears_and_the_time_around_it() -> None:
     before = Ledger(train=100, down=20, step=50)
     book = RunBook(before, now=1000)
     assert book.ledger(1005) == before + Ledger(start=5)
-    book.heard(Ledger(start=2), now=1010)  # born 8 s after the claim
+    book.heard(LifeLedger("a", Ledger(start=2)), now=1010)  # born 8 s after the claim
     assert book.before_coordinator() == before + Ledger(start=8)
-    book.heard(Ledger(start=3, train=30, step=80), now=1042)  # its messages took a second in all
+    book.heard(LifeLedger("a", Ledger(start=3, train=30, step=80)), now=1042)  # its messages took a second in all
     assert book.ledger(1042) == before + Ledger(start=11, train=30, other=1, step=80)
     book.finishing(now=1042)
     assert book.ledger(1050) == before + Ledger(start=11, train=30, other=1, finish=8, step=80)
@@ -132,8 +133,9 @@ def test_a_driver_books_what_it_hears_and_the_time_around_it() -> None:
 
 def test_an_answer_that_was_heard_late_shortens_the_end_and_nothing_else() -> None:
     book = RunBook(Ledger(), now=0.0)
-    book.heard(Ledger(start=1.0), now=2.5)  # half a second on its way: the coordinator was born at 1.0, and not at 1.5
-    book.heard(Ledger(start=1.0, train=8.0, step=3), now=10.0)
+    # Half a second on its way: the coordinator was born at 1.0, and not at 1.5.
+    book.heard(LifeLedger("a", Ledger(start=1.0)), now=2.5)
+    book.heard(LifeLedger("a", Ledger(start=1.0, train=8.0, step=3)), now=10.0)
     book.finishing(now=10.0)
     found = book.ledger(12.0)
     assert (found.start, found.train, found.finish, found.total) == (2.5, 8.0, 1.5, 12.0)
@@ -141,26 +143,43 @@ def test_an_answer_that_was_heard_late_shortens_the_end_and_nothing_else() -> No
 
 def test_a_coordinator_that_started_again_takes_nothing_away() -> None:
     book = RunBook(Ledger(), now=0)
-    book.heard(Ledger(start=1, train=9, step=5), now=10)
-    book.heard(Ledger(start=2), now=16)  # silent for 4 s
+    book.heard(LifeLedger("a", Ledger(start=1, train=9, step=5)), now=10)
+    book.heard(LifeLedger("b", Ledger(start=2)), now=16)  # silent for 4 s
     assert nonzero(book.before_coordinator()) == {"start": 1, "train": 9, "restart": 4}
-    book.heard(Ledger(start=2, repeat=3, step=5), now=19)
+    book.heard(LifeLedger("b", Ledger(start=2, repeat=3, step=5)), now=19)
     assert nonzero(book.ledger(19)) == {"start": 3, "train": 9, "restart": 4, "repeat": 3}
     assert book.ledger(19).step == 5
 
 
 def test_a_coordinator_that_outlived_the_first_before_it_was_asked_is_another_one() -> None:
     book = RunBook(Ledger(), now=0)
-    book.heard(Ledger(start=1, train=9, step=5), now=10)
-    book.heard(Ledger(start=20), now=40)
+    book.heard(LifeLedger("a", Ledger(start=1, train=9, step=5)), now=10)
+    book.heard(LifeLedger("b", Ledger(start=20)), now=40)
     assert nonzero(book.ledger(40)) == {"start": 21, "train": 9, "restart": 10} and book.ledger(40).step == 5
 
 
 def test_a_clock_that_runs_fast_makes_no_time() -> None:
     book = RunBook(Ledger(), now=0)
-    book.heard(Ledger(), now=0)
-    book.heard(Ledger(train=800.8, other=200.2), now=1000)  # a thousandth too fast
+    book.heard(LifeLedger("a", Ledger()), now=0)
+    book.heard(LifeLedger("a", Ledger(train=800.8, other=200.2)), now=1000)  # a thousandth too fast
     assert book.ledger(1000).seconds() == pytest.approx(Ledger(train=800, other=200).seconds())
+
+
+def test_a_generation_that_outlives_its_coordinator_is_counted_once() -> None:
+    book = RunBook(Ledger(), now=0)
+    book.heard(LifeLedger("a", Ledger(start=2), 1, Ledger(load=1, train=7, step=7)), now=10)
+    book.heard(LifeLedger("b", Ledger(start=1)), now=14)  # born at 13; no agent has spoken yet
+    assert nonzero(book.ledger(14)) == {"start": 3, "load": 1, "train": 7, "restart": 3}
+
+    second = CoordinatorBook(life="b", now=13)
+    second.found_running(1, now=14)
+    second.account(1, Ledger(load=1, train=12, step=12), now=15)
+    book.heard(second.ledger(16), now=16)
+    assert nonzero(book.ledger(16)) == {"start": 2, "load": 1, "train": 12, "other": 1}
+    assert nonzero(book.before_coordinator()) == {"start": 2}
+    second.ordered(2, now=20)
+    book.heard(second.ledger(20), now=20)
+    assert book.ledger(20).total == 20 and book.ledger(20).train == 12
 
 
 def test_goodput_is_the_share_of_training_also_of_no_time_at_all() -> None:
@@ -190,6 +209,7 @@ EVENTS = st.tuples(
             "fail",
             "end",
             "lose coordinator",
+            "find running",
             "ask",
             "lose driver",
             "finish",
@@ -206,16 +226,20 @@ class Played:
 
     def __init__(self) -> None:
         self.now = 0.0
-        self.born = 0.0  # the coordinator
+        # The coordinator, if its book begins there, and not with a generation that it found.
+        self.born: float | None = 0.0
         self.run = RunBook(Ledger(), now=0)
-        self.coordinator = CoordinatorBook(now=0)
+        self.lives = 0
+        self.number = 0
+        self.coordinator = CoordinatorBook(life="0", now=0)
         self.generation = GenerationBook(trained_step=0, now=0)
 
     def happen(self, what: str, seconds: float, measured: float, step: int) -> None:
         before, self.now = self.now, self.now + seconds
         match what:
             case "order":
-                self.coordinator.ordered(self.now)
+                self.number += 1
+                self.coordinator.ordered(self.number, self.now)
                 self.generation = GenerationBook(trained_step=self.run.ledger(self.now).step, now=self.now)
             case "compile":
                 self.generation.compiled(measured)
@@ -224,25 +248,34 @@ class Played:
             case "save":
                 self.generation.step(step, saved(measured), self.now)
             case "account":
-                self.coordinator.account(self.generation.ledger())
+                self.coordinator.account(self.number, self.generation.ledger(), self.now)
             case "fail":
                 self.coordinator.failed()
             case "end":
                 self.coordinator.ended()
             case "lose coordinator":
-                self.coordinator, self.born = CoordinatorBook(now=self.now), self.now
+                self.begin_life()
+            case "find running":
+                self.begin_life()
+                self.coordinator.found_running(self.number, self.now)
+                self.born = None
             case "ask":
                 self.run.heard(self.coordinator.ledger(self.now), now=self.now)
             case "lose driver":
                 self.run = RunBook(self.run.ledger(before) + Ledger(down=seconds), now=self.now)
-                self.coordinator, self.born = CoordinatorBook(now=self.now), self.now
+                self.begin_life()
             case "finish":
                 self.run.finishing(now=self.now)
+
+    def begin_life(self) -> None:
+        self.lives += 1
+        self.coordinator, self.born = CoordinatorBook(life=str(self.lives), now=self.now), self.now
 
     def ledgers(self) -> Iterator[tuple[Ledger, float]]:
         """Each book's, and the wall time that it is of."""
         yield self.run.ledger(self.now), self.now
-        yield self.coordinator.ledger(self.now), self.now - self.born
+        if self.born is not None:
+            yield self.coordinator.ledger(self.now).total, self.now - self.born
 
 
 @given(st.lists(EVENTS, max_size=30))

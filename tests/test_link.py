@@ -87,23 +87,23 @@ link.close()
 
 def test_the_messages_are_as_documented(start: Callable[..., Rank]) -> None:
     rank = start(CONVERSATION)
-    rank.send("image-free", slot=1)
+    rank.send("ImageFree", slot=1)
     assert rank.receive_all() == [
-        {"kind": "phase", "name": "start", "step": 0},
-        {"kind": "step", "step": 7, "metrics": {"train/loss": 2.5}},
-        {"kind": "compiled", "step": 7, "graphs": 2, "seconds": 1.5, "surprises": ["forward was compiled again"]},
-        {"kind": "image", "slot": 1, "info": '{"step": 7}', "replicas": '{"replicas": 7}'},
-        {"kind": "failed", "error": "ValueError", "cause": "ValueError: no", "retry": True},
-        {"kind": "outcome", "step": 7, "reason": "stopped"},
+        {"kind": "Phase", "name": "start", "step": 0},
+        {"kind": "Stepped", "step": 7, "metrics": {"train/loss": 2.5}},
+        {"kind": "Compiled", "step": 7, "graphs": 2, "seconds": 1.5, "surprises": ["forward was compiled again"]},
+        {"kind": "ImageWritten", "slot": 1, "info": '{"step": 7}', "replicas": '{"replicas": 7}'},
+        {"kind": "Failed", "error": "ValueError", "cause": "ValueError: no", "retry": True},
+        {"kind": "Ended", "step": 7, "reason": "stopped"},
     ]
     assert rank.end() == (0, "")
 
 
 def test_other_ranks_report_a_step_as_a_heartbeat_without_numbers(start: Callable[..., Rank]) -> None:
     rank = start(CONVERSATION, rank=1)
-    rank.send("image-free", slot=0)
+    rank.send("ImageFree", slot=0)
     messages = rank.receive_all()
-    assert messages[1] == {"kind": "phase", "name": "step", "step": 7}
+    assert messages[1] == {"kind": "Phase", "name": "step", "step": 7}
     assert len(messages) == 6
 
 
@@ -114,7 +114,7 @@ def test_a_stop_arrives(start: Callable[..., Rank]) -> None:
         'link.outcome(1, "stopped")\nlink.close()'
     )
     assert rank.receive()["name"] == "not asked"
-    rank.send("stop")
+    rank.send("Stop")
     assert rank.receive()["reason"] == "stopped"
     assert rank.end() == (0, "")
 
@@ -129,11 +129,11 @@ def test_an_image_is_written_only_once_the_agent_says_that_it_is_free(start: Cal
     assert rank.receive()["name"] == "waiting"
     for number, slot in enumerate((0, 1, 1)):
         assert not rank.connection.poll(0.2)
-        rank.send("image-free", slot=slot)
+        rank.send("ImageFree", slot=slot)
         image = rank.receive()
         assert (image["info"], image["slot"]) == (str(number), slot)
-        assert rank.receive() == {"kind": "phase", "name": "waiting", "step": number + 1}
-    rank.send("image-free", slot=0)
+        assert rank.receive() == {"kind": "Phase", "name": "waiting", "step": number + 1}
+    rank.send("ImageFree", slot=0)
     assert rank.receive()["slot"] == 0
     assert rank.end() == (0, "")
 

@@ -19,7 +19,8 @@ from typing import Any
 import pytest
 
 from raynium.node.ranks import LAST_LINES, LONGEST_LINE_BYTES, RankGroup, start_template
-from raynium.run.protocol import RankExit
+from raynium.run.protocol import Outcome, RankExit
+from raynium.train import link
 
 TESTS = Path(__file__).parent
 
@@ -69,11 +70,11 @@ def play(
 
 def test_ranks_are_heard_and_their_lines_told_apart(programs: ModuleType) -> None:
     ended = play(programs.finish, {"step": 7}, ranks=2)
-    outcome = {"kind": "outcome", "step": 7, "reason": "finished"}
+    outcome = Outcome(7, "finished")
     assert ended.exits == [RankExit(rank, 0, None, retry=False, outcome=outcome) for rank in range(2)]
     for rank in range(2):
         assert [line for of, line in ended.lines if of == rank] == ["to stdout", "to stderr", "ünfinished"]
-        assert [each["kind"] for of, each in ended.messages if of == rank] == ["phase", "outcome"]
+        assert [type(each) for of, each in ended.messages if of == rank] == [link.Phase, link.Ended]
 
 
 def test_output_without_an_end_of_line_comes_in_pieces(programs: ModuleType) -> None:
@@ -131,10 +132,10 @@ def test_threads_that_start_processes_leave_our_environment_alone() -> None:
 def test_a_stop_reaches_all_ranks(programs: ModuleType) -> None:
     def stop_when_up(group: RankGroup, messages: list[tuple[int, dict[str, Any]]]) -> None:
         if len(messages) == 2:  # both are up
-            group.broadcast({"kind": "stop"})
+            group.broadcast(link.Stop())
 
     ended = play(programs.stop_when_told, ranks=2, meanwhile=stop_when_up)
-    assert [each.outcome and each.outcome["reason"] for each in ended.exits] == ["stopped", "stopped"]
+    assert [each.outcome and each.outcome.reason for each in ended.exits] == ["stopped", "stopped"]
 
 
 @pytest.mark.parametrize(
@@ -171,7 +172,7 @@ def test_killing_a_group_ends_ranks_that_are_stuck(programs: ModuleType) -> None
         lines += group.poll(1)[1]
     group.kill()
     assert [each.process.exitcode for each in group.ranks.values()] == [-9, -9]
-    group.send(0, {"kind": "stop"})  # to a rank that is gone: nothing to tell, nothing to fail
+    group.send(0, link.Stop())  # to a rank that is gone: nothing to tell, nothing to fail
     group.drain()
     group.close()
 

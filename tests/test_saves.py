@@ -10,10 +10,12 @@ from checkpoints import halves, random_tensor, upload_all
 from tiny import job_text
 
 from raynium.checkpoint.catalog import latest, list_checkpoints
+from raynium.checkpoint.format.manifest import ShardEntry
 from raynium.config.load import parse_config
 from raynium.config.world import World
 from raynium.errors import StoreError
-from raynium.run.saves import MOST_COMING_IN, Saves, WholeSave
+from raynium.run.protocol import ShardSaved
+from raynium.run.saves import COMMITS_TOLD_AGAIN, MOST_COMING_IN, Saves, WholeSave
 from raynium.storage.store import Store
 
 JOB = job_text({"train.steps": 8, "checkpoint.keep_last": 1})
@@ -54,13 +56,20 @@ def told() -> list[str]:
 @pytest.fixture
 def saves(store: RefusingStore, told: list[str], monkeypatch: pytest.MonkeyPatch) -> Saves:
     monkeypatch.setattr("raynium.run.saves.pause_before_next_try", lambda tries, _: 0.001 if tries < 4 else None)
-    return Saves(parse_config(JOB), World.of(parse_config(JOB)), store, tell=told.append)
+    return Saves(parse_config(JOB), store, tell=told.append)
+
+
+def saved(
+    saves: Saves, step: int, rank: int, entry: ShardEntry, upload_seconds: float, *, parent: int | None
+) -> WholeSave | None:
+    world = World.of(parse_config(JOB))
+    return saves.shard_saved(ShardSaved(step, rank, entry.to_json(), upload_seconds, parent, world))
 
 
 def whole(saves: Saves, store: Store, step: int, generation: str = "g1") -> WholeSave:
     """All shards of a step, as they come in."""
     entries = upload_all(store, halves("model/w", random_tensor("float32", (8, 3))), step=step, generation=generation)
-    first, last = (saves.shard_saved(step, rank, entry, 2.0 - rank, parent=None) for rank, entry in enumerate(entries))
+    first, last = (saved(saves, step, rank, entry, 2.0 - rank, parent=None) for rank, entry in enumerate(entries))
     assert first is None and last is not None and last.upload_seconds == 2.0
     return last
 
@@ -68,7 +77,7 @@ def whole(saves: Saves, store: Store, step: int, generation: str = "g1") -> Whol
 def first_shard(saves: Saves, store: Store, step: int, generation: str = "g1") -> None:
     """That of rank 0 comes in."""
     entry, _ = upload_all(store, halves("model/w", random_tensor("float32", (8, 3))), step=step, generation=generation)
-    assert saves.shard_saved(step, 0, entry, 1.0, parent=None) is None
+    assert saved(saves, step, 0, entry, 1.0, parent=None) is None
 
 
 def steps(store: Store) -> list[int]:
@@ -153,11 +162,11 @@ def test_a_store_that_lets_nothing_be_deleted_keeps_no_commit_from_being_logged(
 
 def test_shards_that_are_told_again_commit_nothing_twice(saves: Saves, store: RefusingStore, told: list[str]) -> None:
     entries = upload_all(store, halves("model/w", random_tensor("float32", (8, 3))), step=8, generation="g1")
-    first, found = (saves.shard_saved(8, rank, entry, 1.0, parent=4) for rank, entry in enumerate(entries))
+    first, found = (saved(saves, 8, rank, entry, 1.0, parent=4) for rank, entry in enumerate(entries))
     assert first is None and found is not None
-    assert [saves.shard_saved(8, rank, entry, 1.0, parent=4) for rank, entry in enumerate(entries)] == [None, None]
+    assert [saved(saves, 8, rank, entry, 1.0, parent=4) for rank, entry in enumerate(entries)] == [None, None]
     run_out(saves, found)
-    assert [saves.shard_saved(8, rank, entry, 1.0, parent=4) for rank, entry in enumerate(entries)] == [None, None]
+    assert [saved(saves, 8, rank, entry, 1.0, parent=4) for rank, entry in enumerate(entries)] == [None, None]
     saves.shard_failed(8, 0, "denied")
     assert len(saves.commits) == 1 and not told, "another generation's failure costs no checkpoint"
 
@@ -178,7 +187,7 @@ def test_shards_of_before_a_coordinators_restart_are_not_mixed_with_those_of_the
     halved = halves("model/w", random_tensor("float32", (8, 3)))
     before, after = (upload_all(store, halved, step=8, generation=each) for each in ("g1-before", "g1-after"))
     found = [
-        saves.shard_saved(8, rank, entries[rank], 1.0, parent=parent)
+        saved(saves, 8, rank, entries[rank], 1.0, parent=parent)
         for rank, entries, parent in ((0, after, 4), (0, before, None), (1, before, None), (1, after, 4))
     ]
     assert [each and (each.generation_id, each.parent_step) for each in found] == [
@@ -194,19 +203,19 @@ def test_a_last_checkpoint_that_an_earlier_coordinator_committed_is_found(
     saves: Saves, store: RefusingStore, told: list[str]
 ) -> None:
     run_out(saves, whole(saves, store, 8))
-    restarted = Saves(saves._config, saves._world, store, tell=told.append)
+    restarted = Saves(saves._config, store, tell=told.append)
     assert restarted.problem(8) is not None
     asyncio.run(restarted.commit_last(8, living=[]))
     assert restarted.problem(8) is None and restarted.committed_step == 8 and restarted.committed_uri is not None
     assert "no shard of it arrived" in (restarted.problem(9) or "")
 
-    taken = Saves(saves._config, saves._world, store, tell=told.append)
+    taken = Saves(saves._config, store, tell=told.append)
     run_out(taken, whole(taken, store, 8, "g2"))
     assert taken.problem(8) is None
 
     manifest = "checkpoints/step-000000008/manifest.json"
     store.replace(manifest, store.read(manifest)[:-1])
-    unlucky = Saves(saves._config, saves._world, store, tell=told.append)
+    unlucky = Saves(saves._config, store, tell=told.append)
     asyncio.run(unlucky.commit_last(8, living=[]))
     assert "could not be saved: the store cannot be asked for it" in (unlucky.problem(8) or "")
 
@@ -227,8 +236,23 @@ def test_saves_that_lack_a_shard_are_forgotten_in_the_end(saves: Saves, store: R
     newest = 3 * MOST_COMING_IN - 1
     entry = saves._shards["g1", newest - 1][0][0]  # its other shard is late
     last = entry.model_copy(update={"file": entry.file.model_copy(update={"key": "g1/shard-00001.safetensors"})})
-    found = saves.shard_saved(newest - 1, 1, last, 1.0, parent=None)
+    found = saved(saves, newest - 1, 1, last, 1.0, parent=None)
     assert found is not None and found.entries == (entry, last)
+
+
+def test_a_coordinator_that_begins_tells_the_last_commits_again_as_they_were(
+    saves: Saves, store: RefusingStore, told: list[str]
+) -> None:
+    for step in (2, 4, 6, 8):
+        run_out(saves, whole(saves, store, step))
+    later = Saves(saves._config, store, tell=told.append)
+    asyncio.run(later.catch_up())
+    assert later.committed_step == 8
+    assert [each.step for each in later.commits] == steps(store)[-COMMITS_TOLD_AGAIN:]
+    assert [each.metrics for each in later.commits] == [each.metrics for each in saves.commits][-len(later.commits) :]
+    run_out(later, whole(later, store, 10, "g2"))
+    asyncio.run(later.catch_up())
+    assert [each.step for each in later.unsent(0)] == [8, 10]
 
 
 def test_the_lists_for_mlflow_do_not_add_up(saves: Saves, store: RefusingStore) -> None:

@@ -25,7 +25,7 @@ SHARD = "checkpoints/step-000000007/g1/shard-00003.safetensors"
 
 @pytest.fixture
 def uploader(tmp_path: Path) -> Iterator[Uploader]:
-    process = Uploader(str(tmp_path / "run"))
+    process = Uploader(str(tmp_path / "run"), silence_seconds=300)
     yield process
     process.close()
 
@@ -122,6 +122,26 @@ def test_an_upload_whose_process_is_killed_is_done_again_and_nothing_is_left_ove
     assert uploading.entry is not None and uploader.pid() != first
     assert [path.name for path in folder.iterdir()] == ["shard-00003.safetensors"]
     assert Store(tmp_path / "run").size(SHARD) == info.size
+
+
+def test_an_upload_of_which_nothing_moves_is_given_up_and_the_next_one_works(
+    image: Callable[[int], ImageInfo], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("raynium.node.uploader.WATCH_SECONDS", 0.05)
+    uploader = Uploader(str(tmp_path / "run"), silence_seconds=0.5)
+    info = image(10)
+    uploader.upload(info, generation="g1", rank=3)
+    pid = uploader.pid()
+    assert pid is not None
+    os.kill(pid, signal.SIGSTOP)
+    uploads = [InThread(uploader, info), InThread(uploader, info)]
+    for each in uploads:
+        each.join(60)
+        assert "moved for 0.5 s (fault.upload_silence_seconds), so its upload was given up" in str(each.error)
+    wait_for(lambda: not Path(f"/proc/{pid}").exists())
+    uploader.upload(info, generation="g2", rank=3)
+    assert uploader.pid() != pid
+    uploader.close()
 
 
 def test_a_process_that_dies_again_and_again_is_given_up(

@@ -21,6 +21,17 @@ class Place:
     run_name: str
     inherited: Mapping[str, str]  # the node agent's own environment: what Ray granted, and what the user set
 
+    def standard_variables(self) -> dict[str, str]:
+        """What every launcher of torch.distributed sets, torchrun too."""
+        return {
+            "RANK": str(self.rank),
+            "WORLD_SIZE": str(self.world_size),
+            "LOCAL_RANK": str(self.local_rank),
+            "LOCAL_WORLD_SIZE": str(self.local_world_size),
+            "MASTER_ADDR": self.master_host,
+            "MASTER_PORT": str(self.master_port),
+        }
+
 
 @dataclass(frozen=True)
 class CompileCache:

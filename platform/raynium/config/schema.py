@@ -166,6 +166,10 @@ class FaultSection(Section):
 
     max_restarts_without_progress: NonNegativeInt = 3  # generations that failed with no new checkpoint between
     max_node_failures_without_progress: NonNegativeInt = 8  # lost nodes and agents with no new checkpoint between
+    # An upload of which nothing moves for so long is given up: training goes on without that checkpoint.
+    upload_silence_seconds: PositiveFloat = 300.0
+    # Ranks that have not saved and ended so long after the run was asked to stop are killed.
+    stop_seconds: PositiveFloat = 900.0
 
 
 class PreflightSection(Section):

@@ -37,6 +37,7 @@ class Row:
     guilty: Guilty
     source: str
     log: str | None = None
+    exception: str | None = None
     kernel: str | None = None
     statuses: Mapping[str, int] = field(default_factory=dict)
 
@@ -111,6 +112,12 @@ def classify(lines: Iterable[str], kernel_lines: Iterable[str] = (), rows: Seque
         if evidence is not None:
             return make_fault(row, evidence)
     return None
+
+
+def classify_exception(text: str, rows: Sequence[Row] = ROWS) -> Fault | None:
+    """The first row that an exception of torch's or of its process groups shows; None if it shows none."""
+    rows = [row for row in rows if row.exception is not None and re.search(row.exception, text)]
+    return make_fault(rows[0], text) if rows else None
 
 
 def make_fault(row: Row, evidence: str) -> Fault:

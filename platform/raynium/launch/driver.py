@@ -38,6 +38,8 @@ from raynium.tracking.runs import log_artifact_text, set_tags
 
 logger = logging.getLogger(__name__)
 
+# Whoever stops a group of processes may signal one of them twice in a moment, and means one stop.
+SECOND_SIGNAL_SECONDS = 2.0
 STATUS_SECONDS = 0.5  # how often the display is refreshed
 STOP_POLL_SECONDS = 2.0  # how often the run's store is asked for a stop request
 PAGE_RETRY_SECONDS = 60.0
@@ -255,8 +257,8 @@ class Driver:
         Raises ClusterLost when the cluster is gone.
         """
         status = self._ask(coordinator)
-        if status.life != self._life:  # Ray started it again: it numbers its events anew, and knows of no stop
-            self._life, self._events_seen, self._told_to_stop = status.life, 0, False
+        if status.ledger.life != self._life:  # Ray started it again: it numbers its events anew, and knows of no stop
+            self._life, self._events_seen, self._told_to_stop = status.ledger.life, 0, False
             status = self._ask(coordinator)
         if status.agents:
             return status
@@ -346,11 +348,21 @@ class _InThread(threading.Thread):
 
 @contextlib.contextmanager
 def stop_on_signals(driver: Driver) -> Iterator[None]:
-    """First Ctrl-C, SIGTERM, `ray job stop` or closed terminal: save and end. The second Ctrl-C ends at once."""
+    """First Ctrl-C, SIGTERM, `ray job stop` or closed terminal: save and end.
+
+    The second Ctrl-C ends at once, and so does a SIGTERM that comes SECOND_SIGNAL_SECONDS after the first signal.
+    """
 
     def first(signal_number: int, frame: Any) -> None:
         driver.request_stop()
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        began = time.monotonic()
+
+        def second(signal_number: int, frame: Any) -> None:
+            if time.monotonic() - began >= SECOND_SIGNAL_SECONDS:
+                raise SystemExit(128 + signal_number)
+
+        signal.signal(signal.SIGTERM, second)
 
     numbers = [signal.SIGTERM, signal.SIGINT]
     if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # `nohup`: the run is to outlive its terminal

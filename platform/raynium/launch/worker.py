@@ -1,6 +1,7 @@
 """What Ray Train runs on each node: the node agent, and how it reaches the coordinator."""
 
 import os
+from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ from raynium.config.schema import Config
 from raynium.launch.backend import ATTEMPT_VARIABLE
 from raynium.node.agent import Node, NodeAgent
 from raynium.node.node_log import log_to_file
+from raynium.run.protocol import AgentEvent, AgentInfo, Commit, GoHome, News, Order, RankExit, Verdict
 
 # A driver that is killed leaves an agent that Ray has yet to end, while the next driver's may start beside it: they may
 # not both send metrics from one folder.
@@ -21,13 +23,25 @@ AGENT_BEFORE_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
-class RayCoordinatorCalls:
-    """The coordinator as node agents reach it: a Ray actor."""
+class RayCoordinator:
+    """The coordinator as node agents reach it: a Ray actor. See `protocol.Coordinator`."""
 
     actor: Any
 
-    def call(self, method: str, *arguments: Any) -> "Future[Any]":
-        return getattr(self.actor, method).remote(*arguments).future()
+    def join(self, agent: AgentInfo) -> "Future[Order | GoHome]":
+        return self.actor.join.remote(agent).future()
+
+    def watch(self, agent: AgentInfo, order: Order, *, stop_known: bool) -> "Future[Verdict]":
+        return self.actor.watch.remote(agent, order, stop_known=stop_known).future()
+
+    def exited(self, agent: AgentInfo, order: Order, exits: Sequence[RankExit]) -> "Future[None]":
+        return self.actor.exited.remote(agent, order, exits).future()
+
+    def commits(self, after: int) -> "Future[list[Commit] | None]":
+        return self.actor.commits.remote(after).future()
+
+    def tell(self, event: AgentEvent) -> "Future[News]":
+        return self.actor.tell.remote(event).future()
 
 
 def run_agent(settings: dict[str, Any]) -> None:
@@ -45,11 +59,12 @@ def run_agent(settings: dict[str, Any]) -> None:
         node=Node(
             attempt=os.environ[ATTEMPT_VARIABLE],
             node_rank=context.get_node_rank(),
+            nodes=context.get_world_size(),
             host=ray.util.get_node_ip_address(),
             node_id=ray.get_runtime_context().get_node_id(),
         ),
         accelerator=detect(config.cluster.accelerator),
-        coordinator=RayCoordinatorCalls(settings["coordinator"]),
+        coordinator=RayCoordinator(settings["coordinator"]),
         open_tracker=lambda: MlflowTracker(
             f"{scratch}/spool/{settings['mlflow_run_id']}",
             uri=settings["mlflow_uri"],

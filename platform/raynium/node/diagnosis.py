@@ -15,9 +15,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from raynium.health.faults import ROWS, WAITING, Fault, Row, classify, symptoms
+from raynium.health.faults import ROWS, WAITING, Fault, Row, classify, classify_exception, symptoms
 from raynium.node.images import shared_memory_folder
 from raynium.run.protocol import RankExit
+from raynium.train.link import Failed
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +40,14 @@ LIBRARY_ERRORS = {
 
 _SYMPTOMS = symptoms(ROWS)
 _OOM_KILL = re.compile(r"(?:[Oo]ut of memory: Killed process |\boom-kill:.*,pid=)(\d+)")
+
+
+def may_blame_a_peer(failure: Failed | None) -> bool:
+    """Whether a rank's last message is only that it missed another one: whose own word may be on its way."""
+    if failure is None or failure.error not in LIBRARY_ERRORS:
+        return False
+    fault = classify_exception(failure.cause)
+    return fault is not None and fault.guilty == "peer"
 
 
 class KernelLog:
@@ -156,6 +165,8 @@ class Diagnosis:
         own_exception = exit.error is not None and exit.error not in LIBRARY_ERRORS
         if fault is not None and own_exception and not fault.names_the_node:
             return exit
+        if fault is None and exit.error in LIBRARY_ERRORS:
+            fault = classify_exception(exit.cause)
         if exit.exit_code == -signal.SIGBUS and fault is None:
             fault = self._shared_memory_full()
         if exit.exit_code == -signal.SIGKILL and (fault is None or not fault.names_the_node):

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from raynium.checkpoint.format.manifest import ImageInfo, ShardEntry
+from raynium.config.world import World
 from raynium.run.process import pid_started
 from raynium.run.protocol import HeldImages
 from raynium.train.link import IMAGE_SLOTS
@@ -47,6 +48,7 @@ class Snapshot:
     """One rank's state of one step, complete in this node's memory."""
 
     generation_id: str
+    world: World
     parent_step: int | None  # that this generation started from
     info: ImageInfo  # the file that is uploaded
     replicas: ImageInfo  # what the rank holds and others save: a restart from memory needs it
@@ -150,13 +152,14 @@ class NodeImages:
 
     def held(self) -> tuple[HeldImages, ...]:
         """What the ranks of this node could start from."""
-        found: dict[tuple[str, int], list[int]] = defaultdict(list)
+        found: dict[tuple[str, int, World], list[int]] = defaultdict(list)
         with self._lock:
             for rank, slots in self._slots.items():
                 for slot in slots:
                     if slot.snapshot is not None:
-                        found[slot.snapshot.generation_id, slot.snapshot.info.step].append(rank)
-        return tuple(HeldImages(generation, step, tuple(ranks)) for (generation, step), ranks in found.items())
+                        of = slot.snapshot
+                        found[of.generation_id, of.info.step, of.world].append(rank)
+        return tuple(HeldImages(name, step, tuple(ranks), world) for (name, step, world), ranks in found.items())
 
     def find(self, wanted: HeldImages) -> dict[int, list[str]]:
         """Rank → its image and replicas as JSON, for `RankPlan.resume_images`."""

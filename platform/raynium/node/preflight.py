@@ -5,7 +5,6 @@ out. In order of cost: what shows without a rank, then a trial of this node's ra
 the sick core, then one group over all nodes, which finds the network.
 """
 
-import functools
 import os
 import socket
 import tempfile
@@ -41,7 +40,7 @@ from raynium.planning.memory import estimate_memory
 from raynium.rank.trial import run_trial
 from raynium.storage.backend import KeyMissing
 from raynium.storage.store import Store
-from raynium.train.link import IMAGE_SLOTS
+from raynium.train.link import IMAGE_SLOTS, Phase
 
 POLL_SECONDS = 0.5
 SETTLE_SECONDS = 1.0  # after the first rank that failed: its peers' own reasons may follow
@@ -213,14 +212,14 @@ def run_ranks(accelerator: Accelerator, config: Config, order: TrialOrder) -> li
         phases: dict[int, str] = {}
         while group.alive() and (left := deadline - time.monotonic()) > 0:
             messages, _ = group.poll(min(POLL_SECONDS, left))
-            phases |= {rank: message["name"] for rank, message in messages if message["kind"] == "phase"}
+            phases |= {rank: message.name for rank, message in messages if isinstance(message, Phase)}
             if any(each.process.exitcode != 0 for each in group.ended()):
                 deadline = min(deadline, time.monotonic() + SETTLE_SECONDS)
         silent = {each.rank for each in group.alive()}
         compiling = bool(silent) and compiler_runs(ThisHost())
         group.kill()
         messages, _ = group.drain()
-        phases |= {rank: message["name"] for rank, message in messages if message["kind"] == "phase"}
+        phases |= {rank: message.name for rank, message in messages if isinstance(message, Phase)}
         exits = {rank: each.exit() for rank, each in group.ranks.items()}
         group.close()
         failed = {rank for rank, each in exits.items() if rank not in silent and each.cause is not None}
@@ -253,24 +252,17 @@ def compiler_runs(host: Host) -> bool:
 
 def _environments(accelerator: Accelerator, config: Config, order: TrialOrder) -> dict[int, dict[str, str]]:
     """Rank → its variables, those that a run's ranks get (node/agent.py)."""
-    place = functools.partial(
-        Place,
-        world_size=order.world_size,
-        local_world_size=config.cluster.ranks_per_node,
-        master_host=order.master_host,
-        master_port=order.master_port,
-        run_name=config.run.name,
-        inherited=os.environ,
-    )
-    environments = {}
-    for local_rank in range(config.cluster.ranks_per_node):
-        rank = order.first_rank + local_rank
-        environments[rank] = {
-            "RANK": str(rank),
-            "WORLD_SIZE": str(order.world_size),
-            "LOCAL_RANK": str(local_rank),
-            "LOCAL_WORLD_SIZE": str(config.cluster.ranks_per_node),
-            "MASTER_ADDR": order.master_host,
-            "MASTER_PORT": str(order.master_port),
-        } | accelerator.environment(place(rank=rank, local_rank=local_rank))
+    per_node, environments = config.cluster.ranks_per_node, {}
+    for local_rank in range(per_node):
+        place = Place(
+            rank=order.first_rank + local_rank,
+            world_size=order.world_size,
+            local_rank=local_rank,
+            local_world_size=per_node,
+            master_host=order.master_host,
+            master_port=order.master_port,
+            run_name=config.run.name,
+            inherited=os.environ,
+        )
+        environments[place.rank] = place.standard_variables() | accelerator.environment(place)
     return environments

@@ -6,7 +6,6 @@ not pay for its import, and the tests of this file need no cluster.
 """
 
 import contextlib
-import json
 import logging
 import multiprocessing
 import multiprocessing.connection
@@ -25,7 +24,8 @@ from typing import Any
 
 from raynium.node.orphans import agent_mark
 from raynium.rank import entry as rank_entry
-from raynium.run.protocol import RankExit
+from raynium.run.protocol import Outcome, RankExit
+from raynium.train.link import AgentMessage, Ended, Failed, ImageFree, RankMessage, Stop, from_bytes, to_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -60,8 +60,8 @@ class RankProcess:
     output: Connection  # its stdout and stderr
     last_lines: deque[str] = field(default_factory=lambda: deque(maxlen=LAST_LINES))
     partial_line: bytes = b""
-    outcome: dict[str, Any] | None = None
-    failure: dict[str, Any] | None = None
+    outcome: Ended | None = None
+    failure: Failed | None = None
 
     def exit(self) -> RankExit:
         """Valid once the process has ended and its connections are drained."""
@@ -69,14 +69,14 @@ class RankProcess:
         assert exit_code is not None
         lines = tuple(self.last_lines)
         if exit_code == 0 and self.outcome is not None:
-            return RankExit(self.rank, 0, None, retry=False, outcome=self.outcome)
+            return RankExit(self.rank, 0, None, retry=False, outcome=Outcome(self.outcome.step, self.outcome.reason))
         if self.failure is not None:
             return RankExit(
                 self.rank,
                 exit_code,
-                self.failure["cause"],
-                self.failure["retry"],
-                error=self.failure["error"],
+                self.failure.cause,
+                self.failure.retry,
+                error=self.failure.error,
                 last_lines=lines,
             )
         if exit_code < 0:
@@ -211,9 +211,9 @@ class RankGroup:
             self._open[each.connection] = each
             self._open[each.output] = each
 
-    def poll(self, timeout_seconds: float) -> tuple[list[tuple[int, dict[str, Any]]], list[tuple[int, str]]]:
+    def poll(self, timeout_seconds: float) -> tuple[list[tuple[int, RankMessage]], list[tuple[int, str]]]:
         """Waits for news: (rank, message) pairs and (rank, output line) pairs, each in the order they arrived."""
-        messages: list[tuple[int, dict[str, Any]]] = []
+        messages: list[tuple[int, RankMessage]] = []
         lines: list[tuple[int, str]] = []
         watched: list[Any] = [self._bell_reader, *self._open, *(each.process.sentinel for each in self.alive())]
         for ready in multiprocessing.connection.wait(watched, timeout_seconds):
@@ -239,12 +239,16 @@ class RankGroup:
     def ended(self) -> list[RankProcess]:
         return [each for each in self.ranks.values() if each.process.exitcode is not None]
 
-    def send(self, rank: int, message: dict[str, Any]) -> None:
+    def has_said_all(self, each: RankProcess) -> bool:
+        """Whether the last of its messages has been read. It has ended."""
+        return each.connection not in self._open
+
+    def send(self, rank: int, message: AgentMessage) -> None:
         """A rank that is already gone is not told: its end is reported through `ended()`."""
         with contextlib.suppress(OSError):
-            self.ranks[rank].connection.send_bytes(json.dumps(message).encode())
+            self.ranks[rank].connection.send_bytes(to_bytes(message))
 
-    def broadcast(self, message: dict[str, Any]) -> None:
+    def broadcast(self, message: AgentMessage) -> None:
         for rank in self.ranks:
             self.send(rank, message)
 
@@ -262,9 +266,9 @@ class RankGroup:
         for each in self.ranks.values():
             each.process.join()
 
-    def drain(self) -> tuple[list[tuple[int, dict[str, Any]]], list[tuple[int, str]]]:
+    def drain(self) -> tuple[list[tuple[int, RankMessage]], list[tuple[int, str]]]:
         """What ended ranks left in their pipes. Call after all have ended."""
-        messages: list[tuple[int, dict[str, Any]]] = []
+        messages: list[tuple[int, RankMessage]] = []
         lines: list[tuple[int, str]] = []
         deadline = time.monotonic() + 5.0  # a grandchild that inherited the pipe must not hold us
         while self._open and time.monotonic() < deadline:
@@ -287,15 +291,16 @@ class RankGroup:
         self._bell_writer.close()
         self._open.clear()
 
-    def _receive(self, each: RankProcess, messages: list[tuple[int, dict[str, Any]]]) -> None:
+    def _receive(self, each: RankProcess, messages: list[tuple[int, RankMessage]]) -> None:
         try:
-            message = json.loads(each.connection.recv_bytes())
+            message = from_bytes(each.connection.recv_bytes())
         except (EOFError, OSError):
             del self._open[each.connection]
             return
-        if message["kind"] == "outcome":
+        assert not isinstance(message, Stop | ImageFree), "a rank sends no messages of its agent's"
+        if isinstance(message, Ended):
             each.outcome = message
-        elif message["kind"] == "failed":
+        elif isinstance(message, Failed):
             each.failure = message
         messages.append((each.rank, message))
 

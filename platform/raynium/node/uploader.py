@@ -12,7 +12,8 @@ import multiprocessing
 import os
 import signal
 import threading
-from concurrent.futures import Future, ThreadPoolExecutor
+import time
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -21,6 +22,7 @@ from raynium.checkpoint.upload import upload_shard
 from raynium.errors import RayniumError, StoreError
 from raynium.node.ranks import start_process
 from raynium.rank import entry as rank_entry
+from raynium.run.process import cpu_ticks
 from raynium.storage.store import Store
 
 logger = logging.getLogger(__name__)
@@ -28,17 +30,26 @@ logger = logging.getLogger(__name__)
 UPLOADS_AT_ONCE = 4  # shards; each has several parts in flight
 ATTEMPTS = 3  # uploads of one shard, if the process dies under it
 NICENESS = 10  # below the ranks: where they share cores, training goes first
+# How often it is looked whether the process still does something, and how long its end is waited for.
+WATCH_SECONDS = 5.0
+CLOSE_SECONDS = 10.0
 
 
 class _UploaderDied(Exception):
     """The process ended before it answered."""
 
 
+class _UploaderSilent(_UploaderDied):
+    """It was given up: a signal has stopped it, or a disk or a file system answers nobody."""
+
+
 class Uploader:
     """The agent's side. `upload` may be called from any thread; the process is started when it is first needed."""
 
-    def __init__(self, run_url: str):
+    def __init__(self, run_url: str, *, silence_seconds: float):
+        """silence_seconds: an upload is given up when the process did nothing at all for so long."""
         self._run_url = run_url
+        self._silence_seconds = silence_seconds
         self._lock = threading.Lock()
         self._child: _Child | None = None
 
@@ -50,13 +61,29 @@ class Uploader:
         for attempt in range(1, ATTEMPTS + 1):
             job = {"info": info.to_json(), "generation": generation, "rank": rank, "again": again or attempt > 1}
             try:
-                return ShardEntry.from_json(self._living_child().ask(job).result())
+                return ShardEntry.from_json(self._answer(job))
+            except _UploaderSilent as silence:
+                raise StoreError(
+                    f"nothing of rank {rank}'s shard of step {info.step} moved for {self._silence_seconds:g} s "
+                    f"(fault.upload_silence_seconds), so its upload was given up: look whether {self._run_url} "
+                    "answers, or whether somebody stopped the process"
+                ) from silence
             except _UploaderDied as death:
                 logger.warning("%s while it saved rank %d's shard of step %d", death, rank, info.step)
         raise StoreError(
             f"the process that uploads checkpoints died {ATTEMPTS} times under rank {rank}'s shard of step {info.step} "
             "(out of memory? look for 'oom-kill' in the kernel's log)"
         )
+
+    def _answer(self, job: dict[str, Any]) -> str:
+        child = self._living_child()
+        answer, used, quiet_since = child.ask(job), child.cpu_ticks(), time.monotonic()
+        while not wait([answer], min(WATCH_SECONDS, self._silence_seconds)).done:
+            if (now_used := child.cpu_ticks()) != used or now_used is None:
+                used, quiet_since = now_used, time.monotonic()
+            elif time.monotonic() - quiet_since >= self._silence_seconds:
+                child.give_up()
+        return answer.result()
 
     def pid(self) -> int | None:
         """Of the process, if it runs; for tests and debuggers."""
@@ -113,7 +140,23 @@ class _Child:
 
     def close(self) -> None:
         self.process.kill()
-        self.process.join()
+        # One that waits for a dead disk ends only when that answers.
+        self.process.join(CLOSE_SECONDS)
+
+    def cpu_ticks(self) -> int | None:
+        return cpu_ticks(self.process.pid or 0)
+
+    def give_up(self) -> None:
+        """Nothing more is expected of it, though it may not die before a disk answers."""
+        self.process.kill()
+        self._end(_UploaderSilent("the uploader did nothing"))
+
+    def _end(self, death: _UploaderDied) -> None:
+        with self._lock:
+            self.dead = True
+            waiting, self._waiting = list(self._waiting.values()), {}
+        for each in waiting:
+            each.set_exception(death)
 
     def _read_answers(self) -> None:
         while True:
@@ -121,16 +164,14 @@ class _Child:
                 answer = json.loads(self._connection.recv_bytes())
             except (EOFError, OSError):
                 break
-            waiting = self._waiting.pop(answer["id"])
+            if (waiting := self._waiting.pop(answer["id"], None)) is None:
+                continue
             if "entry" in answer:
                 waiting.set_result(answer["entry"])
             else:
                 waiting.set_exception(StoreError(answer["error"]))
         self.process.join()
-        with self._lock:
-            self.dead = True
-        for waiting in self._waiting.values():
-            waiting.set_exception(_UploaderDied(f"the uploader died (exit code {self.process.exitcode})"))
+        self._end(_UploaderDied(f"the uploader died (exit code {self.process.exitcode})"))
 
 
 def main(run_url: str, connection: Connection) -> None:

@@ -12,6 +12,18 @@ def boot_id() -> str:
         return file.read().strip()
 
 
+def is_halted(pid: int) -> bool:
+    """Whether a signal or a debugger has stopped the process. False where nobody can say."""
+    fields = _stat(pid)
+    return bool(fields) and fields[0] in ("T", "t")
+
+
+def cpu_ticks(pid: int) -> int | None:
+    """Processor time that all threads of the process have used; None where nobody can say."""
+    fields = _stat(pid)
+    return int(fields[11]) + int(fields[12]) if fields else None
+
+
 def pid_started(pid: int) -> str:
     """The process's start time in clock ticks since boot; empty when there is no such process."""
     if platform.system() != "Linux":
@@ -20,9 +32,14 @@ def pid_started(pid: int) -> str:
         except ProcessLookupError:
             return ""
         return str(pid)
+    fields = _stat(pid)
+    return fields[19] if fields else ""
+
+
+def _stat(pid: int) -> list[str]:
+    """Fields of /proc/PID/stat from the third on, since the second is a name that may hold spaces; [] if none."""
     try:
         with open(f"/proc/{pid}/stat") as file:
-            # The second field is the name in brackets and may hold spaces; the start time is the 22nd.
-            return file.read().rpartition(")")[2].split()[19]
+            return file.read().rpartition(")")[2].split()
     except (FileNotFoundError, ProcessLookupError):
-        return ""
+        return []

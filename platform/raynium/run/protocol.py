@@ -7,7 +7,13 @@ from typing import Any, Literal, Protocol
 
 from raynium.config.world import World
 from raynium.health.faults import ACTIONS, Fault
-from raynium.tracking.ledger import Ledger
+from raynium.health.neuron_monitor import DeviceSample
+from raynium.tracking.ledger import Ledger, LifeLedger
+
+EndKind = Literal["finished", "stopped", "failed"]
+
+
+# ---- what an agent is, and is ordered ------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -17,69 +23,246 @@ class HeldImages:
     generation_id: str
     step: int
     ranks: tuple[int, ...]
+    world: World
 
 
 @dataclass(frozen=True)
 class AgentInfo:
-    """A node agent that is ready to run ranks."""
+    """A node agent.
 
-    attempt: str  # one life of the Ray Train worker group; every agent of it carries the same
+    attempt: one life of the Ray Train worker group; every agent of it carries the same, and nodes, their number.
+    host: the address that the other nodes reach this one at. free_port: for the rendezvous, used if this is node 0.
+    images: what its ranks could start from without the store. machine: its product name, on EC2 the instance type; ""
+    if it shows none. node_id: Ray's, new in each life of the node; "" without Ray. last_generation: that it ran, since
+    a coordinator that was started again counts on from there. uploading: generations for which it still uploads.
+    """
+
+    attempt: str
     node_rank: int
-    host: str  # address the other nodes reach this one at
-    free_port: int  # for the rendezvous, used if this is node 0
-    pid: int  # of the agent; its ranks are named by its log
-    images: tuple[HeldImages, ...] = ()  # what its ranks could start from without the store
-    machine: str = ""  # its product name, on EC2 the instance type; "": it shows none
-    node_id: str = ""  # Ray's, new in each life of the node; "": without Ray
-    last_generation: int = 0  # that it ran: a coordinator that was started again counts on from there
-    uploading: tuple[str, ...] = ()  # ids of the generations for which it still uploads
+    nodes: int
+    host: str
+    free_port: int
+    pid: int
+    images: tuple[HeldImages, ...] = ()
+    machine: str = ""
+    node_id: str = ""
+    last_generation: int = 0
+    uploading: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Order:
-    """The coordinator's answer to `join`: run one generation, or go home."""
+    """Run one generation.
 
-    kind: Literal["run", "end"]
-    world: World | None = None  # of a generation to run
-    generation: int = 0
-    generation_id: str = ""  # in every key this generation writes, so that an older one can never overwrite
-    master_host: str = ""
-    master_port: int = 0
-    resume_step: int | None = None  # None: start from the initial weights
-    resume_images: HeldImages | None = None  # all ranks have these in their nodes' memory: no need to read the store
-    ledger: Ledger = field(default_factory=Ledger)  # of the whole run until now
+    generation_id is in every key that the generation writes, so that an older one can never overwrite. resume_step:
+    None for the initial weights. resume_images: all ranks have these in their nodes' memory, and need not read the
+    store. ledger: of the whole run until now.
+    """
+
+    world: World
+    generation: int
+    generation_id: str
+    master_host: str
+    master_port: int
+    resume_step: int | None = None
+    resume_images: HeldImages | None = None
+    ledger: Ledger = field(default_factory=Ledger)
+
+
+@dataclass(frozen=True)
+class GoHome:
+    """The run has ended, or goes on elsewhere. ledger: of the whole run."""
+
+    ledger: Ledger
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """The coordinator's answer to `watch`."""
+    """The coordinator's answer to `watch`. stop: save at the next step and end; over: kill the ranks and join again."""
 
-    kind: Literal["stop", "over"]  # stop: save at the next step and end; over: kill the ranks and join again
+    kind: Literal["stop", "over"]
     cause: str = ""
 
 
 @dataclass(frozen=True)
+class Outcome:
+    """Of a rank whose loop ended as it should: its last step, and why there."""
+
+    step: int
+    reason: Literal["finished", "stopped"]
+
+
+@dataclass(frozen=True)
 class RankExit:
-    """How one rank ended. `cause` is None when it ended as it should."""
+    """How one rank ended.
+
+    exit_code: negative is the signal that killed it. cause: None when it ended as it should. retry: False where the
+    same would happen again. error: class of the exception that ended it, if one did. outcome: of a rank that ended as
+    it should. fault: a known one that ended it; see node/diagnosis.py.
+    """
 
     rank: int
-    exit_code: int  # negative: the signal that killed it
+    exit_code: int
     cause: str | None
-    retry: bool  # False: the same would happen again
-    error: str | None = None  # class of the exception that ended it, if one did
-    outcome: dict[str, Any] | None = None  # {"step", "reason"} of a rank that ended as it should
+    retry: bool
+    error: str | None = None
+    outcome: Outcome | None = None
     last_lines: tuple[str, ...] = ()
-    fault: Fault | None = None  # a known fault that ended it; see node/diagnosis.py
+    fault: Fault | None = None
+
+
+# ---- what an agent tells -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Said:
+    """A line for the user's terminal."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Progressed:
+    """Rank 0's numbers at a step, and what its agent has booked of the generation so far."""
+
+    generation: int
+    step: int
+    metrics: dict[str, float]
+    ledger: Ledger
+
+
+@dataclass(frozen=True)
+class RankPosition:
+    """Where a rank is: the step it works on, or the phase it is in. halted: its process was stopped by a signal."""
+
+    step: int
+    phase: str = "step"
+    halted: bool = False
+
+    @property
+    def progress(self) -> tuple[int, int]:
+        """Less is farther behind."""
+        order = ("start", "step", "evaluate", "save")
+        return self.step, order.index(self.phase) if self.phase in order else 0
+
+    def __str__(self) -> str:
+        places = {"start": "starting", "evaluate": f"evaluating after step {self.step:,}"}
+        places |= {"step": f"in step {self.step:,}", "save": f"saving step {self.step:,}"}
+        place = places.get(self.phase, f"in phase {self.phase!r}")
+        return f"{place}, stopped by a signal" if self.halted else place
+
+
+@dataclass(frozen=True)
+class RanksSeen:
+    """Where a node's ranks are, told while no step comes."""
+
+    generation: int
+    positions: dict[int, RankPosition]
+
+
+@dataclass(frozen=True)
+class ShardSaved:
+    """One rank's shard is in the store, verified. entry: a `ShardEntry` as JSON.
+
+    generation and world are its writer's, whichever coordinator lives by now. parent_step: that it started from.
+    """
+
+    step: int
+    rank: int
+    entry: str
+    upload_seconds: float
+    parent_step: int | None
+    world: World
+
+
+@dataclass(frozen=True)
+class ShardFailed:
+    """A shard could not be uploaded, and without it the step has no checkpoint; training goes on."""
+
+    step: int
+    rank: int
+    cause: str
+
+
+@dataclass(frozen=True)
+class DevicesSeen:
+    """One node's accelerators."""
+
+    node_rank: int
+    sample: DeviceSample
+
+
+@dataclass(frozen=True)
+class FaultSeen:
+    """Something is broken on a node, though none of its ranks died of it: they hung, or trained on."""
+
+    generation: int
+    node_rank: int
+    fault: Fault
+
+
+@dataclass(frozen=True)
+class CannotGoOn:
+    """An agent cannot do its part, and no other try could."""
+
+    cause: str
+
+
+AgentEvent = Said | Progressed | RanksSeen | ShardSaved | ShardFailed | DevicesSeen | FaultSeen | CannotGoOn
+
+
+@dataclass(frozen=True)
+class News:
+    """The answer to every event, for the run's page. device_metrics: of all nodes, in the answer to `DevicesSeen`."""
+
+    ledger: Ledger
+    device_metrics: dict[str, float]
 
 
 @dataclass(frozen=True)
 class Commit:
-    """A checkpoint that was committed, and the list of those that the run has since then."""
+    """A checkpoint that was committed. number counts from 1 in each life of the coordinator.
 
-    number: int  # counts from 1
+    metrics: checkpoint/…, bytes and seconds. checkpoints: JSON of those that the run has since then, for its page.
+    """
+
+    number: int
     step: int
-    metrics: dict[str, float]  # checkpoint/…: bytes and seconds
-    checkpoints: str  # JSON, for the MLflow page
+    metrics: dict[str, float]
+    checkpoints: str
+
+
+class Coordinator(Protocol):
+    """The run's coordinator as an agent reaches it: a Ray actor in production, an asyncio loop in tests.
+
+    No method blocks. Calls may overtake each other, and are made again if the coordinator dies before it answers.
+    """
+
+    def join(self, agent: AgentInfo) -> "Future[Order | GoHome]":
+        """No rank of this agent's runs; answered when every node is ready, or the run has ended."""
+        ...
+
+    def watch(self, agent: AgentInfo, order: Order, *, stop_known: bool) -> "Future[Verdict]":
+        """This agent runs the order; answered when it must act."""
+        ...
+
+    def exited(self, agent: AgentInfo, order: Order, exits: Sequence[RankExit]) -> "Future[None]":
+        """All ranks of this agent have ended; exits: of those that did so by themselves."""
+        ...
+
+    def commits(self, after: int) -> "Future[list[Commit] | None]":
+        """Those that no agent has sent to MLflow; waits for one. None: the run, or this attempt, has ended.
+
+        after: number of the last that the caller has sent; 0 of an agent that has just begun.
+        """
+        ...
+
+    def tell(self, event: AgentEvent) -> "Future[News]":
+        """Something happened on this agent's node."""
+        ...
+
+
+# ---- what the driver sees ------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -93,12 +276,12 @@ class Event:
 
 @dataclass(frozen=True)
 class NodeFault:
-    """A verdict that names a node, which somebody has to see to."""
+    """A verdict that names a node, which somebody has to see to. node_id: as in AgentInfo."""
 
     generation: int
     node_rank: int
     host: str
-    node_id: str  # as in AgentInfo
+    node_id: str
     fault: Fault
 
     def __str__(self) -> str:
@@ -119,27 +302,23 @@ class NodeFault:
 
 @dataclass(frozen=True)
 class Status:
-    """What the driver shows and records."""
+    """What the driver shows and records.
+
+    running: ranks have been ordered and have not ended. metrics: the last value of every one. agents: of the current
+    generation, by node rank. cause: of a failure. node_faults: all of this coordinator's life, oldest first. ledger:
+    what this life of the coordinator has booked; another life knows nothing of those before.
+    """
 
     generation: int
-    running: bool  # ranks have been ordered and have not ended
+    running: bool
     resume_step: int | None
     step: int
-    metrics: dict[str, float]  # the last value of every metric
+    metrics: dict[str, float]
     committed_step: int | None
     committed_uri: str | None
-    agents: Sequence[AgentInfo]  # of the current generation, by node rank
-    ended: Literal["finished", "stopped", "failed"] | None
-    cause: str | None  # of a failure
-    events: Sequence[Event] = field(default_factory=tuple)
-    node_faults: Sequence[NodeFault] = ()  # all of this coordinator's life, oldest first
-    ledger: Ledger = field(default_factory=Ledger)  # of this coordinator's life
-    life: str = ""  # another one in each life of the coordinator, which knows nothing of those before
-
-
-class CoordinatorCalls(Protocol):
-    """How an agent reaches the coordinator: a Ray actor in production, an asyncio loop in tests."""
-
-    def call(self, method: str, *arguments: Any) -> "Future[Any]":
-        """Calls a coroutine of `RunCoordinator` by name; never blocks."""
-        ...
+    agents: Sequence[AgentInfo]
+    ended: EndKind | None
+    cause: str | None
+    events: Sequence[Event] = ()
+    node_faults: Sequence[NodeFault] = ()
+    ledger: LifeLedger = field(default_factory=LifeLedger)

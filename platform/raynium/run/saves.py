@@ -4,6 +4,7 @@ All methods run on the coordinator's loop, so each runs unbroken between its awa
 """
 
 import asyncio
+import contextlib
 import json
 import math
 import time
@@ -11,9 +12,9 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from raynium.checkpoint.catalog import latest, list_checkpoints
+from raynium.checkpoint.catalog import latest, list_checkpoints, open_checkpoint, step_folders
 from raynium.checkpoint.commit import StepTaken, commit_checkpoint
-from raynium.checkpoint.format.manifest import ShardEntry, generation_of, step_folder
+from raynium.checkpoint.format.manifest import Manifest, ShardEntry, generation_of, step_folder
 from raynium.checkpoint.ref import CheckpointRef
 from raynium.checkpoint.retention import Retention, apply_retention
 from raynium.checkpoint.state import checkpoint_state
@@ -21,13 +22,16 @@ from raynium.config.schema import Config
 from raynium.config.world import World
 from raynium.errors import CheckpointError, StoreError
 from raynium.run.last_save import pause_before_next_try
-from raynium.run.protocol import Commit
+from raynium.run.protocol import Commit, ShardSaved
 from raynium.storage.store import Store
 
 HELD_OUT_METRICS = ("eval/loss", "eval/bits_per_byte")  # a checkpoint keeps those of its step
 # Saves whose shards still come in. A rank has two images, so a generation has no more than three; what is older lacks a
 # shard that failed or whose rank died, and the checksums of a terabyte's shards take hundreds of megabytes
 MOST_COMING_IN = 8
+# Commits of an earlier coordinator that a new one tells again, since it may have died before they were sent to MLflow,
+# which keeps a point once. No more were on their way: a rank's images are two.
+COMMITS_TOLD_AGAIN = 3
 
 
 @dataclass(frozen=True)
@@ -38,16 +42,17 @@ class WholeSave:
     step: int
     parent_step: int | None
     entries: tuple[ShardEntry, ...]
-    upload_seconds: float  # of the slowest shard
+    # Of the slowest shard.
+    upload_seconds: float
+    world: World
 
 
 class Saves:
     """What became of each save."""
 
-    def __init__(self, config: Config, world: World, store: Store, *, tell: Callable[[str], None]):
+    def __init__(self, config: Config, store: Store, *, tell: Callable[[str], None]):
         """tell: a line for the user's terminal."""
         self._config = config
-        self._world = world
         self._store = store
         self._tell = tell
         self._evaluations: dict[int, dict[str, float]] = {}  # step → eval/… metrics, until its checkpoint is committed
@@ -56,6 +61,8 @@ class Saves:
         self._whole: deque[tuple[str, int]] = deque(maxlen=MOST_COMING_IN)  # (generation, step) of those that came in
         self._uncommitted: WholeSave | None = None  # the newest, of those that the store did not let us commit
         self._causes: dict[int, str] = {}  # step → why it is not committed
+        self.caught_up = False
+        self._sent = 0
         self.commits: list[Commit] = []
         self.committed_step: int | None = None
         self.committed_uri: str | None = None
@@ -70,16 +77,15 @@ class Saves:
         """The run goes on from here: its newest checkpoint, until there is a newer one."""
         self.committed_step, self.committed_uri = checkpoint.step, checkpoint.uri
 
-    def shard_saved(
-        self, step: int, rank: int, entry: ShardEntry, upload_seconds: float, *, parent: int | None
-    ) -> WholeSave | None:
-        """The save, if this was its last shard. parent: the step that its generation started from."""
-        save = generation_of(entry.file.key), step
+    def shard_saved(self, shard: ShardSaved) -> WholeSave | None:
+        """The save, if this was its last shard."""
+        entry = ShardEntry.from_json(shard.entry)
+        save = generation_of(entry.file.key), shard.step
         if save in self._whole:  # told again, by an agent whose ranks start from it
             return None
         shards = self._shards.setdefault(save, {})
-        shards[rank] = entry, upload_seconds
-        if len(shards) < self._world.size:
+        shards[shard.rank] = entry, shard.upload_seconds
+        if len(shards) < shard.world.size:
             if len(self._shards) > MOST_COMING_IN:
                 del self._shards[next(iter(self._shards))]
             return None
@@ -87,7 +93,7 @@ class Saves:
         del self._shards[save]
         self._whole.append(save)
         entries = tuple(entry for entry, _ in found)
-        return WholeSave(*save, parent, entries, max(seconds for _, seconds in found))
+        return WholeSave(*save, shard.parent_step, entries, max(seconds for _, seconds in found), shard.world)
 
     def shard_failed(self, step: int, rank: int, cause: str) -> None:
         """Told once a step: where one shard fails, the others mostly do."""
@@ -116,7 +122,6 @@ class Saves:
         is told: training goes on without this checkpoint.
         """
         step = whole.step
-        began = time.perf_counter()
         try:
             reference = await asyncio.to_thread(
                 commit_checkpoint,
@@ -125,8 +130,8 @@ class Saves:
                 generation=whole.generation_id,
                 entries=whole.entries,
                 state=checkpoint_state(self._config, step),
-                world_size=self._world.size,
-                layout=self._world.degrees(),
+                world_size=whole.world.size,
+                layout=whole.world.degrees(),
                 parent_step=whole.parent_step,
                 metrics=self._evaluations.get(step, {}),
                 upload_seconds=whole.upload_seconds,
@@ -134,7 +139,6 @@ class Saves:
         except (StoreError, CheckpointError) as error:
             self._commit_failed(whole, error)
             return False
-        commit_seconds = time.perf_counter() - began
         self._evaluations.pop(step, None)
         if self._causes.pop(step, None) is not None:
             self._tell(f"checkpoint of step {step} is saved after all")
@@ -142,7 +146,7 @@ class Saves:
         if newest:
             self.committed_step, self.committed_uri = step, reference.uri
         await self._tidy_up(step, living, reading)
-        await self._log(reference, commit_seconds)
+        await self._note([reference])
         return newest
 
     async def commit_last(self, step: int, *, living: Sequence[str]) -> None:
@@ -194,23 +198,62 @@ class Saves:
         except (StoreError, CheckpointError) as error:
             self._tell(f"checkpoint of step {step} is committed, but older ones were not tidied up: {error}")
 
-    async def _log(self, reference: CheckpointRef, commit_seconds: float) -> None:
-        """Notes the commit for whoever writes it into MLflow."""
-        timing = reference.manifest.timing
-        assert timing is not None
-        metrics = {
-            "checkpoint/bytes": float(reference.manifest.num_bytes),
-            "checkpoint/longest_stall_seconds": timing.stall_seconds,
-            "checkpoint/upload_seconds": timing.upload_seconds,
-            "checkpoint/commit_seconds": commit_seconds,
-        }
+    async def catch_up(self) -> None:
+        """Once, as a generation is ordered or found running: what coordinators before this one have committed."""
+        if self.caught_up or self._config.checkpoint.save == "never":
+            return
+        self.caught_up = True
+        try:
+            found = await asyncio.to_thread(_newest, self._store)
+        except (StoreError, CheckpointError) as error:
+            self._tell(f"checkpoints of before may be missing on the MLflow page: {error}")
+            return
+        if found and self.committed_step is None:
+            self.resumed(found[-1])
+        await self._note(found)
+
+    def unsent(self, after: int) -> list[Commit]:
+        """Commits that no agent has sent to MLflow. after: number of the last that the caller has sent."""
+        # A number beyond ours was counted by a coordinator that has died: this one begins anew.
+        self._sent = max(self._sent, after if after <= len(self.commits) else 0)
+        return self.commits[self._sent :]
+
+    async def _note(self, committed: Sequence[CheckpointRef]) -> None:
+        """For whoever writes it into MLflow."""
+        known = {each.step for each in self.commits}
+        new = [each for each in committed if each.step not in known and each.manifest.timing is not None]
+        if not new:
+            return
         try:
             found = await asyncio.to_thread(list_checkpoints, self._store)
         except (StoreError, CheckpointError) as error:
-            self._tell(f"checkpoint of step {reference.step} is committed, but missing on the MLflow page: {error}")
+            steps = ", ".join(str(each.step) for each in new)
+            self._tell(f"checkpoint of step {steps} is committed, but missing on the MLflow page: {error}")
             return
         listed = [vars(each) | {"uri": self._store.uri(step_folder(each.step))} for each in found]
         text = json.dumps(listed, indent=2)
-        # One list for all: of a run that keeps thousands, a list for each commit would take gigabytes
-        earlier = [replace(each, checkpoints=text) for each in self.commits]
-        self.commits = [*earlier, Commit(len(earlier) + 1, reference.step, metrics, text)]
+        # One list for all: of a run that keeps thousands, a list for each commit would take gigabytes.
+        self.commits = [replace(each, checkpoints=text) for each in self.commits]
+        for each in new:
+            self.commits.append(Commit(len(self.commits) + 1, each.step, _metrics(each.manifest), text))
+
+
+def _newest(store: Store) -> list[CheckpointRef]:
+    """The last few checkpoints that can be read, oldest first."""
+    steps = [folder.step for folder in step_folders(store) if folder.manifest is not None][-COMMITS_TOLD_AGAIN:]
+    found = []
+    for step in steps:
+        with contextlib.suppress(CheckpointError):  # damaged, or deleted a moment ago: it is no point on a page
+            found.append(open_checkpoint(store, step))
+    return found
+
+
+def _metrics(manifest: Manifest) -> dict[str, float]:
+    """checkpoint/…: from the manifest alone, so that whoever tells of a commit tells the same."""
+    assert manifest.timing is not None
+    return {
+        "checkpoint/bytes": float(manifest.num_bytes),
+        "checkpoint/longest_stall_seconds": manifest.timing.stall_seconds,
+        "checkpoint/upload_seconds": manifest.timing.upload_seconds,
+        "checkpoint/commit_seconds": manifest.timing.commit_seconds,
+    }

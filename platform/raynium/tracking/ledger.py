@@ -8,7 +8,7 @@ A time `now` is in seconds of the steady clock of the process that keeps the boo
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
 Cause = Literal[
@@ -115,22 +115,57 @@ class GenerationBook:
         return filled(self._measured + Ledger(load=self._load_seconds), wall_seconds, "other")
 
 
+@dataclass(frozen=True)
+class LifeLedger:
+    """One life of the coordinator: the generation that it ordered or found last, and all that was before that."""
+
+    life: str = ""
+    closed: Ledger = field(default_factory=Ledger)
+    generation_number: int = 0
+    generation: Ledger = field(default_factory=Ledger)
+
+    @property
+    def total(self) -> Ledger:
+        return self.closed + self.generation
+
+
 class CoordinatorBook:
     """One life of the coordinator. It begins with the time until the first generation is ordered: `start`."""
 
-    def __init__(self, *, now: float):
-        self._closed = Ledger()  # until `_since`
+    def __init__(self, *, life: str, now: float):
+        """life: a name of its own."""
+        self._life = life
+        self._before = Ledger()
+        self._closed = Ledger()
         self._since = now
-        self._rest: Cause = "start"  # of the time since then that the generation's agent does not explain
+        # Of the time since then that the generation's agent does not explain.
+        self._rest: Cause = "start"
+        self._number = 0
         self._generation = Ledger()
+        self._found_running = False
 
-    def ordered(self, now: float) -> None:
+    def ran_before(self, ledger: Ledger) -> None:
+        """All of the run that was before this life, from the driver; Ray may run two such calls in either order."""
+        if ledger.total > self._before.total:
+            self._before = ledger
+
+    def ordered(self, number: int, now: float) -> None:
         """A generation was ordered; its agent explains the time from here on."""
-        self._closed = self.ledger(now)
-        self._since, self._rest, self._generation = now, "load", Ledger()
+        self._closed = self.ledger(now).total
+        self._since, self._rest, self._number, self._generation = now, "load", number, Ledger()
+        self._found_running = False
 
-    def account(self, generation: Ledger) -> None:
-        """What the agent of the newest generation has booked so far; also once that is over."""
+    def found_running(self, number: int, now: float) -> None:
+        """A generation that a coordinator before this one has ordered goes on: its ledger covers this life, too."""
+        self._closed, self._number, self._generation = Ledger(), number, Ledger()
+        self._since, self._rest, self._found_running = now, "other", True
+
+    def account(self, number: int, generation: Ledger, now: float) -> None:
+        """What the agent has booked of a generation so far; also once that is over."""
+        if number != self._number:
+            return
+        if self._found_running:
+            self._since, self._found_running = now - generation.total, False
         if generation.total >= self._generation.total:  # calls may overtake each other
             self._generation = generation
         if self._rest == "load":
@@ -145,9 +180,13 @@ class CoordinatorBook:
         if self._rest in ("load", "other"):
             self._rest = "finish"
 
-    def ledger(self, now: float) -> Ledger:
+    def ledger(self, now: float) -> LifeLedger:
         """Of the time since this coordinator began."""
-        return self._closed + filled(self._generation, now - self._since, self._rest)
+        generation = filled(self._generation, now - self._since, self._rest)
+        return LifeLedger(self._life, self._closed, self._number, generation)
+
+    def whole_run(self, now: float) -> Ledger:
+        return self._before + self.ledger(now).total
 
 
 class RunBook:
@@ -157,37 +196,51 @@ class RunBook:
         """before: everything until this driver claimed the run, which is now."""
         self._began = now
         self._before = before
-        self._lost = Ledger()  # coordinators that died, and the time until the next one answered
-        self._coordinator = Ledger()  # the one that lives, when it was last asked
-        self._until_first: float | None = None  # seconds from the claim to the first coordinator's birth
+        # Lives of the coordinator: those that count for good, the one before the newest, how long nobody answered
+        # after that one, and the newest when it was last asked.
+        self._settled = Ledger()
+        self._dead = LifeLedger()
+        self._silent_seconds = 0.0
+        self._newest = LifeLedger()
+        # Seconds from the claim to the first coordinator's birth.
+        self._until_first: float | None = None
         self._finishing_since: float | None = None
 
-    def heard(self, coordinator: Ledger, *, now: float) -> None:
+    def heard(self, newest: LifeLedger, *, now: float) -> None:
         """What the coordinator's book holds now."""
-        last = self._coordinator
-        if coordinator.total < last.total or coordinator.step < last.step:  # Ray started it again, without memory
-            self._lost += last
-            silent = now - self._began - (self._until_first or 0.0) - self._lost.total - coordinator.total
-            self._lost += Ledger(restart=max(0.0, silent))
-        self._coordinator = coordinator
+        began_anew = self._newest.life not in ("", newest.life)  # Ray started it again, without memory
+        if began_anew:
+            self._settled, self._dead, self._silent_seconds = self._lost(), self._newest, 0.0
+        self._newest = newest
+        if self._dead.generation_number == newest.generation_number != 0:
+            # The dead one's generation goes on, and the newest's book holds all of it.
+            self._settled += self._dead.closed + Ledger(step=self._dead.total.step)
+            self._dead, self._silent_seconds = LifeLedger(), 0.0
         if self._until_first is None:
-            self._until_first = max(0.0, now - self._began - coordinator.total)
+            self._until_first = max(0.0, now - self._began - newest.total.total)
+        if began_anew:
+            known = self._until_first + self._lost().total + newest.total.total
+            self._silent_seconds = max(0.0, now - self._began - known)
+
+    def _lost(self) -> Ledger:
+        """Coordinators that died, and the time until the newest answered."""
+        return self._settled + self._dead.total + Ledger(restart=self._silent_seconds)
 
     def finishing(self, *, now: float) -> None:
         """No generation will follow: what is left are results, and the end of all processes."""
         self._finishing_since = now
 
     def before_coordinator(self) -> Ledger:
-        """Everything before the birth of the coordinator that lives."""
-        return self._before + Ledger(start=self._until_first or 0.0) + self._lost
+        """Everything before the birth of the coordinator that lives, or before the generation that it found running."""
+        return self._before + Ledger(start=self._until_first or 0.0) + self._lost()
 
     def ledger(self, now: float) -> Ledger:
         """Since the run was first claimed."""
         if self._until_first is None:
             return self._before + Ledger(start=now - self._began)
-        parts = Ledger(start=self._until_first) + self._lost + self._coordinator
+        parts = Ledger(start=self._until_first) + self._lost() + self._newest.total
         if self._finishing_since is not None:
-            # Answers are heard milliseconds after they were given: what that makes too much is none of the run's causes
+            # Answers are heard milliseconds after they were given: what that makes too much is no cause of the run's.
             unexplained = max(0.0, now - self._began - parts.total)
             parts += Ledger(finish=min(now - self._finishing_since, unexplained))
         return self._before + filled(parts, now - self._began, "other")

@@ -49,7 +49,7 @@ METRICS: dict[str, str] = {
     "checkpoint/skipped_saves": "saves left out since the last start, because both images were still being uploaded",
     "checkpoint/longest_stall_seconds": "seconds the training loop stood still for this save, of the slowest rank",
     "checkpoint/upload_seconds": "seconds from the snapshot until all of it was in the store, confirmed",
-    "checkpoint/commit_seconds": "seconds from then on until the checkpoint was committed",
+    "checkpoint/commit_seconds": "seconds from then on until its manifest was checked and ready to be written",
     "checkpoint/bytes": "bytes of the committed checkpoint, over all ranks",
     "run/generation": "number of the generation (one life of the ranks) that computed this step",
     "goodput/ratio": "fraction of the wall time since the run was first claimed that is goodput/train_seconds",

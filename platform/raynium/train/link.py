@@ -1,27 +1,105 @@
 """A rank's one line to the outside: the node agent, or nothing when it was started by torchrun.
 
-Messages are JSON both ways:
-    rank → agent   {"kind": "phase", "name", "step"}                 heartbeat
-                   {"kind": "step", "step", "metrics"}               rank 0 only
-                   {"kind": "image", "slot", "info", "replicas"}     a snapshot lies complete in shared memory
-                   {"kind": "compiled", "step", "graphs", "seconds", "surprises"}    see `Link.compiled`
-                   {"kind": "outcome", "step", "reason"}             the loop ended as it should
-                   {"kind": "failed", "error", "cause", "retry"}     an exception of class `error` ended the rank
-    agent → rank   {"kind": "stop"}                                  save at the next step, then end
-                   {"kind": "image-free", "slot"}                    this image may be written
+Messages travel as JSON, both ways: the fields of one of the classes below, and its name as "kind".
 """
 
 import json
 import os
 import queue
 import threading
+from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
-from typing import Any, NoReturn, Protocol
+from typing import Literal, NoReturn, Protocol
 
 IMAGE_SLOTS = 2  # images of one rank: one is being uploaded, or kept for a restart, while the other is written
 
 # The rank's exit code when its agent is gone; EX_UNAVAILABLE of sysexits.h.
 AGENT_LOST_EXIT_CODE = 69
+
+
+# ---- rank → agent ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Heartbeat: what the rank does from now on. "step": the next step, and `step` is done."""
+
+    name: str
+    step: int
+
+
+@dataclass(frozen=True)
+class Stepped:
+    """Rank 0 only: one finished step, or what its save or its evaluation cost."""
+
+    step: int
+    metrics: dict[str, float]
+
+
+@dataclass(frozen=True)
+class ImageWritten:
+    """A snapshot lies complete in shared memory. info, replicas: see `Link.image`."""
+
+    slot: int
+    info: str
+    replicas: str
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """See `Link.compiled`."""
+
+    step: int
+    graphs: int
+    seconds: float
+    surprises: list[str]
+
+
+@dataclass(frozen=True)
+class Ended:
+    """The loop ended as it should: `reason` is finished or stopped."""
+
+    step: int
+    reason: Literal["finished", "stopped"]
+
+
+@dataclass(frozen=True)
+class Failed:
+    """An exception of class `error` ended the rank. retry: False where the same would happen again."""
+
+    error: str
+    cause: str
+    retry: bool
+
+
+# ---- agent → rank ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Stop:
+    """Save at the next step, then end."""
+
+
+@dataclass(frozen=True)
+class ImageFree:
+    """This image may be written."""
+
+    slot: int
+
+
+RankMessage = Phase | Stepped | ImageWritten | Compiled | Ended | Failed
+AgentMessage = Stop | ImageFree
+_KINDS = {kind.__name__: kind for kind in (Phase, Stepped, ImageWritten, Compiled, Ended, Failed, Stop, ImageFree)}
+
+
+def to_bytes(message: RankMessage | AgentMessage) -> bytes:
+    return json.dumps({"kind": type(message).__name__} | asdict(message)).encode()
+
+
+def from_bytes(data: bytes) -> RankMessage | AgentMessage:
+    """Of the other end, which runs the same code."""
+    fields = json.loads(data)
+    return _KINDS[fields.pop("kind")](**fields)
 
 
 class Link(Protocol):
@@ -77,16 +155,16 @@ class AgentLink:
         threading.Thread(target=self._receive_all, name="agent-link-receive", daemon=True).start()
 
     def phase(self, name: str, step: int) -> None:
-        self._post({"kind": "phase", "name": name, "step": step})
+        self._post(Phase(name, step))
 
     def step(self, step: int, metrics: dict[str, float]) -> None:
         if self._reports_steps:
-            self._post({"kind": "step", "step": step, "metrics": metrics})
+            self._post(Stepped(step, metrics))
         else:
             self.phase("step", step)
 
     def compiled(self, step: int, *, graphs: int, seconds: float, surprises: list[str]) -> None:
-        self._post({"kind": "compiled", "step": step, "graphs": graphs, "seconds": seconds, "surprises": surprises})
+        self._post(Compiled(step, graphs, seconds, surprises))
 
     def stop_requested(self) -> bool:
         return self._stop.is_set()
@@ -102,24 +180,24 @@ class AgentLink:
     def image(self, slot: int, info: str, replicas: str) -> None:
         with self._image_freed:
             self._free_images.remove(slot)
-        self._post({"kind": "image", "slot": slot, "info": info, "replicas": replicas})
+        self._post(ImageWritten(slot, info, replicas))
 
-    def outcome(self, step: int, reason: str) -> None:
+    def outcome(self, step: int, reason: Literal["finished", "stopped"]) -> None:
         """The last message of a rank that ended as it should."""
-        self._post({"kind": "outcome", "step": step, "reason": reason})
+        self._post(Ended(step, reason))
 
     def failed(self, error: Exception, *, retry: bool) -> None:
         """The last message of a rank that an exception ended."""
         name = type(error).__name__
-        self._post({"kind": "failed", "error": name, "cause": f"{name}: {error}", "retry": retry})
+        self._post(Failed(name, f"{name}: {error}", retry))
 
     def close(self) -> None:
         """Returns when everything posted has been handed to the kernel."""
         self._outbox.put(None)
         self._sender.join()
 
-    def _post(self, message: dict[str, Any]) -> None:
-        self._outbox.put(json.dumps(message).encode())
+    def _post(self, message: RankMessage) -> None:
+        self._outbox.put(to_bytes(message))
 
     def _send_all(self) -> None:
         while (message := self._outbox.get()) is not None:
@@ -131,15 +209,16 @@ class AgentLink:
     def _receive_all(self) -> None:
         while True:
             try:
-                message = json.loads(self._connection.recv_bytes())
+                message = from_bytes(self._connection.recv_bytes())
             except (EOFError, OSError):
                 _end_without_agent()
-            if message["kind"] == "stop":
-                self._stop.set()
-            elif message["kind"] == "image-free":
-                with self._image_freed:
-                    self._free_images.add(message["slot"])
-                    self._image_freed.notify_all()
+            match message:
+                case Stop():
+                    self._stop.set()
+                case ImageFree(slot):
+                    with self._image_freed:
+                        self._free_images.add(slot)
+                        self._image_freed.notify_all()
 
 
 def _end_without_agent() -> NoReturn:

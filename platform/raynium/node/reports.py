@@ -1,0 +1,202 @@
+"""What a node's ranks say, and where it belongs: metrics to the tracker, the ledger and lines to the coordinator."""
+
+import logging
+import math
+import re
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+
+from raynium.config.schema import Config
+from raynium.errors import TrackingError
+from raynium.run.protocol import Coordinator, News, Order, Progressed, RankPosition, RanksSeen, Said
+from raynium.tracking.ledger import GenerationBook
+from raynium.tracking.tracker import Tracker
+from raynium.train.link import Compiled, Phase, RankMessage, Stepped
+
+logger = logging.getLogger(__name__)
+
+# On the user's terminal, of one node: a run that compiles at every step would fill it.
+COMPILES_TOLD = 20
+# The driver's display and MLflow are not fed faster than this.
+REPORT_SECONDS = 0.5
+LEDGER_SECONDS = 10.0
+COMMIT_LOG_CLOSE_SECONDS = 10.0
+# Ranks that no step came from for so long are told of, and again as often.
+STILL_SECONDS = 30.0
+
+
+class Reports:
+    """Of one node, over the life of its agent. Only node 0, which has rank 0, has a tracker."""
+
+    def __init__(
+        self,
+        config: Config,
+        coordinator: Coordinator,
+        tracker: Tracker | None,
+        *,
+        peak_flops_per_rank: Callable[[], float | None],
+        halted: Callable[[int], bool],
+    ):
+        """peak_flops_per_rank: of the config's dtype. halted: whether a rank's process is stopped by a signal."""
+        self._total_steps = config.train.steps
+        self._coordinator = coordinator
+        self._tracker = tracker
+        self._peak_flops_per_rank = peak_flops_per_rank
+        self._halted = halted
+        self._order: Order | None = None
+        self._book = GenerationBook(trained_step=0, now=0.0)
+        # As the coordinator knows, unless it was started again.
+        self._trained_step = 0
+        self._positions: dict[int, RankPosition] = {}
+        self._moved = self._told_still = 0.0
+        self._compiles_told: set[tuple[int, int, str]] = set()
+        # A steady clock may begin at 0 when the machine starts.
+        self._last_report = self._last_ledger = -math.inf
+        # Of all nodes and of the run, until a step takes them along.
+        self._device_metrics: dict[str, float] = {}
+        self._goodput_metrics: dict[str, float] = {}
+
+    def begin_generation(self, order: Order, ranks: range) -> None:
+        now = time.monotonic()
+        self._order = order
+        self._book = GenerationBook(trained_step=max(self._trained_step, order.ledger.step), now=now)
+        self._positions = {rank: RankPosition(order.resume_step or 0, "start") for rank in ranks}
+        self._moved = self._told_still = now
+
+    def take(self, rank: int, message: RankMessage) -> None:
+        """A message of one of this node's ranks; images are somebody else's."""
+        match message:
+            case Stepped(step, metrics):
+                self._moves(rank, RankPosition(step + 1))
+                self._book.step(step, metrics, time.monotonic())
+                self._step(step, metrics)
+            case Phase("step", step):
+                self._moves(rank, RankPosition(step + 1))
+            case Phase(name, step):
+                self._moves(rank, RankPosition(step, name))
+            case Compiled():
+                self._compiled(rank, message)
+            case _:
+                pass
+
+    def check_stillness(self) -> None:
+        """Tells the coordinator where the ranks are, while no step comes."""
+        now = time.monotonic()
+        if min(now - self._moved, now - self._told_still) < STILL_SECONDS or self._order is None:
+            return
+        self._told_still = now
+        positions = {
+            rank: RankPosition(each.step, each.phase, self._halted(rank)) for rank, each in self._positions.items()
+        }
+        self._coordinator.tell(RanksSeen(self._order.generation, positions))
+
+    def end_generation(self) -> None:
+        """All is read that the ranks left; the coordinator has booked it when this returns."""
+        if self._tracker is not None:
+            self._account(self._book.ledger().step, {}).result()
+
+    def keep_news(self, answer: "Future[News]") -> None:
+        """Of an event's answer; without a coordinator, `watch` ends the generation."""
+        if answer.cancelled() or answer.exception() is not None:
+            return
+        news, now = answer.result(), time.monotonic()
+        self._device_metrics = news.device_metrics or self._device_metrics
+        if now - self._last_ledger >= LEDGER_SECONDS:
+            self._last_ledger = now
+            self._goodput_metrics = news.ledger.metrics()
+
+    def _moves(self, rank: int, position: RankPosition) -> None:
+        self._positions[rank] = position
+        self._moved = time.monotonic()
+
+    def _step(self, step: int, metrics: dict[str, float]) -> None:
+        assert self._order is not None and self._tracker is not None, "only rank 0 tells its steps"
+        if "checkpoint/skipped_saves" in metrics:
+            why = "earlier ones are still being uploaded (checkpoint.if_busy=skip)"
+            self._coordinator.tell(Said(f"step {step}: no checkpoint, because {why}"))
+        metrics = metrics | {"run/generation": float(self._order.generation)}
+        metrics |= self._take_device_metrics(self._order, metrics.get("throughput/mfu_with_attention"))
+        self._show(step, metrics)
+        # MLflow keeps one value of each step, the first: the last step's goodput is the one with the run's end.
+        if step < self._total_steps:
+            metrics |= self._goodput_metrics
+            self._goodput_metrics = {}
+        self._tracker.append(metrics, step=step, unix_ms=int(time.time() * 1000))
+
+    def _show(self, step: int, metrics: dict[str, float]) -> None:
+        """Feeds the driver's display: every evaluation, the last step, and else not more often than it can show."""
+        now = time.monotonic()
+        evaluated = any(name.startswith("eval/") for name in metrics)
+        if evaluated or step == self._total_steps or now - self._last_report >= REPORT_SECONDS:
+            self._last_report = now
+            self._account(step, metrics)
+
+    def _account(self, step: int, metrics: dict[str, float]) -> "Future[News]":
+        assert self._order is not None
+        ledger = self._book.ledger()
+        self._trained_step = ledger.step
+        answer = self._coordinator.tell(Progressed(self._order.generation, step, metrics, ledger))
+        answer.add_done_callback(self.keep_news)
+        return answer
+
+    def _take_device_metrics(self, order: Order, mfu: float | None) -> dict[str, float]:
+        """Those that no step has reported yet. mfu: of this step, with attention; None: not known."""
+        taken, self._device_metrics = self._device_metrics, {}
+        counted = taken.get("device/flops_per_second")
+        if mfu and counted is not None:
+            peak_flops = self._peak_flops_per_rank()
+            assert peak_flops is not None, "the rank that reports an MFU had one"
+            taken["device/flops_to_estimate_ratio"] = counted / (mfu * peak_flops * order.world.size)
+        return taken
+
+    def _compiled(self, rank: int, message: Compiled) -> None:
+        """What should not have been compiled is told to the user, once for all ranks of this node."""
+        assert self._order is not None
+        if rank == 0:
+            self._book.compiled(message.seconds)
+        if rank == min(self._positions):
+            text = "step %d, rank %d: %d graph(s) compiled in %.1f s"
+            logger.info(text, message.step, rank, message.graphs, message.seconds)
+        for surprise in message.surprises:
+            said = f"step {message.step}, rank {rank}: {surprise}"
+            logger.warning(said)
+            # Ranks differ in the seconds only.
+            told = self._order.generation, message.step, re.sub(r"\([\d.]+ s\)", "", surprise)
+            if told not in self._compiles_told and len(self._compiles_told) < COMPILES_TOLD:
+                self._compiles_told.add(told)
+                more = " (more are in the log only)" if len(self._compiles_told) == COMPILES_TOLD else ""
+                self._coordinator.tell(Said(said + more))
+
+
+class CommitLog:
+    """Writes each commit into MLflow: its numbers at its step, and the list of the run's checkpoints as an artifact."""
+
+    def __init__(self, coordinator: Coordinator, tracker: Tracker):
+        self._coordinator = coordinator
+        self._tracker = tracker
+        self._thread = threading.Thread(target=self._follow, name="commit-log", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Once the run has ended: returns when the last commit is written down, or the coordinator is out of reach."""
+        self._thread.join(COMMIT_LOG_CLOSE_SECONDS)
+
+    def _follow(self) -> None:
+        seen = 0
+        while True:
+            try:
+                commits = self._coordinator.commits(seen).result()
+            except Exception as error:  # Ray's own errors, which this file must not import: the coordinator is gone
+                logger.warning("checkpoints are no longer written into MLflow: %s", error)
+                return
+            if commits is None:
+                return
+            for commit in commits:
+                seen = commit.number
+                self._tracker.append(commit.metrics, step=commit.step, unix_ms=int(time.time() * 1000))
+                try:
+                    self._tracker.artifact("checkpoints.json", commit.checkpoints)
+                except TrackingError as error:  # the disk is full: the next commit's list holds this one too
+                    logger.warning("the list of checkpoints does not reach MLflow: %s", error)

@@ -1,0 +1,128 @@
+"""From a rank's written image to a shard that the coordinator knows of: offers, uploads, and what is told of them.
+
+An image may be written again once it is uploaded and a newer one of its rank is complete; its rank is then offered it.
+"""
+
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+
+from raynium.checkpoint.format.manifest import ShardEntry
+from raynium.errors import StoreError
+from raynium.node.images import FailedUpload, NodeImages, SavedShard, Snapshot
+from raynium.node.ranks import RankGroup
+from raynium.node.uploader import Uploader
+from raynium.run.last_save import pause_before_next_try
+from raynium.run.protocol import AgentInfo, Coordinator, HeldImages, Order, Said, ShardFailed, ShardSaved
+from raynium.train.link import IMAGE_SLOTS, ImageFree
+
+
+class Saving:
+    """Of one node's ranks, over the life of its agent. Any thread may call it."""
+
+    def __init__(self, ranks: range, coordinator: Coordinator, uploader: Uploader):
+        self.images = NodeImages(ranks)
+        self._coordinator = coordinator
+        self._uploader = uploader
+        # The ranks of now, to whom images are offered, from any thread.
+        self._group: RankGroup | None = None
+        self._group_lock = threading.Lock()
+        # Threads that wait for the uploader: one for each image that can be on its way.
+        self._threads = ThreadPoolExecutor(IMAGE_SLOTS * len(ranks), thread_name_prefix="upload")
+        # Each is done when the coordinator knows how that upload ended.
+        self._running: list[Future[None]] = []
+
+    def begin_generation(self, keep: HeldImages | None) -> None:
+        """No rank runs. keep: what the next ones start from."""
+        self.images.start_generation(keep)
+        # A coordinator that was started again knows of no shard, and who starts from the last step saves it no more.
+        self._running += [self._threads.submit(self._tell_saved, saved) for saved in self.images.saved()]
+
+    def serve(self, group: RankGroup | None) -> None:
+        """Whom images are offered to from now on."""
+        with self._group_lock:
+            self._group = group
+        self._offer_free()
+
+    def take(self, rank: int, slot: int, snapshot: Snapshot) -> None:
+        """The rank has written this image, and goes on training."""
+        self.images.complete(rank, slot, snapshot)
+        self._offer_free()
+        self._running = [upload for upload in self._running if not upload.done()]
+        self._running.append(self._threads.submit(self._upload, rank, slot, snapshot, again=False))
+
+    def finish(self, agent: AgentInfo, order: Order) -> None:
+        """The ranks are through. Their last checkpoint must be in before the run may count as finished.
+
+        Whichever generation saved it. What could not be uploaded is still in memory, and tried again for a while.
+        """
+        # A node whose ranks still run may lose one.
+        over = self._coordinator.watch(agent, order, stop_known=True)
+        began, tries = time.monotonic(), 0
+        while True:
+            for upload in self._running:
+                upload.result()
+            failed = self.images.failed()
+            tries += 1
+            pause = pause_before_next_try(tries, time.monotonic() - began)
+            if not failed or pause is None:
+                # The coordinator may have been started again since it heard of some, and knows nothing of them.
+                for saved in self.images.saved():
+                    self._tell_saved(saved)
+                return
+            self._coordinator.tell(Said(_still_in_memory(agent, failed, pause)))
+            wait([over], pause)
+            if over.done():
+                over.result()
+                return
+            self._running = [
+                self._threads.submit(self._upload, each.rank, each.slot, each.snapshot, again=True) for each in failed
+            ]
+
+    def _offer_free(self) -> None:
+        with self._group_lock:
+            if self._group is not None:
+                for rank, slot in self.images.take_offers():
+                    self._group.send(rank, ImageFree(slot))
+
+    def uploader_pid(self) -> int | None:
+        return self._uploader.pid()
+
+    def wait(self) -> None:
+        """Until no upload runs. None may follow."""
+        self._threads.shutdown(wait=True)
+
+    def close(self) -> None:
+        self.wait()
+        self._uploader.close()
+
+    def _upload(self, rank: int, slot: int, snapshot: Snapshot, *, again: bool) -> None:
+        try:
+            entry: ShardEntry = self._uploader.upload(
+                snapshot.info, generation=snapshot.generation_id, rank=rank, again=again
+            )
+        except Exception as error:  # whatever it was, this image is in memory only
+            failure = str(error) if isinstance(error, StoreError) else f"{type(error).__name__}: {error}"
+            self.images.uploaded(rank, slot, failure=failure)
+            self._offer_free()
+            self._coordinator.tell(ShardFailed(snapshot.info.step, rank, failure)).result()
+            return
+        saved = SavedShard(rank, snapshot, entry, time.monotonic() - snapshot.taken)
+        self.images.uploaded(rank, slot, saved=saved)
+        self._offer_free()
+        self._tell_saved(saved)
+
+    def _tell_saved(self, saved: SavedShard) -> None:
+        snapshot = saved.snapshot
+        entry, seconds = saved.entry.to_json(), saved.upload_seconds
+        event = ShardSaved(snapshot.info.step, saved.rank, entry, seconds, snapshot.parent_step, snapshot.world)
+        self._coordinator.tell(event).result()
+
+
+def _still_in_memory(agent: AgentInfo, failed: Sequence[FailedUpload], pause: float) -> str:
+    step = max(each.snapshot.info.step for each in failed)
+    return (
+        f"node {agent.node_rank}: {len(failed)} shard(s) of step {step} are still in memory only, and are uploaded "
+        f"again in {pause:.0f} s: {failed[0].failure}"
+    )

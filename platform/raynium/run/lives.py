@@ -1,0 +1,198 @@
+"""The run's generations: which one runs, what its end means, and whether another follows. Pure."""
+
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from raynium.config.schema import FaultSection
+from raynium.config.world import World
+from raynium.health.faults import Fault
+from raynium.run.board import Board
+from raynium.run.protocol import AgentInfo, EndKind, NodeFault, Order, RankExit
+from raynium.run.recovery import Origin, Recovery
+from raynium.run.roster import Roster
+from raynium.run.verdicts import Verdicts, blamed, blames_a_peer
+from raynium.tracking.ledger import CoordinatorBook
+
+
+@dataclass
+class Generation:
+    """One life of the ranks. agents: by node rank; exits: of the nodes whose ranks have all ended."""
+
+    order: Order
+    agents: dict[int, AgentInfo]
+    state: Literal["running", "over"] = "running"
+    cause: str = ""
+    exits: dict[int, Sequence[RankExit]] = field(default_factory=dict)
+
+    def blamed(self) -> RankExit | None:
+        """Of all nodes, as far as they have said."""
+        return blamed([each for exits in self.exits.values() for each in exits])
+
+    def all_have_ended(self) -> bool:
+        return len(self.exits) == self.order.world.nodes
+
+
+class Lives:
+    """`ended` is how the run ended, and why if it failed; None while another generation may follow."""
+
+    def __init__(
+        self, fault: FaultSection, last_generation: int, *, board: Board, book: CoordinatorBook, roster: Roster,
+        recovery: Recovery,
+    ):  # fmt: skip
+        self.number = last_generation
+        self.ended: tuple[EndKind, str | None] | None = None
+        self.stop_requested = False
+        # No generation is ordered before this time.
+        self.not_before = 0.0
+        self._verdicts = Verdicts(fault)
+        self._generations: dict[int, Generation] = {}
+        self._board, self._book, self._roster, self._recovery = board, book, roster, recovery
+
+    @property
+    def newest(self) -> Generation | None:
+        return self._generations.get(self.number)
+
+    @property
+    def running(self) -> Generation | None:
+        return self.newest if self.newest is not None and self.newest.state == "running" else None
+
+    @property
+    def node_faults(self) -> tuple[NodeFault, ...]:
+        return tuple(self._verdicts.node_faults)
+
+    def are_over_for(self, agent: AgentInfo) -> bool:
+        return self.ended is not None or not self._roster.is_current(agent.attempt)
+
+    # ---- how one begins --------------------------------------------------------------------------------------------
+
+    def begin(self, agents: Sequence[AgentInfo], world: World, origin: Origin, *, now: float) -> None:
+        """All agents are there, by node rank, and no rank runs."""
+        self.number = 1 + max(self.number, *(agent.last_generation for agent in agents))
+        self._book.ordered(self.number, now)
+        order = Order(
+            world,
+            self.number,
+            # The suffix keeps two drivers apart that count from the same number.
+            generation_id=f"g{self.number:05d}-{secrets.token_hex(4)}",
+            master_host=agents[0].host,
+            master_port=agents[0].free_port,
+            resume_step=origin.step,
+            resume_images=origin.images,
+            ledger=self._book.whole_run(now),
+        )
+        self._generations[self.number] = Generation(order, {agent.node_rank: agent for agent in agents})
+        self._roster.departs()
+        self._roster.may_upload(order.generation_id)
+        self._board.generation_begins(origin.step or 0, now=now)
+        self._board.tell(f"generation {self.number}: {world.size} ranks on {world.nodes} node(s), from {origin}")
+
+    def of(self, agent: AgentInfo, order: Order, *, now: float) -> Generation:
+        """The generation of an agent that runs its ranks. If a coordinator that has died ordered it, it goes on."""
+        current = self._generations.get(order.generation)
+        if current is None:
+            current = Generation(order, {}, state="over", cause="it is not the run's newest any more")
+            newer = order.generation > self.number and not self._roster.is_past(agent.attempt)
+            if newer and all(each.last_generation < order.generation for each in self._roster.ready()):
+                self.greet(agent)
+                current.state = "running"
+                self.number = order.generation
+                self._generations[self.number] = current
+                self._roster.may_upload(order.generation_id)
+                self._board.generation_begins(order.resume_step or 0, now=now)
+                self._board.tell(f"generation {self.number} goes on: the run coordinator was started again")
+                self._book.found_running(self.number, now)
+        current.agents[agent.node_rank] = agent
+        self._roster.may_upload(*agent.uploading)
+        return current
+
+    # ---- how one ends ----------------------------------------------------------------------------------------------
+
+    def greet(self, agent: AgentInfo) -> None:
+        """Ray Train starts all agents anew when one is lost: those of the attempt before are gone."""
+        if self._roster.greets(agent):
+            self._board.forget_devices()
+            if (current := self.running) is not None:
+                cause = "a node agent was lost; Ray Train started the node agents again"
+                self._board.tell(f"generation {self.number} failed: {cause}")
+                # It was counted when Ray Train placed the new ones.
+                self.over(current, cause)
+
+    def agents_placed(self, attempt: str) -> None:
+        """By Ray Train. They may yet die before they join."""
+        if self._roster.begins(attempt) and (too_many := self._verdicts.agent_lost()) is not None:
+            self.end("failed", too_many)
+
+    def order_for(self, agent: AgentInfo) -> Order | None:
+        """Of a generation that this agent has not run yet."""
+        current = self.running
+        return current.order if current is not None and current.order.generation > agent.last_generation else None
+
+    def rejoined(self, agent: AgentInfo) -> None:
+        """The agent runs no ranks. A coordinator that has died may be the one that heard how they ended."""
+        current = self.running
+        if current is not None and self.order_for(agent) is None and agent.node_rank not in current.exits:
+            self.over(current, f"the ranks of node {agent.node_rank} ended while nobody could hear of it")
+
+    def needs_more_words(self, current: Generation) -> bool:
+        """Whether all that is known of its end is that ranks missed a peer, which is on another node."""
+        first = current.blamed()
+        return current.state == "running" and first is not None and blames_a_peer(first)
+
+    def ranks_failed(self, current: Generation, *, now: float) -> None:
+        """At least one rank ended that should not have."""
+        first = current.blamed()
+        assert first is not None
+        node_rank = first.rank // current.order.world.ranks_per_node
+        for line in first.last_lines:
+            self._board.tell(f"  rank {first.rank} | {line}")
+        cause = f"rank {first.rank}: {first.cause}"
+        self._board.tell(f"generation {current.order.generation} failed: {cause}")
+        if first.fault is not None:
+            self.node_fault(current.order.generation, node_rank, first.fault)
+        judgement = self._verdicts.ranks_failed(first, now=now)
+        images = current.order.resume_images
+        if images is not None and self._board.step <= images.step and judgement.doubts_images:
+            self._recovery.distrust(images)
+        self.over(current, cause)
+        self.not_before = now + judgement.pause_seconds
+        if judgement.ends is not None:
+            self.end("failed", judgement.ends)
+        elif self._recovery.refuses(current.order.resume_step, images, first.error):
+            self.end("failed", cause)
+
+    def node_fault(self, generation: int, node_rank: int, fault: Fault) -> None:
+        """Names the node that somebody has to see to, with the line that says so."""
+        if (current := self._generations.get(generation)) is None:
+            return
+        agent = current.agents[node_rank]
+        found = NodeFault(generation, node_rank, agent.host, agent.node_id, fault)
+        if self._verdicts.node_fault(found):
+            self._board.tell(f"  node {node_rank} ({found.host}) | {fault.evidence}")
+            self._board.tell(str(found))
+
+    def over(self, current: Generation, cause: str) -> None:
+        """The ranks are taken down; others follow unless a stop was asked for."""
+        current.state, current.cause = "over", cause
+        # A run of months has thousands of generations, each with the last lines of its ranks.
+        current.exits.clear()
+        self._book.failed()
+        if self.stop_requested:
+            self.end("stopped")
+
+    def committed(self) -> None:
+        """A newer checkpoint than any before."""
+        self._verdicts.progress()
+
+    def leave(self) -> None:
+        """The agents of this attempt go home; others go on elsewhere."""
+        self._roster.leave()
+        if (current := self.running) is not None:
+            current.state, current.cause = "over", "the run leaves these nodes"
+            self._book.failed()
+
+    def end(self, ended: EndKind, cause: str | None = None) -> None:
+        if self.ended is None:
+            self.ended = ended, cause
+            self._book.ended()
