@@ -10,16 +10,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Place:
-    """Where one rank runs, as far as its device's libraries must be told."""
+    """Where one rank runs, as far as its device's libraries must be told.
+
+    local_world_size: ranks of this node. master_host: of the rendezvous; loopback if the job has one node.
+    inherited: the node agent's own environment: what Ray granted, and what the user set.
+    """
 
     rank: int
     world_size: int
     local_rank: int
-    local_world_size: int  # ranks of this node
-    master_host: str  # of the rendezvous; loopback if the job has one node
+    local_world_size: int
+    master_host: str
     master_port: int
     run_name: str
-    inherited: Mapping[str, str]  # the node agent's own environment: what Ray granted, and what the user set
+    inherited: Mapping[str, str]
 
     def standard_variables(self) -> dict[str, str]:
         """What every launcher of torch.distributed sets, torchrun too."""
@@ -35,21 +39,26 @@ class Place:
 
 @dataclass(frozen=True)
 class CompileCache:
-    """Where a device's compiler keeps what it made, and whom that fits."""
+    """Where a device's compiler keeps what it made, and whom that fits.
 
-    variable: str  # of the environment: where the device's libraries look for it
-    key: str  # equal where the executables of one node run on another; may be a part of a store's key
-    kind: Literal["folder", "url"]  # url: the libraries reach the run's store themselves; folder: somebody must copy
-    suffix: str  # of the finished files in it; anything else there is a lock or half written
+    variable: of the environment, where the device's libraries look for it. key: equal where the executables of one node
+    run on another; may be a part of a store's key. kind: with "url" the libraries reach the run's store themselves,
+    with "folder" somebody must copy. suffix: of the finished files in it; all else is a lock or half written.
+    """
+
+    variable: str
+    key: str
+    kind: Literal["folder", "url"]
+    suffix: str
 
 
 class Accelerator(Protocol):
     """One kind of device. Agents, which have no torch, call `environment`; ranks call the rest."""
 
     name: str
-    device_type: str  # torch's
+    device_type: str
     process_group_backend: str
-    compile_backend: str  # of torch.compile
+    compile_backend: str
     # "float64", or "float32" where the device has no wider: what sums over tokens and parameters are taken in
     sum_dtype: str
 

@@ -9,7 +9,8 @@ import re
 
 from raynium.errors import LaunchError
 
-VISIBLE_CORES = "NEURON_RT_VISIBLE_CORES"  # set by Ray in the agent; read by the Neuron runtime in the rank
+# Set by Ray in the agent, read by the Neuron runtime in the rank.
+VISIBLE_CORES = "NEURON_RT_VISIBLE_CORES"
 _HOW = "whole numbers and inclusive ranges such as 0-31, separated by commas"
 
 

@@ -12,7 +12,8 @@ from raynium.accelerators.base import CompileCache, Place
 if TYPE_CHECKING:
     import torch
 
-_CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")  # cgroup v2, as containers see it; "max": no limit
+# Of cgroup v2, as containers see it. Without a limit it says "max".
+_CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
 class CpuAccelerator:
@@ -36,7 +37,8 @@ class CpuAccelerator:
         return variables
 
     def compile_cache(self, inherited: Mapping[str, str]) -> CompileCache | None:
-        return None  # inductor's holds pickles, which run code when they are read: not from a store
+        # Inductor's holds pickles, which run code when they are read: not from a store.
+        return None
 
     def set_device(self, local_rank: int) -> "torch.device":
         import torch
@@ -50,7 +52,8 @@ class CpuAccelerator:
         return machine_memory_bytes() // local_world_size
 
     def peak_flops(self, dtype: str) -> float | None:
-        return None  # depends on vector units, clocks and neighbours; an MFU made of a guess misleads
+        # It depends on vector units, clocks and neighbours, and an MFU made of a guess misleads.
+        return None
 
     def metrics(self) -> dict[str, float]:
         return {}
@@ -66,8 +69,8 @@ def multiplies_bfloat16(cpu_info: Path = Path("/proc/cpuinfo")) -> bool:
 
 
 def usable_cores() -> int:
-    """Cores this process may run on: fewer than the machine's under taskset and in many containers."""
-    if hasattr(os, "sched_getaffinity"):  # not on macOS
+    """Cores this process may run on: fewer than the machine's under taskset and in many containers. macOS says none."""
+    if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
@@ -86,5 +89,5 @@ def is_loopback(address: str) -> bool:
         return True
     try:
         return ipaddress.ip_address(address).is_loopback
-    except ValueError:  # a host name
+    except ValueError:
         return False

@@ -39,7 +39,8 @@ class CudaAccelerator:
         }
 
     def compile_cache(self, inherited: Mapping[str, str]) -> CompileCache | None:
-        return None  # inductor's holds pickles, which run code when they are read: not from a store
+        # Inductor's holds pickles, which run code when they are read: not from a store.
+        return None
 
     def set_device(self, local_rank: int) -> "torch.device":
         import torch

@@ -19,7 +19,8 @@ from raynium.errors import LaunchError
 from raynium.hardware.catalog import INSTANCES, Instance
 
 DEVICE_FOLDER = Path("/dev")
-PRODUCT_NAME = Path("/sys/devices/virtual/dmi/id/product_name")  # on EC2's Nitro machines: the instance type
+# On EC2's Nitro machines it is the instance type.
+PRODUCT_NAME = Path("/sys/devices/virtual/dmi/id/product_name")
 
 Name = Literal["neuron", "neuron_xla", "cuda", "cpu"]
 
@@ -27,19 +28,25 @@ Name = Literal["neuron", "neuron_xla", "cuda", "cpu"]
 # ones come from AWS's own repository.
 PLACEHOLDERS = {"torch-neuronx": "1.0", "neuronx-distributed": "0.1", "neuronx-cc": "1.0.post1", "libneuronxla": "1.0"}
 PACKAGES = ("torch", "torch-xla", *PLACEHOLDERS)
-FIRST_NATIVE_TORCH = (2, 13)  # from here on torch-neuronx is torch's own device "neuron"
-XLA_TORCH = (2, 9)  # the last torch that torch-neuronx drives through torch-xla
+# From here on torch-neuronx is torch's own device "neuron".
+FIRST_NATIVE_TORCH = (2, 13)
+# The last torch that torch-neuronx drives through torch-xla.
+XLA_TORCH = (2, 9)
 AWS_REPOSITORY = "AWS's package repository, https://pip.repos.neuron.amazonaws.com"
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What the choice of an accelerator depends on."""
+    """What the choice of an accelerator depends on.
+
+    neuron_devices: chips that the driver shows. product_name: the machine's own, such as "trn2.48xlarge" on EC2.
+    packages: version of each of PACKAGES that is installed.
+    """
 
     gpus: int = 0
-    neuron_devices: int = 0  # chips that the driver shows
-    product_name: str | None = None  # the machine's own, e.g. "trn2.48xlarge" on EC2
-    packages: Mapping[str, str] = field(default_factory=dict)  # version of each of PACKAGES that is installed
+    neuron_devices: int = 0
+    product_name: str | None = None
+    packages: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def instance(self) -> Instance | None:

@@ -28,12 +28,15 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-EFA_FOLDER = Path("/sys/class/infiniband")  # where the kernel lists network cards with remote memory access
+# Here the kernel lists network cards with remote memory access.
+EFA_FOLDER = Path("/sys/class/infiniband")
 LNC = "NEURON_LOGICAL_NC_CONFIG"
 NEFF_CACHE = "TORCH_NEURONX_NEFF_CACHE_DIR"
-COLLECTIVES_PORTS = range(20000, 30000)  # below those that Linux gives to outgoing connections (32768 and up)
+# Below those that Linux gives to outgoing connections (32768 and up).
+COLLECTIVES_PORTS = range(20000, 30000)
 ROUTES = Path("/proc/net/route")
-DEFAULT_LNC = "2"  # AWS's, on Trainium2 and later; Trainium1 has no such thing
+# AWS's, on Trainium2 and later; Trainium1 has no such thing.
+DEFAULT_LNC = "2"
 
 # AWS Neuron docs, about-neuron/arch/neuron-hardware, read 2026-11-23: dense FP32 of a chip.
 _FP32_FLOPS_PER_CHIP = {"trainium1": 47.5e12, "trainium2": 181e12}
@@ -74,16 +77,18 @@ class NeuronAccelerator:
 
     def compile_cache(self, inherited: Mapping[str, str]) -> CompileCache | None:
         if self._instance is None:
-            return None  # nobody can say which other machines its executables would fit
+            # Nobody can say which other machines its executables would fit.
+            return None
         key = compile_key(self._instance, inherited)
         return CompileCache(NEFF_CACHE, key, "folder", suffix=".neff")
 
     def set_device(self, local_rank: int) -> "torch.device":
         import torch
 
+        # The first registers the device and does not touch it, the second registers the process group.
         try:
-            import torch_neuronx  # pyright: ignore[reportMissingImports]  # registers the device; does not touch it
-            import torch_neuronx.distributed  # noqa: F401  # pyright: ignore  # registers the process group
+            import torch_neuronx  # pyright: ignore[reportMissingImports]
+            import torch_neuronx.distributed  # noqa: F401  # pyright: ignore
         except ImportError as error:
             raise LaunchError(
                 f"torch_neuronx cannot be imported ({error}): install raynium[neuron] from AWS's package repository, "
@@ -144,8 +149,9 @@ def runtime_environment(place: Place) -> dict[str, str]:
         # libfabric, under the runtime's collectives between nodes. On a node without EFA cards they would fail.
         variables |= {
             "FI_PROVIDER": "efa",
-            "FI_EFA_USE_DEVICE_RDMA": "1",  # card to accelerator memory, past the CPU
-            "FI_EFA_FORK_SAFE": "1",  # ranks are forks; kernels before 5.15 need to be told
+            # From card to accelerator memory, past the CPU. Ranks are forks, of which kernels before 5.15 must be told.
+            "FI_EFA_USE_DEVICE_RDMA": "1",
+            "FI_EFA_FORK_SAFE": "1",
         }
     if place.world_size > place.local_world_size and (interface := interface_towards(place.master_host)) is not None:
         # The runtime's collectives, and NCCL's bootstrap code in them: the interface that the ranks meet on. With
@@ -165,19 +171,22 @@ def interface_towards(host: str, routes: str | None = None) -> str | None:
         routes = ROUTES.read_text() if ROUTES.is_file() else ""
     try:
         address = int(ipaddress.IPv4Address(host))
-    except ValueError:  # IPv6, whose routes are elsewhere, or a name
+    # IPv6, whose routes are elsewhere, or a name.
+    except ValueError:
         return None
-    if is_loopback(host):  # several nodes on one machine
+    if is_loopback(host):
         return None
     interfaces, ways = set(), []
     for line in routes.splitlines()[1:]:
         name, destination, _gateway, flags, _refs, _use, metric, mask, *_ = line.split()
-        if not int(flags, 16) & 1:  # RTF_UP
+        is_up = int(flags, 16) & 1
+        if not is_up:
             continue
         interfaces.add(name)
         network, bits = (int.from_bytes(bytes.fromhex(each), sys.byteorder) for each in (destination, mask))
         if address & bits == network:
-            ways.append((-bits, int(metric), name))  # the narrowest network, then the least metric
+            # The narrowest network comes first, then the least metric.
+            ways.append((-bits, int(metric), name))
     return min(ways)[2] if ways and len(interfaces) > 1 else None
 
 

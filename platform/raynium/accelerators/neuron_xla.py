@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 CACHE_URL = "NEURON_COMPILE_CACHE_URL"
-_SMALLEST_MEMORY_BYTES = 16 * 2**30  # of a core of Trainium1
+# Of a core of Trainium1, which has least.
+_SMALLEST_MEMORY_BYTES = 16 * 2**30
 
 
 class NeuronXlaAccelerator:
@@ -37,7 +38,8 @@ class NeuronXlaAccelerator:
     name = "neuron_xla"
     device_type = "xla"
     process_group_backend = "xla"
-    compile_backend = "openxla"  # not used: torch-xla compiles whatever it is given
+    # Not used: torch-xla compiles whatever it is given.
+    compile_backend = "openxla"
     sum_dtype = "float32"
 
     def __init__(self, instance: Instance | None = None):
@@ -53,7 +55,8 @@ class NeuronXlaAccelerator:
         flags = "--model-type=transformer --distribution-strategy=llm-training --auto-cast=none"
         flags += " --retry_failed_compilation"
         if has_lnc:
-            flags += f" --logical-nc-config={lnc}"  # the runtime loads no executable that is made for another
+            # The runtime loads no executable that is made for another.
+            flags += f" --logical-nc-config={lnc}"
         variables = {
             # torch_xla/_internal/neuron.py, at import: any value makes it read RANK, LOCAL_RANK and so on, and tell
             # them to the plugin. torch.distributed too; it must be the same on all ranks.
@@ -68,12 +71,14 @@ class NeuronXlaAccelerator:
             CACHE_URL: place.inherited.get(CACHE_URL, default_cache()),
         }
         if has_lnc:
-            variables[LNC] = lnc  # the runtime: physical cores of a logical one
+            # The runtime: how many physical cores a logical one is.
+            variables[LNC] = lnc
         return variables | runtime_environment(place)
 
     def compile_cache(self, inherited: Mapping[str, str]) -> CompileCache | None:
         if self._instance is None:
-            return None  # nobody can say which other machines its executables would fit
+            # Nobody can say which other machines its executables would fit.
+            return None
         return CompileCache(CACHE_URL, compile_key(self._instance, inherited), "url", suffix=".neff")
 
     def set_device(self, local_rank: int) -> "torch.device":
@@ -106,7 +111,8 @@ class NeuronXlaAccelerator:
         import torch_xla.debug.metrics  # pyright: ignore[reportMissingImports]
 
         compiles = torch_xla.debug.metrics.counter_value("UncachedCompile")
-        times = torch_xla.debug.metrics.metric_data("CompileTime")  # count, sum in ns, samples; None before the first
+        # Count, sum in ns and samples; None before the first.
+        times = torch_xla.debug.metrics.metric_data("CompileTime")
         return {"compile/graphs": float(compiles or 0), "compile/seconds": times[1] / 1e9 if times else 0.0}
 
 
@@ -129,5 +135,6 @@ def _clear_cache_locks() -> None:
         )
 
         create_compile_cache(CacheUrl.get_cache_url()).clear_locks()
-    except Exception as error:  # AWS documents the command that does this, not the function
+    # AWS documents the command that does this, not the function: it may raise anything.
+    except Exception as error:
         logger.warning("locks of killed compilations stay in the cache, and may keep ranks waiting: %r", error)

@@ -29,9 +29,11 @@ from raynium.storage.store import Store
 logger = logging.getLogger(__name__)
 
 IfDamaged = Literal["stop", "use_older"]
-Condition = Literal["whole", "damaged", "too new"]  # of a manifest: only "whole" ones can be used
+# Of a manifest; only whole ones can be used.
+Condition = Literal["whole", "damaged", "too new"]
 
-MANIFEST_READERS = 8  # hides S3's latency; a manifest of a thousand ranks may have tens of megabytes
+# Hides S3's latency; a manifest of a thousand ranks may have tens of megabytes.
+MANIFEST_READERS = 8
 _ASIDE_NAME = "manifest-damaged.json"
 _TAG_PREFIX = "tag-"
 _TAG = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}", re.ASCII)
@@ -110,10 +112,13 @@ def _open_if_there(store: Store, step: int) -> CheckpointRef | None:
 
 @dataclass(frozen=True)
 class ResumePoint:
-    """Where a run goes on."""
+    """Where a run goes on; from the beginning if `checkpoint` is None.
 
-    checkpoint: CheckpointRef | None  # None: from the beginning
-    set_aside: tuple[str, ...] = ()  # for the user: each newer checkpoint that proved damaged, and where it is now
+    set_aside: for the user, each newer checkpoint that proved damaged and where it is now.
+    """
+
+    checkpoint: CheckpointRef | None
+    set_aside: tuple[str, ...] = ()
 
 
 def resume_point(store: Store, *, if_damaged: IfDamaged) -> ResumePoint:
@@ -163,8 +168,10 @@ def set_aside_key(step: int) -> str:
 
 @dataclass(frozen=True)
 class _Choice:
+    """What can be used, and the damaged newer ones as (step, what is wrong), newest first."""
+
     ref: CheckpointRef | None
-    damaged: tuple[tuple[int, str], ...]  # newer steps and what is wrong with them, newest first
+    damaged: tuple[tuple[int, str], ...]
 
 
 def check_files(ref: CheckpointRef) -> None:
@@ -210,25 +217,29 @@ def _refusal(store: Store, choice: _Choice) -> str:
 
 @dataclass(frozen=True)
 class StepFolder:
-    """What lies in a step's folder, committed or not."""
+    """What lies in a step's folder, committed or not.
+
+    manifest: (bytes, written at in unix seconds); None: there is no checkpoint. has_set_aside: one of this step proved
+    damaged. generations: each one's folder → when its newest file was written, unix.
+    """
 
     step: int
-    manifest: tuple[int, float] | None = None  # (bytes, written at in unix seconds); None: there is no checkpoint
+    manifest: tuple[int, float] | None = None
     tags: tuple[str, ...] = ()
-    has_set_aside: bool = False  # a checkpoint of this step proved damaged
-    generations: Mapping[str, float] = field(default_factory=dict)  # folder → when its newest file was written, unix
+    has_set_aside: bool = False
+    generations: Mapping[str, float] = field(default_factory=dict)
 
 
 def step_folders(store: Store) -> list[StepFolder]:
     """All of them, oldest step first, from one listing of the run's checkpoints (1,000 files a request on S3)."""
     listing = store.list(CHECKPOINTS_FOLDER)
-    names: dict[int, list[str]] = {}  # step → keys below its folder
+    names_of_step: dict[int, list[str]] = {}
     for key in listing.sizes:
         parts = key.split("/", 2)
         step = step_of_folder("/".join(parts[:2]))
         if step is not None and len(parts) == 3:
-            names.setdefault(step, []).append(parts[2])
-    return [_step_folder(step, found, listing) for step, found in sorted(names.items())]
+            names_of_step.setdefault(step, []).append(parts[2])
+    return [_step_folder(step, found, listing) for step, found in sorted(names_of_step.items())]
 
 
 def _step_folder(step: int, names: Sequence[str], listing: Listing) -> StepFolder:
@@ -238,7 +249,8 @@ def _step_folder(step: int, names: Sequence[str], listing: Listing) -> StepFolde
         key = f"{step_folder(step)}/{name}"
         if name == MANIFEST_NAME:
             manifest = (listing.sizes[key], listing.modified_unix[key])
-        elif is_shard(name):  # anything else is what people put there
+        # Anything else is what people put there.
+        elif is_shard(name):
             generation = generation_of(name)
             generations[generation] = max(generations.get(generation, 0.0), listing.modified_unix[key])
     tags = (name.removeprefix(_TAG_PREFIX) for name in names if name.startswith(_TAG_PREFIX) and "/" not in name)

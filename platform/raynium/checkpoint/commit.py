@@ -159,12 +159,13 @@ def _tensors(entries: Sequence[ShardEntry]) -> tuple[TensorEntry, ...]:
         np.concatenate(columns)
         for columns in zip(*((each.global_shapes, each.offsets, each.shapes) for each in saved), strict=True)
     ]
-    first_place = np.cumsum(dims) - dims  # of each block
+    # Of each block.
+    first_place = np.cumsum(dims) - dims
     order = np.argsort(tensor_of, kind="stable")
     bounds = np.searchsorted(tensor_of[order], np.arange(len(names) + 1)).tolist()
 
     def entry(name: str, rows: Column) -> TensorEntry:
-        at = first_place[rows] + np.arange(int(dims[rows[0]]))[:, None]  # [dims, blocks]
+        at = first_place[rows] + np.arange(int(dims[rows[0]]))[:, None]
         odd = (dims[rows] != dims[rows[0]]) | (dtype_of[rows] != dtype_of[rows[0]])
         if not odd.any():
             global_shapes, offsets, shapes = (numbers[at] for numbers in places)

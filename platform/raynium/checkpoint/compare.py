@@ -14,8 +14,10 @@ from raynium.checkpoint.format.manifest import TensorEntry
 from raynium.checkpoint.load import read_batch
 from raynium.checkpoint.ref import CheckpointRef
 
-BATCH_BYTES = 256 * 2**20  # of each of the two; the largest tensor if that is more
-_INDEX = re.compile(r"(?<=[.-])[0-9]+(?=\.|$)")  # of a layer, or of a rank: blocks.7.norm.weight, rng/rank-00003
+# Of each of the two; the largest tensor if that is more.
+BATCH_BYTES = 256 * 2**20
+# The number of a layer, or of a rank: blocks.7.norm.weight, rng/rank-00003.
+_INDEX = re.compile(r"(?<=[.-])[0-9]+(?=\.|$)")
 
 Outcome = Literal["equal", "different", "only in the first", "only in the second"]
 OUTCOMES: tuple[Outcome, ...] = ("equal", "different", "only in the first", "only in the second")
@@ -23,21 +25,27 @@ OUTCOMES: tuple[Outcome, ...] = ("equal", "different", "only in the first", "onl
 
 @dataclass(frozen=True)
 class Difference:
-    """What is not equal about one tensor."""
+    """What is not equal about one tensor. The outcome is never "equal".
+
+    num_different: numbers with other bits; None where the two cannot be compared number by number.
+    """
 
     name: str
-    outcome: Outcome  # never "equal"
+    outcome: Outcome
     text: str
-    num_different: int | None = None  # numbers with other bits; None: the two cannot be compared number by number
+    num_different: int | None = None
     num_numbers: int = 0
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What two checkpoints have in common. Groups are what stands before a name's last slash: model, optimizer/..."""
+    """What two checkpoints have in common: the names of all tensors of either, sorted, and the differences, too.
 
-    names: tuple[str, ...]  # of all tensors of either, sorted
-    differences: tuple[Difference, ...]  # sorted by name
+    Groups are what stands before a name's last slash: model, optimizer/exp_avg.
+    """
+
+    names: tuple[str, ...]
+    differences: tuple[Difference, ...]
 
     def counts(self) -> dict[str, dict[Outcome, int]]:
         """Group → how many tensors came to each outcome."""

@@ -59,7 +59,8 @@ from raynium.storage.store import Store
 
 logger = logging.getLogger(__name__)
 
-OBJECTS = "dcp_objects"  # in a manifest's state: name → JSON value
+# In a manifest's state: name → JSON value.
+OBJECTS = "dcp_objects"
 _SHARED_MEMORY = Path("/dev/shm")
 
 
@@ -116,7 +117,7 @@ class CheckpointReader(_Given, StorageReader):
         return Metadata(state_dict_metadata=entries, planner_data=self._paths)
 
     def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
-        return  # the manifest was read when this was made
+        """Nothing is left to do: the manifest was read when this was made."""
 
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
         return replace(plan, storage_data=self.ref.uri)
@@ -174,7 +175,8 @@ class CheckpointWriter(_Given, StorageWriter):
     ):
         self.store = run if isinstance(run, Store) else Store(run)
         self.step = step
-        self.ref: CheckpointRef | None = None  # on the coordinator, once committed
+        # On the coordinator, once it is committed.
+        self.ref: CheckpointRef | None = None
         self._state = dict(state or {})
         self._image_folder = image_folder or (_SHARED_MEMORY if _SHARED_MEMORY.is_dir() else None)
         self._generation = ""

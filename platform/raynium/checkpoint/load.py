@@ -24,26 +24,30 @@ from raynium.errors import CheckpointMismatch, some
 
 logger = logging.getLogger(__name__)
 
-_OPTIONAL_PREFIXES = ("rng/",)  # another layout has other generators
-_OPTIONAL_PREFIXES_WITH_WEIGHTS_ONLY = ("rng/", "optimizer/")  # the optimizer then keeps the moments it was built with
+# Another layout has other generators. Without an optimizer the engine keeps the moments it was built with.
+_OPTIONAL_PREFIXES = ("rng/",)
+_OPTIONAL_PREFIXES_WITH_WEIGHTS_ONLY = ("rng/", "optimizer/")
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """What came with the tensors."""
+    """What came with the tensors: the state as given to `commit_checkpoint`.
 
-    state: Mapping[str, Any]  # as given to `commit_checkpoint`
-    absent: tuple[str, ...]  # optional names that were asked for and are not in the checkpoint
+    absent: optional names that were asked for and are not in the checkpoint.
+    """
+
+    state: Mapping[str, Any]
+    absent: tuple[str, ...]
     num_bytes_read: int
 
 
 @dataclass(frozen=True)
 class _Copy:
-    """A saved block of which something goes into one destination."""
+    """A saved block of which something, `wanted` in global coordinates, goes into one destination. dtype: as saved."""
 
     block: Block
-    dtype: torch.dtype  # as saved
-    wanted: Box  # global coordinates
+    dtype: torch.dtype
+    wanted: Box
     chunk: Chunk
 
 
@@ -140,7 +144,7 @@ def _wanted(ref: CheckpointRef, copy: _Copy) -> Iterator[Wanted]:
     block, item_bytes = copy.block, copy.dtype.itemsize
     max_gap = MAX_GAP_UNITS * ref.manifest.shards[block.shard].unit_bytes // item_bytes
     for first, end, local in spans(block.shape, copy.wanted.relative_to(block.offsets), max_gap=max_gap):
-        whole = end - first == local.volume  # nothing lies between that is not wanted
+        whole = end - first == local.volume
         yield Wanted(
             block.shard,
             block.begin + first * item_bytes,

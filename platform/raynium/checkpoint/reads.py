@@ -18,9 +18,12 @@ from raynium.errors import CheckpointDamaged, StoreError, some
 from raynium.storage.backend import KeyMissing
 from raynium.storage.checksum import checksum, to_text
 
-STREAMS = 8  # requests in flight: hides S3's latency, and one stream of S3 is slower than any network card
-REQUEST_BYTES = 16 * 2**20  # of one request at most, and so of one stream's scratch memory; 16 MiB keep 8 streams busy
-MAX_GAP_UNITS = 1  # that nobody wants are fetched rather than asked around: a request costs as much as a few units
+# Requests in flight: they hide S3's latency, and one stream of S3 is slower than any network card.
+STREAMS = 8
+# Of one request at most, and so of one stream's scratch memory; 16 MiB keep 8 streams busy.
+REQUEST_BYTES = 16 * 2**20
+# So many that nobody wants are fetched rather than asked around: a request costs as much as a few units.
+MAX_GAP_UNITS = 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,12 +43,12 @@ class Wanted:
 
 @dataclass
 class Request:
-    """Whole units of one file, read at once."""
+    """Whole units of one file, read at once. `straight` is in file order, without overlaps."""
 
     shard: int
     begin: int
     end: int
-    straight: list[Wanted] = field(default_factory=list)  # in file order, without overlaps
+    straight: list[Wanted] = field(default_factory=list)
     taken: list[Wanted] = field(default_factory=list)
 
     def scratch_bytes(self) -> int:
@@ -64,9 +67,8 @@ def read_wanted(ref: CheckpointRef, wanted: Sequence[Wanted]) -> int:
         starts = [begin for begin, _ in segments]
         for each in request.taken:
             begin, end = max(each.begin, request.begin), min(each.end, request.end)
-            start, memory = segments[
-                bisect_right(starts, begin) - 1
-            ]  # nothing straight lies inside: it is in one piece
+            # Nothing straight lies inside: it is in one piece.
+            start, memory = segments[bisect_right(starts, begin) - 1]
             each.take(begin, memory[begin - start : end - start])
     return sum(request.end - request.begin for request in requests)
 
@@ -121,7 +123,8 @@ def _runs(wanted: Sequence[Wanted], unit_bytes: int) -> Iterator[range]:
 def _shares_bytes(wanted: Sequence[Wanted]) -> list[bool]:
     """For each of some ranges in file order whether another one overlaps it."""
     shared = [False] * len(wanted)
-    widest = 0  # of those before, the one that reaches farthest
+    # Of those before, the one that reaches farthest.
+    widest = 0
     for index in range(1, len(wanted)):
         if wanted[index].begin < wanted[widest].end:
             shared[index] = shared[widest] = True
@@ -132,7 +135,8 @@ def _shares_bytes(wanted: Sequence[Wanted]) -> list[bool]:
 
 # ---- fetching -----------------------------------------------------------------------------------------------------
 
-_Segments = list[tuple[int, memoryview]]  # the file's bytes from there on; together, in order, all of a request's
+# The file's bytes from there on; together, in order, all of a request's.
+_Segments = list[tuple[int, memoryview]]
 
 
 def _fetched(ref: CheckpointRef, requests: Sequence[Request]) -> Iterator[tuple[Request, _Segments]]:
@@ -146,7 +150,8 @@ def _fetched(ref: CheckpointRef, requests: Sequence[Request]) -> Iterator[tuple[
     with ThreadPoolExecutor(STREAMS, thread_name_prefix="checkpoint-read") as pool:
         try:
             for _ in range(min(STREAMS, len(requests))):
-                free.put(memoryview(mmap.mmap(-1, max(1, scratch_bytes))))  # pages that are never touched cost nothing
+                # Pages that are never touched cost nothing.
+                free.put(memoryview(mmap.mmap(-1, max(1, scratch_bytes))))
             while waiting or running:
                 while waiting and not free.empty():
                     request, scratch = waiting.popleft(), free.get()

@@ -24,8 +24,10 @@ from raynium.storage.store import Store
 
 logger = logging.getLogger(__name__)
 
-GRACE_SECONDS = 3600.0  # what a generation that is over has not written to for so long is abandoned
-UPLOAD_SECONDS = 86_400.0  # no generation takes so long to upload one file
+# What a generation that is over has not written to for so long is abandoned.
+GRACE_SECONDS = 3600.0
+# No generation takes so long to upload one file.
+UPLOAD_SECONDS = 86_400.0
 
 
 # ---- the policy: data in, decision out ----------------------------------------------------------------------------
@@ -33,11 +35,15 @@ UPLOAD_SECONDS = 86_400.0  # no generation takes so long to upload one file
 
 @dataclass(frozen=True)
 class Retention:
-    """A whole checkpoint is kept for any one of these reasons, or because it is tagged."""
+    """A whole checkpoint is kept for any one of these reasons, or because it is tagged.
 
-    keep_last: int  # the newest so many; at least 1
-    keep_every_steps: int | None = None  # those of steps that are multiples of it
-    keep_best: int = 0  # so many with the lowest `best_metric`, among those that were evaluated
+    keep_last: the newest so many, at least 1. keep_every_steps: those of steps that are multiples of it. keep_best: so
+    many with the lowest `best_metric`, among those that were evaluated.
+    """
+
+    keep_last: int
+    keep_every_steps: int | None = None
+    keep_best: int = 0
     best_metric: str = "eval/loss"
 
     def __post_init__(self) -> None:
@@ -59,7 +65,8 @@ def reasons_to_keep(checkpoints: Sequence[CheckpointSummary], policy: Retention)
     whole = [each for each in newest_first if each.condition == "whole"]
     last = {each.step for each in whole[: policy.keep_last]}
     scored = [each for each in whole if policy.best_metric in each.metrics]
-    scored.sort(key=lambda each: each.metrics[policy.best_metric])  # stable: of equals the newer comes first
+    # The sort is stable: of equals the newer comes first.
+    scored.sort(key=lambda each: each.metrics[policy.best_metric])
     best = {each.step for each in scored[: policy.keep_best]}
     every = policy.keep_every_steps
 
@@ -87,11 +94,15 @@ def expired(checkpoints: Sequence[CheckpointSummary], policy: Retention) -> list
 
 @dataclass(frozen=True)
 class Removed:
-    """What a call of `apply_retention` took away."""
+    """What a call of `apply_retention` took away: the steps of checkpoints, oldest first.
 
-    steps: tuple[int, ...] = ()  # checkpoints, oldest first
-    abandoned: tuple[str, ...] = ()  # folders of generations whose save was never committed
-    unfinished: int = 0  # uploads that never ended (multipart uploads on S3, temporary files else)
+    abandoned: folders of generations whose save was never committed. unfinished: uploads that never ended (multipart
+    uploads on S3, temporary files else).
+    """
+
+    steps: tuple[int, ...] = ()
+    abandoned: tuple[str, ...] = ()
+    unfinished: int = 0
 
 
 def apply_retention(
@@ -146,7 +157,8 @@ def uncommitted_generations(
     """The generations whose files in this step's folder belong to no checkpoint → when they last wrote one, unix."""
     mine = next((each for each in checkpoints if each.step == folder.step), None)
     if folder.manifest is not None and (mine is None or mine.condition != "whole"):
-        return {}  # we do not know which of them the manifest names
+        # We do not know which of them the manifest names.
+        return {}
     if set_aside_stays(folder, checkpoints, policy):
         return {}
     return {name: unix for name, unix in folder.generations.items() if mine is None or name != mine.generation}

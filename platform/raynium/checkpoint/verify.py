@@ -11,19 +11,20 @@ from raynium.storage.verify import READERS, DamagedRange, stored, wrong_bytes, w
 if TYPE_CHECKING:
     from raynium.checkpoint.ref import CheckpointRef
 
-ASKERS = 16  # requests in flight that read nothing: hides S3's latency
+# Requests in flight that read nothing: they hide S3's latency.
+ASKERS = 16
 
 Depth = Literal["stored", "contents"]
 
 
 @dataclass(frozen=True)
 class Damage:
-    """A range of a data file that cannot be used."""
+    """Bytes [begin, end) of a data file that cannot be used, and the tensors that have bytes in them."""
 
-    uri: str  # of the data file
-    begin: int  # bytes; the end is excluded
+    uri: str
+    begin: int
     end: int
-    tensors: tuple[str, ...]  # that have bytes in the range
+    tensors: tuple[str, ...]
     reason: str
 
     def __str__(self) -> str:
@@ -60,7 +61,8 @@ def verify_checkpoint(ref: "CheckpointRef", *, depth: Depth) -> list[Damage]:
                 for shard, file in enumerate(files)
                 for problem in wrong_bytes(ref.store, keys[shard], file.checksums, found=sizes[shard], pool=pool)
             ]
-    located = {damage.uri for damage in found}  # there, what the server says of the whole file adds nothing
+    # There, what the server says of the whole file adds nothing.
+    located = {damage.uri for damage in found}
     for shard, each in enumerate(there):
         damage = _wrong_crc(ref, shard, each[1] if each is not None else None)
         if damage is not None and damage.uri not in located:

@@ -21,7 +21,8 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    rich_markup_mode=None,  # plain help: rich would cost 0.1 s
+    # Plain help: rich would cost 0.1 s.
+    rich_markup_mode=None,
     help="Train large language models on AWS Trainium, on CUDA machines, or right here.",
 )
 
@@ -92,7 +93,8 @@ def runs(root: RootOption = "runs") -> None:
     if not table.row_count:
         _print(f"no runs under {root}")
         return
-    Console(width=None if sys.stdout.isatty() else 200).print(table)  # for grep: a run is one line
+    # For grep, a run is one line.
+    Console(width=None if sys.stdout.isatty() else 200).print(table)
 
 
 @app.command()

@@ -46,7 +46,8 @@ def list_(name: RunArgument, root: RootOption = "runs") -> None:
     run = find_run(name, root)
     found = run.checkpoints()
     if not found:
-        state = run.record().state  # StoreError if there is no such run
+        # This raises StoreError if there is no such run.
+        state = run.record().state
         typer.echo(f"run {name} ({state}) has no checkpoint yet")
         return
     policy = run.retention()
@@ -191,7 +192,8 @@ def remove(
     from raynium.run.removal import check_removable, remove_checkpoint
 
     store = _store(name, root)
-    check_removable(store, step, force=force)  # before the question: it may make no sense
+    # Before the question, which it may make pointless.
+    check_removable(store, step, force=force)
     if not yes:
         typer.confirm(f"delete the checkpoint of step {step:,} of run {name} under {root} for good?", abort=True)
     remove_checkpoint(store, step, force=force)
@@ -330,7 +332,8 @@ def _who_can_load(ref: "CheckpointRef") -> str:
     from raynium.models.plan import divided_sizes
 
     model = saved_model(ref)
-    sizes = divided_sizes(model, seq_len=0)  # 0 is a multiple of every degree: the data is not part of a checkpoint
+    # 0 is a multiple of every degree: the data is not part of a checkpoint.
+    sizes = divided_sizes(model, seq_len=0)
     largest = gcd(*sizes.values())
     degrees = ", ".join(str(degree) for degree in range(1, largest + 1) if largest % degree == 0)
     optimizer = "; the optimizer begins anew" if ref.manifest.weights_only else ""

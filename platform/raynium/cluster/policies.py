@@ -73,7 +73,8 @@ def _ec2(site: Site, what: str) -> str:
 
 
 def _look_around(actions: list[str]) -> list[dict[str, Any]]:
-    return [_allow(actions, "*")]  # EC2 knows no narrower resource for Describe
+    # EC2 knows no narrower resource for Describe.
+    return [_allow(actions, "*")]
 
 
 def _start_instances(site: Site, types: list[str], holders: list[Literal["head", "worker"]]) -> list[dict[str, Any]]:

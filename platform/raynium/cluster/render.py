@@ -140,7 +140,8 @@ def _resources(instance: Instance | CpuInstance) -> str:
 
 
 def _placement(site: Site, workers: Workers) -> str:
-    if workers.market == "capacity-block":  # its instances stand together as it is: one UltraCluster
+    # Instances of a Capacity Block stand together as it is, in one UltraCluster.
+    if workers.market == "capacity-block":
         return ""
     return f"      Placement: {{GroupName: {site.cluster_name}}}\n"
 

@@ -85,7 +85,8 @@ def model_from_config(config: Mapping[str, Any], *, where: str) -> ModelSection:
         raise CheckpointError(f"{where} lacks {error.args[0]}, which settles the model") from error
     except ValidationError as error:
         raise CheckpointError(f"{where} does not describe a model: {first_problem(error)}") from error
-    except (TypeError, ValueError, ZeroDivisionError) as error:  # a list where a number should be, no heads, …
+    # Such as a list where a number should be, or no heads.
+    except (TypeError, ValueError, ZeroDivisionError) as error:
         raise CheckpointError(f"{where} does not describe a model: {error}") from error
 
 
@@ -113,7 +114,8 @@ def _fields(config: Mapping[str, Any], where: str) -> dict[str, Any]:
         "head_dim": config.get("head_dim") or head_dim or config["hidden_size"] // num_heads,
         "ffn_size": config["intermediate_size"],
         "max_seq_len": config["max_position_embeddings"],
-        "norm_eps": config.get("rms_norm_eps", 1e-6),  # what transformers takes where it is left out
+        # This is what transformers takes where it is left out.
+        "norm_eps": config.get("rms_norm_eps", 1e-6),
         "embeddings": "tied" if config.get("tie_word_embeddings", False) else "untied",
         **_rope(config, where),
         **({"init_std": config["initializer_range"]} if config.get("initializer_range") else {}),

@@ -45,13 +45,13 @@ SINGLE_NAME = "model.safetensors"
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written."""
+    """What was written: so many tensors and bytes of weights, in these files."""
 
     folder: Path
     step: int
     num_tensors: int
-    num_bytes: int  # of the weights
-    files: tuple[str, ...]  # that hold weights
+    num_bytes: int
+    files: tuple[str, ...]
 
 
 def export_checkpoint(
@@ -88,7 +88,8 @@ def export_checkpoint(
             f"there ({weights.num_bytes:,} bytes are needed)"
         ) from error
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)  # gone already when all went well
+        # It is gone already when all went well.
+        shutil.rmtree(temporary, ignore_errors=True)
     logger.info("exported step %d to %s: %d bytes", ref.step, target, weights.num_bytes)
     return Exported(target, ref.step, len(weights.entries), weights.num_bytes, tuple(weights.files))
 
@@ -155,7 +156,8 @@ class _Weights:
 
     def _header(self, entries: Sequence[TensorEntry]) -> bytes:
         """The begin of a safetensors file; its tensors follow in this order without gaps."""
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers asks for it
+        # Transformers asks for the format.
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         position = 0
         for entry in entries:
             end = position + self._bytes(entry)
@@ -166,7 +168,8 @@ class _Weights:
             }
             position = end
         text = json.dumps(header, separators=(",", ":")).encode()
-        padded = text.ljust(-(-len(text) // 8) * 8)  # tensor data begins at a multiple of 8
+        # Tensor data begins at a multiple of 8.
+        padded = text.ljust(-(-len(text) // 8) * 8)
         return len(padded).to_bytes(8, "little") + padded
 
     def _bytes(self, entry: TensorEntry) -> int:
@@ -181,7 +184,8 @@ def _description(model: ModelSection, dtype: Dtype, tokenizer: Tokenizer) -> dic
         "config.json": config_from_model(model, dtype=dtype, end_of_document_id=end),
         "generation_config.json": {"bos_token_id": end, "eos_token_id": end},
         "tokenizer_config.json": {
-            "tokenizer_class": "PreTrainedTokenizerFast",  # takes tokenizer.json as it is, in every release
+            # This class takes tokenizer.json as it is, in every release.
+            "tokenizer_class": "PreTrainedTokenizerFast",
             "bos_token": end_text,
             "eos_token": end_text,
             "model_max_length": model.max_seq_len,

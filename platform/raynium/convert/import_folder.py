@@ -31,19 +31,22 @@ logger = logging.getLogger(__name__)
 
 STEP = 0
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
-_DTYPES = ("F32", "BF16", "F16")  # each of their numbers is a float32 number
-_FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\.safetensors", re.ASCII)  # in the folder itself
-_DERIVED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")  # old files store RoPE's frequencies
+# Each of their numbers is a float32 number.
+_DTYPES = ("F32", "BF16", "F16")
+# In the folder itself.
+_FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\.safetensors", re.ASCII)
+# Old files store RoPE's frequencies.
+_DERIVED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 _MAX_JSON_BYTES = 64 * 2**20
 
 
 @dataclass(frozen=True)
 class _Stored:
-    """A tensor in one of the folder's files."""
+    """A tensor in one of the folder's files, with safetensors' code of its dtype."""
 
     path: Path
     shape: tuple[int, ...]
-    dtype: str  # safetensors' code
+    dtype: str
 
 
 def import_folder(folder: str | Path, store: Store) -> Imported:
@@ -115,7 +118,8 @@ def _checked_tensors(folder: Path, model: ModelSection) -> dict[str, _Stored]:
     shapes: Shapes = {name: tensor.shape for name, tensor in stored.items()}
     expected = parameter_shapes(model)
     if _HEAD in stored and _HEAD not in expected and shapes.get(_EMBEDDING) == shapes[_HEAD]:
-        _refuse_untied(stored)  # Qwen3-0.6B, for one, holds its tied head as well
+        # Qwen3-0.6B, for one, holds its tied head as well.
+        _refuse_untied(stored)
         del stored[_HEAD]
         shapes = {name: tensor.shape for name, tensor in stored.items()}
     check_shapes(shapes, expected, where=str(folder), described_by="config.json")

@@ -30,11 +30,11 @@ Part = tuple[Sequence[Chunk], Callable[[SavedBlock], torch.Tensor]]
 
 @dataclass(frozen=True)
 class Imported:
-    """The new run's first checkpoint."""
+    """The new run's first checkpoint. tokenizer_path: for data.tokenizer of the job."""
 
     ref: CheckpointRef
     model: ModelSection
-    tokenizer_path: str  # for data.tokenizer of the job
+    tokenizer_path: str
 
     def job_snippet(self, *, name: str, root: str) -> str:
         """The part of a job file that this model settles, as YAML."""

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from raynium.errors import CheckpointDamaged, CheckpointError, CheckpointMismatch, some
 
-Tensors = dict[str, Tensor]  # a rank's, by the names of `models/nxd_layout.py`, Piece.stored
+# A rank's, by the names of `models/nxd_layout.py`, Piece.stored.
+Tensors = dict[str, Tensor]
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -49,12 +50,16 @@ _BLOCK = re.compile(r"model\.layers\.(\d+)\.(.+)")
 
 @dataclass(frozen=True)
 class RankState:
-    """What one tensor rank holds. Moments are empty if no optimizer was read."""
+    """What one tensor rank holds. Moments are empty, and the step is 0, if no optimizer was read.
+
+    masters: float32 weights where the optimizer saved them: it goes on from these, unlike from rounded weights.
+    moments: "exp_avg", "exp_avg_sq" → by parameter. step: optimizer steps taken.
+    """
 
     weights: Tensors
-    masters: Tensors  # float32 weights, where the optimizer saved them: what it goes on from, unlike rounded weights
-    moments: Mapping[str, Tensors]  # "exp_avg", "exp_avg_sq" → by parameter
-    step: int  # optimizer steps taken; 0 without an optimizer
+    masters: Tensors
+    moments: Mapping[str, Tensors]
+    step: int
 
 
 class NxdFiles:
@@ -117,7 +122,8 @@ def load_tensors(path: Path) -> dict[Any, Any]:
     """A torch file's dict of tensors and plain values; anything else in it is refused, not run."""
     try:
         found = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except Exception as error:  # the unpickler's own, and those of zip files
+    # The unpickler's own errors, and those of zip files.
+    except Exception as error:
         raise CheckpointError(
             f"{path} was not read: {str(error).splitlines()[0][:300]} It must be a torch file of tensors and plain "
             "values alone, since reading others can run code; save it again with save_checkpoint(use_xser=False)"

@@ -23,7 +23,8 @@ from raynium.storage.store import Store
 
 logger = logging.getLogger(__name__)
 
-DONE = "done"  # the file that neuronx-distributed writes last
+# The file that neuronx-distributed writes last.
+DONE = "done"
 
 
 def import_nxd_folder(

@@ -9,7 +9,8 @@ from raynium.errors import CheckpointMismatch, some
 from raynium.models.decoder import Decoder
 from raynium.models.names import hugging_face_names
 
-Shapes = Mapping[str, tuple[int, ...]]  # by Hugging Face's name
+# By Hugging Face's name.
+Shapes = Mapping[str, tuple[int, ...]]
 
 
 def parameter_shapes(model: ModelSection) -> Shapes:

@@ -22,28 +22,36 @@ from raynium.health.releases import RUNTIME_FOLDER, loaded_driver, release_check
 
 TOOLS_FOLDER = "/opt/aws/neuron/bin"
 NEURON_LS = (f"{TOOLS_FOLDER}/neuron-ls", "-j")
-TOOL_SECONDS = 20.0  # neuron-ls opens every device; it answers in a second or two where the driver is well
+# neuron-ls opens every device; it answers in a second or two where the driver is well.
+TOOL_SECONDS = 20.0
 
 GIB = 2**30
-# Our own judgement, no published figures. TorchNeuron keeps its debug output in /tmp/neuron_backend and has filled root
+# Below the first a node fails, below the second one with Neuron devices is warned of. Our own judgement, no published
+# figures. TorchNeuron keeps its debug output in /tmp/neuron_backend and has filled root
 # disks with it (community notes on the beta); AWS's tutorials ask for a 512 GB disk.
-MIN_FREE_DISK_GIB = 2.0  # below it a node fails
-LOW_FREE_DISK_GIB = 20.0  # below it a node with Neuron devices is warned of
-MAX_HOST_NAME_CHARS = 63  # the Neuron runtime's bootstrap refuses longer ones (AWS Neuron docs, runtime FAQ)
-MAX_CLOCK_SECONDS = 5.0  # S3 itself refuses requests that are 15 minutes off; logs of nodes are hard to match before
+MIN_FREE_DISK_GIB = 2.0
+LOW_FREE_DISK_GIB = 20.0
+# The Neuron runtime's bootstrap refuses longer ones (AWS Neuron docs, runtime FAQ).
+MAX_HOST_NAME_CHARS = 63
+# S3 itself refuses requests that are 15 minutes off; logs of nodes are hard to match before.
+MAX_CLOCK_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
 class NodeNeeds:
-    """What a run will ask of each node."""
+    """What a run will ask of each node.
 
-    accelerator: str  # settled: not "auto"
+    accelerator: settled, so never "auto". ranks: of one node. shared_memory_bytes: an estimate. disk_folders: that
+    caches, spools and logs go to. instance_type: of the config. own_pids: processes of ours that may hold cores.
+    """
+
+    accelerator: str
     nodes: int
-    ranks: int  # of one node
-    shared_memory_bytes: int  # an estimate
-    disk_folders: tuple[str, ...]  # that caches, spools and logs go to
-    instance_type: str | None = None  # of the config
-    own_pids: frozenset[int] = field(default_factory=frozenset)  # that may hold cores
+    ranks: int
+    shared_memory_bytes: int
+    disk_folders: tuple[str, ...]
+    instance_type: str | None = None
+    own_pids: frozenset[int] = field(default_factory=frozenset)
 
     @property
     def on_neuron(self) -> bool:
@@ -146,7 +154,8 @@ def neuron_devices(host: Host) -> NeuronDevices:
     if ran.code != 0:
         return NeuronDevices(problem=f"neuron-ls ended with {ran.code}: {ran.output.strip()[:200]}")
     try:
-        devices = json.loads(ran.output[: ran.output.rindex("]") + 1])  # a warning on stderr may follow
+        # A warning on stderr may follow the answer.
+        devices = json.loads(ran.output[: ran.output.rindex("]") + 1])
         counts = [device["nc_count"] for device in devices]
     except (ValueError, KeyError, TypeError):
         return NeuronDevices(problem="neuron-ls answers in another format than that of Neuron 2.33")

@@ -44,15 +44,19 @@ class Row:
 
 @dataclass(frozen=True)
 class Fault:
-    """What killed a rank or broke a node."""
+    """What killed a rank or broke a node.
+
+    evidence: the line that says so, up to EVIDENCE_CHARACTERS. device: Neuron device (a chip) of this node, as the
+    driver counts; core: of that device.
+    """
 
     name: str
     cause: str
     action: Action
     guilty: Guilty
-    evidence: str = ""  # the line that says so
-    device: int | None = None  # Neuron device (a chip) of this node, as the driver counts
-    core: int | None = None  # of that device
+    evidence: str = ""
+    device: int | None = None
+    core: int | None = None
 
     @property
     def retry(self) -> bool:
@@ -69,9 +73,10 @@ class Fault:
         return f"{where}{self.cause}"
 
 
-EVIDENCE_CHARACTERS = 300  # of the line that is quoted
+EVIDENCE_CHARACTERS = 300
 
-CORES_TAKEN = "cores-taken"  # the row below that passes by itself, if the process was killed a moment ago
+# This row passes by itself, if the process was killed a moment ago.
+CORES_TAKEN = "cores-taken"
 
 ROWS: tuple[Row, ...] = tuple(
     Row(name=name, **row)

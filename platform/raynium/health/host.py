@@ -17,19 +17,22 @@ from raynium.health.metadata_service import MetadataService, ask
 VENDOR = "/sys/devices/virtual/dmi/id/sys_vendor"
 EC2_VENDOR = "Amazon EC2"
 
-NO_ANSWER = 124  # the exit code that `timeout` gives too
+NO_ANSWER = 124
 Status = Literal["ok", "warning", "failed", "skipped"]
 
 
 @dataclass(frozen=True)
 class Check:
-    """What one check found. `failed` needs evidence: what could not be looked at is skipped, or a warning."""
+    """What one check found. `failed` needs evidence: what could not be looked at is skipped, or a warning.
+
+    rule: what was expected. remedy: what to do, where there is something to do.
+    """
 
     name: str
     status: Status
     found: str
-    rule: str = ""  # what was expected
-    remedy: str = ""  # what to do, where there is something to do
+    rule: str = ""
+    remedy: str = ""
 
     @property
     def is_bad(self) -> bool:
@@ -45,10 +48,10 @@ class Check:
 
 @dataclass(frozen=True)
 class Ran:
-    """How a command ended; NO_ANSWER: it was given up."""
+    """How a command ended (NO_ANSWER: it was given up, as `timeout` says it), and its stdout, then its stderr."""
 
     code: int
-    output: str  # stdout, then stderr
+    output: str
 
 
 class Host(Protocol):
@@ -116,7 +119,7 @@ class ThisHost:
             process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, start_new_session=True
             )
-        except OSError:  # not there, or not executable
+        except OSError:
             return None
         with process:
             try:
@@ -145,15 +148,19 @@ class ThisHost:
 
 @dataclass(frozen=True)
 class RecordedHost:
-    """The fake: a machine's answers, written down. What was not written down is not there."""
+    """The fake: a machine's answers, written down. What was not written down is not there.
 
-    devices: tuple[str, ...] = ()  # names in /dev
+    devices: names in /dev. files: path → text. commands: the words, joined by spaces → exit code and output. free:
+    folder → bytes.
+    """
+
+    devices: tuple[str, ...] = ()
     product_name: str | None = None
     packages: Mapping[str, str] = field(default_factory=dict)
-    files: Mapping[str, str] = field(default_factory=dict)  # path → text
+    files: Mapping[str, str] = field(default_factory=dict)
     folders: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    commands: Mapping[str, tuple[int, str]] = field(default_factory=dict)  # the words, joined by spaces → code, output
-    free: Mapping[str, int] = field(default_factory=dict)  # folder → bytes
+    commands: Mapping[str, tuple[int, str]] = field(default_factory=dict)
+    free: Mapping[str, int] = field(default_factory=dict)
     environment: Mapping[str, str] = field(default_factory=dict)
     imds: MetadataService | None = None
 

@@ -5,19 +5,25 @@ import urllib.error
 import urllib.request
 from dataclasses import dataclass
 
-ADDRESS = "http://169.254.169.254"  # link-local, the same on every instance
-TIMEOUT_SECONDS = 1.0  # it answers in milliseconds; where it is switched off, nothing answers at all
+# Link-local, the same on every instance.
+ADDRESS = "http://169.254.169.254"
+# It answers in milliseconds; where it is switched off, nothing answers at all.
+TIMEOUT_SECONDS = 1.0
 TOKEN_SECONDS = 60
 
 
 @dataclass(frozen=True)
 class MetadataService:
-    """What it answered. instance_type and role: None where it has none, or does not answer."""
+    """What it answered. instance_type and role: None where it has none, or does not answer.
 
-    gives_token: bool  # version 2
-    answers_without_token: bool  # version 1, which a page that a program was tricked into fetching can use too
+    gives_token: version 2 answers. answers_without_token: so does version 1, which a page that a program was tricked
+    into fetching can use too. role: whose credentials it hands out.
+    """
+
+    gives_token: bool
+    answers_without_token: bool
     instance_type: str | None = None
-    role: str | None = None  # whose credentials it hands out
+    role: str | None = None
 
 
 def ask(address: str = ADDRESS) -> MetadataService:
@@ -37,5 +43,5 @@ def _get(url: str, headers: dict[str, str], method: str = "GET") -> str | None:
     try:
         with without_proxy.open(request, timeout=TIMEOUT_SECONDS) as answer:
             return answer.read(4096).decode(errors="replace").strip()
-    except (urllib.error.URLError, http.client.HTTPException, OSError):  # no such page, no such service
+    except (urllib.error.URLError, http.client.HTTPException, OSError):
         return None

@@ -19,8 +19,9 @@ logger = logging.getLogger(__name__)
 
 DEVICE_FOLDER = Path("/dev")
 SYSFS = Path("/sys/devices/virtual/neuron_device")
-MONITOR_FOLDER = Path("/opt/aws/neuron/bin")  # where AWS's packages put their tools; often not on the PATH
-PERIOD_SECONDS = 5.0  # neuron-monitor's own
+# AWS's packages put their tools here; it is often not on the PATH.
+MONITOR_FOLDER = Path("/opt/aws/neuron/bin")
+PERIOD_SECONDS = 5.0
 STOP_SECONDS = 5.0
 
 # Kinds of device memory that are metrics of their own. sysfs knows more; those are in the sum.
@@ -36,15 +37,19 @@ STATUS_ERRORS = {
 
 @dataclass(frozen=True)
 class DeviceSample:
-    """One node's devices at one moment. Plain data: it travels to the coordinator."""
+    """One node's devices at one moment. Plain data: it travels to the coordinator.
 
-    utilization_ratios: tuple[float, ...] = ()  # of each logical core in use; empty: not known
-    flops_per_second: float | None = None  # of all its cores
-    memory_bytes: Mapping[str, int] | None = None  # kind → bytes, of the fullest core
-    # Counted since the agent started:
+    utilization_ratios: of each logical core in use; empty where it is not known. flops_per_second: of all its cores.
+    memory_bytes: kind → bytes, of the fullest core. All else is counted since the agent started; uncorrected errors
+    include repairable ones, and execution errors the executions that could not start.
+    """
+
+    utilization_ratios: tuple[float, ...] = ()
+    flops_per_second: float | None = None
+    memory_bytes: Mapping[str, int] | None = None
     ecc_corrected_errors: int = 0
-    ecc_uncorrected_errors: int = 0  # the repairable ones too
-    execution_errors: int = 0  # executions that ended in an error or could not start
+    ecc_uncorrected_errors: int = 0
+    execution_errors: int = 0
     execution_timeouts: int = 0
 
     def plus(self, other: "DeviceSample", times: int = 1) -> "DeviceSample":
@@ -88,7 +93,7 @@ def read_report(report: Mapping[str, Any], *, run_name: str, before: DeviceSampl
     """
     ratios: list[float] = []
     flops = 0.0
-    memory: dict[str, dict[str, int]] = {}  # core → kind → bytes
+    memory_of_core: dict[str, dict[str, int]] = {}
     errors, timeouts, corrected, uncorrected = 0, 0, 0, 0
     try:
         for process in report["neuron_runtime_data"] or ():
@@ -103,7 +108,7 @@ def read_report(report: Mapping[str, Any], *, run_name: str, before: DeviceSampl
             timeouts += int(executions["timed_out"])
             used = groups["memory_used"]["neuron_runtime_used_bytes"]["usage_breakdown"]["neuroncore_memory_usage"]
             for number, kinds in (used or {}).items():
-                sums = memory.setdefault(number, {})
+                sums = memory_of_core.setdefault(number, {})
                 for kind, size in kinds.items():
                     sums[kind] = sums.get(kind, 0) + int(size)
         for device in report["system_data"]["neuron_hw_counters"]["neuron_devices"] or ():
@@ -112,7 +117,7 @@ def read_report(report: Mapping[str, Any], *, run_name: str, before: DeviceSampl
             uncorrected += int(device.get("mem_ecc_repairable_uncorrected") or 0)
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"neuron-monitor's report has another form than AWS documents: {error!r}") from error
-    fullest = max(memory.values(), key=lambda kinds: sum(kinds.values()), default=None)
+    fullest = max(memory_of_core.values(), key=lambda kinds: sum(kinds.values()), default=None)
     counts = (corrected, uncorrected, errors, timeouts)
     return DeviceSample(tuple(ratios), flops if ratios else None, fullest, *counts).plus(before)
 
@@ -229,7 +234,8 @@ class DeviceMonitor:
             for line in process.stdout:
                 try:
                     sample = read_report(json.loads(line), run_name=self._run_name, before=self._last)
-                except ValueError as error:  # JSON's errors too
+                # JSON's errors are ValueErrors too.
+                except ValueError as error:
                     if not told:
                         logger.warning("a report of %s is left out, as will be all like it: %s", self._command, error)
                     told = True

@@ -9,9 +9,9 @@ from raynium.health.host import Check, Status
 
 @dataclass(frozen=True)
 class NodeReport:
-    """One node's checks."""
+    """One node's checks. node_id: Ray's, new in each life of the node."""
 
-    node_id: str  # Ray's: new in each life of the node
+    node_id: str
     host: str
     checks: tuple[Check, ...]
 

@@ -18,7 +18,8 @@ from raynium.health.host import NO_ANSWER, Check, Host, Status
 # Assumptions, not measurements: a healthy device reaches several times these with one 4096 × 4096 product, launch
 # included; the host's CPU reaches about a hundredth.
 MIN_GEMM_SHARE_OF_PEAK = 0.10
-MIN_CPU_GEMM_FLOPS = 5e9  # float32; one core has 30e9 to 150e9
+# In float32. One core has 30e9 to 150e9.
+MIN_CPU_GEMM_FLOPS = 5e9
 # A core that is this much slower than its node's median is told apart from one whose neighbours are as slow.
 MIN_GEMM_SHARE_OF_MEDIAN = 0.5
 # nccom-test's own example in AWS's documentation (tools/neuron-sys-tools/nccom-test): 40.69 GB/s of bus bandwidth for
@@ -31,7 +32,8 @@ MIN_SHARE_OF_EFA = 0.01
 # A CPU cluster's plain network: below it, gradients of any model take longer than its steps. An assumption.
 MIN_CPU_BUS_BYTES_PER_SECOND = 0.05e9
 
-GEMM_SIZES = {"cpu": 512}  # rows and columns, by torch's device type
+# Rows and columns, by torch's device type; DEVICE_GEMM_SIZE for all others.
+GEMM_SIZES = {"cpu": 512}
 DEVICE_GEMM_SIZE = 4096
 REDUCE_BYTES = (64 * 2**10, 2**20, 32 * 2**20)
 CPU_REDUCE_BYTES = (64 * 2**10, 4 * 2**20)
@@ -39,13 +41,16 @@ CPU_REDUCE_BYTES = (64 * 2**10, 4 * 2**20)
 
 @dataclass(frozen=True)
 class TrialPlan:
-    """What each rank of a trial does. The same for all ranks."""
+    """What each rank of a trial does. The same for all ranks.
+
+    folder: each rank leaves its `RankResult` there. gemm_size: 0 for none. seconds: of the process group's timeout.
+    """
 
     accelerator: str
-    folder: str  # each rank leaves its `RankResult` there
-    gemm_size: int  # 0: none
+    folder: str
+    gemm_size: int
     reduce_bytes: tuple[int, ...]
-    seconds: float  # of the process group's timeout
+    seconds: float
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -58,20 +63,24 @@ class TrialPlan:
 
 @dataclass(frozen=True)
 class Gemm:
-    """One rank's matrix products."""
+    """One rank's matrix products.
 
-    flops_per_second: float  # of the fastest, launch and reading one number included
-    first_seconds: float  # with what was compiled for it
-    exact: bool  # the product of integers is that of the CPU, to the bit
-    peak_flops: float | None  # of the data sheet, in the type that was multiplied
+    flops_per_second: of the fastest, launch and reading one number included. first_seconds: with what was compiled for
+    it. exact: the product of integers is that of the CPU, to the bit. peak_flops: of the data sheet, in that dtype.
+    """
+
+    flops_per_second: float
+    first_seconds: float
+    exact: bool
+    peak_flops: float | None
 
 
 @dataclass(frozen=True)
 class Reduced:
-    """One size of the all-reduce sweep on one rank."""
+    """One size of the all-reduce sweep on one rank; the seconds of the fastest."""
 
     num_bytes: int
-    seconds: float  # of the fastest
+    seconds: float
     exact: bool
 
     def bus_bytes_per_second(self, ranks: int) -> float:
@@ -81,13 +90,13 @@ class Reduced:
 
 @dataclass(frozen=True)
 class RankResult:
-    """What one rank found; `problem`, or `unjudged`, if it did not come to the end."""
+    """What one rank found; `problem` if it did not come to the end, or `unjudged` if that says nothing of its node."""
 
     rank: int
     gemm: Gemm | None = None
     reduced: tuple[Reduced, ...] = field(default_factory=tuple)
     problem: str = ""
-    unjudged: str = ""  # why that says nothing about the node
+    unjudged: str = ""
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -211,11 +220,13 @@ def nccom_test(host: Host, *, ranks: int, timeout_seconds: float) -> Check:
     if ran is None:
         return Check(name, "skipped", "not installed (aws-neuronx-tools)", rule)
     shown = " ".join(ran.output.split()[-8:])
-    if ran.code == NO_ANSWER:  # it compiles first; a node that hangs shows in the trial of the ranks, which follows
+    # It compiles first; a node that hangs shows in the trial of the ranks, which follows.
+    if ran.code == NO_ANSWER:
         return Check(name, "warning", shown, rule, "raise preflight.seconds")
     if ran.code != 0:
         return Check(name, "failed", f"ended with {ran.code}: {shown}", rule, "run it by hand; else replace the node")
-    said = re.search(r"Avg bus bandwidth:\s*([\d.]+)\s*GB/s", ran.output)  # what the runtime logs may follow
+    # What the runtime logs may follow.
+    said = re.search(r"Avg bus bandwidth:\s*([\d.]+)\s*GB/s", ran.output)
     if said is None:
         return Check(name, "warning", f"answers in another format than documented: {shown}", rule)
     gb_per_second = float(said[1])

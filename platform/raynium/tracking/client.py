@@ -55,8 +55,10 @@ def mlflow_client(uri: str, *, timeout_seconds: float) -> Iterator["MlflowClient
 
 
 def _load_mlflow() -> "type[MlflowClient]":
-    os.environ.update(NO_TELEMETRY)  # before the import, which starts the telemetry thread
-    os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")  # GitPython warns where git is not installed
+    # Before the import, which starts the telemetry thread.
+    os.environ.update(NO_TELEMETRY)
+    # GitPython warns where git is not installed.
+    os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
     # Progress of schema creation: dozens of INFO lines on the first use of an SQLite file.
     for name in ("alembic", "mlflow.store.db.utils"):
         logging.getLogger(name).setLevel(logging.WARNING)
@@ -67,8 +69,10 @@ def _load_mlflow() -> "type[MlflowClient]":
     from mlflow import MlflowClient
     from mlflow.telemetry import get_telemetry_client, set_telemetry_client
 
-    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # logs with traceback what it also raises
-    if get_telemetry_client() is not None:  # the caller's process had imported mlflow before us
+    # It logs with a traceback what it also raises.
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
+    # The caller's process had imported mlflow before us.
+    if get_telemetry_client() is not None:
         set_telemetry_client()
     return MlflowClient
 
@@ -147,10 +151,12 @@ def _make_sqlite(path: Path, client_class: "type[MlflowClient]") -> None:
         if path.exists() and path.stat().st_size > 0:
             return
         folder = Path(f"{path}.new")
-        shutil.rmtree(folder, ignore_errors=True)  # of a process that was killed here
+        # A process that was killed here may have left one.
+        shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
         client_class(tracking_uri=f"sqlite:///{folder}/new.db")
-        shutil.copyfile(folder / "new.db", folder / "copy.db")  # mlflow keeps a connection to the first
+        # mlflow keeps a connection to the first.
+        shutil.copyfile(folder / "new.db", folder / "copy.db")
         os.replace(folder / "copy.db", path)
         shutil.rmtree(folder)
 

@@ -38,7 +38,8 @@ def git_tags(folder: str | Path) -> dict[str, str]:
     tags = {}
     commit = _git(folder, "rev-parse", "HEAD")
     if commit:
-        tags["mlflow.source.git.commit"] = commit  # the name that MLflow's own page shows
+        # MLflow's own page shows it by this name.
+        tags["mlflow.source.git.commit"] = commit
         # Untracked files count too: a new module that nobody added changes the run as much as an edit.
         tags["git.dirty"] = "true" if _git(folder, "status", "--porcelain") else "false"
     return tags

@@ -29,22 +29,27 @@ if TYPE_CHECKING:
     from mlflow.entities import Run
 
 REQUEST_TIMEOUT_SECONDS = 10.0
-MAX_PARAM_CHARACTERS = 6000  # MLflow's limit, beyond which it cuts silently
+# MLflow's limit, beyond which it cuts silently.
+MAX_PARAM_CHARACTERS = 6000
 MAX_TAG_CHARACTERS = 8000
-MAX_PER_REQUEST = 100  # params or tags in one log_batch
-LARGEST_FLOAT = sys.float_info.max  # what MLflow's SQL stores keep in place of infinity
+MAX_PER_REQUEST = 100
+# MLflow's SQL stores keep it in place of infinity.
+LARGEST_FLOAT = sys.float_info.max
 
 RunStatus = Literal["FINISHED", "FAILED", "KILLED"]
 
 
 @dataclass(frozen=True)
 class TrackedRun:
-    """An MLflow run that is open for writing. `uri` may hold credentials, so it is not in the repr."""
+    """An MLflow run that is open for writing. `uri` may hold credentials, so it is not in the repr.
+
+    page_url: None for a store without a server; see `ui_command` and `page_url`.
+    """
 
     run_id: str
     experiment_id: str
     uri: str = field(repr=False)
-    page_url: str | None  # None for a store without a server: see `ui_command` and `page_url`
+    page_url: str | None
 
 
 @dataclass(frozen=True)
@@ -136,7 +141,8 @@ def _experiment_id(client: "MlflowClient", name: str, *, uri: str) -> str:
             return client.create_experiment(name, artifact_location=_artifact_location(uri))
         except MlflowException:
             experiment = client.get_experiment_by_name(name)
-            if experiment is None:  # else another process made it just now
+            # Else another process made it just now.
+            if experiment is None:
                 raise
     if experiment.lifecycle_stage == "deleted":
         raise TrackingError(
@@ -205,7 +211,8 @@ def finish_run(uri: str, run_id: str, status: RunStatus) -> None:
 def read_metric(uri: str, run_id: str, key: str) -> list[MetricPoint]:
     """All points of one metric, sorted by step; empty if none was logged. Raises TrackingError."""
     with mlflow_client(uri, timeout_seconds=REQUEST_TIMEOUT_SECONDS) as client:
-        client.get_run(run_id)  # the history of a run that does not exist is an empty list
+        # The history of a run that does not exist is an empty list.
+        client.get_run(run_id)
         history = client.get_metric_history(run_id, key)
     points = [MetricPoint(point.step, _restore_infinity(point.value), point.timestamp) for point in history]
     return sorted(points, key=lambda point: (point.step, point.unix_ms))

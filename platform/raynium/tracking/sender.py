@@ -26,10 +26,12 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-MAX_POINTS_PER_REQUEST = 1000  # MLflow's limit on metrics in one log_batch
+# MLflow's limit on metrics in one log_batch.
+MAX_POINTS_PER_REQUEST = 1000
 FIRST_RETRY_SECONDS = 0.5
 LAST_RETRY_SECONDS = 30.0
-MOST_STEPS_KEPT = 10_000  # of one metric, in memory; of more, MLflow is asked again when steps are repeated again
+# Of one metric, in memory; of more, MLflow is asked again when steps are repeated again.
+MOST_STEPS_KEPT = 10_000
 
 
 class _LoggedSteps:
@@ -38,7 +40,8 @@ class _LoggedSteps:
     def __init__(self, client: "MlflowClient", run_id: str):
         run = client.get_run(run_id)
         self._last_step: dict[str, int] = {point.key: point.step for point in run.to_proto().data.metrics}
-        self._floor: dict[str, int] = {}  # name -> `_steps` is complete from this step on
+        # Name → from which step on `_steps` is complete.
+        self._floor: dict[str, int] = {}
         self._steps: dict[str, set[int]] = {}
 
     def holds(self, client: "MlflowClient", run_id: str, *, name: str, step: int) -> bool:
@@ -83,7 +86,8 @@ class MetricSender:
         self._request_timeout_seconds = request_timeout_seconds
         self._logged: _LoggedSteps | None = None
         self._closing = threading.Event()
-        self._mutex = threading.Lock()  # guards acknowledging against `close`, and the counters
+        # Guards acknowledging against `close`, and the counters.
+        self._mutex = threading.Lock()
         self._abandoned = False
         self._points_sent = 0
         self._points_repeated = 0
@@ -111,7 +115,8 @@ class MetricSender:
         self._closing.set()
         self._thread.join(timeout_seconds)
         with self._mutex:
-            self._abandoned = True  # a request may still hang; its thread must not touch the spool any more
+            # A request may still hang; its thread must not touch the spool any more.
+            self._abandoned = True
         return self.status()
 
     def _run(self) -> None:
@@ -121,12 +126,14 @@ class MetricSender:
             is_last_round = self._closing.wait(pause_seconds)
             try:
                 self._send_all()
-            except Exception as error:  # a thread that dies of a surprise would leave points waiting unseen
+            # A thread that dies of a surprise would leave points waiting unseen.
+            except Exception as error:
                 self._note_failure(error)
                 pause_seconds = retry_seconds
                 retry_seconds = min(2 * retry_seconds, LAST_RETRY_SECONDS)
                 if is_last_round:
-                    time.sleep(min(pause_seconds, 1.0))  # `closing` is set: its wait no longer pauses
+                    # `closing` is set, so that its wait no longer pauses.
+                    time.sleep(min(pause_seconds, 1.0))
             else:
                 self._note_success()
                 retry_seconds, pause_seconds = FIRST_RETRY_SECONDS, self._flush_seconds

@@ -9,16 +9,21 @@ from raynium.tracking.metrics import check_metrics
 
 @dataclass(frozen=True)
 class TrackerStatus:
-    """Counters of one tracker since it was made. A point is one (name, step, value)."""
+    """Counters of one tracker since it was made. A point is one (name, step, value).
+
+    points_repeated: not sent because MLflow already holds a point of that name and step. points_pending: accepted and
+    not yet confirmed by MLflow, those of an earlier process included. points_lost: refused because both disk and memory
+    were full. last_error: of the last attempt, None when it succeeded. failing_seconds: since the first in a row.
+    """
 
     points_appended: int = 0
     points_sent: int = 0
-    points_repeated: int = 0  # not sent because MLflow already holds a point of that name and step
-    points_pending: int = 0  # accepted, not yet confirmed by MLflow; may include points of an earlier process
-    points_lost: int = 0  # refused because both disk and memory were full
+    points_repeated: int = 0
+    points_pending: int = 0
+    points_lost: int = 0
     artifacts_pending: int = 0
-    last_error: str | None = None  # of the last attempt; None when it succeeded
-    failing_seconds: float = 0.0  # since the first of the failed attempts in a row
+    last_error: str | None = None
+    failing_seconds: float = 0.0
 
     def __str__(self) -> str:
         lost = f"; {self.points_lost} points lost: the disk was full" if self.points_lost else ""

@@ -19,12 +19,16 @@ from numpy.typing import NDArray
 from raynium.checkpoint.format.boxes import Box, Ints, intersect
 
 LIMIT = 2**60
-GROUP_BLOCKS = 2**16  # are checked at a time
-ALIGNMENT_BYTES = 4096  # of a shard's data, and divides every unit: no element straddles two units
+# So many are checked at a time.
+GROUP_BLOCKS = 2**16
+# Of a shard's data; it divides every unit, so no element straddles two units.
+ALIGNMENT_BYTES = 4096
 
-Column = NDArray[np.int64]  # [blocks], or [] where all blocks of the tensor have the same number
+# [blocks], or [] where all blocks of the tensor have the same number.
+Column = NDArray[np.int64]
 
-_PRIME = np.uint64(2**31 - 1)  # products of two remainders fit 64 bits
+# Products of two remainders fit 64 bits.
+_PRIME = np.uint64(2**31 - 1)
 
 
 class Block(NamedTuple):
@@ -68,7 +72,8 @@ class Blocks:
         def whole(column: Column) -> Column:
             if column.ndim and len(column) != len(shards):
                 raise ValueError(f"a column has {len(column)} numbers for {len(shards)} blocks")
-            return np.broadcast_to(column, shards.shape)  # takes no memory where it is one number
+            # This takes no memory where it is one number.
+            return np.broadcast_to(column, shards.shape)
 
         return cls(item_bytes, shards, tuple(map(whole, offsets)), tuple(map(whole, shapes)), whole(begins))
 
@@ -100,11 +105,12 @@ class Blocks:
 
 
 def to_column(value: Any) -> Column:
-    """A column from JSON: a list of integers from 0 to below 2^60, or one such integer. Else ValueError."""
+    """A column from JSON: a list of integers from 0 to below 2^60, or one such integer, else ValueError; ours stays."""
     if isinstance(value, np.ndarray):
-        return value  # ours, not from JSON
+        return value
     numbers = value if type(value) is list else [value]
-    if not set(map(type, numbers)) <= {int}:  # bool is an int to isinstance, and to numpy
+    # To isinstance and to numpy, bool is an int.
+    if not set(map(type, numbers)) <= {int}:
         raise ValueError("not a valid integer, or list of integers")
     try:
         column = np.array(numbers, dtype=np.int64)
@@ -132,14 +138,17 @@ class Tensor(NamedTuple):
 
 
 class _Group:
-    """Tensors of one number of dims, their blocks one after the other."""
+    """Tensors of one number of dims, their blocks one after the other.
+
+    first: of each tensor its first block. rows, indices: of each block its tensor, in this group and in the manifest.
+    """
 
     def __init__(self, tensors: Sequence[Tensor], *, indices: Sequence[int]):
         counts = np.array([len(tensor.blocks) for tensor in tensors])
         self.tensors = tensors
-        self.first = np.cumsum(counts) - counts  # block of each tensor
-        self.rows = np.repeat(np.arange(len(tensors)), counts)  # of each block its tensor in this group
-        self.indices = np.repeat(np.array(indices), counts)  # of each block its tensor in the manifest
+        self.first = np.cumsum(counts) - counts
+        self.rows = np.repeat(np.arange(len(tensors)), counts)
+        self.indices = np.repeat(np.array(indices), counts)
         self.num_dims = len(tensors[0].global_shape)
 
     @cached_property

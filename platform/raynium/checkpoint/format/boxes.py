@@ -53,9 +53,10 @@ def boxes_of_flat_range(shape: Ints, start: int, end: int) -> Iterator[tuple[int
     if not shape:
         yield start, Box((), ())
         return
-    row = math.prod(shape[1:])  # elements per index of the first dim
-    first, last = -(-start // row), end // row  # whole rows: [first, last)
-    if first > last:  # both ends lie inside one row
+    # A row has so many elements; rows [first, last) are whole. If first > last both ends lie inside one row.
+    row = math.prod(shape[1:])
+    first, last = -(-start // row), end // row
+    if first > last:
         yield from _in_row(shape, last, start, end)
         return
     if start < first * row:
@@ -75,8 +76,9 @@ def spans(shape: Ints, box: Box, *, max_gap: int) -> Iterator[tuple[int, int, Bo
     if box.volume == 0:
         return
     strides = [math.prod(shape[dim + 1 :]) for dim in range(len(shape))]
-    extent = 1  # elements from the first to the last of the dims that are kept together
-    kept = len(shape)  # the first of those dims
+    # Dims from `kept` on stay together; from their first element to the last there are `extent`.
+    extent = 1
+    kept = len(shape)
     while kept and (box.shape[kept - 1] == 1 or strides[kept - 1] - extent <= max_gap):
         kept -= 1
         extent += (box.shape[kept] - 1) * strides[kept]

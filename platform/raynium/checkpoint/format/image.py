@@ -27,16 +27,21 @@ from raynium.storage.checksum import UNIT_BYTES
 
 TORCH_DTYPES: Mapping[str, torch.dtype] = {name: getattr(torch, name) for name in DTYPES}
 _NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
-_LARGE_BYTES = 64 * UNIT_BYTES  # of data: then a header of one unit is at most 2 % of the file
-_STEP_PLACE = b"9" * 18  # the step's digits in a header, so that its length never changes
+# Of data. Then a header of one unit is at most 2 % of the file.
+_LARGE_BYTES = 64 * UNIT_BYTES
+# Stands for the step's digits in a header, so that its length never changes.
+_STEP_PLACE = b"9" * 18
 
 
 @dataclass(frozen=True)
 class ImagePlan:
-    """Where each block goes."""
+    """Where each block goes. size: bytes of the whole file.
 
-    size: int  # bytes of the whole file
-    header: bytes  # the file's begin, up to the first tensor byte, with _STEP_PLACE in the step's place
+    header: the file's begin, up to the first tensor byte, with _STEP_PLACE in the step's place.
+    """
+
+    size: int
+    header: bytes
     tensors: tuple[SavedBlock, ...]
 
     @cached_property
@@ -119,7 +124,8 @@ def read_image(info: ImageInfo, chunks: Sequence[Chunk]) -> list[Chunk]:
     CheckpointDamaged if the file is gone, was being written when its writer died, or is of another step.
     """
     try:
-        with open(info.path, "r+b") as file:  # writable, because torch's views of memory are
+        # Writable, because torch's views of memory are.
+        with open(info.path, "r+b") as file:
             pages = mmap.mmap(file.fileno(), 0)
     except (OSError, ValueError) as error:
         raise CheckpointDamaged(f"the snapshot {info.path} cannot be read: {error}") from error
@@ -175,7 +181,8 @@ class ImageFile:
         try:
             missing = size - os.fstat(descriptor).st_blocks * 512
             free = _free_bytes(self.path)
-            if missing > free:  # asked first: a full tmpfs kills the process that touches a page it cannot have
+            # Asked first, because a full tmpfs kills the process that touches a page it cannot have.
+            if missing > free:
                 raise SnapshotMemoryShort(self._too_small(size, free))
             os.ftruncate(descriptor, size)
             os.posix_fallocate(descriptor, 0, size)

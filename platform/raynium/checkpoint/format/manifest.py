@@ -68,11 +68,12 @@ def _known_dtype(dtype: str) -> str:
 GENERATION_PATTERN = r"[a-z0-9][a-z0-9-]{0,62}"
 _SHARD_PATTERN = rf"({GENERATION_PATTERN})/shard-[0-9]{{5,9}}\.safetensors"
 _STEP_FOLDER = re.compile(r"step-([0-9]{9,18})", re.ASCII)
-_HEADER_BYTES = 200  # the first line of a manifest is shorter, in every version
-_HEADER_FIELDS = ("format", "version", "crc64nvme")
+# The first line of a manifest holds these, and is shorter in every version.
+_HEADER_FIELDS, _HEADER_BYTES = ("format", "version", "crc64nvme"), 200
 
 Count = Annotated[int, Field(ge=0, lt=2**60)]
-Counts = Annotated[tuple[Count, ...], Field(strict=False, max_length=_MAX_DIMS)]  # JSON has lists, we keep tuples
+# JSON has lists, we keep tuples.
+Counts = Annotated[tuple[Count, ...], Field(strict=False, max_length=_MAX_DIMS)]
 # A list of integers in JSON, or one that stands for all; int64 in memory
 Numbers = Annotated[Column, PlainValidator(to_column), PlainSerializer(lambda column: column.tolist())]
 NumbersOfDims = Annotated[tuple[Numbers, ...], Field(strict=False, max_length=_MAX_DIMS)]
@@ -132,16 +133,17 @@ class SavedBlock:
 class SavedBlocks(Columns):
     """All blocks of one file, in columns: hundreds of ranks send thousands of blocks each, at every save.
 
-    Places are the numbers of all blocks one after the other, of each as many as it has dims.
+    dims, begins: [blocks]. Places (shapes and offsets) are the numbers of all blocks one after the other, of each as
+    many as it has dims: [sum of dims].
     """
 
     names: Annotated[tuple[TensorName, ...], Field(strict=False)]
     dtypes: Annotated[tuple[DtypeName, ...], Field(strict=False)]
-    dims: Numbers  # [blocks]
-    global_shapes: Numbers  # [sum of dims]
-    offsets: Numbers  # [sum of dims]
-    shapes: Numbers  # [sum of dims]
-    begins: Numbers  # [blocks]
+    dims: Numbers
+    global_shapes: Numbers
+    offsets: Numbers
+    shapes: Numbers
+    begins: Numbers
 
     @classmethod
     def of(cls, blocks: Sequence[SavedBlock]) -> Self:
@@ -191,23 +193,25 @@ class SavedBlocks(Columns):
 
 
 class ImageInfo(JsonObject):
-    """A rank's finished file image in shared memory: what it tells its node agent."""
+    """A rank's finished file image in shared memory, and how long training stood still for it: told to its agent."""
 
     step: Count
     path: str
     size: Count
     tensors: SavedBlocks
-    stall_seconds: Seconds = 0.0  # that the training thread stood still for it
+    stall_seconds: Seconds = 0.0
 
 
 class FileEntry(JsonObject):
-    """One data file: its key below the step's folder, and CRC64NVME (base64) of the whole and of each unit."""
+    """One data file: its key below the step's folder, and CRC64NVME (base64) of the whole and, in one text, of all
+    units: a terabyte has four million.
+    """
 
     key: Annotated[str, Field(pattern=f"^{_SHARD_PATTERN}$")]
     size: Count
     crc64nvme: Crc
     unit_bytes: Annotated[int, Field(ge=ALIGNMENT_BYTES, le=2**30, multiple_of=ALIGNMENT_BYTES)]
-    unit_crc64nvme: str  # of all units in one text: a terabyte has four million
+    unit_crc64nvme: str
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -225,25 +229,25 @@ class FileEntry(JsonObject):
 
 
 class ShardEntry(JsonObject):
-    """An uploaded and verified file: what a node agent tells the run coordinator."""
+    """An uploaded and verified file: what a node agent tells the run coordinator. stall_seconds: as in ImageInfo."""
 
     step: Count
     file: FileEntry
     tensors: SavedBlocks
-    stall_seconds: Seconds = 0.0  # as in ImageInfo
+    stall_seconds: Seconds = 0.0
 
 
 class TensorEntry(Columns):
     """A logical tensor, whatever layout it was saved in.
 
     Its blocks are columns, of one number per block; of places one column per dim. A number stands for a column of
-    equal ones. `blocks` shows them as they are meant.
+    equal ones, except in `shards`, which says how many blocks there are. `blocks` shows them as they are meant.
     """
 
     name: TensorName
     dtype: DtypeName
     global_shape: Counts
-    shards: Numbers  # never one number: it says how many blocks there are
+    shards: Numbers
     offsets: NumbersOfDims
     shapes: NumbersOfDims
     begins: Numbers
@@ -268,25 +272,32 @@ class TensorEntry(Columns):
 
 
 class Timing(JsonObject):
-    """What this checkpoint cost, in seconds; of many ranks the longest."""
+    """Seconds that training stood still for this checkpoint, from then on until the last shard was durable and
+    confirmed, and then until the manifest was ready to be written; of many ranks the longest.
+    """
 
-    stall_seconds: Seconds  # a rank's training thread stood still
-    upload_seconds: Seconds  # from the snapshot handed over to the last shard durable and confirmed
-    commit_seconds: Seconds  # from then on until the manifest was ready to be written
+    stall_seconds: Seconds
+    upload_seconds: Seconds
+    commit_seconds: Seconds
 
 
 class Manifest(JsonObject):
-    """A whole checkpoint. Its existence is the commit."""
+    """A whole checkpoint. Its existence is the commit.
+
+    generation: of the ranks that saved it; it started from the checkpoint of parent_step. layout: how the ranks were
+    laid out, for people; loading does not need it. state: step, data position, seeds, facts of the config that must not
+    change. metrics: of the held-out text, empty if it was not evaluated at this step. timing: None for an import.
+    """
 
     step: Count
-    generation: Generation  # of the ranks that saved it
-    parent_step: Count | None  # the checkpoint that this generation started from
+    generation: Generation
+    parent_step: Count | None
     committed_unix: Annotated[float, Field(ge=0, lt=2**53)]
     world_size: Annotated[int, Field(ge=1, lt=2**31)]
-    layout: dict[str, JsonValue]  # how the ranks were laid out; for people, loading does not need it
-    state: dict[str, JsonValue]  # step, data position, seeds, facts of the config that must not change
-    metrics: dict[str, FiniteFloat]  # of the held-out text at this step; empty if it was not evaluated
-    timing: Timing | None  # None: it was not trained here but imported
+    layout: dict[str, JsonValue]
+    state: dict[str, JsonValue]
+    metrics: dict[str, FiniteFloat]
+    timing: Timing | None
     shards: Annotated[tuple[FileEntry, ...], Field(strict=False, min_length=1)]
     tensors: Annotated[tuple[TensorEntry, ...], Field(strict=False, min_length=1)]
 
@@ -298,7 +309,7 @@ class Manifest(JsonObject):
     @field_validator("layout", "state")
     @classmethod
     def _check_numbers(cls, value: dict[str, JsonValue]) -> dict[str, JsonValue]:
-        json.dumps(value, allow_nan=False)  # ValueError: NaN and infinity are no JSON
+        json.dumps(value, allow_nan=False)
         return value
 
     @model_validator(mode="after")
@@ -346,7 +357,7 @@ def manifest_to_bytes(manifest: Manifest) -> bytes:
 def manifest_from_bytes(data: bytes, *, where: str) -> Manifest:
     """Inverse of `manifest_to_bytes`. CheckpointDamaged names the field; CheckpointTooNew for a newer format."""
     length = data.find(b"\n", 0, _HEADER_BYTES + 1) + 1
-    head, rest = data[:length], memoryview(data)[length:]  # a large one is not copied
+    head, rest = data[:length], memoryview(data)[length:]
     if not head.endswith(b",\n"):
         raise CheckpointDamaged(f"{where} is not a checkpoint manifest: its first line is not a manifest's")
     try:
@@ -469,7 +480,7 @@ def parsed(
         return kind.model_validate({key: found[key] for key in found if key not in without} if without else found)
     except ValidationError as error:
         raise CheckpointDamaged(f"{what} is damaged: {first_problem(error)}") from error
-    except (ValueError, RecursionError) as error:  # ValueError: JSON, text encoding, endless numbers
+    except (ValueError, RecursionError) as error:
         raise CheckpointDamaged(f"{what} is damaged: {error}") from error
 
 
