@@ -74,7 +74,7 @@ class Loader:
                 self._block = block
             pieces.append(self._block_windows[offset : offset + end - begin])
             begin += len(pieces[-1])
-        return np.concatenate(pieces)
+        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
     def _compute_block(self, block: int) -> np.ndarray:
         samples = np.arange(block * BLOCK_SAMPLES, (block + 1) * BLOCK_SAMPLES)

@@ -7,13 +7,13 @@ from botocore.exceptions import BotoCoreError, ClientError, HTTPClientError
 from botocore.exceptions import ConnectionError as BotoConnectionError
 
 _REMEDIES = {
-    "NoSuchBucket": "create the bucket, or set run.root to one that exists",
-    "404": "there is no such bucket: create it, or set run.root to another; check AWS_ENDPOINT_URL if it is set",
+    "NoSuchBucket": "create the bucket, or name one that exists",
+    "404": "there is no such bucket: create it, or name another; check AWS_ENDPOINT_URL if it is set",
     "InvalidAccessKeyId": "the access key is unknown there: set AWS_ACCESS_KEY_ID or AWS_PROFILE",
     "SignatureDoesNotMatch": "the secret key is wrong: set AWS_SECRET_ACCESS_KEY or AWS_PROFILE",
     "ExpiredToken": "the credentials have expired: renew them",
     "RequestTimeTooSkewed": "this machine's clock is wrong: set it",
-    "InvalidBucketName": "set run.root to a valid bucket name (3 to 63 lower-case letters, digits, dots and hyphens)",
+    "InvalidBucketName": "name a valid bucket (3 to 63 lower-case letters, digits, dots and hyphens)",
     "PermanentRedirect": "the bucket is in another region: set AWS_DEFAULT_REGION to it",
     "AuthorizationHeaderMalformed": "the bucket is in another region: set AWS_DEFAULT_REGION to it",
     "NoCredentialsError": "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, or an instance role",
