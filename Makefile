@@ -3,7 +3,7 @@
 # make quick        only those of pure Python: under a minute
 # make slow         only what `make test` leaves out: Ray clusters, Neuron's twins, long schedules of faults
 # make check        format, lint, types, every test once: all that CI runs
-# make bench        the benchmarks; their last results are in tests/benchmarks/RESULTS.md
+# make bench        the benchmarks, an hour or so: the tables of tests/benchmarks/RESULTS.md
 
 PYTHON ?= python3
 VENV := .venv
@@ -40,7 +40,7 @@ types: $(VENV)/.installed-dev
 	$(BIN)/basedpyright --warnings
 
 bench: $(VENV)/.installed-dev
-	@for script in tests/benchmarks/bench_*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+	$(BIN)/python tests/benchmarks/run.py
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Raynium needs Python 3.11 or newer; this is " + sys.version.split()[0] + ". Set PYTHON=<a newer one>")'

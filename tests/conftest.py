@@ -28,7 +28,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 # Given to the workers first, the longest before all: what begins late would hold up the end.
 LONGEST = (
     *("test_ray.py", "test_preflight_ray.py", "test_checkpoint_faults.py", "test_neuron_twin.py", "test_nxd.py"),
-    *("test_native_engine.py", "test_train_here.py", "test_tracking_sender.py"),
+    *("test_native_engine.py", "test_train_here.py", "test_simple_fsdp.py", "test_benchmarks.py"),
 )
 
 

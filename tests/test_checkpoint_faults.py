@@ -25,7 +25,8 @@ from raynium.checkpoint.catalog import latest, list_checkpoints, open_checkpoint
 from raynium.checkpoint.verify import verify_checkpoint
 from raynium.storage.store import Store
 
-pytestmark = [pytest.mark.s3, pytest.mark.timeout(900)]  # whole processes, which import torch, on shared cores
+# Whole processes, which import torch, on shared cores.
+pytestmark = [pytest.mark.slow, pytest.mark.s3, pytest.mark.timeout(900)]
 
 PATIENCE_SECONDS = 240
 
@@ -233,7 +234,6 @@ IS_NEWER = {  # whether the store has a newer checkpoint at that moment than whe
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("victim", ["rank", "uploader"])
 def test_a_process_killed_at_any_phase_of_a_save_costs_no_checkpoint(
     start: Start, place: Place, proxy: FlakyS3, reference: dict[int, set[float]], victim: str
@@ -253,7 +253,6 @@ def test_a_process_killed_at_any_phase_of_a_save_costs_no_checkpoint(
     assert life.losses() == reference
 
 
-@pytest.mark.slow
 def test_a_node_killed_at_any_phase_of_a_save_leaves_a_whole_checkpoint_and_the_next_one_goes_on(
     start: Start, place: Place, proxy: FlakyS3, reference: dict[int, set[float]]
 ) -> None:
@@ -318,7 +317,6 @@ FAULTS = {
 UPLOAD = ["CreateMultipartUpload", "UploadPart", "CompleteMultipartUpload"]
 
 
-@pytest.mark.slow
 def test_a_store_that_fails_for_a_while_costs_no_checkpoint_and_a_permission_taken_away_one(
     start: Start, place: Place, proxy: FlakyS3, reference: dict[int, set[float]]
 ) -> None:
@@ -339,7 +337,6 @@ def test_a_store_that_fails_for_a_while_costs_no_checkpoint_and_a_permission_tak
     assert life.losses() == reference
 
 
-@pytest.mark.slow
 def test_the_last_checkpoint_is_tried_again_and_a_run_that_cannot_save_it_fails_with_the_cause(
     start: Start, place: Place, proxy: FlakyS3, reference: dict[int, set[float]]
 ) -> None:

@@ -83,6 +83,7 @@ SAME_BITS: dict[str, dict[str, Any]] = {  # two data ranks: a + b is b + a
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", SAME_BITS)
 def test_two_data_ranks_train_to_the_bits_of_fsdp2(layout: str, train: Callable[..., Run]) -> None:
     ours, theirs = train("simple", SAME_BITS[layout]), train("fsdp2", SAME_BITS[layout])
@@ -91,6 +92,7 @@ def test_two_data_ranks_train_to_the_bits_of_fsdp2(layout: str, train: Callable[
     assert places(ours) == places(theirs)
 
 
+@pytest.mark.slow
 def test_where_sums_have_another_order_training_is_fsdp2s_within_rounding(train: Callable[..., Run]) -> None:
     """Three ranks, whose shares are uneven; and FSDP2 adds up a tied table's two gradients before it reduces."""
     layout = {"ranks": 3, "model": QWEN3}
@@ -101,6 +103,7 @@ def test_where_sums_have_another_order_training_is_fsdp2s_within_rounding(train:
     assert places(ours) == places(theirs)
 
 
+@pytest.mark.slow
 def test_a_run_goes_from_one_to_the_other_and_back_bitwise(train: Callable[..., Run]) -> None:
     layout = SAME_BITS["fsdp 2 x tp 2, uneven, checkpointed"]
     found = train("fsdp2", layout, last_step=3)

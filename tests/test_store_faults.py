@@ -25,7 +25,7 @@ from raynium.storage.backend import KeyExists
 from raynium.storage.checksum import checksum, to_text
 from raynium.storage.store import Store
 
-pytestmark = pytest.mark.s3
+pytestmark = [pytest.mark.slow, pytest.mark.s3]
 
 PART = 5 * 2**20  # the smallest part S3 takes
 LARGE = 3 * PART + 4097

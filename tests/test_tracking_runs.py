@@ -311,6 +311,7 @@ def test_two_processes_may_make_the_same_database_at_once(tmp_path: Path):
     assert results[0][0] == results[1][0]
 
 
+@pytest.mark.slow
 def test_killed_while_the_database_is_made_the_next_start_succeeds(tmp_path: Path):
     """Killed at several points of the migrations; mlflow alone would leave a file that cannot be opened again."""
     code = (

@@ -225,6 +225,7 @@ def test_hanging_server_stalls_nobody_and_loses_nothing(server: Server, tmp_path
     assert_each_step_once(server.uri, run_id, range(501))
 
 
+@pytest.mark.slow
 def test_server_killed_and_started_again(server: Server, tmp_path: Path):
     run_id = new_run(server.uri, "killed")
     tracker = make_tracker(tmp_path / "spool", server.uri, run_id)
@@ -273,6 +274,7 @@ def oldest_waiting(spool: Path) -> int | None:
         return None
 
 
+@pytest.mark.slow
 def test_sender_process_killed_again_and_again(store: str, tmp_path: Path):
     """Each life is killed while it sends, and the next begins 30 steps back, as from a checkpoint."""
     run_id = new_run(store, "kill -9")

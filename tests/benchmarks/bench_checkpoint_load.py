@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import benchmark
 import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader, FsspecWriter
@@ -63,8 +64,8 @@ GIB = 2**30
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--gib", type=int, nargs="+", default=[1, 4], help="sizes of the state")
+    parser = benchmark.parser(__doc__)
+    parser.add_argument("--gib", type=float, nargs="+", default=[1, 4], help="sizes of the state")
     parser.add_argument("--loads", type=int, default=3)
     parser.add_argument("--folder", help="for the files, the server's too (default: the temporary directory)")
     parser.add_argument("--child", help=argparse.SUPPRESS)
@@ -72,6 +73,9 @@ def main() -> int:
     if arguments.child:
         child(**json.loads(arguments.child))
         return 0
+    if arguments.tiny:
+        arguments.gib, arguments.loads = [0.05], 1
+    benchmark.heading()
     print("| store | GiB | load | reader | s | CPU s/GiB | fetched / needed | memory, MiB |")
     print("|---|---|---|---|---|---|---|---|")
     good = True
@@ -81,10 +85,10 @@ def main() -> int:
         with tempfile.TemporaryDirectory(dir=arguments.folder) as folder, running_s3_server(Path(folder)) as server:
             good &= compare("s3", server.create_bucket("bench"), server.env, gib, arguments.loads, folder)
     print("\npassed" if good else "\nnot passed")
-    return 0 if good else 1
+    return benchmark.verdict(good, arguments.tiny)
 
 
-def compare(name: str, url: str, env: dict[str, str], gib: int, loads: int, folder: str) -> bool:
+def compare(name: str, url: str, env: dict[str, str], gib: float, loads: int, folder: str) -> bool:
     """Print the four rows of one store and size; whether they are as required."""
     for reader in ("ours", "DCP"):
         run_child(env, what="save", reader=reader, url=url, gib=gib, loads=1, folder=folder)
@@ -118,7 +122,7 @@ def run_child(env: dict[str, str], **task: Any) -> dict[str, float]:
 # ---- in a process of its own --------------------------------------------------------------------------------------
 
 
-def child(*, what: str, reader: str, url: str, gib: int, loads: int, folder: str, share: int = 1) -> None:
+def child(*, what: str, reader: str, url: str, gib: float, loads: int, folder: str, share: int = 1) -> None:
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # DCP, to one process without ranks
     if what == "save":
@@ -146,10 +150,10 @@ def timed(load: Callable[[], int]) -> tuple[float, float, int]:
     return time.perf_counter() - started, time.process_time() - cpu_started, fetched_bytes
 
 
-def shapes(gib: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+def shapes(gib: float) -> Iterator[tuple[str, tuple[int, ...]]]:
     """As many layers as fit in the size, and an embedding that takes what is left."""
     layer_numbers = sum(torch.Size(shape).numel() for shape in LAYER.values())
-    numbers = gib * GIB // 4 // 3
+    numbers = int(gib * GIB) // 4 // 3
     num_layers = (numbers - 1024 * 2048) // layer_numbers
     yield "embedding", ((numbers - num_layers * layer_numbers) // 2048 // SHARE * SHARE, 2048)
     for index in range(num_layers):
@@ -157,7 +161,7 @@ def shapes(gib: int) -> Iterator[tuple[str, tuple[int, ...]]]:
             yield f"blocks.{index}.{name}", shape
 
 
-def state(gib: int, share: int) -> dict[str, torch.Tensor]:
+def state(gib: float, share: int) -> dict[str, torch.Tensor]:
     """This rank's rows of every tensor; of 8 ranks it is the fourth. Every page is touched."""
     return {
         f"{kind}/{name}": torch.full((shape[0] // share, *shape[1:]), 1.5)
@@ -180,14 +184,14 @@ def chunks(tensors: dict[str, torch.Tensor], share: int) -> list[Chunk]:
     ]
 
 
-def random_state(gib: int) -> dict[str, torch.Tensor]:
+def random_state(gib: float) -> dict[str, torch.Tensor]:
     tensors = state(gib, 1)
     for tensor in tensors.values():
         tensor.uniform_()
     return tensors
 
 
-def save_ours(url: str, gib: int, folder: str) -> None:
+def save_ours(url: str, gib: float, folder: str) -> None:
     store, whole = Store(f"{url}/ours"), chunks(random_state(gib), 1)
     plan = plan_image(whole)
     with ImageFile(Path(folder) / "image") as image:
@@ -197,17 +201,17 @@ def save_ours(url: str, gib: int, folder: str) -> None:
     commit_checkpoint(store, step=1, generation="g1", entries=[entry], state={}, world_size=1, layout={})
 
 
-def save_theirs(url: str, gib: int, folder: str) -> None:
+def save_theirs(url: str, gib: float, folder: str) -> None:
     dcp_save(dict(random_state(gib)), storage_writer=FsspecWriter(f"{url}/theirs"), no_dist=True)
 
 
-def loader_of_ours(url: str, gib: int, share: int) -> tuple[Callable[[], int], int]:
+def loader_of_ours(url: str, gib: float, share: int) -> tuple[Callable[[], int], int]:
     wanted = chunks(state(gib, share), share)
     ref = open_checkpoint(Store(f"{url}/ours"), 1)
     return lambda: load_checkpoint(ref, wanted).num_bytes_read, sum(chunk.tensor.nbytes for chunk in wanted)
 
 
-def loader_of_theirs(url: str, gib: int, share: int) -> tuple[Callable[[], int], int]:
+def loader_of_theirs(url: str, gib: float, share: int) -> tuple[Callable[[], int], int]:
     tensors: dict[str, Any] = dict(state(gib, share))
     needed_bytes = sum(tensor.nbytes for tensor in tensors.values())
     if share > 1:

@@ -10,7 +10,6 @@ machine disturb little; with two threads it is the clock's. Beside it:
 - all of the model on each rank, as before blocks could be made alone: computed from the time of one matrix.
 """
 
-import argparse
 import resource
 import sys
 import time
@@ -20,6 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.distributed as dist
+from benchmark import heading, parser
 from numpy.random import Generator, Philox
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -67,9 +67,10 @@ class Counting(Generator):
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--ranks", nargs="+", choices=LAYOUTS, default=list(LAYOUTS))
-    arguments = parser.parse_args()
+    options = parser(__doc__)
+    options.add_argument("--ranks", nargs="+", choices=LAYOUTS, default=list(LAYOUTS))
+    arguments = options.parse_args()
+    heading()
     torch.set_num_threads(1)
     init.Generator = Counting
 
@@ -91,7 +92,7 @@ def main() -> int:
     print("| one rank of | holds, M | drawn × | seconds | values/s, M | numpy × | torch trunc_normal_ × "
           "| all on each rank, s | × | largest block, MB | peak memory, MB |\n|" + "---|" * 11)  # fmt: skip
     bare, trunc = ns["numpy standard_normal, Philox"], ns["torch `trunc_normal_`"]
-    for layout in arguments.ranks:
+    for layout in ["llama3-70b:fsdp256-tp4"] if arguments.tiny else arguments.ranks:
         preset, _, _ = layout.partition(":")
         model = load_config(preset).model
         parts = parts_of_rank(model, *LAYOUTS[layout])

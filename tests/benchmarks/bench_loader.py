@@ -7,7 +7,6 @@ its first use. "unchecked" is a loader for which all units were compared before.
 gather is at least 0.7.
 """
 
-import argparse
 import sys
 import tempfile
 import time
@@ -15,6 +14,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+from benchmark import heading, parser, verdict
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from tiny import build_documents
 
 from raynium.data.loader import Loader
 from raynium.data.store import DocumentStore, open_store
@@ -34,23 +37,27 @@ SHAPES_BT = [
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--store", type=Path, help="an existing store of python-stdlib (default: build one)")
-    arguments = parser.parse_args()
+    options = parser(__doc__)
+    options.add_argument("--store", type=Path, help="an existing store of python-stdlib (default: build one)")
+    arguments = options.parse_args()
+    shapes, num_steps = (SHAPES_BT[:1], STEPS_PER_TURN) if arguments.tiny else (SHAPES_BT, NUM_STEPS)
+    heading()
     with tempfile.TemporaryDirectory() as scratch:
         path = arguments.store or Path(scratch) / "store"
         started = time.perf_counter()
-        store = build_store(path, source="python-stdlib", vocab_size=4096)
+        if arguments.tiny:
+            path = build_documents(Path(scratch))
+        store = open_store(path) if arguments.tiny else build_store(path, source="python-stdlib", vocab_size=4096)
         train = store.manifest.train
         print(f"store: {train.tokens:,} training tokens, ready in {time.perf_counter() - started:.1f} s\n")
         print("| B × T | bare, µs | loader, µs | bare, Mtokens/s | loader, Mtokens/s | ratio | ratio to unchecked |")
         print("|---|---|---|---|---|---|---|")
-        ratios = [compare(store, batch_size, seq_len) for batch_size, seq_len in SHAPES_BT]
+        ratios = [compare(store, batch_size, seq_len, num_steps) for batch_size, seq_len in shapes]
     print(f"\nsmallest ratio {min(ratios):.2f}, required {LEAST_RATIO}")
-    return 0 if min(ratios) >= LEAST_RATIO else 1
+    return verdict(min(ratios) >= LEAST_RATIO, arguments.tiny)
 
 
-def compare(store: DocumentStore, batch_size: int, seq_len: int) -> float:
+def compare(store: DocumentStore, batch_size: int, seq_len: int, num_steps: int) -> float:
     """Print one row of the table; returns loader speed / bare speed."""
     fresh, checked = open_store(store.path), open_store(store.path)
     checked.train_stream().read(0, store.manifest.train.tokens)
@@ -61,23 +68,23 @@ def compare(store: DocumentStore, batch_size: int, seq_len: int) -> float:
     [shard] = store.manifest.train.shards
     tokens = np.memmap(store.path / shard, dtype=store.manifest.numpy_dtype, mode="r")
     offsets = np.arange(seq_len + 1)
-    starts_of_step = [loader.sample_ids(step) * seq_len for step in range(1, NUM_STEPS + 1)]
+    starts_of_step = [loader.sample_ids(step) * seq_len for step in range(1, num_steps + 1)]
 
     def bare(step: int) -> np.ndarray:
         return tokens[starts_of_step[step - 1][:, None] + offsets].astype(np.int64)
 
-    assert np.array_equal(bare(NUM_STEPS)[:, :-1], loader.batch(NUM_STEPS).tokens_BT)
+    assert np.array_equal(bare(num_steps)[:, :-1], loader.batch(num_steps).tokens_BT)
     bare_seconds = 0.0
     seconds = {loader: 0.0, unchecked: 0.0}
-    for turn, first in enumerate(range(1, NUM_STEPS, STEPS_PER_TURN)):
+    for turn, first in enumerate(range(1, num_steps, STEPS_PER_TURN)):
         bare_seconds += cpu_seconds(bare, first)
         for each in (loader, unchecked) if turn % 2 else (unchecked, loader):  # the second finds the caches warmer
             seconds[each] += cpu_seconds(each.batch, first)
     loader_seconds, unchecked_seconds = seconds[loader], seconds[unchecked]
-    speeds = [NUM_STEPS * batch_size * seq_len / seconds / 1e6 for seconds in (bare_seconds, loader_seconds)]
+    speeds = [num_steps * batch_size * seq_len / seconds / 1e6 for seconds in (bare_seconds, loader_seconds)]
     ratio = bare_seconds / loader_seconds
     print(
-        f"| {batch_size} × {seq_len} | {bare_seconds / NUM_STEPS * 1e6:.1f} | {loader_seconds / NUM_STEPS * 1e6:.1f} "
+        f"| {batch_size} × {seq_len} | {bare_seconds / num_steps * 1e6:.1f} | {loader_seconds / num_steps * 1e6:.1f} "
         f"| {speeds[0]:.0f} | {speeds[1]:.0f} | {ratio:.2f} | {unchecked_seconds / loader_seconds:.2f} |"
     )
     return ratio

@@ -25,6 +25,7 @@ from random import Random
 from typing import Any
 from zlib import crc32
 
+import benchmark
 import torch
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
@@ -230,7 +231,7 @@ PARTS = {part.__name__: part for part in (make, commit, load, dcp_write, dcp_rea
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = benchmark.parser(__doc__)
     parser.add_argument("--layers", type=int, default=80)
     parser.add_argument("--ranks", type=int, default=512)
     parser.add_argument("--layouts", nargs="+", default=["fsdp", "fsdp-tensor", "uneven"])
@@ -241,6 +242,9 @@ def main() -> None:
         part, layout, folder = options.part
         print(json.dumps(PARTS[part](options, layout, Path(folder))))
         return
+    if options.tiny:
+        options.layers, options.ranks = 1, 8
+    benchmark.heading()
     for layout in options.layouts:
         with tempfile.TemporaryDirectory() as folder:
             for part in options.parts:

@@ -5,6 +5,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from benchmark import heading, parser
+
 from raynium.tracking.runs import open_run, read_metric
 from raynium.tracking.sender import MlflowTracker
 
@@ -22,6 +24,8 @@ def seconds_of(action) -> float:
 
 
 def main() -> None:
+    num_steps = 200 if parser(__doc__).parse_args().tiny else NUM_STEPS
+    heading()
     with tempfile.TemporaryDirectory() as folder:
         uri = f"sqlite:///{folder}/mlflow.db"
 
@@ -35,7 +39,7 @@ def main() -> None:
         tracker = MlflowTracker(Path(folder) / "spool", uri=uri, run_id=run_id)
         values = dict.fromkeys(NAMES, 0.123456789)
         append_seconds = [
-            seconds_of(lambda step=step: tracker.append(values, step=step, unix_ms=step)) for step in range(NUM_STEPS)
+            seconds_of(lambda step=step: tracker.append(values, step=step, unix_ms=step)) for step in range(num_steps)
         ]
         quantiles = statistics.quantiles(append_seconds, n=1000)
         print(
@@ -43,16 +47,16 @@ def main() -> None:
             f"99.9 % {quantiles[998] * 1e3:.1f} ms, longest {max(append_seconds) * 1e3:.1f} ms"
         )
         seconds = seconds_of(lambda: tracker.close(timeout_seconds=300))
-        num_points = NUM_STEPS * len(NAMES)
+        num_points = num_steps * len(NAMES)
         print(f"backlog of {num_points} points into SQLite: {num_points / seconds:.0f} points/s")
 
         # A resume that repeats the last 100 steps must read the history of each metric once.
         tracker = MlflowTracker(Path(folder) / "spool-of-another-node", uri=uri, run_id=run_id)
-        for step in range(NUM_STEPS - 100, NUM_STEPS + 100):
+        for step in range(num_steps - 100, num_steps + 100):
             tracker.append(values, step=step, unix_ms=10**9 + step)
         seconds = seconds_of(lambda: tracker.close(timeout_seconds=300))
-        print(f"resume 100 steps back after {NUM_STEPS} steps: repeats dropped in {seconds:.1f} s (sender's thread)")
-        assert len(read_metric(uri, run_id, "train/loss")) == NUM_STEPS + 100
+        print(f"resume 100 steps back after {num_steps} steps: repeats dropped in {seconds:.1f} s (sender's thread)")
+        assert len(read_metric(uri, run_id, "train/loss")) == num_steps + 100
 
 
 if __name__ == "__main__":
