@@ -27,22 +27,22 @@ def render_policy(site: Site, holder: Holder) -> str:
     elif holder == "worker":
         statements = _run_store(site)
     elif holder == "head":
-        worker_types = [name for name, each in INSTANCES.items() if each.is_neuron and each.markets] + list(
-            CPU_INSTANCES
-        )
+        neuron_types = [name for name, each in INSTANCES.items() if each.is_neuron and each.markets]
+        # EC2 knows no narrower resource for Describe.
         statements = [
-            *_look_around(["ec2:DescribeInstances", "ec2:DescribeInstanceTypes"]),
-            *_start_instances(site, worker_types, ["worker"]),
+            _allow(["ec2:DescribeInstances", "ec2:DescribeInstanceTypes"], "*"),
+            *_start_instances(site, [*neuron_types, *CPU_INSTANCES], ["worker"]),
             *_own_instances(site),
             *_run_store(site),
         ]
     else:
         statements = [
-            *_look_around(
+            _allow(
                 [
                     *("ec2:DescribeInstances", "ec2:DescribeInstanceTypes", "ec2:DescribeKeyPairs"),
                     *("ec2:DescribeSecurityGroups", "ec2:DescribeSubnets", "ec2:DescribeInstanceConnectEndpoints"),
-                ]
+                ],
+                "*",
             ),
             *_start_instances(site, [site.head_instance_type], ["head"]),
             *_own_instances(site),
@@ -70,11 +70,6 @@ def _allow(actions: str | Sequence[str], resources: str | Sequence[str], conditi
 
 def _ec2(site: Site, what: str) -> str:
     return f"arn:aws:ec2:{site.region}:{site.account}:{what}"
-
-
-def _look_around(actions: list[str]) -> list[dict[str, Any]]:
-    # EC2 knows no narrower resource for Describe.
-    return [_allow(actions, "*")]
 
 
 def _start_instances(site: Site, types: list[str], holders: list[Literal["head", "worker"]]) -> list[dict[str, Any]]:
@@ -126,10 +121,7 @@ def _own_instances(site: Site) -> list[dict[str, Any]]:
         _allow(
             "ec2:CreateTags",
             _ec2(site, "instance/*"),
-            {
-                "StringEquals": own,
-                "ForAllValues:StringLike": {"aws:TagKeys": ["ray-*", "Name"]},
-            },
+            {"StringEquals": own, "ForAllValues:StringLike": {"aws:TagKeys": ["ray-*", "Name"]}},
         ),
     ]
 
@@ -148,11 +140,8 @@ def _run_store(site: Site) -> list[dict[str, Any]]:
         ),
         _allow(
             [
-                "s3:GetObject",
-                "s3:PutObject",
-                "s3:DeleteObject",
-                "s3:AbortMultipartUpload",
-                "s3:ListMultipartUploadParts",
+                *("s3:GetObject", "s3:PutObject", "s3:DeleteObject"),
+                *("s3:AbortMultipartUpload", "s3:ListMultipartUploadParts"),
             ],
             f"{bucket}/{site.prefix}/*",
         ),

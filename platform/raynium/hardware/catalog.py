@@ -68,7 +68,7 @@ def _instances(tables: Mapping[str, Any]) -> Iterator[Instance]:
     for group in tables["groups"].values():
         rows = group.pop("instances")
         for name, row in rows.items():
-            sources = group["sources"] | row.get("sources", {})
+            sources = tables["sources_of"] | group["sources"] | row.get("sources", {})
             named = {figure: tables["sources"].get(source, source) for figure, source in sources.items()}
             row = group | row | {"sources": MappingProxyType(named)}
             figures: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in row.items()}

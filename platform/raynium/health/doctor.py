@@ -8,16 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from raynium.accelerators.detect import AWS_REPOSITORY, PLACEHOLDERS, Finding, findings
-from raynium.health.checks import (
-    GIB,
-    driver,
-    host_name,
-    huge_pages,
-    locked_memory,
-    metadata_service,
-    neuron_devices,
-    runtime_libraries,
-)
+from raynium.health import checks
 from raynium.health.host import Check, Host
 from raynium.health.releases import release_check
 
@@ -27,11 +18,8 @@ SHOWN = ("raynium", "s3fs", "boto3", "torch-xla", *PLACEHOLDERS)
 FIRST_PYTHON = (3, 11)
 
 CREDENTIAL_VARIABLES = (
-    "AWS_ACCESS_KEY_ID",
-    "AWS_PROFILE",
-    "AWS_WEB_IDENTITY_TOKEN_FILE",
-    "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI",
-    "AWS_CONTAINER_CREDENTIALS_FULL_URI",
+    *("AWS_ACCESS_KEY_ID", "AWS_PROFILE", "AWS_WEB_IDENTITY_TOKEN_FILE"),
+    *("AWS_CONTAINER_CREDENTIALS_RELATIVE_URI", "AWS_CONTAINER_CREDENTIALS_FULL_URI"),
 )
 # What Docker gives a container. Snapshots of any real model need more.
 DOCKER_SHARED_MEMORY_GIB = 0.0625
@@ -69,7 +57,7 @@ def examine(host: Host, *, python: tuple[int, int, int]) -> Examination:
     found = findings(machine)
     best = next(finding.accelerator for finding in found if finding.usable)
     chosen = None if machine.neuron_devices and best not in ("neuron", "neuron_xla") else best
-    checks = [
+    made = [
         _python(python),
         *(_required(host, package, oldest) for package, oldest in REQUIRED.items()),
         _other_packages(host),
@@ -78,19 +66,19 @@ def examine(host: Host, *, python: tuple[int, int, int]) -> Examination:
     ]
     if machine.gpus and (version := host.version("torch")) is not None and version.endswith("+cpu"):
         remedy = "install a CUDA build of torch"
-        checks.append(Check("torch for GPUs", "failed", f"torch {version} cannot use them", "a CUDA build", remedy))
+        made.append(Check("torch for GPUs", "failed", f"torch {version} cannot use them", "a CUDA build", remedy))
     if machine.neuron_devices:
-        listed = neuron_devices(host)
+        listed = checks.neuron_devices(host)
         shown = f"{len(listed.devices)} chip(s), {listed.num_cores} cores" if listed.devices else listed.problem
-        checks += [driver(host), runtime_libraries(host), release_check(host)]
-        checks.append(Check("neuron cores", "ok" if listed.devices else "warning", shown))
-        checks += _silent_cpu(host)
-        checks += [locked_memory(host), huge_pages(host), metadata_service(host)]
-    checks += [_shared_memory(host), _s3_credentials(host), host_name(host)]
+        made += [checks.driver(host), checks.runtime_libraries(host), release_check(host)]
+        made.append(Check("neuron cores", "ok" if listed.devices else "warning", shown))
+        made += _silent_cpu(host)
+        made += [checks.locked_memory(host), checks.huge_pages(host), checks.metadata_service(host)]
+    made += [_shared_memory(host), _s3_credentials(host), checks.host_name(host)]
     devices = [f"{machine.neuron_devices} Neuron device(s)"] * bool(machine.neuron_devices)
     devices += [f"{machine.gpus} GPU(s)"] * bool(machine.gpus)
     text = f"{machine.product_name or 'a machine of unknown type'}, {' and '.join(devices) or 'no accelerator'}"
-    return Examination(text, chosen, found, tuple(checks))
+    return Examination(text, chosen, found, tuple(made))
 
 
 def _choice(chosen: str | None, found: tuple[Finding, ...]) -> Check:
@@ -153,8 +141,8 @@ def _shared_memory(host: Host) -> Check:
     free = host.free_bytes("/dev/shm")
     if free is None:
         return Check(name, "skipped", "unknown", rule)
-    found = f"{free / GIB:.2f} GiB free in /dev/shm"
-    if free > DOCKER_SHARED_MEMORY_GIB * GIB:
+    found = f"{free / checks.GIB:.2f} GiB free in /dev/shm"
+    if free > DOCKER_SHARED_MEMORY_GIB * checks.GIB:
         return Check(name, "ok", found, rule)
     return Check(name, "warning", found, rule, "start the container with --shm-size, or remount /dev/shm")
 

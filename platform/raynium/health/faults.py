@@ -79,7 +79,7 @@ EVIDENCE_CHARACTERS = 300
 CORES_TAKEN = "cores-taken"
 
 ROWS: tuple[Row, ...] = tuple(
-    Row(name=name, **row)
+    Row(name=name, **row.pop("verdict"), **row)
     for name, row in tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8")).items()
 )
 # Number → name, of the Neuron runtime.

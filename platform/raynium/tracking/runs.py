@@ -69,25 +69,22 @@ def resolve_uri(config_uri: str | None, root: str) -> str:
     if not uri:
         folder = root.removeprefix("file://")
         if "://" in folder:
-            raise ConfigError(
-                [
-                    f"tracking.uri is not set and run.root = {redact(root)} is not a local folder: MLflow's database "
-                    "cannot live in a bucket. Set tracking.uri or MLFLOW_TRACKING_URI to an MLflow server"
-                ]
+            problem = (
+                f"tracking.uri is not set and run.root = {redact(root)} is not a local folder: MLflow's database "
+                "cannot live in a bucket. Set tracking.uri or MLFLOW_TRACKING_URI to an MLflow server"
             )
+            raise ConfigError([problem])
         return f"sqlite:///{Path(folder).absolute() / 'mlflow.db'}"
     scheme = urlsplit(uri).scheme.partition("+")[0]
     if scheme == "sqlite" and str(sqlite_path(uri)) not in ("", ".", ":memory:"):
         return f"sqlite:///{sqlite_path(uri).absolute()}"
     if scheme in SERVER_SCHEMES or scheme in DATABASE_PORTS:
         return uri
-    raise ConfigError(
-        [
-            f"{source} = {redact(uri)}: not a store that keeps metrics without repeating points after a failure. "
-            f"Use http(s)://host:port of an MLflow server, sqlite:////absolute/path/mlflow.db, or a database "
-            f"({', '.join(DATABASE_PORTS)})"
-        ]
+    problem = (
+        f"{source} = {redact(uri)}: not a store that keeps metrics without repeating points after a failure. Use "
+        f"http(s)://host:port of an MLflow server, sqlite:////absolute/path/mlflow.db, or {', '.join(DATABASE_PORTS)}"
     )
+    raise ConfigError([problem])
 
 
 def open_run(
@@ -194,12 +191,8 @@ def log_artifact_text(uri: str, run_id: str, path: str, text: str) -> None:
 def set_tags(uri: str, run_id: str, tags: Mapping[str, str]) -> None:
     """Set tags of the run, over what they were. Raises TrackingError."""
     with mlflow_client(uri, timeout_seconds=REQUEST_TIMEOUT_SECONDS) as client:
-        _log(
-            client,
-            run_id,
-            params={},
-            tags={name: _cut(redact(text), MAX_TAG_CHARACTERS) for name, text in tags.items()},
-        )
+        cut = {name: _cut(redact(text), MAX_TAG_CHARACTERS) for name, text in tags.items()}
+        _log(client, run_id, params={}, tags=cut)
 
 
 def finish_run(uri: str, run_id: str, status: RunStatus) -> None:
