@@ -19,7 +19,10 @@ CAUSES: tuple[Cause, ...] = get_args(Cause)
 
 @dataclass(frozen=True)
 class Ledger:
-    """Seconds of wall time by cause; `tracking/metrics.py` says what each means."""
+    """Seconds of wall time by cause; `tracking/metrics.py` says what each means.
+
+    step: the last one that is in `train`. One that is not later is repeated.
+    """
 
     train: float = 0.0
     compile: float = 0.0
@@ -32,7 +35,7 @@ class Ledger:
     finish: float = 0.0
     down: float = 0.0
     other: float = 0.0
-    step: int = 0  # the last that is in `train`: one that is not later is repeated
+    step: int = 0
 
     def seconds(self) -> dict[Cause, float]:
         return {cause: getattr(self, cause) for cause in CAUSES}
@@ -76,9 +79,10 @@ class GenerationBook:
     def __init__(self, *, trained_step: int, now: float):
         """trained_step: the last step that any generation of the run is known to have taken; now: of the order."""
         self._began = self._heard = now
-        self._measured = Ledger(step=trained_step)  # by rank 0 itself
-        self._compile_seconds = 0.0  # inside the step or the evaluation that rank 0 reports next
-        self._load_seconds: float | None = None  # until its first step began
+        # Measured by rank 0 itself; compilations inside the step or evaluation it reports next; until its first step.
+        self._measured = Ledger(step=trained_step)
+        self._compile_seconds = 0.0
+        self._load_seconds: float | None = None
 
     def compiled(self, seconds: float) -> None:
         """A message that precedes the one of its step."""
@@ -161,12 +165,12 @@ class CoordinatorBook:
         self._since, self._rest, self._found_running = now, "other", True
 
     def account(self, number: int, generation: Ledger, now: float) -> None:
-        """What the agent has booked of a generation so far; also once that is over."""
+        """What the agent has booked of a generation so far; also once that is over. Calls may overtake each other."""
         if number != self._number:
             return
         if self._found_running:
             self._since, self._found_running = now - generation.total, False
-        if generation.total >= self._generation.total:  # calls may overtake each other
+        if generation.total >= self._generation.total:
             self._generation = generation
         if self._rest == "load":
             self._rest = "other"
@@ -208,7 +212,8 @@ class RunBook:
 
     def heard(self, newest: LifeLedger, *, now: float) -> None:
         """What the coordinator's book holds now."""
-        began_anew = self._newest.life not in ("", newest.life)  # Ray started it again, without memory
+        # Then Ray started it again, without memory.
+        began_anew = self._newest.life not in ("", newest.life)
         if began_anew:
             self._settled, self._dead, self._silent_seconds = self._lost(), self._newest, 0.0
         self._newest = newest
