@@ -20,7 +20,7 @@ from raynium.data import tokens
 from raynium.data.baselines import compute_baselines
 from raynium.data.evaluation import evaluation_set
 from raynium.data.loader import Loader
-from raynium.data.manifest import Manifest
+from raynium.data.manifest import StoreManifest
 from raynium.data.store import DocumentStore, open_store
 from raynium.data.store_build import build_store
 from raynium.data.verify import verify_store
@@ -194,13 +194,13 @@ def test_the_command_verifies_a_folder_and_exits_with_1_if_it_is_damaged(
 # ---- manifests -------------------------------------------------------------------------------------------------------
 
 
-def refused_or_valid(content: bytes) -> Manifest | None:
+def refused_or_valid(content: bytes) -> StoreManifest | None:
     try:
-        manifest = Manifest.parse(content, "here")
+        manifest = StoreManifest.parse(content, "here")
     except DataError as error:
         assert "here" in str(error)
         return None
-    assert Manifest.parse(manifest.to_json(), "there") == manifest
+    assert StoreManifest.parse(manifest.to_json(), "there") == manifest
     return manifest
 
 

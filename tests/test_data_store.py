@@ -17,7 +17,7 @@ import pytest
 
 from raynium.data import store_build
 from raynium.data.corpus import Document, is_held_out, name_hash, read_documents
-from raynium.data.manifest import Manifest, token_dtype_for
+from raynium.data.manifest import StoreManifest, token_dtype_for
 from raynium.data.store import DocumentStore, open_store
 from raynium.data.store_build import build_store
 from raynium.data.tokenizer import END_OF_DOCUMENT, Tokenizer
@@ -361,7 +361,7 @@ def test_identity_ignores_where_the_data_lies_but_no_token_and_no_tokenizer(
 
 
 def test_manifest_survives_its_own_json(finished: DocumentStore):
-    assert Manifest.parse(finished.manifest.to_json(), "here") == finished.manifest
+    assert StoreManifest.parse(finished.manifest.to_json(), "here") == finished.manifest
 
 
 def test_path_without_a_store_is_refused(tmp_path: Path):

@@ -25,11 +25,11 @@ Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 FileName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9.-]{0,99}$")]
 
 
-class _Record(BaseModel):
+class _JsonObject(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
-class StoredFile(_Record):
+class StoredFile(_JsonObject):
     name: FileName
     size_bytes: Count
     unit_crc64nvme: str  # of all units in one text, as in a checkpoint's manifest
@@ -39,7 +39,7 @@ class StoredFile(_Record):
         return cls(name=name, size_bytes=checksums.size, unit_crc64nvme=list_to_text(checksums.unit_crcs))
 
 
-class Split(_Record):
+class Split(_JsonObject):
     """Training or held-out documents. The training tokens include one end-of-document token per document."""
 
     documents: Positive
@@ -48,7 +48,7 @@ class Split(_Record):
     shards: Annotated[list[FileName], Field(min_length=1)]  # little-endian token ids; the split is their concatenation
 
 
-class Manifest(_Record):
+class StoreManifest(_JsonObject):
     """`of` makes one, `parse` reads one: both give only what is consistent."""
 
     format_version: Literal[2]

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from raynium.config.schema import DataSection
-from raynium.data.manifest import MANIFEST_NAME, Manifest
+from raynium.data.manifest import MANIFEST_NAME, StoreManifest
 from raynium.data.store import DocumentStore, local_manifest, open_store, refuse_other_data
 from raynium.data.store_build import build_store
 from raynium.errors import DataError, StoreError
@@ -64,13 +64,13 @@ def find_identity(data: DataSection) -> str | None:
     return manifest.identity
 
 
-def find_manifest(path: str | Path) -> Manifest | None:
+def find_manifest(path: str | Path) -> StoreManifest | None:
     """Of the store that `path` names; None if there is none. Raises DataError."""
     folder = local_path(path)
     if folder is not None:
         return local_manifest(folder)
     content = _fetch_manifest(str(path))
-    return None if content is None else Manifest.parse(content, f"document store {path}")
+    return None if content is None else StoreManifest.parse(content, f"document store {path}")
 
 
 def localize(path: str | Path, cache_dir: str | Path) -> Path:
@@ -91,7 +91,7 @@ def localize(path: str | Path, cache_dir: str | Path) -> Path:
             f"data.path = {url!r} is no document store: it has no {MANIFEST_NAME}; "
             "set data.source to build one there, or give the URL of a finished store"
         )
-    manifest = Manifest.parse(content, f"document store {url}")
+    manifest = StoreManifest.parse(content, f"document store {url}")
     folder = _cache_folder(url, cache_dir, hashlib.sha256(content).hexdigest()[:16])
     try:
         with exclusive(folder / ".copy.lock", f"copy of {url}"):

@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from raynium.data.manifest import MANIFEST_NAME, Manifest
+from raynium.data.manifest import MANIFEST_NAME, StoreManifest
 from raynium.data.tokenizer import Tokenizer
 from raynium.data.tokens import Shard, TokenStream, check_unit
 from raynium.errors import DataError
@@ -45,7 +45,7 @@ class DocumentStore:
     """An open store; `open_store` makes one."""
 
     path: Path
-    manifest: Manifest
+    manifest: StoreManifest
 
     def train_stream(self) -> TokenStream:
         """All training tokens, in the order of the source."""
@@ -123,7 +123,7 @@ class DocumentStore:
 def open_store(path: str | Path, *, identity: str | None = None) -> DocumentStore:
     """Open a store in a local folder, checking that each file is there in its right size.
 
-    What is in the files is checked when it is read. identity: that the store must have (`Manifest.identity`).
+    What is in the files is checked when it is read. identity: that the store must have (`StoreManifest.identity`).
 
     Raises DataError if the folder is no store, is damaged or another one, or was written by another format.
     """
@@ -140,16 +140,16 @@ def open_store(path: str | Path, *, identity: str | None = None) -> DocumentStor
     return store
 
 
-def local_manifest(path: Path) -> Manifest | None:
+def local_manifest(path: Path) -> StoreManifest | None:
     """None if the folder holds no store."""
     try:
         content = (path / MANIFEST_NAME).read_bytes()
     except (FileNotFoundError, NotADirectoryError):
         return None
-    return Manifest.parse(content, f"document store {path}")
+    return StoreManifest.parse(content, f"document store {path}")
 
 
-def refuse_other_data(manifest: Manifest, identity: str | None, *, where: str) -> None:
+def refuse_other_data(manifest: StoreManifest, identity: str | None, *, where: str) -> None:
     """Raises DataError unless the store has this identity; None: any will do."""
     if identity not in (None, manifest.identity):
         raise DataError(

@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from raynium.data.corpus import Document, Skipped, is_held_out, name_hash, read_documents
-from raynium.data.manifest import MANIFEST_NAME, Manifest, Split, StoredFile, shard_dtype, token_dtype_for
+from raynium.data.manifest import MANIFEST_NAME, Split, StoredFile, StoreManifest, shard_dtype, token_dtype_for
 from raynium.data.store import (
     HELDOUT_INDEX_NAME,
     TOKEN_COUNT_DTYPE,
@@ -101,7 +101,7 @@ def _build(
     shard_tokens: int,
     tokenizer_sample_bytes: int,
     unit_bytes: int,
-) -> Manifest:
+) -> StoreManifest:
     """All but the manifest, which is returned. The caller holds the lock."""
     started = time.monotonic()
     for stale in [*folder.glob("train-?????.bin"), *folder.glob("heldout-?????.bin")]:
@@ -202,7 +202,7 @@ class _Tokenised:
 
 def _write_files(
     folder: Path, source: str, tokenizer: Tokenizer, heldout_fraction: float, shard_tokens: int, unit_bytes: int
-) -> Manifest:
+) -> StoreManifest:
     """Tokenise all documents and write every file but the manifest, which is returned."""
     token_dtype = token_dtype_for(tokenizer.vocab_size)
     tokenised = _tokenise(folder, source, tokenizer, heldout_fraction, shard_dtype(token_dtype), shard_tokens)
@@ -212,7 +212,7 @@ def _write_files(
     write_atomically(folder / TOKEN_COUNTS_NAME, tokenised.train_token_counts.astype(TOKEN_COUNT_DTYPE).tobytes())
     write_atomically(folder / TOKENIZER_NAME, tokenizer.file_text.encode())
     shards = [*tokenised.train.shards, *tokenised.heldout.shards]
-    return Manifest.of(
+    return StoreManifest.of(
         source=source,
         heldout_fraction=heldout_fraction,
         skipped_undecodable=tokenised.skipped["undecodable"],

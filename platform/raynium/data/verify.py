@@ -3,14 +3,14 @@
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from raynium.data.manifest import MANIFEST_NAME, Manifest
+from raynium.data.manifest import MANIFEST_NAME, StoreManifest
 from raynium.data.remote import find_manifest
 from raynium.errors import DataError, StoreError
 from raynium.storage.store import Store
 from raynium.storage.verify import READERS, stored, wrong_bytes, wrong_size
 
 
-def verify_store(path: str | Path) -> Manifest:
+def verify_store(path: str | Path) -> StoreManifest:
     """Read every byte of the store in this folder or at this URL; returns its manifest if all are right.
 
     DataError names each damaged range of each file, or says that there is no store or that it cannot be read.
