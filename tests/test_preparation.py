@@ -27,9 +27,10 @@ from raynium.data.store import TOKENIZER_NAME, open_store
 from raynium.data.tokenizer import Tokenizer
 from raynium.errors import ConfigError, DataError, RayniumError, RunInUse, StoreError, TrackingError
 from raynium.launch import preparation
-from raynium.launch.preparation import Prepared, checked, finished_record, prepare, run_store
+from raynium.launch.preparation import Prepared, checked, finished_record, prepare
 from raynium.run import record as record_module
-from raynium.run.record import RECORD_KEY, claim, read_record
+from raynium.run.past import Past, run_store
+from raynium.run.record import RECORD_KEY, RunRecord, claim, read_record
 from raynium.storage.checksum import UNIT_BYTES, checksum, to_text
 from raynium.storage.store import Store
 from raynium.tracking.runs import TrackedRun
@@ -52,6 +53,10 @@ def plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAYNIUM_HOME", raising=False)
 
 
+def finished(config: Config) -> RunRecord | None:
+    return finished_record(config, Past.read(config))
+
+
 class Attempt:
     """A call is what a driver does before it asks for a node, for one run of its own. `told`: what it said."""
 
@@ -65,7 +70,8 @@ class Attempt:
         return checked(parse_config(JOB, own | changes))
 
     def __call__(self, **changes: Any) -> Prepared:
-        return prepare(self.config(**changes), job_id=None, tags={}, tell=self.told.append)
+        config = self.config(**changes)
+        return prepare(config, Past.read(config), job_id=None, tags={}, tell=self.told.append)
 
     def refused(self, kind: type[RayniumError], match: str, **changes: Any) -> str:
         """Tries with these changes, looks that nothing stands in the way of the next try, and returns the message."""
@@ -257,7 +263,10 @@ def test_an_mlflow_that_cannot_be_reached_is_told_in_seconds(attempt: Attempt, l
 
 
 def test_a_bucket_needs_an_mlflow_of_its_own(attempt: Attempt) -> None:
-    attempt.refused(ConfigError, r"tracking\.uri is not set and run\.root", **{"run.root": "s3://bucket/x"})
+    config = attempt.config(**{"run.root": "s3://bucket/x"})
+    past = Past(Store(config.run.root), None, None, num_checkpoints=0)
+    with pytest.raises(ConfigError, match=r"tracking\.uri is not set and run\.root"):
+        prepare(config, past, job_id=None, tags={}, tell=attempt.told.append)
 
 
 # ------------------------------------------------------------------------------------------------- the run's past
@@ -311,15 +320,15 @@ def test_a_config_that_contradicts_the_checkpoint_names_the_field(
     saved = saved_run(attempt, step=6 if state == "finished" else 4, state=state)
     before = saved.store.read(RECORD_KEY)
     with pytest.raises(ConfigError, match=rf"{field} is .* but the checkpoint was trained with .* Set {field} back to"):
-        if finished_record(attempt.config(**changes)) is None:
+        if finished(attempt.config(**changes)) is None:
             attempt(**changes)
     assert saved.store.read(RECORD_KEY) == before
 
 
 def test_fewer_steps_than_the_checkpoint_has_are_refused(attempt: Attempt) -> None:
     saved = saved_run(attempt, step=6, state="finished")
-    assert finished_record(saved.config) is not None
-    assert finished_record(attempt.config(**{"train.steps": 5})) is None
+    assert finished(saved.config) is not None
+    assert finished(attempt.config(**{"train.steps": 5})) is None
     with pytest.raises(
         ConfigError, match=r"train\.steps is 5, but run .* checkpoint of step 6\. Set train\.steps to 6"
     ):
@@ -377,7 +386,7 @@ def test_other_data_at_the_same_path_is_refused_with_both_identities(
     shutil.rmtree(path)
     shutil.copytree(other_data, path)
     with pytest.raises(ConfigError, match=r"Give the data\.path of a store with the data of then") as caught:
-        if finished_record(attempt.config(**{"data.path": str(path)})) is None:
+        if finished(attempt.config(**{"data.path": str(path)})) is None:
             attempt(**{"data.path": str(path)})
     assert all(open_store(each).manifest.identity in str(caught.value) for each in (attempt.root / "data", path))
     assert saved.store.read(RECORD_KEY) == before
@@ -387,7 +396,7 @@ def test_a_finished_run_needs_its_data_no_more(attempt: Attempt, tmp_path: Path)
     shutil.copytree(attempt.root / "data", tmp_path / "data")
     saved_run(attempt, step=6, state="finished", **{"data.path": str(tmp_path / "data")})
     shutil.rmtree(tmp_path / "data")
-    assert finished_record(attempt.config(**{"data.path": str(tmp_path / "data")})) is not None
+    assert finished(attempt.config(**{"data.path": str(tmp_path / "data")})) is not None
 
 
 def test_data_that_is_built_anew_from_other_text_is_refused(attempt: Attempt, other_data: Path, tmp_path: Path) -> None:

@@ -354,7 +354,7 @@ def test_a_config_that_contradicts_the_checkpoint_is_refused_before_the_cluster_
 ) -> None:
     saved = load_config("quickstart", {"run.seed": 7}).model_dump(mode="json")
     checkpoint = SimpleNamespace(step=100, manifest=SimpleNamespace(state={"config": saved}))
-    monkeypatch.setattr("raynium.launch.preparation.latest", lambda store, **_: checkpoint)
+    monkeypatch.setattr("raynium.run.past.latest", lambda store, **_: checkpoint)
     client, fake = cluster("PENDING")
     with pytest.raises(ConfigError, match=r"run\.seed is 0, but the checkpoint was trained with 7"):
         client.submit("quickstart")

@@ -256,15 +256,15 @@ class Client:
         """
         from raynium.config.load import dump_yaml, load_config
         from raynium.launch.jobs import submit_job
-        from raynium.launch.preparation import check_resume, checked, run_store
-        from raynium.run.record import unowned_record
+        from raynium.launch.preparation import checked
+        from raynium.run.past import Past
 
         resolved = checked(load_config(config, _with_name(overrides, name)))
-        store = run_store(resolved)
-        unowned_record(store, resolved.run.name)
-        check_resume(resolved, store)
+        past = Past.read(resolved)
+        past.refuse_live()
+        past.check_resume(resolved)
         job_id = self._ask(lambda jobs: submit_job(jobs, resolved.run.name, dump_yaml(resolved)))
-        return Run(resolved.run.name, store.url, self, job_id)
+        return Run(resolved.run.name, past.store.url, self, job_id)
 
     def job_state(self, job_id: str) -> str:
         """Ray's word: PENDING, RUNNING, SUCCEEDED, STOPPED or FAILED."""

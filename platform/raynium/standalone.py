@@ -26,19 +26,11 @@ from raynium.config.load import load_config
 from raynium.config.schema import Config
 from raynium.config.world import World
 from raynium.errors import RayniumError
-from raynium.launch.preparation import (
-    check_resume,
-    checked,
-    identified,
-    keep_tokenizer,
-    prepare_data,
-    run_store,
-    saved_config,
-)
+from raynium.launch.preparation import checked, identified, keep_tokenizer, prepare_data
 from raynium.launch.settle import settled
 from raynium.rank.build import run
 from raynium.rank.plan import RankPlan
-from raynium.run.record import unowned_record
+from raynium.run.past import Past
 from raynium.storage.store import Store
 
 logger = logging.getLogger(__name__)
@@ -125,12 +117,12 @@ def main() -> None:
                 f"error: torchrun started {os.environ['WORLD_SIZE']} ranks, the config asks for {world.size} "
                 f"(cluster.nodes × cluster.ranks_per_node). Make them equal"
             )
-        config = identified(settled(config, cluster_resources=None, saved=saved_config(config)))
-        store = run_store(config)
-        unowned_record(store, config.run.name)
-        notes = check_resume(config, store)
+        past = Past.read(config)
+        config, store = identified(settled(config, cluster_resources=None, saved=past.config)), past.store
+        past.refuse_live()
+        notes = past.check_resume(config)
         store.check_writable()
-        config, documents = prepare_data(config, store, logger.info)  # one rank builds, the others wait and use it
+        config, documents = prepare_data(config, past, logger.info)  # one rank builds, the others wait and use it
         if os.environ["RANK"] == "0":
             for note in notes:
                 logger.info("note: %s", note)

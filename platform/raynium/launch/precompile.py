@@ -16,9 +16,10 @@ from raynium.config.load import load_config
 from raynium.config.schema import Config
 from raynium.errors import ClusterLost, RayniumError, StoreError
 from raynium.launch.jobs import job_metadata
-from raynium.launch.preparation import checked, saved_config
+from raynium.launch.preparation import checked
 from raynium.launch.run import run
 from raynium.node.compile_cache import FOLDER
+from raynium.run.past import Past
 from raynium.run.record import RunRecord
 from raynium.storage.store import Store
 
@@ -46,7 +47,7 @@ def short_config(config: Config) -> Config:
 
     config: from `checked`. All that a graph may depend on stays, such as the number of micro-batches in a step.
     """
-    saved = saved_config(config)
+    saved = Past.read(config).config
     dtype = config.engine.dtype
     if dtype == "auto" and saved is not None and "engine" in saved:
         dtype = saved["engine"]["dtype"]  # what the run will go on with; see launch/settle.py

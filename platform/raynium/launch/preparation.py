@@ -8,12 +8,10 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from raynium.checkpoint.catalog import latest, step_folders
 from raynium.config.load import dump_yaml
 from raynium.config.paths import placeholders, resolve
-from raynium.config.resume import resume_conflicts, resume_notes
+from raynium.config.resume import resume_conflicts
 from raynium.config.schema import Config
 from raynium.data.remote import find_identity, prepare_store
 from raynium.data.store import TOKENIZER_NAME, DocumentStore
@@ -22,7 +20,8 @@ from raynium.errors import ConfigError, DataError
 from raynium.models.flops import parameter_count
 from raynium.node.scratch import log_folder, scratch_folder
 from raynium.planning.rules import check
-from raynium.run.record import RecordKeeper, RunRecord, claim, read_record, unowned_record
+from raynium.run.past import Past
+from raynium.run.record import RecordKeeper, RunRecord, claim
 from raynium.storage.store import Store
 from raynium.tracking.client import check_reachable, redact
 from raynium.tracking.provenance import provenance_tags
@@ -42,22 +41,17 @@ class Prepared:
     log_path: Path  # of the driver, on this machine
 
 
-def finished_record(config: Config) -> RunRecord | None:
+def finished_record(config: Config, past: Past) -> RunRecord | None:
     """The record of this very run, if it has already finished at the steps that the config asks for.
 
     Raises ConfigError when what finished under this name was trained in another way.
     """
-    record = read_record(run_store(config))
+    record = past.record
     if record is None or record.state != "finished" or record.step != config.train.steps:
         return None
     if conflicts := resume_conflicts(record.config, identified(config)):
         raise ConfigError(conflicts)
     return record
-
-
-def run_store(config: Config) -> Store:
-    """Where this run writes: `<root>/<name>`."""
-    return Store(config.run.root).child(config.run.name)
 
 
 def checked(config: Config) -> Config:
@@ -77,56 +71,26 @@ def identified(config: Config, identity: str | None = None) -> Config:
     return config.model_copy(update={"data": config.data.model_copy(update={"identity": identity})})
 
 
-def saved_config(config: Config) -> Mapping[str, Any] | None:
-    """The config in the run's newest checkpoint, as a dict; None for a run that has none."""
-    checkpoint = latest(run_store(config), if_damaged=config.checkpoint.if_damaged)
-    if checkpoint is None:
-        return None
-    saved = checkpoint.manifest.state["config"]
-    assert isinstance(saved, dict)
-    return saved
-
-
-def check_resume(config: Config, store: Store) -> list[str]:
-    """Whether the run's newest checkpoint, if there is one, can go on with this config; reads only.
-
-    Returns what has changed and is allowed, to be told to the user. Raises ConfigError for what is not.
-    """
-    checkpoint = latest(store, if_damaged=config.checkpoint.if_damaged)
-    if checkpoint is None:
-        return []
-    saved = checkpoint.manifest.state["config"]
-    assert isinstance(saved, dict)
-    problems = resume_conflicts(saved, config)
-    if checkpoint.step > config.train.steps:
-        problems.append(
-            f"train.steps is {config.train.steps}, but run {config.run.name!r} has a checkpoint of step "
-            f"{checkpoint.step}. Set train.steps to {checkpoint.step} or more, or give another run.name"
-        )
-    if problems:
-        raise ConfigError(problems)
-    return resume_notes(saved, config)
-
-
 def checkpoint_bytes(config: Config) -> int:
     """Size of one checkpoint: each parameter and its two moments in float32."""
     return 12 * parameter_count(config.model).total
 
 
-def prepare(config: Config, *, job_id: str | None, tags: Mapping[str, str], tell: Callable[[str], None]) -> Prepared:
+def prepare(
+    config: Config, past: Past, *, job_id: str | None, tags: Mapping[str, str], tell: Callable[[str], None]
+) -> Prepared:
     """Checks all that can be checked without a node, takes the run's name, and makes what the ranks will need.
 
     config: from `checked`. tell: gets a line for each thing that takes time. Raises RayniumError.
     """
-    store = run_store(config)
+    store = past.store
     config = identified(config)
     uri = resolve_uri(config.tracking.uri, config.run.root)
-    unowned_record(store, config.run.name)
-    notes = check_resume(config, store)
+    past.refuse_live()
+    notes = past.check_resume(config)
     # One more than is kept: the oldest is deleted only once the newest is whole. (keep_every_steps may keep many more)
     to_keep = config.checkpoint.keep_last + config.checkpoint.keep_best
-    existing = sum(folder.manifest is not None for folder in step_folders(store))
-    checkpoints_to_come = max(1, to_keep + 1 - existing)
+    checkpoints_to_come = max(1, to_keep + 1 - past.num_checkpoints)
     store.check_writable(need_bytes=checkpoints_to_come * checkpoint_bytes(config))
     check_reachable(uri)
     for note in notes:
@@ -134,7 +98,7 @@ def prepare(config: Config, *, job_id: str | None, tags: Mapping[str, str], tell
     keeper = claim(store, config.run.name, config.model_dump(mode="json"))
     try:
         with keeper.beating():
-            config, documents = prepare_data(config, store, tell)
+            config, documents = prepare_data(config, past, tell)
             mlflow = _open_mlflow(config, keeper, uri, tags)
             keep_tokenizer(store, documents)
             store.replace("config.yaml", dump_yaml(config).encode())
@@ -156,10 +120,10 @@ def prepare(config: Config, *, job_id: str | None, tags: Mapping[str, str], tell
     return Prepared(config, store, keeper, mlflow, documents, str(scratch_folder()), log_path)
 
 
-def prepare_data(config: Config, store: Store, tell: Callable[[str], None]) -> tuple[Config, DocumentStore]:
+def prepare_data(config: Config, past: Past, tell: Callable[[str], None]) -> tuple[Config, DocumentStore]:
     """The document store on this machine, built first if the config names a source and there is none.
 
-    Returns the config with its identity, too. store: of the run, which must be able to go on with this data.
+    Returns the config with its identity, too. past: of the run, which must be able to go on with this data.
     """
     began = time.monotonic()
     documents = prepare_store(
@@ -178,7 +142,7 @@ def prepare_data(config: Config, store: Store, tell: Callable[[str], None]) -> t
         )
     if config.data.identity is None:  # the store is new: what it holds was not known when the run's past was looked at
         config = identified(config, documents.manifest.identity)
-        check_resume(config, store)
+        past.check_resume(config)
     return config, documents
 
 

@@ -11,9 +11,10 @@ from raynium.config.load import dump_yaml
 from raynium.config.schema import Config
 from raynium.errors import RunInUse, StoreError, TrackingError
 from raynium.launch.display import Display
-from raynium.launch.preparation import Prepared, checked, finished_record, prepare, run_store, saved_config
+from raynium.launch.preparation import Prepared, checked, finished_record, prepare
 from raynium.launch.ray_environment import set_ray_environment
 from raynium.launch.settle import check_this_machine, settled
+from raynium.run.past import Past, run_store
 from raynium.run.protocol import Status
 from raynium.run.record import RunRecord
 from raynium.tracking.runs import RunStatus, finish_run, log_artifact_text
@@ -35,14 +36,15 @@ def run(
     with contextlib.ExitStack() as cluster:
         # Joining a cluster is quick, and says what its nodes have; one of our own is started when all else is ready.
         resources = cluster.enter_context(connect(address)) if address is not None else None
-        config = settled(config, cluster_resources=resources, saved=saved_config(config))
+        past = Past.read(config)
+        config = settled(config, cluster_resources=resources, saved=past.config)
         if address is None:
             check_this_machine(config)
         console.print(Text(dump_yaml(config)))
-        if (record := finished_record(config)) is not None:
+        if (record := finished_record(config, past)) is not None:
             console.print(Text(f"run {config.run.name!r} has already finished at step {record.step}"))
             return record
-        prepared = prepare(config, job_id=job_id, tags=tags or {}, tell=lambda line: console.print(Text(line)))
+        prepared = prepare(config, past, job_id=job_id, tags=tags or {}, tell=lambda line: console.print(Text(line)))
         with Display(config.train.steps, console, prepared.log_path) as display:
             try:
                 if address is None:

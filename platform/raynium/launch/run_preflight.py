@@ -12,9 +12,10 @@ from pathlib import Path
 from raynium.config.schema import Config
 from raynium.errors import LaunchError
 from raynium.health.report import Report
-from raynium.launch.preparation import checked, saved_config
+from raynium.launch.preparation import checked
 from raynium.launch.ray_environment import set_ray_environment
 from raynium.launch.settle import check_this_machine, settled
+from raynium.run.past import Past
 
 NODES_SECONDS = 600.0  # for nodes to be there: an autoscaler needs minutes
 
@@ -26,8 +27,9 @@ def run_preflight(config: Config, *, address: str | None, tell: Callable[[str], 
     the run do not come.
     """
     config = checked(config)
+    saved = Past.read(config).config
     if address is None:
-        check_this_machine(settled(config, cluster_resources=None, saved=saved_config(config)))
+        check_this_machine(settled(config, cluster_resources=None, saved=saved))
     set_ray_environment(starts_cluster=address is None)
     tell("starting a Ray cluster on this machine" if address is None else f"joining the Ray cluster at {address}")
     from raynium.launch.connect import connect
@@ -35,9 +37,7 @@ def run_preflight(config: Config, *, address: str | None, tell: Callable[[str], 
     from raynium.launch.preflight_cluster import check_nodes
 
     with leaving_no_folder(config.run.root), connect(address, least_cpus=config.cluster.ranks_per_node) as resources:
-        config = settled(
-            config, cluster_resources=resources if address is not None else None, saved=saved_config(config)
-        )
+        config = settled(config, cluster_resources=resources if address is not None else None, saved=saved)
         until = time.monotonic() + NODES_SECONDS
         tell(f"checking every node that the run could take, for at most {config.preflight.seconds:g} s")
         report = check_nodes(

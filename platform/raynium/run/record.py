@@ -184,16 +184,14 @@ class RecordKeeper:
         return self._store.exists(STOP_KEY)
 
 
-def unowned_record(store: Store, name: str) -> RunRecord | None:
-    """The record of a run that nobody drives; None if there is no run. Raises RunInUse while its owner lives."""
-    record = read_record(store)
-    if record is not None and record.owner_is_alive(time.time()):
+def refuse_live(record: RunRecord, store: Store) -> None:
+    """Raises RunInUse while the run's owner lives."""
+    if record.owner_is_alive(time.time()):
         owner = record.owner
         raise RunInUse(
-            f"run {name!r} at {store.url} is in use by process {owner.pid} on {owner.host} "
-            f"({record.state}, step {record.step}). Stop it with `raynium stop {name}`, or give another run.name"
+            f"run {record.name!r} at {store.url} is in use by process {owner.pid} on {owner.host} ({record.state}, "
+            f"step {record.step}). Stop it with `raynium stop {record.name}`, or give another run.name"
         )
-    return record
 
 
 def claim(store: Store, name: str, config: dict[str, Any]) -> RecordKeeper:
@@ -201,7 +199,9 @@ def claim(store: Store, name: str, config: dict[str, Any]) -> RecordKeeper:
     # Listed before the record is read: whoever claims the run in between has the next number, or a record that lives.
     numbers = [int(key.rpartition("/")[2].removesuffix(".json")) for key in store.list("claims").sizes]
     number = max(numbers, default=0) + 1
-    earlier = unowned_record(store, name)
+    earlier = read_record(store)
+    if earlier is not None:
+        refuse_live(earlier, store)
     owner = this_process()
     try:
         store.write_new(f"claims/{number:06d}.json", json.dumps(asdict(owner)).encode())
