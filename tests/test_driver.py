@@ -20,6 +20,7 @@ from raynium.config.load import parse_config
 from raynium.errors import RunFailed, StoreError, TrackingError
 from raynium.health.faults import classify
 from raynium.launch import driver as driver_module
+from raynium.launch import page as page_module
 from raynium.launch.display import Display
 from raynium.launch.driver import Driver
 from raynium.launch.preparation import Prepared
@@ -34,7 +35,9 @@ from raynium.tracking.runs import TrackedRun
 
 DMA_ERROR = "NEURON_HW_ERR=DMA_ERROR instance-id=i-0a1 nd-id=2 nc-id=1 serial-num=7 action=TERMINATE_INSTANCE"
 CONFIG = parse_config(job_text({"cluster.ranks_per_node": 1}))
-RECORD = SimpleNamespace(node_faults=None)
+PREPARED = cast(
+    Any, SimpleNamespace(config=CONFIG, keeper=SimpleNamespace(record=SimpleNamespace(node_faults=None)), mlflow=None)
+)
 
 
 class Actor:
@@ -112,6 +115,7 @@ def test_a_coordinator_that_was_started_again_is_told_of_the_stop_and_its_events
         watched.driver.request_stop()
         assert watched.actor.on_loop.watch(AGENT, order, stop_known=False).result(60).kind == "stop"
 
+        monkeypatch.setattr(driver_module, "AGENTS_SPEAK_SECONDS", 0.1)
         watched.actor.start_again()  # before any rank could save
         watched.actor.on_loop.tell(Said("first words of another life")).result()
         status = watched.ended.result(60)
@@ -120,11 +124,25 @@ def test_a_coordinator_that_was_started_again_is_told_of_the_stop_and_its_events
         assert watched.told("first words of another life")
 
 
+def test_a_stop_reaches_ranks_whose_coordinator_was_started_again_after_they_are_known(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Watched(tmp_path, monkeypatch) as watched:
+        order = watched.actor.on_loop.join(AGENT).result(60)
+        wait_for(lambda: watched.keeper.record.generation == 1)
+        watched.actor.start_again()
+        watched.driver.request_stop()
+        time.sleep(0.2)
+        assert not watched.ended.done(), "it would end without a save"
+        verdict = watched.actor.on_loop.watch(AGENT, order, stop_known=False).result(60)
+        assert verdict.kind == "stop"
+
+
 def test_a_store_and_a_page_that_are_away_are_told_once_and_have_it_all_when_they_are_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(driver_module, "STOP_POLL_SECONDS", 0.01)
-    monkeypatch.setattr(driver_module, "PAGE_RETRY_SECONDS", 0.01)
+    monkeypatch.setattr(page_module, "PAGE_RETRY_SECONDS", 0.01)
     away = threading.Event()
     away.set()
     tried: list[str] = []
@@ -143,7 +161,7 @@ def test_a_store_and_a_page_that_are_away_are_told_once_and_have_it_all_when_the
         page.update(tags)
 
     monkeypatch.setattr(Store, "exists", exists)
-    monkeypatch.setattr(driver_module, "set_tags", set_tags)
+    monkeypatch.setattr(page_module, "set_tags", set_tags)
     fault = classify([], [DMA_ERROR])
     assert fault is not None
     with Watched(tmp_path, monkeypatch) as watched:
@@ -190,7 +208,7 @@ def test_nodes_are_waited_for_for_days() -> None:
 
 def test_the_second_sigterm_ends_at_once_unless_it_belongs_to_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(driver_module, "SECOND_SIGNAL_SECONDS", 0.2)
-    driver = Driver(cast(Any, SimpleNamespace(config=CONFIG, keeper=SimpleNamespace(record=RECORD))), cast(Any, None))
+    driver = Driver(PREPARED, cast(Any, SimpleNamespace(line=str)))
     with driver_module.stop_on_signals(driver):
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGTERM)
@@ -204,7 +222,7 @@ def test_the_second_sigterm_ends_at_once_unless_it_belongs_to_the_first(monkeypa
 
 @pytest.mark.parametrize("under_nohup", [False, True])
 def test_a_closed_terminal_saves_and_ends_unless_it_is_to_be_outlived(under_nohup: bool) -> None:
-    driver = Driver(cast(Any, SimpleNamespace(config=CONFIG, keeper=SimpleNamespace(record=RECORD))), cast(Any, None))
+    driver = Driver(PREPARED, cast(Any, SimpleNamespace(line=str)))
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN if under_nohup else signal.SIG_DFL)
     try:
         with driver_module.stop_on_signals(driver):

@@ -7,6 +7,7 @@ What comes before is in `preparation.py`, what comes after in `run.py`.
 import contextlib
 import json
 import logging
+import math
 import signal
 import threading
 import time
@@ -23,10 +24,10 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raynium.config.schema import Config
 from raynium.errors import ClusterLost, LaunchError, RunFailed, StoreError, TrackingError
-from raynium.hardware.catalog import peak_note
 from raynium.launch.backend import NodeAgentConfig, ray_storage
 from raynium.launch.display import Display
 from raynium.launch.nodes import WAITING_SECONDS, free_nodes, label_selector, node_resources, patient, waiting_message
+from raynium.launch.page import Page
 from raynium.launch.preflight_cluster import Level, check_nodes
 from raynium.launch.preparation import Prepared
 from raynium.launch.worker import run_agent
@@ -34,7 +35,7 @@ from raynium.run.coordinator import RunCoordinator
 from raynium.run.protocol import NodeFault, Status
 from raynium.run.record import RecordKeeper
 from raynium.tracking.ledger import Ledger
-from raynium.tracking.runs import log_artifact_text, set_tags
+from raynium.tracking.runs import log_artifact_text
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +43,8 @@ logger = logging.getLogger(__name__)
 SECOND_SIGNAL_SECONDS = 2.0
 STATUS_SECONDS = 0.5  # how often the display is refreshed
 STOP_POLL_SECONDS = 2.0  # how often the run's store is asked for a stop request
-PAGE_RETRY_SECONDS = 60.0
+# Agents call a coordinator that was started again at once; later than this, none is there to save anything.
+AGENTS_SPEAK_SECONDS = 10.0
 CLUSTER_LOST_SECONDS = 30.0  # a coordinator that died is back sooner
 AGENTS_END_SECONDS = 600.0  # after a failure, they still upload the last checkpoint before it
 
@@ -61,15 +63,14 @@ class Driver:
         self.display = display
         self._stop = threading.Event()
         self._life = ""  # of the coordinator that was heard last
+        self._life_began = -math.inf  # unless it is the first
         self._events_seen = 0  # of that life
         self._told_to_stop = False  # that coordinator
         # Of the whole run, also of earlier drivers, as the record keeps them.
         self._node_faults: list[dict[str, Any]] = list(prepared.keeper.record.node_faults or [])
         self._faults_seen: set[NodeFault] = set()  # by this driver; a coordinator that starts again forgets its own
         self._ledger_before: Ledger | None = None  # the coordinator's life, as it was last told
-        self._page_tags: dict[str, str] = {}  # what this driver has put on the run's page
-        self._peak_told = ""
-        self._page_not_before = 0.0  # when it is tried again, after MLflow did not answer
+        self._page = Page(prepared.mlflow, dtype=self.config.engine.dtype, tell=display.line)
         self._excluded: list[str] = []  # ids of nodes that a preflight or a verdict named
         self._moves = 0  # times that the agents were sent home to start on other nodes
         self._moving = False
@@ -184,7 +185,7 @@ class Driver:
             new_faults = [fault for fault in status.node_faults if fault not in self._faults_seen]
             self._faults_seen.update(new_faults)
             self._node_faults += [fault.to_json() for fault in new_faults]
-            self._show_on_page(status)
+            self._page.show(status, self._node_faults)
             if status.ended is not None or over:
                 return status
             self._leave_bad_nodes(coordinator, status, new_faults)
@@ -201,7 +202,7 @@ class Driver:
                 if not told_store:  # once for all: it may be away for hours
                     self.display.line(f"the run record could not be written or read: {error}")
                 told_store = True
-            if self._stop.is_set() and not self._told_to_stop:
+            if self._stop.is_set() and not self._told_to_stop and self._agents_have_spoken(status):
                 self._told_to_stop = True
                 self.display.line("stopping: every rank saves at its next step, then the run ends")
                 self._calls.submit(coordinator.request_stop.remote)
@@ -209,6 +210,10 @@ class Driver:
                 told_waiting = True
                 self.display.line(waiting_message(self.config))
             time.sleep(STATUS_SECONDS)
+
+    def _agents_have_spoken(self, status: Status) -> bool:
+        """To a coordinator that was started again, which would take a stop for that of a run without ranks."""
+        return bool(status.agents) or time.monotonic() - self._life_began >= AGENTS_SPEAK_SECONDS
 
     def _leave_bad_nodes(self, coordinator: Any, status: Status, new_faults: list[NodeFault]) -> None:
         """Has the agents start anew on other nodes once a verdict named one of theirs, if as many others are free now.
@@ -228,29 +233,6 @@ class Driver:
         self.display.line(f"the run leaves {hosts} and goes on on other nodes, from its newest checkpoint")
         self._calls.submit(coordinator.leave.remote)
 
-    def _show_on_page(self, status: Status) -> None:
-        """Tags of the MLflow run: which peak its MFU is a share of, and each node that a verdict has named."""
-        tags = {f"node_fault.{number}": each["text"] for number, each in enumerate(self._node_faults, start=1)}
-        peak_flops = status.metrics.get("throughput/peak_flops_per_rank")
-        if peak_flops is not None and status.agents:
-            dtype, machine = self.config.engine.dtype, status.agents[0].machine
-            tags["mfu.peak"] = peak_note(peak_flops, dtype=dtype, machine=machine)
-            if self._peak_told != tags["mfu.peak"]:
-                self._peak_told = tags["mfu.peak"]
-                self.display.line(f"MFU is a share of {self._peak_told}")
-        new = {name: text for name, text in tags.items() if self._page_tags.get(name) != text}
-        if not new or time.monotonic() < self._page_not_before:
-            return
-        try:
-            set_tags(self.prepared.mlflow.uri, self.prepared.mlflow.run_id, new)
-        except TrackingError as error:
-            if not self._page_not_before:  # once for all: it may be away for a day
-                self.display.line(f"the MLflow page does not show {', '.join(new)} yet: {error}")
-            self._page_not_before = time.monotonic() + PAGE_RETRY_SECONDS
-            return
-        self._page_tags |= new
-        self._page_not_before = 0.0
-
     def _status(self, coordinator: Any) -> Status:
         """What the coordinator knows; what one that has ordered no generation yet cannot know is as in the record.
 
@@ -258,6 +240,8 @@ class Driver:
         """
         status = self._ask(coordinator)
         if status.ledger.life != self._life:  # Ray started it again: it numbers its events anew, and knows of no stop
+            if self._life:
+                self._life_began = time.monotonic()
             self._life, self._events_seen, self._told_to_stop = status.ledger.life, 0, False
             status = self._ask(coordinator)
         if status.agents:
