@@ -1,8 +1,10 @@
 """What the ranks of `test_ranks.py` run in place of training. Imported in their processes by name."""
 
 import ctypes
+import gc
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -108,10 +110,19 @@ def never_end_a_line(plan_json: str, link: Any) -> Outcome:
     return Outcome(0, "finished")
 
 
-def write_modules(file: str) -> None:
-    """What a process has loaded that was just forked from the template: no program of a rank, but in its place."""
-    threads = len(os.listdir(f"/proc/{os.getppid()}/task"))
-    Path(file).write_text(json.dumps({"modules": sorted(sys.modules), "threads_of_template": threads}))
+def write_what_is_there(file: str) -> None:
+    """Of a process that was just forked from the template: no program of a rank, but in its place."""
+    import torch
+
+    faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    memory = torch.ones(2**24)  # 64 MiB
+    found = {
+        "modules": sorted(sys.modules),
+        "threads_of_template": len(os.listdir(f"/proc/{os.getppid()}/task")),
+        "left_alone_by_gc": gc.get_freeze_count(),
+        "bytes_per_fault": memory.nbytes / (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults),
+    }
+    Path(file).write_text(json.dumps(found))
 
 
 def train_and_write_modules(plan_json: str, link: Any) -> Outcome:

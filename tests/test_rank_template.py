@@ -3,6 +3,8 @@
 import json
 import multiprocessing
 import os
+import platform
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -23,10 +25,11 @@ from raynium.data.store_build import build_store
 from raynium.node import ranks
 from raynium.node.ports import free_port
 from raynium.node.ranks import RankGroup, start_process, start_template
+from raynium.rank.build import wait_for_rank_0
 from raynium.rank.entry import COMPILE_BACKEND_VARIABLE
 from raynium.rank.plan import RankPlan
 from raynium.storage.store import Store
-from raynium.train.link import IMAGE_SLOTS
+from raynium.train.link import IMAGE_SLOTS, ImageFree, ImageWritten
 
 TESTS = Path(__file__).parent
 
@@ -52,16 +55,23 @@ def programs(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return _rank_programs
 
 
+def huge_pages() -> bool:
+    """Whether this machine gives them to a process that asks."""
+    kernel = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    asked_by_glibc = platform.libc_ver() >= ("glibc", "2.35")
+    return asked_by_glibc and kernel.is_file() and "[never]" not in kernel.read_text()
+
+
 def fork_at_once(programs: ModuleType, file: Path) -> dict[str, Any]:
     """What a process has that was just forked from a new template."""
-    process = multiprocessing.get_context("forkserver").Process(target=programs.write_modules, args=(str(file),))
+    process = multiprocessing.get_context("forkserver").Process(target=programs.write_what_is_there, args=(str(file),))
     start_process(process)
     process.join()
     return json.loads(file.read_text())
 
 
-def play(plan: RankPlan, environment: dict[str, str], program: Any) -> list[dict[str, Any]]:
-    """Runs a generation's ranks to their end; returns the image messages of each rank's last save."""
+def play(plan: RankPlan, environment: dict[str, str], program: Any) -> list[ImageWritten]:
+    """Runs a generation's ranks to their end; returns what each rank said of its last save."""
     port = str(free_port("127.0.0.1"))
     of_all = environment | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "GLOO_SOCKET_IFNAME": "lo"}
     of_all |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
@@ -71,16 +81,16 @@ def play(plan: RankPlan, environment: dict[str, str], program: Any) -> list[dict
         program=program,
     )
     for slot in range(IMAGE_SLOTS):
-        group.broadcast({"kind": "image-free", "slot": slot})
-    images: dict[int, dict[str, Any]] = {}
+        group.broadcast(ImageFree(slot))
+    images: dict[int, ImageWritten] = {}
     lines: list[tuple[int, str]] = []
     while group.alive():
         messages, new_lines = group.poll(1)
         lines += new_lines
         for rank, message in messages:
-            if message["kind"] == "image":
+            if isinstance(message, ImageWritten):
                 images[rank] = message
-                group.send(rank, {"kind": "image-free", "slot": message["slot"]})
+                group.send(rank, ImageFree(message.slot))
     group.kill()
     lines += group.drain()[1]
     assert [each.process.exitcode for each in group.ranks.values()] == [0, 0], lines
@@ -123,7 +133,7 @@ def test_a_rank_that_is_started_again_imports_nothing(
         store = Store(f"{server.create_bucket('template')}/run", options=server.options)
         environment |= server.env
 
-    def play_plan(config: Config, **fields: Any) -> list[dict[str, Any]]:
+    def play_plan(config: Config, **fields: Any) -> list[ImageWritten]:
         fields = {"resume_step": None} | fields
         plan = RankPlan(
             config=config,
@@ -140,6 +150,9 @@ def test_a_rank_that_is_started_again_imports_nothing(
     start_template(run_url=store.url, compile_backend=compile_backend)
     forked = fork_at_once(programs, tmp_path / "forked.json")
     assert forked["threads_of_template"] == 1, "threads do not survive a fork"
+    assert forked["left_alone_by_gc"] > 100_000
+    if huge_pages():
+        assert forked["bytes_per_fault"] > 4 * 4096, "a new process touches its memory 4 KiB at a time"
     assert ("torch._inductor.compile_fx" in forked["modules"]) == (compile_backend == "inductor")
 
     def imported() -> set[str]:
@@ -148,7 +161,7 @@ def test_a_rank_that_is_started_again_imports_nothing(
 
     saved = play_plan(config.model_copy(update={"train": config.train.model_copy(update={"steps": 4})}))
     assert imported() == set(), "by ranks that start from the first weights"
-    infos = [ImageInfo.from_json(each["info"]) for each in saved]
+    infos = [ImageInfo.from_json(each.info) for each in saved]
     entries = [upload_shard(store, info, generation="g1", rank=rank) for rank, info in enumerate(infos)]
     commit_checkpoint(
         store,
@@ -160,7 +173,7 @@ def test_a_rank_that_is_started_again_imports_nothing(
         layout={"data": 2, "tensor": 1},
         parent_step=None,
     )
-    in_memory = {rank: [each["info"], each["replicas"]] for rank, each in enumerate(saved)}
+    in_memory = {rank: [each.info, each.replicas] for rank, each in enumerate(saved)}
     play_plan(config, resume_step=4, resume_images=in_memory)
     assert imported() == set(), "by ranks that start from memory"
     play_plan(config, resume_step=4)
@@ -177,3 +190,24 @@ def test_a_template_without_a_working_compiler_says_so_and_serves(tmp_path: Path
     ended = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
     assert "ranks will start more slowly, because the compiler does not work here" in ended.stderr
+
+
+def test_a_rank_that_comes_before_rank_0_looks_again_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    port = free_port("127.0.0.1")
+    pauses: list[float] = []
+    with socket.socket() as rendezvous:
+
+        def pause(seconds: float) -> None:
+            pauses.append(seconds)
+            if len(pauses) == 3:
+                rendezvous.bind(("127.0.0.1", port))
+                rendezvous.listen()
+
+        monkeypatch.setattr("raynium.rank.build.time.sleep", pause)
+        wait_for_rank_0("127.0.0.1", port)
+    assert len(pauses) == 3 and max(pauses) < 0.02
+
+
+def test_a_rank_whose_rank_0_never_comes_leaves_it_to_torch_to_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("raynium.rank.build.RENDEZVOUS_SECONDS", 0.01)
+    wait_for_rank_0("127.0.0.1", free_port("127.0.0.1"))

@@ -43,8 +43,14 @@ PRELOADED_MODULES = (
 PRELOADED_FOR_S3 = ("raynium.storage.s3_store",)
 
 # Read when the template starts. AUTOLOAD: torch would open torch_neuronx's device at import. The BLAS libraries would
-# start their thread pools at import, and threads do not survive a fork.
-TEMPLATE_ENVIRONMENT = {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+# start their thread pools at import, and threads do not survive a fork. glibc asks for huge pages: the first step of a
+# new process touches most of its memory, and each page of 4 KiB costs a fault (`platform/DECISIONS.md`).
+TEMPLATE_ENVIRONMENT = {
+    "TORCH_DEVICE_BACKEND_AUTOLOAD": "0",
+    "OPENBLAS_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
+}
 
 LAST_LINES = 20  # of a dead rank's output that reach the user's terminal
 LONGEST_LINE_BYTES = 1 << 16  # of its output: a progress bar may write for weeks without ending a line

@@ -4,8 +4,11 @@ This is the only place that knows every constructor. A node agent forks it (`ran
 `torchrun --nproc-per-node 2 -m raynium.standalone CONFIG` starts the same ranks without Ray.
 """
 
+import contextlib
 import logging
 import os
+import socket
+import time
 from datetime import timedelta
 from pathlib import Path
 
@@ -36,6 +39,8 @@ from raynium.train.metrics import Throughput
 
 logger = logging.getLogger(__name__)
 
+RENDEZVOUS_SECONDS = 30.0  # of looking for it ourselves
+
 
 def run(plan: RankPlan, link: Link) -> Outcome:
     """One generation of this rank, from process group to the last snapshot. Every rank of the world calls it.
@@ -49,6 +54,8 @@ def run(plan: RankPlan, link: Link) -> Outcome:
     link.phase("start", 0)
     accelerator = detect(config.cluster.accelerator)
     accelerator.set_device(local_rank)
+    if rank > 0:
+        wait_for_rank_0(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
     dist.init_process_group(
         accelerator.process_group_backend,
         rank=rank,
@@ -100,6 +107,19 @@ def run(plan: RankPlan, link: Link) -> Outcome:
     engine.close()
     dist.destroy_process_group()
     return outcome
+
+
+def wait_for_rank_0(host: str, port: int) -> None:
+    """Returns once the rendezvous answers there, or after a while: torch then waits on, and says what is wrong.
+
+    torch's own client, if it comes before rank 0 listens, looks again only 0.25 to 0.75 s later. This one looks often,
+    and less often the longer it waits, since on a large cluster a thousand ranks do.
+    """
+    began = time.monotonic()
+    while (waited := time.monotonic() - began) < RENDEZVOUS_SECONDS:
+        with contextlib.suppress(OSError), socket.create_connection((host, port), timeout=RENDEZVOUS_SECONDS):
+            return
+        time.sleep(min(max(0.002, waited / 8), 0.1))
 
 
 class Evaluation:
