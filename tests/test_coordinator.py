@@ -68,7 +68,7 @@ async def watch(run: RunCoordinator, generation: int = 1, *, stop_known: bool = 
 
 
 async def ended(run: RunCoordinator, generation: int, node_rank: int, exits: list[RankExit]) -> None:
-    await run.exited(agent(node_rank), order_of(run, generation), exits)
+    await run.exited(agent(node_rank), order_of(run, generation), exits, None)
 
 
 async def report(run: RunCoordinator, step: int, metrics: dict[str, float]) -> None:
@@ -76,7 +76,7 @@ async def report(run: RunCoordinator, step: int, metrics: dict[str, float]) -> N
 
 
 async def account(run: RunCoordinator, generation: int, ledger: Ledger) -> Ledger:
-    return (await run.tell(Progressed(generation, ledger.step, {}, ledger))).ledger
+    return (await run.tell(Progressed(generation, ledger.step, {"train/loss": 1.0}, ledger))).ledger
 
 
 def test_a_generation_starts_when_every_node_is_there_and_all_get_the_same_rendezvous(tmp_path: Path) -> None:
@@ -267,7 +267,7 @@ def test_a_coordinator_that_was_started_again_keeps_a_healthy_generation(tmp_pat
         assert (await run.status(0)).step == 4
         await save(run, tmp_path, order, 4)
         done = RankExit(0, 0, None, retry=False, outcome=Outcome(4, "finished"))
-        await asyncio.gather(*(run.exited(agent(rank), order, [done]) for rank in (0, 1)))
+        await asyncio.gather(*(run.exited(agent(rank), order, [done], None) for rank in (0, 1)))
         assert (await run.status(0)).ended == "finished"
         assert {(await each).kind for each in watching} == {"over"}
 
@@ -297,7 +297,7 @@ def test_ranks_that_end_before_their_generation_is_known_again_are_heard(tmp_pat
     async def play() -> None:
         dead, run = coordinator(tmp_path), coordinator(tmp_path)
         order, _ = await asyncio.gather(dead.join(agent(0)), dead.join(agent(1)))
-        await run.exited(agent(1), order, [DIED])
+        await run.exited(agent(1), order, [DIED], None)
         verdict = await run.watch(agent(0), order, stop_known=False)
         assert verdict.kind == "over" and "killed by SIGKILL" in verdict.cause
 

@@ -311,7 +311,7 @@ async def started(folder: Path) -> RunCoordinator:
 
 async def ended(run: RunCoordinator, generation: int, node_rank: int, exits: list[RankExit]) -> None:
     order = run._lives._generations[generation].order
-    await run.exited(order_agent(run, node_rank), order, exits)
+    await run.exited(order_agent(run, node_rank), order, exits, None)
 
 
 def order_agent(run: RunCoordinator, node_rank: int) -> AgentInfo:

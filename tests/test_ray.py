@@ -229,6 +229,18 @@ def test_a_run_by_the_sdk_whose_agent_is_killed_changes_no_bit(cluster: Cluster,
     same_as(run, uninterrupted)
 
 
+def test_a_killed_coordinator_costs_no_generation_and_no_point(cluster: Cluster, uninterrupted: Run) -> None:
+    run = cluster.client().submit(cluster.job_file, overrides={"train.steps": LONG}, name="coordinator-killed")
+    record_when_saved(run, step=20)
+    found = subprocess.run(["pgrep", "-f", "^ray::RunCoordinator"], capture_output=True, text=True).stdout.split()
+    mine = [pid for pid in map(int, found) if str(cluster.folder).encode() in Path(f"/proc/{pid}/environ").read_bytes()]
+    assert len(mine) == 1, "of this cluster"
+    os.kill(mine[0], signal.SIGKILL)
+    assert run.wait(240).generation == 1
+    assert "generation 1 goes on: the run coordinator was started again" in run.logs()
+    same_as(run, uninterrupted)
+
+
 def test_two_nodes_compute_the_same_bits_and_restart_together(cluster: Cluster, uninterrupted: Run) -> None:
     two_nodes = {"train.steps": LONG, "cluster.nodes": 2, "cluster.ranks_per_node": 1}
     run = cluster.client().submit(cluster.job_file, overrides=two_nodes, name="two-nodes")

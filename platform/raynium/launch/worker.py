@@ -16,6 +16,7 @@ from raynium.launch.backend import ATTEMPT_VARIABLE
 from raynium.node.agent import Node, NodeAgent
 from raynium.node.node_log import log_to_file
 from raynium.run.protocol import AgentEvent, AgentInfo, Commit, GoHome, News, Order, RankExit, Verdict
+from raynium.tracking.ledger import Ledger
 
 # A driver that is killed leaves an agent that Ray has yet to end, while the next driver's may start beside it: they may
 # not both send metrics from one folder.
@@ -34,8 +35,10 @@ class RayCoordinator:
     def watch(self, agent: AgentInfo, order: Order, *, stop_known: bool) -> "Future[Verdict]":
         return self.actor.watch.remote(agent, order, stop_known=stop_known).future()
 
-    def exited(self, agent: AgentInfo, order: Order, exits: Sequence[RankExit]) -> "Future[None]":
-        return self.actor.exited.remote(agent, order, exits).future()
+    def exited(
+        self, agent: AgentInfo, order: Order, exits: Sequence[RankExit], booked: Ledger | None
+    ) -> "Future[None]":
+        return self.actor.exited.remote(agent, order, exits, booked).future()
 
     def commits(self, after: int) -> "Future[list[Commit] | None]":
         return self.actor.commits.remote(after).future()

@@ -242,7 +242,6 @@ class NodeAgent:
         ended_by_themselves = {each.rank for each in group.ended()}
         group.kill()
         self._handle(order, reports, *group.drain())
-        reports.end_generation()  # before the coordinator closes it
         ended = [each for rank, each in group.ranks.items() if rank in ended_by_themselves]
         exits, fault = self._diagnosis.explain((each.process.pid or 0, each.exit()) for each in ended)
         self._saving.serve(None)
@@ -251,8 +250,7 @@ class NodeAgent:
         # After a failure uploads go on: a checkpoint that they complete is worth having.
         if all(each.cause is None for each in exits) and len(exits) == len(group.ranks):
             self._saving.finish(agent, order)
-        if exits:
-            self.coordinator.exited(agent, order, exits).result()
+        self.coordinator.exited(agent, order, exits, reports.end_generation()).result()
         if fault is not None:
             self.coordinator.tell(FaultSeen(order.generation, self.node.node_rank, fault)).result()
 

@@ -11,7 +11,7 @@ from concurrent.futures import Future
 from raynium.config.schema import Config
 from raynium.errors import TrackingError
 from raynium.run.protocol import Coordinator, News, Order, Progressed, RankPosition, RanksSeen, Said
-from raynium.tracking.ledger import GenerationBook
+from raynium.tracking.ledger import GenerationBook, Ledger
 from raynium.tracking.tracker import Tracker
 from raynium.train.link import Compiled, Phase, RankMessage, Stepped
 
@@ -92,10 +92,13 @@ class Reports:
         }
         self._coordinator.tell(RanksSeen(self._order.generation, positions))
 
-    def end_generation(self) -> None:
-        """All is read that the ranks left; the coordinator has booked it when this returns."""
-        if self._tracker is not None:
-            self._account(self._book.ledger().step, {}).result()
+    def end_generation(self) -> Ledger | None:
+        """All is read that the ranks left. What rank 0's agent has booked of the generation."""
+        if self._tracker is None:
+            return None
+        ledger = self._book.ledger()
+        self._trained_step = ledger.step
+        return ledger
 
     def keep_news(self, answer: "Future[News]") -> None:
         """Of an event's answer; without a coordinator, `watch` ends the generation."""
@@ -131,15 +134,9 @@ class Reports:
         evaluated = any(name.startswith("eval/") for name in metrics)
         if evaluated or step == self._total_steps or now - self._last_report >= REPORT_SECONDS:
             self._last_report = now
-            self._account(step, metrics)
-
-    def _account(self, step: int, metrics: dict[str, float]) -> "Future[News]":
-        assert self._order is not None
-        ledger = self._book.ledger()
-        self._trained_step = ledger.step
-        answer = self._coordinator.tell(Progressed(self._order.generation, step, metrics, ledger))
-        answer.add_done_callback(self.keep_news)
-        return answer
+            assert self._order is not None
+            answer = self._coordinator.tell(Progressed(self._order.generation, step, metrics, self._book.ledger()))
+            answer.add_done_callback(self.keep_news)
 
     def _take_device_metrics(self, order: Order, mfu: float | None) -> dict[str, float]:
         """Those that no step has reported yet. mfu: of this step, with attention; None: not known."""

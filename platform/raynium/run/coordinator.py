@@ -95,10 +95,14 @@ class RunCoordinator:
                 return Verdict("stop")
             return Verdict("over", current.cause)
 
-    async def exited(self, agent: AgentInfo, order: Order, exits: Sequence[RankExit]) -> None:
+    async def exited(self, agent: AgentInfo, order: Order, exits: Sequence[RankExit], booked: Ledger | None) -> None:
         """One rank that should not have ended takes the generation down."""
         async with self._changing():
             current = self._lives.of(agent, order, now=time.monotonic())
+            if booked is not None:
+                self._book.account(order.generation, booked, time.monotonic())
+            if not exits:
+                return
             if current.state == "running":
                 current.exits[agent.node_rank] = exits
             if (first := blamed(exits)) is None:
@@ -128,10 +132,9 @@ class RunCoordinator:
             case protocol.Said(text):
                 self._board.tell(text)
             case protocol.Progressed(generation, step, metrics, ledger):
-                if metrics:
-                    self._recovery.stepped()
-                    self._board.report(step, metrics, now=now)
-                    self._saves.note_evaluation(step, metrics)
+                self._recovery.stepped()
+                self._board.report(step, metrics, now=now)
+                self._saves.note_evaluation(step, metrics)
                 self._book.account(generation, ledger, now)
             case protocol.RanksSeen(generation, positions):
                 if generation == self._lives.number:

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 from raynium.run.coordinator import RunCoordinator
 from raynium.run.protocol import AgentEvent, AgentInfo, Commit, GoHome, News, Order, RankExit, Verdict
+from raynium.tracking.ledger import Ledger
 
 Answer = TypeVar("Answer")
 
@@ -27,8 +28,10 @@ class CoordinatorOnLoop:
     def watch(self, agent: AgentInfo, order: Order, *, stop_known: bool) -> "Future[Verdict]":
         return self.run(lambda each: each.watch(agent, order, stop_known=stop_known))
 
-    def exited(self, agent: AgentInfo, order: Order, exits: Sequence[RankExit]) -> "Future[None]":
-        return self.run(lambda each: each.exited(agent, order, exits))
+    def exited(
+        self, agent: AgentInfo, order: Order, exits: Sequence[RankExit], booked: Ledger | None
+    ) -> "Future[None]":
+        return self.run(lambda each: each.exited(agent, order, exits, booked))
 
     def commits(self, after: int) -> "Future[list[Commit] | None]":
         return self.run(lambda each: each.commits(after))

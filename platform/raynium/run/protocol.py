@@ -246,8 +246,13 @@ class Coordinator(Protocol):
         """This agent runs the order; answered when it must act."""
         ...
 
-    def exited(self, agent: AgentInfo, order: Order, exits: Sequence[RankExit]) -> "Future[None]":
-        """All ranks of this agent have ended; exits: of those that did so by themselves."""
+    def exited(
+        self, agent: AgentInfo, order: Order, exits: Sequence[RankExit], booked: Ledger | None
+    ) -> "Future[None]":
+        """All ranks of this agent have ended; exits: of those that did so by themselves.
+
+        booked: of the generation, by the agent that has rank 0.
+        """
         ...
 
     def commits(self, after: int) -> "Future[list[Commit] | None]":
