@@ -134,8 +134,8 @@ def transformers_model(transformers: Any) -> Callable[..., Any]:
         if (scaling := model.rope_scaling) is not None:
             rope |= {"rope_type": "llama3"} | scaling.model_dump(exclude={"original_max_seq_len"})
             rope["original_max_position_embeddings"] = scaling.original_max_seq_len
-        family = {"llama3": "Llama", "qwen3": "Qwen3"}[model.family]
-        config = getattr(transformers, f"{family}Config")(
+        model_class = getattr(transformers, model.traits.class_name)
+        config = model_class.config_class(
             vocab_size=model.vocab_size,
             hidden_size=model.hidden_size,
             intermediate_size=model.ffn_size,
@@ -149,7 +149,7 @@ def transformers_model(transformers: Any) -> Callable[..., Any]:
             tie_word_embeddings=model.embeddings == "tied",
             **more,
         )
-        return getattr(transformers, f"{family}ForCausalLM")(config)
+        return model_class(config)
 
     return make
 

@@ -1,4 +1,4 @@
-"""The decoder against transformers' own Llama and Qwen 3; the arithmetic about it; how weights begin."""
+"""The decoder against transformers' own of each family; the arithmetic about it; how weights begin."""
 
 import math
 import re
@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.random import Generator
 
+from raynium.config.families import FAMILIES
 from raynium.config.schema import ModelSection
 from raynium.models import init
 from raynium.models.decoder import Decoder, rope_tables
@@ -53,6 +54,10 @@ def random_decoder(model: ModelSection) -> Decoder:
             if "norm" in name:  # a norm of ones would hide a norm in the wrong place
                 parameter.uniform_(0.5, 1.5, generator=torch.Generator().manual_seed(len(name)))
     return decoder
+
+
+def test_every_family_is_compared() -> None:
+    assert {section(name).family for name in MODELS} == FAMILIES.keys()
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -284,7 +284,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], type[RayniumError], str]] = {
             tag / MODEL_1, lambda found: found.update({"model.layers.0.self_attn.o_proj.bias": torch.ones(2)})
         ),
         CheckpointMismatch,
-        r"holds model\.layers\.0\.self_attn\.o_proj\.bias, which has no place in a Llama",
+        r"holds model\.layers\.0\.self_attn\.o_proj\.bias, which has no place in a model of ours",
     ),
     "an unknown tensor": (
         lambda tag: edit(tag / MODEL_1, lambda found: found.update(odd=torch.ones(2))),

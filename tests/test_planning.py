@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from raynium.config.families import FAMILIES
 from raynium.config.load import load_config
 from raynium.config.world import World
 from raynium.models.decoder import Decoder
@@ -101,7 +102,7 @@ def test_the_words_name_every_part():
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("family", ["llama3", "qwen3"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_the_formula_counts_what_autograd_saves(family, dtype):
     """Two more blocks of the real decoder keep as many bytes for the backward pass as the estimate says (1 rank)."""
     base = [f"model.family={family}", "cluster.ranks_per_node=1", "train.micro_batch_size=2", "data.seq_len=64"]

@@ -8,6 +8,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from raynium.config.families import FAMILIES, Family, FamilyName
+
 PositiveInt = Annotated[int, Field(ge=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
@@ -55,9 +57,9 @@ class RopeScaling(Section):
 
 
 class ModelSection(Section):
-    """A decoder's dimensions. `family` settles the architecture's fixed points (Qwen 3 normalises q and k)."""
+    """A decoder's dimensions. `family` settles the architecture's fixed points (`config/families.py`)."""
 
-    family: Literal["llama3", "qwen3"] = "llama3"
+    family: FamilyName = "llama3"
     vocab_size: PositiveInt
     hidden_size: PositiveInt
     num_layers: PositiveInt
@@ -71,6 +73,10 @@ class ModelSection(Section):
     norm_eps: PositiveFloat = 1e-5
     embeddings: Literal["tied", "untied"] = "untied"
     init_std: PositiveFloat = 0.02
+
+    @property
+    def traits(self) -> Family:
+        return FAMILIES[self.family]
 
 
 class DataSection(Section):

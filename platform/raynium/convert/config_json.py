@@ -11,20 +11,17 @@ from pydantic import ValidationError
 
 from raynium.checkpoint.format.manifest import first_problem
 from raynium.checkpoint.ref import CheckpointRef
+from raynium.config.families import FAMILIES
 from raynium.config.schema import ModelSection, RopeScaling
 from raynium.errors import CheckpointError, CheckpointMismatch
 
 Dtype = Literal["float32", "bfloat16"]
 
-# our family: (model_type, the class, what is taken as head_dim where config.json has none; 0: hidden_size / heads)
-FAMILIES = {"llama3": ("llama", "LlamaForCausalLM", 0), "qwen3": ("qwen3", "Qwen3ForCausalLM", 128)}
-
 # What our decoder has in one form only. A config.json may leave these out: then transformers takes this very form.
 _FIXED = {
     "hidden_act": "silu",
     "attention_bias": False,
-    "mlp_bias": False,
-    "use_sliding_window": False,
+    **{name: only for family in FAMILIES.values() for name, only in family.own_fields.items()},
     "partial_rotary_factor": 1.0,
     "quantization_config": None,
 }
@@ -46,10 +43,9 @@ def config_from_model(model: ModelSection, *, dtype: Dtype, end_of_document_id: 
 
     Beginning and end of a text are one token, as in training, where it stands between documents.
     """
-    model_type, class_name, _ = FAMILIES[model.family]
     return {
-        "architectures": [class_name],
-        "model_type": model_type,
+        "architectures": [model.traits.class_name],
+        "model_type": model.traits.model_type,
         "vocab_size": model.vocab_size,
         "hidden_size": model.hidden_size,
         "intermediate_size": model.ffn_size,
@@ -65,7 +61,7 @@ def config_from_model(model: ModelSection, *, dtype: Dtype, end_of_document_id: 
         "hidden_act": "silu",
         "attention_bias": False,
         "attention_dropout": 0.0,
-        **({"mlp_bias": False} if model.family == "llama3" else {"use_sliding_window": False}),
+        **model.traits.own_fields,
         "initializer_range": model.init_std,
         "bos_token_id": end_of_document_id,
         "eos_token_id": end_of_document_id,
@@ -77,7 +73,7 @@ def config_from_model(model: ModelSection, *, dtype: Dtype, end_of_document_id: 
 def model_from_config(config: Mapping[str, Any], *, where: str) -> ModelSection:
     """The model section of a config.json. where: the file, for messages.
 
-    CheckpointError if it is no Llama 3 or Qwen 3, lacks something, or has what our decoder does not do.
+    CheckpointError if it is of no family of ours, lacks something, or has what our decoder does not do.
     """
     try:
         return ModelSection.model_validate(_fields(config, where))
@@ -91,27 +87,28 @@ def model_from_config(config: Mapping[str, Any], *, where: str) -> ModelSection:
 
 
 def _fields(config: Mapping[str, Any], where: str) -> dict[str, Any]:
-    known = {theirs: (ours, class_name, head_dim) for ours, (theirs, class_name, head_dim) in FAMILIES.items()}
-    classes = ", ".join(class_name for _, class_name, _ in known.values())
-    if config.get("model_type") not in known:
+    names = {family.model_type: name for name, family in FAMILIES.items()}
+    classes = ", ".join(family.class_name for family in FAMILIES.values())
+    if config.get("model_type") not in names:
         raise CheckpointError(
             f"{where}: model_type is {config.get('model_type')!r}; models that can be imported are {classes}"
         )
-    family, class_name, head_dim = known[config["model_type"]]
-    if config.get("architectures") not in (None, [class_name]):
+    name = names[config["model_type"]]
+    family = FAMILIES[name]
+    if config.get("architectures") not in (None, [family.class_name]):
         raise CheckpointError(
             f"{where}: architectures is {config['architectures']}; models that can be imported are {classes}"
         )
     _refuse_other_forms(config, where)
     num_heads = config["num_attention_heads"]
     return {
-        "family": family,
+        "family": name,
         "vocab_size": config["vocab_size"],
         "hidden_size": config["hidden_size"],
         "num_layers": config["num_hidden_layers"],
         "num_heads": num_heads,
         "num_kv_heads": config.get("num_key_value_heads") or num_heads,
-        "head_dim": config.get("head_dim") or head_dim or config["hidden_size"] // num_heads,
+        "head_dim": config.get("head_dim") or family.default_head_dim or config["hidden_size"] // num_heads,
         "ffn_size": config["intermediate_size"],
         "max_seq_len": config["max_position_embeddings"],
         # This is what transformers takes where it is left out.

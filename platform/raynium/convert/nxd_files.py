@@ -175,7 +175,7 @@ def _our_name(name: str, *, where: Path) -> str:
         layer, rest = match.groups()
         if rest not in _THEIRS_IN_BLOCK:
             raise CheckpointMismatch(
-                f"{where} holds {name}, which has no place in a Llama or Qwen 3 of ours: matrices that can be imported "
+                f"{where} holds {name}, which has no place in a model of ours: matrices that can be imported "
                 f"are {', '.join(_THEIRS_IN_BLOCK)}"
             )
         return f"blocks.{layer}.{_THEIRS_IN_BLOCK[rest]}"

@@ -1,4 +1,4 @@
-"""The decoder: Llama 3 and Qwen 3 in plain torch. It knows no mesh, no rank and no dtype policy.
+"""The decoder of every family (`config/families.py`) in plain torch. It knows no mesh, no rank and no dtype policy.
 
 Shapes in names:
     B  sequences            T  tokens of a sequence      V  vocabulary
@@ -62,7 +62,7 @@ class DecoderBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Causal grouped-query attention with rotary positions; Qwen 3 normalises each query and key head first."""
+    """Causal grouped-query attention with rotary positions; some families normalise each query and key head first."""
 
     def __init__(self, config: ModelSection):
         super().__init__()
@@ -71,9 +71,9 @@ class Attention(nn.Module):
         self.k = nn.Linear(config.hidden_size, config.num_kv_heads * config.head_dim, bias=False)
         self.v = nn.Linear(config.hidden_size, config.num_kv_heads * config.head_dim, bias=False)
         self.o = nn.Linear(config.num_heads * config.head_dim, config.hidden_size, bias=False)
-        normalised = config.family == "qwen3"
-        self.q_norm = RMSNorm(config.head_dim, config.norm_eps) if normalised else nn.Identity()
-        self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if normalised else nn.Identity()
+        head_norms = config.traits.head_norms
+        self.q_norm = RMSNorm(config.head_dim, config.norm_eps) if head_norms else nn.Identity()
+        self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if head_norms else nn.Identity()
 
     def forward(self, hidden_BTD: Tensor, *, rope: "Rope") -> Tensor:
         q_BTHK = self.q_norm(self.q(hidden_BTD).unflatten(-1, (-1, self.head_dim)))

@@ -24,10 +24,15 @@ def parameter_count(model: ModelSection) -> ParameterCount:
     table = model.vocab_size * model.hidden_size
     attention = model.hidden_size * model.head_dim * (2 * model.num_heads + 2 * model.num_kv_heads)
     ffn = 3 * model.hidden_size * model.ffn_size
-    norms = 2 * model.hidden_size + (2 * model.head_dim if model.family == "qwen3" else 0)
-    multiplied = model.num_layers * (attention + ffn + norms) + model.hidden_size + table  # this table is the head
+    of_blocks = model.num_layers * (attention + ffn + norms_per_block(model))
+    multiplied = of_blocks + model.hidden_size + table  # this table is the head
     lookup = table if model.embeddings == "untied" else 0
     return ParameterCount(total=multiplied + lookup, multiplied=multiplied)
+
+
+def norms_per_block(model: ModelSection) -> int:
+    """Parameters of one block's norms."""
+    return 2 * model.hidden_size + (2 * model.head_dim if model.traits.head_norms else 0)
 
 
 def flops_per_token(model: ModelSection, seq_len: int) -> FlopsPerToken:

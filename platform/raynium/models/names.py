@@ -1,4 +1,4 @@
-"""Our parameter names beside Hugging Face's (the same for Llama and Qwen 3). Layouts are equal: no transposes."""
+"""Our parameter names beside Hugging Face's, which all families share. Layouts are equal: no transposes."""
 
 from raynium.config.schema import ModelSection
 
@@ -13,13 +13,13 @@ _BLOCK = {
     "ffn.up": "mlp.up_proj",
     "ffn.down": "mlp.down_proj",
 }
-_QWEN3_BLOCK = {"attention.q_norm": "self_attn.q_norm", "attention.k_norm": "self_attn.k_norm"}
+_HEAD_NORMS = {"attention.q_norm": "self_attn.q_norm", "attention.k_norm": "self_attn.k_norm"}
 
 
 def hugging_face_names(model: ModelSection) -> dict[str, str]:
     """Ours to theirs, every parameter once. Tied embeddings have no `head.weight`, as in Hugging Face's files."""
     names = {"embedding.weight": "model.embed_tokens.weight"}
-    block = _BLOCK | (_QWEN3_BLOCK if model.family == "qwen3" else {})
+    block = _BLOCK | (_HEAD_NORMS if model.traits.head_norms else {})
     for layer in range(model.num_layers):
         for ours, theirs in block.items():
             names[f"blocks.{layer}.{ours}.weight"] = f"model.layers.{layer}.{theirs}.weight"

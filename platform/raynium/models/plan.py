@@ -28,7 +28,7 @@ class Rule(NamedTuple):
 
 def tensor_parallel_plan(model: ModelSection) -> tuple[Rule, ...]:
     """Every module that the tensor axis touches, in the order of the forward pass."""
-    qwen3_norms = (Rule("blocks.*.attention.q_norm", "heads"), Rule("blocks.*.attention.k_norm", "heads"))
+    head_norms = (Rule("blocks.*.attention.q_norm", "heads"), Rule("blocks.*.attention.k_norm", "heads"))
     return (
         Rule("embedding", "vocabulary"),
         Rule("blocks.*.attention_norm", "sequence"),
@@ -36,7 +36,7 @@ def tensor_parallel_plan(model: ModelSection) -> tuple[Rule, ...]:
         Rule("blocks.*.attention.q", "column"),
         Rule("blocks.*.attention.k", "column"),
         Rule("blocks.*.attention.v", "column"),
-        *(qwen3_norms if model.family == "qwen3" else ()),
+        *(head_norms if model.traits.head_norms else ()),
         Rule("blocks.*.attention.o", "row"),
         Rule("blocks.*.ffn_norm", "sequence"),
         Rule("blocks.*.ffn", "gather"),

@@ -20,7 +20,7 @@ Not counted: the compiler's scratch space, collective buffers, fragmentation. `U
 from dataclasses import dataclass, fields, replace
 
 from raynium.config.schema import Config, ModelSection
-from raynium.models.flops import parameter_count
+from raynium.models.flops import norms_per_block, parameter_count
 
 GIB = 2**30
 FLOAT32_BYTES = 4
@@ -73,12 +73,11 @@ class MemoryEstimate:
 def parameter_parts(model: ModelSection) -> ParameterParts:
     """Exact counts, in numbers of parameters."""
     embeddings = model.vocab_size * model.hidden_size * (2 if model.embeddings == "untied" else 1)
-    norms_per_block = 2 * model.hidden_size + (2 * model.head_dim if model.family == "qwen3" else 0)
-    norms = model.num_layers * norms_per_block + model.hidden_size
+    norms = model.num_layers * norms_per_block(model) + model.hidden_size
     return ParameterParts(
         embeddings=embeddings,
         matrices_per_block=(parameter_count(model).total - embeddings - norms) // model.num_layers,
-        norms_per_block=norms_per_block,
+        norms_per_block=norms_per_block(model),
         final_norm=model.hidden_size,
         num_blocks=model.num_layers,
     )
@@ -130,9 +129,9 @@ def _activation_bytes(config: Config, compute_bytes: int) -> int:
     query_size = model.num_heads * model.head_dim
     key_value_size = model.num_kv_heads * model.head_dim
     # Per token and block. Every norm keeps its input, in float32, and the normalised input: split over the tensor axis
-    # along the tokens (Qwen 3's norms of q and k: along the heads).
+    # along the tokens (norms of q and k: along the heads).
     normed_elements = 2 * model.hidden_size
-    if model.family == "qwen3":
+    if model.traits.head_norms:
         normed_elements += query_size + key_value_size
     norms = normed_elements * (FLOAT32_BYTES + compute_bytes) / tensor
     gathered = 2 * model.hidden_size * compute_bytes  # inputs of q/k/v and of gate/up, whole on every rank
