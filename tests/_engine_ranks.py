@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from pair_task import PairTask
 
 from raynium.accelerators.cpu import CpuAccelerator
 from raynium.config.schema import Config
@@ -20,6 +21,10 @@ from raynium.config.world import World
 from raynium.data.batch import Batch
 from raynium.engines.base import Votes
 from raynium.engines.native import build_native_engine
+from raynium.tasks.base import Task
+from raynium.tasks.pretraining import Pretraining
+
+TASKS: dict[str, Task] = {"pretraining": Pretraining(), "pairs": PairTask()}
 
 
 class TestAccelerator(CpuAccelerator):
@@ -45,13 +50,15 @@ def run_rank(rank: int, folder: Path, scenario: dict) -> None:
         store = dist.FileStore(str(folder / "rendezvous"), world.size)  # pyright: ignore[reportPrivateImportUsage]
         dist.init_process_group("gloo", store=store, rank=rank, world_size=world.size)
     weights = "first" if scenario["load_from"] is None else "loaded"
-    engine = build_native_engine(config, world, TestAccelerator(scenario["memory_bytes"][rank]), weights=weights)
+    task = TASKS[scenario["task"]]
+    engine = build_native_engine(config, world, TestAccelerator(scenario["memory_bytes"][rank]), task, weights=weights)
     samples = torch.load(folder / "batches.pt")
     rows = config.train.global_batch_size // engine.data_size
     mine = slice(engine.data_rank * rows, (engine.data_rank + 1) * rows)
 
     def batch(step: int) -> Batch:
-        return Batch(samples["tokens"][step - 1, mine], samples["labels"][step - 1, mine])
+        others = {column.name: samples[column.name][step - 1, mine] for column in task.columns}
+        return Batch(samples["tokens"][step - 1, mine], samples["labels"][step - 1, mine], others)
 
     pointers = [chunk.tensor.data_ptr() for chunk in engine.state()]
     evaluations = []
@@ -66,7 +73,7 @@ def run_rank(rank: int, folder: Path, scenario: dict) -> None:
         result = engine.step(batch(step), step=step, votes=Votes(stop=wish, skip_save=[rank, step] == [0, 2]))
         results.append(vars(result) | {"agreed": tuple(result.agreed)})
         if step % 5 == 0:
-            evaluations.append(tuple(engine.evaluate(batch(step))))
+            evaluations.append(engine.evaluate(batch(step)))
     assert pointers == [chunk.tensor.data_ptr() for chunk in engine.state()], "a chunk aliases the same memory always"
     state = [(c.name, c.global_shape, c.offsets, c.tensor, c.saved_here) for c in engine.state()]
     torch.save({"results": results, "evaluations": evaluations, "state": state}, folder / f"rank-{rank}.pt")

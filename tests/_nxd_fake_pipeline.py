@@ -4,6 +4,7 @@ As the library it traces the model with torch.fx, cuts it behind the given modul
 stage only, so the tests see whether the decoder can be traced and that only hidden states travel between stages.
 """
 
+import inspect
 from collections.abc import Iterator
 from typing import Any
 
@@ -48,13 +49,14 @@ class NxDPPModel(nn.Module):
         assert use_model_wrapper and use_optimizer_wrapper, "the optimizer reduces gradients over data ranks"
         self.original_torch_module = module
         self._num_micro_batches = num_microbatches
+        self.shape_traced = False
         self._ranks = pipeline_ranks()
         self._stage = self._ranks.index(dist.get_rank())
         leaves = [*leaf_module_cls, *(kind.__name__ for kind in (transformer_layer_cls, *PARALLEL_MODULES))]
-        local = _stages(module, leaves=leaves, cuts=pipeline_cuts)[self._stage]
+        local = _stages(module, input_names, leaves=leaves, cuts=pipeline_cuts)[self._stage]
         self.local_stage_modules = [local]
         placeholders = [node.name for node in local.graph.nodes if node.op == "placeholder"]
-        assert "tokens" in input_names and "labels" in input_names
+        assert input_names[:2] == ["tokens", "labels"]
         self._inputs = [name if name in input_names else None for name in placeholders]
         assert self._inputs.count(None) == (self._stage > 0), "a stage is sent the hidden states and nothing else"
         self._names = {name.replace(".", "_"): name for name, _ in module.named_modules()}
@@ -79,6 +81,7 @@ class NxDPPModel(nn.Module):
             yield f"{self._names[child]}.{rest}", parameter
 
     def run_train(self, **inputs: Tensor) -> list[Tensor] | None:
+        self._trace_shapes(inputs)
         passes = [self._forward(micro_batch) for micro_batch in self._micro_batches(inputs)]
         for received, sent in passes:
             if self.is_last_stage():
@@ -96,9 +99,16 @@ class NxDPPModel(nn.Module):
         return [loss.detach() for _, loss in passes] if self.is_last_stage() else None
 
     def run_eval(self, **inputs: Tensor) -> list[Tensor] | None:
+        self._trace_shapes(inputs)
         with torch.no_grad():
             losses = [self._forward(micro_batch)[1] for micro_batch in self._micro_batches(inputs)]
         return losses if self.is_last_stage() else None
+
+    def _trace_shapes(self, inputs: dict[str, Tensor]) -> None:
+        """As the library: the first call of all runs one micro-batch forward, and throws away what comes out."""
+        if not self.shape_traced:
+            self._forward(self._micro_batches(inputs)[0])
+            self.shape_traced = True
 
     def _micro_batches(self, inputs: dict[str, Tensor]) -> list[dict[str, Tensor]]:
         assert all(value.device.type == "cpu" for value in inputs.values())
@@ -122,8 +132,11 @@ class NxDPPModel(nn.Module):
         return hidden.requires_grad_()
 
 
-def _stages(module: nn.Module, *, leaves: list[str], cuts: list[str]) -> list[fx.GraphModule]:
-    traced = fx.GraphModule(module, _Tracer(leaves).trace(module))
+def _stages(module: nn.Module, input_names: list[str], *, leaves: list[str], cuts: list[str]) -> list[fx.GraphModule]:
+    parameters = inspect.signature(module.forward).parameters.values()
+    left_out = {each.name: each.default for each in parameters if each.name not in input_names}
+    traced = fx.GraphModule(module, _Tracer(leaves).trace(module, concrete_args=left_out))
+    traced.graph.eliminate_dead_code()
     stage = 0
     stage_of_node: dict[fx.Node, int] = {}
     for node in traced.graph.nodes:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from _engine_ranks import TestAccelerator, load
+from _engine_ranks import TASKS, TestAccelerator, load
 
 from raynium.config.schema import Config
 from raynium.config.world import World
@@ -57,17 +57,21 @@ def run_rank(rank: int, folder: Path, scenario: dict, library: str) -> None:
         import torch_xla.distributed.xla_backend  # noqa: F401
     dist.init_process_group(backend, store=store, rank=rank, world_size=world.size)
     weights = "first" if scenario["load_from"] is None else "loaded"
+    task = TASKS[scenario["task"]]
     engine: Engine
     if config.engine.kind == "nxd":
-        engine = build_nxd_engine(config, world, weights=weights)
+        engine = build_nxd_engine(config, world, task, weights=weights)
     else:
-        engine = build_native_engine(config, world, TestAccelerator(scenario["memory_bytes"][rank]), weights=weights)
+        engine = build_native_engine(
+            config, world, TestAccelerator(scenario["memory_bytes"][rank]), task, weights=weights
+        )
     samples = torch.load(folder / "batches.pt")
     rows = config.train.global_batch_size // engine.data_size
     mine = slice(engine.data_rank * rows, (engine.data_rank + 1) * rows)
 
     def batch(step: int) -> Batch:
-        return Batch(samples["tokens"][step - 1, mine], samples["labels"][step - 1, mine])
+        others = {column.name: samples[column.name][step - 1, mine] for column in task.columns}
+        return Batch(samples["tokens"][step - 1, mine], samples["labels"][step - 1, mine], others)
 
     loaded = None
     if scenario["load_from"] is not None:
@@ -81,7 +85,7 @@ def run_rank(rank: int, folder: Path, scenario: dict, library: str) -> None:
         result = engine.step(batch(step), step=step, votes=Votes(stop=wish))
         results.append(vars(result) | {"agreed": tuple(result.agreed)})
         if step % 5 == 0:
-            evaluations.append(tuple(engine.evaluate(batch(step))))
+            evaluations.append(engine.evaluate(batch(step)))
     graphs_before = compiled_graphs(library)
     kept = {"results": results, "evaluations": evaluations, "state": saved_state(engine), "loaded": loaded}
     kept["save_graphs"] = compiled_graphs(library) - graphs_before

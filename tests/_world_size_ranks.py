@@ -29,6 +29,7 @@ from raynium.data.store import open_store
 from raynium.engines.base import Engine, Votes
 from raynium.engines.native import build_native_engine
 from raynium.storage.store import Store
+from raynium.tasks.pretraining import Pretraining
 
 
 def run_rank(rank: int, folder: Path, scenario: dict[str, Any]) -> None:
@@ -39,7 +40,7 @@ def run_rank(rank: int, folder: Path, scenario: dict[str, Any]) -> None:
     torch.set_num_threads(1)
     store = dist.FileStore(str(folder / "rendezvous"), World.of(config).size)  # pyright: ignore[reportPrivateImportUsage]
     dist.init_process_group("gloo", store=store, rank=rank, world_size=World.of(config).size)
-    engine = build_native_engine(config, World.of(config), detect("cpu"))
+    engine = build_native_engine(config, World.of(config), detect("cpu"), Pretraining())
     loader = Loader(
         open_store(config.data.path),
         seq_len=config.data.seq_len,

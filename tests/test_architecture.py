@@ -36,7 +36,8 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "accelerators": (),
     "health": ("accelerators",),
     "planning": ("models.plan", "models.flops"),
-    "engines": ("models", "data", "checkpoint.state", "accelerators"),
+    "tasks": ("models", "data"),
+    "engines": ("models", "data", "checkpoint.state", "accelerators", "tasks"),
     "train": ("engines",),
     "rank": ("train", "checkpoint", "health"),
     "tracking": (),
@@ -70,7 +71,7 @@ HOMES = {
     "boto3": {"cluster"},
     "torch": {
         *("models", "data", "checkpoint", "checkpoint.state", "checkpoint.format", "accelerators", "engines"),
-        *("convert", "sampling", "train", "rank", "standalone"),
+        *("convert", "sampling", "tasks", "train", "rank", "standalone"),
     },
     **{library: {"accelerators", "engines"} for library in NEURON_LIBRARIES},
 }
@@ -236,6 +237,7 @@ LIGHT = [
         "raynium.config.resume",
     ),
     *("raynium.hardware.catalog", "raynium.planning.memory", "raynium.models.flops", "raynium.models.plan"),
+    "raynium.tasks.base",
 ]
 
 

@@ -105,6 +105,7 @@ from raynium.data.batch import Batch
 from raynium.engines.base import Votes
 from raynium.config.world import World
 from raynium.engines.native import build_native_engine
+from raynium.tasks.pretraining import Pretraining
 from raynium.train.compiles import WatchedEngine
 from raynium.train.link import MemoryLink
 accelerator = NeuronAccelerator()
@@ -113,7 +114,9 @@ dist.init_process_group("neuron", store=dist.HashStore(), rank=0, world_size=1)
 config = parse_config(sys.stdin.read(), {"cluster.ranks_per_node": 1, "train.micro_batch_size": 4, "train.steps": 9})
 accelerator.memory_bytes = lambda **place: 2**30
 compiles, link = TorchCompiles(), MemoryLink()
-native = build_native_engine(config, World.of(config), accelerator, compile_backend=compiles.backend("neuron"))
+native = build_native_engine(
+    config, World.of(config), accelerator, Pretraining(), compile_backend=compiles.backend("neuron")
+)
 engine = WatchedEngine(native, torch_compiles=compiles, device_counts=accelerator.metrics, link=link)
 for step, tokens in enumerate((32, 32, 32, 48, 32), start=1):
     ids = torch.ones(4, tokens, dtype=torch.int64)

@@ -19,6 +19,7 @@ from raynium.data.batch import Batch
 from raynium.engines.base import FakeEngine, Votes
 from raynium.engines.native import build_native_engine
 from raynium.engines.torch_compiles import GraphInput, TorchCompiles, difference
+from raynium.tasks.pretraining import Pretraining
 from raynium.train.compiles import WARM_UP_CALLS, WatchedEngine
 from raynium.train.link import MemoryLink
 
@@ -60,7 +61,11 @@ def steps(engine: WatchedEngine, *tokens: int, first: int = 1) -> None:
 def test_a_second_shape_is_explained_and_equal_shapes_compile_nothing(compiles: TorchCompiles) -> None:
     link = MemoryLink()
     native = build_native_engine(
-        parse_config(JOB), World.of(parse_config(JOB)), CpuAccelerator(), compile_backend=compiles.backend("aot_eager")
+        parse_config(JOB),
+        World.of(parse_config(JOB)),
+        CpuAccelerator(),
+        Pretraining(),
+        compile_backend=compiles.backend("aot_eager"),
     )
     engine = WatchedEngine(native, torch_compiles=compiles, device_counts=no_counts, link=link)
     steps(engine, 16, 16)
@@ -190,8 +195,8 @@ def test_what_the_device_compiles_is_explained_by_the_batch(compiles: TorchCompi
             4,
             1,
             [
-                "the device's graph was compiled again (2.5 s): tokens_BT is int64 [2, 24], seen int64 [2, 16]; "
-                "labels_BT is int64 [2, 24], seen int64 [2, 16]"
+                "the device's graph was compiled again (2.5 s): tokens is int64 [2, 24], seen int64 [2, 16]; "
+                "labels is int64 [2, 24], seen int64 [2, 16]"
             ],
         )
     ]
@@ -255,6 +260,6 @@ def test_torch_xlas_own_counters() -> None:
     assert done.returncode == 0, done.stderr
     first, shape, number, timed = done.stdout.splitlines()
     assert first.startswith("1 ") and first.endswith(" []")
-    assert shape.startswith("4 ") and "tokens_BT is int64 [2, 24], seen int64 [2, 16]" in shape
+    assert shape.startswith("4 ") and "tokens is int64 [2, 24], seen int64 [2, 16]" in shape
     assert number.startswith("6 ") and "a Python number or a branch in the step changed" in number
     assert timed == "True"

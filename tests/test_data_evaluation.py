@@ -15,8 +15,10 @@ from raynium.data.batch import IGNORED_LABEL, Batch
 from raynium.data.evaluation import EvaluationSet, bits_per_byte, evaluation_set
 from raynium.data.store import DocumentStore
 from raynium.data.store_build import build_store
-from raynium.engines.base import EvalSum, FakeEngine
+from raynium.engines.base import FakeEngine
 from raynium.rank.build import Evaluation
+from raynium.tasks.base import Sums
+from raynium.tasks.pretraining import Pretraining
 
 
 @pytest.fixture(scope="module")
@@ -42,9 +44,9 @@ def store(source: Path, tmp_path_factory: pytest.TempPathFactory) -> DocumentSto
 def counted(evaluation: EvaluationSet) -> list[tuple[int, int]]:
     """(token, label) wherever a label counts, in order."""
     pairs = []
-    for tokens_BT, labels_BT in evaluation.batches:
-        mask_BT = labels_BT != IGNORED_LABEL
-        pairs += list(zip(tokens_BT[mask_BT].tolist(), labels_BT[mask_BT].tolist(), strict=True))
+    for batch in evaluation.batches:
+        mask_BT = batch.labels_BT != IGNORED_LABEL
+        pairs += list(zip(batch.tokens_BT[mask_BT].tolist(), batch.labels_BT[mask_BT].tolist(), strict=True))
     return pairs
 
 
@@ -59,7 +61,7 @@ def test_each_token_of_each_document_is_counted_once_given_the_one_before(store:
     assert evaluation.num_tokens == len(expected) == store.manifest.heldout.tokens
     assert evaluation.num_bytes == store.manifest.heldout.utf8_bytes
     assert evaluation.num_documents == store.manifest.heldout.documents > 3
-    for tensor in (tensor for batch in evaluation.batches for tensor in batch):
+    for tensor in (tensor for batch in evaluation.batches for tensor in batch.columns().values()):
         assert tensor.dtype == torch.int64 and tensor.shape == (4, seq_len) and tensor.is_contiguous()
 
 
@@ -115,7 +117,7 @@ def test_baselines_on_the_evaluated_documents(store: DocumentStore, source: Path
                 logits_V.expand(labels_BT.numel(), -1), labels_BT.flatten(), reduction="sum", ignore_index=IGNORED_LABEL
             )
         )
-        for _, labels_BT in evaluation.batches
+        for labels_BT in (batch.labels_BT for batch in evaluation.batches)
     )
     assert baselines.unigram_bits_per_byte == pytest.approx(bits_per_byte(nats, evaluation.num_bytes), rel=1e-9)
     texts = [(source / document.name).read_bytes() for document in store.heldout_documents(max_documents)]
@@ -131,10 +133,10 @@ def test_a_pipeline_is_evaluated_with_as_many_rows_as_it_trains(
     config = load_config("quickstart", [f"parallel.pipeline={pipeline}"])  # 8 rows a step on 2 ranks, 4 at a time
     engine, seen = FakeEngine(), []
 
-    def evaluate(batch: Batch) -> EvalSum:
+    def evaluate(batch: Batch) -> Sums:
         seen.append(len(batch.tokens_BT))
-        return EvalSum(nats=1.0, tokens=1)
+        return {"nats": 1.0, "tokens": 1.0}
 
     monkeypatch.setattr(engine, "evaluate", evaluate)
-    Evaluation(engine, store, config, World.of(config)).metrics()
+    Evaluation(engine, Pretraining(), store, config, World.of(config)).metrics()
     assert set(seen) == {rows}

@@ -10,14 +10,17 @@ import torch
 
 from raynium.data.batch import Batch
 from raynium.engines.base import FakeEngine, StepResult, Votes
+from raynium.tasks.pretraining import Pretraining
 from raynium.tracking.metrics import METRICS, check_metrics
 from raynium.train.guard import BadStep, judge
 from raynium.train.link import MemoryLink
 from raynium.train.loop import Cadence, Outcome, train
 from raynium.train.metrics import Throughput
 
-GOOD = StepResult(loss=2.5, grad_norm=0.5, tokens=64, learning_rate=1e-3, agreed=Votes())
+SUMS = {"nats": 160.0, "tokens": 64.0}
+GOOD = StepResult(loss=2.5, grad_norm=0.5, sums=SUMS, learning_rate=1e-3, agreed=Votes())
 THROUGHPUT = Throughput(
+    task=Pretraining(),
     world_size=4,
     tokens_per_step=64,
     global_batch_size=2,

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from _engine_ranks import extent
+from pair_task import pair_columns
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from raynium.accelerators.cpu import CpuAccelerator
@@ -18,11 +19,12 @@ from raynium.config.schema import Config
 from raynium.config.world import World
 from raynium.data.batch import IGNORED_LABEL, Batch
 from raynium.engines.base import FakeEngine, Votes
-from raynium.engines.cross_entropy import ROWS_AT_ONCE, summed_nats
+from raynium.engines.log_probs import ROWS_AT_ONCE, label_log_probs, turn_into_gradient
 from raynium.engines.native import build_native_engine
 from raynium.engines.optim import decays, learning_rate
 from raynium.models.decoder import Decoder
 from raynium.models.init import initialise
+from raynium.tasks.pretraining import Pretraining
 
 STEPS, ROWS, SEQ_LEN, VOCAB = 20, 12, 16, 64
 PLENTY = 1 << 40
@@ -69,13 +71,13 @@ def samples() -> dict[str, torch.Tensor]:
     ignored = torch.rand(labels.shape, generator=generator) < torch.linspace(0.9, 0.0, ROWS)[None, :, None]
     labels[ignored] = IGNORED_LABEL
     labels[:, :3] = IGNORED_LABEL  # at data size 2 and 3 that leaves a micro-batch in which nothing counts
-    return {"tokens": ids[..., :-1].contiguous(), "labels": labels}
+    return {"tokens": ids[..., :-1].contiguous(), "labels": labels, **pair_columns(labels)}
 
 
 class Run(NamedTuple):
     folder: Path
     results: list[list[dict[str, Any]]]  # [rank][step]
-    evaluations: list[list[tuple[float, int]]]  # [rank][evaluation]
+    evaluations: list[list[dict[str, float]]]  # [rank][evaluation]
     states: list[list[tuple[str, tuple[int, ...], tuple[int, ...], torch.Tensor, bool]]]  # [rank][chunk]
 
     @property
@@ -108,6 +110,7 @@ def run(
     folder: Path,
     config: Config,
     *,
+    task: str = "pretraining",
     memory_bytes: int | list[int] = PLENTY,
     first_step: int = 1,
     last_step: int = STEPS,
@@ -119,6 +122,7 @@ def run(
     torch.save(samples(), folder / "batches.pt")
     scenario = {
         "config": config.model_dump(mode="json"),
+        "task": task,
         "memory_bytes": [memory_bytes] * World.of(config).size if isinstance(memory_bytes, int) else memory_bytes,
         "first_step": first_step,
         "last_step": last_step,
@@ -205,9 +209,9 @@ def test_every_layout_trains_as_a_plain_float64_loop_does(runs: dict[str, Run], 
     for results, evaluations in zip(runs[layout].results, runs[layout].evaluations, strict=True):
         assert [result["loss"] for result in results] == pytest.approx(expected.losses, rel=3e-6)
         assert [result["grad_norm"] for result in results] == pytest.approx(expected.grad_norms, rel=1e-4)
-        assert [result["tokens"] for result in results] == counted
-        assert [nats for nats, _ in evaluations] == pytest.approx(expected.nats, rel=3e-6)
-        assert [tokens for _, tokens in evaluations] == counted[4::5]
+        assert [result["sums"]["tokens"] for result in results] == counted
+        assert [sums["nats"] for sums in evaluations] == pytest.approx(expected.nats, rel=3e-6)
+        assert [sums["tokens"] for sums in evaluations] == counted[4::5]
 
 
 # Matrices of several tiles, whose edges no rank's rows and columns keep to.
@@ -329,7 +333,8 @@ def test_compiled_blocks_give_the_same_losses(
 
 def test_logits_do_not_outlive_their_micro_batch() -> None:
     """They are the largest activation, and the next micro-batch is about to make its own."""
-    engine = build_native_engine(config(micro_batches=3), World.of(config(micro_batches=3)), CpuAccelerator())
+    made = config(micro_batches=3)
+    engine = build_native_engine(made, World.of(made), CpuAccelerator(), Pretraining())
     made: list[StorageWeakRef] = []
     alive: list[int] = []
     engine._model.register_forward_pre_hook(lambda *_: alive.append(sum(not each.expired() for each in made)))
@@ -345,22 +350,41 @@ def test_logits_do_not_outlive_their_micro_batch() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_cross_entropy_in_place_equals_torchs(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("slopes", ["ones", "negative", "signed"])
+def test_logits_become_the_gradient_that_autograd_has(dtype: torch.dtype, slopes: str) -> None:
+    """Of any function of the labels' log-probabilities, told by its slopes."""
     rows = ROWS_AT_ONCE + 37  # a last chunk that is not whole
-    logits = torch.randn(rows, 50, dtype=dtype, generator=torch.Generator().manual_seed(1)) * 5
-    labels = torch.randint(0, 50, (rows,), generator=torch.Generator().manual_seed(2))
+    generator = torch.Generator().manual_seed(1)
+    logits = torch.randn(rows, 50, dtype=dtype, generator=generator) * 5
+    labels = torch.randint(0, 50, (rows,), generator=generator)
     labels[::3] = IGNORED_LABEL
-    theirs = logits.clone().requires_grad_()
     wide = torch.promote_types(dtype, torch.float32)
-    expected = F.cross_entropy(theirs.to(wide), labels, ignore_index=IGNORED_LABEL, reduction="sum")
-    expected.backward()
+    slope = -torch.rand(rows, dtype=wide, generator=generator) * 10 ** torch.randint(
+        -6, 3, (rows,), generator=generator
+    )
+    slope[::5] = 0
+    if slopes == "ones":
+        slope = torch.full_like(slope, -1)
+    elif slopes == "signed":
+        slope *= torch.tensor([1, -1], dtype=wide)[torch.arange(rows) % 2]
+    theirs = logits.clone().requires_grad_()
+    nats = F.cross_entropy(theirs.to(wide), labels, ignore_index=IGNORED_LABEL, reduction="none")
+    (-nats * slope).sum().backward()
 
     untouched = logits.clone()
-    nats = summed_nats(logits, labels, vocabulary_group=None, want_gradient=False)
+    found = label_log_probs(logits, labels, vocabulary_group=None)
     assert torch.equal(logits, untouched)
-    assert nats.item() == pytest.approx(expected.item(), rel=1e-6)
-    assert summed_nats(logits, labels, vocabulary_group=None, want_gradient=True).item() == nats.item()
+    torch.testing.assert_close(found.log_probs_N, -nats.detach())
+    turn_into_gradient(logits, found, slope, slopes="signed" if slopes == "signed" else "negative")
     torch.testing.assert_close(logits, theirs.grad)
+
+
+def test_a_slope_that_was_not_announced_is_no_number() -> None:
+    """Rather than a gradient of the wrong sign: the guard then ends the run at this step."""
+    logits = torch.randn(2, 8)
+    found = label_log_probs(logits, torch.tensor([1, 2]), vocabulary_group=None)
+    turn_into_gradient(logits, found, torch.tensor([-1.0, 1.0]), slopes="negative")
+    assert logits[0].isfinite().all() and logits[1].isnan().all()
 
 
 def test_the_fake_engines_losses_tell_state_samples_and_steps_apart() -> None:

@@ -113,9 +113,9 @@ def check_against_reference(ran: Run, config: Config) -> None:
     for results, evaluations in zip(ran.results, ran.evaluations, strict=True):
         assert [result["loss"] for result in results] == pytest.approx(expected.losses, rel=3e-6)
         assert [result["grad_norm"] for result in results] == pytest.approx(expected.grad_norms, rel=1e-4)
-        assert [result["tokens"] for result in results] == counted
-        assert [nats for nats, _ in evaluations] == pytest.approx(expected.nats, rel=3e-6)
-        assert [tokens for _, tokens in evaluations] == counted[4::5]
+        assert [result["sums"]["tokens"] for result in results] == counted
+        assert [sums["nats"] for sums in evaluations] == pytest.approx(expected.nats, rel=3e-6)
+        assert [sums["tokens"] for sums in evaluations] == counted[4::5]
 
 
 @pytest.mark.parametrize("library", LIBRARIES)

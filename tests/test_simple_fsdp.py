@@ -26,6 +26,7 @@ from raynium.data.batch import Batch
 from raynium.engines.base import Votes
 from raynium.engines.native import NativeEngine, build_native_engine
 from raynium.launch.settle import settled
+from raynium.tasks.pretraining import Pretraining
 
 # torch.compile looks at the .grad of every graph input, and hides the warning only from those who show all of them.
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
@@ -165,7 +166,7 @@ def pretended() -> Iterator[Callable[..., tuple[NativeEngine, Batch]]]:
     def build(made: Config, backend: Callable[..., Any], memory_bytes: int = 0) -> tuple[NativeEngine, Batch]:
         dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=World.of(made).size)
         engine = build_native_engine(
-            made, World.of(made), _engine_ranks.TestAccelerator(memory_bytes), compile_backend=backend
+            made, World.of(made), _engine_ranks.TestAccelerator(memory_bytes), Pretraining(), compile_backend=backend
         )
         if isinstance(backend, RecordingBackend):
             assert engine._layout.mesh is not None
@@ -204,8 +205,7 @@ def test_one_graph_of_a_block_holds_its_collectives_and_keeps_no_whole_parameter
     backend = RecordingBackend(PARTITIONS[partition])
     made = config(**SHAPES[shape], model={**LLAMA3, "num_layers": 3}, compile="block", fsdp="simple")
     engine, batch = pretended(made, backend)
-    (tokens_BT, _), *_ = engine._micro_batches(batch)
-    logits = engine._model(tokens_BT)
+    logits = engine._model(engine._micro_batches(batch)[0].tokens_BT)
     assert len(backend.gathered) == 3 * BLOCK_PARAMETERS, "every parameter of every block was gathered"
     assert backend.alive() == 0, "between forward and backward"
     logits.backward(logits.detach())
@@ -233,8 +233,7 @@ def test_a_model_that_fits_keeps_what_it_gathered(
     backend = RecordingBackend(PARTITIONS[partition])
     made = config(ranks=2, model=LLAMA3, compile="block", fsdp="simple", activation_checkpointing=checkpointing)
     engine, batch = pretended(made, backend, PLENTY)
-    (tokens_BT, _), *_ = engine._micro_batches(batch)
-    logits = engine._model(tokens_BT)
+    logits = engine._model(engine._micro_batches(batch)[0].tokens_BT)
     assert backend.alive() == len(backend.gathered) == 2 * BLOCK_PARAMETERS
     logits.backward(logits.detach())
     assert len(backend.gathered) == 2 * BLOCK_PARAMETERS, "nothing was gathered twice"

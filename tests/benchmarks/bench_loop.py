@@ -41,6 +41,7 @@ from raynium.data.store import open_store
 from raynium.data.store_build import build_store
 from raynium.engines.native import build_native_engine
 from raynium.models.flops import parameter_count
+from raynium.tasks.pretraining import Pretraining
 from raynium.train.link import MemoryLink
 from raynium.train.loop import Cadence, train
 from raynium.train.metrics import Throughput
@@ -191,7 +192,7 @@ def ours(task: Task, step_done: StepDone) -> None:
             step_done()
 
     config, world = task.config, World.of(task.config)
-    engine = build_native_engine(config, world, detect("cpu"))
+    engine = build_native_engine(config, world, detect("cpu"), Pretraining())
     train(
         engine=engine,
         batches=_loader(config, data_rank=engine.data_rank, data_size=engine.data_size),
@@ -199,7 +200,9 @@ def ours(task: Task, step_done: StepDone) -> None:
         start_step=0,
         evaluate=dict,
         snapshots=_NoSnapshots(),
-        throughput=Throughput(world.size, config.tokens_per_step, config.train.global_batch_size, 1.0, 1.0, 1.0),
+        throughput=Throughput(
+            Pretraining(), world.size, config.tokens_per_step, config.train.global_batch_size, 1.0, 1.0, 1.0
+        ),
         link=Link(),
     )
 

@@ -3,16 +3,38 @@
 B: sequences of one data-parallel rank, T: tokens of a sequence (`data.seq_len`).
 """
 
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 IGNORED_LABEL = -100  # torch.nn.functional.cross_entropy's own default for "not counted"
 
 
-class Batch(NamedTuple):
-    """int64 CPU tensors; the label at [b, t] is the token that follows the one at [b, t]."""
+@dataclass(frozen=True)
+class Batch:
+    """B rows, from a loader on the CPU; the label at [b, t] is the token that follows the one at [b, t]."""
 
-    tokens_BT: "Tensor"
-    labels_BT: "Tensor"  # IGNORED_LABEL: this position is not counted
+    tokens_BT: "Tensor"  # int64
+    labels_BT: "Tensor"  # int64; IGNORED_LABEL: this position is not counted
+    others: "Mapping[str, Tensor]" = field(default_factory=dict)  # the task's own columns (`tasks/base.py`)
+
+    def columns(self) -> "dict[str, Tensor]":
+        """All by name."""
+        return {"tokens": self.tokens_BT, "labels": self.labels_BT, **self.others}
+
+    def split(self, rows: int) -> "list[Batch]":
+        """Views of `rows` rows each."""
+        assert len(self.tokens_BT) % rows == 0, f"{len(self.tokens_BT)} rows do not make whole parts of {rows}"
+        parts = {name: column.split(rows) for name, column in self.columns().items()}
+        return [_batch(dict(zip(parts, part, strict=True))) for part in zip(*parts.values(), strict=True)]
+
+    def to(self, device: "torch.device") -> "Batch":
+        return _batch({name: column.to(device, non_blocking=True) for name, column in self.columns().items()})
+
+
+def _batch(columns: "dict[str, Tensor]") -> Batch:
+    return Batch(columns.pop("tokens"), columns.pop("labels"), columns)

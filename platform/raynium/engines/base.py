@@ -7,6 +7,7 @@ import torch
 
 from raynium.checkpoint.state import Chunk
 from raynium.data.batch import IGNORED_LABEL, Batch
+from raynium.tasks.base import Sums
 
 
 class Votes(NamedTuple):
@@ -20,18 +21,16 @@ class Votes(NamedTuple):
 class StepResult:
     """One optimizer step, the same numbers on every rank."""
 
-    loss: float  # nats per token: the token-weighted mean over all ranks and micro-batches
-    grad_norm: float  # global 2-norm of that mean's gradient, before clipping
-    tokens: int  # counted labels, over all ranks
+    loss: float  # the task's objective, divided by what all micro-batches of all ranks counted
+    grad_norm: float  # global 2-norm of that quotient's gradient, before clipping
+    sums: Sums  # what the task added up, and its counts
     learning_rate: float
     agreed: Votes  # true where some rank said so
 
-
-class EvalSum(NamedTuple):
-    """Sums over all data ranks, the same on every rank."""
-
-    nats: float
-    tokens: int
+    @property
+    def tokens(self) -> int:
+        """Counted labels, over all ranks."""
+        return int(self.sums["tokens"])
 
 
 class Engine(Protocol):
@@ -47,8 +46,8 @@ class Engine(Protocol):
         """One optimizer step; `step` counts from 1. B is micro_steps * micro_batch_size rows of this data rank."""
         ...
 
-    def evaluate(self, batch: Batch) -> EvalSum:
-        """Loss without learning. B is the same on all ranks; rows to leave out carry IGNORED_LABEL."""
+    def evaluate(self, batch: Batch) -> Sums:
+        """The task's sums and counts, without learning. B is the same on all ranks; rows without a label fill it up."""
         ...
 
     def state(self) -> list[Chunk]:
@@ -65,7 +64,7 @@ class Engine(Protocol):
 
 
 class FakeEngine:
-    """An engine without a model, for tests of the loop: its losses are a pure function of all batches it has seen.
+    """An engine without a model or task, for tests of the loop: its losses are a function of all batches it has seen.
 
     So a resumed run shows the losses of an uninterrupted one only if it got the same state, step and samples.
     """
@@ -81,14 +80,13 @@ class FakeEngine:
         return StepResult(
             loss=self._loss(),
             grad_norm=1.0,
-            tokens=self.data_size * _count(batch),
+            sums=self._sums(batch),
             learning_rate=1e-3,
             agreed=votes,
         )
 
-    def evaluate(self, batch: Batch) -> EvalSum:
-        tokens = self.data_size * _count(batch)
-        return EvalSum(nats=self._loss() * tokens, tokens=tokens)
+    def evaluate(self, batch: Batch) -> Sums:
+        return self._sums(batch)
 
     def state(self) -> list[Chunk]:
         return [Chunk("model/mixed", (1,), (0,), self._mixed, saved_here=self.data_rank == 0)]
@@ -102,6 +100,6 @@ class FakeEngine:
     def _loss(self) -> float:
         return 1.0 + self._mixed.item() / 2**31
 
-
-def _count(batch: Batch) -> int:
-    return int((batch.labels_BT != IGNORED_LABEL).sum())
+    def _sums(self, batch: Batch) -> Sums:
+        tokens = self.data_size * int((batch.labels_BT != IGNORED_LABEL).sum())
+        return {"nats": self._loss() * tokens, "tokens": tokens}

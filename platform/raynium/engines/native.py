@@ -1,8 +1,9 @@
 """The native engine: FSDP and DTensor tensor parallelism of stock torch, for cpu/gloo, cuda/nccl and neuron/neuron.
 
-One optimizer step is: micro-batches forward and backward with gradients of the *sum* of nats; one all-reduce of a few
-numbers (nats, tokens, squared gradient norm, votes); then one scale for all gradients, which divides by the
-token count and clips, and AdamW. The scale stays on the device, so a GPU is not waited for until the step is over.
+One optimizer step is: micro-batches forward and backward with gradients of the task's objective, a *sum*; one
+all-reduce of a few numbers (sums, counts, squared gradient norm, votes); then one scale for all gradients, which
+divides by what was counted and clips, and AdamW. The scale stays on the device, so a GPU is not waited for until the
+step is over.
 """
 
 from typing import Literal, NamedTuple
@@ -21,9 +22,9 @@ from raynium.accelerators.cpu import usable_cores
 from raynium.checkpoint.state import Chunk
 from raynium.config.schema import Config
 from raynium.config.world import World
-from raynium.data.batch import IGNORED_LABEL, Batch
-from raynium.engines.base import EvalSum, StepResult, Votes
-from raynium.engines.cross_entropy import summed_nats
+from raynium.data.batch import Batch
+from raynium.engines.base import StepResult, Votes
+from raynium.engines.log_probs import label_log_probs, turn_into_gradient
 from raynium.engines.optim import decays, learning_rate
 from raynium.engines.parallelize import apply_fsdp, apply_tensor_parallel, fsdp_modules, parameter_names, wrap_blocks
 from raynium.engines.recompute import with_recompute_marks
@@ -33,6 +34,7 @@ from raynium.models.decoder import Decoder
 from raynium.models.flops import parameter_count
 from raynium.models.init import init_block
 from raynium.models.plan import divided_sizes
+from raynium.tasks.base import Sums, Task, check_whole_samples, counts_of, loss_of
 
 
 class Layout(NamedTuple):
@@ -56,10 +58,20 @@ class Block(NamedTuple):
     first_holder: bool  # of the ranks that hold the same block, this is the one that counts and saves it
 
 
+class Total(NamedTuple):
+    """What all ranks added up, on the device."""
+
+    names: tuple[str, ...]  # of the task's sums, then of what was counted
+    sums: Tensor  # one for each name
+    square_norm: Tensor  # of the gradient
+    votes: Tensor  # how many ranks wished for each
+
+
 def build_native_engine(
     config: Config,
     world: World,
     accelerator: Accelerator,
+    task: Task,
     *,
     compile_backend: Backend | None = None,
     weights: Literal["first", "loaded"] = "first",
@@ -68,12 +80,14 @@ def build_native_engine(
 
     compile_backend: what torch.compile is given, the accelerator's own if None. weights: "loaded" leaves them as memory
     was, for a state that is loaded next; the first ones take a core 12 s for each billion of them that the rank holds.
+    Raises ConfigError if a micro-batch would part the rows of a sample.
 
     torch.distributed must be initialised when there is more than one rank. One rank works without: in float32 it is
     plain torch; in bfloat16 FSDP does the casting, for the same math as on many ranks, over a one-rank group that the
     engine opens.
     """
     assert config.engine.dtype != "auto", "the driver settles it"
+    check_whole_samples(task, config)
     dtype = getattr(torch, config.engine.dtype)
     assert world.size == 1 or dist.is_initialized(), f"{world.size} ranks and no process group"
     sharded = world.size > 1 or dtype != torch.float32
@@ -85,7 +99,7 @@ def build_native_engine(
     gathered = _fits_gathered(config, accelerator)
     backend = compile_backend or accelerator.compile_backend
     model, blocks = _build_model(config, accelerator, layout, dtype, backend, gathered=gathered, weights=weights)
-    return NativeEngine(config, accelerator, layout, model, blocks, gathered=gathered, opened_group=opens_group)
+    return NativeEngine(config, accelerator, task, layout, model, blocks, gathered=gathered, opened_group=opens_group)
 
 
 class NativeEngine:
@@ -95,6 +109,7 @@ class NativeEngine:
         self,
         config: Config,
         accelerator: Accelerator,
+        task: Task,
         layout: Layout,
         model: Decoder,
         blocks: list[Block],
@@ -107,6 +122,7 @@ class NativeEngine:
         self._config = config
         self._device = torch.device(accelerator.device_type)  # without an index: on Neuron only the bare name is right
         self._sum_dtype: torch.dtype = getattr(torch, accelerator.sum_dtype)
+        self._task = task
         self._layout = layout
         self._model = model
         self._blocks = blocks
@@ -122,14 +138,16 @@ class NativeEngine:
     # ---- a step ------------------------------------------------------------------------------------------------------
 
     def step(self, batch: Batch, *, step: int, votes: Votes) -> StepResult:
-        nats = self._accumulate_gradients(batch)
+        counts = counts_of(self._task, batch)
+        sums = self._accumulate_gradients(batch)
         gradients = self._local_gradients()
-        nats, tokens, square_norm, *agreed = self._sum_over_ranks(nats, batch, gradients, votes)
+        total = self._sum_over_ranks(sums, counts, square_norm=self._square_norm(gradients), votes=votes)
 
-        # A step in which no label counts has loss 0 and a gradient of zeros, not NaN.
-        tokens_or_1 = tokens.clamp(min=1)
-        norm = square_norm.sqrt() / tokens_or_1
-        scale = (self._config.optimizer.clip_norm / (norm + 1e-6)).clamp(max=1) / tokens_or_1
+        # A step in which nothing counts has loss 0 and a gradient of zeros, not NaN.
+        divisor = total.sums[total.names.index(self._task.divisor)]
+        divisor_or_1 = divisor.where(divisor != 0, 1)
+        norm = total.square_norm.sqrt() / divisor_or_1
+        scale = (self._config.optimizer.clip_norm / (norm + 1e-6)).clamp(max=1) / divisor_or_1
         torch._foreach_mul_(  # pyright: ignore[reportPrivateImportUsage]
             [gradient for _, gradient in gradients], scale.float()
         )
@@ -144,29 +162,31 @@ class NativeEngine:
             block.local.grad = block.parameter.grad = None
 
         # The step's one wait for the device.
-        loss, norm, tokens, *agreed = torch.stack((nats / tokens_or_1, norm, tokens, *agreed)).tolist()
-        votes = Votes(*(count > 0 for count in agreed))
-        return StepResult(loss=loss, grad_norm=norm, tokens=int(tokens), learning_rate=rate, agreed=votes)
+        norm, *numbers = torch.cat((norm.reshape(1), total.sums, total.votes)).tolist()
+        named = dict(zip(total.names, numbers, strict=False))
+        agreed = Votes(*(count > 0 for count in numbers[len(named) :]))
+        loss = loss_of(self._task, named)
+        return StepResult(loss=loss, grad_norm=norm, sums=named, learning_rate=rate, agreed=agreed)
 
     def _accumulate_gradients(self, batch: Batch) -> Tensor:
-        """Forward and backward of every micro-batch; returns this data rank's summed nats, a scalar."""
+        """Forward and backward of every micro-batch; returns the task's sums over this data rank's rows."""
         micro_batches = self._micro_batches(batch)
-        nats = torch.zeros((), dtype=self._sum_dtype, device=self._device)
-        for index, (tokens_BT, labels_BT) in enumerate(micro_batches):
+        sums = torch.zeros(len(self._task.sums), dtype=self._sum_dtype, device=self._device)
+        for index, micro_batch in enumerate(micro_batches):
             if self._syncs_last_only and isinstance(self._model, FSDPModule):
                 last = index == len(micro_batches) - 1
                 self._model.set_requires_gradient_sync(last)
                 self._model.set_reshard_after_backward(last)
                 self._model.set_is_last_backward(last)
-            logits_BTV = self._model(tokens_BT)
+            logits_BTV = self._model(micro_batch.tokens_BT)
             # `.data`, since autograd must not learn that the logits become their own gradient: no backward reads them.
-            nats += self._summed_nats(logits_BTV.data, labels_BT, want_gradient=True)
+            sums += self._score(logits_BTV.data, micro_batch, want_gradient=True)
             logits_BTV.backward(logits_BTV.data)
             del logits_BTV  # else they would be there beside the next micro-batch's
-        return nats
+        return sums
 
     def _local_gradients(self) -> list[tuple[Block, Tensor]]:
-        """This rank's blocks with the gradients of the summed nats, summed over data ranks."""
+        """This rank's blocks with the gradients of the objective's sum, summed over data ranks."""
         gradients = []
         for block in self._blocks:
             gradient = block.parameter.grad
@@ -174,57 +194,51 @@ class NativeEngine:
             gradients.append((block, _local(gradient)))
         return gradients
 
-    def _sum_over_ranks(
-        self, nats: Tensor, batch: Batch, gradients: list[tuple[Block, Tensor]], votes: Votes
-    ) -> Tensor:
-        """[nats, tokens, squared gradient norm, one count per vote] over all ranks, in one all-reduce.
+    def _square_norm(self, gradients: list[tuple[Block, Tensor]]) -> Tensor:
+        """Of this rank's contribution: a block counts on its first holder."""
+        norm = torch.nn.utils.get_total_norm([gradient for block, gradient in gradients if block.first_holder])
+        return norm.to(self._sum_dtype).square()
 
-        In float64, or float32 where the device has no wider: then the token count is exact up to 2**24.
+    def _sum_over_ranks(self, sums: Tensor, counts: Sums, *, square_norm: Tensor | float, votes: Votes) -> Total:
+        """In one all-reduce, in float64, or float32 where the device has no wider: then counts are exact up to 2**24.
 
-        Each number is contributed once: nats and tokens by one rank of a tensor group, a gradient block by its first
-        holder. A rank that dies here leaves the others waiting until the agents end the generation.
+        sums, counts: the task's, of this data rank. Each number is contributed once: these by one rank of a tensor
+        group. A rank that dies here leaves the others waiting until the agents end the generation.
         """
         counts_here = self._layout.tensor_rank == 0
-        tokens = int((batch.labels_BT != IGNORED_LABEL).sum())
-        norm = torch.nn.utils.get_total_norm([gradient for block, gradient in gradients if block.first_holder])
-        square_norm = norm.to(self._sum_dtype).square()
-        mine = torch.tensor([0, tokens * counts_here, 0, *votes], dtype=self._sum_dtype, device=self._device)
-        mine[0], mine[2] = nats * counts_here, square_norm
+        names = (*self._task.sums, *counts)
+        numbers = [*(0 for _ in sums), *(count * counts_here for count in counts.values()), 0, *votes]
+        mine = torch.tensor(numbers, dtype=self._sum_dtype, device=self._device)
+        mine[: len(sums)], mine[len(names)] = sums * counts_here, square_norm
         if dist.is_initialized():
             dist.all_reduce(mine)
-        return mine
+        return Total(names, mine[: len(names)], mine[len(names)], mine[len(names) + 1 :])
 
     # ---- evaluation --------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def evaluate(self, batch: Batch) -> EvalSum:
-        sums = torch.zeros(2, dtype=self._sum_dtype, device=self._device)
-        for tokens_BT, labels_BT in self._micro_batches(batch):
-            sums[0] += self._summed_nats(self._model(tokens_BT), labels_BT, want_gradient=False)
-            sums[1] += (labels_BT != IGNORED_LABEL).sum()
+    def evaluate(self, batch: Batch) -> Sums:
+        counts = counts_of(self._task, batch)
+        sums = torch.zeros(len(self._task.sums), dtype=self._sum_dtype, device=self._device)
+        for micro_batch in self._micro_batches(batch):
+            sums += self._score(self._model(micro_batch.tokens_BT), micro_batch, want_gradient=False)
         for module in fsdp_modules(self._model):
             module.reshard()  # no backward will: the whole parameters would outlive a load of new ones
-        sums *= self._layout.tensor_rank == 0
-        if dist.is_initialized():
-            dist.all_reduce(sums)
-        nats, tokens = sums.tolist()
-        return EvalSum(nats=nats, tokens=int(tokens))
+        total = self._sum_over_ranks(sums, counts, square_norm=0.0, votes=Votes())
+        return dict(zip(total.names, total.sums.tolist(), strict=True))
 
-    def _micro_batches(self, batch: Batch) -> list[tuple[Tensor, Tensor]]:
-        rows, size = batch.tokens_BT.shape[0], self._config.train.micro_batch_size
-        assert rows % size == 0, f"{rows} rows do not make whole micro-batches of {size}"
-        tokens_BT = batch.tokens_BT.to(self._device, non_blocking=True)
-        labels_BT = batch.labels_BT.to(self._device, non_blocking=True)
-        return list(zip(tokens_BT.split(size), labels_BT.split(size), strict=True))
+    def _micro_batches(self, batch: Batch) -> list[Batch]:
+        return batch.to(self._device).split(self._config.train.micro_batch_size)
 
-    def _summed_nats(self, logits_BTV: Tensor, labels_BT: Tensor, *, want_gradient: bool) -> Tensor:
-        return summed_nats(
-            logits_BTV.flatten(0, 1),
-            labels_BT.flatten(),
-            vocabulary_group=self._vocabulary_group,
-            want_gradient=want_gradient,
-            sum_dtype=self._sum_dtype,
-        )
+    def _score(self, logits_BTV: Tensor, batch: Batch, *, want_gradient: bool) -> Tensor:
+        """The task's sums over a micro-batch. With `want_gradient` the logits end up as the objective's gradient."""
+        logits_NV = logits_BTV.flatten(0, 1)
+        found = label_log_probs(logits_NV, batch.labels_BT.flatten(), vocabulary_group=self._vocabulary_group)
+        scored = self._task.score(found.log_probs_N.view_as(batch.labels_BT), batch)
+        assert scored.slope_BT.shape == batch.labels_BT.shape
+        if want_gradient:
+            turn_into_gradient(logits_NV, found, scored.slope_BT.flatten(), slopes=self._task.slopes)
+        return torch.stack([scored.terms[name].sum(dtype=self._sum_dtype) for name in self._task.sums])
 
     # ---- state -------------------------------------------------------------------------------------------------------
 

@@ -2,8 +2,8 @@
 
 Tensor and sequence parallelism are NxD's layers, pipeline parallelism its model wrapper (`nxd_pipeline.py`), data
 parallelism its optimizer: ZeRO-1 with float32 master weights on an XLA device, plain replicas in NxD's CPU mode.
-Gradients are of the *mean* over all counted labels, since NxD clips what it has reduced; so the labels are counted over
-the ranks before the first micro-batch.
+Gradients are of the task's objective divided by its count, since NxD clips what it has reduced; so the batch is counted
+over the ranks before the first micro-batch.
 
 State has the names, shapes and dtypes of the native engine's: a checkpoint of either engine resumes under the other.
 """
@@ -23,9 +23,9 @@ from raynium.accelerators.cpu import usable_cores
 from raynium.checkpoint.state import Chunk
 from raynium.config.schema import Config
 from raynium.config.world import World
-from raynium.data.batch import IGNORED_LABEL, Batch
-from raynium.engines.base import EvalSum, StepResult, Votes
-from raynium.engines.nxd_layers import mark_copies, parallel_decoder, summed_nats
+from raynium.data.batch import Batch
+from raynium.engines.base import StepResult, Votes
+from raynium.engines.nxd_layers import TaskLoss, mark_copies, parallel_decoder
 from raynium.engines.nxd_pipeline import PipelinePasses, StagedDecoder, pipeline_config
 from raynium.engines.optim import decays, learning_rate
 from raynium.models.decoder import DecoderBlock
@@ -40,8 +40,9 @@ from raynium.models.nxd_layout import (
     zero1_pieces,
     zero1_rows,
 )
+from raynium.tasks.base import Sums, Task, check_whole_samples, counts_of, loss_of
 
-# Token counts travel as base and rest, both exact in float32 on up to 4,096 ranks: Neuron collectives have no float64,
+# Counts travel as base and rest, both exact in float32 on up to 4,096 ranks: Neuron collectives have no float64,
 # and more than 2**24 tokens in a step is a batch that people train with.
 _COUNT_BASE = 4096
 _CHECKPOINT_PREFIX = "_checkpoint_wrapped_module."  # what activation checkpointing puts into parameter names
@@ -79,12 +80,15 @@ class Stored(NamedTuple):
         return tensor[begin : begin + piece.shape[0]]
 
 
-def build_nxd_engine(config: Config, world: World, *, weights: Literal["first", "loaded"] = "first") -> "NxdEngine":
+def build_nxd_engine(
+    config: Config, world: World, task: Task, *, weights: Literal["first", "loaded"] = "first"
+) -> "NxdEngine":
     """Model and optimizer of this rank, at step 0. All ranks call it, after `init_process_group`, of one rank too.
 
     The environment is set before: PJRT's for Trainium, or NXD_CPU_MODE=1 for NxD's own mode on a CPU. float32 weights
-    of a rank never exceed its own and one more of its parameters. weights: as in `build_native_engine`.
+    of a rank never exceed its own and one more of its parameters. weights, ConfigError: as in `build_native_engine`.
     """
+    check_whole_samples(task, config)
     import neuronx_distributed as nxd
     from neuronx_distributed.utils import get_device
 
@@ -99,7 +103,7 @@ def build_nxd_engine(config: Config, world: World, *, weights: Literal["first", 
     def model() -> nn.Module:
         with torch.device("meta"):  # NxD would give each parameter memory and values first, and then take them away
             decoder = parallel_decoder(config.model, tensor_size=layout.tensor_size, dtype=dtype)
-            whole = decoder if layout.num_stages == 1 else StagedDecoder(decoder, num_stages=layout.num_stages)
+            whole = decoder if layout.num_stages == 1 else StagedDecoder(decoder, task, num_stages=layout.num_stages)
         modules.update({module: name for name, module in whole.named_modules()})
         return whole
 
@@ -115,7 +119,7 @@ def build_nxd_engine(config: Config, world: World, *, weights: Literal["first", 
     nxd_config = nxd.neuronx_distributed_config(
         tensor_parallel_size=world.tensor,
         pipeline_parallel_size=world.pipeline,
-        pipeline_config=pipeline_config(config, world),
+        pipeline_config=pipeline_config(config, world, task),
         optimizer_config={
             "zero_one_enabled": zero1,
             "grad_clipping": True,
@@ -144,56 +148,64 @@ def build_nxd_engine(config: Config, world: World, *, weights: Literal["first", 
             for each in found:  # NxD made them of weights that were already rounded
                 for piece in each.pieces:
                     each.view(each.master, piece).copy_(_first_values(piece, config))
-    return NxdEngine(config, world, layout, nxd_model, optimizer, found, device=get_device(), zero1=zero1)
+    return NxdEngine(config, world, task, layout, nxd_model, optimizer, found, device=get_device(), zero1=zero1)
+
+
+class Counted(NamedTuple):
+    """What all ranks counted before the first micro-batch, on the device."""
+
+    names: tuple[str, ...]
+    numbers: Tensor  # float32: base and rest of each count, then how many ranks wished for each vote
+    divisor_or_1: Tensor  # what the objective is divided by; 1 where nothing counts
 
 
 class Passes(Protocol):
     """The micro-batches of one step or evaluation call through the model. Collective: all ranks call it."""
 
     def train(self, batch: Batch, scale: Tensor) -> Tensor:
-        """Adds the gradient of scale times the summed nats, and returns the nats, float32.
+        """Adds the gradient of scale times the summed objective, and returns the task's sums, float32.
 
-        They are of this data rank's labels, equal on the ranks of a tensor group; 0 on all stages but the last.
+        They are of this data rank's rows, equal on the ranks of a tensor group; 0 on all stages but the last.
         """
         ...
 
     def evaluate(self, batch: Batch) -> Tensor:
-        """Summed nats, likewise."""
+        """The task's sums, likewise."""
         ...
 
 
 class WholePasses:
     """On the whole model, one micro-batch after the other."""
 
-    def __init__(self, model: Any, *, micro_batch_size: int, device: torch.device):
+    def __init__(self, model: Any, task: Task, *, micro_batch_size: int, device: torch.device):
         from neuronx_distributed.utils import mark_step
 
         self._model = model  # an NxDModel
+        self._loss = TaskLoss(task)
         self._micro_batch_size = micro_batch_size
         self._device = device
         self._end_graph = mark_step
 
     def train(self, batch: Batch, scale: Tensor) -> Tensor:
-        nats = torch.zeros((), device=self._device)
-        for tokens_BT, labels_BT in self._micro_batches(batch):
-            of_micro_batch = summed_nats(self._model(tokens_BT), labels_BT)
-            (of_micro_batch * scale).backward()
-            nats += of_micro_batch.detach()
+        self._loss.begin(scale)
+        for micro_batch in self._micro_batches(batch):
+            self._forward(micro_batch).backward()
             self._end_graph()  # the same graph for every micro-batch
-        return nats
+        return self._loss.sums()
 
     def evaluate(self, batch: Batch) -> Tensor:
-        nats = torch.zeros((), device=self._device)
-        for tokens_BT, labels_BT in self._micro_batches(batch):
-            nats += summed_nats(self._model(tokens_BT), labels_BT)
+        self._loss.begin(torch.ones((), device=self._device))
+        for micro_batch in self._micro_batches(batch):
+            self._forward(micro_batch)
             self._end_graph()
-        return nats
+        return self._loss.sums()
 
-    def _micro_batches(self, batch: Batch) -> list[tuple[Tensor, Tensor]]:
-        rows, size = len(batch.tokens_BT), self._micro_batch_size
-        assert rows % size == 0, f"{rows} rows do not make whole micro-batches of {size}"
-        pairs = zip(batch.tokens_BT.split(size), batch.labels_BT.split(size), strict=True)
-        return [(tokens_BT.to(self._device), labels_BT.to(self._device)) for tokens_BT, labels_BT in pairs]
+    def _forward(self, batch: Batch) -> Tensor:
+        tokens_BT, *others = batch.columns().values()
+        return self._loss(self._model(tokens_BT), tokens_BT, *others)
+
+    def _micro_batches(self, batch: Batch) -> list[Batch]:
+        return [micro_batch.to(self._device) for micro_batch in batch.split(self._micro_batch_size)]
 
 
 class NxdEngine:
@@ -203,6 +215,7 @@ class NxdEngine:
         self,
         config: Config,
         world: World,
+        task: Task,
         layout: Layout,
         model: Any,
         optimizer: Any,
@@ -215,16 +228,17 @@ class NxdEngine:
 
         self.data_rank, self.data_size = layout.data_rank, layout.data_size
         self._config = config
+        self._task = task
         self._layout = layout
         self._model = model  # an NxDModel
         self._passes: Passes
         micro_batch_size = config.train.micro_batch_size
         if layout.num_stages > 1:
             self._passes = PipelinePasses(
-                model, micro_batch_size=micro_batch_size, num_micro_batches=world.num_micro_batches, device=device
+                model, task, micro_batch_size=micro_batch_size, num_micro_batches=world.num_micro_batches, device=device
             )
         else:
-            self._passes = WholePasses(model, micro_batch_size=micro_batch_size, device=device)
+            self._passes = WholePasses(model, task, micro_batch_size=micro_batch_size, device=device)
         self._optimizer = optimizer  # an NxDOptimizer
         self._stored = stored
         self._device = device
@@ -237,58 +251,66 @@ class NxdEngine:
 
     def step(self, batch: Batch, *, step: int, votes: Votes) -> StepResult:
         self._refresh_parameters()
-        counts, tokens_or_1 = self._counts(batch, votes)
-        nats = self._passes.train(batch, self.data_size / tokens_or_1)  # NxD takes the mean over data ranks
+        counted = self._counts(batch, votes)
+        sums = self._passes.train(batch, self.data_size / counted.divisor_or_1)  # NxD takes the mean over data ranks
 
         rate = learning_rate(self._config.optimizer, step=step, total_steps=self._config.train.steps)
         for group in self._optimizer.param_groups:
             group["lr"] = rate
         self._optimizer.step()
-        norm = self._optimizer.grad_norm.reshape(())
+        norm = self._optimizer.grad_norm.reshape(1)
         self._optimizer.zero_grad(set_to_none=True)
-        loss = self._sum_over_ranks(nats) / tokens_or_1
-        numbers = torch.cat((torch.stack((loss, norm)), counts))
+        numbers = torch.cat((norm, self._sum_over_ranks(sums), counted.numbers))
         self._end_graph()
 
-        loss, norm, base, rest, *agreed = numbers.tolist()  # the step's one wait for the device
-        return StepResult(
-            loss=loss,
-            grad_norm=norm,
-            tokens=int(base) * _COUNT_BASE + int(rest),
-            learning_rate=rate,
-            agreed=Votes(*(count > 0 for count in agreed)),
-        )
+        norm, *rest = numbers.tolist()  # the step's one wait for the device
+        named, agreed = self._named(rest, counted.names)
+        loss = loss_of(self._task, named)
+        return StepResult(loss=loss, grad_norm=norm, sums=named, learning_rate=rate, agreed=agreed)
 
-    def _counts(self, batch: Batch, votes: Votes) -> tuple[Tensor, Tensor]:
-        """[base, rest, one count per vote] over all ranks, and the counted labels (at least 1). One all-reduce.
+    def _counts(self, batch: Batch, votes: Votes) -> Counted:
+        """Over all ranks, in one all-reduce.
 
         A rank that dies here leaves the others waiting until the agents end the generation.
         """
-        # The ranks of a tensor group and the stages of a pipeline have the same labels.
+        # The ranks of a tensor group and the stages of a pipeline have the same rows.
         counts_here = self._layout.tensor_rank == 0 and self._layout.stage == 0
-        base, rest = divmod(int((batch.labels_BT != IGNORED_LABEL).sum()), _COUNT_BASE)
-        counts = torch.tensor([base * counts_here, rest * counts_here, *votes], dtype=torch.float32)
-        counts = counts.to(self._device)
-        dist.all_reduce(counts)
-        return counts, (counts[0] * _COUNT_BASE + counts[1]).clamp(min=1)
+        counts = counts_of(self._task, batch)
+        parts = [part * counts_here for count in counts.values() for part in divmod(count, _COUNT_BASE)]
+        numbers = torch.tensor([*parts, *votes], dtype=torch.float32).to(self._device)
+        dist.all_reduce(numbers)
+        place = 2 * list(counts).index(self._task.divisor)
+        divisor = numbers[place] * _COUNT_BASE + numbers[place + 1]
+        return Counted(tuple(counts), numbers, divisor.where(divisor != 0, 1.0))
 
-    def _sum_over_ranks(self, nats: Tensor) -> Tensor:
+    def _sum_over_ranks(self, sums: Tensor) -> Tensor:
         """Over data ranks, from what `Passes` return."""
-        total = nats * (self._layout.tensor_rank == 0 and self._layout.is_last_stage)
+        total = sums * (self._layout.tensor_rank == 0 and self._layout.is_last_stage)
         dist.all_reduce(total)
         return total
+
+    def _named(self, numbers: list[float], counts: tuple[str, ...]) -> tuple[Sums, Votes]:
+        """Of the task's sums and `Counted.numbers`, on the host."""
+        named: Sums = dict(zip(self._task.sums, numbers, strict=False))
+        numbers = numbers[len(named) :]
+        bases, rests, votes = (
+            numbers[: 2 * len(counts) : 2],
+            numbers[1 : 2 * len(counts) : 2],
+            numbers[2 * len(counts) :],
+        )
+        for name, base, rest in zip(counts, bases, rests, strict=True):
+            named[name] = base * _COUNT_BASE + rest
+        return named, Votes(*(count > 0 for count in votes))
 
     # ---- evaluation --------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def evaluate(self, batch: Batch) -> EvalSum:
+    def evaluate(self, batch: Batch) -> Sums:
         self._refresh_parameters()
-        counts, _ = self._counts(batch, Votes())
-        nats = self._passes.evaluate(batch)
-        numbers = torch.cat((self._sum_over_ranks(nats).reshape(1), counts))
+        counted = self._counts(batch, Votes())
+        numbers = torch.cat((self._sum_over_ranks(self._passes.evaluate(batch)), counted.numbers))
         self._end_graph()
-        nats, base, rest, *_ = numbers.tolist()
-        return EvalSum(nats=nats, tokens=int(base) * _COUNT_BASE + int(rest))
+        return self._named(numbers.tolist(), counted.names)[0]
 
     # ---- state -------------------------------------------------------------------------------------------------------
 

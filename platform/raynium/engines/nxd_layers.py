@@ -14,10 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from raynium.config.schema import ModelSection
-from raynium.data.batch import IGNORED_LABEL
+from raynium.data.batch import IGNORED_LABEL, Batch
 from raynium.models.decoder import Attention, Decoder, Rope, rotate
 from raynium.models.nxd_layout import kv_copies
 from raynium.models.plan import tensor_parallel_plan
+from raynium.tasks.base import Task
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -97,14 +98,52 @@ class NxdSwiGLU(nn.Module):
         return self.down(F.silu(gate_TBF) * up_TBF)
 
 
-def summed_nats(logits_TBV: Tensor, labels_BT: Tensor) -> Tensor:
-    """Sum over counted labels, float32; the same on the ranks of a tensor group, of which each has its logits."""
+class TaskLoss(nn.Module):
+    """A micro-batch's logits to the scalar whose gradient is the task's, times a scale; the task's sums on the way.
+
+    A module because NxD's tracer looks no further into one; it has no parameters and nothing to save.
+    """
+
+    def __init__(self, task: Task):
+        super().__init__()
+        self._task = task
+        self._to_skip = 0
+        self._sums: list[Tensor] = []  # of each micro-batch: added up at once they would be part of its graph
+
+    def begin(self, scale: Tensor, *, dry_runs: int = 0) -> None:
+        """Before the micro-batches of a step or evaluation call. scale: a scalar on the device.
+
+        dry_runs: forward passes that come first and do not count. Nothing of them is kept, not even on the device.
+        """
+        self._scale = scale
+        self._to_skip = dry_runs
+        self._sums = []
+
+    def forward(self, logits_TBV: Tensor, tokens_BT: Tensor, labels_BT: Tensor, *others: Tensor) -> Tensor:
+        """others: the task's columns, in its order. The ranks of a tensor group get the same, each from its logits."""
+        names = (column.name for column in self._task.columns)
+        batch = Batch(tokens_BT, labels_BT, dict(zip(names, others, strict=True)))
+        log_probs_BT = _label_log_probs(logits_TBV, labels_BT)
+        scored = self._task.score(log_probs_BT.detach(), batch)
+        if self._to_skip == 0:
+            sums = [scored.terms[name].sum(dtype=torch.float32) for name in self._task.sums]
+            self._sums.append(torch.stack(sums))
+        self._to_skip = max(0, self._to_skip - 1)
+        return (scored.slope_BT * log_probs_BT).sum() * self._scale
+
+    def sums(self) -> Tensor:
+        """float32, one for each of the task's names, since `begin`; zeros on a stage that has no logits."""
+        return torch.stack([torch.zeros(len(self._task.sums), device=self._scale.device), *self._sums]).sum(0)
+
+
+def _label_log_probs(logits_TBV: Tensor, labels_BT: Tensor) -> Tensor:
+    """float32, 0 where no label counts; the same on the ranks of a tensor group."""
     from neuronx_distributed.parallel_layers import parallel_cross_entropy
 
     labels_TB = labels_BT.transpose(0, 1).contiguous()
     # Labels outside the vocabulary have no logit to NxD, only the norm of their row, which is left out here.
     nats_TB = parallel_cross_entropy(logits_TBV.float(), labels_TB)
-    return (nats_TB * (labels_TB != IGNORED_LABEL)).sum()
+    return -(nats_TB * (labels_TB != IGNORED_LABEL)).transpose(0, 1)
 
 
 def _blocks(model: Any) -> "Iterator[Any]":

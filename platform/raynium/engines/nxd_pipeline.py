@@ -2,7 +2,7 @@
 
 NxD traces the model once, cuts the graph behind given blocks, and each rank keeps the modules of its own stage; the
 others stay without memory on the meta device. It then runs one-forward-one-backward over the micro-batches of a step.
-Tokens and labels are read on every stage, so only hidden states travel between them. Shapes: see `nxd_layers.py`.
+The columns of a batch are read on every stage, so only hidden states travel between them. Shapes: see `nxd_layers.py`.
 """
 
 # The library is not on the public package index: no type checker finds it.
@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from raynium.config.schema import Config, ModelSection
 from raynium.config.world import World
 from raynium.data.batch import Batch
-from raynium.engines.nxd_layers import summed_nats
+from raynium.engines.nxd_layers import TaskLoss
 from raynium.models.decoder import Decoder, DecoderBlock, RMSNorm, Rope, rope_tables
+from raynium.tasks.base import Task
 
 
 class StagedDecoder(nn.Module):
@@ -26,25 +27,32 @@ class StagedDecoder(nn.Module):
     Each stage makes the rotary tables anew from its own tokens: a table made once would be sent from stage to stage.
     """
 
-    def __init__(self, decoder: Decoder, *, num_stages: int):
+    def __init__(self, decoder: Decoder, task: Task, *, num_stages: int):
         super().__init__()
         self.embedding = decoder.embedding
         self.blocks = decoder.blocks
         self.final_norm = decoder.final_norm
         self.head = decoder.head
         self.positions = Positions(decoder.config)
-        self.loss = ScaledNats()
+        self.loss = TaskLoss(task)
         self._blocks_per_stage = len(decoder.blocks) // num_stages
+        self._num_others = len(_others(task))
 
-    def forward(self, tokens: Tensor, labels: Tensor) -> Tensor:
-        """tokens, labels: BT; NxD gives them by these names, and torch.fx makes names lower-case."""
+    def forward(
+        self, tokens: Tensor, labels: Tensor, other_0: Any = None, other_1: Any = None, other_2: Any = None
+    ) -> Tensor:
+        """NxD gives the columns by these names, and sets those to None, in the trace, that the task does not have.
+
+        tokens, labels: BT. The tracer reads the names from this line, so they cannot be the task's.
+        """
         hidden_TBD = self.embedding(tokens)
         rope = None
         for index, block in enumerate(self.blocks):
             if index % self._blocks_per_stage == 0:
                 rope = self.positions(tokens)
             hidden_TBD = block(hidden_TBD, rope=rope)
-        return self.loss(self.head(self.final_norm(hidden_TBD)), labels)
+        others = (other_0, other_1, other_2)[: self._num_others]
+        return self.loss(self.head(self.final_norm(hidden_TBD)), tokens, labels, *others)
 
 
 class Positions(nn.Module):
@@ -58,21 +66,13 @@ class Positions(nn.Module):
         return rope_tables(self._config, num_tokens=tokens_BT.shape[1], device=tokens_BT.device)
 
 
-class ScaledNats(nn.Module):
-    """Summed nats of a micro-batch times `scale`, which is set before each step: it counts all ranks' labels."""
-
-    scale: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        # Not on the meta device that the decoder is built on, and no part of the model's state.
-        self.register_buffer("scale", torch.ones((), device="cpu"), persistent=False)
-
-    def forward(self, logits_TBV: Tensor, labels_BT: Tensor) -> Tensor:
-        return summed_nats(logits_TBV, labels_BT) * self.scale
+def _others(task: Task) -> dict[str, str]:
+    """The task's columns → the names that `StagedDecoder.forward` has for them."""
+    assert len(task.columns) <= 3, "give StagedDecoder.forward more names"
+    return {column.name: f"other_{index}" for index, column in enumerate(task.columns)}
 
 
-def pipeline_config(config: Config, world: World) -> dict[str, Any] | None:
+def pipeline_config(config: Config, world: World, task: Task) -> dict[str, Any] | None:
     """NxDPPModel's arguments, equal numbers of blocks a stage; None without pipeline parallelism."""
     num_stages = world.pipeline
     if num_stages == 1:
@@ -82,8 +82,8 @@ def pipeline_config(config: Config, world: World) -> dict[str, Any] | None:
         "transformer_layer_cls": DecoderBlock,
         "num_microbatches": world.num_micro_batches,
         "pipeline_cuts": [f"blocks.{stage * per_stage - 1}" for stage in range(1, num_stages)],  # last of each stage
-        "input_names": ["tokens", "labels"],
-        "leaf_module_cls": [kind.__name__ for kind in (RMSNorm, Positions, ScaledNats)],  # NxD compares names
+        "input_names": ["tokens", "labels", *_others(task).values()],
+        "leaf_module_cls": [kind.__name__ for kind in (RMSNorm, Positions, TaskLoss)],  # NxD compares names
         "output_loss_value_spec": True,
         "return_mb_loss": True,  # as they are: NxD's mean over micro-batches would go by way of the host
         "use_optimizer_wrapper": True,  # which reduces the gradients over data ranks; NxDPPModel else does, too
@@ -93,8 +93,9 @@ def pipeline_config(config: Config, world: World) -> dict[str, Any] | None:
 class PipelinePasses:
     """All micro-batches of a step through the stages, in NxD's order. See `nxd.Passes`."""
 
-    def __init__(self, model: Any, *, micro_batch_size: int, num_micro_batches: int, device: torch.device):
+    def __init__(self, model: Any, task: Task, *, micro_batch_size: int, num_micro_batches: int, device: torch.device):
         self._model = model  # an NxDModel around an NxDPPModel
+        self._task = task
         self._rows = micro_batch_size * num_micro_batches
         self._num_micro_batches = num_micro_batches
         self._device = device
@@ -113,8 +114,10 @@ class PipelinePasses:
         """
         rows = len(batch.tokens_BT)
         assert rows == self._rows, f"{rows} rows: the stages exchanged shapes once, for {self._rows} rows a call"
-        is_last = self._model.module.is_last_stage()
-        if is_last:
-            self._model.original_module().loss.scale.copy_(scale)
-        losses = schedule(tokens=batch.tokens_BT, labels=batch.labels_BT)  # from the CPU: NxD moves them
-        return torch.stack(losses).sum() / scale if is_last else torch.zeros((), device=self._device)
+        loss: TaskLoss = self._model.original_module().loss
+        # NxD's first call runs a micro-batch forward for the shapes alone, and keeps no tensor of it alive: a live one
+        # would make torch-xla compile a graph with collectives in which the other stages take no part.
+        loss.begin(scale, dry_runs=0 if self._model.module.shape_traced else 1)
+        names = {"tokens": "tokens", "labels": "labels", **_others(self._task)}
+        schedule(**{names[name]: column for name, column in batch.columns().items()})  # from the CPU: NxD moves them
+        return loss.sums()

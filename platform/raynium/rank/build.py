@@ -21,7 +21,7 @@ from raynium.accelerators.timeouts import PROCESS_GROUP_TIMEOUT_SECONDS
 from raynium.checkpoint.format.manifest import ImageInfo
 from raynium.config.schema import Config
 from raynium.config.world import World
-from raynium.data.evaluation import bits_per_byte, evaluation_set
+from raynium.data.evaluation import evaluation_set
 from raynium.data.loader import Loader
 from raynium.data.store import DocumentStore, open_store
 from raynium.engines.base import Engine
@@ -32,6 +32,8 @@ from raynium.models.flops import flops_per_token
 from raynium.rank.plan import RankPlan
 from raynium.rank.snapshots import NoSnapshots, Snapshots
 from raynium.storage.store import Store
+from raynium.tasks.base import Sums, Task
+from raynium.tasks.pretraining import Pretraining
 from raynium.train.compiles import WatchedEngine
 from raynium.train.link import Link
 from raynium.train.loop import Cadence, Outcome, train
@@ -65,14 +67,15 @@ def run(plan: RankPlan, link: Link) -> Outcome:
     torch.manual_seed(config.run.seed + rank)
 
     # ---- model, optimizer, and the state they start from -----------------------------------------------------------
+    task = Pretraining()
     compiles = TorchCompiles()
     resumes = bool(plan.resume_images) or plan.resume_step is not None
     weights = "loaded" if resumes else "first"
     if config.engine.kind == "nxd":
-        built = build_nxd_engine(config, plan.world, weights=weights)
+        built = build_nxd_engine(config, plan.world, task, weights=weights)
     else:
         backend = compiles.backend(accelerator.compile_backend)
-        built = build_native_engine(config, plan.world, accelerator, compile_backend=backend, weights=weights)
+        built = build_native_engine(config, plan.world, accelerator, task, compile_backend=backend, weights=weights)
     engine = WatchedEngine(built, torch_compiles=compiles, device_counts=accelerator.metrics, link=link)
     snapshots = Snapshots(engine, link, Path(plan.image_folder), if_busy=config.checkpoint.if_busy)
     start_step = 0
@@ -91,7 +94,7 @@ def run(plan: RankPlan, link: Link) -> Outcome:
         data_size=engine.data_size,
         seed=config.run.seed,
     )
-    evaluation = Evaluation(engine, documents, config, plan.world)
+    evaluation = Evaluation(engine, task, documents, config, plan.world)
 
     # ---- train -----------------------------------------------------------------------------------------------------
     outcome = train(
@@ -101,7 +104,7 @@ def run(plan: RankPlan, link: Link) -> Outcome:
         start_step=start_step,
         evaluate=lambda: evaluation.metrics() | accelerator.metrics() | engine.compile_metrics(),
         snapshots=snapshots if config.checkpoint.save == "steps" else NoSnapshots(),
-        throughput=_throughput(config, plan.world, accelerator),
+        throughput=_throughput(config, plan.world, accelerator, task),
         link=link,
     )
     engine.close()
@@ -123,10 +126,11 @@ def wait_for_rank_0(host: str, port: int) -> None:
 
 
 class Evaluation:
-    """Held-out loss. Every rank calls `metrics()` at the same step; all get the same numbers."""
+    """The task's sums over held-out rows. Every rank calls `metrics()` at the same step; all get the same numbers."""
 
-    def __init__(self, engine: Engine, documents: DocumentStore, config: Config, world: World):
+    def __init__(self, engine: Engine, task: Task, documents: DocumentStore, config: Config, world: World):
         self._engine = engine
+        self._task = task
         # A pipeline takes as many micro-batches as a step has; without one a single one needs the least memory.
         micro_batches = world.num_micro_batches if world.pipeline > 1 else 1
         self._held_out = evaluation_set(
@@ -139,15 +143,17 @@ class Evaluation:
         )
 
     def metrics(self) -> dict[str, float]:
-        """eval/loss is nats per token over all held-out tokens, eval/bits_per_byte over their UTF-8 bytes."""
-        sums = [self._engine.evaluate(batch) for batch in self._held_out.batches]
-        nats, tokens = sum(each.nats for each in sums), sum(each.tokens for each in sums)
-        return {"eval/loss": nats / tokens, "eval/bits_per_byte": bits_per_byte(nats, self._held_out.num_bytes)}
+        total: Sums = {}
+        for batch in self._held_out.batches:
+            for name, value in self._engine.evaluate(batch).items():
+                total[name] = total.get(name, 0.0) + value
+        return self._task.evaluation(total, self._held_out)
 
 
-def _throughput(config: Config, world: World, accelerator: Accelerator) -> Throughput:
+def _throughput(config: Config, world: World, accelerator: Accelerator, task: Task) -> Throughput:
     flops = flops_per_token(config.model, config.data.seq_len)
     return Throughput(
+        task=task,
         world_size=world.size,
         tokens_per_step=config.tokens_per_step,
         global_batch_size=config.train.global_batch_size,

@@ -10,8 +10,9 @@ from typing import Literal
 
 from raynium.checkpoint.state import Chunk
 from raynium.data.batch import Batch
-from raynium.engines.base import Engine, EvalSum, StepResult, Votes
+from raynium.engines.base import Engine, StepResult, Votes
 from raynium.engines.torch_compiles import Compiled, GraphInput, TorchCompiles, difference, graph_input
+from raynium.tasks.base import Sums
 from raynium.train.link import Link
 
 # Of steps, of evaluation calls, and of copies of the state that compile. The second may compile once more: what the
@@ -55,7 +56,7 @@ class WatchedEngine:
         self._report("step", batch)
         return result
 
-    def evaluate(self, batch: Batch) -> EvalSum:
+    def evaluate(self, batch: Batch) -> Sums:
         self._report_copies()
         sums = self._engine.evaluate(batch)
         self._report("evaluate", batch)
@@ -84,7 +85,7 @@ class WatchedEngine:
             self._tell("copy", [Compiled("a copy of the state", seconds / graphs, why)] * graphs)
 
     def _report(self, call: Literal["step", "evaluate"], batch: Batch) -> None:
-        inputs = tuple(graph_input(name, tensor) for name, tensor in zip(batch._fields, batch, strict=True))
+        inputs = tuple(graph_input(name, column) for name, column in batch.columns().items())
         compiled = [*self._torch_compiles.new(), *self._compiled_by_the_device(inputs, self._batches[call])]
         if inputs not in self._batches[call]:
             self._batches[call].append(inputs)

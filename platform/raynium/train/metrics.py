@@ -3,12 +3,14 @@
 from dataclasses import dataclass
 
 from raynium.engines.base import StepResult
+from raynium.tasks.base import Task
 
 
 @dataclass(frozen=True)
 class Throughput:
-    """Turns a step's result and duration into rates. Arithmetic only; any rank may call it."""
+    """Turns a step's result and duration into what is reported. Arithmetic only; any rank may call it."""
 
+    task: Task
     world_size: int
     tokens_per_step: int  # over all ranks
     global_batch_size: int  # sequences per step
@@ -17,11 +19,12 @@ class Throughput:
     peak_flops_per_rank: float | None  # dense peak of the compute dtype; None: unknown, then no MFU is reported
 
     def metrics(self, step: int, result: StepResult, *, step_seconds: float, data_seconds: float) -> dict[str, float]:
-        """Rates count the tokens of the loss, over all ranks; the loss is their mean, in nats."""
+        """Rates count the labels that count, over all ranks."""
         tokens_per_second = result.tokens / step_seconds
         values = {
             "train/loss": result.loss,
             "train/grad_norm": result.grad_norm,
+            **self.task.training(result.sums),
             "train/learning_rate": result.learning_rate,
             "train/tokens": float(step * self.tokens_per_step),
             "train/samples": float(step * self.global_batch_size),
