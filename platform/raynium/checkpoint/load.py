@@ -81,18 +81,9 @@ def read_tensors(ref: CheckpointRef, prefix: str = "model/") -> dict[str, torch.
 
 def read_batch(ref: CheckpointRef, entries: Sequence[TensorEntry]) -> dict[str, torch.Tensor]:
     """These tensors, whole, verified, on the CPU, by full name and in this order. Raises as `load_checkpoint`."""
-    chunks = [
-        Chunk(
-            name=entry.name,
-            global_shape=entry.global_shape,
-            offsets=(0,) * len(entry.global_shape),
-            tensor=torch.empty(entry.global_shape, dtype=TORCH_DTYPES[entry.dtype]),
-            saved_here=False,
-        )
-        for entry in entries
-    ]
-    load_checkpoint(ref, chunks)
-    return {chunk.name: chunk.tensor for chunk in chunks}
+    tensors = {entry.name: torch.empty(entry.global_shape, dtype=TORCH_DTYPES[entry.dtype]) for entry in entries}
+    load_checkpoint(ref, [Chunk.whole(name, tensor, saved_here=False) for name, tensor in tensors.items()])
+    return tensors
 
 
 # ---- what goes where ----------------------------------------------------------------------------------------------

@@ -8,7 +8,8 @@ from raynium.config.schema import Config
 if TYPE_CHECKING:
     from torch import Tensor
 
-MODEL_PREFIX = "model/"  # of the names of parameters
+# Of the names of parameters.
+MODEL_PREFIX = "model/"
 
 
 @dataclass(frozen=True)
@@ -17,13 +18,22 @@ class Chunk:
 
     The same object serves both ways: saving reads `tensor`, loading copies into it. A logical tensor's name, global
     shape and dtype do not depend on the world size, the layout or the engine; only the blocks do.
+
+    name: as "model/blocks.0.attention.q.weight" or "optimizer/exp_avg/blocks.0.attention.q.weight". offsets: where this
+    block begins in the global tensor, one per dim; its extent is the shape of `tensor`, which may be on any device.
+    saved_here: of the ranks that hold this block exactly one saves it.
     """
 
-    name: str  # e.g. "model/blocks.0.attention.q.weight", "optimizer/exp_avg/blocks.0.attention.q.weight"
+    name: str
     global_shape: tuple[int, ...]
-    offsets: tuple[int, ...]  # where this block begins in the global tensor, one per dim
-    tensor: "Tensor"  # this rank's block, on any device; shape gives the block's extent
-    saved_here: bool  # of the ranks that hold this block exactly one saves it
+    offsets: tuple[int, ...]
+    tensor: "Tensor"
+    saved_here: bool
+
+    @classmethod
+    def whole(cls, name: str, tensor: "Tensor", *, saved_here: bool) -> "Chunk":
+        """Of a rank that holds all of the logical tensor."""
+        return cls(name, tuple(tensor.shape), (0,) * tensor.ndim, tensor, saved_here)
 
 
 def checkpoint_state(config: Config, step: int) -> dict[str, Any]:

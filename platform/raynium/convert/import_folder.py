@@ -190,10 +190,6 @@ def _parts(stored: Mapping[str, _Stored], model: ModelSection) -> Iterator[Part]
     for path in sorted({tensor.path for tensor in stored.values()}):
         theirs = {ours[name]: name for name, tensor in stored.items() if tensor.path == path}
         with _opened(path) as source:
-            chunks = [_chunk(name, stored[theirs[name]].shape) for name in theirs]
+            places = {name: torch.empty(stored[theirs[name]].shape, device="meta") for name in theirs}
+            chunks = [Chunk.whole(name, place, saved_here=True) for name, place in places.items()]
             yield chunks, lambda block, source=source, theirs=theirs: source.get_tensor(theirs[block.name])
-
-
-def _chunk(name: str, shape: tuple[int, ...]) -> Chunk:
-    """A tensor's place, without its memory."""
-    return Chunk(name, shape, (0,) * len(shape), torch.empty(shape, device="meta"), saved_here=True)

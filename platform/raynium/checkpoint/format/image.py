@@ -1,5 +1,8 @@
 """A rank's file image: the state laid out in shared memory exactly as the safetensors file it will become. Needs torch.
 
+A *save* takes a *snapshot*, which is an *image* of each rank in its node's memory. Uploaded, an image is a *shard*, and
+all shards of a step, once committed, are a *checkpoint*.
+
 plan = plan_image(chunks)                    once; the state's shapes do not change
 buffer = image_file.reserve(plan.size)       once: memory is taken and touched here, not while training waits
 write_image(plan, chunks, buffer, step=…)    per save: one copy, device → image
