@@ -169,8 +169,8 @@ def pretended() -> Iterator[Callable[..., tuple[NativeEngine, Batch]]]:
             made, World.of(made), _engine_ranks.TestAccelerator(memory_bytes), Pretraining(), compile_backend=backend
         )
         if isinstance(backend, RecordingBackend):
-            assert engine._layout.mesh is not None
-            backend.data_group = engine._layout.mesh.get_group("data").group_name
+            assert engine._place.mesh is not None
+            backend.data_group = engine._place.mesh.get_group("data").group_name
         rows = made.train.global_batch_size // engine.data_size
         return engine, Batch(samples()["tokens"][0, :rows], samples()["labels"][0, :rows])
 
@@ -288,9 +288,9 @@ def test_a_rank_draws_no_first_weight_of_another(
     }
     drawn = count_drawn(monkeypatch)
     engine, _ = pretended(config(ranks=8, tensor=2, model=LLAMA3 | sizes, fsdp=fsdp, compile="block"), "aot_eager")
-    matrices = [block for block in engine._blocks if len(block.global_shape) == 2]
-    of_all_ranks = sum(math.prod(block.global_shape) for block in matrices)
-    held = sum(block.local.numel() for block in matrices)
+    matrices = [part for part in engine._parts if len(part.global_shape) == 2]
+    of_all_ranks = sum(math.prod(part.global_shape) for part in matrices)
+    held = sum(part.local.numel() for part in matrices)
     assert sum(drawn) == held == of_all_ranks // 8, "tiles end where these shards end"
 
 

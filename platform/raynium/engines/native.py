@@ -37,7 +37,7 @@ from raynium.models.plan import divided_sizes
 from raynium.tasks.base import Sums, Task, check_whole_samples, counts_of, loss_of
 
 
-class Layout(NamedTuple):
+class MeshPlace(NamedTuple):
     """This rank's place on the mesh. mesh is None for one rank that needs no process group."""
 
     mesh: DeviceMesh | None
@@ -47,15 +47,15 @@ class Layout(NamedTuple):
     tensor_size: int
 
 
-class Block(NamedTuple):
-    """This rank's block of one parameter, and where it lies in the whole."""
+class HeldPart(NamedTuple):
+    """This rank's part of one parameter, and where it lies in the whole."""
 
     name: str
     parameter: Tensor  # the model's: a DTensor when there is a mesh
     local: Tensor  # float32, aliases the parameter's memory
     global_shape: tuple[int, ...]
     offsets: tuple[int, ...]
-    first_holder: bool  # of the ranks that hold the same block, this is the one that counts and saves it
+    first_holder: bool  # of the ranks that hold the same part, this is the one that counts and saves it
 
 
 class Total(NamedTuple):
@@ -95,11 +95,11 @@ def build_native_engine(
     if opens_group:
         store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
         dist.init_process_group(accelerator.process_group_backend, store=store, rank=0, world_size=1)
-    layout = _layout(world, accelerator) if sharded else Layout(None, 0, 1, 0, 1)
+    place = _mesh_place(world, accelerator) if sharded else MeshPlace(None, 0, 1, 0, 1)
     gathered = _fits_gathered(config, accelerator)
     backend = compile_backend or accelerator.compile_backend
-    model, blocks = _build_model(config, accelerator, layout, dtype, backend, gathered=gathered, weights=weights)
-    return NativeEngine(config, accelerator, task, layout, model, blocks, gathered=gathered, opened_group=opens_group)
+    model, parts = _build_model(config, accelerator, place, dtype, backend, gathered=gathered, weights=weights)
+    return NativeEngine(config, accelerator, task, place, model, parts, gathered=gathered, opened_group=opens_group)
 
 
 class NativeEngine:
@@ -110,26 +110,26 @@ class NativeEngine:
         config: Config,
         accelerator: Accelerator,
         task: Task,
-        layout: Layout,
+        place: MeshPlace,
         model: Decoder,
-        blocks: list[Block],
+        parts: list[HeldPart],
         *,
         gathered: bool,
         opened_group: bool,
     ):
         """gathered: see `_fits_gathered`."""
-        self.data_rank, self.data_size = layout.data_rank, layout.data_size
+        self.data_rank, self.data_size = place.data_rank, place.data_size
         self._config = config
         self._device = torch.device(accelerator.device_type)  # without an index: on Neuron only the bare name is right
         self._sum_dtype: torch.dtype = getattr(torch, accelerator.sum_dtype)
         self._task = task
-        self._layout = layout
+        self._place = place
         self._model = model
-        self._blocks = blocks
+        self._parts = parts
         self._opened_group = opened_group
-        self._optimizer = _build_optimizer(config, blocks)
+        self._optimizer = _build_optimizer(config, parts)
         self._vocabulary_group = (
-            layout.mesh.get_group("tensor") if layout.mesh is not None and layout.tensor_size > 1 else None
+            place.mesh.get_group("tensor") if place.mesh is not None and place.tensor_size > 1 else None
         )
         # With whole gradients kept between micro-batches, only the last one talks to other ranks. (FSDP2 only: under
         # SimpleFSDP the reduction is part of the graph, so every micro-batch reduces, into this rank's rows.)
@@ -155,11 +155,11 @@ class NativeEngine:
         rate = learning_rate(self._config.optimizer, step=step, total_steps=self._config.train.steps)
         for group in self._optimizer.param_groups:
             group["lr"] = rate
-        for block, gradient in gradients:
-            block.local.grad = gradient
+        for part, gradient in gradients:
+            part.local.grad = gradient
         self._optimizer.step()
-        for block in self._blocks:
-            block.local.grad = block.parameter.grad = None
+        for part in self._parts:
+            part.local.grad = part.parameter.grad = None
 
         # The step's one wait for the device.
         norm, *numbers = torch.cat((norm.reshape(1), total.sums, total.votes)).tolist()
@@ -185,18 +185,18 @@ class NativeEngine:
             del logits_BTV  # else they would be there beside the next micro-batch's
         return sums
 
-    def _local_gradients(self) -> list[tuple[Block, Tensor]]:
-        """This rank's blocks with the gradients of the objective's sum, summed over data ranks."""
+    def _local_gradients(self) -> list[tuple[HeldPart, Tensor]]:
+        """This rank's parts with the gradients of the objective's sum, summed over data ranks."""
         gradients = []
-        for block in self._blocks:
-            gradient = block.parameter.grad
-            assert gradient is not None, f"{block.name} took no part in the forward pass"
-            gradients.append((block, _local(gradient)))
+        for part in self._parts:
+            gradient = part.parameter.grad
+            assert gradient is not None, f"{part.name} took no part in the forward pass"
+            gradients.append((part, _local(gradient)))
         return gradients
 
-    def _square_norm(self, gradients: list[tuple[Block, Tensor]]) -> Tensor:
-        """Of this rank's contribution: a block counts on its first holder."""
-        norm = torch.nn.utils.get_total_norm([gradient for block, gradient in gradients if block.first_holder])
+    def _square_norm(self, gradients: list[tuple[HeldPart, Tensor]]) -> Tensor:
+        """Of this rank's contribution: a part counts on its first holder."""
+        norm = torch.nn.utils.get_total_norm([gradient for part, gradient in gradients if part.first_holder])
         return norm.to(self._sum_dtype).square()
 
     def _sum_over_ranks(self, sums: Tensor, counts: Sums, *, square_norm: Tensor | float, votes: Votes) -> Total:
@@ -205,7 +205,7 @@ class NativeEngine:
         sums, counts: the task's, of this data rank. Each number is contributed once: these by one rank of a tensor
         group. A rank that dies here leaves the others waiting until the agents end the generation.
         """
-        counts_here = self._layout.tensor_rank == 0
+        counts_here = self._place.tensor_rank == 0
         names = (*self._task.sums, *counts)
         numbers = [*(0 for _ in sums), *(count * counts_here for count in counts.values()), 0, *votes]
         mine = torch.tensor(numbers, dtype=self._sum_dtype, device=self._device)
@@ -244,15 +244,15 @@ class NativeEngine:
 
     def state(self) -> list[Chunk]:
         chunks = []
-        for block in self._blocks:
-            moments = self._optimizer.state[block.local]
+        for part in self._parts:
+            moments = self._optimizer.state[part.local]
             for prefix, tensor in (
-                ("model", block.local),
+                ("model", part.local),
                 ("optimizer/exp_avg", moments["exp_avg"]),
                 ("optimizer/exp_avg_sq", moments["exp_avg_sq"]),
             ):
-                name = f"{prefix}/{block.name}"
-                chunks.append(Chunk(name, block.global_shape, block.offsets, tensor, saved_here=block.first_holder))
+                name = f"{prefix}/{part.name}"
+                chunks.append(Chunk(name, part.global_shape, part.offsets, tensor, saved_here=part.first_holder))
         return chunks
 
     def set_step(self, step: int) -> None:
@@ -267,69 +267,69 @@ class NativeEngine:
 # ---- Building --------------------------------------------------------------------------------------------------------
 
 
-def _layout(world: World, accelerator: Accelerator) -> Layout:
+def _mesh_place(world: World, accelerator: Accelerator) -> MeshPlace:
     mesh = init_device_mesh(accelerator.device_type, (world.data, world.tensor), mesh_dim_names=("data", "tensor"))
-    return Layout(mesh, mesh.get_local_rank("data"), world.data, mesh.get_local_rank("tensor"), world.tensor)
+    return MeshPlace(mesh, mesh.get_local_rank("data"), world.data, mesh.get_local_rank("tensor"), world.tensor)
 
 
 def _build_model(
     config: Config,
     accelerator: Accelerator,
-    layout: Layout,
+    place: MeshPlace,
     dtype: torch.dtype,
     compile_backend: Backend | str,
     *,
     gathered: bool,
     weights: Literal["first", "loaded"],
-) -> tuple[Decoder, list[Block]]:
+) -> tuple[Decoder, list[HeldPart]]:
     """The parallelised decoder with its first weights.
 
-    On the meta device until it is sharded: no rank ever holds more than its blocks and, on the CPU, one of them again.
+    On the meta device until it is sharded: no rank ever holds more than its parts and, on the CPU, one of them again.
     """
     with torch.device("meta"):
         model = Decoder(config.model)
-    if layout.tensor_size > 1:
-        assert layout.mesh is not None
+    if place.tensor_size > 1:
+        assert place.mesh is not None
         for field, size in divided_sizes(config.model, seq_len=config.data.seq_len).items():
-            assert size % layout.tensor_size == 0, f"{field} {size} is not a multiple of {layout.tensor_size}"
-        apply_tensor_parallel(model, layout.mesh["tensor"])
-    simple_mesh = layout.mesh if _fsdp(config, accelerator) == "simple" else None
+            assert size % place.tensor_size == 0, f"{field} {size} is not a multiple of {place.tensor_size}"
+        apply_tensor_parallel(model, place.mesh["tensor"])
+    simple_mesh = place.mesh if _fsdp(config, accelerator) == "simple" else None
     data_group = None if simple_mesh is None else simple_mesh.get_group("data").group_name
     compile_backend = with_recompute_marks(compile_backend, data_group=data_group, keep_gathered=gathered)
     wrap_blocks(model, config.engine, compile_backend=compile_backend, whole_graphs=simple_mesh is not None)
     if simple_mesh is not None:
         shard_parameters(model, simple_mesh)
-    elif layout.mesh is not None:
-        apply_fsdp(model, layout.mesh["data"], compute_dtype=dtype, gathered=gathered)
+    elif place.mesh is not None:
+        apply_fsdp(model, place.mesh["data"], compute_dtype=dtype, gathered=gathered)
     model.to_empty(device=accelerator.device_type)
     model.tie()  # to_empty gave embedding and head memory of their own
     if simple_mesh is not None:
         gather_in_forward(model, simple_mesh, compute_dtype=dtype)
 
-    blocks = [_block(name, parameter, layout) for name, parameter in parameter_names(model).items()]
+    parts = [_held_part(name, parameter, place) for name, parameter in parameter_names(model).items()]
     if weights == "first":
-        for block in blocks:
-            block.local.copy_(_first_values(block, config))
-    return model, [block for block in blocks if block.local.numel() > 0]
+        for part in parts:
+            part.local.copy_(_first_values(part, config))
+    return model, [part for part in parts if part.local.numel() > 0]
 
 
-def _block(name: str, parameter: Tensor, layout: Layout) -> Block:
+def _held_part(name: str, parameter: Tensor, place: MeshPlace) -> HeldPart:
     local = _local(parameter.detach())
     if not isinstance(parameter, DTensor):
-        return Block(name, parameter, local, tuple(parameter.shape), (0,) * parameter.ndim, first_holder=True)
+        return HeldPart(name, parameter, local, tuple(parameter.shape), (0,) * parameter.ndim, first_holder=True)
     shape, offsets = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
     assert tuple(shape) == tuple(local.shape), f"{name}: {shape} expected, {tuple(local.shape)} held"
     split_over_tensor = any(isinstance(placement, Shard) for placement in parameter.placements[1:])
-    first_holder = split_over_tensor or layout.tensor_rank == 0
-    return Block(name, parameter, local, tuple(parameter.shape), tuple(offsets), first_holder)
+    first_holder = split_over_tensor or place.tensor_rank == 0
+    return HeldPart(name, parameter, local, tuple(parameter.shape), tuple(offsets), first_holder)
 
 
-def _first_values(block: Block, config: Config) -> Tensor:
+def _first_values(part: HeldPart, config: Config) -> Tensor:
     return init_block(
-        block.name,
-        global_shape=block.global_shape,
-        offsets=block.offsets,
-        shape=tuple(block.local.shape),
+        part.name,
+        global_shape=part.global_shape,
+        offsets=part.offsets,
+        shape=tuple(part.local.shape),
         seed=config.run.seed,
         config=config.model,
         threads=max(1, usable_cores() // config.cluster.ranks_per_node),
@@ -367,13 +367,13 @@ def _fits_gathered(config: Config, accelerator: Accelerator) -> bool:
     return ranks_short.item() == 0
 
 
-def _build_optimizer(config: Config, blocks: list[Block]) -> torch.optim.AdamW:
-    """AdamW over plain local blocks: it works element by element, so it need not know of DTensor, whose dispatch costs
+def _build_optimizer(config: Config, parts: list[HeldPart]) -> torch.optim.AdamW:
+    """AdamW over plain local parts: it works element by element, so it need not know of DTensor, whose dispatch costs
     more than the arithmetic of a small model. Moments exist from the start: a checkpoint of step 0 is complete.
     """
     settings = config.optimizer
-    matrices = [block.local for block in blocks if decays(block.global_shape)]
-    others = [block.local for block in blocks if not decays(block.global_shape)]
+    matrices = [part.local for part in parts if decays(part.global_shape)]
+    others = [part.local for part in parts if not decays(part.global_shape)]
     optimizer = torch.optim.AdamW(
         [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}],
         lr=settings.learning_rate,
@@ -381,10 +381,10 @@ def _build_optimizer(config: Config, blocks: list[Block]) -> torch.optim.AdamW:
         eps=settings.eps,
         fused=True,
     )
-    for block in blocks:
-        optimizer.state[block.local] = {
-            "step": torch.zeros((), dtype=torch.float32, device=block.local.device),
-            "exp_avg": torch.zeros_like(block.local),
-            "exp_avg_sq": torch.zeros_like(block.local),
+    for part in parts:
+        optimizer.state[part.local] = {
+            "step": torch.zeros((), dtype=torch.float32, device=part.local.device),
+            "exp_avg": torch.zeros_like(part.local),
+            "exp_avg_sq": torch.zeros_like(part.local),
         }
     return optimizer

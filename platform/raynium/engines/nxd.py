@@ -48,7 +48,7 @@ _COUNT_BASE = 4096
 _CHECKPOINT_PREFIX = "_checkpoint_wrapped_module."  # what activation checkpointing puts into parameter names
 
 
-class Layout(NamedTuple):
+class NxdPlace(NamedTuple):
     """This rank's place, as NxD laid the ranks out."""
 
     data_rank: int
@@ -102,8 +102,8 @@ def build_nxd_engine(
 
     def model() -> nn.Module:
         with torch.device("meta"):  # NxD would give each parameter memory and values first, and then take them away
-            decoder = parallel_decoder(config.model, tensor_size=layout.tensor_size, dtype=dtype)
-            whole = decoder if layout.num_stages == 1 else StagedDecoder(decoder, task, num_stages=layout.num_stages)
+            decoder = parallel_decoder(config.model, tensor_size=place.tensor_size, dtype=dtype)
+            whole = decoder if place.num_stages == 1 else StagedDecoder(decoder, task, num_stages=place.num_stages)
         modules.update({module: name for name, module in whole.named_modules()})
         return whole
 
@@ -131,24 +131,24 @@ def build_nxd_engine(
         # Set by the accelerator on Trainium2: NxD lays tensor groups along other links with two cores in one.
         lnc_size=int(os.environ.get("NEURON_LOGICAL_NC_CONFIG", "1")),
     )
-    layout = _layout(config, world)
-    place = {"tensor_rank": layout.tensor_rank, "tensor_size": layout.tensor_size, "kv_order": layout.kv_order}
-    stored = by_stored(pieces(config.model, **place))
-    if config.model.embeddings == "tied" and layout.num_stages > 1 and layout.is_last_stage:
+    place = _nxd_place(config, world)
+    where = {"tensor_rank": place.tensor_rank, "tensor_size": place.tensor_size, "kv_order": place.kv_order}
+    stored = by_stored(pieces(config.model, **where))
+    if config.model.embeddings == "tied" and place.num_stages > 1 and place.is_last_stage:
         # Of one parameter NxD makes two here, sums their gradients, and counts one in the norm.
         stored["head.weight"] = [piece._replace(first_holder=False) for piece in stored["embedding.weight"]]
     nxd_model = nxd.initialize_parallel_model(nxd_config, model)
-    if layout.num_stages == 1:
+    if place.num_stages == 1:
         nxd_model.module.tie()  # NxD overlooks parameters that children of the root share (0.18.0): each has memory
-    mark_copies(nxd_model.original_module(), is_copy=heads_of_rank(config.model, **place).copy > 0)
+    mark_copies(nxd_model.original_module(), is_copy=heads_of_rank(config.model, **where).copy > 0)
     optimizer = _optimizer(nxd_config, nxd_model, config, zero1=zero1)
-    found = _stored(nxd_model, optimizer, stored, layout, zero1=zero1)
+    found = _stored(nxd_model, optimizer, stored, place, zero1=zero1)
     if dtype != torch.float32 and weights == "first":
         with torch.no_grad():
             for each in found:  # NxD made them of weights that were already rounded
                 for piece in each.pieces:
                     each.view(each.master, piece).copy_(_first_values(piece, config))
-    return NxdEngine(config, world, task, layout, nxd_model, optimizer, found, device=get_device(), zero1=zero1)
+    return NxdEngine(config, world, task, place, nxd_model, optimizer, found, device=get_device(), zero1=zero1)
 
 
 class Counted(NamedTuple):
@@ -216,7 +216,7 @@ class NxdEngine:
         config: Config,
         world: World,
         task: Task,
-        layout: Layout,
+        place: NxdPlace,
         model: Any,
         optimizer: Any,
         stored: Sequence[Stored],
@@ -226,14 +226,14 @@ class NxdEngine:
     ):
         from neuronx_distributed.utils import mark_step
 
-        self.data_rank, self.data_size = layout.data_rank, layout.data_size
+        self.data_rank, self.data_size = place.data_rank, place.data_size
         self._config = config
         self._task = task
-        self._layout = layout
+        self._place = place
         self._model = model  # an NxDModel
         self._passes: Passes
         micro_batch_size = config.train.micro_batch_size
-        if layout.num_stages > 1:
+        if place.num_stages > 1:
             self._passes = PipelinePasses(
                 model, task, micro_batch_size=micro_batch_size, num_micro_batches=world.num_micro_batches, device=device
             )
@@ -274,18 +274,18 @@ class NxdEngine:
         A rank that dies here leaves the others waiting until the agents end the generation.
         """
         # The ranks of a tensor group and the stages of a pipeline have the same rows.
-        counts_here = self._layout.tensor_rank == 0 and self._layout.stage == 0
+        counts_here = self._place.tensor_rank == 0 and self._place.stage == 0
         counts = counts_of(self._task, batch)
         parts = [part * counts_here for count in counts.values() for part in divmod(count, _COUNT_BASE)]
         numbers = torch.tensor([*parts, *votes], dtype=torch.float32).to(self._device)
         dist.all_reduce(numbers)
-        place = 2 * list(counts).index(self._task.divisor)
-        divisor = numbers[place] * _COUNT_BASE + numbers[place + 1]
+        at = 2 * list(counts).index(self._task.divisor)
+        divisor = numbers[at] * _COUNT_BASE + numbers[at + 1]
         return Counted(tuple(counts), numbers, divisor.where(divisor != 0, 1.0))
 
     def _sum_over_ranks(self, sums: Tensor) -> Tensor:
         """Over data ranks, from what `Passes` return."""
-        total = sums * (self._layout.tensor_rank == 0 and self._layout.is_last_stage)
+        total = sums * (self._place.tensor_rank == 0 and self._place.is_last_stage)
         dist.all_reduce(total)
         return total
 
@@ -358,14 +358,14 @@ class NxdEngine:
 # ---- Building --------------------------------------------------------------------------------------------------------
 
 
-def _layout(config: Config, world: World) -> Layout:
+def _nxd_place(config: Config, world: World) -> NxdPlace:
     from neuronx_distributed.parallel_layers import parallel_state
 
     # NxD knows by the chip which ranks share a head; the layers make the same groups, if they are not there yet.
     parallel_state.initialize_kv_group(kv_copies(config.model, world.tensor))
     sharing = parallel_state.get_kv_shared_replica_groups()[0]
     adjacent = sharing == list(range(sharing[0], sharing[0] + len(sharing)))
-    layout = Layout(
+    place = NxdPlace(
         data_rank=parallel_state.get_data_parallel_rank(),
         data_size=parallel_state.get_data_parallel_size(),
         tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
@@ -374,9 +374,9 @@ def _layout(config: Config, world: World) -> Layout:
         num_stages=parallel_state.get_pipeline_model_parallel_size(),
         kv_order="adjacent" if adjacent else "interleaved",
     )
-    sizes = (layout.data_size, layout.tensor_size, layout.num_stages)
+    sizes = (place.data_size, place.tensor_size, place.num_stages)
     assert sizes == (world.data, world.tensor, world.pipeline)
-    return layout
+    return place
 
 
 def _optimizer(nxd_config: dict[str, Any], model: Any, config: Config, *, zero1: bool) -> Any:
@@ -408,7 +408,7 @@ def _masters(optimizer: Any) -> list[Tensor]:
 
 
 def _stored(
-    model: Any, optimizer: Any, by_name: dict[str, list[Piece]], layout: Layout, *, zero1: bool
+    model: Any, optimizer: Any, by_name: dict[str, list[Piece]], place: NxdPlace, *, zero1: bool
 ) -> list[Stored]:
     """In the optimizer's order."""
     names = {parameter: name.replace(_CHECKPOINT_PREFIX, "") for name, parameter in model.named_parameters()}
@@ -419,9 +419,9 @@ def _stored(
         whole, rows = by_name[names[parameter]], parameter.shape[0]
         assert sum(piece.shape[0] for piece in whole) == rows, f"{names[parameter]}: {parameter.shape}"
         if zero1:
-            place = {"rows": rows, "data_rank": layout.data_rank, "data_size": layout.data_size}
-            first_row, _ = zero1_rows(**place)
-            found.append(Stored(parameter, master, first_row, tuple(zero1_pieces(whole, **place))))
+            where = {"rows": rows, "data_rank": place.data_rank, "data_size": place.data_size}
+            first_row, _ = zero1_rows(**where)
+            found.append(Stored(parameter, master, first_row, tuple(zero1_pieces(whole, **where))))
         else:
             found.append(Stored(parameter, master, 0, tuple(whole)))
     return found
