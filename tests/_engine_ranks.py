@@ -1,18 +1,15 @@
 """Runs the native engine on forked gloo ranks. `test_native_engine.py` starts it and writes folders to its stdin.
 
 FOLDER/scenario.json says what to do (the keys are those of `run` in the test), FOLDER/batches.pt holds all samples.
-Each rank leaves FOLDER/rank-N.pt, what its steps returned and its last state; a line on stdout says that all have
-ended, and with which exit status. A process of its own because forking is only safe before torch has started threads.
+Each rank leaves FOLDER/rank-N.pt, what its steps returned and its last state.
 """
 
-import json
-import multiprocessing
 import os
-import sys
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from _forked_ranks import serve_folders
 from pair_task import PairTask
 
 from raynium.accelerators.cpu import CpuAccelerator
@@ -99,21 +96,5 @@ def extent(offsets: tuple[int, ...], shape: tuple[int, ...]) -> tuple[slice, ...
     return tuple(slice(begin, begin + size) for begin, size in zip(offsets, shape, strict=True))
 
 
-def main() -> None:
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo0" if sys.platform == "darwin" else "lo"
-    fork = multiprocessing.get_context("fork")
-    for line in sys.stdin:
-        folder = Path(line.rstrip("\n"))
-        scenario = json.loads((folder / "scenario.json").read_text())
-        ranks = range(scenario["config"]["cluster"]["ranks_per_node"])
-        processes = [fork.Process(target=run_rank, args=(rank, folder, scenario)) for rank in ranks]
-        for process in processes:
-            process.start()
-        for process in processes:
-            process.join()
-        sys.stdout.write(f"{max(abs(process.exitcode or 0) for process in processes)}\n")
-        sys.stdout.flush()
-
-
 if __name__ == "__main__":
-    main()
+    serve_folders(run_rank)

@@ -11,15 +11,16 @@ LIBRARY: "source": the real library's public source, in its CPU mode. "xla": the
 import importlib
 import inspect
 import json
-import multiprocessing
 import os
 import sys
 import warnings
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from _engine_ranks import TASKS, TestAccelerator, load
+from _forked_ranks import serve_folders
 
 from raynium.config.schema import Config
 from raynium.config.world import World
@@ -143,22 +144,10 @@ def main() -> None:
     if sys.argv[1:] == ["signatures"]:
         return write_signatures()
     library, platform = sys.argv[1:]
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo0" if sys.platform == "darwin" else "lo"
     replies = os.fdopen(os.dup(1), "w")  # the library logs to stdout
     os.dup2(2, 1)
     load_library(library, platform)
-    fork = multiprocessing.get_context("fork")
-    for line in sys.stdin:
-        folder = Path(line.rstrip("\n"))
-        scenario = json.loads((folder / "scenario.json").read_text())
-        ranks = range(scenario["config"]["cluster"]["ranks_per_node"])
-        processes = [fork.Process(target=run_rank, args=(rank, folder, scenario, library)) for rank in ranks]
-        for process in processes:
-            process.start()
-        for process in processes:
-            process.join()
-        replies.write(f"{max(abs(process.exitcode or 0) for process in processes)}\n")
-        replies.flush()
+    serve_folders(partial(run_rank, library=library), replies)
 
 
 if __name__ == "__main__":

@@ -1,19 +1,16 @@
 """Trains on forked gloo ranks from and to checkpoints, for `test_world_size.py`, which writes folders to its stdin.
 
-FOLDER/scenario.json says what to do; each rank leaves FOLDER/rank-N.json: its losses and its sample ids. A line on
-stdout says that all have ended, and with which exit status. A process of its own because forking is only safe before
-torch has started threads.
+FOLDER/scenario.json says what to do; each rank leaves FOLDER/rank-N.json: its losses and its sample ids.
 """
 
 import json
-import multiprocessing
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from _forked_ranks import serve_folders
 
 from raynium.accelerators.detect import detect
 from raynium.checkpoint.catalog import open_checkpoint
@@ -85,21 +82,5 @@ def save(engine: Engine, store: Store, step: int, folder: Path) -> None:
     dist.barrier()
 
 
-def main() -> None:
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo0" if sys.platform == "darwin" else "lo"
-    fork = multiprocessing.get_context("fork")
-    for line in sys.stdin:
-        folder = Path(line.rstrip("\n"))
-        scenario = json.loads((folder / "scenario.json").read_text())
-        ranks = range(scenario["config"]["cluster"]["ranks_per_node"])
-        processes = [fork.Process(target=run_rank, args=(rank, folder, scenario)) for rank in ranks]
-        for process in processes:
-            process.start()
-        for process in processes:
-            process.join()
-        sys.stdout.write(f"{max(abs(process.exitcode or 0) for process in processes)}\n")
-        sys.stdout.flush()
-
-
 if __name__ == "__main__":
-    main()
+    serve_folders(run_rank)

@@ -20,6 +20,7 @@ from typing import Any
 
 import pytest
 from s3_server import S3Server, running_s3_server
+from tiny import build_documents
 
 # Threads that wait for each other by spinning take the cores that tests, ranks and servers share. Changes no result
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -60,6 +61,20 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
     """A real S3 server. Mark its tests `s3`."""
     with running_s3_server(tmp_path_factory.mktemp("seaweedfs")) as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def document_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny job's document store; nobody writes into it."""
+    return build_documents(tmp_path_factory.mktemp("documents"))
+
+
+@pytest.fixture(scope="session")
+def site(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """What a process's environment needs to find the twin of TorchNeuron."""
+    from neuron_twin import write_site
+
+    return write_site(tmp_path_factory.mktemp("twin") / "site")
 
 
 @pytest.fixture

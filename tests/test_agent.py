@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import build_documents, job_text
+from tiny import job_text
+from waiting import wait_for
 
 from raynium.accelerators.detect import detect
 from raynium.checkpoint.catalog import latest, list_checkpoints
@@ -45,11 +46,6 @@ JOB = job_text(
         "evaluate.max_documents": 2,
     }
 )
-
-
-@pytest.fixture(scope="module")
-def document_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build_documents(tmp_path_factory.mktemp("documents"))
 
 
 class Played:
@@ -147,14 +143,6 @@ def play(tmp_path: Path, document_folder: Path) -> Iterator[Callable[..., Played
         if run.thread.is_alive():
             run.let_uploads_go()
         run.thread.join(60)
-
-
-def wait_for(condition: Callable[[], Any], seconds: float = 60) -> Any:
-    deadline = time.monotonic() + seconds
-    while not (value := condition()):
-        assert time.monotonic() < deadline, "it did not happen"
-        time.sleep(0.005)
-    return value
 
 
 def images_in_memory() -> list[str]:

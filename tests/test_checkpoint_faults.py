@@ -19,7 +19,8 @@ from uuid import uuid4
 import boto3
 import pytest
 from flaky_s3 import FlakyS3, cut, delay, hold, refuse, swallow
-from tiny import build_documents, job_text
+from tiny import job_text
+from waiting import wait_for
 
 from raynium.checkpoint.catalog import latest, list_checkpoints, open_checkpoint
 from raynium.checkpoint.verify import verify_checkpoint
@@ -46,11 +47,6 @@ JOB = job_text(
         "evaluate.max_documents": 1,
     }
 )
-
-
-@pytest.fixture(scope="module")
-def document_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build_documents(tmp_path_factory.mktemp("documents"))
 
 
 class Life:
@@ -187,14 +183,6 @@ def place(s3_server: Any, proxy: FlakyS3) -> Place:
 def newest_step(place: Place) -> int:
     ref = latest(place.store)
     return ref.step if ref is not None else 0
-
-
-def wait_for(condition: Callable[[], Any]) -> Any:
-    deadline = time.monotonic() + PATIENCE_SECONDS
-    while not (value := condition()):
-        assert time.monotonic() < deadline, "it did not happen"
-        time.sleep(0.005)
-    return value
 
 
 def wait_for_newer(place: Place) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny import job_text
 
 from raynium.checkpoint import compare
 from raynium.checkpoint.catalog import choose_checkpoint
@@ -20,13 +21,7 @@ from raynium.errors import StoreError
 from raynium.storage import verify as storage_verify
 from raynium.storage.store import Store
 
-CONFIG = parse_config("""
-run: {name: first}
-model: {vocab_size: 64, hidden_size: 32, num_layers: 1, num_heads: 2, num_kv_heads: 1, head_dim: 16, ffn_size: 64,
-        max_seq_len: 16}
-data: {path: /nowhere, seq_len: 16}
-train: {steps: 6, global_batch_size: 4}
-""")
+CONFIG = parse_config(job_text())
 UNIT = 4096
 
 

@@ -5,43 +5,25 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from commands import Ended, run_command
+from tiny import job_text
 
 from raynium import sdk
-from raynium.checkpoint.commit import commit_checkpoint
-from raynium.checkpoint.format.image import ImageFile, plan_image, write_image
-from raynium.checkpoint.state import Chunk
-from raynium.checkpoint.upload import upload_shard
-from raynium.cli import app as cli
 from raynium.config.load import parse_config
-from raynium.data.store import TOKENIZER_NAME
-from raynium.data.tokenizer import Tokenizer
 from raynium.errors import LaunchError
 from raynium.models.decoder import Decoder
 from raynium.run.record import Owner, RecordKeeper, claim
 from raynium.storage.store import Store
 
-JOB = """
-run: {name: first, root: ROOT}
-cluster: {accelerator: cpu}
-model: {vocab_size: 320, hidden_size: 32, num_layers: 1, num_heads: 2, num_kv_heads: 1, head_dim: 16, ffn_size: 64,
-        max_seq_len: 16}
-data: {path: ROOT/data, seq_len: 16}
-train: {steps: 6, global_batch_size: 4}
-"""
+SIZES = {"model.vocab_size": 320, "model.num_layers": 1, "model.max_seq_len": 16, "data.seq_len": 16}
 COMMANDS = ("train", "submit", "runs", "status", "logs", "stop", "sample", "ui", "checkpoints", "data")
-
-
-@dataclass(frozen=True)
-class Ended:
-    code: int
-    out: str
-    err: str
 
 
 @pytest.fixture
@@ -55,37 +37,17 @@ def raynium(
     monkeypatch.setattr(sdk, "POLL_SECONDS", 0.01)
     monkeypatch.chdir(tmp_path)
 
-    def call(*arguments: str) -> Ended:
-        monkeypatch.setattr(sys, "argv", ["raynium", *arguments])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        captured = capsys.readouterr()
-        assert "Traceback" not in captured.err
-        code = ended.value.code
-        return Ended(code if isinstance(code, int) else 0, captured.out, captured.err)
-
-    return call
+    return partial(run_command, monkeypatch=monkeypatch, capsys=capsys)
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> RecordKeeper:
+def run(tmp_path: Path, save_run: Callable[..., Store]) -> RecordKeeper:
     """A live run `first` under ./runs with a checkpoint of step 4; this process is its driver."""
     root = tmp_path / "runs"
-    config = parse_config(JOB.replace("ROOT", str(root)))
-    store = Store(root / "first")
-    keeper = claim(store, "first", config.model_dump(mode="json"))
+    config = parse_config(job_text(SIZES | {"run.name": "first", "train.steps": 6}, root=root))
     torch.manual_seed(0)
-    chunks = [
-        Chunk(f"model/{name}", tuple(each.shape), (0,) * each.ndim, each.detach(), saved_here=True)
-        for name, each in Decoder(config.model).named_parameters()
-    ]
-    plan = plan_image(chunks)
-    with ImageFile(tmp_path / "image") as image:
-        write_image(plan, chunks, image.reserve(plan.size), step=4)
-        entry = upload_shard(store, plan.info(step=4, path=image.path), generation="g1", rank=0)
-    state = {"config": config.model_dump(mode="json")}
-    commit_checkpoint(store, step=4, generation="g1", entries=[entry], state=state, world_size=1, layout={})
-    store.replace(TOKENIZER_NAME, Tokenizer.train(["def main(x)"], vocab_size=300).file_text.encode())
+    store = save_run(Decoder(config.model), config)
+    keeper = claim(store, "first", config.model_dump(mode="json"))
     (tmp_path / "driver.log").write_text("generation 1: 1 rank\n")
     keeper.update(
         state="running",
@@ -200,7 +162,7 @@ def test_status_shows_state_numbers_checkpoints_and_page(raynium: Callable[..., 
     assert out.startswith("run first: running at step 4 of 6\n")
     assert "MLflow page: http://127.0.0.1:5000/#/experiments/1/runs/m1" in out
     assert "  train/loss                                 3.25\n" in out
-    assert "  checkpoint of step 4: 0.1 MB\n" in out
+    assert "  checkpoint of step 4: 0.4 MB\n" in out
     die(run)
     assert "start it again to go on" in raynium("status", "first").out
     manifest = next(Path("runs/first/checkpoints").rglob("manifest.json"))

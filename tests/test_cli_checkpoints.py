@@ -1,20 +1,21 @@
 """`raynium checkpoints` on runs as their ranks leave them; what the commands call is tested in its own modules."""
 
 import re
-import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 import typer
+from commands import Ended, run_command
+from tiny import job_text
 
 from raynium.checkpoint.catalog import list_checkpoints, open_checkpoint
 from raynium.checkpoint.format.manifest import Timing, manifest_key, manifest_to_bytes
 from raynium.checkpoint.retention import Retention
-from raynium.cli import app as cli
 from raynium.cli import checkpoints as cli_checkpoints
 from raynium.config.load import parse_config
 from raynium.models.decoder import Decoder
@@ -22,22 +23,10 @@ from raynium.run.record import Owner, RecordKeeper, claim
 from raynium.sdk import find_run
 from raynium.storage.store import Store
 
-CONFIG = parse_config("""
-run: {name: first}
-cluster: {accelerator: cpu}
-model: {vocab_size: 320, hidden_size: 32, num_layers: 2, num_heads: 4, num_kv_heads: 4, head_dim: 16, ffn_size: 64,
-        max_seq_len: 16}
-data: {path: /nowhere, seq_len: 16}
-train: {steps: 6, global_batch_size: 4}
-""")
+CONFIG = parse_config(
+    job_text({"run.name": "first", "model.vocab_size": 320, "model.num_heads": 4, "model.num_kv_heads": 4})
+)
 COMMANDS = ("ls", "show", "verify", "tag", "export", "import", "rm", "diff")
-
-
-@dataclass(frozen=True)
-class Ended:
-    code: int
-    out: str
-    err: str
 
 
 @pytest.fixture
@@ -50,16 +39,7 @@ def checkpoints(
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.chdir(tmp_path)
 
-    def call(*arguments: str) -> Ended:
-        monkeypatch.setattr(sys, "argv", ["raynium", "checkpoints", *arguments])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        captured = capsys.readouterr()
-        assert "Traceback" not in captured.err
-        code = ended.value.code
-        return Ended(code if isinstance(code, int) else 0, captured.out, captured.err)
-
-    return call
+    return partial(run_command, "checkpoints", monkeypatch=monkeypatch, capsys=capsys)
 
 
 def model(seed: int = 0) -> Decoder:

@@ -1,16 +1,14 @@
 """Compilations on the twin of TorchNeuron: shared between nodes by their agents, and explained where they surprise."""
 
-import json
 import logging
 import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
-from neuron_twin import write_site
-from tiny import build_documents, job_text
+from tiny import job_text
+from twin_runs import run_agent
 
 from raynium.config.load import parse_config
 from raynium.config.world import World
@@ -38,37 +36,6 @@ JOB = job_text(
 )
 
 
-@pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    return write_site(tmp_path_factory.mktemp("twin") / "site")
-
-
-@pytest.fixture(scope="module")
-def document_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build_documents(tmp_path_factory.mktemp("documents"))
-
-
-def play(run_folder: Path, document_folder: Path, environment: dict[str, str]) -> dict[str, Any]:
-    """One agent's whole run on a node with that home: what `_neuron_agent.py` says of it."""
-    given = {
-        "config": parse_config(JOB).model_dump(mode="json"),
-        "run_folder": str(run_folder),
-        "data_folder": str(document_folder),
-    }
-    done = subprocess.run(
-        [sys.executable, str(TESTS / "_neuron_agent.py")],
-        input=json.dumps(given),
-        capture_output=True,
-        text=True,
-        env=os.environ | environment,
-        timeout=240,
-    )
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
-    assert found["ended"] == "finished", "\n".join([found["cause"], *found["log"][-40:]])
-    return found
-
-
 def executables(home: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in home.rglob("*.neff")}
 
@@ -77,7 +44,10 @@ def test_a_second_node_starts_with_what_the_first_one_compiled(
     site: dict[str, str], document_folder: Path, tmp_path: Path
 ) -> None:
     homes = [tmp_path / name for name in ("first-home", "second-home")]
-    found = [play(tmp_path / "runs" / home.name, document_folder, site | {"HOME": str(home)}) for home in homes]
+    found = [
+        run_agent(parse_config(JOB), tmp_path / "runs" / home.name, document_folder, site | {"HOME": str(home)})
+        for home in homes
+    ]
     made, came = (executables(home) for home in homes)
     assert made, "nothing was compiled"
     assert came == made, "bytes that no second compilation would make again"

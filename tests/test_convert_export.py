@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 import torch
+from conversions import MODELS, config_of, same_tensors, weights_in
 from safetensors import safe_open
 from safetensors.torch import load_file
 
 from raynium.checkpoint.catalog import choose_checkpoint
 from raynium.checkpoint.format.batches import in_batches, in_file_order
-from raynium.config.load import parse_config
 from raynium.config.schema import Config
 from raynium.convert import export
 from raynium.convert.config_json import saved_model
@@ -29,28 +29,8 @@ from raynium.errors import CheckpointDamaged, CheckpointError, CheckpointMismatc
 from raynium.models.decoder import Decoder
 from raynium.storage.store import Store
 
-JOB = """
-run: {name: first}
-cluster: {accelerator: cpu}
-model: {vocab_size: 320, hidden_size: 32, num_layers: 3, num_heads: 4, num_kv_heads: 2, head_dim: 12, ffn_size: 48,
-        max_seq_len: 64}
-data: {path: /nowhere, seq_len: 16}
-train: {steps: 4, global_batch_size: 2}
-"""
-SCALING = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_seq_len": 24}
-MODELS: dict[str, dict[str, Any]] = {
-    "llama": {},
-    "llama, tied, scaled rope": {"embeddings": "tied", "rope_theta": 1e4, "norm_eps": 1e-3}
-    | {f"rope_scaling.{key}": value for key, value in SCALING.items()},
-    "qwen3": {"family": "qwen3", "rope_theta": 1e6},
-    "qwen3, tied": {"family": "qwen3", "embeddings": "tied"},
-}
 TEXT = "def main(x): return\n\n  12345 héllo 漢字 it's"
 Save = Callable[..., Store]
-
-
-def config_of(name: str = "llama", **changes: Any) -> Config:
-    return parse_config(JOB, {f"model.{key}": value for key, value in (MODELS[name] | changes).items()})
 
 
 def random_model(config: Config, seed: int = 0) -> Decoder:
@@ -61,18 +41,6 @@ def random_model(config: Config, seed: int = 0) -> Decoder:
         for name, parameter in model.named_parameters():
             parameter.normal_(mean=1.0 if "norm" in name else 0.0, std=0.3, generator=generator)
     return model.eval()
-
-
-def same_tensors(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
-    return first.keys() == second.keys() and all(
-        first[name].dtype == second[name].dtype and torch.equal(first[name], second[name]) for name in first
-    )
-
-
-def weights_in(folder: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a Hugging Face folder, through the library, by name."""
-    files = sorted(folder.glob("*.safetensors"))
-    return {name: tensor for file in files for name, tensor in load_file(file).items()}
 
 
 # ------------------------------------------------------------------------------------------------- out

@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file, save_file
+from conversions import JOB, MODELS, config_of, same_tensors, weights_in
+from safetensors.torch import save_file
 
 from raynium.accelerators import native_dtype
 from raynium.checkpoint import load
@@ -34,46 +34,15 @@ from raynium.errors import CheckpointDamaged, CheckpointError, CheckpointMismatc
 from raynium.launch.preparation import keep_tokenizer
 from raynium.launch.settle import settled
 from raynium.models.decoder import Decoder
+from raynium.node.ports import free_port
 from raynium.sampling import open_sampler
 from raynium.storage.store import Store
 
-JOB = """
-run: {name: first}
-cluster: {accelerator: cpu}
-model: {vocab_size: 320, hidden_size: 32, num_layers: 3, num_heads: 4, num_kv_heads: 2, head_dim: 12, ffn_size: 48,
-        max_seq_len: 64}
-data: {path: /nowhere, seq_len: 16}
-train: {steps: 4, global_batch_size: 2}
-"""
-SCALING = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_seq_len": 24}
-MODELS: dict[str, dict[str, Any]] = {
-    "llama": {},
-    "llama, tied, scaled rope": {"embeddings": "tied", "rope_theta": 1e4, "norm_eps": 1e-3}
-    | {f"rope_scaling.{key}": value for key, value in SCALING.items()},
-    "qwen3": {"family": "qwen3", "rope_theta": 1e6},
-    "qwen3, tied": {"family": "qwen3", "embeddings": "tied"},
-}
 Save = Callable[..., Store]
-
-
-def config_of(name: str = "llama", **changes: Any) -> Config:
-    return parse_config(JOB, {f"model.{key}": value for key, value in (MODELS[name] | changes).items()})
 
 
 def random_model(config: Config) -> Decoder:
     return Decoder(config.model).eval()
-
-
-def same_tensors(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
-    return first.keys() == second.keys() and all(
-        first[name].dtype == second[name].dtype and torch.equal(first[name], second[name]) for name in first
-    )
-
-
-def weights_in(folder: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a Hugging Face folder, through the library, by name."""
-    files = sorted(folder.glob("*.safetensors"))
-    return {name: tensor for file in files for name, tensor in load_file(file).items()}
 
 
 # ------------------------------------------------------------------------------------------------- in
@@ -371,9 +340,7 @@ def test_training_goes_on_from_imported_weights(transformers: Any, documents: Pa
     }
     job["data"] |= {"path": str(documents), "seq_len": 16, "heldout_fraction": 0.2}
     (tmp_path / "job.yaml").write_text(yaml.safe_dump(job))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
+    port = str(free_port("127.0.0.1"))
     ranks = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
     done = subprocess.run(
         [sys.executable, "-m", "raynium.standalone", str(tmp_path / "job.yaml")],

@@ -4,20 +4,17 @@ import asyncio
 import os
 import signal
 import threading
-import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import _dying_ranks
 import pytest
 import yaml
 from tiny import job_text
+from waiting import wait_for
 
 from raynium.accelerators.detect import detect
 from raynium.config.load import parse_config
-from raynium.data.store_build import build_store
 from raynium.health.faults import Fault, classify
 from raynium.health.neuron_monitor import DeviceSample
 from raynium.node import agent as agent_module
@@ -419,24 +416,7 @@ def test_device_metrics_are_of_all_nodes_that_report(tmp_path: Path, monkeypatch
 # ------------------------------------------------------------------------------------------------- the agent
 
 
-def wait_for(condition: Callable[[], Any]) -> Any:
-    deadline = time.monotonic() + 60
-    while not (value := condition()):
-        assert time.monotonic() < deadline, "it did not happen"
-        time.sleep(0.005)
-    return value
-
-
-@pytest.fixture
-def documents(tmp_path: Path) -> Path:
-    (tmp_path / "text").mkdir()
-    for number in range(8):
-        (tmp_path / f"text/{number}.py").write_text(f"def function_{number}(x): return x * {number}\n" * 40)
-    build_store(tmp_path / "documents", source=str(tmp_path / "text"), vocab_size=512, heldout_fraction=0.2)
-    return tmp_path / "documents"
-
-
-def test_an_agent_reports_its_devices_and_names_what_broke_on_its_node(tmp_path: Path, documents: Path) -> None:
+def test_an_agent_reports_its_devices_and_names_what_broke_on_its_node(tmp_path: Path, document_folder: Path) -> None:
     """Real ranks on the CPU, with a recorded neuron-monitor and a file for the kernel's log."""
     program = tmp_path / "neuron-monitor"
     program.write_text(f"#!/bin/sh\necho $$ > '{tmp_path}/pid'\ncat '{FIXTURES / 'monitor.jsonl'}'\nexec sleep 300\n")
@@ -452,7 +432,7 @@ def test_an_agent_reports_its_devices_and_names_what_broke_on_its_node(tmp_path:
         accelerator=detect("cpu"),
         coordinator=coordinator,
         open_tracker=lambda: tracker,
-        data_folder=lambda: str(documents),
+        data_folder=lambda: str(document_folder),
         kernel_log=tmp_path / "kmsg",
         neuron_monitor=str(program),
     )
@@ -481,7 +461,7 @@ def test_an_agent_reports_its_devices_and_names_what_broke_on_its_node(tmp_path:
 
 
 def test_an_agent_names_the_broken_node_though_the_rank_that_died_was_another(
-    tmp_path: Path, documents: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, document_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two real processes that say what ranks say in a hang; the one on the broken device is killed with the other."""
     monkeypatch.setattr(agent_module, "RankGroup", partial(RankGroup, program=_dying_ranks.hang_on_a_broken_device))
@@ -496,7 +476,7 @@ def test_an_agent_names_the_broken_node_though_the_rank_that_died_was_another(
         accelerator=detect("cpu"),
         coordinator=coordinator,
         open_tracker=MemoryTracker,
-        data_folder=lambda: str(documents),
+        data_folder=lambda: str(document_folder),
         kernel_log=tmp_path / "kmsg",
     ).run()
     status = coordinator.run(lambda each: each.status(0)).result()
@@ -508,7 +488,7 @@ def test_an_agent_names_the_broken_node_though_the_rank_that_died_was_another(
 
 
 def test_a_ranks_own_error_ends_the_run_and_not_its_peers_broken_connection(
-    tmp_path: Path, documents: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, document_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two real processes of one gloo group: rank 1 fails in the middle of a step, rank 0 while it waits for it."""
     monkeypatch.setattr(agent_module, "RankGroup", partial(RankGroup, program=_dying_ranks.fail_in_a_step))
@@ -522,7 +502,7 @@ def test_a_ranks_own_error_ends_the_run_and_not_its_peers_broken_connection(
         accelerator=detect("cpu"),
         coordinator=coordinator,
         open_tracker=MemoryTracker,
-        data_folder=lambda: str(documents),
+        data_folder=lambda: str(document_folder),
     ).run()
     status = coordinator.run(lambda each: each.status(0)).result()
     coordinator.close()

@@ -6,7 +6,6 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +14,7 @@ from typing import Any, cast
 import pytest
 from rich.console import Console
 from tiny import job_text
+from waiting import wait_for
 
 from raynium.config.load import parse_config
 from raynium.errors import RunFailed, StoreError, TrackingError
@@ -54,14 +54,6 @@ class Actor:
         return SimpleNamespace(
             remote=lambda *arguments: self.on_loop.run(lambda each: getattr(each, method)(*arguments))
         )
-
-
-def wait_for(condition: Callable[[], Any], seconds: float = 60) -> Any:
-    deadline = time.monotonic() + seconds
-    while not (value := condition()):
-        assert time.monotonic() < deadline, "it did not happen"
-        time.sleep(0.005)
-    return value
 
 
 class Watched:

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from neuron_twin import RECORD_VARIABLE, write_site
-from tiny import build_documents, job_text
+from neuron_twin import RECORD_VARIABLE
+from tiny import job_text
+from twin_runs import run_agent
 
 from raynium.config.load import parse_config
 
@@ -35,35 +36,8 @@ JOB = job_text(
 )
 
 
-@pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    return write_site(tmp_path_factory.mktemp("twin") / "site")
-
-
-@pytest.fixture(scope="module")
-def document_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build_documents(tmp_path_factory.mktemp("documents"))
-
-
 def play(run_folder: Path, document_folder: Path, environment: dict[str, str], **changes: Any) -> dict[str, Any]:
-    """One agent's whole run in a process with that environment: what `_neuron_agent.py` says of it."""
-    given = {
-        "config": parse_config(JOB, changes).model_dump(mode="json"),
-        "run_folder": str(run_folder),
-        "data_folder": str(document_folder),
-    }
-    done = subprocess.run(
-        [sys.executable, str(TESTS / "_neuron_agent.py")],
-        input=json.dumps(given),
-        capture_output=True,
-        text=True,
-        env=os.environ | environment,
-        timeout=240,
-    )
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
-    assert found["ended"] == "finished", "\n".join([found["cause"], *found["log"][-40:]])
-    return found
+    return run_agent(parse_config(JOB, changes), run_folder, document_folder, environment)
 
 
 def values(found: dict[str, Any], name: str) -> list[float]:

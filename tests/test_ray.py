@@ -9,12 +9,11 @@ import json
 import os
 import secrets
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,9 +22,11 @@ import pytest
 from neuron_twin import RECORD_VARIABLE, write_site
 from sessions import kill_started
 from tiny import build_documents, job_text
+from waiting import wait_for
 
 from raynium import Client, Run, find_run
 from raynium.errors import ConfigError, LaunchError, RunFailed, RunInUse
+from raynium.node.ports import free_port
 from raynium.run.record import RunRecord
 
 # What is waited for in here has limits of its own.
@@ -42,6 +43,7 @@ CHANGES = {
     "sample.prompts": ["def "],
     "sample.max_new_tokens": 8,
 }
+LOOPBACK = "127.0.0.1"
 NEURON_CORES = '--resources={"neuron_cores": 2}'  # of each node
 LONG = 160  # steps of a run that is to be interrupted: some seconds
 
@@ -57,12 +59,6 @@ class Cluster:
 
     def client(self) -> Client:
         return Client(self.address)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @pytest.fixture(scope="module")
@@ -82,13 +78,16 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     (folder / "records").mkdir()
     # Every process of the cluster finds a Trainium2; jobs that name the CPU do not ask for it.
     twin = write_site(folder / "twin") | {RECORD_VARIABLE: str(folder / "records")}
-    dashboard, port = free_port(), free_port()
+    dashboard, port = free_port(LOOPBACK), free_port(LOOPBACK)
     with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp") as ray_folder:  # short: Unix socket paths have a limit
         command = [
             *(str(Path(sys.executable).parent / "ray"), "start", "--head", "--block", "--disable-usage-stats"),
             *("--node-ip-address=127.0.0.2", f"--port={port}", f"--temp-dir={ray_folder}"),
             *("--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}"),
-            *(f"--dashboard-agent-listen-port={free_port()}", f"--ray-client-server-port={free_port()}"),
+            *(
+                f"--dashboard-agent-listen-port={free_port('127.0.0.1')}",
+                f"--ray-client-server-port={free_port('127.0.0.1')}",
+            ),
             *("--num-cpus=4", f"--object-store-memory={100 * 2**20}"),
         ]
         with (folder / "ray.log").open("wb") as log:
@@ -117,7 +116,7 @@ def start_node(port: int, environment: dict[str, str], folder: Path) -> subproce
     command = [
         *(str(Path(sys.executable).parent / "ray"), "start", f"--address=127.0.0.2:{port}", "--block"),
         *("--node-ip-address=127.0.0.3", "--num-cpus=1", f"--object-store-memory={100 * 2**20}"),
-        *(f"--dashboard-agent-listen-port={free_port()}", "--disable-usage-stats", NEURON_CORES),
+        *(f"--dashboard-agent-listen-port={free_port('127.0.0.1')}", "--disable-usage-stats", NEURON_CORES),
     ]
     with (folder / "node.log").open("wb") as log:
         return subprocess.Popen(command, env=os.environ | environment, stdout=log, stderr=log, start_new_session=True)
@@ -133,14 +132,6 @@ def _wait_until_it_answers(address: str, head: subprocess.Popen[bytes], log: Pat
             return
         assert head.poll() is None and time.monotonic() < deadline, log.read_text()[-3000:]
         time.sleep(0.5)
-
-
-def wait_for(condition: Callable[[], Any], seconds: float = 200) -> Any:
-    deadline = time.monotonic() + seconds
-    while not (value := condition()):
-        assert time.monotonic() < deadline, "it did not happen"
-        time.sleep(0.1)
-    return value
 
 
 def record_when_saved(run: Run, *, step: int) -> RunRecord:

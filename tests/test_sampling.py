@@ -2,23 +2,18 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from tiny import job_text
 
-from raynium.checkpoint.commit import commit_checkpoint
-from raynium.checkpoint.format.image import ImageFile, plan_image, write_image
-from raynium.checkpoint.state import Chunk
-from raynium.checkpoint.upload import upload_shard
 from raynium.config.load import parse_config
 from raynium.config.schema import Config
 from raynium.data.store import TOKENIZER_NAME
 from raynium.data.tokenizer import Tokenizer
 from raynium.errors import CheckpointError, StoreError
 from raynium.models.decoder import Decoder
-from raynium.sampling import MODEL_PREFIX, open_sampler
+from raynium.sampling import open_sampler
 from raynium.storage.store import Store
 
 JOB = job_text({"model.vocab_size": 320, "model.max_seq_len": 16, "data.seq_len": 16})
@@ -42,36 +37,11 @@ def model_of(config: Config, seed: int = 0) -> Decoder:
     return model.eval()
 
 
-@pytest.fixture
-def save(tmp_path: Path, tokenizer: Tokenizer) -> Callable[..., Store]:
-    """Writes a model as the checkpoint of one step of the run in tmp_path/run."""
-
-    def save_checkpoint(model: Decoder, config: Config, *, step: int = 4) -> Store:
-        store = Store(tmp_path / "run")
-        weights = dict(model.named_parameters())  # tied weights once, as a run stores them
-        chunks = [
-            Chunk(MODEL_PREFIX + name, tuple(each.shape), (0,) * each.ndim, each.detach(), saved_here=True)
-            for name, each in weights.items()
-        ]
-        plan = plan_image(chunks)
-        with ImageFile(tmp_path / f"image-{step}") as image:
-            write_image(plan, chunks, image.reserve(plan.size), step=step)
-            entry = upload_shard(store, plan.info(step=step, path=image.path), generation="g1", rank=0)
-        state: dict[str, Any] = {"config": config.model_dump(mode="json")}
-        commit_checkpoint(
-            store, step=step, generation="g1", entries=[entry], state=state, world_size=1, layout={"data": 1}
-        )
-        store.replace(TOKENIZER_NAME, tokenizer.file_text.encode())
-        return store
-
-    return save_checkpoint
-
-
 @pytest.mark.parametrize("embeddings", ["tied", "untied"])
-def test_the_sampled_model_is_the_saved_one(save: Callable[..., Store], embeddings: str) -> None:
+def test_the_sampled_model_is_the_saved_one(save_run: Callable[..., Store], embeddings: str) -> None:
     config = parse_config(JOB, {"model.embeddings": embeddings})
     model = model_of(config)
-    sampler = open_sampler(save(model, config).url)
+    sampler = open_sampler(save_run(model, config).url)
     tokens_BT = torch.arange(12).reshape(1, 12)
     with torch.no_grad():
         assert torch.equal(sampler.model(tokens_BT), model(tokens_BT))
@@ -79,11 +49,11 @@ def test_the_sampled_model_is_the_saved_one(save: Callable[..., Store], embeddin
 
 
 def test_greedy_text_is_the_likeliest_token_each_time_whatever_the_seed(
-    save: Callable[..., Store], tokenizer: Tokenizer
+    save_run: Callable[..., Store], tokenizer: Tokenizer
 ) -> None:
     config = parse_config(JOB)
     model = model_of(config)
-    sampler = open_sampler(save(model, config).url)
+    sampler = open_sampler(save_run(model, config).url)
     # Written out: the end of a document before the text, then one token at a time, the last 16 as context.
     context = [tokenizer.end_of_document_id, *tokenizer.encode(PROMPT).tolist()]
     prompt_length = len(context)
@@ -100,17 +70,17 @@ def test_greedy_text_is_the_likeliest_token_each_time_whatever_the_seed(
     assert text == PROMPT + tokenizer.decode(expected)
 
 
-def test_a_seed_gives_its_text_again_and_another_seed_another(save: Callable[..., Store]) -> None:
+def test_a_seed_gives_its_text_again_and_another_seed_another(save_run: Callable[..., Store]) -> None:
     config = parse_config(JOB)
-    sampler = open_sampler(save(model_of(config), config).url)
+    sampler = open_sampler(save_run(model_of(config), config).url)
     texts = [sampler.text(PROMPT, max_new_tokens=30, temperature=1.0, seed=seed) for seed in (1, 1, 2)]
     assert texts[0] == texts[1] != texts[2]
     assert all(text.startswith(PROMPT) for text in texts)
 
 
-def test_a_low_temperature_is_nearly_greedy_and_a_high_one_is_not(save: Callable[..., Store]) -> None:
+def test_a_low_temperature_is_nearly_greedy_and_a_high_one_is_not(save_run: Callable[..., Store]) -> None:
     config = parse_config(JOB)
-    sampler = open_sampler(save(model_of(config), config).url)
+    sampler = open_sampler(save_run(model_of(config), config).url)
 
     def sampled(temperature: float) -> list[int]:
         return list(sampler.tokens(PROMPT, max_new_tokens=20, temperature=temperature, seed=3))
@@ -119,20 +89,20 @@ def test_a_low_temperature_is_nearly_greedy_and_a_high_one_is_not(save: Callable
 
 
 def test_the_end_of_the_document_ends_the_text_and_is_no_part_of_it(
-    save: Callable[..., Store], tokenizer: Tokenizer
+    save_run: Callable[..., Store], tokenizer: Tokenizer
 ) -> None:
     config = parse_config(JOB)
     model = model_of(config)
     with torch.no_grad():
         model.head.weight.zero_()  # all tokens are equally likely, and the first of them is the end
     assert tokenizer.end_of_document_id == 0
-    sampler = open_sampler(save(model, config).url)
+    sampler = open_sampler(save_run(model, config).url)
     assert sampler.text(PROMPT, max_new_tokens=20, temperature=0) == PROMPT
 
 
-def test_the_model_never_sees_more_than_it_was_made_for(save: Callable[..., Store], tokenizer: Tokenizer) -> None:
+def test_the_model_never_sees_more_than_it_was_made_for(save_run: Callable[..., Store], tokenizer: Tokenizer) -> None:
     config = parse_config(JOB)
-    sampler = open_sampler(save(model_of(config), config).url)
+    sampler = open_sampler(save_run(model_of(config), config).url)
     windows: list[list[int]] = []
     sampler.model.register_forward_pre_hook(lambda model, inputs: windows.append(inputs[0][0].tolist()))
     prompt = "def main(arguments): return 12345678901234567890"
@@ -143,30 +113,30 @@ def test_the_model_never_sees_more_than_it_was_made_for(save: Callable[..., Stor
     assert windows == [whole[: len(prompt_tokens) + i][-16:] for i in range(5)]
 
 
-def test_ids_of_a_padded_vocabulary_are_never_drawn(save: Callable[..., Store], tokenizer: Tokenizer) -> None:
+def test_ids_of_a_padded_vocabulary_are_never_drawn(save_run: Callable[..., Store], tokenizer: Tokenizer) -> None:
     config = parse_config(JOB)
     assert tokenizer.vocab_size < config.model.vocab_size
-    sampler = open_sampler(save(model_of(config), config).url)
+    sampler = open_sampler(save_run(model_of(config), config).url)
     drawn = list(sampler.tokens(PROMPT, max_new_tokens=100, temperature=1e4, seed=0))  # each with the same chance
     assert drawn and max(drawn) < tokenizer.vocab_size
 
 
-def test_an_earlier_step_can_be_asked_for(save: Callable[..., Store]) -> None:
+def test_an_earlier_step_can_be_asked_for(save_run: Callable[..., Store]) -> None:
     config = parse_config(JOB)
     early, late = model_of(config, seed=1), model_of(config, seed=2)
-    save(early, config, step=2)
-    store = save(late, config, step=4)
+    save_run(early, config, step=2)
+    store = save_run(late, config, step=4)
     assert torch.equal(open_sampler(store.url, 2).model.head.weight, early.head.weight)
     assert torch.equal(open_sampler(store.url).model.head.weight, late.head.weight)
     with pytest.raises(CheckpointError, match="no checkpoint of step 3"):
         open_sampler(store.url, 3)
 
 
-def test_a_run_without_a_checkpoint_or_tokenizer_says_so(save: Callable[..., Store], tmp_path: Path) -> None:
+def test_a_run_without_a_checkpoint_or_tokenizer_says_so(save_run: Callable[..., Store], tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"nothing has no checkpoint\. Check its name, or wait for its first one"):
         open_sampler(str(tmp_path / "nothing"))
     config = parse_config(JOB)
-    store = save(model_of(config), config)
+    store = save_run(model_of(config), config)
     store.delete(TOKENIZER_NAME)
     with pytest.raises(StoreError, match=r"tokenizer\.json does not exist"):
         open_sampler(store.url)

@@ -2,7 +2,6 @@
 
 import os
 import re
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +14,7 @@ from raynium.checkpoint.catalog import latest, list_checkpoints
 from raynium.config.load import parse_config
 from raynium.data.store import TOKENIZER_NAME, open_store
 from raynium.data.store_build import build_store
+from raynium.node.ports import free_port
 from raynium.run.record import claim
 from raynium.sampling import open_sampler
 from raynium.storage.store import Store
@@ -41,9 +41,7 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def torchrun(job: Path, *overrides: str) -> str:
     """The log of two ranks that have ended well."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port("127.0.0.1")
     done = subprocess.run(
         [
             *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-addr", "127.0.0.1"),

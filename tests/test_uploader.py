@@ -4,12 +4,12 @@ import os
 import resource
 import signal
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from waiting import wait_for
 
 from raynium.checkpoint.format.manifest import ImageInfo, SavedBlocks, ShardEntry
 from raynium.errors import StoreError
@@ -58,14 +58,6 @@ class InThread(threading.Thread):
             self.entry = self._upload()
         except StoreError as error:
             self.error = error
-
-
-def wait_for(condition: Callable[[], Any]) -> Any:
-    deadline = time.monotonic() + 60
-    while not (value := condition()):
-        assert time.monotonic() < deadline, "it did not happen"
-        time.sleep(0.001)
-    return value
 
 
 def bytes_in(folder: Path) -> int:

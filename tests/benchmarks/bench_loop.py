@@ -10,7 +10,6 @@ other ratios are reported.
 """
 
 import os
-import socket
 import statistics
 import sys
 import tempfile
@@ -41,6 +40,7 @@ from raynium.data.store import open_store
 from raynium.data.store_build import build_store
 from raynium.engines.native import build_native_engine
 from raynium.models.flops import parameter_count
+from raynium.node.ports import free_port
 from raynium.tasks.pretraining import Pretraining
 from raynium.train.link import MemoryLink
 from raynium.train.loop import Cadence, train
@@ -101,7 +101,7 @@ def measure(
     ranks: dict[str, list[tuple[Any, Connection]]] = {name: [] for name in names}
     try:
         for name in names:
-            port = _free_port()
+            port = free_port("127.0.0.1")
             for rank in range(world_size):
                 here, there = spawn.Pipe()
                 arguments = (name, rank, world_size, config, folder, turns, steps, port, there)
@@ -223,12 +223,6 @@ class _NoSnapshots:
 
     def save(self, step: int) -> dict[str, float]:
         raise AssertionError("this run saves nothing")
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 if __name__ == "__main__":
