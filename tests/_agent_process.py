@@ -47,7 +47,7 @@ def main() -> None:
     job = (folder / "job.yaml").read_text()
     config = parse_config(job, arguments["changes"])
     last_save.LAST_SAVE_SECONDS = arguments["last_save_seconds"]
-    ranks.PRELOADED_MODULES.append("small_parts")
+    ranks.PRELOADED_MODULES = (*ranks.PRELOADED_MODULES, "small_parts")
     cpu.usable_cores = lambda: 1  # on busy cores, threads of a small model mostly wait for each other
     coordinator = CoordinatorOnLoop(RunCoordinator(config.model_dump(mode="json"), arguments["run_url"], 0))
     agents = [
