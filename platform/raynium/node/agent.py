@@ -114,8 +114,9 @@ class NodeAgent:
     def run(self) -> None:
         """Returns when the run has ended, however it ended; the coordinator knows how."""
         # torch is imported in there while we prepare the data.
-        compiles = self.config.engine.compile != "none"
-        start_template(run_url=self.run_url, compile_backend=self.accelerator.compile_backend if compiles else None)
+        # On a device the template compiles nothing: autograd counts the devices in its first use, for the ranks too.
+        warms_up = self.config.engine.compile != "none" and self.accelerator.device_type == "cpu"
+        start_template(run_url=self.run_url, compile_backend=self.accelerator.compile_backend if warms_up else None)
         for orphan in end_orphans():  # before any rank needs its memory, its cores or its lock
             self.coordinator.tell(Said(f"{self._name}: {orphan}"))
         if self._cache.sync is not None:
