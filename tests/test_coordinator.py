@@ -26,8 +26,10 @@ from raynium.run.coordinator import RunCoordinator
 from raynium.run.protocol import (
     AgentInfo,
     CannotGoOn,
+    Commit,
     GoHome,
     HeldImages,
+    NodeEnded,
     Order,
     Outcome,
     Progressed,
@@ -38,7 +40,7 @@ from raynium.run.protocol import (
     Verdict,
 )
 from raynium.storage.store import Store
-from raynium.tracking.ledger import Ledger
+from raynium.tracking.ledger import Before, Ledger
 
 JOB = job_text({"cluster.nodes": 2, "cluster.ranks_per_node": 1, "fault.max_restarts_without_progress": 1})
 
@@ -68,15 +70,18 @@ async def watch(run: RunCoordinator, generation: int = 1, *, stop_known: bool = 
 
 
 async def ended(run: RunCoordinator, generation: int, node_rank: int, exits: list[RankExit]) -> None:
-    await run.exited(agent(node_rank), order_of(run, generation), exits, None)
+    await run.exited(agent(node_rank), order_of(run, generation), NodeEnded(tuple(exits)))
 
 
 async def report(run: RunCoordinator, step: int, metrics: dict[str, float]) -> None:
-    await run.tell(Progressed(run._lives.number, step, metrics, Ledger()))
+    newest = run._lives.newest
+    assert newest is not None
+    await run.tell(Progressed(newest.order.generation_id, step, metrics, Ledger()))
 
 
 async def account(run: RunCoordinator, generation: int, ledger: Ledger) -> Ledger:
-    return (await run.tell(Progressed(generation, ledger.step, {"train/loss": 1.0}, ledger))).ledger
+    id_ = order_of(run, generation).generation_id
+    return (await run.tell(Progressed(id_, ledger.step, {"train/loss": 1.0}, ledger))).ledger
 
 
 def test_a_generation_starts_when_every_node_is_there_and_all_get_the_same_rendezvous(tmp_path: Path) -> None:
@@ -267,7 +272,7 @@ def test_a_coordinator_that_was_started_again_keeps_a_healthy_generation(tmp_pat
         assert (await run.status(0)).step == 4
         await save(run, tmp_path, order, 4)
         done = RankExit(0, 0, None, retry=False, outcome=Outcome(4, "finished"))
-        await asyncio.gather(*(run.exited(agent(rank), order, [done], None) for rank in (0, 1)))
+        await asyncio.gather(*(run.exited(agent(rank), order, NodeEnded((done,))) for rank in (0, 1)))
         assert (await run.status(0)).ended == "finished"
         assert {(await each).kind for each in watching} == {"over"}
 
@@ -297,11 +302,106 @@ def test_ranks_that_end_before_their_generation_is_known_again_are_heard(tmp_pat
     async def play() -> None:
         dead, run = coordinator(tmp_path), coordinator(tmp_path)
         order, _ = await asyncio.gather(dead.join(agent(0)), dead.join(agent(1)))
-        await run.exited(agent(1), order, [DIED], None)
+        await run.exited(agent(1), order, NodeEnded((DIED,)))
         verdict = await run.watch(agent(0), order, stop_known=False)
         assert verdict.kind == "over" and "killed by SIGKILL" in verdict.cause
 
     asyncio.run(play())
+
+
+def test_an_agent_that_waits_for_an_order_gets_the_one_that_others_already_run(tmp_path: Path) -> None:
+    async def play() -> None:
+        dead, run = coordinator(tmp_path), coordinator(tmp_path)
+        order, _ = await asyncio.gather(dead.join(agent(0)), dead.join(agent(1)))
+        waiting = asyncio.create_task(run.join(agent(1)))
+        await asyncio.sleep(0.01)
+        watching = asyncio.create_task(run.watch(agent(0), order, stop_known=False))
+        assert await asyncio.wait_for(waiting, 60) == order
+        await run.exited(agent(0), order, NodeEnded((replace(DIED, rank=0),)))
+        assert (await watching).kind == "over"
+        again = asyncio.create_task(run.join(replace(agent(0), last_generation=1)))
+        await asyncio.sleep(0.05)
+        assert not again.done(), "the other one has not joined yet"
+        await run.join(replace(agent(1), last_generation=1))
+        assert (await again).generation == 2
+
+    asyncio.run(play())
+
+
+def test_one_agent_that_was_cut_off_does_not_send_a_new_attempt_home(tmp_path: Path) -> None:
+    async def play() -> None:
+        dead, run = coordinator(tmp_path), coordinator(tmp_path)
+        order, _ = await asyncio.gather(dead.join(agent(0)), dead.join(agent(1)))
+        first = asyncio.create_task(run.join(agent(0, "b")))
+        await asyncio.sleep(0.01)
+        assert (await run.watch(agent(1), order, stop_known=False)).kind == "over"
+        orders = await asyncio.gather(first, run.join(agent(1, "b")))
+        assert all(isinstance(each, Order) for each in orders)
+
+    asyncio.run(play())
+
+
+def test_a_last_save_that_this_coordinator_did_not_hear_of_is_told_again_and_not_lost(tmp_path: Path) -> None:
+    async def play() -> None:
+        dead, run = coordinator(tmp_path), coordinator(tmp_path)
+        order, _ = await asyncio.gather(dead.join(agent(0)), dead.join(agent(1)))
+        done = NodeEnded((RankExit(0, 0, None, retry=False, outcome=Outcome(4, "finished")),))
+        for rank in (0, 1):
+            await run.exited(agent(rank), order, done)
+        assert (await run.status(0)).ended is None
+        images = [HeldImages(order.generation_id, 4, (rank,), order.world) for rank in (0, 1)]
+        joining = (replace(agent(rank), images=(images[rank],), last_generation=1) for rank in (0, 1))
+        again, _ = await asyncio.gather(*(run.join(each) for each in joining))
+        assert again.resume_images is not None and again.resume_step == 4
+        await save(run, tmp_path, again, 4)
+        for rank in (0, 1):
+            await run.exited(agent(rank), again, done)
+        assert (await run.status(0)).ended == "finished"
+
+    asyncio.run(play())
+
+
+def test_a_run_that_has_ended_books_its_end_and_hears_of_no_failure(tmp_path: Path) -> None:
+    async def play() -> None:
+        run = coordinator(tmp_path)
+        await asyncio.gather(run.join(agent(0)), run.join(agent(1)))
+        await account(run, 1, Ledger(train=1e-9, step=3))
+        await run.tell(CannotGoOn("the disk of node 1 is gone"))
+        assert not (await run.status(0)).running
+        await ended(run, 1, 0, [DIED])
+        home = await run.join(replace(agent(0), last_generation=1))
+        assert isinstance(home, GoHome) and home.ledger.restart == 0 and home.ledger.finish > 0
+        assert not [each for each in (await run.status(0)).events if "failed" in each.text]
+
+    asyncio.run(play())
+
+
+def test_a_late_word_of_an_earlier_generation_moves_nothing(tmp_path: Path) -> None:
+    async def play() -> None:
+        run = coordinator(tmp_path)
+        first, _ = await asyncio.gather(run.join(agent(0)), run.join(agent(1)))
+        await ended(run, 1, 1, [DIED])
+        await asyncio.gather(run.join(agent(0)), run.join(agent(1)))
+        await run.tell(Progressed(first.generation_id, 9, {"train/loss": 1.0}, Ledger()))
+        status = await run.status(0)
+        assert status.step == 0 and status.metrics == {}
+
+    asyncio.run(play())
+
+
+def test_nobody_is_waited_for_where_all_nodes_have_spoken(tmp_path: Path) -> None:
+    missed = replace(BROKEN_PIPE, fault=Fault("peer-lost", "a rank was gone", "restart", "peer"))
+
+    async def play() -> None:
+        run = coordinator(tmp_path, **{"cluster.nodes": 1})
+        await run.join(ALONE)
+        coordinator_module.PEER_WORD_SECONDS = 3600
+        await asyncio.wait_for(ended(run, 1, 0, [missed]), 60)
+
+    try:
+        asyncio.run(play())
+    finally:
+        coordinator_module.PEER_WORD_SECONDS = 0.5
 
 
 def test_agents_of_an_attempt_that_is_gone_bring_no_generation_back(tmp_path: Path) -> None:
@@ -531,7 +631,7 @@ def test_a_commit_is_told_with_what_it_cost_and_keeps_the_metrics_of_its_step(tm
         run = coordinator(tmp_path)
         order, _ = await asyncio.gather(run.join(agent(0)), run.join(agent(1)))
         await report(run, 2, {"train/loss": 3.0, "eval/loss": 2.5})
-        following = asyncio.create_task(run.commits(0))
+        following = asyncio.create_task(run.commits(None))
         await save(run, tmp_path, order, 2)
         [commit] = await following or []
         assert (commit.number, commit.step) == (1, 2)
@@ -542,14 +642,14 @@ def test_a_commit_is_told_with_what_it_cost_and_keeps_the_metrics_of_its_step(tm
         assert manifest.metrics == {"eval/loss": 2.5}
         assert manifest.timing is not None and manifest.timing.stall_seconds == 1.5
         await save(run, tmp_path, order, 4)
-        [again] = await run.commits(1) or []
+        [again] = await run.commits(commit) or []
         assert [each["step"] for each in json.loads(again.checkpoints)] == [2, 4]
         assert open_checkpoint(Store(tmp_path / "run"), 4).manifest.metrics == {}
-        assert [commit.step for commit in await run.commits(0) or []] == [4], (
+        assert [commit.step for commit in await run.commits(None) or []] == [4], (
             "a new agent sends only what none has sent"
         )
         await run.tell(CannotGoOn("enough"))
-        assert await run.commits(2) is None
+        assert await run.commits(again) is None
 
     asyncio.run(play())
 
@@ -558,11 +658,13 @@ def test_commits_after_the_coordinator_was_started_again_are_told_too(tmp_path: 
     async def play() -> None:
         run = coordinator(tmp_path)
         orders = await asyncio.gather(run.join(agent(0)), run.join(agent(1)))
-        asked = asyncio.create_task(run.commits(5))  # the agent has five of the coordinator that died
+        asked = asyncio.create_task(
+            run.commits(Commit("of a coordinator that died", 5, 2, {}, ""))
+        )  # the agent has five of the coordinator that died
         await asyncio.sleep(0.01)
         await save(run, tmp_path, orders[0], 2)
         told = await asyncio.wait_for(asked, 60)
-        assert told is not None and [commit.step for commit in told] == [2]
+        assert told is not None and [commit.step for commit in told] == [2], "the dead one's number says nothing here"
         assert told[-1].number == 1
 
     asyncio.run(play())
@@ -605,8 +707,8 @@ def test_each_second_of_a_run_is_booked_whatever_happens_to_its_generations(tmp_
         run = coordinator(tmp_path, **{"cluster.nodes": 1, "fault.max_restarts_without_progress": 9})
         made = time.monotonic()
         before = Ledger(train=50, down=30, step=8)
-        await run.ran_before(before)
-        await run.ran_before(Ledger(train=50, step=8))  # an earlier word that comes later
+        await run.ran_before(2, Before(before))
+        await run.ran_before(1, Before(Ledger(train=50, step=8)))  # an earlier word that comes later
         order = await run.join(ALONE)
         assert order.ledger.total > 80 and order.ledger.step == 8, "steps up to 8 are repeated, not trained"
         await asyncio.sleep(0.02)
@@ -618,7 +720,7 @@ def test_each_second_of_a_run_is_booked_whatever_happens_to_its_generations(tmp_
         second = await run.join(ALONE)
         assert second.ledger.restart >= 0.01 and (second.ledger.repeat, second.ledger.step) == (0.003, 9)
         await account(run, 1, Ledger(train=1000))  # the last word of a life that is over comes late
-        booked = (await run.status(0)).ledger.total
+        booked = (await run.status(0)).ledger.booked
         assert booked.train == 0.003 and booked.load > 0.004, "the second is being loaded"
         await asyncio.sleep(0.01)
         await account(run, 2, Ledger(load=0.001, train=0.001, step=10))
@@ -626,7 +728,7 @@ def test_each_second_of_a_run_is_booked_whatever_happens_to_its_generations(tmp_
         home = await run.join(ALONE)
         assert isinstance(home, GoHome) and home.ledger.restart > second.ledger.restart
         asked = time.monotonic()
-        total = (await run.status(0)).ledger.total.total
+        total = (await run.status(0)).ledger.booked.total
         assert asked - made <= total <= time.monotonic() - began, "nothing is missing, and nothing counted twice"
         assert home.ledger.total - before.total <= total
 
@@ -641,11 +743,11 @@ def test_the_upload_of_the_last_checkpoint_is_part_of_the_end(tmp_path: Path) ->
         await save(run, tmp_path, order, 4)
         done = RankExit(0, 0, None, retry=False, outcome=Outcome(4, "finished"))
         await ended(run, 1, 0, [done])
-        assert (await run.status(0)).ledger.total.finish == 0
+        assert (await run.status(0)).ledger.booked.finish == 0
         await ended(run, 1, 1, [done])
         status = await run.status(0)
-        assert status.ended == "finished" and status.ledger.total.finish > 0
-        assert (status.ledger.total.other, status.ledger.total.restart) == (0, 0)
+        assert status.ended == "finished" and status.ledger.booked.finish > 0
+        assert (status.ledger.booked.other, status.ledger.booked.restart) == (0, 0)
 
     asyncio.run(play())
 

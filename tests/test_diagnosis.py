@@ -21,12 +21,12 @@ from raynium.node import agent as agent_module
 from raynium.node import diagnosis
 from raynium.node.agent import Node as AgentNode
 from raynium.node.agent import NodeAgent
-from raynium.node.diagnosis import KERNEL_LOG, Diagnosis, KernelLog, may_blame_a_peer
+from raynium.node.diagnosis import KERNEL_LOG, Diagnosis, KernelLog, seconds_for_others
 from raynium.node.ranks import RankGroup
 from raynium.run import board
 from raynium.run.coordinator import RunCoordinator
 from raynium.run.on_loop import CoordinatorOnLoop
-from raynium.run.protocol import AgentInfo, DevicesSeen, FaultSeen, GoHome, RankExit
+from raynium.run.protocol import PEER_WORD_SECONDS, AgentInfo, DevicesSeen, GoHome, NodeEnded, RankExit
 from raynium.tracking.tracker import MemoryTracker
 from raynium.train.link import Failed
 
@@ -156,15 +156,17 @@ def test_a_hang_on_collectives_does_not_blame_this_node(node: Node) -> None:
 )
 def test_a_broken_connection_blames_a_peer_and_never_the_rank_that_says_so(node: Node, text: str) -> None:
     error = text.partition(":")[0]
-    assert may_blame_a_peer(Failed(error, text, retry=True))
+    assert seconds_for_others(Failed(error, text, retry=True), 1) == PEER_WORD_SECONDS
     found = node.one(RankExit(0, 1, text, retry=True, error=error))
     assert found.fault is not None and found.fault.guilty == "peer" and found.retry and text in (found.cause or "")
 
     own = text.replace(error, "ConnectionError")
-    assert not may_blame_a_peer(Failed("ConnectionError", own, retry=True)), "it may be anybody's connection"
+    assert seconds_for_others(Failed("ConnectionError", own, retry=True), 1) == 0, "it may be anybody's connection"
     assert node.one(RankExit(0, 1, own, retry=True, error="ConnectionError")).fault is None
     node.diagnosis.note(0, "WARNING s3: Connection reset by peer, trying again")
     shape = "RuntimeError: mat1 and mat2 shapes cannot be multiplied"
+    assert 0 < seconds_for_others(Failed("RuntimeError", shape, retry=True), 1) < PEER_WORD_SECONDS
+    assert seconds_for_others(None, -signal.SIGKILL) == 0 < seconds_for_others(None, -signal.SIGABRT)
     assert node.one(RankExit(0, 1, shape, retry=True, error="RuntimeError")).fault is None
 
 
@@ -306,9 +308,11 @@ async def started(folder: Path) -> RunCoordinator:
     return run
 
 
-async def ended(run: RunCoordinator, generation: int, node_rank: int, exits: list[RankExit]) -> None:
+async def ended(
+    run: RunCoordinator, generation: int, node_rank: int, exits: list[RankExit], fault: Fault | None = None
+) -> None:
     order = run._lives._generations[generation].order
-    await run.exited(order_agent(run, node_rank), order, exits, None)
+    await run.exited(order_agent(run, node_rank), order, NodeEnded(tuple(exits), fault=fault))
 
 
 def order_agent(run: RunCoordinator, node_rank: int) -> AgentInfo:
@@ -351,7 +355,7 @@ def test_the_node_that_made_others_hang_is_named_though_they_reported_first(tmp_
         assert not [text for text in await texts(run) if "10.0.0" in text], "nobody is blamed yet"
         await ended(run, 1, 1, [died_of(ABORT, 1)])
         assert (await texts(run))[-1].startswith("node 1 (10.0.0.3): Neuron device 2, core 1, a DMA engine")
-        await run.tell(FaultSeen(1, 1, ABORT))
+        await ended(run, 1, 1, [], ABORT)
         assert sum("replace this instance" in text for text in await texts(run)) == 1, "once"
 
     asyncio.run(play())
@@ -361,9 +365,8 @@ def test_a_node_whose_ranks_only_hung_is_named_too(tmp_path: Path) -> None:
     async def play() -> None:
         run = await started(tmp_path)
         await ended(run, 1, 0, [died_of(HANG, 0)])
-        await run.tell(FaultSeen(1, 1, ABORT))
+        await ended(run, 1, 1, [], ABORT)
         assert (await texts(run))[-1].startswith("node 1 (10.0.0.3)")
-        await run.tell(FaultSeen(7, 1, ABORT))  # of a life of the coordinator that it has forgotten
 
     asyncio.run(play())
 
@@ -514,7 +517,7 @@ def test_agents_that_are_to_leave_go_home_and_others_go_on(tmp_path: Path) -> No
         run = await started(tmp_path)
         await ended(run, 1, 1, [died_of(ABORT, 1)])
         waiting = asyncio.create_task(run.join(AgentInfo("a", 1, 2, "10.0.0.3", 29501, pid=1)))
-        commits = asyncio.create_task(run.commits(0))
+        commits = asyncio.create_task(run.commits(None))
         await asyncio.sleep(0)
         await run.leave()
         assert isinstance(await waiting, GoHome) and await commits is None

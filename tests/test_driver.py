@@ -27,7 +27,7 @@ from raynium.launch.preparation import Prepared
 from raynium.launch.ray_environment import RAY_TRAIN_ENVIRONMENT
 from raynium.run.coordinator import RunCoordinator
 from raynium.run.on_loop import CoordinatorOnLoop
-from raynium.run.protocol import AgentInfo, CannotGoOn, FaultSeen, Order, Progressed, Said, Status
+from raynium.run.protocol import AgentInfo, CannotGoOn, NodeEnded, Order, Progressed, Said, Status
 from raynium.run.record import claim
 from raynium.storage.store import Store
 from raynium.tracking.ledger import Ledger
@@ -102,7 +102,7 @@ def test_a_coordinator_that_was_started_again_is_told_of_the_stop_and_its_events
     with Watched(tmp_path, monkeypatch) as watched:
         order = watched.actor.on_loop.join(AGENT).result(60)
         assert isinstance(order, Order) and order.generation == 1
-        watched.actor.on_loop.tell(Progressed(1, 3, {"train/loss": 2.5}, Ledger())).result()
+        watched.actor.on_loop.tell(Progressed(order.generation_id, 3, {"train/loss": 2.5}, Ledger())).result()
         wait_for(lambda: watched.keeper.record.step == 3)
         watched.driver.request_stop()
         assert watched.actor.on_loop.watch(AGENT, order, stop_known=False).result(60).kind == "stop"
@@ -157,9 +157,10 @@ def test_a_store_and_a_page_that_are_away_are_told_once_and_have_it_all_when_the
     fault = classify([], [DMA_ERROR])
     assert fault is not None
     with Watched(tmp_path, monkeypatch) as watched:
-        watched.actor.on_loop.join(AGENT).result(60)
+        order = watched.actor.on_loop.join(AGENT).result(60)
+        assert isinstance(order, Order)
         watched.driver._excluded.append("")  # this node: there is no other to go to
-        watched.actor.on_loop.tell(FaultSeen(1, 0, fault)).result(60)
+        watched.actor.on_loop.exited(AGENT, order, NodeEnded(fault=fault)).result(60)
         wait_for(lambda: min(tried.count("store"), tried.count("page")) > 5)
         away.clear()
         wait_for(lambda: page)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raynium.tracking.ledger import CAUSES, CoordinatorBook, GenerationBook, Ledger, LifeLedger, RunBook
+from raynium.tracking.ledger import CAUSES, Before, CoordinatorBook, GenerationBook, Ledger, LifeLedger, RunBook
 from raynium.tracking.metrics import METRICS, check_metrics
 
 pytestmark = pytest.mark.quick
@@ -88,32 +88,32 @@ def generation(**seconds: Any) -> Ledger:
 
 def test_what_a_failed_generation_had_not_finished_belongs_to_the_restart() -> None:
     book = CoordinatorBook(life="a", now=0)
-    book.ordered(1, now=4)
-    assert nonzero(book.ledger(9).total) == {"start": 4, "load": 5}
-    book.account(1, generation(load=5, train=10, step=10), 20)
-    assert nonzero(book.ledger(20).total) == {"start": 4, "load": 5, "train": 10, "other": 1}
+    book.ordered("g1", now=4)
+    assert nonzero(book.ledger(9).booked) == {"start": 4, "load": 5}
+    book.account("g1", generation(load=5, train=10, step=10), 20)
+    assert nonzero(book.ledger(20).booked) == {"start": 4, "load": 5, "train": 10, "other": 1}
     book.failed()
     # Node 0's last word comes after another node's rank died.
-    book.account(1, generation(load=5, train=11, step=11), 24)
-    book.ordered(2, now=24)
-    assert nonzero(book.ledger(24).total) == {"start": 4, "load": 5, "train": 11, "restart": 4}
-    book.account(2, generation(repeat=2, train=3, step=12), 31)
+    book.account("g1", generation(load=5, train=11, step=11), 24)
+    book.ordered("g2", now=24)
+    assert nonzero(book.ledger(24).booked) == {"start": 4, "load": 5, "train": 11, "restart": 4}
+    book.account("g2", generation(repeat=2, train=3, step=12), 31)
     book.ended()
-    assert nonzero(book.ledger(31).total) == {
+    assert nonzero(book.ledger(31).booked) == {
         "start": 4, "load": 5, "train": 14, "restart": 4, "repeat": 2, "finish": 2,
     }  # fmt: skip
-    assert book.ledger(31).total.step == 12
+    assert book.ledger(31).booked.step == 12
 
 
 @pytest.mark.parametrize("ordered, failed, cause", [(False, False, "start"), (True, True, "restart")])
 def test_a_run_that_ends_while_no_rank_lives_was_waiting_for_them(ordered: bool, failed: bool, cause: str) -> None:
     book = CoordinatorBook(life="a", now=0)
     if ordered:
-        book.ordered(1, now=0)
+        book.ordered("g1", now=0)
     if failed:
         book.failed()
     book.ended()
-    assert nonzero(book.ledger(8).total) == {cause: 8}
+    assert nonzero(book.ledger(8).booked) == {cause: 8}
 
 
 # ---- a run -----------------------------------------------------------------------------------------------------------
@@ -124,7 +124,7 @@ def test_a_driver_books_what_it_hears_and_the_time_around_it() -> None:
     book = RunBook(before, now=1000)
     assert book.ledger(1005) == before + Ledger(start=5)
     book.heard(LifeLedger("a", Ledger(start=2)), now=1010)  # born 8 s after the claim
-    assert book.before_coordinator() == before + Ledger(start=8)
+    assert book.before_coordinator() == Before(before + Ledger(start=8))
     book.heard(LifeLedger("a", Ledger(start=3, train=30, step=80)), now=1042)  # its messages took a second in all
     assert book.ledger(1042) == before + Ledger(start=11, train=30, other=1, step=80)
     book.finishing(now=1042)
@@ -145,7 +145,7 @@ def test_a_coordinator_that_started_again_takes_nothing_away() -> None:
     book = RunBook(Ledger(), now=0)
     book.heard(LifeLedger("a", Ledger(start=1, train=9, step=5)), now=10)
     book.heard(LifeLedger("b", Ledger(start=2)), now=16)  # silent for 4 s
-    assert nonzero(book.before_coordinator()) == {"start": 1, "train": 9, "restart": 4}
+    assert nonzero(book.before_coordinator().without(LifeLedger("b"))) == {"start": 1, "train": 9, "restart": 4}
     book.heard(LifeLedger("b", Ledger(start=2, repeat=3, step=5)), now=19)
     assert nonzero(book.ledger(19)) == {"start": 3, "train": 9, "restart": 4, "repeat": 3}
     assert book.ledger(19).step == 5
@@ -166,20 +166,53 @@ def test_a_clock_that_runs_fast_makes_no_time() -> None:
 
 
 def test_a_generation_that_outlives_its_coordinator_is_counted_once() -> None:
+    """Whenever the driver asks, and whatever the new coordinator has been told by then."""
     book = RunBook(Ledger(), now=0)
-    book.heard(LifeLedger("a", Ledger(start=2), 1, Ledger(load=1, train=7, step=7)), now=10)
-    book.heard(LifeLedger("b", Ledger(start=1)), now=14)  # born at 13; no agent has spoken yet
-    assert nonzero(book.ledger(14)) == {"start": 3, "load": 1, "train": 7, "restart": 3}
-
+    book.heard(LifeLedger("a", Ledger(start=2), "g1", Ledger(load=1, train=7, step=7)), now=10)
     second = CoordinatorBook(life="b", now=13)
-    second.found_running(1, now=14)
-    second.account(1, Ledger(load=1, train=12, step=12), now=15)
+
+    # No agent has spoken yet: it may be gone with the dead one.
+    book.heard(second.ledger(14), now=14)
+    assert nonzero(book.ledger(14)) == {"start": 3, "load": 1, "train": 7, "restart": 3}
+    second.ran_before(1, book.before_coordinator())
+    # An agent watches its ranks, and has booked nothing yet: as before.
+    second.found_running("g1", now=14)
+    book.heard(second.ledger(15), now=15)
+    assert nonzero(book.ledger(15)) == {"start": 3, "load": 1, "train": 7, "restart": 3, "other": 1}
+    # It has: its word covers all since the order.
+    second.account("g1", Ledger(load=1, train=12, step=12), now=15)
+    assert nonzero(second.whole_run(16)) == {"start": 2, "load": 1, "train": 12, "other": 1}
     book.heard(second.ledger(16), now=16)
     assert nonzero(book.ledger(16)) == {"start": 2, "load": 1, "train": 12, "other": 1}
-    assert nonzero(book.before_coordinator()) == {"start": 2}
-    second.ordered(2, now=20)
+    second.ran_before(2, book.before_coordinator())
+    assert nonzero(second.whole_run(16)) == {"start": 2, "load": 1, "train": 12, "other": 1}
+    # The next generation closes it, for good.
+    second.failed()
+    second.ordered("g2", now=20)
     book.heard(second.ledger(20), now=20)
-    assert book.ledger(20).total == 20 and book.ledger(20).train == 12
+    assert nonzero(book.ledger(20)) == nonzero(second.whole_run(20))
+    assert (book.ledger(20).total, book.ledger(20).train) == (20, 12)
+
+
+def test_a_generation_that_ended_with_its_coordinator_keeps_what_it_had() -> None:
+    book = RunBook(Ledger(), now=0)
+    book.heard(LifeLedger("a", Ledger(start=2), "g1", Ledger(train=8, step=8)), now=10)
+    second = CoordinatorBook(life="b", now=13)
+    second.found_running("g1", now=13)  # by node 1's agent; node 0's is dead, so nobody ever books for it
+    second.ordered("g2", now=14)
+    second.account("g2", Ledger(load=1, train=2, step=9), now=17)
+    book.heard(second.ledger(17), now=17)
+    found = book.ledger(17)
+    assert (found.train, found.step, found.total) == (10, 9, 17) and found.restart == 3
+
+
+def test_a_run_that_has_ended_does_not_restart() -> None:
+    book = CoordinatorBook(life="a", now=0)
+    book.ordered("g1", now=0)
+    book.account("g1", Ledger(train=3, step=3), now=4)
+    book.ended()
+    book.failed()
+    assert nonzero(book.ledger(9).booked) == {"train": 3, "finish": 6}
 
 
 def test_goodput_is_the_share_of_training_also_of_no_time_at_all() -> None:
@@ -239,7 +272,7 @@ class Played:
         match what:
             case "order":
                 self.number += 1
-                self.coordinator.ordered(self.number, self.now)
+                self.coordinator.ordered(f"g{self.number}", self.now)
                 self.generation = GenerationBook(trained_step=self.run.ledger(self.now).step, now=self.now)
             case "compile":
                 self.generation.compiled(measured)
@@ -248,7 +281,7 @@ class Played:
             case "save":
                 self.generation.step(step, saved(measured), self.now)
             case "account":
-                self.coordinator.account(self.number, self.generation.ledger(), self.now)
+                self.coordinator.account(f"g{self.number}", self.generation.ledger(), self.now)
             case "fail":
                 self.coordinator.failed()
             case "end":
@@ -257,7 +290,7 @@ class Played:
                 self.begin_life()
             case "find running":
                 self.begin_life()
-                self.coordinator.found_running(self.number, self.now)
+                self.coordinator.found_running(f"g{self.number}", self.now)
                 self.born = None
             case "ask":
                 self.run.heard(self.coordinator.ledger(self.now), now=self.now)
@@ -275,7 +308,7 @@ class Played:
         """Each book's, and the wall time that it is of."""
         yield self.run.ledger(self.now), self.now
         if self.born is not None:
-            yield self.coordinator.ledger(self.now).total, self.now - self.born
+            yield self.coordinator.ledger(self.now).booked, self.now - self.born
 
 
 @given(st.lists(EVENTS, max_size=30))

@@ -59,7 +59,7 @@ def test_a_dead_owner_loses_its_run_at_once_and_the_mlflow_run_stays(tmp_path: P
 def test_the_ledger_of_a_run_goes_on_with_each_driver_and_names_the_time_without_one(tmp_path: Path) -> None:
     first = claim(Store(tmp_path), "first", CONFIG)
     before = first.hear_ledger(LifeLedger("a", Ledger(train=1e-9, step=7)))
-    assert before.start > 0 and before.train == 0
+    assert before.settled.start > 0 and before.settled.train == 0
     first.finishing()
     first.update(state="failed")
     assert first.record.ledger.finish > 0
@@ -74,7 +74,7 @@ def test_the_ledger_of_a_run_goes_on_with_each_driver_and_names_the_time_without
     second = claim(Store(tmp_path), "first", CONFIG)
     ledger = second.record.ledger
     assert ledger.down >= 3600 and ledger.train > 0 and ledger.step == 7
-    assert second.hear_ledger(LifeLedger("a")).down == ledger.down
+    assert second.hear_ledger(LifeLedger("a")).settled.down == ledger.down
     second.update(state="running")
     stored = read_record(Store(tmp_path))
     assert stored is not None and stored.ledger == second.record.ledger

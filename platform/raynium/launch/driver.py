@@ -34,7 +34,7 @@ from raynium.launch.worker import run_agent
 from raynium.run.coordinator import RunCoordinator
 from raynium.run.protocol import NodeFault, Status
 from raynium.run.record import RecordKeeper
-from raynium.tracking.ledger import Ledger
+from raynium.tracking.ledger import Before
 from raynium.tracking.runs import log_artifact_text
 
 logger = logging.getLogger(__name__)
@@ -69,7 +69,9 @@ class Driver:
         # Of the whole run, also of earlier drivers, as the record keeps them.
         self._node_faults: list[dict[str, Any]] = list(prepared.keeper.record.node_faults or [])
         self._faults_seen: set[NodeFault] = set()  # by this driver; a coordinator that starts again forgets its own
-        self._ledger_before: Ledger | None = None  # the coordinator's life, as it was last told
+        # What the coordinator was told last of the time before its life, and how many words that makes.
+        self._before: tuple[str, Before] | None = None
+        self._words = 0
         self._page = Page(prepared.mlflow, dtype=self.config.engine.dtype, tell=display.line)
         self._excluded: list[str] = []  # ids of nodes that a preflight or a verdict named
         self._moves = 0  # times that the agents were sent home to start on other nodes
@@ -88,7 +90,8 @@ class Driver:
         keeper = self.prepared.keeper
         self._excluded += self._preflight()
         coordinator = start_coordinator(self.config, self.prepared.store.url, keeper.record.generation)
-        coordinator.ran_before.remote(keeper.record.ledger)  # repeated with the time until now once it has answered
+        # Told again, with the time until now, once it has answered.
+        coordinator.ran_before.remote(0, Before(keeper.record.ledger))
         while True:
             fitting = _InThread(lambda: self._trainer(coordinator).fit())
             status = self._watch(coordinator, fitting, keeper)
@@ -242,6 +245,8 @@ class Driver:
         if status.ledger.life != self._life:  # Ray started it again: it numbers its events anew, and knows of no stop
             if self._life:
                 self._life_began = time.monotonic()
+                if self._moving:
+                    self._calls.submit(coordinator.leave.remote)
             self._life, self._events_seen, self._told_to_stop = status.ledger.life, 0, False
             status = self._ask(coordinator)
         if status.agents:
@@ -265,10 +270,10 @@ class Driver:
 
     def _keep_ledger(self, coordinator: Any, keeper: RecordKeeper, status: Status) -> None:
         """Books what the coordinator did, and tells it of what it has not lived to see."""
-        before = keeper.hear_ledger(status.ledger)
-        if before != self._ledger_before:
-            self._ledger_before = before
-            self._calls.submit(coordinator.ran_before.remote, before)
+        before = status.ledger.life, keeper.hear_ledger(status.ledger)
+        if before != self._before:
+            self._before, self._words = before, self._words + 1
+            self._calls.submit(coordinator.ran_before.remote, self._words, before[1])
 
     def _keep_record(self, keeper: RecordKeeper, status: Status) -> None:
         """Writes what changed at once, and else a heartbeat now and then."""
@@ -347,6 +352,7 @@ def stop_on_signals(driver: Driver) -> Iterator[None]:
                 raise SystemExit(128 + signal_number)
 
         signal.signal(signal.SIGTERM, second)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
     numbers = [signal.SIGTERM, signal.SIGINT]
     if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # `nohup`: the run is to outlive its terminal

@@ -1,7 +1,6 @@
 """What Ray Train runs on each node: the node agent, and how it reaches the coordinator."""
 
 import os
-from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
@@ -15,8 +14,7 @@ from raynium.config.schema import Config
 from raynium.launch.backend import ATTEMPT_VARIABLE
 from raynium.node.agent import Node, NodeAgent
 from raynium.node.node_log import log_to_file
-from raynium.run.protocol import AgentEvent, AgentInfo, Commit, GoHome, News, Order, RankExit, Verdict
-from raynium.tracking.ledger import Ledger
+from raynium.run.protocol import AgentEvent, AgentInfo, Commit, GoHome, News, NodeEnded, Order, Verdict
 
 # A driver that is killed leaves an agent that Ray has yet to end, while the next driver's may start beside it: they may
 # not both send metrics from one folder.
@@ -35,13 +33,11 @@ class RayCoordinator:
     def watch(self, agent: AgentInfo, order: Order, *, stop_known: bool) -> "Future[Verdict]":
         return self.actor.watch.remote(agent, order, stop_known=stop_known).future()
 
-    def exited(
-        self, agent: AgentInfo, order: Order, exits: Sequence[RankExit], booked: Ledger | None
-    ) -> "Future[None]":
-        return self.actor.exited.remote(agent, order, exits, booked).future()
+    def exited(self, agent: AgentInfo, order: Order, ended: NodeEnded) -> "Future[None]":
+        return self.actor.exited.remote(agent, order, ended).future()
 
-    def commits(self, after: int) -> "Future[list[Commit] | None]":
-        return self.actor.commits.remote(after).future()
+    def commits(self, sent: Commit | None) -> "Future[list[Commit] | None]":
+        return self.actor.commits.remote(sent).future()
 
     def tell(self, event: AgentEvent) -> "Future[News]":
         return self.actor.tell.remote(event).future()

@@ -20,7 +20,7 @@ from raynium.config.schema import Config
 from raynium.errors import DataError
 from raynium.health.neuron_monitor import DeviceMonitor, DeviceSample, has_devices
 from raynium.node.compile_cache import node_cache
-from raynium.node.diagnosis import KERNEL_LOG, Diagnosis, KernelLog, may_blame_a_peer
+from raynium.node.diagnosis import KERNEL_LOG, Diagnosis, KernelLog, seconds_for_others
 from raynium.node.images import Snapshot, make_image_folder
 from raynium.node.orphans import end_orphans
 from raynium.node.ports import rendezvous_port
@@ -31,12 +31,13 @@ from raynium.node.uploader import Uploader
 from raynium.rank.plan import RankPlan
 from raynium.run.process import is_halted
 from raynium.run.protocol import (
+    PEER_WORD_SECONDS,
     AgentInfo,
     CannotGoOn,
     Coordinator,
     DevicesSeen,
-    FaultSeen,
     GoHome,
+    NodeEnded,
     Order,
     Said,
     Verdict,
@@ -48,8 +49,8 @@ logger = logging.getLogger(__name__)
 
 # Ranks, their ends and the coordinator's verdict all end a poll early; this is for what we forgot.
 POLL_SECONDS = 1.0
-# Ranks that only missed a peer have ended, and none that says why: so long its own word is waited for.
-CAUSE_SECONDS = 0.5
+# After a death, while others may still say why: how often it is looked.
+SETTLE_SECONDS = 0.01
 # Then the rest stays in the spool, and the next attempt on this node sends it.
 TRACKER_CLOSE_SECONDS = 30.0
 
@@ -133,7 +134,6 @@ class NodeAgent:
                 self._run_generations(data_folder, image_folder, tracker)
             finally:
                 if tracker is not None:
-                    self._saving.wait()
                     left = tracker.close(timeout_seconds=TRACKER_CLOSE_SECONDS)
                     if left.points_pending or left.artifacts_pending:
                         self.coordinator.tell(Said(str(left))).result()
@@ -251,27 +251,32 @@ class NodeAgent:
         # After a failure uploads go on: a checkpoint that they complete is worth having.
         if all(each.cause is None for each in exits) and len(exits) == len(group.ranks):
             self._saving.finish(agent, order)
-        self.coordinator.exited(agent, order, exits, reports.end_generation()).result()
-        if fault is not None:
-            self.coordinator.tell(FaultSeen(order.generation, self.node.node_rank, fault)).result()
+        ended = NodeEnded(tuple(exits), reports.end_generation(), fault)
+        self.coordinator.exited(agent, order, ended).result()
 
     def _stay_with(self, group: RankGroup, agent: AgentInfo, order: Order, reports: Reports) -> None:
         """Until all ranks have ended, or the rest must: one failed, or the coordinator says so."""
         verdict = self._watch(group, agent, order, stop_known=False)
         first_death: float | None = None
         while group.alive():
-            left = POLL_SECONDS if first_death is None else first_death + CAUSE_SECONDS - time.monotonic()
-            self._handle(order, reports, *group.poll(max(0.0, left)))
+            self._handle(order, reports, *group.poll(POLL_SECONDS if first_death is None else SETTLE_SECONDS))
             if verdict.done():
                 if verdict.result().kind == "over":
+                    logger.info("generation %d is over: %s", order.generation, verdict.result().cause)
                     return
                 group.broadcast(Stop())
                 verdict = self._watch(group, agent, order, stop_known=True)
             failed = [each for each in group.ended() if each.process.exitcode != 0]
             if failed:
                 first_death = first_death or time.monotonic()
-                late = time.monotonic() - first_death >= CAUSE_SECONDS
-                if late or any(group.has_said_all(each) and not may_blame_a_peer(each.failure) for each in failed):
+                # The one that knows most decides how long the others' words are waited for.
+                patience = min(
+                    seconds_for_others(each.failure, each.process.exitcode)
+                    if group.has_said_all(each)
+                    else PEER_WORD_SECONDS
+                    for each in failed
+                )
+                if time.monotonic() - first_death >= patience:
                     return
             reports.check_stillness()
 

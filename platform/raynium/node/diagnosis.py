@@ -17,7 +17,7 @@ from pathlib import Path
 
 from raynium.health.faults import ROWS, WAITING, Fault, Row, classify, classify_exception, symptoms
 from raynium.node.images import shared_memory_folder
-from raynium.run.protocol import RankExit
+from raynium.run.protocol import PEER_WORD_SECONDS, RankExit
 from raynium.train.link import Failed
 
 logger = logging.getLogger(__name__)
@@ -38,16 +38,24 @@ LIBRARY_ERRORS = {
     *("DistError", "DistBackendError", "DistNetworkError", "DistStoreError"),
 }
 
+LIBRARY_SECONDS = 0.05
+
 _SYMPTOMS = symptoms(ROWS)
 _OOM_KILL = re.compile(r"(?:[Oo]ut of memory: Killed process |\boom-kill:.*,pid=)(\d+)")
 
 
-def may_blame_a_peer(failure: Failed | None) -> bool:
-    """Whether a rank's last message is only that it missed another one: whose own word may be on its way."""
-    if failure is None or failure.error not in LIBRARY_ERRORS:
-        return False
+def seconds_for_others(failure: Failed | None, exit_code: int | None) -> float:
+    """How long other ranks' words are worth waiting for, after this one's last.
+
+    An exception of its own, or a signal, says why. A library's may be a consequence, or an abort of a watchdog: a peer
+    that knows more fails in the same moment. That a peer is gone says only that its own word is on its way.
+    """
+    if failure is None:
+        return LIBRARY_SECONDS if exit_code == -signal.SIGABRT else 0.0
+    if failure.error not in LIBRARY_ERRORS:
+        return 0.0
     fault = classify_exception(failure.cause)
-    return fault is not None and fault.guilty == "peer"
+    return PEER_WORD_SECONDS if fault is not None and fault.guilty == "peer" else LIBRARY_SECONDS
 
 
 class KernelLog:

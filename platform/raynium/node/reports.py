@@ -10,7 +10,7 @@ from concurrent.futures import Future
 
 from raynium.config.schema import Config
 from raynium.errors import TrackingError
-from raynium.run.protocol import Coordinator, News, Order, Progressed, RankPosition, RanksSeen, Said
+from raynium.run.protocol import Commit, Coordinator, News, Order, Progressed, RankPosition, RanksSeen, Said
 from raynium.tracking.ledger import GenerationBook, Ledger
 from raynium.tracking.tracker import Tracker
 from raynium.train.link import Compiled, Phase, RankMessage, Stepped
@@ -101,11 +101,12 @@ class Reports:
         return ledger
 
     def keep_news(self, answer: "Future[News]") -> None:
-        """Of an event's answer; without a coordinator, `watch` ends the generation."""
+        """Of an event's answer; without a coordinator there are none."""
         if answer.cancelled() or answer.exception() is not None:
             return
         news, now = answer.result(), time.monotonic()
-        self._device_metrics = news.device_metrics or self._device_metrics
+        if news.device_metrics:
+            self._device_metrics = news.device_metrics
         if now - self._last_ledger >= LEDGER_SECONDS:
             self._last_ledger = now
             self._goodput_metrics = news.ledger.metrics()
@@ -135,7 +136,7 @@ class Reports:
         if evaluated or step == self._total_steps or now - self._last_report >= REPORT_SECONDS:
             self._last_report = now
             assert self._order is not None
-            answer = self._coordinator.tell(Progressed(self._order.generation, step, metrics, self._book.ledger()))
+            answer = self._coordinator.tell(Progressed(self._order.generation_id, step, metrics, self._book.ledger()))
             answer.add_done_callback(self.keep_news)
 
     def _take_device_metrics(self, order: Order, mfu: float | None) -> dict[str, float]:
@@ -181,17 +182,17 @@ class CommitLog:
         self._thread.join(COMMIT_LOG_CLOSE_SECONDS)
 
     def _follow(self) -> None:
-        seen = 0
+        sent: Commit | None = None
         while True:
             try:
-                commits = self._coordinator.commits(seen).result()
+                commits = self._coordinator.commits(sent).result()
             except Exception as error:  # Ray's own errors, which this file must not import: the coordinator is gone
                 logger.warning("checkpoints are no longer written into MLflow: %s", error)
                 return
             if commits is None:
                 return
             for commit in commits:
-                seen = commit.number
+                sent = commit
                 self._tracker.append(commit.metrics, step=commit.step, unix_ms=int(time.time() * 1000))
                 try:
                     self._tracker.artifact("checkpoints.json", commit.checkpoints)

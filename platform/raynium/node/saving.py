@@ -19,7 +19,7 @@ from raynium.train.link import IMAGE_SLOTS, ImageFree
 
 
 class Saving:
-    """Of one node's ranks, over the life of its agent. Any thread may call it."""
+    """Of one node's ranks, over the life of its agent, whose thread calls it."""
 
     def __init__(self, ranks: range, coordinator: Coordinator, uploader: Uploader):
         self.images = NodeImages(ranks)
@@ -68,8 +68,8 @@ class Saving:
             pause = pause_before_next_try(tries, time.monotonic() - began)
             if not failed or pause is None:
                 # The coordinator may have been started again since it heard of some, and knows nothing of them.
-                for saved in self.images.saved():
-                    self._tell_saved(saved)
+                for told in [self._threads.submit(self._tell_saved, saved) for saved in self.images.saved()]:
+                    told.result()
                 return
             self._coordinator.tell(Said(_still_in_memory(agent, failed, pause)))
             wait([over], pause)

@@ -12,7 +12,6 @@ import multiprocessing
 import os
 import signal
 import threading
-import time
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from multiprocessing.connection import Connection
 from typing import Any
@@ -77,11 +76,12 @@ class Uploader:
 
     def _answer(self, job: dict[str, Any]) -> str:
         child = self._living_child()
-        answer, used, quiet_since = child.ask(job), child.cpu_ticks(), time.monotonic()
-        while not wait([answer], min(WATCH_SECONDS, self._silence_seconds)).done:
-            if (now_used := child.cpu_ticks()) != used or now_used is None:
-                used, quiet_since = now_used, time.monotonic()
-            elif time.monotonic() - quiet_since >= self._silence_seconds:
+        # Looks are counted, not seconds: this process may have been stopped together with that one.
+        answer, used, quiet_looks = child.ask(job), child.cpu_ticks(), 0
+        while not wait([answer], WATCH_SECONDS).done:
+            before, used = used, child.cpu_ticks()
+            quiet_looks = quiet_looks + 1 if used is not None and used == before else 0
+            if quiet_looks * WATCH_SECONDS >= self._silence_seconds:
                 child.give_up()
         return answer.result()
 
@@ -164,7 +164,9 @@ class _Child:
                 answer = json.loads(self._connection.recv_bytes())
             except (EOFError, OSError):
                 break
-            if (waiting := self._waiting.pop(answer["id"], None)) is None:
+            with self._lock:
+                waiting = self._waiting.pop(answer["id"], None)
+            if waiting is None:
                 continue
             if "entry" in answer:
                 waiting.set_result(answer["entry"])

@@ -1,4 +1,4 @@
-"""What the coordinator shows: lines for the terminal, the newest numbers, and where each rank is. Pure."""
+"""What the coordinator shows: lines for the terminal, the newest numbers, and where each rank is."""
 
 import secrets
 import time

@@ -9,7 +9,7 @@ made again: agents whose ranks run say so, and their generation goes on. What mu
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any
 
 from raynium.config.schema import Config
@@ -19,16 +19,24 @@ from raynium.run import protocol
 from raynium.run.board import Board
 from raynium.run.last_save import pause_before_next_try
 from raynium.run.lives import Lives
-from raynium.run.protocol import AgentEvent, AgentInfo, Commit, GoHome, News, Order, RankExit, Status, Verdict
+from raynium.run.protocol import (
+    PEER_WORD_SECONDS,
+    AgentEvent,
+    AgentInfo,
+    Commit,
+    GoHome,
+    News,
+    NodeEnded,
+    Order,
+    Status,
+    Verdict,
+)
 from raynium.run.recovery import Recovery
 from raynium.run.roster import Roster
 from raynium.run.saves import Saves, WholeSave
 from raynium.run.verdicts import blamed
 from raynium.storage.store import Store
-from raynium.tracking.ledger import CoordinatorBook, Ledger
-
-# Ranks whose connection broke say so at once; the one that broke it may be on another node, whose word comes later.
-CAUSE_SECONDS = 0.5
+from raynium.tracking.ledger import Before, CoordinatorBook, Ledger
 
 
 class RunCoordinator:
@@ -45,7 +53,7 @@ class RunCoordinator:
         self._book = CoordinatorBook(life=self._board.life, now=now)
         self._roster = Roster()
         self._recovery = Recovery(store, if_damaged=self._config.checkpoint.if_damaged, tell=self._board.tell)
-        self._saves = Saves(self._config, store, tell=self._board.tell)
+        self._saves = Saves(self._config, store, life=self._board.life, tell=self._board.tell)
         self._lives = Lives(
             self._config.fault,
             last_generation,
@@ -95,47 +103,52 @@ class RunCoordinator:
                 return Verdict("stop")
             return Verdict("over", current.cause)
 
-    async def exited(self, agent: AgentInfo, order: Order, exits: Sequence[RankExit], booked: Ledger | None) -> None:
+    async def exited(self, agent: AgentInfo, order: Order, ended: NodeEnded) -> None:
         """One rank that should not have ended takes the generation down."""
+        now, first = time.monotonic(), blamed(ended.exits)
         async with self._changing():
-            current = self._lives.of(agent, order, now=time.monotonic())
-            if booked is not None:
-                self._book.account(order.generation, booked, time.monotonic())
-            if not exits:
-                return
-            if current.state == "running":
-                current.exits[agent.node_rank] = exits
-            if (first := blamed(exits)) is None:
-                finishes = current.state == "running" and current.all_have_ended()
-            else:
-                finishes = False
-                await self._wait(lambda: not self._lives.needs_more_words(current), CAUSE_SECONDS)
+            current = self._lives.of(agent, order, now=now)
+            if ended.booked is not None:
+                self._book.account(order.generation_id, ended.booked, now)
+            if ended.exits and current.state == "running":
+                current.exits[agent.node_rank] = ended.exits
+            if first is not None:
+                await self._wait(lambda: not self._lives.needs_more_words(current), PEER_WORD_SECONDS)
                 if current.state == "running":
                     self._lives.ranks_failed(current, now=time.monotonic())
-                elif first.fault is not None:
-                    # The ranks were killed because another node's died: no cause of its own, but it may say what of.
-                    self._lives.node_fault(order.generation, agent.node_rank, first.fault)
-        if finishes:
-            assert exits[0].outcome is not None
-            await self._finish(exits[0].outcome.step, exits[0].outcome.reason)
+            finishes = first is None and current.state == "running" and current.all_have_ended()
+            # Ranks that were killed because another node's died are no cause of their own, but may say what it was.
+            for fault in (first.fault if first is not None else None, ended.fault):
+                if fault is not None:
+                    self._lives.node_fault(order.generation, agent.node_rank, fault)
+        if finishes and ended.exits:
+            outcome = ended.exits[0].outcome
+            assert outcome is not None
+            await self._saves.commit_last(outcome.step, living=self._roster.uploading)
+            async with self._changing():
+                problem = self._saves.problem(outcome.step)
+                self._lives.finished(current, outcome.step, outcome.reason, problem)
 
-    async def commits(self, after: int) -> list[Commit] | None:
+    async def commits(self, sent: Commit | None) -> list[Commit] | None:
         async with self._changed:
-            await self._wait(
-                lambda: bool(self._saves.unsent(after)) or self._lives.ended is not None or self._roster.is_left
-            )
-            return self._saves.unsent(after) or None
+            if sent is not None:
+                self._saves.sent(sent)
+            lives, saves = self._lives, self._saves
+            await self._wait(lambda: bool(saves.unsent()) or lives.ended is not None or self._roster.is_left)
+            return saves.unsent() or None
 
     async def tell(self, event: AgentEvent) -> News:
         now, device_metrics = time.monotonic(), dict[str, float]()
         match event:
             case protocol.Said(text):
                 self._board.tell(text)
-            case protocol.Progressed(generation, step, metrics, ledger):
-                self._recovery.stepped()
-                self._board.report(step, metrics, now=now)
+            case protocol.Progressed(generation_id, step, metrics, ledger):
                 self._saves.note_evaluation(step, metrics)
-                self._book.account(generation, ledger, now)
+                self._book.account(generation_id, ledger, now)
+                newest = self._lives.newest
+                if newest is not None and newest.order.generation_id == generation_id:
+                    self._recovery.stepped()
+                    self._board.report(step, metrics, now=now)
             case protocol.RanksSeen(generation, positions):
                 if generation == self._lives.number:
                     self._board.positions(positions)
@@ -146,8 +159,6 @@ class RunCoordinator:
                 self._saves.shard_failed(step, rank, cause)
             case protocol.DevicesSeen(node_rank, sample):
                 device_metrics = self._board.sample(node_rank, sample, now=now)
-            case protocol.FaultSeen(generation, node_rank, fault):
-                self._lives.node_fault(generation, node_rank, fault)
             case protocol.CannotGoOn(cause):
                 async with self._changing():
                     self._lives.end("failed", cause)
@@ -155,18 +166,16 @@ class RunCoordinator:
 
     # ---- driver ----------------------------------------------------------------------------------------------------
 
-    async def ran_before(self, ledger: Ledger) -> None:
-        """All of the run that was before this coordinator's life."""
-        self._book.ran_before(ledger)
+    async def ran_before(self, number: int, before: Before) -> None:
+        """All of the run that was before this coordinator's life; number counts the driver's words."""
+        self._book.ran_before(number, before)
 
     async def request_stop(self) -> None:
         """Every rank saves at the next step and ends. Before any rank runs, the run just ends."""
         async with self._changing():
             if not self._lives.stop_requested:
-                self._lives.stop_requested = True
                 self._in_task(self._end_a_stop_that_hangs())
-            if self._lives.running is None:
-                self._lives.end("stopped")
+            self._lives.request_stop()
 
     async def leave(self) -> None:
         """Every agent of this attempt goes home, once its uploads are in; the driver starts others on other nodes."""
@@ -253,23 +262,14 @@ class RunCoordinator:
         async with self._changing():
             pass
 
-    async def _finish(self, step: int, reason: protocol.EndKind) -> None:
-        """Every rank of every node ended as it should, and every node's agent has done what it could to save."""
-        await self._saves.commit_last(step, living=self._roster.uploading)
-        async with self._changing():
-            problem = self._saves.problem(step)
-            if problem is None:
-                self._board.step = step
-            self._lives.end(reason if problem is None else "failed", problem)
-
     async def _end_a_stop_that_hangs(self) -> None:
-        """Ranks that never come to their next step do not keep a run from ending that nobody wants any more."""
+        """Ranks or uploads that never come to an end do not keep a run that nobody wants any more."""
         limit = self._config.fault.stop_seconds
-        await asyncio.sleep(limit)
         async with self._changing():
+            await self._wait(lambda: self._lives.ended is not None, limit)
             if self._lives.ended is None:
                 self._board.tell(
-                    f"the ranks did not save and end within {limit:g} s of the stop (fault.stop_seconds): they are "
-                    "killed, and the run can go on from its newest checkpoint"
+                    f"the run has not saved and ended within {limit:g} s of the stop (fault.stop_seconds): it ends "
+                    "now, without what its ranks still do or upload, and can go on from its newest checkpoint"
                 )
                 self._lives.end("stopped")

@@ -1,4 +1,4 @@
-"""The run's generations: which one runs, what its end means, and whether another follows. Pure."""
+"""The run's generations: which one runs, what its end means, and whether another follows. Neither ray nor I/O."""
 
 import secrets
 from collections.abc import Sequence
@@ -24,9 +24,11 @@ class Generation:
     agents: dict[int, AgentInfo]
     state: Literal["running", "over"] = "running"
     cause: str = ""
+    # Ordered by a coordinator that has died: this one does not know all that was told of it.
+    found: bool = False
     exits: dict[int, Sequence[RankExit]] = field(default_factory=dict)
 
-    def blamed(self) -> RankExit | None:
+    def first_cause(self) -> RankExit | None:
         """Of all nodes, as far as they have said."""
         return blamed([each for exits in self.exits.values() for each in exits])
 
@@ -70,12 +72,13 @@ class Lives:
     def begin(self, agents: Sequence[AgentInfo], world: World, origin: Origin, *, now: float) -> None:
         """All agents are there, by node rank, and no rank runs."""
         self.number = 1 + max(self.number, *(agent.last_generation for agent in agents))
-        self._book.ordered(self.number, now)
+        # The suffix keeps two drivers apart that count from the same number.
+        generation_id = f"g{self.number:05d}-{secrets.token_hex(4)}"
+        self._book.ordered(generation_id, now)
         order = Order(
             world,
             self.number,
-            # The suffix keeps two drivers apart that count from the same number.
-            generation_id=f"g{self.number:05d}-{secrets.token_hex(4)}",
+            generation_id,
             master_host=agents[0].host,
             master_port=agents[0].free_port,
             resume_step=origin.step,
@@ -94,15 +97,20 @@ class Lives:
         if current is None:
             current = Generation(order, {}, state="over", cause="it is not the run's newest any more")
             newer = order.generation > self.number and not self._roster.is_past(agent.attempt)
-            if newer and all(each.last_generation < order.generation for each in self._roster.ready()):
+            if newer and all(
+                each.attempt == agent.attempt and each.last_generation < order.generation
+                for each in self._roster.ready()
+            ):
                 self.greet(agent)
-                current.state = "running"
+                # Those that wait for an order have not had this one.
+                self._roster.departs()
+                current.state, current.found = "running", True
                 self.number = order.generation
                 self._generations[self.number] = current
                 self._roster.may_upload(order.generation_id)
                 self._board.generation_begins(order.resume_step or 0, now=now)
                 self._board.tell(f"generation {self.number} goes on: the run coordinator was started again")
-                self._book.found_running(self.number, now)
+                self._book.found_running(order.generation_id, now)
         current.agents[agent.node_rank] = agent
         self._roster.may_upload(*agent.uploading)
         return current
@@ -133,16 +141,19 @@ class Lives:
         """The agent runs no ranks. A coordinator that has died may be the one that heard how they ended."""
         current = self.running
         if current is not None and self.order_for(agent) is None and agent.node_rank not in current.exits:
-            self.over(current, f"the ranks of node {agent.node_rank} ended while nobody could hear of it")
+            cause = f"the ranks of node {agent.node_rank} ended while nobody could hear of it"
+            self._board.tell(f"generation {self.number} failed: {cause}")
+            self.over(current, cause)
 
     def needs_more_words(self, current: Generation) -> bool:
         """Whether all that is known of its end is that ranks missed a peer, which is on another node."""
-        first = current.blamed()
-        return current.state == "running" and first is not None and blames_a_peer(first)
+        first = current.first_cause()
+        missed = first is not None and blames_a_peer(first)
+        return current.state == "running" and missed and not current.all_have_ended()
 
     def ranks_failed(self, current: Generation, *, now: float) -> None:
         """At least one rank ended that should not have."""
-        first = current.blamed()
+        first = current.first_cause()
         assert first is not None
         node_rank = first.rank // current.order.world.ranks_per_node
         for line in first.last_lines:
@@ -164,9 +175,9 @@ class Lives:
 
     def node_fault(self, generation: int, node_rank: int, fault: Fault) -> None:
         """Names the node that somebody has to see to, with the line that says so."""
-        if (current := self._generations.get(generation)) is None:
+        current = self._generations.get(generation)
+        if current is None or (agent := current.agents.get(node_rank)) is None:
             return
-        agent = current.agents[node_rank]
         found = NodeFault(generation, node_rank, agent.host, agent.node_id, fault)
         if self._verdicts.node_fault(found):
             self._board.tell(f"  node {node_rank} ({found.host}) | {fault.evidence}")
@@ -192,7 +203,25 @@ class Lives:
             current.state, current.cause = "over", "the run leaves these nodes"
             self._book.failed()
 
+    def request_stop(self) -> None:
+        """Every rank saves at the next step and ends. Before any rank runs, the run just ends."""
+        self.stop_requested = True
+        if self.running is None:
+            self.end("stopped")
+
+    def finished(self, current: Generation, step: int, reason: EndKind, problem: str | None) -> None:
+        """All ranks ended as they should. problem: why the run has no checkpoint of that step."""
+        if problem is not None and current.found:
+            # Agents may have told a coordinator that died: their images are still there, and they tell it again.
+            self.over(current, "its last checkpoint is not known to be whole")
+            return
+        if problem is None:
+            self._board.step = step
+        self.end(reason if problem is None else "failed", problem)
+
     def end(self, ended: EndKind, cause: str | None = None) -> None:
         if self.ended is None:
+            if (current := self.running) is not None:
+                current.state = "over"
             self.ended = ended, cause
             self._book.ended()

@@ -2,13 +2,12 @@
 
 import asyncio
 import threading
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
 from raynium.run.coordinator import RunCoordinator
-from raynium.run.protocol import AgentEvent, AgentInfo, Commit, GoHome, News, Order, RankExit, Verdict
-from raynium.tracking.ledger import Ledger
+from raynium.run.protocol import AgentEvent, AgentInfo, Commit, GoHome, News, NodeEnded, Order, Verdict
 
 Answer = TypeVar("Answer")
 
@@ -28,13 +27,11 @@ class CoordinatorOnLoop:
     def watch(self, agent: AgentInfo, order: Order, *, stop_known: bool) -> "Future[Verdict]":
         return self.run(lambda each: each.watch(agent, order, stop_known=stop_known))
 
-    def exited(
-        self, agent: AgentInfo, order: Order, exits: Sequence[RankExit], booked: Ledger | None
-    ) -> "Future[None]":
-        return self.run(lambda each: each.exited(agent, order, exits, booked))
+    def exited(self, agent: AgentInfo, order: Order, ended: NodeEnded) -> "Future[None]":
+        return self.run(lambda each: each.exited(agent, order, ended))
 
-    def commits(self, after: int) -> "Future[list[Commit] | None]":
-        return self.run(lambda each: each.commits(after))
+    def commits(self, sent: Commit | None) -> "Future[list[Commit] | None]":
+        return self.run(lambda each: each.commits(sent))
 
     def tell(self, event: AgentEvent) -> "Future[News]":
         return self.run(lambda each: each.tell(event))

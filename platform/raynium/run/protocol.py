@@ -12,6 +12,9 @@ from raynium.tracking.ledger import Ledger, LifeLedger
 
 EndKind = Literal["finished", "stopped", "failed"]
 
+# A rank whose connection broke says so at once; the one that broke it may come to word later, and so long is waited.
+PEER_WORD_SECONDS = 0.5
+
 
 # ---- what an agent is, and is ordered ------------------------------------------------------------------------------
 
@@ -111,6 +114,19 @@ class RankExit:
     fault: Fault | None = None
 
 
+@dataclass(frozen=True)
+class NodeEnded:
+    """How the ranks of one node ended.
+
+    exits: of those that did so by themselves. booked: of the generation, by the agent that has rank 0. fault: of this
+    node, though none of its ranks died of it: they hung, or trained on.
+    """
+
+    exits: tuple[RankExit, ...] = ()
+    booked: Ledger | None = None
+    fault: Fault | None = None
+
+
 # ---- what an agent tells -------------------------------------------------------------------------------------------
 
 
@@ -125,7 +141,7 @@ class Said:
 class Progressed:
     """Rank 0's numbers at a step, and what its agent has booked of the generation so far."""
 
-    generation: int
+    generation_id: str
     step: int
     metrics: dict[str, float]
     ledger: Ledger
@@ -193,22 +209,13 @@ class DevicesSeen:
 
 
 @dataclass(frozen=True)
-class FaultSeen:
-    """Something is broken on a node, though none of its ranks died of it: they hung, or trained on."""
-
-    generation: int
-    node_rank: int
-    fault: Fault
-
-
-@dataclass(frozen=True)
 class CannotGoOn:
     """An agent cannot do its part, and no other try could."""
 
     cause: str
 
 
-AgentEvent = Said | Progressed | RanksSeen | ShardSaved | ShardFailed | DevicesSeen | FaultSeen | CannotGoOn
+AgentEvent = Said | Progressed | RanksSeen | ShardSaved | ShardFailed | DevicesSeen | CannotGoOn
 
 
 @dataclass(frozen=True)
@@ -221,11 +228,12 @@ class News:
 
 @dataclass(frozen=True)
 class Commit:
-    """A checkpoint that was committed. number counts from 1 in each life of the coordinator.
+    """A checkpoint that was committed. number counts from 1 in each life of the coordinator, which has a name.
 
     metrics: checkpoint/…, bytes and seconds. checkpoints: JSON of those that the run has since then, for its page.
     """
 
+    life: str
     number: int
     step: int
     metrics: dict[str, float]
@@ -246,19 +254,14 @@ class Coordinator(Protocol):
         """This agent runs the order; answered when it must act."""
         ...
 
-    def exited(
-        self, agent: AgentInfo, order: Order, exits: Sequence[RankExit], booked: Ledger | None
-    ) -> "Future[None]":
-        """All ranks of this agent have ended; exits: of those that did so by themselves.
-
-        booked: of the generation, by the agent that has rank 0.
-        """
+    def exited(self, agent: AgentInfo, order: Order, ended: NodeEnded) -> "Future[None]":
+        """All ranks of this agent have ended."""
         ...
 
-    def commits(self, after: int) -> "Future[list[Commit] | None]":
+    def commits(self, sent: Commit | None) -> "Future[list[Commit] | None]":
         """Those that no agent has sent to MLflow; waits for one. None: the run, or this attempt, has ended.
 
-        after: number of the last that the caller has sent; 0 of an agent that has just begun.
+        sent: the last that the caller has sent.
         """
         ...
 
@@ -311,7 +314,7 @@ class Status:
 
     running: ranks have been ordered and have not ended. metrics: the last value of every one. agents: of the current
     generation, by node rank. cause: of a failure. node_faults: all of this coordinator's life, oldest first. ledger:
-    what this life of the coordinator has booked; another life knows nothing of those before.
+    what this life of the coordinator has booked.
     """
 
     generation: int

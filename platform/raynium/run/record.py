@@ -21,7 +21,7 @@ from raynium.errors import RunInUse, StoreError
 from raynium.run.process import boot_id, pid_started
 from raynium.storage.backend import KeyExists, KeyMissing
 from raynium.storage.store import Store
-from raynium.tracking.ledger import Ledger, LifeLedger, RunBook
+from raynium.tracking.ledger import Before, Ledger, LifeLedger, RunBook
 
 logger = logging.getLogger(__name__)
 
@@ -140,7 +140,7 @@ class RecordKeeper:
             self.record = replace(self.record, **changes, heartbeat_unix=time.time(), ledger=ledger)
             self._store.replace(RECORD_KEY, self.record.to_json())
 
-    def hear_ledger(self, coordinator: LifeLedger) -> Ledger:
+    def hear_ledger(self, coordinator: LifeLedger) -> Before:
         """Takes over what the coordinator has booked; returns what the run's ledger held before its birth."""
         with self._writing:
             self._book.heard(coordinator, now=time.monotonic())

@@ -30,6 +30,8 @@ class Roster:
             return False
         self._past.add(self.attempt)
         self.attempt = agent.attempt
+        # Of a coordinator that was started again after it was placed.
+        self._begun.add(self.attempt)
         self._ready.clear()
         self.uploading.clear()
         return True

@@ -50,8 +50,9 @@ class WholeSave:
 class Saves:
     """What became of each save."""
 
-    def __init__(self, config: Config, store: Store, *, tell: Callable[[str], None]):
-        """tell: a line for the user's terminal."""
+    def __init__(self, config: Config, store: Store, *, life: str, tell: Callable[[str], None]):
+        """life: the coordinator's name. tell: a line for the user's terminal."""
+        self._life = life
         self._config = config
         self._store = store
         self._tell = tell
@@ -199,7 +200,7 @@ class Saves:
             self._tell(f"checkpoint of step {step} is committed, but older ones were not tidied up: {error}")
 
     async def catch_up(self) -> None:
-        """Once, as a generation is ordered or found running: what coordinators before this one have committed."""
+        """Once, when the first agent watches its ranks: what coordinators before this one have committed."""
         if self.caught_up or self._config.checkpoint.save == "never":
             return
         self.caught_up = True
@@ -208,34 +209,36 @@ class Saves:
         except (StoreError, CheckpointError) as error:
             self._tell(f"checkpoints of before may be missing on the MLflow page: {error}")
             return
-        if found and self.committed_step is None:
+        if found and found[-1].step > (self.committed_step or -1):
             self.resumed(found[-1])
-        await self._note(found)
+        if found:
+            await self._note(found)
 
-    def unsent(self, after: int) -> list[Commit]:
-        """Commits that no agent has sent to MLflow. after: number of the last that the caller has sent."""
-        # A number beyond ours was counted by a coordinator that has died: this one begins anew.
-        self._sent = max(self._sent, after if after <= len(self.commits) else 0)
+    def sent(self, last: Commit) -> None:
+        """An agent has sent this one and those before it to MLflow; it may be of a coordinator that has died."""
+        if last.life == self._life:
+            self._sent = max(self._sent, last.number)
+
+    def unsent(self) -> list[Commit]:
         return self.commits[self._sent :]
 
     async def _note(self, committed: Sequence[CheckpointRef]) -> None:
         """For whoever writes it into MLflow."""
-        known = {each.step for each in self.commits}
-        new = [each for each in committed if each.step not in known and each.manifest.timing is not None]
-        if not new:
-            return
         try:
             found = await asyncio.to_thread(list_checkpoints, self._store)
         except (StoreError, CheckpointError) as error:
-            steps = ", ".join(str(each.step) for each in new)
+            steps = ", ".join(str(each.step) for each in committed)
             self._tell(f"checkpoint of step {steps} is committed, but missing on the MLflow page: {error}")
             return
         listed = [vars(each) | {"uri": self._store.uri(step_folder(each.step))} for each in found]
         text = json.dumps(listed, indent=2)
         # One list for all: of a run that keeps thousands, a list for each commit would take gigabytes.
         self.commits = [replace(each, checkpoints=text) for each in self.commits]
-        for each in new:
-            self.commits.append(Commit(len(self.commits) + 1, each.step, _metrics(each.manifest), text))
+        known = {each.step for each in self.commits}
+        for each in committed:
+            if each.step not in known and each.manifest.timing is not None:
+                number = len(self.commits) + 1
+                self.commits.append(Commit(self._life, number, each.step, _metrics(each.manifest), text))
 
 
 def _newest(store: Store) -> list[CheckpointRef]:

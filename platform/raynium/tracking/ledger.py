@@ -121,16 +121,41 @@ class GenerationBook:
 
 @dataclass(frozen=True)
 class LifeLedger:
-    """One life of the coordinator: the generation that it ordered or found last, and all that was before that."""
+    """One life of the coordinator: the generation that it ordered or found last, and all that was before that.
+
+    continued: id of a generation that a coordinator before it ordered, and all of which this ledger holds.
+    """
 
     life: str = ""
     closed: Ledger = field(default_factory=Ledger)
-    generation_number: int = 0
+    generation_id: str = ""
     generation: Ledger = field(default_factory=Ledger)
+    continued: str = ""
 
     @property
-    def total(self) -> Ledger:
+    def booked(self) -> Ledger:
         return self.closed + self.generation
+
+
+@dataclass(frozen=True)
+class Before:
+    """All of a run that was before a life of its coordinator.
+
+    dead: the life before it, whose generation may go on; then it counts in the new life, and not here.
+    silent_seconds: after that one's last word, in which no rank ran if its generation does not go on.
+    """
+
+    settled: Ledger = field(default_factory=Ledger)
+    dead: LifeLedger = field(default_factory=LifeLedger)
+    silent_seconds: float = 0.0
+
+    def without(self, life: LifeLedger) -> Ledger:
+        if life.continued and life.continued == self.dead.generation_id:
+            return self.settled + self.dead.closed + Ledger(step=self.dead.booked.step)
+        return self.settled + self.dead.booked + Ledger(restart=self.silent_seconds)
+
+    def plus(self, life: LifeLedger) -> Ledger:
+        return self.without(life) + life.booked
 
 
 class CoordinatorBook:
@@ -139,58 +164,62 @@ class CoordinatorBook:
     def __init__(self, *, life: str, now: float):
         """life: a name of its own."""
         self._life = life
-        self._before = Ledger()
+        self._before, self._before_number = Before(), -1
         self._closed = Ledger()
         self._since = now
         # Of the time since then that the generation's agent does not explain.
         self._rest: Cause = "start"
-        self._number = 0
+        self._generation_id = self._continued = ""
         self._generation = Ledger()
-        self._found_running = False
+        self._found_running = self._has_ended = False
 
-    def ran_before(self, ledger: Ledger) -> None:
-        """All of the run that was before this life, from the driver; Ray may run two such calls in either order."""
-        if ledger.total > self._before.total:
-            self._before = ledger
+    def ran_before(self, number: int, before: Before) -> None:
+        """All of the run that was before this life, from the driver, which counts such words: the newest is true."""
+        if number > self._before_number:
+            self._before_number, self._before = number, before
 
-    def ordered(self, number: int, now: float) -> None:
+    def ordered(self, generation_id: str, now: float) -> None:
         """A generation was ordered; its agent explains the time from here on."""
-        self._closed = self.ledger(now).total
-        self._since, self._rest, self._number, self._generation = now, "load", number, Ledger()
+        self._closed = self.ledger(now).booked
+        self._since, self._rest, self._generation_id, self._generation = now, "load", generation_id, Ledger()
         self._found_running = False
 
-    def found_running(self, number: int, now: float) -> None:
-        """A generation that a coordinator before this one has ordered goes on: its ledger covers this life, too."""
-        self._closed, self._number, self._generation = Ledger(), number, Ledger()
-        self._since, self._rest, self._found_running = now, "other", True
+    def found_running(self, generation_id: str, now: float) -> None:
+        """A generation that a coordinator before this one has ordered goes on."""
+        self.ordered(generation_id, now)
+        self._rest, self._found_running = "other", True
 
-    def account(self, number: int, generation: Ledger, now: float) -> None:
-        """What the agent has booked of a generation so far; also once that is over. Calls may overtake each other."""
-        if number != self._number:
+    def account(self, generation_id: str, generation: Ledger, now: float) -> None:
+        """What the agent has booked of a generation so far; also once that is over."""
+        if generation_id != self._generation_id:
             return
         if self._found_running:
-            self._since, self._found_running = now - generation.total, False
-        if generation.total >= self._generation.total:
+            # The agent's word covers the time since the order, and so all of this life.
+            self._closed, self._since = Ledger(), now - generation.total
+            self._continued, self._found_running = generation_id, False
+        if generation.total >= self._generation.total:  # calls may overtake each other
             self._generation = generation
         if self._rest == "load":
             self._rest = "other"
 
     def failed(self) -> None:
         """The generation is over, and another will follow."""
-        self._rest = "restart"
+        if not self._has_ended:
+            self._rest = "restart"
 
     def ended(self) -> None:
         """The run has ended. What is left of a generation that did not fail was the upload of its last checkpoint."""
+        self._has_ended = True
         if self._rest in ("load", "other"):
             self._rest = "finish"
 
     def ledger(self, now: float) -> LifeLedger:
-        """Of the time since this coordinator began."""
+        """Of the time since this coordinator began, or since the order of a generation that it found running."""
         generation = filled(self._generation, now - self._since, self._rest)
-        return LifeLedger(self._life, self._closed, self._number, generation)
+        return LifeLedger(self._life, self._closed, self._generation_id, generation, self._continued)
 
     def whole_run(self, now: float) -> Ledger:
-        return self._before + self.ledger(now).total
+        return self._before.plus(self.ledger(now))
 
 
 class RunBook:
@@ -199,12 +228,9 @@ class RunBook:
     def __init__(self, before: Ledger, *, now: float):
         """before: everything until this driver claimed the run, which is now."""
         self._began = now
-        self._before = before
-        # Lives of the coordinator: those that count for good, the one before the newest, how long nobody answered
-        # after that one, and the newest when it was last asked.
-        self._settled = Ledger()
-        self._dead = LifeLedger()
-        self._silent_seconds = 0.0
+        self._claimed = before
+        self._before = Before()
+        # The coordinator that lives, when it was last asked.
         self._newest = LifeLedger()
         # Seconds from the claim to the first coordinator's birth.
         self._until_first: float | None = None
@@ -212,40 +238,30 @@ class RunBook:
 
     def heard(self, newest: LifeLedger, *, now: float) -> None:
         """What the coordinator's book holds now."""
-        # Then Ray started it again, without memory.
-        began_anew = self._newest.life not in ("", newest.life)
-        if began_anew:
-            self._settled, self._dead, self._silent_seconds = self._lost(), self._newest, 0.0
-        self._newest = newest
-        if self._dead.generation_number == newest.generation_number != 0:
-            # The dead one's generation goes on, and the newest's book holds all of it.
-            self._settled += self._dead.closed + Ledger(step=self._dead.total.step)
-            self._dead, self._silent_seconds = LifeLedger(), 0.0
         if self._until_first is None:
-            self._until_first = max(0.0, now - self._began - newest.total.total)
-        if began_anew:
-            known = self._until_first + self._lost().total + newest.total.total
-            self._silent_seconds = max(0.0, now - self._began - known)
-
-    def _lost(self) -> Ledger:
-        """Coordinators that died, and the time until the newest answered."""
-        return self._settled + self._dead.total + Ledger(restart=self._silent_seconds)
+            self._until_first = max(0.0, now - self._began - newest.booked.total)
+        if self._newest.life not in ("", newest.life):  # Ray started it again, without memory
+            before = Before(self._before.without(self._newest), self._newest)
+            known = self._until_first + before.plus(newest).total
+            self._before = replace(before, silent_seconds=max(0.0, now - self._began - known))
+        self._newest = newest
 
     def finishing(self, *, now: float) -> None:
         """No generation will follow: what is left are results, and the end of all processes."""
         self._finishing_since = now
 
-    def before_coordinator(self) -> Ledger:
-        """Everything before the birth of the coordinator that lives, or before the generation that it found running."""
-        return self._before + Ledger(start=self._until_first or 0.0) + self._lost()
+    def before_coordinator(self) -> Before:
+        """For the coordinator that lives."""
+        start = self._claimed + Ledger(start=self._until_first or 0.0)
+        return replace(self._before, settled=start + self._before.settled)
 
     def ledger(self, now: float) -> Ledger:
         """Since the run was first claimed."""
         if self._until_first is None:
-            return self._before + Ledger(start=now - self._began)
-        parts = Ledger(start=self._until_first) + self._lost() + self._newest.total
+            return self._claimed + Ledger(start=now - self._began)
+        parts = Ledger(start=self._until_first) + self._before.plus(self._newest)
         if self._finishing_since is not None:
             # Answers are heard milliseconds after they were given: what that makes too much is no cause of the run's.
             unexplained = max(0.0, now - self._began - parts.total)
             parts += Ledger(finish=min(now - self._finishing_since, unexplained))
-        return self._before + filled(parts, now - self._began, "other")
+        return self._claimed + filled(parts, now - self._began, "other")
