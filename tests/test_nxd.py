@@ -47,6 +47,18 @@ LIBRARIES = ["fake", pytest.param("source", marks=needs_source)]
 Fork = Callable[[str, str], subprocess.Popen[str]]  # (library, platform) → its waiting worker
 
 
+def start_worker(library: str, platform: str) -> subprocess.Popen[str]:
+    """`_nxd_ranks.py`, waiting for folders on its stdin, whose end ends it."""
+    return subprocess.Popen(
+        [XLA_PYTHON if library == "xla" and XLA_PYTHON else sys.executable, str(WORKER), library, platform],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(WORKER.parents[1] / "platform")},
+    )
+
+
 @pytest.fixture(scope="module")
 def fork() -> Iterator[Fork]:
     """Workers that have loaded a library once and fork the ranks of every run; ended with the module."""
@@ -54,15 +66,7 @@ def fork() -> Iterator[Fork]:
 
     def worker(library: str, platform: str) -> subprocess.Popen[str]:
         if (library, platform) not in started:
-            python = XLA_PYTHON if library == "xla" and XLA_PYTHON else sys.executable
-            started[library, platform] = subprocess.Popen(
-                [python, str(WORKER), library, platform],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-                text=True,
-                env=os.environ | {"PYTHONPATH": str(WORKER.parents[1] / "platform")},
-            )
+            started[library, platform] = start_worker(library, platform)
         return started[library, platform]
 
     yield worker

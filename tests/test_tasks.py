@@ -1,7 +1,6 @@
 """The seam of tasks: a second task trains on both engines as a plain float64 loop does."""
 
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -10,8 +9,8 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from pair_task import PairTask, plain_sums
-from test_native_engine import LLAMA3, QWEN3, ROWS, STEPS, config, run, samples
-from test_nxd import LIBRARIES, WORKER, nxd_config
+from test_native_engine import LLAMA3, QWEN3, ROWS, STEPS, Run, config, run, samples
+from test_nxd import LIBRARIES, needs_xla, nxd_config, start_worker
 
 from raynium.accelerators.cpu import CpuAccelerator
 from raynium.config.schema import Config
@@ -74,14 +73,8 @@ def reference(config: Config, *, change: Callable[[dict[str, torch.Tensor]], Non
 @pytest.fixture(scope="module", params=LIBRARIES)
 def forker(request: pytest.FixtureRequest) -> Iterator[subprocess.Popen[str]]:
     """`_nxd_ranks.py` with one kind of neuronx-distributed, waiting for folders: it runs both engines."""
-    with subprocess.Popen(
-        [sys.executable, str(WORKER), request.param, "trn1"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-    ) as it:
-        yield it  # leaving closes its stdin, which ends it
+    with start_worker(request.param, "trn1") as worker:
+        yield worker
 
 
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -107,8 +100,17 @@ RUNS = {
 def test_a_task_of_weighted_tokens_and_rows_in_pairs_trains_as_a_plain_float64_loop_does(
     name: str, forker: subprocess.Popen[str], tmp_path: Path
 ) -> None:
-    made = RUNS[name]
-    ran = run(forker, tmp_path / "run", made, task="pairs", last_step=TAKEN)
+    check_against_reference(run(forker, tmp_path / "run", RUNS[name], task="pairs", last_step=TAKEN), RUNS[name])
+
+
+@needs_xla
+@pytest.mark.parametrize("name", ["nxd, tp 2 x dp 2, micro-batches", "nxd, pp 2 x dp 2"])
+def test_it_does_so_over_torch_xla_too(name: str, tmp_path: Path) -> None:
+    with start_worker("xla", "trn1") as worker:
+        check_against_reference(run(worker, tmp_path / "run", RUNS[name], task="pairs", last_step=TAKEN), RUNS[name])
+
+
+def check_against_reference(ran: Run, made: Config) -> None:
     expected = reference(config(model=LLAMA3 if made.model.embeddings == "untied" else QWEN3))
     for results, evaluations in zip(ran.results, ran.evaluations, strict=True):
         assert [result["loss"] for result in results] == pytest.approx(expected.losses, rel=3e-6)
