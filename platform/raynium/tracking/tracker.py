@@ -27,10 +27,10 @@ class TrackerStatus:
 
     def __str__(self) -> str:
         lost = f"; {self.points_lost} points lost: the disk was full" if self.points_lost else ""
+        waiting = f"{self.points_pending} points and {self.artifacts_pending} files"
         if self.last_error is None:
-            return f"MLflow has all but {self.points_pending} points{lost}"
-        waiting = f"{self.points_pending} points wait on disk"
-        return f"MLflow unreachable for {self.failing_seconds:.0f} s: {waiting}{lost} ({self.last_error})"
+            return f"MLflow has all but {waiting}, which wait on disk{lost}"
+        return f"MLflow unreachable for {self.failing_seconds:.0f} s: {waiting} wait on disk{lost} ({self.last_error})"
 
 
 class Tracker(Protocol):
