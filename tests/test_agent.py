@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -217,7 +218,11 @@ def test_a_killed_rank_costs_one_generation_and_changes_no_bit(
     assert len(images_in_memory()) == 8, "two images and two of replicas for each rank, in every generation"
     status = run.finish()
     assert (status.ended, status.generation) == ("finished", 2)
-    assert f"generation 1 failed: rank {victim}: killed by SIGKILL" in "\n".join(each.text for each in status.events)
+    told = "\n".join(each.text for each in status.events)
+    assert f"generation 1 failed: rank {victim}: killed by SIGKILL" in told
+    phases = ["settle", "drain", "agree", "fork", "start", "group", "build", "restore", "data", "step"]
+    (recovery,) = re.findall(r"the next step was done \S+ s after the failure was seen: (.*)", told)
+    assert [part.split()[0] for part in recovery.split(", ")] == phases
     reference = uninterrupted.losses()
     for step, losses in run.losses().items():
         assert set(losses) == set(reference[step]), f"step {step}"

@@ -16,6 +16,7 @@ BENCHMARKS = {
     ("bench_loop.py",): 15,
     ("bench_loader.py",): 4,
     ("bench_tracking.py",): 5,
+    ("bench_recovery.py",): 15,
     ("bench_init.py",): 5,
     ("bench_manifest.py",): 12,
     ("bench_checkpoint_stall.py", "--gib", "1"): 12,

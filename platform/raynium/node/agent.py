@@ -25,6 +25,7 @@ from raynium.node.images import Snapshot, make_image_folder
 from raynium.node.orphans import end_orphans
 from raynium.node.ports import rendezvous_port
 from raynium.node.ranks import RankGroup, start_template
+from raynium.node.recovery_clock import AGREE, DRAIN, FORK
 from raynium.node.reports import CommitLog, Reports
 from raynium.node.saving import Saving
 from raynium.node.uploader import Uploader
@@ -170,9 +171,11 @@ class NodeAgent:
                 self._cache.sync.wait_filled()
             while True:
                 agent = self._info()
+                reports.recovery.begins(AGREE, time.monotonic())
                 order = self.coordinator.join(agent).result()
                 if isinstance(order, GoHome):
                     break
+                reports.recovery.begins(FORK, time.monotonic())
                 self._run_generation(agent, order, reports, data_folder=data_folder, image_folder=image_folder)
             if tracker is not None:
                 tracker.append(order.ledger.metrics(), step=order.ledger.step, unix_ms=int(time.time() * 1000))
@@ -239,6 +242,7 @@ class NodeAgent:
         self._group = group
         self._saving.serve(group)
         self._stay_with(group, agent, order, reports)
+        reports.recovery.begins(DRAIN, time.monotonic())
         # ---- take the generation down: what the dead left behind explains them -------------------------------------
         ended_by_themselves = {each.rank for each in group.ended()}
         group.kill()
@@ -263,12 +267,15 @@ class NodeAgent:
             if verdict.done():
                 if verdict.result().kind == "over":
                     logger.info("generation %d is over: %s", order.generation, verdict.result().cause)
+                    reports.recovery.failed(time.monotonic())
                     return
                 group.broadcast(Stop())
                 verdict = self._watch(group, agent, order, stop_known=True)
             failed = [each for each in group.ended() if each.process.exitcode != 0]
             if failed:
-                first_death = first_death or time.monotonic()
+                if first_death is None:
+                    first_death = time.monotonic()
+                    reports.recovery.failed(first_death)
                 # The one that knows most decides how long the others' words are waited for.
                 patience = min(
                     seconds_for_others(each.failure, each.process.exitcode)
@@ -279,6 +286,8 @@ class NodeAgent:
                 if time.monotonic() - first_death >= patience:
                     return
             reports.check_stillness()
+        if any(each.process.exitcode != 0 for each in group.ended()):
+            reports.recovery.failed(time.monotonic())
 
     def _watch(self, group: RankGroup, agent: AgentInfo, order: Order, *, stop_known: bool) -> "Future[Verdict]":
         verdict = self.coordinator.watch(agent, order, stop_known=stop_known)

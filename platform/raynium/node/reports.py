@@ -10,6 +10,7 @@ from concurrent.futures import Future
 
 from raynium.config.schema import Config
 from raynium.errors import TrackingError
+from raynium.node.recovery_clock import RecoveryClock
 from raynium.run.protocol import Commit, Coordinator, News, Order, Progressed, RankPosition, RanksSeen, Said
 from raynium.tracking.ledger import GenerationBook, Ledger
 from raynium.tracking.tracker import Tracker
@@ -45,6 +46,7 @@ class Reports:
         self._tracker = tracker
         self._peak_flops_per_rank = peak_flops_per_rank
         self._halted = halted
+        self.recovery = RecoveryClock()
         self._order: Order | None = None
         self._book = GenerationBook(trained_step=0, now=0.0)
         # As the coordinator knows, unless it was started again.
@@ -72,10 +74,12 @@ class Reports:
                 self._moves(rank, RankPosition(step + 1))
                 self._book.step(step, metrics, time.monotonic())
                 self._step(step, metrics)
-            case Phase("step", step):
-                self._moves(rank, RankPosition(step + 1))
+                if (recovered := self.recovery.stepped(time.monotonic())) is not None:
+                    self._coordinator.tell(Said(recovered))
             case Phase(name, step):
-                self._moves(rank, RankPosition(step, name))
+                self._moves(rank, RankPosition(step + 1) if name == "step" else RankPosition(step, name))
+                if rank == 0:
+                    self.recovery.begins(name, time.monotonic())
             case Compiled():
                 self._compiled(rank, message)
             case _:

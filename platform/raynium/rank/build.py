@@ -53,9 +53,11 @@ def run(plan: RankPlan, link: Link) -> Outcome:
     rank, local_rank = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
 
     # ---- the process group first: on Trainium nothing may touch the device before it -------------------------------
-    link.phase("start", 0)
+    at = plan.resume_step or 0
+    link.phase("start", at)
     accelerator = detect(config.cluster.accelerator)
     accelerator.set_device(local_rank)
+    link.phase("group", at)
     if rank > 0:
         wait_for_rank_0(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
     dist.init_process_group(
@@ -67,6 +69,7 @@ def run(plan: RankPlan, link: Link) -> Outcome:
     torch.manual_seed(config.run.seed + rank)
 
     # ---- model, optimizer, and the state they start from -----------------------------------------------------------
+    link.phase("build", at)
     task = Pretraining()
     compiles = TorchCompiles()
     resumes = bool(plan.resume_images) or plan.resume_step is not None
@@ -78,6 +81,7 @@ def run(plan: RankPlan, link: Link) -> Outcome:
         built = build_native_engine(config, plan.world, accelerator, task, compile_backend=backend, weights=weights)
     engine = WatchedEngine(built, torch_compiles=compiles, device_counts=accelerator.metrics, link=link)
     snapshots = Snapshots(engine, link, Path(plan.image_folder), if_busy=config.checkpoint.if_busy)
+    link.phase("restore", at)
     start_step = 0
     if plan.resume_images:
         start_step = snapshots.restore_images([ImageInfo.from_json(text) for text in plan.resume_images[rank]])
@@ -85,6 +89,7 @@ def run(plan: RankPlan, link: Link) -> Outcome:
         start_step = snapshots.restore(Store(plan.run_url), plan.resume_step)
 
     # ---- data ------------------------------------------------------------------------------------------------------
+    link.phase("data", start_step)
     documents = open_store(plan.data_folder, identity=config.data.identity)
     loader = Loader(
         documents,
@@ -97,6 +102,7 @@ def run(plan: RankPlan, link: Link) -> Outcome:
     evaluation = Evaluation(engine, task, documents, config, plan.world)
 
     # ---- train -----------------------------------------------------------------------------------------------------
+    link.phase("step", start_step)
     outcome = train(
         engine=engine,
         batches=loader,

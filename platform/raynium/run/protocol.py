@@ -158,11 +158,13 @@ class RankPosition:
     @property
     def progress(self) -> tuple[int, int]:
         """Less is farther behind."""
-        order = ("start", "step", "evaluate", "save")
+        order = ("start", "group", "build", "restore", "data", "step", "evaluate", "save")
         return self.step, order.index(self.phase) if self.phase in order else 0
 
     def __str__(self) -> str:
-        places = {"start": "starting", "evaluate": f"evaluating after step {self.step:,}"}
+        places = {"start": "starting", "group": "meeting the other ranks", "build": "building its engine"}
+        places |= {"restore": "loading its state", "data": "opening its data"}
+        places |= {"evaluate": f"evaluating after step {self.step:,}"}
         places |= {"step": f"in step {self.step:,}", "save": f"saving step {self.step:,}"}
         place = places.get(self.phase, f"in phase {self.phase!r}")
         return f"{place}, stopped by a signal" if self.halted else place

@@ -1,0 +1,295 @@
+"""From a killed rank to the next finished step: python tests/benchmarks/bench_recovery.py
+
+Ranks are killed (SIGKILL) at random moments of a run, seeded, and the time is taken until a new rank 0 has finished a
+step. Quickstart's model on two CPU ranks. Ours is `raynium train` with its own Ray cluster, and says itself where the
+time goes; "notice" is what it does not say: from the kill until the agent sees it. Beside it, on the same model with
+DistributedDataParallel and a checkpoint every 5 steps (peer_restarts.py): torchrun's and Ray Train's own restarts, with
+their defaults; and the bare fork, a new process group and one step, which recovers nothing. Ray runs its workers, ours
+too, at nice 15, torchrun's are at 0: on a busy machine the figures say less. Passes if no other restart is faster.
+"""
+
+import contextlib
+import json
+import multiprocessing
+import os
+import random
+import re
+import signal
+import sqlite3
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol
+
+from benchmark import heading, parser, verdict
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from sessions import kill_started
+from tiny import build_documents
+
+from raynium.config.load import load_config
+from raynium.config.schema import Config
+from raynium.data.store_build import build_store
+from raynium.node.ports import free_port
+
+FOLDER = Path(__file__).parent
+TINY = {"model.vocab_size": 512, "model.hidden_size": 32, "model.ffn_size": 64, "model.head_dim": 8, "data.seq_len": 32}
+# So long a run may take until its next step.
+PATIENCE_SECONDS = 180.0
+RECOVERED = re.compile(r"the next step was done \S+ s after the failure was seen: (.+)$")
+
+
+class Contender(Protocol):
+    """A run that trains until it is killed for good."""
+
+    process: "subprocess.Popen[bytes]"
+
+    def pids(self) -> dict[int, int]:
+        """Rank → its process; empty while there are none."""
+        ...
+
+    def newest_step(self) -> tuple[float, int]:
+        """When it was done (Unix time), and a number that is another one after each restart."""
+        ...
+
+    def first_step_of_another(self, generation: int) -> float | None:
+        """When the first step after the next restart was done (Unix time)."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class Ours:
+    def __init__(self, folder: Path, config: Config, log: Path):
+        self._folder = folder
+        (folder / "config.json").write_text(config.model_dump_json())
+        job = folder / "job.yaml"
+        job.write_text(json.dumps(config.model_dump(mode="json")))
+        command = "from raynium.cli.app import main; main()"
+        environment = os.environ | {"PYTHONUNBUFFERED": "1", "COLUMNS": "400"}
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", command, "train", str(job)],
+            stdout=subprocess.PIPE,
+            stderr=log.open("w"),
+            env=environment,
+            start_new_session=True,
+        )
+        # Of each recovery, phase → seconds.
+        self.recoveries: list[dict[str, float]] = []
+        threading.Thread(target=self._listen, daemon=True).start()
+
+    def _listen(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            if found := RECOVERED.search(line.decode().strip()):
+                parts = (part.split() for part in found.group(1).split(", "))
+                self.recoveries.append({phase: float(seconds) for phase, seconds in parts})
+
+    def pids(self) -> dict[int, int]:
+        """Of what the agent's template has forked, ranks lead a process group."""
+        record = json.loads((self._folder / "runs/recovery/run.json").read_text())
+        templates = children(record["agents"][0]["pid"])
+        forked = [pid for template in templates for pid in children(template)]
+        return dict(enumerate(pid for pid in forked if os.getpgid(pid) == pid))
+
+    def newest_step(self) -> tuple[float, int]:
+        return self._query("order by timestamp desc") or (0.0, 0)
+
+    def first_step_of_another(self, generation: int) -> float | None:
+        found = self._query(f"and value > {generation} order by timestamp")
+        return found[0] if found else None
+
+    def _query(self, rest: str) -> tuple[float, int] | None:
+        """Of what the run has sent to MLflow, seconds late but with the agent's own times."""
+        text = f"select timestamp, value from metrics where key = 'run/generation' {rest} limit 1"
+        file = f"file:{self._folder}/runs/mlflow.db?mode=ro"
+        # Nothing is there until the first sender has made it.
+        with contextlib.suppress(sqlite3.OperationalError), contextlib.closing(sqlite3.connect(file, uri=True)) as made:
+            if row := made.execute(text).fetchone():
+                return row[0] / 1000, int(row[1])
+        return None
+
+    def close(self) -> None:
+        kill_started([self.process])
+
+
+class Peer:
+    def __init__(self, folder: Path, config: Config, log: Path, command: list[str]):
+        (folder / "config.json").write_text(config.model_dump_json())
+        self._folder = folder
+        environment = os.environ | {
+            "GLOO_SOCKET_IFNAME": "lo",
+            "PYTHONPATH": os.pathsep.join([str(FOLDER), *sys.path]),
+            # torchrun's. Else gloo finds the addresses of the ranks before in the store that restarts share: one of two
+            # restarts hung for minutes, the other one took 15 s (torch 2.13).
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+        }
+        self.process = subprocess.Popen(
+            [sys.executable, *command],
+            stdout=log.open("w"),
+            stderr=log.open("a"),
+            env=environment,
+            start_new_session=True,
+        )
+
+    def pids(self) -> dict[int, int]:
+        return {int(file.name.removeprefix("pid-")): int(file.read_text()) for file in self._folder.glob("pid-?")}
+
+    def newest_step(self) -> tuple[float, int]:
+        steps = self._steps()
+        return steps[-1] if steps else (0.0, 0)
+
+    def first_step_of_another(self, generation: int) -> float | None:
+        steps = self._steps()
+        last_of_it = max(index for index, (_, pid) in enumerate(steps) if pid == generation)
+        return steps[last_of_it + 1][0] if last_of_it + 1 < len(steps) else None
+
+    def close(self) -> None:
+        kill_started([self.process])
+        for pid in self.pids().values():  # torchrun's are each in a session of their own
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+    def _steps(self) -> list[tuple[float, int]]:
+        file = self._folder / "steps"
+        lines = file.read_text().splitlines() if file.exists() else []
+        return [(float(line.split()[0]), int(line.split()[1])) for line in lines if len(line.split()) == 3]
+
+
+def children(pid: int) -> list[int]:
+    """By whichever of its threads."""
+    files = Path(f"/proc/{pid}/task").glob("*/children")
+    return sorted(int(child) for file in files for child in file.read_text().split())
+
+
+def kill_ranks(run: Contender, kills: int, seed: int) -> list[float]:
+    """Seconds from each kill to the next step of a new generation."""
+    choose = random.Random(seed)
+    seconds = []
+    for _ in range(kills):
+        began = time.time()
+        wait_for(run, lambda began=began: run.newest_step()[0] > began)
+        time.sleep(choose.uniform(1.0, 3.0))
+        generation, ranks = run.newest_step()[1], run.pids()
+        victim = ranks[choose.choice(sorted(ranks))]
+        killed = time.time()
+        os.kill(victim, signal.SIGKILL)
+        wait_for(run, lambda generation=generation: run.first_step_of_another(generation) is not None)
+        done = run.first_step_of_another(generation)
+        assert done is not None
+        seconds.append(done - killed)
+    return seconds
+
+
+def wait_for(run: Contender, condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while not condition():
+        if time.monotonic() > deadline or run.process.poll() is not None:
+            raise RuntimeError(f"no step for {PATIENCE_SECONDS:.0f} s, or the run has ended ({run.process.poll()})")
+        time.sleep(0.05)
+
+
+def bare_forks(folder: Path, config: Config, times: int) -> list[float]:
+    """Seconds from the fork of two ranks until rank 0 has done a step, from a process that has torch already."""
+    (folder / "config.json").write_text(config.model_dump_json())
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(FOLDER), os.environ.get("PYTHONPATH", "")])
+    multiprocessing.set_forkserver_preload(["__main__", "peer_restarts"])
+    context = multiprocessing.get_context("forkserver")
+    seconds = []
+    for turn in range(times + 1):
+        port, began = free_port("127.0.0.1"), time.time()
+        ranks = [context.Process(target=bare_fork, args=(folder, rank, port)) for rank in range(2)]
+        for process in ranks:
+            process.start()
+        for process in ranks:
+            process.join()
+        done = float((folder / "steps").read_text().splitlines()[-1].split()[0])
+        # The first one waits for the template's imports.
+        if turn > 0:
+            seconds.append(done - began)
+    return seconds
+
+
+def bare_fork(folder: Path, rank: int, port: int) -> None:
+    import peer_restarts
+
+    peer_restarts.bare_fork(folder, rank, 2, port)
+
+
+def row(name: str, seconds: list[float], ours: float) -> str:
+    figures = (statistics.median(seconds), min(seconds), max(seconds), statistics.median(seconds) / ours)
+    return f"| {name} | " + " | ".join(f"{figure:.2f}" for figure in figures) + " |"
+
+
+def main() -> int:
+    options = parser(__doc__)
+    options.add_argument("--kills", type=int, default=15, help="of each run")
+    options.add_argument("--seed", type=int, default=0)
+    arguments = options.parse_args()
+    kills = 1 if arguments.tiny else arguments.kills
+    heading()
+    with tempfile.TemporaryDirectory(prefix="recovery") as temporary:
+        folder = Path(temporary)
+        if arguments.tiny:
+            build_documents(folder)
+        else:
+            build_store(folder / "data", source="python-stdlib", vocab_size=2048)
+        settings = {
+            "run.name": "recovery",
+            "run.root": str(folder / "ours/runs"),
+            "data.path": str(folder / "data"),
+            "train.steps": 1_000_000,
+            "checkpoint.every_steps": 5,
+            "evaluate.every_steps": 1_000_000,
+            "fault.max_restarts_without_progress": 1000,
+            "engine.dtype": "float32",
+        }
+        tiny = TINY | {"data.source": str(folder / "text"), "data.heldout_fraction": 0.2}
+        config = load_config("quickstart", settings | (tiny if arguments.tiny else {}))
+        seconds: dict[str, list[float]] = {}
+        runs: dict[str, Callable[[Path, Path], Ours | Peer]] = {"ours": lambda at, log: Ours(at, config, log)}
+        if not arguments.tiny:
+            elastic = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1000"]
+            program = str(FOLDER / "peer_restarts.py")
+            runs["torchrun"] = lambda at, log: Peer(at, config, log, [*elastic, program, "elastic", str(at)])
+            runs["Ray Train"] = lambda at, log: Peer(at, config, log, [program, "ray", str(at)])
+        recoveries: list[dict[str, float]] = []
+        for name, start in runs.items():
+            at = folder / name.split()[0]
+            at.mkdir()
+            run = start(at, folder / f"{at.name}.log")
+            try:
+                seconds[name] = kill_ranks(run, kills, arguments.seed)
+                if isinstance(run, Ours):
+                    wait_for(run, lambda run=run: len(run.recoveries) == kills)
+                    recoveries = run.recoveries
+            except (RuntimeError, OSError, ValueError):
+                print((folder / f"{at.name}.log").read_text()[-4000:], file=sys.stderr)
+                raise
+            finally:
+                run.close()
+        (folder / "bare").mkdir()
+        seconds["bare fork, group and step"] = bare_forks(folder / "bare", config, kills)
+
+    ours = statistics.median(seconds["ours"])
+    print("| restart | median, s | min | max | times ours |")
+    print("|---|---|---|---|---|")
+    for name, taken in seconds.items():
+        print(row(name, taken, ours))
+    told = zip(recoveries, seconds["ours"], strict=True)
+    phases = [{"notice": whole - sum(recovery.values())} | recovery for recovery, whole in told]
+    print("\n| phase of ours | median, ms |\n|---|---|")
+    for phase in phases[0]:
+        print(f"| {phase} | {1000 * statistics.median(each.get(phase, 0.0) for each in phases):.0f} |")
+    print(f"\n{kills} kills each, seed {arguments.seed}")
+    peers = [statistics.median(taken) for name, taken in seconds.items() if name in ("torchrun", "Ray Train")]
+    return verdict(all(peer >= ours for peer in peers), arguments.tiny)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
