@@ -68,6 +68,7 @@ HOMES = {
     "mlflow": {"tracking"},
     "s3fs": {"storage"},
     "fsspec": {"storage"},
+    "pyarrow": {"storage"},
     "boto3": {"cluster"},
     "torch": {
         *("models", "data", "checkpoint", "checkpoint.state", "checkpoint.format", "accelerators", "engines"),
