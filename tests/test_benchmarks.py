@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from sessions import kill_started
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -15,9 +16,21 @@ SCRIPTS = sorted(FOLDER.glob("bench_*.py"))
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
 def test_a_benchmark_runs_at_a_tiny_size(script: Path, tmp_path: Path) -> None:
-    done = subprocess.run([sys.executable, str(script), "--tiny"], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert f"`python tests/benchmarks/{script.name} --tiny`, commit " in done.stdout, "no line for RESULTS.md"
+    with (tmp_path / "output").open("wb") as output:
+        process = subprocess.Popen(
+            [sys.executable, str(script), "--tiny"],
+            cwd=tmp_path,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            code = process.wait(540)
+        finally:
+            kill_started([process])
+    printed = (tmp_path / "output").read_text()
+    assert code == 0, printed
+    assert f"`python tests/benchmarks/{script.name} --tiny`, commit " in printed, "no line for RESULTS.md"
 
 
 def test_make_bench_runs_every_benchmark() -> None:

@@ -61,6 +61,7 @@ from raynium.train.link import IMAGE_SLOTS
 MOST_STALL = 1.15  # × one warm memcpy
 MOST_MEAN_STEP = 1.05  # × idle
 MOST_WORST_STEP = 3.0  # × the idle worst
+UPLOADER_CORE = "RAYNIUM_BENCH_UPLOADER_CORE"  # of the environment: set by the parent, read by each way's uploader
 SAVES = 6
 COPY_BYTES = 2**30  # of the memcpy's target; no processor's caches hold so much
 STEP_SECONDS = 6.0  # of steps that are timed without an upload, and at least while one runs
@@ -126,7 +127,7 @@ class UploadLink:
         self._process.join()
 
     def _listen(self) -> None:
-        with contextlib.suppress(EOFError):
+        with contextlib.suppress(EOFError, ConnectionResetError):
             while True:
                 slot = self._agent.recv()
                 with self._freed:
@@ -139,8 +140,8 @@ class UploadLink:
 
 def agent(run_url: str, rank: Connection) -> None:
     """The agent's process: uploads each image, then says that its slot is free."""
-    os.sched_setaffinity(0, {1})
-    uploader = Uploader(run_url)
+    os.sched_setaffinity(0, {int(os.environ[UPLOADER_CORE])})
+    uploader = Uploader(run_url, silence_seconds=600)
 
     def upload(slot: int, info: str) -> None:
         try:
@@ -441,6 +442,7 @@ def main() -> int:
         return 0
     benchmark.heading()
     cores = sorted(os.sched_getaffinity(0))
+    os.environ[UPLOADER_CORE] = str(cores[-1])
     os.sched_setaffinity(0, cores[-1:])  # what is started now stays there: the server
     with (
         tempfile.TemporaryDirectory() as disk,

@@ -243,7 +243,7 @@ def main() -> None:
         print(json.dumps(PARTS[part](options, layout, Path(folder))))
         return
     if options.tiny:
-        options.layers, options.ranks = 1, 8
+        options.layers, options.ranks, options.layouts = 1, 8, ["fsdp-tensor"]
     benchmark.heading()
     for layout in options.layouts:
         with tempfile.TemporaryDirectory() as folder:
