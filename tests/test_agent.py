@@ -379,6 +379,26 @@ def test_an_upload_that_hangs_stops_neither_the_ranks_nor_the_end(
         assert losses == uninterrupted.losses()[step]
 
 
+def test_a_rank_that_stands_still_is_named_on_the_terminal(
+    play: Callable[..., Played], uninterrupted: Played, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("raynium.node.reports.STILL_SECONDS", 0.2)
+    monkeypatch.setattr("raynium.run.board.SILENCE_SECONDS", 0.5)
+    run = play(hold_uploads=True)
+    wait_for(lambda: run.status().step >= 1)
+    victim = run.agent.rank_pids()[1]
+    os.kill(victim, signal.SIGSTOP)
+    try:
+        lines = wait_for(lambda: [each.text for each in run.status().events if "stopped by a signal" in each.text])
+    finally:
+        os.kill(victim, signal.SIGCONT)
+    run.let_uploads_go()
+    assert re.match(r"no step for 0:0\d: rank 1 is .*, stopped by a signal", lines[0]), lines
+    status = run.finish()
+    assert (status.ended, status.generation) == ("finished", 1)
+    assert run.losses() == uninterrupted.losses()
+
+
 def test_nobody_tries_to_save_for_a_run_that_is_over(play: Callable[..., Played], blocked_step: Path) -> None:
     run = play()
     wait_until_it_tries_again(run)
