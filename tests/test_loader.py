@@ -103,7 +103,7 @@ def test_each_token_is_a_label_exactly_once_per_epoch(store: DocumentStore):
 
 def test_batches_are_int64_cpu_tensors(store: DocumentStore):
     batch = loader_of(store, data_size=4).batch(1)
-    for tensor in batch:
+    for tensor in batch.columns().values():
         assert tensor.dtype == torch.int64 and tensor.shape == (3, SEQ_LEN) and tensor.device.type == "cpu"
         assert tensor.is_contiguous()  # engines may call .view
 
