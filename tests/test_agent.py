@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 from tiny import job_text
-from waiting import wait_for
+from waiting import stop, wait_for
 
 from raynium.accelerators.detect import detect
 from raynium.checkpoint.catalog import latest, list_checkpoints
@@ -265,7 +265,7 @@ def test_a_stop_saves_at_the_next_step_and_the_next_driver_goes_on(
     monkeypatch.setattr(RankGroup, "broadcast", note)
     first = play(hold_uploads=True, **{"checkpoint.every_steps": 1})
     wait_for(lambda: 3 in first.losses())  # and no further than its save
-    first.coordinator.run(lambda each: each.request_stop()).result()
+    first.coordinator.run(stop).result()
     assert told.wait(60)
     first.let_uploads_go()
     status = first.finish()

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from tiny import job_text
+from waiting import stop
 
 import raynium.run.coordinator as coordinator_module
 from raynium.checkpoint.catalog import list_checkpoints, open_checkpoint
@@ -225,7 +226,7 @@ def test_a_stop_reaches_running_ranks_once_and_ends_a_run_that_has_none(tmp_path
     async def play() -> None:
         run = coordinator(tmp_path)
         await asyncio.gather(run.join(agent(0)), run.join(agent(1)))
-        await run.request_stop()
+        await stop(run)
         assert (await watch(run)).kind == "stop"
         again = asyncio.create_task(watch(run, stop_known=True))
         await asyncio.sleep(0.01)
@@ -235,7 +236,9 @@ def test_a_stop_reaches_running_ranks_once_and_ends_a_run_that_has_none(tmp_path
         assert (await run.status(0)).ended == "stopped"
 
         idle = coordinator(tmp_path)
-        await idle.request_stop()
+        await idle.request_stop("another life, since dead")
+        assert (await idle.status(0)).ended is None, "it may not know yet of ranks that run"
+        await stop(idle)
         assert isinstance(await idle.join(agent(0)), GoHome)
 
     asyncio.run(play())
@@ -267,7 +270,7 @@ def test_a_coordinator_that_was_started_again_keeps_a_healthy_generation(tmp_pat
         assert not any(each.done() for each in watching)
         status = await run.status(0)
         assert (status.generation, status.running, len(status.agents)) == (1, True, 2)
-        assert "generation 1 goes on: the run coordinator was started again" in [each.text for each in status.events]
+        assert "the run coordinator was started again and found generation 1" in [each.text for each in status.events]
         await report(run, 4, {"train/loss": 2.0})
         assert (await run.status(0)).step == 4
         await save(run, tmp_path, order, 4)
@@ -473,7 +476,7 @@ def test_a_stop_that_ranks_do_not_follow_ends_the_run_after_a_while(tmp_path: Pa
     async def play() -> None:
         run = coordinator(tmp_path, **{"fault.stop_seconds": 0.05})
         await asyncio.gather(run.join(agent(0)), run.join(agent(1)))
-        await run.request_stop()
+        await stop(run)
         assert (await asyncio.wait_for(watch(run, stop_known=True), 60)).kind == "over"
         status = await run.status(0)
         assert status.ended == "stopped" and any("fault.stop_seconds" in each.text for each in status.events)
@@ -521,7 +524,7 @@ def test_a_store_that_does_not_answer_when_a_generation_is_ordered_is_waited_for
         while not (await run.status(0)).events:
             await asyncio.sleep(0.01)
         if meanwhile == "stop":
-            await run.request_stop()
+            await stop(run)
             assert (await run.status(0)).ended == "stopped"
         else:
             away.unlink()

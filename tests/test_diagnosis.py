@@ -11,7 +11,7 @@ import _dying_ranks
 import pytest
 import yaml
 from tiny import job_text
-from waiting import wait_for
+from waiting import stop, wait_for
 
 from raynium.accelerators.detect import detect
 from raynium.config.load import parse_config
@@ -451,7 +451,7 @@ def test_an_agent_reports_its_devices_and_names_what_broke_on_its_node(tmp_path:
         )
         wait_for(lambda: coordinator.run(lambda each: each.status(0)).result().step >= 1)
     finally:
-        coordinator.run(lambda each: each.request_stop()).result()
+        coordinator.run(stop).result()
         thread.join(60)
         coordinator.close()
     told = "\n".join(event.text for event in status.events)

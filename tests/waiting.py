@@ -1,8 +1,10 @@
-"""For what other threads and processes do."""
+"""For what other threads and processes do, and asking a coordinator to come to an end."""
 
 import time
 from collections.abc import Callable
 from typing import TypeVar
+
+from raynium.run.coordinator import RunCoordinator
 
 Value = TypeVar("Value")
 
@@ -14,3 +16,8 @@ def wait_for(condition: Callable[[], Value], *, seconds: float = 200, pause_seco
         assert time.monotonic() < deadline, f"it did not happen within {seconds:g} seconds"
         time.sleep(pause_seconds)
     return value
+
+
+async def stop(coordinator: RunCoordinator) -> None:
+    """As the driver asks, who has met it."""
+    await coordinator.request_stop((await coordinator.status(0)).ledger.life)

@@ -208,7 +208,7 @@ class Driver:
             if self._stop.is_set() and not self._told_to_stop and self._agents_have_spoken(status):
                 self._told_to_stop = True
                 self.display.line("stopping: every rank saves at its next step, then the run ends")
-                self._calls.submit(coordinator.request_stop.remote)
+                self._calls.submit(coordinator.request_stop.remote, status.ledger.life)
             if not status.agents and now - began > WAITING_SECONDS and not told_waiting:
                 told_waiting = True
                 self.display.line(waiting_message(self.config))

@@ -170,8 +170,14 @@ class RunCoordinator:
         """All of the run that was before this coordinator's life; number counts the driver's words."""
         self._book.ran_before(number, before)
 
-    async def request_stop(self) -> None:
-        """Every rank saves at the next step and ends. Before any rank runs, the run just ends."""
+    async def request_stop(self, life: str) -> None:
+        """Every rank saves at the next step and ends. Before any rank runs, the run just ends.
+
+        life: whom the driver means. Another one, just started, may not know yet of ranks that run: it does nothing, and
+        is asked again once the driver has met it.
+        """
+        if life != self._board.life:
+            return
         async with self._changing():
             if not self._lives.stop_requested:
                 self._in_task(self._end_a_stop_that_hangs())

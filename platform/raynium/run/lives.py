@@ -109,7 +109,7 @@ class Lives:
                 self._generations[self.number] = current
                 self._roster.may_upload(order.generation_id)
                 self._board.generation_begins(order.resume_step or 0, now=now)
-                self._board.tell(f"generation {self.number} goes on: the run coordinator was started again")
+                self._board.tell(f"the run coordinator was started again and found generation {self.number}")
                 self._book.found_running(order.generation_id, now)
         current.agents[agent.node_rank] = agent
         self._roster.may_upload(*agent.uploading)
