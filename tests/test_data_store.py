@@ -264,6 +264,21 @@ def test_another_tokenizer_is_refused_with_both_hashes(finished: DocumentStore, 
     finished.check_fits(model_vocab_size=400, tokenizer_path=str(finished.path / "tokenizer.json"))
 
 
+def test_the_end_of_a_document_is_the_one_that_was_asked_for(finished: DocumentStore, source: Path, tmp_path: Path):
+    fields = json.loads(finished.tokenizer().file_text)
+    fields["added_tokens"].append({**fields["added_tokens"][0], "id": 400, "content": "<|im_end|>"})
+    fields["model"]["vocab"]["<|im_end|>"] = 400
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(fields))
+    arguments = {"vocab_size": 401, "tokenizer_path": str(path), "end_of_document": "<|im_end|>"}
+    store = build(source, tmp_path / "store", **arguments)
+    assert store.manifest.end_of_document_id == store.tokenizer().end_of_document_id == 400
+    assert (store.train_stream().read(0, store.manifest.train.tokens) == 400).sum() == store.manifest.train.documents
+    with pytest.raises(DataError, match=r"data\.end_of_document = '<\|endoftext\|>' .* end with id 400; remove"):
+        build(source, tmp_path / "store", **arguments | {"end_of_document": END_OF_DOCUMENT})
+    assert build(source, tmp_path / "store", **arguments | {"end_of_document": None}).manifest == store.manifest
+
+
 def test_model_vocabulary_smaller_than_the_tokenizers_is_refused(finished: DocumentStore, source: Path, tmp_path: Path):
     size = finished.manifest.vocab_size
     finished.check_fits(model_vocab_size=size, tokenizer_path=None)

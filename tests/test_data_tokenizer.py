@@ -1,6 +1,9 @@
 """The tokenizer loses nothing, is made the same every time, and knows itself by its hash."""
 
 import json
+import os
+import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,8 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from raynium.data.tokenizer import END_OF_DOCUMENT, Tokenizer
+from raynium.data import tokenizer as tokenizer_module
+from raynium.data.tokenizer import END_NAME, END_OF_DOCUMENT, LONGEST_WORD, TOKENIZER_NAME, Tokenizer
 from raynium.errors import DataError
+from raynium.storage.store import Store
 
 pytestmark = pytest.mark.quick
 
@@ -82,14 +87,110 @@ def test_another_vocabularys_name_for_the_end_of_a_document_is_known(tokenizer: 
 
 def test_bad_files_are_refused(tokenizer: Tokenizer, tmp_path: Path):
     path = tmp_path / "tokenizer.json"
-    with pytest.raises(DataError, match=r"tokenizer\.json' cannot be read: .*No such file"):
+    with pytest.raises(DataError, match=r"tokenizer\.json' cannot be read: there is no such file"):
         Tokenizer.load(path)
     path.write_text(tokenizer.file_text[:1000])
     with pytest.raises(DataError, match=r"is not a tokenizer\.json"):
         Tokenizer.load(path)
-    path.write_text(tokenizer.file_text.replace(END_OF_DOCUMENT, "<pad>"))
-    with pytest.raises(DataError, match=r"no end-of-document token; add one of <\|endoftext\|>"):
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(DataError, match="it is a pipe, and only plain files are read"):
         Tokenizer.load(path)
+    for name, problem in (("", "it is a folder"), ("a\0b", "no file can have this name"), ("/dev/zero", "is a device")):
+        with pytest.raises(DataError, match=problem):
+            Tokenizer.load(tmp_path / name)
+    with pytest.raises(DataError, match="scheme 'https'"):
+        Tokenizer.load("https://example.com/tokenizer.json")
+
+
+# ---- the end of a document -------------------------------------------------------------------------------------------
+
+BEGIN, END = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
+
+
+@pytest.fixture
+def deepseek(tokenizer: Tokenizer, tmp_path: Path) -> Path:
+    """A tokenizer.json whose end of document has a name of its own."""
+    fields = json.loads(tokenizer.file_text.replace(END_OF_DOCUMENT, BEGIN))
+    fields["added_tokens"].append({**fields["added_tokens"][0], "id": 400, "content": END})
+    fields["model"]["vocab"][END] = 400
+    path = tmp_path / TOKENIZER_NAME
+    path.write_text(json.dumps(fields))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [
+        ("tokenizer_config.json", {"eos_token": END}),
+        ("tokenizer_config.json", {"eos_token": {"__type": "AddedToken", "content": END, "special": True}}),
+        ("config.json", {"eos_token_id": 400}),
+        ("config.json", {"eos_token_id": [9_999_999, 400, 0]}),
+        ("generation_config.json", {"eos_token_id": [400]}),
+        ("manifest.json", {"end_of_document_id": 400}),
+        (END_NAME, {"token": END}),
+    ],
+)
+def test_the_files_beside_a_tokenizer_say_which_token_ends_a_document(deepseek: Path, name: str, fields: object):
+    (deepseek.parent / name).write_text(json.dumps(fields))
+    loaded = Tokenizer.load(deepseek)
+    assert (loaded.end_of_document, loaded.end_of_document_id) == (END, 400)
+    assert 400 not in loaded.encode(f"text with {END} in it")
+
+
+def test_an_end_that_is_known_to_stand_between_documents_comes_before_one_of_answers(
+    tokenizer: Tokenizer, tmp_path: Path
+):
+    """As in Llama 3's and Qwen 3's chat models, whose eos_token ends a turn."""
+    path = tmp_path / TOKENIZER_NAME
+    fields = json.loads(tokenizer.file_text)
+    fields["added_tokens"].append({**fields["added_tokens"][0], "id": 400, "content": "<|im_end|>"})
+    fields["model"]["vocab"]["<|im_end|>"] = 400
+    path.write_text(json.dumps(fields))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|im_end|>"}))
+    assert Tokenizer.load(path).end_of_document == "<|im_end|>"
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [400, tokenizer.end_of_document_id]}))
+    assert Tokenizer.load(path).end_of_document == END_OF_DOCUMENT
+    assert Tokenizer.load(path, end_of_document="<|im_end|>").end_of_document_id == 400
+
+
+def test_an_end_that_nothing_names_is_asked_for_and_never_added(deepseek: Path):
+    (deepseek.parent / "tokenizer_config.json").write_text('{"eos_token": null, "bos_token": "x"}')
+    (deepseek.parent / "config.json").write_text('{"eos_token_id": [true, -1, 18446744073709551616, 1e3, "</s>"]}')
+    (deepseek.parent / "generation_config.json").write_text("[" * 100_000)
+    with pytest.raises(DataError, match=r"nothing says which token .*Set data\.end_of_document to the token") as caught:
+        Tokenizer.load(deepseek)
+    assert BEGIN in str(caught.value) and END in str(caught.value) and "add" not in str(caught.value)
+    assert Tokenizer.load(deepseek, end_of_document=END).end_of_document_id == 400
+    with pytest.raises(DataError, match=r"data\.end_of_document = '<eos>': .*has no such token.*end▁of▁sentence"):
+        Tokenizer.load(deepseek, end_of_document="<eos>")
+
+
+def test_a_run_keeps_its_tokenizer_with_the_end_of_its_documents(deepseek: Path, tmp_path: Path):
+    store = Store(tmp_path / "run")
+    Tokenizer.load(deepseek, end_of_document=BEGIN).keep(store)
+    for again in (Tokenizer.kept(store), Tokenizer.load(store.uri(TOKENIZER_NAME))):
+        assert again.end_of_document == BEGIN and again.file_text == deepseek.read_text()
+
+
+# ---- long words ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.timeout(60)  # without a cut, the first alone takes most of an hour
+@pytest.mark.parametrize("kind", ["ACGT", "-=+*", " \t", "_", "é"])
+def test_one_unbroken_megabyte_does_not_stall_training(kind: str):
+    text = "".join(random.Random(0).choices(kind, k=1_000_000))
+    trained = Tokenizer.train([text, "hello, world"], vocab_size=300)
+    assert trained.decode(trained.encode(text[:5000])) == text[:5000]
+
+
+@given(st.lists(st.text(alphabet="aé1 -\n", max_size=30), max_size=4))
+def test_cutting_long_words_loses_no_text_and_cuts_no_short_one(texts: list[str]):
+    assert list(tokenizer_module._without_long_words(texts)) == texts
+    long = ["".join(part * LONGEST_WORD for part in text) for text in texts]
+    cut = list(tokenizer_module._without_long_words(long))
+    assert "".join(cut) == "".join(long)
+    assert all(len(run.group()) <= LONGEST_WORD for piece in cut for run in re.finditer(r"[aé]+|\s+|-+", piece))
 
 
 def test_vocabulary_smaller_than_the_bytes_is_refused():

@@ -9,7 +9,6 @@ from raynium.checkpoint.catalog import choose_checkpoint
 from raynium.checkpoint.load import read_tensors
 from raynium.checkpoint.state import MODEL_PREFIX
 from raynium.convert.config_json import saved_model
-from raynium.data.store import TOKENIZER_NAME
 from raynium.data.tokenizer import Tokenizer
 from raynium.models.decoder import Decoder
 from raynium.storage.store import Store
@@ -64,5 +63,5 @@ def open_sampler(run_url: str, step: int | None = None) -> Sampler:
     with torch.device("meta"):
         model = Decoder(config)
     model.load_state_dict(weights, assign=True)
-    tokenizer = Tokenizer(store.read(TOKENIZER_NAME).decode(), store.uri(TOKENIZER_NAME))
+    tokenizer = Tokenizer.kept(store)
     return Sampler(model.eval(), tokenizer, reference.step)

@@ -64,6 +64,7 @@ FREE = (
     "data.path",  # data.identity says what must be there
     "data.source",  # read only where no store exists yet
     "data.tokenizer",  # its content is compared with the store's, which data.identity covers
+    "data.end_of_document",  # it too
     "parallel",
     "engine.activation_checkpointing",
     "engine.compile",

@@ -93,6 +93,11 @@ class DataSection(Section):
     ] = None
     source: Location | None = None  # "python-stdlib", or a folder of .txt / .py / .jsonl files
     tokenizer: Location | None = None  # tokenizer.json to use; None: train a byte-level BPE on the source
+    end_of_document: Annotated[str, Field(min_length=1)] | None = Field(
+        None,
+        description="the token that ends a document, of data.tokenizer; null: what the files beside it say "
+        "(tokenizer_config.json, config.json, generation_config.json)",
+    )
     heldout_fraction: FractionBelowOne = 0.05  # of documents, chosen by a hash of their names
     seq_len: PositiveInt
 

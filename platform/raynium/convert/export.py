@@ -70,7 +70,7 @@ def export_checkpoint(
         raise CheckpointError(f"the largest file is to have {max_shard_bytes} bytes: give 1 or more")
     target = _new_folder(folder)
     model = saved_model(ref)
-    tokenizer = Tokenizer(ref.store.read(TOKENIZER_NAME).decode(), ref.store.uri(TOKENIZER_NAME))
+    tokenizer = Tokenizer.kept(ref.store)
     weights = _Weights(ref, model, dtype, max_shard_bytes)
     temporary = target.with_name(f".{target.name}.{uuid4().hex[:8]}")
     try:

@@ -19,8 +19,7 @@ from raynium.checkpoint.ref import CheckpointRef
 from raynium.checkpoint.state import Chunk
 from raynium.checkpoint.upload import upload_shard
 from raynium.config.schema import ModelSection
-from raynium.data.store import TOKENIZER_NAME
-from raynium.data.tokenizer import Tokenizer
+from raynium.data.tokenizer import END_NAME, TOKENIZER_NAME, Tokenizer
 from raynium.errors import CheckpointError
 from raynium.storage.store import Store
 
@@ -48,7 +47,7 @@ class Imported:
 
 def refuse_used(store: Store) -> None:
     """What an import that died has left, which is no checkpoint, does not count."""
-    if list_checkpoints(store) or set(store.list(recursive=False).sizes) - {TOKENIZER_NAME}:
+    if list_checkpoints(store) or set(store.list(recursive=False).sizes) - {TOKENIZER_NAME, END_NAME}:
         raise CheckpointError(f"{store.url} is in use: import into a run of another name")
 
 
@@ -67,7 +66,7 @@ def write_first_checkpoint(
     generation = f"import-{uuid4().hex[:8]}"
     try:
         entries = [_upload(store, part, step, generation, rank) for rank, part in enumerate(parts)]
-        store.replace(TOKENIZER_NAME, tokenizer.file_text.encode())
+        tokenizer.keep(store)
         return commit_checkpoint(
             store,
             step=step,

@@ -41,6 +41,7 @@ def prepare_store(data: DataSection, *, model_vocab_size: int, cache_dir: str | 
             source=data.source,
             vocab_size=model_vocab_size,
             tokenizer_path=data.tokenizer,
+            end_of_document=data.end_of_document,
             heldout_fraction=data.heldout_fraction,
         )
         if path is None:
@@ -48,7 +49,9 @@ def prepare_store(data: DataSection, *, model_vocab_size: int, cache_dir: str | 
     store = open_store(localize(data.path, cache_dir), identity=data.identity)
     if data.source is not None:
         store.check_recipe(source=data.source, heldout_fraction=data.heldout_fraction)
-    store.check_fits(model_vocab_size=model_vocab_size, tokenizer_path=data.tokenizer)
+    store.check_fits(
+        model_vocab_size=model_vocab_size, tokenizer_path=data.tokenizer, end_of_document=data.end_of_document
+    )
     return store
 
 

@@ -20,11 +20,10 @@ from typing import NamedTuple
 import numpy as np
 
 from raynium.data.manifest import MANIFEST_NAME, StoreManifest
-from raynium.data.tokenizer import Tokenizer
+from raynium.data.tokenizer import TOKENIZER_NAME, Tokenizer
 from raynium.data.tokens import Shard, TokenStream, check_unit
 from raynium.errors import DataError
 
-TOKENIZER_NAME = "tokenizer.json"
 TOKEN_COUNTS_NAME = "train-token-counts.bin"
 HELDOUT_INDEX_NAME = "heldout-documents.json"
 TOKEN_COUNT_DTYPE = np.dtype("<i8")
@@ -64,17 +63,30 @@ class DocumentStore:
         return np.frombuffer(self._read(TOKEN_COUNTS_NAME), dtype=TOKEN_COUNT_DTYPE).astype(np.int64)
 
     def tokenizer(self) -> Tokenizer:
-        return Tokenizer(self._read(TOKENIZER_NAME).decode(), str(self.path / TOKENIZER_NAME))
+        return Tokenizer(
+            self._read(TOKENIZER_NAME).decode(),
+            str(self.path / TOKENIZER_NAME),
+            end_of_document=self.manifest.end_of_document_id,
+        )
 
-    def check_fits(self, *, model_vocab_size: int, tokenizer_path: str | None) -> None:
-        """Raises DataError if the model's vocabulary is too small, or the config names another tokenizer."""
+    def check_fits(
+        self, *, model_vocab_size: int, tokenizer_path: str | None, end_of_document: str | None = None
+    ) -> None:
+        """Raises DataError if the model's vocabulary is too small, or the config names another tokenizer or end."""
         if tokenizer_path is not None:
-            wanted = Tokenizer.load(tokenizer_path).sha256
-            if wanted != self.manifest.tokenizer_sha256:
+            wanted = Tokenizer.load(tokenizer_path, end_of_document=end_of_document)
+            if wanted.sha256 != self.manifest.tokenizer_sha256:
                 raise DataError(
                     f"document store {self.path} was tokenised with another tokenizer (sha256 "
-                    f"{self.manifest.tokenizer_sha256}) than data.tokenizer = {tokenizer_path!r} (sha256 {wanted}); "
-                    "remove data.tokenizer to use the store's own, or give another data.path to build a new store"
+                    f"{self.manifest.tokenizer_sha256}) than data.tokenizer = {tokenizer_path!r} (sha256 "
+                    f"{wanted.sha256}); remove data.tokenizer to use the store's own, or give another data.path to "
+                    "build a new store"
+                )
+            if end_of_document is not None and wanted.end_of_document_id != self.manifest.end_of_document_id:
+                raise DataError(
+                    f"data.end_of_document = {end_of_document!r} (id {wanted.end_of_document_id}): in document store "
+                    f"{self.path} documents end with id {self.manifest.end_of_document_id}; remove the setting, or "
+                    "give another data.path to build a new store"
                 )
         refuse_small_vocabulary(model_vocab_size, self.manifest.vocab_size, f"document store {self.path}")
 

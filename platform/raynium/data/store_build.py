@@ -49,6 +49,7 @@ def build_store(
     source: str,
     vocab_size: int,
     tokenizer_path: str | None = None,
+    end_of_document: str | None = None,
     heldout_fraction: float = 0.05,
     shard_tokens: int = SHARD_TOKENS,
     tokenizer_sample_bytes: int = TOKENIZER_SAMPLE_BYTES,
@@ -58,6 +59,7 @@ def build_store(
 
     source: see `corpus.read_documents`. tokenizer_path: a tokenizer.json to use; None trains one of `vocab_size` tokens
     on training documents, taken in the order of a hash of their names until `tokenizer_sample_bytes` are reached.
+    end_of_document: the token of that tokenizer which ends a document; None: see `Tokenizer.load`.
     shard_tokens: most tokens of one shard file. unit_bytes: that have a checksum of their own, a multiple of 8.
 
     A crash at any point leaves no store, and the next call builds it. Raises DataError for unusable text or tokenizer,
@@ -74,6 +76,7 @@ def build_store(
                         source,
                         vocab_size,
                         tokenizer_path,
+                        end_of_document,
                         heldout_fraction,
                         shard_tokens,
                         tokenizer_sample_bytes,
@@ -88,7 +91,7 @@ def build_store(
         ) from error
     store = open_store(path)
     store.check_recipe(source=source, heldout_fraction=heldout_fraction)
-    store.check_fits(model_vocab_size=vocab_size, tokenizer_path=tokenizer_path)
+    store.check_fits(model_vocab_size=vocab_size, tokenizer_path=tokenizer_path, end_of_document=end_of_document)
     return store
 
 
@@ -97,6 +100,7 @@ def _build(
     source: str,
     vocab_size: int,
     tokenizer_path: str | None,
+    end_of_document: str | None,
     heldout_fraction: float,
     shard_tokens: int,
     tokenizer_sample_bytes: int,
@@ -112,7 +116,7 @@ def _build(
         texts = (document.text for document in _documents(source) if document.name in sample)
         tokenizer = Tokenizer.train(texts, vocab_size=vocab_size)
     else:
-        tokenizer = Tokenizer.load(tokenizer_path)
+        tokenizer = Tokenizer.load(tokenizer_path, end_of_document=end_of_document)
         refuse_small_vocabulary(vocab_size, tokenizer.vocab_size, f"tokenizer {tokenizer_path!r}")
     manifest = _write_files(folder, source, tokenizer, heldout_fraction, shard_tokens, unit_bytes)
     logger.info(

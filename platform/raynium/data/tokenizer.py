@@ -1,20 +1,40 @@
-"""Byte-level BPE: text to token ids and back without loss, trained here or read from a tokenizer.json."""
+"""Byte-level BPE: text to token ids and back without loss, trained here or read from a tokenizer.json.
+
+Which token ends a document, tokenizer.json does not say. The files beside it do: see `_STATEMENTS`.
+"""
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import tokenizers
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
-from raynium.errors import DataError
+from raynium.config.plain_file import read_plain
+from raynium.errors import DataError, StoreError, some
+from raynium.storage.backend import KeyMissing
+from raynium.storage.store import Store
 
+TOKENIZER_NAME = "tokenizer.json"
+# Beside the tokenizer that a run keeps.
+END_NAME = "end-of-document.json"
 END_OF_DOCUMENT = "<|endoftext|>"
-# the same token in vocabularies trained elsewhere, the first that exists counts: ours/GPT-2/Qwen, Llama 3, Llama 2
+# The same token in vocabularies trained elsewhere: ours, GPT-2's and Qwen's, then Llama 3's, then Llama 2's.
 END_OF_DOCUMENT_NAMES = (END_OF_DOCUMENT, "<|end_of_text|>", "</s>")
+# What names the end of a document in a tokenizer's folder: a token or an id, or several. A document store and a run
+# know theirs; of the ends that Hugging Face's files name, one that is known to stand between documents comes before one
+# that may only end an answer.
+_OWN_STATEMENTS = (("manifest.json", "end_of_document_id"), (END_NAME, "token"))
+_STATEMENTS = (
+    ("tokenizer_config.json", "eos_token"),
+    ("config.json", "eos_token_id"),
+    ("generation_config.json", "eos_token_id"),
+)
+MAX_FILE_BYTES = 256 * 2**20  # of a tokenizer.json; the largest in use have about 35 MB
 SMALLEST_VOCAB_SIZE = 256 + 1  # every byte, and the end of a document
 
 # Llama 3's rule for what a token may not cross, without its English contractions. Measured on the standard library at
@@ -22,47 +42,114 @@ SMALLEST_VOCAB_SIZE = 256 + 1  # every byte, and the end of a document
 SPLIT_PATTERN = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s+(?!\S)|\s+"
 
 
+# Training a vocabulary takes time by the square of a word's length: one unbroken megabyte (a protein, a dump in base
+# 26, a line of dashes) would take an hour. Longer runs of one kind of character are cut, for training only.
+LONGEST_WORD = 256
+_LONG_WORD = re.compile("|".join(f"{kind}{{{LONGEST_WORD}}}" for kind in (r"[^\W\d_]", r"\s", r"(?:[^\w\s]|_)")))
+# A file of this name beside a tokenizer; None where there is none.
+ReadBeside = Callable[[str], bytes | None]
+
+
 class Tokenizer:
     """A tokenizer and the file it came from. Text that spells a special token stays text: it never becomes the token.
 
     sha256: hash of the file as canonical JSON (sorted keys, no spaces), so that formatting does not matter.
     vocab_size: one more than the largest token id.
-    end_of_document_id: the token that separates documents in the training stream.
+    end_of_document, end_of_document_id: the token that separates documents in the training stream.
     """
 
-    def __init__(self, file_text: str, described_as: str):
+    def __init__(
+        self,
+        file_text: str,
+        described_as: str,
+        *,
+        end_of_document: str | int | None = None,
+        ends: Sequence[str | int] = (),
+    ):
         """file_text: content of a tokenizer.json; described_as: names it in errors.
 
-        Raises DataError if it is none, or has no end-of-document token.
+        end_of_document: the token that ends a document, or its id. None: the first of `ends` that the vocabulary has
+        and that is known to end documents, else the first that it has, else one of END_OF_DOCUMENT_NAMES.
+
+        Raises DataError if it is no tokenizer.json, or has no such token.
         """
         try:
             self._tokenizer = tokenizers.Tokenizer.from_str(file_text)
         except Exception as error:  # the library raises bare Exception for everything
             raise DataError(f"{described_as} is not a tokenizer.json that `tokenizers` can read: {error}") from error
-        end_of_document_ids = [self._tokenizer.token_to_id(name) for name in END_OF_DOCUMENT_NAMES]
-        known_ids = [token_id for token_id in end_of_document_ids if token_id is not None]
-        if not known_ids:
-            raise DataError(
-                f"{described_as} has no end-of-document token; add one of {', '.join(END_OF_DOCUMENT_NAMES)} "
-                "to its special tokens"
-            )
+        candidates = (
+            [end_of_document]
+            if end_of_document is not None
+            else [*sorted(ends, key=lambda end: self._name(end) not in END_OF_DOCUMENT_NAMES), *END_OF_DOCUMENT_NAMES]
+        )
+        known = [name for name in map(self._name, candidates) if name is not None]
+        end_id = self._tokenizer.token_to_id(known[0]) if known else None
+        if end_id is None:
+            raise DataError(self._no_end(described_as, end_of_document))
         self._tokenizer.encode_special_tokens = True  # a document must not be able to end itself by spelling the token
         self.file_text = file_text
-        self.end_of_document_id: int = known_ids[0]
+        self.end_of_document = known[0]
+        self.end_of_document_id: int = end_id
         self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
         canonical = json.dumps(json.loads(file_text), sort_keys=True, separators=(",", ":"))
         self.sha256 = hashlib.sha256(canonical.encode()).hexdigest()
 
     @classmethod
-    def load(cls, path: str | Path) -> Self:
-        """Read a tokenizer.json. Raises DataError if it is missing, damaged, or without an end-of-document token."""
+    def load(cls, path: str | Path, *, end_of_document: str | None = None) -> Self:
+        """Read a tokenizer.json, from a path or a URL, and what the files beside it say of the end of a document.
+
+        end_of_document: that token, where the user names it. Raises DataError if the file is missing, damaged, or
+        nothing says how a document ends.
+        """
+        described_as = f"tokenizer {str(path)!r}"
+        plain = str(path).removeprefix("file://")
+        folder, _, name = plain.rpartition("/")
         try:
-            file_text = Path(path).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise DataError(
-                f"tokenizer {str(path)!r} cannot be read: {error}; give the path of a tokenizer.json"
-            ) from error
-        return cls(file_text, f"tokenizer {str(path)!r}")
+            read = _reader(Store(folder)) if "://" in plain else lambda name: _read_beside(Path(plain).parent / name)
+            content = read(name)
+            if content is None:
+                raise DataError(f"{described_as} cannot be read: there is no such file; give that of a tokenizer.json")
+            return cls._of(content.decode(), read, described_as, end_of_document)
+        except (OSError, UnicodeDecodeError, StoreError) as error:
+            raise DataError(f"{described_as} cannot be read: {error}; give the path of a tokenizer.json") from error
+
+    @classmethod
+    def kept(cls, store: Store) -> Self:
+        """The tokenizer that the run at `store` keeps. Raises KeyMissing, DataError."""
+        return cls._of(store.read(TOKENIZER_NAME).decode(), _reader(store), store.uri(TOKENIZER_NAME), None)
+
+    def keep(self, store: Store) -> None:
+        """In the run at `store`, so that it can be sampled without the data."""
+        store.replace(END_NAME, json.dumps({"token": self.end_of_document}).encode())
+        store.replace(TOKENIZER_NAME, self.file_text.encode())
+
+    @classmethod
+    def _of(cls, file_text: str, read: ReadBeside, described_as: str, end_of_document: str | None) -> Self:
+        if end_of_document is None and (own := _ends(read, _OWN_STATEMENTS)):
+            return cls(file_text, described_as, end_of_document=own[0])
+        return cls(file_text, described_as, end_of_document=end_of_document, ends=_ends(read, _STATEMENTS))
+
+    def _name(self, token: str | int) -> str | None:
+        """Of a token of the vocabulary, or of its id; None if there is none."""
+        if isinstance(token, int):
+            return self._tokenizer.id_to_token(token) if 0 <= token < 2**32 else None
+        return token if self._tokenizer.token_to_id(token) is not None else None
+
+    def _no_end(self, described_as: str, asked_for: str | int | None) -> str:
+        added = self._tokenizer.get_added_tokens_decoder().values()
+        special = some([repr(token.content) for token in added if token.special]) or "none"
+        if asked_for is not None:
+            return (
+                f"data.end_of_document = {asked_for!r}: {described_as} has no such token; set it to the one that ended "
+                f"documents when the model was trained. Its special tokens are {special}"
+            )
+        stated = ", ".join(f"{name} ({key})" for name, key in _STATEMENTS)
+        return (
+            f"{described_as}: nothing says which token ends a document. It has none of "
+            f"{', '.join(END_OF_DOCUMENT_NAMES)}, and beside it no {stated} names one that it has. Set "
+            f"data.end_of_document to the token that ended documents when the model was trained, or copy those files "
+            f"from where the tokenizer came from. Its special tokens are {special}"
+        )
 
     @classmethod
     def train(cls, texts: Iterable[str], *, vocab_size: int) -> Self:
@@ -89,7 +176,7 @@ class Tokenizer:
             initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
             show_progress=False,
         )
-        tokenizer.train_from_iterator(texts, trainer)
+        tokenizer.train_from_iterator(_without_long_words(texts), trainer)
         return cls(tokenizer.to_str(pretty=True), "the trained tokenizer")
 
     def encode(self, text: str) -> np.ndarray:
@@ -104,3 +191,53 @@ class Tokenizer:
     def decode(self, token_ids: Iterable[int]) -> str:
         """The text that these ids stand for; bytes that are no UTF-8 (a sample cut mid-character) become U+FFFD."""
         return self._tokenizer.decode([int(token_id) for token_id in token_ids], skip_special_tokens=False)
+
+
+def _without_long_words(texts: Iterable[str]) -> Iterator[str]:
+    """The texts, each cut within every word that is longer than LONGEST_WORD."""
+    for text in texts:
+        begin = 0
+        for word in _LONG_WORD.finditer(text):
+            yield text[begin : word.end()]
+            begin = word.end()
+        yield text[begin:]
+
+
+def _ends(read: ReadBeside, statements: Iterable[tuple[str, str]]) -> list[str | int]:
+    """The tokens and ids that these files name."""
+    return [end for name, key in statements for end in _tokens(_field(read(name), key))]
+
+
+def _field(content: bytes | None, key: str) -> Any:
+    """None where the file is missing, is no JSON object, or lacks the key: then it says nothing."""
+    try:
+        fields = json.loads(content or b"null")
+    except (ValueError, RecursionError):
+        return None
+    return fields.get(key) if isinstance(fields, dict) else None
+
+
+def _tokens(value: Any) -> Iterator[str | int]:
+    """Those in any of the forms that Hugging Face's files have: a token, {"content": a token}, an id, a list of ids."""
+    if isinstance(value, dict):
+        value = value.get("content")
+    for each in value if isinstance(value, list) else [value]:
+        if isinstance(each, (str, int)) and not isinstance(each, bool):
+            yield each
+
+
+def _reader(store: Store) -> ReadBeside:
+    def read(name: str) -> bytes | None:
+        try:
+            return store.read(name, max_bytes=MAX_FILE_BYTES)
+        except KeyMissing:
+            return None
+
+    return read
+
+
+def _read_beside(path: Path) -> bytes | None:
+    try:
+        return read_plain(path, max_bytes=MAX_FILE_BYTES)
+    except (FileNotFoundError, NotADirectoryError):
+        return None

@@ -157,9 +157,9 @@ def keep_tokenizer(store: Store, documents: DocumentStore) -> None:
     An imported model brought one along: DataError if the documents were tokenised with another.
     """
     if not store.exists(TOKENIZER_NAME):
-        store.replace(TOKENIZER_NAME, documents.tokenizer().file_text.encode())
+        documents.tokenizer().keep(store)
         return
-    kept = Tokenizer(store.read(TOKENIZER_NAME).decode(), store.uri(TOKENIZER_NAME))
+    kept = Tokenizer.kept(store)
     if kept.sha256 != documents.manifest.tokenizer_sha256:
         raise DataError(
             f"document store {documents.path} was tokenised with another tokenizer (sha256 "
