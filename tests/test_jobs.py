@@ -126,6 +126,24 @@ def test_the_script_outside_a_job_starts_its_own_cluster(calls: list[dict[str, A
     assert calls == [{"name": "quickstart", "address": None, "job_id": None, "tags": {}}]
 
 
+@pytest.mark.parametrize(("job", "code"), [(True, None), (False, 3)])
+def test_a_run_that_was_stopped_is_a_success_of_its_job_and_no_finished_run(
+    calls: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch, job: bool, code: int | None
+) -> None:
+    def stopped(config: Any, **options: Any) -> RunRecord:
+        owner = Owner("h", "b", 1, "1")
+        return RunRecord("first", {"train": {"steps": 4}}, "stopped", owner, 0.0, 0.0, stopped_by="raynium stop")
+
+    monkeypatch.setattr("raynium.launch.run.run", stopped)
+    if job:
+        monkeypatch.setenv(JOB_CONFIG_VARIABLE, json.dumps({"metadata": {"job_submission_id": "job-1"}}))
+        main(["quickstart"])
+    else:
+        with pytest.raises(SystemExit) as ended:
+            main(["quickstart"])
+        assert ended.value.code == code
+
+
 def test_a_failure_is_one_message_and_an_exit_code(
     calls: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -223,13 +223,29 @@ def test_a_run_by_the_sdk_whose_agent_is_killed_changes_no_bit(cluster: Cluster,
 def test_a_killed_coordinator_costs_no_generation_and_no_point(cluster: Cluster, uninterrupted: Run) -> None:
     run = cluster.client().submit(cluster.job_file, overrides={"train.steps": LONG}, name="coordinator-killed")
     record_when_saved(run, step=20)
-    found = subprocess.run(["pgrep", "-f", "^ray::RunCoordinator"], capture_output=True, text=True).stdout.split()
-    mine = [pid for pid in map(int, found) if str(cluster.folder).encode() in Path(f"/proc/{pid}/environ").read_bytes()]
-    assert len(mine) == 1, "of this cluster"
-    os.kill(mine[0], signal.SIGKILL)
+    os.kill(actor_pid(cluster, "RunCoordinator"), signal.SIGKILL)
     assert run.wait(240).generation == 1
     assert "generation 1 goes on: the run coordinator was started again" in run.logs()
     same_as(run, uninterrupted)
+
+
+def test_a_killed_controller_of_ray_train_is_started_again_and_changes_no_bit(
+    cluster: Cluster, uninterrupted: Run
+) -> None:
+    run = cluster.client().submit(cluster.job_file, overrides={"train.steps": LONG}, name="controller-killed")
+    record_when_saved(run, step=20)
+    os.kill(actor_pid(cluster, "TrainController"), signal.SIGKILL)
+    assert run.wait(240).generation == 2
+    assert "Ray Train's controller died" in run.logs() and "from the checkpoint of step" in run.logs()
+    same_as(run, uninterrupted)
+
+
+def actor_pid(cluster: Cluster, name: str) -> int:
+    """Of the one actor of this class that the cluster has now."""
+    found = subprocess.run(["pgrep", "-f", f"^ray::{name}"], capture_output=True, text=True).stdout.split()
+    mine = [pid for pid in map(int, found) if str(cluster.folder).encode() in Path(f"/proc/{pid}/environ").read_bytes()]
+    assert len(mine) == 1, "of this cluster"
+    return mine[0]
 
 
 def test_two_nodes_compute_the_same_bits_and_restart_together(cluster: Cluster, uninterrupted: Run) -> None:

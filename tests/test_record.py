@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,53 @@ def test_the_ledger_of_a_run_goes_on_with_each_driver_and_names_the_time_without
     stored = read_record(Store(tmp_path))
     assert stored is not None and stored.ledger == second.record.ledger
     assert stored.ledger.total == pytest.approx(stored.heartbeat_unix - stored.created_unix, abs=1)
+
+
+HOUR = 3600.0
+
+
+@pytest.mark.parametrize(
+    ("ended", "config", "down"),
+    [
+        ({"state": "finished"}, CONFIG, False),
+        ({"state": "finished"}, {"train": {"steps": 8}}, False),
+        ({"state": "stopped"}, CONFIG, False),
+        ({"state": "failed"}, {"train": {"steps": 8}}, False),
+        ({"state": "failed"}, CONFIG, True),
+        ({"state": "failed"}, CONFIG | {"data": {"identity": "found meanwhile"}}, True),
+        ({"state": "running", "owner": Owner("elsewhere", "boot", 1, "1")}, {"train": {"steps": 8}}, True),
+    ],
+)
+def test_time_in_which_nobody_wanted_the_run_is_not_down(
+    tmp_path: Path, ended: dict[str, Any], config: dict[str, Any], down: bool
+) -> None:
+    keeper = claim(Store(tmp_path), "first", CONFIG)
+    keeper.update(state="running")
+    earlier = keeper.record
+    times = {"created_unix": earlier.created_unix - HOUR, "heartbeat_unix": earlier.heartbeat_unix - HOUR}
+    Store(tmp_path).replace("run.json", replace(earlier, **times, **ended).to_json())
+
+    second = claim(Store(tmp_path), "first", config)
+    second.update(state="stopped")
+    record = second.record
+    assert (record.ledger.down >= HOUR, record.idle_seconds >= HOUR) == (down, not down)
+    assert record.ledger.total + record.idle_seconds == pytest.approx(
+        record.heartbeat_unix - record.created_unix, abs=1
+    )
+    # What was idle once is not counted again.
+    assert claim(Store(tmp_path), "first", config).record.ledger.down == record.ledger.down
+
+
+def test_a_record_says_why_its_run_does_not_go_on() -> None:
+    owner = Owner("elsewhere", "boot", 7, "1")
+    record = RunRecord("first", CONFIG, "running", owner, created_unix=0, heartbeat_unix=1000)
+    assert record.shown_cause(1030) is None
+    cause = record.shown_cause(1000 + OWNER_LOST_SECONDS)
+    assert cause is not None and cause.startswith("its driver, process 7 on elsewhere, ended without a word (it was ki")
+    assert f"{datetime.fromtimestamp(1000):%H:%M:%S}" in cause
+    assert replace(record, state="stopped", stopped_by="SIGTERM").shown_cause(0) == "stopped by SIGTERM"
+    assert replace(record, state="failed", cause="LaunchError: no").shown_cause(0) == "LaunchError: no"
+    assert replace(record, state="finished").shown_cause(0) is None
 
 
 def test_a_driver_whose_clock_is_behind_the_last_ones_makes_no_negative_time(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from raynium.health.faults import Fault
-from raynium.launch.report import goodput_line, report_lines, table_row, ui_lines
+from raynium.launch.report import exit_code, goodput_line, report_lines, table_row, ui_lines
 from raynium.run.protocol import NodeFault
 from raynium.run.record import Owner, RunRecord, this_process
 from raynium.tracking.ledger import Ledger
@@ -100,6 +100,17 @@ def test_a_stopped_run_says_how_to_go_on() -> None:
     assert report_lines(record(state="stopped", step=120)) == ["run first: stopped at step 120 of 2,000", AGAIN]
 
 
+@pytest.mark.parametrize(
+    ("state", "stopped_by", "code"),
+    [
+        ("finished", None, 0), ("stopped", "SIGINT", 130), ("stopped", "SIGTERM", 143), ("stopped", "SIGHUP", 129),
+        ("stopped", "raynium stop", 3), ("stopped", None, 3),
+    ],
+)  # fmt: skip
+def test_only_a_finished_run_exits_with_0(state: str, stopped_by: str | None, code: int) -> None:
+    assert exit_code(record(state=state, stopped_by=stopped_by)) == code
+
+
 def test_a_failed_run_says_why() -> None:
     lines = report_lines(record(state="failed", step=120, cause="RunFailed: rank 1: killed by SIGKILL"))
     assert lines == ["run first: failed at step 120 of 2,000", "cause: RunFailed: rank 1: killed by SIGKILL", AGAIN]
@@ -107,7 +118,14 @@ def test_a_failed_run_says_why() -> None:
 
 @pytest.mark.parametrize("state", ["preparing", "running"])
 def test_a_run_whose_driver_is_gone_was_interrupted(state: str) -> None:
-    assert report_lines(record(state=state, step=7)) == ["run first: interrupted at step 7 of 2,000", AGAIN]
+    gone = record(state=state, step=7)
+    first, cause, last = report_lines(gone)
+    assert (first, cause, last) == (
+        "run first: interrupted at step 7 of 2,000",
+        f"cause: {gone.shown_cause(1e9)}",
+        AGAIN,
+    )
+    assert "process 1 on elsewhere" in cause
     now = time.time()
     alive = record(state=state, step=7, owner=this_process(), heartbeat_unix=now)
     assert report_lines(alive) == [f"run first: {state} at step 7 of 2,000"]
@@ -136,7 +154,7 @@ def test_a_line_of_the_list() -> None:
         metrics={"eval/bits_per_byte": 2.34567},
     )  # fmt: skip
     started = datetime.fromtimestamp(now).strftime("%Y-%m-%d %H:%M")
-    assert table_row(running, now) == ("first", "running", "1,500/2,000", "2.346", started)
-    assert table_row(replace(running, owner=NOBODY, metrics=None), now + 3600)[1:4] == (
-        "interrupted", "1,500/2,000", "",
-    )  # fmt: skip
+    assert table_row(running, now) == ("first", "running", "1,500/2,000", "2.346", started, "")
+    gone = replace(running, owner=NOBODY, metrics=None)
+    assert table_row(gone, now + 3600)[1:4] == ("interrupted", "1,500/2,000", "")
+    assert table_row(gone, now + 3600)[5] == gone.shown_cause(now + 3600)

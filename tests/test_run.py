@@ -52,7 +52,9 @@ def train(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str | None]]:
             def __init__(self, *arguments: Any):
                 pass
 
-            def request_stop(self) -> None:
+            stopped_by = "SIGTERM"
+
+            def request_stop(self, by: str) -> None:
                 pass
 
             def run(self) -> Status:

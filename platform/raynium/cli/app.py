@@ -28,6 +28,9 @@ app = typer.Typer(
 
 ConfigArgument = Annotated[str, Argument(help="A YAML job file, or the name of a preset (quickstart, llama3-8b, …).")]
 OverridesArgument = Annotated[list[str] | None, Argument(help="Dotted overrides, e.g. train.steps=200 run.name=first")]
+# Columns of a terminal beside whose other columns the causes in `raynium runs` can be read.
+WIDE = 120
+
 RootOption = Annotated[str, Option(help="Folder or URL that holds the runs.", envvar="RAYNIUM_ROOT")]
 RunArgument = Annotated[str, Argument(help="The run's name.")]
 
@@ -43,10 +46,11 @@ def train(
     """Train here and now.
 
     Prepares the data, trains, evaluates, and ends with text from the model. Ctrl-C saves a checkpoint and ends; the
-    same command goes on from it, also after a crash.
+    same command goes on from it, also after a crash. Exits with 0 once the run has finished; else with 130 after
+    Ctrl-C, 143 after SIGTERM, 3 after `raynium stop`, 1 after a failure, 2 for a mistake in the config.
     """
     from raynium.config.load import load_config
-    from raynium.launch.report import report_lines
+    from raynium.launch.report import exit_code, report_lines
     from raynium.launch.run import run
 
     try:
@@ -55,6 +59,7 @@ def train(
         _print("interrupted: the same command goes on from the newest checkpoint")
         raise typer.Exit(130) from None
     _print(*report_lines(record))
+    raise typer.Exit(exit_code(record))
 
 
 @app.command()
@@ -87,14 +92,21 @@ def runs(root: RootOption = "runs") -> None:
     from raynium.launch.report import table_row
     from raynium.sdk import list_runs
 
-    table = Table(Column("run", overflow="fold"), "state", "step", "held-out bits/byte", "created", box=None)
-    for record in list_runs(root):
-        table.add_row(*table_row(record, time.time()))
-    if not table.row_count:
+    # For grep, a run is one line.
+    console = Console(width=None if sys.stdout.isatty() else 1000, highlight=False, markup=False)
+    rows = [table_row(record, time.time()) for record in list_runs(root)]
+    if not rows:
         _print(f"no runs under {root}")
         return
-    # For grep, a run is one line.
-    Console(width=None if sys.stdout.isatty() else 200).print(table)
+    columns = [Column("run", overflow="fold"), "state", "step", "held-out bits/byte", "created"]
+    fits = console.width >= WIDE
+    table = Table(*columns, *([Column("cause", overflow="fold")] if fits else []), box=None)
+    for row in rows:
+        table.add_row(*row[: len(table.columns)])
+    console.print(table)
+    for name, *_, cause in rows if not fits else []:
+        if cause:
+            console.print(f"{name}: {cause}")
 
 
 @app.command()

@@ -32,6 +32,7 @@ from raynium.launch.preflight_cluster import Level, check_nodes
 from raynium.launch.preparation import Prepared
 from raynium.launch.worker import run_agent
 from raynium.run.coordinator import RunCoordinator
+from raynium.run.last_save import pause_before_next_try
 from raynium.run.protocol import NodeFault, Status
 from raynium.run.record import RecordKeeper
 from raynium.tracking.ledger import Before
@@ -62,6 +63,8 @@ class Driver:
         self.prepared = prepared
         self.display = display
         self._stop = threading.Event()
+        # Who asked for it, as `RunRecord.stopped_by` has it.
+        self.stopped_by: str | None = None
         self._life = ""  # of the coordinator that was heard last
         self._life_began = -math.inf  # unless it is the first
         self._events_seen = 0  # of that life
@@ -74,12 +77,16 @@ class Driver:
         self._words = 0
         self._page = Page(prepared.mlflow, dtype=self.config.engine.dtype, tell=display.line)
         self._excluded: list[str] = []  # ids of nodes that a preflight or a verdict named
-        self._moves = 0  # times that the agents were sent home to start on other nodes
+        # Before the one that runs: the agents were sent home to start on other nodes, or Ray Train's controller died.
+        self._trainers = 0
+        # Controllers lost since a checkpoint, and the newest one then.
+        self._controllers_lost: tuple[int, int | None] = 0, None
         self._moving = False
         self._calls = ThreadPoolExecutor(max_workers=1, thread_name_prefix="coordinator-calls")
 
-    def request_stop(self) -> None:
+    def request_stop(self, by: str) -> None:
         """Every rank saves at the next step and ends. Safe to call from a signal handler."""
+        self.stopped_by = self.stopped_by or by
         self._stop.set()
 
     def run(self) -> Status:
@@ -95,10 +102,10 @@ class Driver:
         while True:
             fitting = _InThread(lambda: self._trainer(coordinator).fit())
             status = self._watch(coordinator, fitting, keeper)
-            if status.ended is not None or not self._moving:
+            if status.ended is not None or not (self._moving or self._outlives_controller(fitting.error, status)):
                 break
             self._moving = False
-            self._moves += 1
+            self._trainers += 1
         keeper.finishing()
         if status.agents:  # they still send metrics and give back memory; without any, Ray Train waits for nodes
             with keeper.beating():
@@ -136,7 +143,7 @@ class Driver:
         """By a signal, or by `raynium stop` through the run's store."""
         try:
             if self.prepared.keeper.stop_requested():
-                self._stop.set()
+                self.request_stop("raynium stop")
         except StoreError as error:  # training does not need it: the next round tries again
             self.display.line(f"a stop request could not be looked for: {error}")
         return self._stop.is_set()
@@ -163,7 +170,7 @@ class Driver:
             ),
             run_config=ray.train.RunConfig(
                 # Ray would restore a run of an equal name.
-                name=f"driver-{self.prepared.keeper.claim_number:06d}-{self._moves}",
+                name=f"driver-{self.prepared.keeper.claim_number:06d}-{self._trainers}",
                 failure_config=ray.train.FailureConfig(
                     max_failures=-1,  # the coordinator counts them: see run/patience.py
                     controller_failure_limit=CONTROLLER_FAILURE_LIMIT,
@@ -199,7 +206,7 @@ class Driver:
                 if now >= next_stop_poll:
                     next_stop_poll = now + STOP_POLL_SECONDS
                     if keeper.stop_requested():
-                        self._stop.set()
+                        self.request_stop("raynium stop")
                     told_store = False
             except StoreError as error:  # training does not need the record: the next round tries again
                 if not told_store:  # once for all: it may be away for hours
@@ -213,6 +220,27 @@ class Driver:
                 told_waiting = True
                 self.display.line(waiting_message(self.config))
             time.sleep(STATUS_SECONDS)
+
+    def _outlives_controller(self, error: BaseException | None, status: Status) -> bool:
+        """Whether Ray Train's controller died, and another one may try.
+
+        It is a process of 200 MB on this node, which takes its agents along. Those that the next one places begin with
+        the newest checkpoint.
+        """
+        if not isinstance(error, ray.exceptions.RayActorError):
+            return False
+        lost, newest = self._controllers_lost
+        lost = 1 + (lost if status.committed_step == newest else 0)
+        self._controllers_lost = lost, status.committed_step
+        if lost > self.config.fault.max_node_failures_without_progress:
+            return False
+        self.display.line(
+            "Ray Train's controller died, and with it the node agents. Another one is started, and the run goes on from "
+            "its newest checkpoint. If memory ran out on this node, the kernel's log (`dmesg`) says so"
+        )
+        with self.prepared.keeper.beating():
+            self._stop.wait(pause_before_next_try(lost - 1, 0.0))
+        return True
 
     def _agents_have_spoken(self, status: Status) -> bool:
         """To a coordinator that was started again, which would take a stop for that of a run without ranks."""
@@ -343,7 +371,7 @@ def stop_on_signals(driver: Driver) -> Iterator[None]:
     """
 
     def first(signal_number: int, frame: Any) -> None:
-        driver.request_stop()
+        driver.request_stop(signal.Signals(signal_number).name)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         began = time.monotonic()
 

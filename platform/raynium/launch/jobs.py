@@ -67,12 +67,15 @@ def job_metadata() -> dict[str, str]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """A job's driver: `CONFIG [key=value …]`, on the cluster it runs in. Exits with 1 and the reason on failure."""
+    """A job's driver: `CONFIG [key=value …]`, on the cluster it runs in. Exits with 1 and the reason on failure.
+
+    A job whose run was stopped did as it was asked: a success. Outside a job it exits as `raynium train` does.
+    """
     import logging
 
     from raynium.config.load import load_config
     from raynium.errors import ClusterLost, RayniumError
-    from raynium.launch.report import report_lines
+    from raynium.launch.report import exit_code, report_lines
     from raynium.launch.run import run
 
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
@@ -96,6 +99,8 @@ def main(arguments: list[str] | None = None) -> None:
     except RayniumError as error:
         sys.exit(f"error: {error}")
     sys.stdout.write("\n".join(report_lines(record)) + "\n")
+    if not job_id and (code := exit_code(record)):
+        sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import shlex
 import shutil
+import signal
 import sys
 import time
 from datetime import datetime
@@ -12,14 +13,18 @@ from raynium.run.record import RunRecord
 from raynium.tracking.ledger import Ledger
 from raynium.tracking.runs import page_url
 
+# Exit code of a driver whose run `raynium stop` has ended.
+STOPPED_ON_REQUEST = 3
+
 
 def report_lines(record: RunRecord) -> list[str]:
     """What a person wants to know about a run, a line each."""
     total = record.config["train"]["steps"]
-    state = record.shown_state(time.time())
+    now = time.time()
+    state = record.shown_state(now)
     lines = [f"run {record.name}: {state} at step {record.step:,} of {total:,}"]
-    if record.cause:
-        lines.append(f"cause: {record.cause}")
+    if cause := record.shown_cause(now):
+        lines.append(f"cause: {cause}")
     lines += [f"generation {each['generation']}: {each['text']}" for each in record.node_faults or ()]
     if record.result is not None:
         lines += _result_lines(record.result)
@@ -29,6 +34,14 @@ def report_lines(record: RunRecord) -> list[str]:
     if state in ("stopped", "interrupted", "failed"):
         lines.append("start it again to go on from its newest checkpoint")
     return lines
+
+
+def exit_code(record: RunRecord) -> int:
+    """Of the process that drove the run: 0 only for a finished one, so that `train && export` exports no half of it."""
+    if record.state == "finished":
+        return 0
+    by = record.stopped_by or ""
+    return 128 + signal.Signals[by] if by in signal.Signals.__members__ else STOPPED_ON_REQUEST
 
 
 def _result_lines(result: dict) -> list[str]:
@@ -68,9 +81,11 @@ def ui_lines(record: RunRecord, port: int = 5000) -> list[str]:
     return [f"MLflow page: {page}", f"       served by: {command}"]
 
 
-def table_row(record: RunRecord, now_unix: float) -> tuple[str, str, str, str, str]:
-    """name, state, step, held-out bits per byte, started."""
+def table_row(record: RunRecord, now_unix: float) -> tuple[str, str, str, str, str, str]:
+    """name, state, step, held-out bits per byte, started, why it does not go on."""
     bits = (record.metrics or {}).get("eval/bits_per_byte")
     started = datetime.fromtimestamp(record.created_unix).strftime("%Y-%m-%d %H:%M")
     step = f"{record.step:,}/{record.config['train']['steps']:,}"
-    return record.name, record.shown_state(now_unix), step, f"{bits:.3f}" if bits is not None else "", started
+    held_out = f"{bits:.3f}" if bits is not None else ""
+    cause = " ".join((record.shown_cause(now_unix) or "").split())
+    return record.name, record.shown_state(now_unix), step, held_out, started, cause

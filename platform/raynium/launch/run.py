@@ -50,8 +50,10 @@ def run(
                 if address is None:
                     cluster.enter_context(connect(None, least_cpus=config.cluster.ranks_per_node))
                 return _run_prepared(prepared, display)
-            except (KeyboardInterrupt, SystemExit):  # SystemExit: a job's SIGTERM where no rank is left to hear of it
-                _write_end(prepared, display, "KILLED", state="stopped")
+            except (KeyboardInterrupt, SystemExit) as error:
+                # SystemExit: a job's SIGTERM where no rank is left to hear of it.
+                by = "SIGINT" if isinstance(error, KeyboardInterrupt) else "SIGTERM"
+                _write_end(prepared, display, "KILLED", state="stopped", stopped_by=by)
                 raise
             except BaseException as error:
                 _write_end(prepared, display, "FAILED", state="failed", cause=f"{type(error).__name__}: {error}")
@@ -70,7 +72,12 @@ def _run_prepared(prepared: Prepared, display: Display) -> RunRecord:
     with prepared.keeper.beating():
         result = _result(prepared, status) if finished else None
     prepared.keeper.update(
-        state=status.ended, step=status.step, generation=status.generation, metrics=status.metrics, result=result
+        state=status.ended,
+        stopped_by=None if finished else driver.stopped_by,
+        step=status.step,
+        generation=status.generation,
+        metrics=status.metrics,
+        result=result,
     )
     _end_mlflow_run(
         prepared, display, "FINISHED" if finished else "KILLED", samples=result["samples"] if result else []

@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from datetime import datetime
 from typing import Any, Literal
 
 from raynium.errors import RunInUse, StoreError
@@ -65,9 +66,14 @@ class RunRecord:
     log_path: str | None = None  # of the driver, on its host
     job_id: str | None = None  # Ray job submission id, when it runs as one
     cause: str | None = None  # of a failure
+    # Of a run that somebody stopped: the name of a signal, or `raynium stop`.
+    stopped_by: str | None = None
     node_faults: list[dict[str, Any]] | None = None  # nodes that a verdict named, oldest first; NodeFault.to_json
     result: dict[str, Any] | None = None  # of a finished run: evaluation, baselines, samples
-    ledger: Ledger = field(default_factory=Ledger)  # from created_unix to heartbeat_unix
+    # From created_unix to heartbeat_unix, without idle_seconds.
+    ledger: Ledger = field(default_factory=Ledger)
+    # In which it had ended, and nobody wanted it to go on.
+    idle_seconds: float = 0.0
 
     def to_json(self) -> bytes:
         return json.dumps(asdict(self), indent=1).encode()
@@ -90,6 +96,33 @@ class RunRecord:
         if self.state in LIVE_STATES and not self.owner_is_alive(now_unix):
             return "interrupted"
         return self.state
+
+    def shown_cause(self, now_unix: float) -> str | None:
+        """Why the run does not go on, as far as anybody could say it; None if it does, or has finished."""
+        match self.shown_state(now_unix):
+            case "stopped":
+                return f"stopped by {self.stopped_by}" if self.stopped_by is not None else self.cause
+            case "interrupted":
+                heard = datetime.fromtimestamp(self.heartbeat_unix)
+                return (
+                    f"its driver, process {self.owner.pid} on {self.owner.host}, ended without a word (it was killed, "
+                    f"or its machine was lost); last heard of at {heard:%Y-%m-%d %H:%M:%S}"
+                )
+            case _:
+                return self.cause
+
+    def is_wanted(self, config: dict[str, Any]) -> bool:
+        """Whether the time since it ended is time in which it should have run.
+
+        config: what it is started with now. Another one than that which failed is a corrected one: until somebody had
+        thought of it, there was nothing to run.
+        """
+        return self.state in LIVE_STATES or (self.state == "failed" and _asked(config) == _asked(self.config))
+
+
+def _asked(config: dict[str, Any]) -> dict[str, Any]:
+    """Without what the run itself finds out, and writes into it."""
+    return config | {"data": {**config.get("data", {}), "identity": None}}
 
 
 def this_process() -> Owner:
@@ -215,16 +248,19 @@ def claim(store: Store, name: str, config: dict[str, Any]) -> RecordKeeper:
         record = RunRecord(name, config, "preparing", owner, created_unix=now, heartbeat_unix=now)
     else:
         # Unix time is all that two drivers share. Where their clocks disagree, this is what makes the sum right again.
-        down = Ledger(down=max(0.0, now - earlier.created_unix - earlier.ledger.total))
+        silent = max(0.0, now - earlier.created_unix - earlier.idle_seconds - earlier.ledger.total)
+        wanted = earlier.is_wanted(config)
         record = replace(
             earlier,
             config=config,
             state="preparing",
             owner=owner,
             cause=None,
+            stopped_by=None,
             result=None,
             heartbeat_unix=now,
-            ledger=earlier.ledger + down,
+            ledger=earlier.ledger + Ledger(down=silent if wanted else 0.0),
+            idle_seconds=earlier.idle_seconds + (0.0 if wanted else silent),
         )
     keeper = RecordKeeper(store, record, number)
     keeper.take_over()
