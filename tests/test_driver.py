@@ -35,8 +35,12 @@ from raynium.tracking.runs import TrackedRun
 
 DMA_ERROR = "NEURON_HW_ERR=DMA_ERROR instance-id=i-0a1 nd-id=2 nc-id=1 serial-num=7 action=TERMINATE_INSTANCE"
 CONFIG = parse_config(job_text({"cluster.ranks_per_node": 1}))
+MLFLOW = TrackedRun("id", "0", "sqlite:////nowhere")
 PREPARED = cast(
-    Any, SimpleNamespace(config=CONFIG, keeper=SimpleNamespace(record=SimpleNamespace(node_faults=None)), mlflow=None)
+    Any,
+    SimpleNamespace(
+        config=CONFIG, keeper=SimpleNamespace(record=SimpleNamespace(node_faults=None)), mlflow=MLFLOW, open_mlflow=None
+    ),
 )
 
 
@@ -64,9 +68,8 @@ class Watched:
         monkeypatch.setattr(driver_module.ray, "get", lambda future: future.result())
         store = Store(folder / "run")
         self.keeper = claim(store, "test", CONFIG.model_dump(mode="json"))
-        mlflow = TrackedRun("id", "0", "sqlite:////nowhere", None)
         self.log = folder / "driver.log"
-        prepared = Prepared(CONFIG, store, self.keeper, mlflow, cast(Any, None), str(folder), self.log)
+        prepared = Prepared(CONFIG, store, self.keeper, MLFLOW, lambda: MLFLOW, cast(Any, None), str(folder), self.log)
         self.actor = Actor(store.url)
         self.display = Display(4, Console(quiet=True), self.log)
         self.driver = Driver(prepared, self.display)
@@ -104,7 +107,7 @@ def test_a_coordinator_that_was_started_again_is_told_of_the_stop_and_its_events
         assert isinstance(order, Order) and order.generation == 1
         watched.actor.on_loop.tell(Progressed(order.generation_id, 3, {"train/loss": 2.5}, Ledger())).result()
         wait_for(lambda: watched.keeper.record.step == 3)
-        watched.driver.request_stop()
+        watched.driver.request_stop("SIGTERM")
         assert watched.actor.on_loop.watch(AGENT, order, stop_known=False).result(60).kind == "stop"
 
         monkeypatch.setattr(driver_module, "AGENTS_SPEAK_SECONDS", 0.1)
@@ -123,7 +126,7 @@ def test_a_stop_reaches_ranks_whose_coordinator_was_started_again_after_they_are
         order = watched.actor.on_loop.join(AGENT).result(60)
         wait_for(lambda: watched.keeper.record.generation == 1)
         watched.actor.start_again()
-        watched.driver.request_stop()
+        watched.driver.request_stop("SIGTERM")
         time.sleep(0.2)
         assert not watched.ended.done(), "it would end without a save"
         verdict = watched.actor.on_loop.watch(AGENT, order, stop_known=False).result(60)
@@ -206,6 +209,7 @@ def test_the_second_sigterm_ends_at_once_unless_it_belongs_to_the_first(monkeypa
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGTERM)
         assert driver._stop.is_set(), "and this process goes on"
+        assert driver.stopped_by == "SIGTERM"
         time.sleep(0.25)
         with pytest.raises(SystemExit) as ended:
             os.kill(os.getpid(), signal.SIGTERM)

@@ -10,12 +10,16 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from mlflow import MlflowClient
+from mlflow_server import Server
 from tiny import build_documents, job_text
 
 from raynium.checkpoint.commit import commit_checkpoint
@@ -25,7 +29,7 @@ from raynium.config.load import load_config, parse_config
 from raynium.config.schema import Config
 from raynium.data.store import TOKENIZER_NAME, open_store
 from raynium.data.tokenizer import Tokenizer
-from raynium.errors import ConfigError, DataError, RayniumError, RunInUse, StoreError, TrackingError
+from raynium.errors import ConfigError, DataError, RayniumError, RunInUse, StoreError, TrackingAway, TrackingError
 from raynium.launch import preparation
 from raynium.launch.preparation import Prepared, checked, finished_record, prepare
 from raynium.run import record as record_module
@@ -33,7 +37,7 @@ from raynium.run.past import Past, run_store
 from raynium.run.record import RECORD_KEY, RunRecord, claim, read_record
 from raynium.storage.checksum import UNIT_BYTES, checksum, to_text
 from raynium.storage.store import Store
-from raynium.tracking.runs import TrackedRun
+from raynium.tracking.runs import TrackedRun, finish_run
 
 JOB = job_text({"train.steps": 6, "data.path": None})
 run_numbers = itertools.count(1)
@@ -156,7 +160,7 @@ def test_credentials_in_the_environment_reach_neither_record_nor_terminal(
 ) -> None:
     address = "https://anna:hunter2@mlflow.example.com:5000"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
-    opened = TrackedRun("m1", "1", address, None)
+    opened = TrackedRun("m1", "1", address)
     runs_asked_for: list[str | None] = []
 
     def open_run(uri: str, **options: Any) -> TrackedRun:
@@ -250,16 +254,61 @@ def test_a_full_disk_is_told_before_anything_is_started(attempt: Attempt, tmp_pa
         subprocess.run(["umount", str(disk)], check=True)
 
 
+@pytest.fixture(scope="module")
+def mlflow_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    server = Server(tmp_path_factory.mktemp("mlflow"))
+    server.start()
+    yield server
+    server.kill()
+
+
+def test_a_run_that_mlflow_knows_starts_while_it_is_away_and_opens_its_page_later(
+    attempt: Attempt, mlflow_server: Server
+) -> None:
+    tracked = {"tracking.uri": mlflow_server.uri}
+    first = attempt(**tracked)
+    first.keeper.update(state="stopped")
+    finish_run(mlflow_server.uri, first.mlflow.run_id, "KILLED")
+    mlflow_server.kill()
+    try:
+        again = attempt(**tracked, **{"optimizer.learning_rate": 1e-4})
+        assert again.mlflow == replace(first.mlflow, is_open=False)
+        assert any("the run starts without its MLflow page" in line for line in attempt.told)
+        with pytest.raises(TrackingAway):
+            again.open_mlflow()
+    finally:
+        mlflow_server.start()
+    assert again.open_mlflow() == first.mlflow
+    run = MlflowClient(mlflow_server.uri).get_run(first.mlflow.run_id)
+    assert run.info.status == "RUNNING"
+    assert run.data.tags["changed.optimizer.learning_rate"] == "0.0001"
+
+
+def test_a_new_run_waits_for_an_mlflow_that_is_away(attempt: Attempt, mlflow_server: Server) -> None:
+    mlflow_server.kill()
+    back = threading.Timer(1, mlflow_server.start)
+    back.start()
+    try:
+        assert attempt(**{"tracking.uri": mlflow_server.uri}).mlflow.is_open
+    finally:
+        back.join()
+    assert "waiting for MLflow, for 40 s at most" in attempt.told[0]
+
+
 @pytest.mark.timeout(200)  # mlflow's own patience is many minutes
 @pytest.mark.parametrize("listens", [False, True], ids=["nobody listens", "nobody answers"])
-def test_an_mlflow_that_cannot_be_reached_is_told_in_seconds(attempt: Attempt, listens: bool) -> None:
+def test_an_mlflow_that_cannot_be_reached_is_told_in_seconds(
+    attempt: Attempt, listens: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preparation, "MLFLOW_WAIT_SECONDS", 1.0)
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         if listens:
             server.listen()
         address = f"http://127.0.0.1:{server.getsockname()[1]}"
         attempt.refused(TrackingError, f"MLflow at {address}: .*set tracking.uri", **{"tracking.uri": address})
-    assert attempt.told == [], "no data is made for a run that could not report"
+    told = [line for line in attempt.told if not line.startswith("waiting for MLflow")]
+    assert told == [], "no data is made for a run that could not report"
 
 
 def test_a_bucket_needs_an_mlflow_of_its_own(attempt: Attempt) -> None:

@@ -13,6 +13,7 @@
     │   ├── KeyExists              an exclusive create found the key taken (storage/store.py)
     │   └── KeyMissing             (storage/store.py)
     ├── TrackingError          MLflow cannot be reached, or refused what it was given
+    │   └── TrackingAway           it does not answer, and may be back in a while
     └── LaunchError            the cluster, a node or a rank
         ├── ClusterLost            the Ray cluster under a driver stopped answering
         ├── RunInUse               another live process owns this run name
@@ -78,6 +79,10 @@ class StoreError(RayniumError):
 
 class TrackingError(RayniumError):
     """MLflow cannot be reached, or refused what it was given."""
+
+
+class TrackingAway(TrackingError):
+    """MLflow does not answer. It may be back in a while, and a run that it knows need not wait for it."""
 
 
 class LaunchError(RayniumError):

@@ -75,7 +75,9 @@ class Driver:
         # What the coordinator was told last of the time before its life, and how many words that makes.
         self._before: tuple[str, Before] | None = None
         self._words = 0
-        self._page = Page(prepared.mlflow, dtype=self.config.engine.dtype, tell=display.line)
+        self._page = Page(
+            prepared.mlflow, open_mlflow=prepared.open_mlflow, dtype=self.config.engine.dtype, tell=display.line
+        )
         self._excluded: list[str] = []  # ids of nodes that a preflight or a verdict named
         # Before the one that runs: the agents were sent home to start on other nodes, or Ray Train's controller died.
         self._trainers = 0

@@ -6,7 +6,8 @@ run's name taken and anything written. An error leaves nothing behind.
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from raynium.config.load import dump_yaml
@@ -16,7 +17,7 @@ from raynium.config.schema import Config
 from raynium.data.remote import find_identity, prepare_store
 from raynium.data.store import TOKENIZER_NAME, DocumentStore
 from raynium.data.tokenizer import Tokenizer
-from raynium.errors import ConfigError, DataError
+from raynium.errors import ConfigError, DataError, TrackingAway
 from raynium.models.flops import parameter_count
 from raynium.node.scratch import log_folder, scratch_folder
 from raynium.planning.rules import check
@@ -27,6 +28,9 @@ from raynium.tracking.client import check_reachable, redact
 from raynium.tracking.provenance import provenance_tags
 from raynium.tracking.runs import TrackedRun, log_artifact_text, open_run, resolve_uri
 
+# A request to S3 is tried again for about as long.
+MLFLOW_WAIT_SECONDS = 40.0
+
 
 @dataclass(frozen=True)
 class Prepared:
@@ -36,6 +40,8 @@ class Prepared:
     store: Store  # the run's folder
     keeper: RecordKeeper
     mlflow: TrackedRun
+    # Again, where it did not answer. Holds the address with its credentials.
+    open_mlflow: Callable[[], TrackedRun] = field(repr=False)
     documents: DocumentStore  # on this machine
     scratch: str  # node-local folder for spools, caches and logs, the same path on every node
     log_path: Path  # of the driver, on this machine
@@ -92,18 +98,27 @@ def prepare(
     to_keep = config.checkpoint.keep_last + config.checkpoint.keep_best
     checkpoints_to_come = max(1, to_keep + 1 - past.num_checkpoints)
     store.check_writable(need_bytes=checkpoints_to_come * checkpoint_bytes(config))
-    check_reachable(uri)
+    known = (
+        past.record is not None and past.record.mlflow_run_id is not None and past.record.mlflow_uri == _address(uri)
+    )
+    _meet_mlflow(uri, known=known, tell=tell)
     for note in notes:
         tell(f"note: {note}")
     keeper = claim(store, config.run.name, config.model_dump(mode="json"))
     try:
         with keeper.beating():
             config, documents = prepare_data(config, past, tell)
-            mlflow = _open_mlflow(config, keeper, uri, tags)
+            open_mlflow = partial(_open_mlflow, config, keeper.record, uri, tags)
+            try:
+                mlflow = open_mlflow()
+            except TrackingAway:
+                if not known:
+                    raise
+                mlflow = _unopened(keeper.record, uri)
             keep_tokenizer(store, documents)
             store.replace("config.yaml", dump_yaml(config).encode())
     except (KeyboardInterrupt, SystemExit):
-        keeper.update(state="stopped")
+        keeper.update(state="stopped", stopped_by="SIGINT")
         raise
     except BaseException as error:
         keeper.update(state="failed", cause=f"{type(error).__name__}: {error}")
@@ -117,7 +132,7 @@ def prepare(
         job_id=job_id,
         log_path=str(log_path),
     )
-    return Prepared(config, store, keeper, mlflow, documents, str(scratch_folder()), log_path)
+    return Prepared(config, store, keeper, mlflow, open_mlflow, documents, str(scratch_folder()), log_path)
 
 
 def prepare_data(config: Config, past: Past, tell: Callable[[str], None]) -> tuple[Config, DocumentStore]:
@@ -169,9 +184,30 @@ def keep_tokenizer(store: Store, documents: DocumentStore) -> None:
         )
 
 
-def _open_mlflow(config: Config, keeper: RecordKeeper, uri: str, tags: Mapping[str, str]) -> TrackedRun:
+def _meet_mlflow(uri: str, *, known: bool, tell: Callable[[str], None]) -> None:
+    """Returns once MLflow answers: for a run that it knows at once, since its points wait on disk.
+
+    Raises TrackingError, and TrackingAway after as long as a store that does not answer is waited for.
+    """
+    began, tries = time.monotonic(), 0
+    while True:
+        try:
+            return check_reachable(uri)
+        except TrackingAway as error:
+            if known:
+                tell(f"note: the run starts without its MLflow page, and metrics wait on node 0's disk: {error}")
+                return
+            left = MLFLOW_WAIT_SECONDS - (time.monotonic() - began)
+            if left <= 0:
+                raise
+            if tries == 0:
+                tell(f"waiting for MLflow, for {MLFLOW_WAIT_SECONDS:g} s at most: {error}")
+            tries += 1
+            time.sleep(min(0.5 * 2**tries, 10.0, left))
+
+
+def _open_mlflow(config: Config, record: RunRecord, uri: str, tags: Mapping[str, str]) -> TrackedRun:
     """The run's one MLflow run: opened again if it has one at this address."""
-    record = keeper.record
     mlflow = open_run(
         uri,
         experiment=config.tracking.experiment,
@@ -184,3 +220,8 @@ def _open_mlflow(config: Config, keeper: RecordKeeper, uri: str, tags: Mapping[s
     )
     log_artifact_text(mlflow.uri, mlflow.run_id, "config.yaml", dump_yaml(config))
     return mlflow
+
+
+def _unopened(record: RunRecord, uri: str) -> TrackedRun:
+    assert record.mlflow_run_id is not None and record.mlflow_experiment_id is not None
+    return TrackedRun(record.mlflow_run_id, record.mlflow_experiment_id, uri, is_open=False)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-from raynium.errors import TrackingError
+from raynium.errors import TrackingAway, TrackingError
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -51,7 +51,7 @@ def mlflow_client(uri: str, *, timeout_seconds: float) -> Iterator["MlflowClient
                 _make_sqlite(sqlite_path(uri), client_class)
             yield client_class(tracking_uri=uri, registry_uri=uri)
         except (MlflowException, RequestException, SQLAlchemyError, OSError) as error:
-            raise TrackingError(_describe(error, uri=uri, timeout_seconds=timeout_seconds)) from error
+            raise _error(error, uri=uri, timeout_seconds=timeout_seconds) from error
 
 
 def _load_mlflow() -> "type[MlflowClient]":
@@ -107,6 +107,8 @@ def _request_limits(timeout_seconds: float) -> Iterator[None]:
 
 def check_reachable(uri: str, *, timeout_seconds: float = 5.0) -> None:
     """Raise TrackingError, within about `timeout_seconds`, unless MLflow at `uri` answers and may be written.
+
+    TrackingAway, if it does not answer at all.
 
     An SQLite file is created if it is missing; its folder must exist.
     """
@@ -167,7 +169,7 @@ def _check_port(uri: str, *, default_port: int, timeout_seconds: float) -> None:
     try:
         socket.create_connection((parts.hostname or "localhost", parts.port or default_port), timeout_seconds).close()
     except OSError as error:
-        raise TrackingError(_describe(error, uri=uri, timeout_seconds=timeout_seconds)) from error
+        raise _error(error, uri=uri, timeout_seconds=timeout_seconds) from error
 
 
 def sqlite_path(uri: str) -> Path:
@@ -181,11 +183,12 @@ def redact(text: str) -> str:
     return re.sub(r"(?i)([?&][^=&\s]*(?:password|secret|token|key|signature)[^=&\s]*=)[^&\s'\"]+", r"\1***", text)
 
 
-def _describe(error: BaseException, *, uri: str, timeout_seconds: float) -> str:
+def _error(error: BaseException, *, uri: str, timeout_seconds: float) -> TrackingError:
     """One line: address, cause, remedy."""
     causes = list(_chain(error))
     names = {type(cause).__name__ for cause in causes}
     system = next((cause for cause in causes if isinstance(cause, OSError) and cause.errno and cause.strerror), None)
+    kind = TrackingError if uri.startswith("sqlite") else TrackingAway
     if names & {"ReadTimeout", "ConnectTimeout", "ReadTimeoutError", "ConnectTimeoutError", "TimeoutError"}:
         cause, remedy = f"no answer within {timeout_seconds:g} s", "Check that the server is well"
     elif names & {"NameResolutionError", "gaierror"}:
@@ -194,6 +197,9 @@ def _describe(error: BaseException, *, uri: str, timeout_seconds: float) -> str:
         cause, remedy = system.strerror, "Check the address and that the server runs"
     else:
         cause, remedy = " ".join(str(error).split())[:400], "Check the server's log"
+        # What a proxy says of a server behind it that is gone.
+        if not re.search(r"error code 50[234]\b", cause):
+            kind = TrackingError
         if "out-of-date database schema" in cause:
             remedy = "Back up the database, then run `mlflow db upgrade` on it"
         elif "PERMISSION_DENIED" in cause or "401" in cause or "403" in cause:
@@ -202,7 +208,7 @@ def _describe(error: BaseException, *, uri: str, timeout_seconds: float) -> str:
             remedy = "It was deleted, or this is another MLflow: check tracking.uri"
         elif "deleted" in cause:
             remedy = "Restore it in MLflow"
-    return redact(f"MLflow at {uri}: {cause}. {remedy}, or set tracking.uri (or MLFLOW_TRACKING_URI)")
+    return kind(redact(f"MLflow at {uri}: {cause}. {remedy}, or set tracking.uri (or MLFLOW_TRACKING_URI)"))
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:

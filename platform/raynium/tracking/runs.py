@@ -41,15 +41,15 @@ RunStatus = Literal["FINISHED", "FAILED", "KILLED"]
 
 @dataclass(frozen=True)
 class TrackedRun:
-    """An MLflow run that is open for writing. `uri` may hold credentials, so it is not in the repr.
+    """An MLflow run. `uri` may hold credentials, so it is not in the repr.
 
-    page_url: None for a store without a server; see `ui_command` and `page_url`.
+    is_open: for writing. One that MLflow has, but that it could not be asked to open again, takes points all the same.
     """
 
     run_id: str
     experiment_id: str
     uri: str = field(repr=False)
-    page_url: str | None
+    is_open: bool = True
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def open_run(
     params: the resolved config, nested or flat. MLflow never changes a param, so on a resume the first value stays and
     a different one becomes the tag `changed.<name>`; a tag of an earlier change goes when the value is the first again.
     Values over MLflow's limit are cut and say so: log the whole config as an artifact.
-    Raises TrackingError.
+    Raises TrackingError; TrackingAway, if MLflow does not answer.
     """
     check_reachable(uri)
     flat_params = {name: _cut(value, MAX_PARAM_CHARACTERS) for name, value in flatten_config(params).items()}
@@ -120,13 +120,7 @@ def open_run(
             elif change in run.data.tags:
                 client.delete_tag(run.info.run_id, change)
         _log(client, run.info.run_id, params=new_params, tags=all_tags)
-        server = redact(uri).replace("***@", "") if urlsplit(uri).scheme in SERVER_SCHEMES else None
-        return TrackedRun(
-            run_id=run.info.run_id,
-            experiment_id=run.info.experiment_id,
-            uri=uri,
-            page_url=page_url(server, run.info.experiment_id, run.info.run_id) if server else None,
-        )
+        return TrackedRun(run.info.run_id, run.info.experiment_id, uri)
 
 
 def _experiment_id(client: "MlflowClient", name: str, *, uri: str) -> str:
