@@ -237,7 +237,7 @@ class Driver:
         if lost > self.config.fault.max_node_failures_without_progress:
             return False
         self.display.line(
-            "Ray Train's controller died, and with it the node agents. Another one is started, and the run goes on from "
+            "Ray Train's controller died, and with it the node agents. Another is started, and the run goes on from "
             "its newest checkpoint. If memory ran out on this node, the kernel's log (`dmesg`) says so"
         )
         with self.prepared.keeper.beating():
