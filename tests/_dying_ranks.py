@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 from raynium.train.loop import Outcome
 
 BROKEN_LINE = "(FATAL-RT-UNDEFINED-STATE) execution timeout (600000 ms) on Neuron Device 2 NC 1, model a.neff"
+GRAPH = "MODULE_f412a6bebf32d04bf191+2c2d707e"
 HUNG_LINE = "(FATAL-RT-UNDEFINED-STATE) missing collectives status on Neuron Device 0 NC 0, model a.neff"
 
 
@@ -38,3 +39,8 @@ def fail_in_a_step(plan_json: str, link: Any) -> NoReturn:
         [][1]
     while True:
         dist.all_reduce(numbers)
+
+
+def cannot_load_a_graph(plan_json: str, link: Any) -> NoReturn:
+    sys.stdout.write(f"ERROR  NMGR:kmgr_load_nn_post_metrics  Failed to load NN: /tmp/model.{GRAPH}.neff, err: 10\n")
+    raise RuntimeError("nrt_load status=10")

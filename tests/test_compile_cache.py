@@ -18,8 +18,10 @@ from raynium.accelerators.cpu import CpuAccelerator
 from raynium.accelerators.neuron import NeuronAccelerator
 from raynium.accelerators.neuron_xla import NeuronXlaAccelerator
 from raynium.hardware.catalog import INSTANCES
+from raynium.health.faults import classify
 from raynium.node import compile_cache
-from raynium.node.compile_cache import CacheSync, entries, node_cache
+from raynium.node.compile_cache import CacheSync, NodeCache, entries, node_cache
+from raynium.run.protocol import RankExit
 from raynium.storage.backend import Listing
 from raynium.storage.store import Store
 
@@ -263,7 +265,7 @@ def test_a_store_that_does_not_answer_holds_nobody_up(tmp_path: Path, log: Calla
         silence.sync.start()
         assert not silence.sync.wait_filled(timeout_seconds=0.2)
         silence.sync.close(timeout_seconds=0.2)
-    assert "is not all here after 0 s; ranks start, and compile what they miss" in log()
+    assert "is not all here after 0 s; ranks compile what they miss" in log()
     assert "not all new entries reached s3://bucket/cache" in log()
 
 
@@ -351,3 +353,52 @@ def test_a_cache_that_the_user_chose_is_left_alone(log: Callable[[], str]) -> No
 def test_pickles_of_inductor_are_never_shared() -> None:
     cache = node_cache(CpuAccelerator(), "s3://bucket/runs/first", node_rank=0, inherited={})
     assert (cache.environment, cache.sync) == ({}, None)
+
+
+# ---- graphs that cannot be loaded ----------------------------------------------------------------------------------
+
+
+def cannot_load(rank: int, name: str) -> RankExit:
+    fault = classify([f"NMGR:kmgr_load_nn_post_metrics  Failed to load NN: /tmp/workdir/model.{name}.neff, err: 10"])
+    assert fault is not None
+    return RankExit(rank, 1, f"{fault} (RuntimeError: x)", retry=fault.retry, error="RuntimeError", fault=fault)
+
+
+def test_a_graph_that_cannot_be_loaded_leaves_the_cache_once_and_then_ends_the_run(tmp_path: Path) -> None:
+    graph, other = "MODULE_f412a6bebf32d04bf191+2c2d707e", "MODULE_0000000000000000ffff+2c2d707e"
+    local, shared = tmp_path / "local", tmp_path / "shared"
+    for folder in (local, shared):
+        for name in (graph, other):
+            (folder / name).mkdir(parents=True)
+            (folder / name / "model.neff").write_bytes(b"neff")
+    cache = NodeCache({}, None, (str(local), str(shared)))
+    well = RankExit(2, 0, None, retry=False)
+    exits = cache.without_broken([cannot_load(0, graph), cannot_load(1, graph), well])
+    assert [each.retry for each in exits] == [True, True, False] and exits[2] == well
+    assert "removed from the compile cache: compiled anew" in (exits[0].cause or "")
+    assert sorted(path.parent.name for path in tmp_path.rglob("*.neff")) == [other, other]
+    (again,) = cache.without_broken([cannot_load(0, graph)])
+    assert not again.retry and "empty the compile cache, and take both of one release" in (again.cause or "")
+    (another,) = cache.without_broken([cannot_load(0, other)])
+    assert another.retry
+
+
+def test_a_graph_in_a_cache_of_the_users_stays_there_and_ends_the_run(tmp_path: Path) -> None:
+    (end,) = NodeCache({}, None).without_broken([cannot_load(0, "MODULE_f412a6bebf32d04bf191+2c2d707e")])
+    assert not end.retry and "the cache that you set" in (end.cause or "")
+
+
+def test_a_graph_without_a_name_is_looked_for_nowhere(tmp_path: Path) -> None:
+    fault = classify(["RuntimeError: INVALID_ARGUMENT: NEFF is invalid; it could be broken or hacked"])
+    (tmp_path / "a.neff").write_bytes(b"neff")
+    (end,) = NodeCache({}, None, (str(tmp_path),)).without_broken([RankExit(0, 1, "x", retry=True, fault=fault)])
+    assert not end.retry and (tmp_path / "a.neff").exists()
+
+
+def test_a_store_that_is_away_keeps_no_rank_from_another_try(tmp_path: Path, log: Callable[[], str]) -> None:
+    place = tmp_path / "file"
+    place.write_text("no folder")
+    (exit,) = NodeCache({}, None, (str(place),)).without_broken(
+        [cannot_load(0, "MODULE_f412a6bebf32d04bf191+2c2d707e")]
+    )
+    assert exit.retry

@@ -21,6 +21,7 @@ from raynium.node import agent as agent_module
 from raynium.node import diagnosis
 from raynium.node.agent import Node as AgentNode
 from raynium.node.agent import NodeAgent
+from raynium.node.compile_cache import NodeCache
 from raynium.node.diagnosis import KERNEL_LOG, Diagnosis, KernelLog, seconds_for_others
 from raynium.node.ranks import RankGroup
 from raynium.run import board
@@ -127,7 +128,7 @@ def test_a_hang_of_all_chips_at_once_condemns_no_node(node: Node) -> None:
     )
     for rank in range(4):  # of one chip: that may be broken
         node.diagnosis.note(rank, said.format(7))
-    assert (fault := node.diagnosis.explain([])[1]) is not None and (fault.action, fault.device) == ("replace", 7)
+    assert (fault := node.diagnosis.explain([])[1]) is not None and (fault.action, fault.device) == ("reboot", 7)
     for rank in range(8):
         node.diagnosis.note(rank, said.format(rank // 4))
     exits, fault = node.diagnosis.explain([(4711, RankExit(0, 1, "RuntimeError: status=5", retry=True))])
@@ -348,6 +349,25 @@ def test_a_broken_node_is_named_with_what_to_do_and_the_run_goes_on(tmp_path: Pa
     asyncio.run(play())
 
 
+def test_a_reset_is_advised_once_a_node_then_another_node(tmp_path: Path) -> None:
+    once = classify(["[MLA 2][NC 1] DMA TX engine 14 is in an abort state"])
+    assert once is not None
+
+    async def play() -> None:
+        run = await started(tmp_path)
+        await ended(run, 1, 1, [died_of(once, 1)])
+        assert (await texts(run))[-1].endswith("reload its device driver; then it may be used again")
+        agents = [AgentInfo("a", node, 2, f"10.0.0.{node + 2}", 29500 + node, pid=1) for node in range(2)]
+        await ended(run, 1, 0, [])
+        await asyncio.gather(*(run.join(agent) for agent in agents))
+        await ended(run, 2, 1, [died_of(once, 1)])
+        assert "replace this instance" in (await texts(run))[-1]
+        status = await run.status(0)
+        assert [each.fault.action for each in status.node_faults] == ["reboot", "replace"]
+
+    asyncio.run(play())
+
+
 def test_the_node_that_made_others_hang_is_named_though_they_reported_first(tmp_path: Path) -> None:
     async def play() -> None:
         run = await started(tmp_path)
@@ -488,6 +508,34 @@ def test_an_agent_names_the_broken_node_though_the_rank_that_died_was_another(
     assert any(text.startswith("generation 1 failed: rank 1: Neuron device 0, core 0, a collective") for text in told)
     assert told[-2] == f"  node 0 (127.0.0.1) | {_dying_ranks.BROKEN_LINE}"
     assert told[-1].startswith("node 0 (127.0.0.1): Neuron device 2, core 1, an execution did not end")
+
+
+def test_an_agent_removes_a_graph_that_cannot_be_loaded_and_tries_once_more(
+    tmp_path: Path, document_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(agent_module, "RankGroup", partial(RankGroup, program=_dying_ranks.cannot_load_a_graph))
+    graph = tmp_path / "cache" / _dying_ranks.GRAPH / "model.neff"
+    graph.parent.mkdir(parents=True)
+    graph.write_bytes(b"broken")
+    cache = NodeCache({}, None, (str(tmp_path / "cache"),))
+    monkeypatch.setattr(agent_module, "node_cache", lambda *_, **__: cache)
+    config = parse_config(JOB, {"cluster.nodes": 1, "cluster.ranks_per_node": 2})
+    coordinator = CoordinatorOnLoop(RunCoordinator(config.model_dump(mode="json"), str(tmp_path / "run"), 0))
+    NodeAgent(
+        config=config,
+        run_url=str(tmp_path / "run"),
+        node=AgentNode("a", 0, 1, "127.0.0.1"),
+        accelerator=detect("cpu"),
+        coordinator=coordinator,
+        open_tracker=MemoryTracker,
+        data_folder=lambda: str(document_folder),
+    ).run()
+    status = coordinator.run(lambda each: each.status(0)).result()
+    coordinator.close()
+    assert not graph.exists()
+    assert (status.generation, status.ended) == (2, "failed") and "empty the compile cache" in (status.cause or "")
+    told = "\n".join(event.text for event in status.events)
+    assert f"(graph {_dying_ranks.GRAPH})" in told and "removed from the compile cache: compiled anew" in told
 
 
 def test_a_ranks_own_error_ends_the_run_and_not_its_peers_broken_connection(

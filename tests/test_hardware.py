@@ -57,6 +57,8 @@ def test_every_figure_names_its_source_and_a_known_one_its_date(instance: Instan
 def test_all_cores_together_are_a_legal_block(instance: Instance):
     assert instance.core_blocks[-1] == instance.cores
     assert list(instance.core_blocks) == sorted(set(instance.core_blocks))
+    assert not set(instance.unproven_blocks) & set(instance.core_blocks)
+    assert all(0 < count < instance.cores for count in instance.unproven_blocks)
     assert instance.cores % instance.chips == 0
 
 

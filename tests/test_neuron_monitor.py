@@ -28,6 +28,7 @@ pytestmark = pytest.mark.quick
 
 FIXTURES = Path(__file__).parent / "fixtures/neuron"
 REPORTS: list[dict[str, Any]] = [json.loads(line) for line in (FIXTURES / "monitor.jsonl").read_text().splitlines()]
+ALL_CORES: dict[str, Any] = json.loads((FIXTURES / "monitor_all_cores.json").read_text())
 IDLE = json.loads((FIXTURES / "monitor_idle.json").read_text())
 
 
@@ -90,6 +91,34 @@ def test_another_runs_processes_are_not_counted() -> None:
     other = read_report(REPORTS[1], run_name="repl", before=DeviceSample())
     assert (other.utilization_ratios, other.flops_per_second, other.memory_bytes) == ((), None, None)
     assert other.execution_errors == 0 and other.ecc_uncorrected_errors == 2, "its devices' memory errors are"
+
+
+def test_processes_that_list_all_cores_of_the_machine_count_with_their_own() -> None:
+    sample = read_report(ALL_CORES, run_name="run", before=DeviceSample())
+    assert sample.utilization_ratios == pytest.approx((0.02926, 0.0308, 0.02517, 0.02488))
+    found = metrics([sample])
+    assert found["device/utilization_ratio"] == pytest.approx(0.0275, abs=1e-4)
+    assert found["device/lowest_utilization_ratio"] == pytest.approx(0.0249, abs=1e-4)
+
+
+def test_a_rank_that_stands_still_counts_with_its_own_core() -> None:
+    report = json.loads(json.dumps(ALL_CORES))
+    counters = report["neuron_runtime_data"][1]["report"]["neuroncore_counters"]
+    counters["neuroncores_in_use"]["1"]["neuroncore_utilization"] = 0
+    assert read_report(report, run_name="run", before=DeviceSample()).utilization_ratios[1] == 0.0
+
+
+@pytest.mark.parametrize("group", ["memory_used", "neuroncore_counters", "execution_stats", None])
+def test_one_process_with_an_error_takes_nothing_from_the_others(group: str | None) -> None:
+    report = json.loads(json.dumps(ALL_CORES))
+    process = report["neuron_runtime_data"][0]
+    if group is None:
+        process |= {"error": "process exited", "report": None}
+    else:
+        process["report"][group] = {"error": "process exited"}
+    left = read_report(report, run_name="run", before=DeviceSample()).utilization_ratios
+    assert left[-3:] == pytest.approx((0.0308, 0.02517, 0.02488))
+    assert len(left) == (3 if group in ("neuroncore_counters", None) else 4)
 
 
 def test_a_node_whose_ranks_have_not_started_reports_its_errors_only() -> None:

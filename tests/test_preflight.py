@@ -185,6 +185,21 @@ def test_memory_disk_and_names() -> None:
     assert on_host(replace(TRN2, files={}))["host name"].status == "skipped"
 
 
+def test_as_many_files_may_be_open_as_ranks_connect() -> None:
+    def at_limit(limit: str, needs: NodeNeeds = NEEDS) -> Check:
+        limits = {
+            "/proc/self/limits": f"Max open files            {limit}                 1048576              files\n"
+        }
+        return on_host(replace(TRN2, files=TRN2.files | limits), needs)["open files"]
+
+    few = at_limit("1024")
+    assert few.status == "warning" and few.found == "1024" and "`ulimit -n 65535` before `ray start`" in few.remedy
+    assert at_limit("65535").status == at_limit("unlimited").status == "ok"
+    assert on_host(replace(TRN2, files={}))["open files"].status == "skipped"
+    on_gpus = replace(NEEDS, accelerator="cuda", ranks=8, nodes=4)
+    assert (at_limit("512", on_gpus).status, at_limit("511", on_gpus).status) == ("ok", "warning")
+
+
 def test_huge_pages_are_wanted_where_efa_is() -> None:
     def having(meminfo: str) -> Check:
         return on_host(replace(TRN2, files=TRN2.files | {"/proc/meminfo": meminfo}))["huge pages"]

@@ -5,7 +5,8 @@ import re
 import pytest
 
 from raynium.config.load import load_config
-from raynium.planning.rules import check
+from raynium.hardware.catalog import INSTANCES
+from raynium.planning.rules import check, doubts
 
 pytestmark = pytest.mark.quick
 
@@ -264,13 +265,23 @@ def test_a_node_has_as_many_ranks_as_cores_at_most():
 
 
 def test_part_of_a_trainium_node_is_a_block_the_collectives_accept():
-    assert problems(EIGHT_B, "cluster.ranks_per_node=16") == []
-    assert only_problem(EIGHT_B, "cluster.ranks_per_node=32") == (
-        "cluster.ranks_per_node is 32: on trn2.48xlarge the collectives accept 1, 4, 16 or 64 of its 64 NeuronCores; "
-        "set one of these"
+    for proven in (16, 32):
+        assert problems(EIGHT_B, f"cluster.ranks_per_node={proven}") == []
+        assert doubts(load_config(EIGHT_B, [f"cluster.ranks_per_node={proven}"])) == []
+    assert only_problem(EIGHT_B, "cluster.ranks_per_node=48", "train.global_batch_size=120") == (
+        "cluster.ranks_per_node is 48: on trn2.48xlarge the collectives accept 1, 4, 16, 32 or 64 of its 64 "
+        "NeuronCores; set one of these"
     )
     gpus = ("cluster.instance_type=p5.48xlarge", "cluster.accelerator=cuda", "parallel.tensor=1", "data.seq_len=4096")
     assert problems(EIGHT_B, *gpus, "cluster.ranks_per_node=3", "train.global_batch_size=129") == []
+
+
+def test_a_count_that_nobody_has_reported_is_allowed_and_doubted():
+    assert problems(EIGHT_B, "cluster.ranks_per_node=8") == []
+    (doubt,) = doubts(load_config(EIGHT_B, ["cluster.ranks_per_node=8"]))
+    assert doubt.startswith("cluster.ranks_per_node is 8: nobody has reported") and "set 1, 4, 16, 32 or 64" in doubt
+    assert doubts(load_config(EIGHT_B, ["cluster.instance_type=null", "cluster.ranks_per_node=8"])) == []
+    assert INSTANCES["trn2.3xlarge"].core_blocks == (1, 2, 4)
 
 
 def test_several_trainium_nodes_are_taken_whole():
@@ -332,7 +343,7 @@ def test_all_problems_of_all_parts_come_at_once():
     found = problems(
         EIGHT_B, "data.seq_len=262144", "parallel.tensor=16", "optimizer.warmup_steps=200000", "engine.kind=nxd",
         "engine.compile=none", "model.ffn_size=14340", "train.global_batch_size=3",
-        "cluster.accelerator=cuda", "cluster.ranks_per_node=32", "train.micro_batch_size=16",
+        "cluster.accelerator=cuda", "cluster.ranks_per_node=48", "train.micro_batch_size=16",
     )  # fmt: skip
     starts = ["data.seq_len", "parallel.tensor", "train.global_batch_size", "optimizer.warmup_steps", "engine.kind",
               "cluster.accelerator", "cluster.ranks_per_node", "memory:"]  # fmt: skip

@@ -25,6 +25,7 @@ class Instance:
     core_blocks: how many cores of one instance a job may take. The collectives' hardware routes accept no other
         count, and a block of n begins at a multiple of n. (TorchNeuron's all-to-all is narrower still: 4, 8, 16 or
         a multiple of 32 ranks.)
+    unproven_blocks: counts that nobody has reported to run, nor to be refused.
     bf16_flops_per_core: dense peak, FLOP/s: the denominator of MFU.
     efa_gbps: network between instances with EFA; 0 where the type has none.
     efa_interfaces: network cards that take an EFA interface, with the indices 0, 1, …; a cluster file asks for each.
@@ -49,6 +50,7 @@ class Instance:
     usd_per_hour: float | None = None
     sources: Mapping[str, str]
     name_of_core: str = "NeuronCore"
+    unproven_blocks: tuple[int, ...] = ()
 
     @property
     def is_neuron(self) -> bool:

@@ -33,6 +33,10 @@ MIN_FREE_DISK_GIB = 2.0
 LOW_FREE_DISK_GIB = 20.0
 # The Neuron runtime's bootstrap refuses longer ones (AWS Neuron docs, runtime FAQ).
 MAX_HOST_NAME_CHARS = 63
+# 32 ranks of one Trainium node reached the usual limit of 1,024 (aws-neuron-sdk issue 713); AWS sets 65,535.
+# Without Neuron it is gloo's or NCCL's connections, a few a peer (our own judgement).
+OPEN_FILES_ON_NEURON = 65_535
+OPEN_FILES_PER_RANK = 16
 # S3 itself refuses requests that are 15 minutes off; logs of nodes are hard to match before.
 MAX_CLOCK_SECONDS = 5.0
 
@@ -69,7 +73,7 @@ def host_checks(host: Host, needs: NodeNeeds) -> list[Check]:
         checks.append(gpu_count(host, needs))
     if needs.accelerator != "cpu":
         checks += [efa_cards(host, needs), locked_memory(host), huge_pages(host), metadata_service(host)]
-    checks += [free_disk(host, needs), shared_memory(host, needs), host_name(host)]
+    checks += [open_files(host, needs), free_disk(host, needs), shared_memory(host, needs), host_name(host)]
     return checks
 
 
@@ -281,6 +285,20 @@ def locked_memory(host: Host) -> Check:
         "`ulimit -l unlimited` before `ray start`, or memlock in /etc/security/limits.conf; --ulimit of a container"
     )
     return Check(name, "warning", f"{int(limit) / 2**20:.0f} MiB", rule, remedy)
+
+
+def open_files(host: Host, needs: NodeNeeds) -> Check:
+    """Every rank connects to every other one of its groups, and each connection is a file."""
+    name = "open files"
+    least = OPEN_FILES_ON_NEURON if needs.on_neuron else OPEN_FILES_PER_RANK * needs.ranks * needs.nodes
+    rule = f"{least:,} a process, or more"
+    match = re.search(r"Max open files\s+(\S+)", host.read("/proc/self/limits") or "")
+    if match is None:
+        return Check(name, "skipped", "unknown", rule)
+    if match[1] == "unlimited" or int(match[1]) >= least:
+        return Check(name, "ok", match[1], rule)
+    remedy = f"`ulimit -n {least}` before `ray start`, or nofile in /etc/security/limits.conf; --ulimit of a container"
+    return Check(name, "warning", match[1], rule, remedy)
 
 
 def huge_pages(host: Host) -> Check:

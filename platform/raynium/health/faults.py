@@ -12,7 +12,7 @@ A process's exit code says nothing, since 5 or 101 may be anybody's.
 import re
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -36,9 +36,11 @@ class Row:
     action: Action
     guilty: Guilty
     source: str
+    first: Action | None = None
     log: str | None = None
     exception: str | None = None
     kernel: str | None = None
+    detail: str | None = None
     statuses: Mapping[str, int] = field(default_factory=dict)
 
 
@@ -47,7 +49,8 @@ class Fault:
     """What killed a rank or broke a node.
 
     evidence: the line that says so, up to EVIDENCE_CHARACTERS. device: Neuron device (a chip) of this node, as the
-    driver counts; core: of that device.
+    driver counts; core: of that device. details: what its line says besides, by the names of the row's groups.
+    if_again: what helps if the same comes back on this node, where that is something else.
     """
 
     name: str
@@ -57,6 +60,12 @@ class Fault:
     evidence: str = ""
     device: int | None = None
     core: int | None = None
+    details: Mapping[str, str] = field(default_factory=dict)
+    if_again: Action | None = None
+
+    def again(self) -> "Fault":
+        """The same on a node that has had it before."""
+        return replace(self, action=self.if_again, if_again=None) if self.if_again is not None else self
 
     @property
     def retry(self) -> bool:
@@ -70,38 +79,55 @@ class Fault:
     def __str__(self) -> str:
         where = "" if self.device is None else f"Neuron device {self.device}, "
         where += "" if self.device is None or self.core is None else f"core {self.core}, "
-        return f"{where}{self.cause}"
+        details = ", ".join(f"{name} {text}" for name, text in self.details.items())
+        return f"{where}{self.cause}{f' ({details})' if details else ''}"
 
 
 EVIDENCE_CHARACTERS = 300
 
 # This row passes by itself, if the process was killed a moment ago.
 CORES_TAKEN = "cores-taken"
+# And this one if the graph is removed from the compile cache.
+BROKEN_GRAPH = "broken-graph"
+# Of this one only its line is known.
+RUNTIME_ERROR = "runtime-error"
 
+_TABLE = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
 ROWS: tuple[Row, ...] = tuple(
-    Row(name=name, **row.pop("verdict"), **row)
-    for name, row in tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8")).items()
+    Row(name=name, **row.pop("verdict"), **row) for name, row in _TABLE.items() if name != "words"
 )
 # Number → name, of the Neuron runtime.
 STATUSES: dict[int, str] = {number: name for row in ROWS for name, number in row.statuses.items()}
 
-# Not a cause: ranks wait for ever, mostly for one that still compiles.
-WAITING = re.compile(r"Timeout waiting for (RX|incoming connection) \(waited (\d+) sec\) - retrying")
+# Not a cause: ranks wait for ever, mostly for one that still compiles. Runtimes before 2024 say no "retrying", some say
+# where they wait.
+WAITING = re.compile(
+    r"Time(?:d )?out waiting for [^(\n]{1,60}\(waited (\d+) sec|Waiting on [\w ]{1,40} task: (\d+) sec"
+)
 
 # How a status shows: by name, or as a number that is certain to be one.
 _STATUS_NAME = re.compile(r"\b(" + "|".join(STATUSES.values()) + r")\b")
 _STATUS_NUMBER = re.compile(
-    r"(?:\b[Nn]rt(?:_\w+|::\w+)|\bNRT\b|[Ff]ailed to execute the model)[^\n]{0,120}?\bstatus(?:_code)?\s*[=:]\s*(\d+)\b"
+    r"(?:\b[Nn]rt(?:_\w+|::\w+)|\bNRT\b|[Ff]ailed to execute the model)[^\n]{0,120}?"
+    r"(?:\b|_)status(?:_code)?\s*[=:]\s*(\d+)\b"
     r"|\b(?:Inference|Execution) completed with err: (\d+)\b"
 )
+# What any row shows, in one search instead of a table's.
+_SYMPTOM = re.compile(
+    "|".join(
+        [f"(?:{row.log})" for row in ROWS if row.log]
+        + [each.pattern for each in (WAITING, _STATUS_NAME, _STATUS_NUMBER)]
+    )
+)
+_WORDS: tuple[str, ...] = tuple(_TABLE["words"])
 # After a failure the runtime prints its whole environment, NEURON_RT_EXEC_TIMEOUT and all; only this one is a symptom.
 _DUMP = re.compile(r"\bNRT:nrt_infodump\b(?!.*\bFailure:)")
 _NUMBERS = {name: number for number, name in STATUSES.items()}
 
 _DEVICE = re.compile(
-    r"(?:\bND |\bMLA |\bNeuron Device |\bnd-id=|\bnd)(\d{1,4})(?:\]?\[?(?:NC |:nc)| NC | nc-id=)(\d{1,4})\b"
+    r"(?:\bND ?|\bMLA |\bNeuron Device |\bnd-id=|\bnd)(\d{1,4})(?:\]?\[?:?(?:NC |nc)| NC | nc-id=| nc)(\d{1,4})\b"
 )
-_DEVICE_ONLY = re.compile(r"\bNeuron Device (\d{1,4})\b")
+_DEVICE_ONLY = re.compile(r"\b(?:Neuron Device |nd)(\d{1,4})\b")
 
 
 def classify(lines: Iterable[str], kernel_lines: Iterable[str] = (), rows: Sequence[Row] = ROWS) -> Fault | None:
@@ -131,8 +157,22 @@ def make_fault(row: Row, evidence: str) -> Fault:
     device = int(both[1]) if both else int(one[1]) if one else None
     core = int(both[2]) if both else None
     named = [f"{STATUSES[number]} ({number})" for number in statuses_in(evidence) if number in row.statuses.values()]
-    cause = f"{row.cause} [{named[0]}]" if named else row.cause
-    return Fault(row.name, cause, row.action, row.guilty, evidence.strip()[:EVIDENCE_CHARACTERS], device, core)
+    return Fault(
+        row.name,
+        f"{row.cause} [{named[0]}]" if named else row.cause,
+        row.first or row.action,
+        row.guilty,
+        evidence.strip()[:EVIDENCE_CHARACTERS],
+        device,
+        core,
+        _details(row, evidence),
+        row.action if row.first is not None else None,
+    )
+
+
+def _details(row: Row, line: str) -> dict[str, str]:
+    found = re.search(row.detail, line) if row.detail is not None else None
+    return {name: text.strip() for name, text in found.groupdict().items() if text} if found else {}
 
 
 def statuses_in(line: str) -> list[int]:
@@ -144,20 +184,19 @@ def statuses_in(line: str) -> list[int]:
     return found + [number for number in numbers if number in STATUSES]
 
 
-def symptoms(rows: Sequence[Row]) -> re.Pattern[str]:
-    """What makes a line of a rank's output worth keeping until the rank dies: one search instead of a table's."""
-    logs = [f"(?:{row.log})" for row in rows if row.log is not None]
-    return re.compile("|".join([*logs, WAITING.pattern, _STATUS_NAME.pattern, _STATUS_NUMBER.pattern]))
+def is_symptom(line: str) -> bool:
+    """Whether a line of a rank's output is worth keeping until the rank dies."""
+    lowered = line.lower()
+    return any(word in lowered for word in _WORDS) and _SYMPTOM.search(line) is not None
 
 
 def _find(row: Row, output: list[tuple[str, list[int]]], kernel: list[str]) -> str | None:
-    if row.kernel is not None:
-        for line in kernel:
-            if re.search(row.kernel, line):
-                return line
-    for line, statuses in output:
-        if row.log is not None and re.search(row.log, line):
-            return line
-        if any(number in row.statuses.values() for number in statuses):
-            return line
-    return None
+    """Of the lines that show it, the one that says most; of those that say as much, the first."""
+    shows = [line for line in kernel if row.kernel is not None and re.search(row.kernel, line)]
+    shows += [
+        line
+        for line, statuses in output
+        if (row.log is not None and re.search(row.log, line))
+        or any(number in row.statuses.values() for number in statuses)
+    ]
+    return max(shows, key=lambda line: len(_details(row, line)) + bool(_DEVICE.search(line)), default=None)

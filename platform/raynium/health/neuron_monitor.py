@@ -88,8 +88,8 @@ def metrics(samples: Iterable[DeviceSample]) -> dict[str, float]:
 def read_report(report: Mapping[str, Any], *, run_name: str, before: DeviceSample) -> DeviceSample:
     """One report of neuron-monitor → the node's sample. Counts in a report are of its period: they add to `before`.
 
-    Only ranks of this run count (NEURON_PROCESS_TAG is "<run>/rank-<rank>"); ECC errors are the devices', whoever used
-    them. Raises ValueError if the report is not made as AWS documents it.
+    Only ranks of this run count (NEURON_PROCESS_TAG is "<run>/rank-<rank>"), and of each the groups that have no error;
+    ECC errors are the devices', whoever used them. Raises ValueError if the report is not made as AWS documents it.
     """
     ratios: list[float] = []
     flops = 0.0
@@ -97,20 +97,26 @@ def read_report(report: Mapping[str, Any], *, run_name: str, before: DeviceSampl
     errors, timeouts, corrected, uncorrected = 0, 0, 0, 0
     try:
         for process in report["neuron_runtime_data"] or ():
-            if not str(process["neuron_runtime_tag"]).startswith(f"{run_name}/"):
+            if not str(process["neuron_runtime_tag"]).startswith(f"{run_name}/") or process.get("error"):
                 continue
             groups = process["report"]
-            for core in (groups["neuroncore_counters"]["neuroncores_in_use"] or {}).values():
-                ratios.append(float(core["neuroncore_utilization"]) / 100)
-                flops += float(core.get("flops") or 0)
-            executions = groups["execution_stats"]["execution_summary"]
-            errors += sum(int(executions[name]) for name in EXECUTION_ERRORS)
-            timeouts += int(executions["timed_out"])
-            used = groups["memory_used"]["neuron_runtime_used_bytes"]["usage_breakdown"]["neuroncore_memory_usage"]
-            for number, kinds in (used or {}).items():
+            memory: Mapping[str, Mapping[str, Any]] = {}
+            if not (group := groups["memory_used"]).get("error"):
+                memory = group["neuron_runtime_used_bytes"]["usage_breakdown"]["neuroncore_memory_usage"] or {}
+            for number, kinds in memory.items():
                 sums = memory_of_core.setdefault(number, {})
                 for kind, size in kinds.items():
                     sums[kind] = sums.get(kind, 0) + int(size)
+            if not (group := groups["neuroncore_counters"]).get("error"):
+                cores = group["neuroncores_in_use"] or {}
+                for number, core in cores.items():
+                    # Some versions list all cores of the machine in each process, with zeros for those of others.
+                    if len(cores) == 1 or core["neuroncore_utilization"] or any(memory.get(number, {}).values()):
+                        ratios.append(float(core["neuroncore_utilization"]) / 100)
+                        flops += float(core.get("flops") or 0)
+            if not (group := groups["execution_stats"]).get("error"):
+                errors += sum(int(group["execution_summary"][name]) for name in EXECUTION_ERRORS)
+                timeouts += int(group["execution_summary"]["timed_out"])
         for device in report["system_data"]["neuron_hw_counters"]["neuron_devices"] or ():
             corrected += int(device["mem_ecc_corrected"]) + int(device["sram_ecc_corrected"])
             uncorrected += int(device["mem_ecc_uncorrected"]) + int(device["sram_ecc_uncorrected"])

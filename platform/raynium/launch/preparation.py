@@ -20,7 +20,7 @@ from raynium.data.tokenizer import Tokenizer
 from raynium.errors import ConfigError, DataError, TrackingAway
 from raynium.models.flops import parameter_count
 from raynium.node.scratch import log_folder, scratch_folder
-from raynium.planning.rules import check
+from raynium.planning.rules import check, doubts
 from raynium.run.past import Past
 from raynium.run.record import RecordKeeper, RunRecord, claim
 from raynium.storage.store import Store
@@ -93,7 +93,7 @@ def prepare(
     config = identified(config)
     uri = resolve_uri(config.tracking.uri, config.run.root)
     past.refuse_live()
-    notes = past.check_resume(config)
+    notes = [*past.check_resume(config), *doubts(config)]
     # One more than is kept: the oldest is deleted only once the newest is whole. (keep_every_steps may keep many more)
     to_keep = config.checkpoint.keep_last + config.checkpoint.keep_best
     checkpoints_to_come = max(1, to_keep + 1 - past.num_checkpoints)

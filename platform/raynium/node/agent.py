@@ -255,6 +255,7 @@ class NodeAgent:
         # After a failure uploads go on: a checkpoint that they complete is worth having.
         if all(each.cause is None for each in exits) and len(exits) == len(group.ranks):
             self._saving.finish(agent, order)
+        exits = self._cache.without_broken(exits)
         ended = NodeEnded(tuple(exits), reports.end_generation(), fault)
         self.coordinator.exited(agent, order, ended).result()
 

@@ -15,14 +15,16 @@ import re
 import shutil
 import threading
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 from raynium.accelerators.base import Accelerator, CompileCache
 from raynium.errors import StoreError
+from raynium.health.faults import BROKEN_GRAPH
+from raynium.run.protocol import RankExit
 from raynium.storage.backend import KeyExists
 from raynium.storage.checksum import PART_BYTES, checksum
 from raynium.storage.store import Store, checked_key
@@ -88,9 +90,7 @@ class CacheSync:
         if self._filled.wait(timeout_seconds):
             return True
         logger.warning(
-            "compile cache: %s is not all here after %.0f s; ranks start, and compile what they miss",
-            self.url,
-            timeout_seconds,
+            "compile cache: %s is not all here after %.0f s; ranks compile what they miss", self.url, timeout_seconds
         )
         return False
 
@@ -147,14 +147,9 @@ class CacheSync:
         for each in sorted(missing.values(), key=lambda each: each.size):  # the more of them, the smaller they are
             space -= each.size
             if space < 0:
-                logger.warning(
-                    "compile cache: %d of %d entries stay in %s, since %s must keep %.1f GB free for others: make room",
-                    len(missing) - waiting.qsize(),
-                    len(missing),
-                    self.url,
-                    self.folder,
-                    KEPT_FREE_BYTES / 1e9,
-                )
+                counts = (len(missing) - waiting.qsize(), len(missing))
+                rule = f"{self.folder} must keep {KEPT_FREE_BYTES / 1e9:.1f} GB free for others: make room"
+                logger.warning("compile cache: %d of %d entries stay in %s, since %s", *counts, self.url, rule)
                 break
             waiting.put(each)
         done: list[int] = []  # bytes
@@ -176,14 +171,8 @@ class CacheSync:
             worker.start()
         for worker in workers:
             worker.join()
-        logger.info(
-            "compile cache: %s has %d entries; %d (%.1f MB) were missing here and came in %.1f s",
-            self.url,
-            len(found),
-            len(done),
-            sum(done) / 1e6,
-            time.monotonic() - began,
-        )
+        came = f"{len(done)} ({sum(done) / 1e6:.1f} MB) were missing here and came in {time.monotonic() - began:.1f} s"
+        logger.info("compile cache: %s has %d entries; %s", self.url, len(found), came)
 
     def _download(self, store: Store, entry: Entry) -> bool:
         """The local file appears whole and verified, or not at all. A damaged entry is removed, to be made anew."""
@@ -233,13 +222,9 @@ class CacheSync:
             if path in there:
                 continue
             if total + size > self._max_bytes:
-                logger.warning(
-                    "compile cache: %s has %.1f of at most %.1f GB, so new entries stay on this node; delete what old "
-                    "compilers made there, or all of it",
-                    self.url,
-                    total / 1e9,
-                    self._max_bytes / 1e9,
-                )
+                full = f"{total / 1e9:.1f} of at most {self._max_bytes / 1e9:.1f} GB"
+                remedy = "delete what old compilers made there, or all of it"
+                logger.warning("compile cache: %s has %s, so new entries stay on this node; %s", self.url, full, remedy)
                 return
             try:
                 if self._upload(store, path):
@@ -287,10 +272,43 @@ class CacheSync:
 
 @dataclass(frozen=True)
 class NodeCache:
-    """What one node does about the compile cache."""
+    """What one node does about the compile cache.
 
-    environment: Mapping[str, str]  # for its ranks, beside the accelerator's
-    sync: CacheSync | None  # None: nothing to copy
+    environment: for its ranks, beside the accelerator's. sync: None if there is nothing to copy. places: folders and
+    URLs that hold the entries; none where the user chose the cache. removed: graphs that could not be loaded.
+    """
+
+    environment: Mapping[str, str]
+    sync: CacheSync | None
+    places: tuple[str, ...] = ()
+    removed: set[str] = field(default_factory=set)
+
+    def without_broken(self, exits: Iterable[RankExit]) -> list[RankExit]:
+        """Removes each graph that these ranks could not load, once: the next ones compile it. Where that cannot help,
+        the exits come back as those that would happen again.
+        """
+        exits = list(exits)
+        broken = {
+            each.rank: each.fault.details.get("graph")
+            for each in exits
+            if each.fault is not None and each.fault.name == BROKEN_GRAPH
+        }
+        new = {graph for graph in broken.values() if graph and self.places} - self.removed
+        for place in self.places if new else ():
+            try:
+                store = Store(place)
+                for key in [key for key in store.list().sizes if any(graph in key for graph in new)]:
+                    store.delete(key)
+            except StoreError as error:
+                logger.warning("compile cache: a graph that cannot be loaded may stay in %s: %s", place, error)
+        self.removed.update(new)
+        end = f"empty {'the compile cache' if self.places else 'the cache that you set'}"
+        for number, each in enumerate(exits):
+            if broken.get(each.rank) in new:
+                exits[number] = replace(each, cause=f"{each.cause}; removed from the compile cache: compiled anew")
+            elif each.rank in broken:
+                exits[number] = replace(each, cause=f"{each.cause}: {end}, and take both of one release", retry=False)
+        return exits
 
 
 def node_cache(accelerator: Accelerator, run_url: str, *, node_rank: int, inherited: Mapping[str, str]) -> NodeCache:
@@ -307,9 +325,10 @@ def node_cache(accelerator: Accelerator, run_url: str, *, node_rank: int, inheri
     url = cache_url(run_url, cache)
     if cache.kind == "url":
         # libneuronxla reads and writes s3:// itself, or a folder that all nodes see.
-        return NodeCache({cache.variable: url.removeprefix("file://")}, None)
+        return NodeCache({cache.variable: url.removeprefix("file://")}, None, (url,))
     folder = Path.home() / ".cache/raynium" / FOLDER / cache.key
-    return NodeCache({cache.variable: str(folder)}, CacheSync(url, folder, suffix=cache.suffix, node_rank=node_rank))
+    sync = CacheSync(url, folder, suffix=cache.suffix, node_rank=node_rank)
+    return NodeCache({cache.variable: str(folder)}, sync, (str(folder), url))
 
 
 def cache_url(run_url: str, cache: CompileCache) -> str:

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from raynium.health.faults import ROWS, WAITING, Fault, Row, classify, classify_exception, symptoms
+from raynium.health.faults import ROWS, RUNTIME_ERROR, WAITING, Fault, Row, classify, classify_exception, is_symptom
 from raynium.node.images import shared_memory_folder
 from raynium.run.protocol import PEER_WORD_SECONDS, RankExit
 from raynium.train.link import Failed
@@ -27,7 +27,8 @@ KERNEL_LOG = Path("/dev/kmsg")
 # read by the group adm, to which the user of those images belongs.
 LOG_PROGRAMS = (("dmesg",), ("journalctl", "--dmesg", "--quiet", "--no-pager", "--output=short-monotonic"))
 PROGRAM_SECONDS = 10.0
-SEARCHED_CHARACTERS = 2000  # of a line: the search takes 0.4 µs each, and ranks may print whole graphs
+# Of a line: ranks may print whole graphs.
+SEARCHED_CHARACTERS = 2000
 KEPT_LINES = 50  # of one rank: the runtime prints hundreds of lines after the one that counts
 SHARED_MEMORY_FULL_BYTES = 64 * 2**20  # less is left of /dev/shm than one buffer that ranks or libraries put there
 
@@ -40,7 +41,6 @@ LIBRARY_ERRORS = {
 
 LIBRARY_SECONDS = 0.05
 
-_SYMPTOMS = symptoms(ROWS)
 _OOM_KILL = re.compile(r"(?:[Oo]ut of memory: Killed process |\boom-kill:.*,pid=)(\d+)")
 
 
@@ -145,7 +145,7 @@ class Diagnosis:
 
     def note(self, rank: int, line: str) -> None:
         """Called with every line of a rank's output."""
-        if _SYMPTOMS.search(line, 0, SEARCHED_CHARACTERS):
+        if is_symptom(line[:SEARCHED_CHARACTERS]):
             self._kept[rank].append(line)
 
     def explain(self, exits: Iterable[tuple[int, RankExit]]) -> tuple[list[RankExit], Fault | None]:
@@ -173,8 +173,8 @@ class Diagnosis:
         own_exception = exit.error is not None and exit.error not in LIBRARY_ERRORS
         if fault is not None and own_exception and not fault.names_the_node:
             return exit
-        if fault is None and exit.error in LIBRARY_ERRORS:
-            fault = classify_exception(exit.cause)
+        if (fault is None or fault.name == RUNTIME_ERROR) and exit.error in LIBRARY_ERRORS:
+            fault = classify_exception(exit.cause) or fault
         if exit.exit_code == -signal.SIGBUS and fault is None:
             fault = self._shared_memory_full()
         if exit.exit_code == -signal.SIGKILL and (fault is None or not fault.names_the_node):
@@ -182,7 +182,8 @@ class Diagnosis:
         if fault is not None:
             return replace(exit, cause=f"{fault} ({exit.cause})", retry=fault.retry, fault=fault)
         if kept and (waited := WAITING.search(kept[-1])):
-            note = f"before, it had waited {waited[2]} s for another rank, which is no error while one compiles"
+            seconds = waited[1] or waited[2]
+            note = f"before, it had waited {seconds} s for another rank, which is no error while one compiles"
             return replace(exit, cause=f"{exit.cause} ({note})")
         return exit
 
@@ -226,7 +227,7 @@ def _rows(lines_by_rank: Iterable[Iterable[str]]) -> tuple[Row, ...]:
         f"an execution did not end, on {len(chips)} chips of this node at once: a hang of software, or of another node"
     )
     return tuple(
-        replace(row, cause=cause, action="restart", guilty="unknown") if row.name == "compute-hang" else row
+        replace(row, cause=cause, action="restart", first=None, guilty="unknown") if row.name == "compute-hang" else row
         for row in ROWS
     )
 

@@ -37,6 +37,19 @@ def check(config: Config, hardware: Mapping[str, Instance] = INSTANCES) -> list[
     return problems + [message for rule in HARDWARE_RULES for message in rule(config, hardware[name])]
 
 
+def doubts(config: Config, hardware: Mapping[str, Instance] = INSTANCES) -> list[str]:
+    """What may fail on the instances that a config names, and what to do then. hardware: as in `check`."""
+    instance = hardware.get(config.cluster.instance_type or "")
+    per_node = config.cluster.ranks_per_node
+    if instance is None or per_node not in instance.unproven_blocks:
+        return []
+    return [
+        f"cluster.ranks_per_node is {per_node}: nobody has reported the collectives to run on so many of the "
+        f"{instance.cores} {instance.name_of_core}s of {instance.name}, nor to refuse them; if the ranks end at their "
+        f"first collective operation, set {_choices(instance.core_blocks)}"
+    ]
+
+
 # ------------------------------------------------------------------------------------------------- model
 
 
@@ -233,7 +246,7 @@ def core_count(config: Config, instance: Instance) -> Iterator[str]:
             f"cluster.ranks_per_node is {per_node}, but {instance.name} has {instance.cores} {core}s, one a rank: "
             f"set {instance.cores}, or more cluster.nodes"
         )
-    elif per_node not in instance.core_blocks:
+    elif per_node not in instance.core_blocks + instance.unproven_blocks:
         yield (
             f"cluster.ranks_per_node is {per_node}: on {instance.name} the collectives accept "
             f"{_choices(instance.core_blocks)} of its {instance.cores} {core}s; set one of these"

@@ -178,6 +178,7 @@ class Lives:
         current = self._generations.get(generation)
         if current is None or (agent := current.agents.get(node_rank)) is None:
             return
+        fault = self._verdicts.of_node(agent.host, fault)
         found = NodeFault(generation, node_rank, agent.host, agent.node_id, fault)
         if self._verdicts.node_fault(found):
             self._board.tell(f"  node {node_rank} ({found.host}) | {fault.evidence}")

@@ -60,6 +60,11 @@ class Verdicts:
             doubts_images=not cores_taken,
         )
 
+    def of_node(self, host: str, fault: Fault) -> Fault:
+        """The fault as it stands for this node: a reset that did not keep it away is not advised again."""
+        known = any((each.host, each.fault.name) == (host, fault.name) for each in self.node_faults)
+        return fault.again() if known else fault
+
     def node_fault(self, found: NodeFault) -> bool:
         """Takes it down, once a generation and node. True: somebody has to see to that node, and is to be told."""
         known = any(
