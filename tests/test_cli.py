@@ -1,21 +1,25 @@
 """The `raynium` command on runs as a driver leaves them: a real record, a real checkpoint, no cluster."""
 
+import json
 import os
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import typer
 from commands import Ended, run_command
 from tiny import job_text
 
 from raynium import sdk
+from raynium.cli.app import app
 from raynium.config.load import parse_config
 from raynium.errors import LaunchError
 from raynium.models.decoder import Decoder
@@ -83,10 +87,20 @@ def test_help_names_every_command_and_loads_nothing_heavy() -> None:
     assert not any(line.endswith("...") for line in lines), "every command's first sentence fits on its line"
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_explains_itself(raynium: Callable[..., Ended], command: str) -> None:
-    ended = raynium(command, "--help")
-    assert ended.code == 0 and ended.out.startswith(f"Usage: raynium {command}")
+def commands(group: Any, *names: str) -> Iterator[tuple[str, ...]]:
+    for name, command in group.commands.items():
+        yield from commands(command, *names, name) if hasattr(command, "commands") else [(*names, name)]
+
+
+@pytest.mark.parametrize("command", [*commands(typer.main.get_command(app))], ids=" ".join)
+def test_every_command_explains_itself_with_an_example(raynium: Callable[..., Ended], command: tuple[str, ...]) -> None:
+    ended = raynium(*command, "--help")
+    assert ended.code == 0 and ended.out.startswith(f"Usage: raynium {' '.join(command)}")
+    assert f"xample: raynium {' '.join(command)} " in " ".join(ended.out.split())
+
+
+def test_the_version_is_the_packages(raynium: Callable[..., Ended]) -> None:
+    assert raynium("--version") == Ended(0, f"raynium {metadata.version('raynium')}\n", "")
 
 
 def test_the_installed_command_is_this_one() -> None:
@@ -153,8 +167,26 @@ def test_names_in_the_list_are_whole(raynium: Callable[..., Ended], monkeypatch:
     assert sorted(line.split()[0] for line in raynium("runs").out.splitlines()[1:]) == names
 
 
-def test_without_runs_it_says_so(raynium: Callable[..., Ended]) -> None:
+def test_without_runs_it_says_so_and_without_their_folder_it_is_a_mistake(raynium: Callable[..., Ended]) -> None:
+    ended = raynium("runs")
+    assert (ended.code, ended.out) == (1, "") and f"there is no folder {Path('runs').absolute()}: runs are" in ended.err
+    Path("runs").mkdir()
     assert raynium("runs") == Ended(0, "no runs under runs\n", "")
+    assert raynium("runs", "--json") == Ended(0, "[]\n", "")
+
+
+def test_runs_and_status_as_json(raynium: Callable[..., Ended], run: RecordKeeper) -> None:
+    run.update(metrics={"train/loss": 3.25, "eval/loss": float("nan")})
+    (listed,) = json.loads(raynium("runs", "--json").out)
+    assert (listed["name"], listed["state"], listed["step"], listed["steps"]) == ("first", "running", 4, 6)
+    assert listed["metrics"] == {"train/loss": 3.25, "eval/loss": None}
+    assert listed["page"] == "http://127.0.0.1:5000/#/experiments/1/runs/m1"
+    shown = json.loads(raynium("status", "first", "--json").out)
+    (checkpoint,) = shown.pop("checkpoints")
+    assert shown.keys() == listed.keys() and checkpoint["step"] == 4 and checkpoint["kept_for"]
+    die(run)
+    (listed,) = json.loads(raynium("runs", "--json").out)
+    assert listed["state"] == "interrupted" and "ended without a word" in listed["cause"]
 
 
 def test_status_shows_state_numbers_checkpoints_and_page(raynium: Callable[..., Ended], run: RecordKeeper) -> None:
@@ -186,9 +218,38 @@ def test_logs_of_a_job_come_from_its_cluster(
     assert raynium("logs", "first", "--address", "http://host:1").out == "job-1 at http://host:1\n"
 
 
+def test_logs_are_followed_until_the_run_has_ended(
+    raynium: Callable[..., Ended], run: RecordKeeper, tmp_path: Path
+) -> None:
+    def go_on() -> None:
+        with (tmp_path / "driver.log").open("a") as log:
+            log.write("step 5\n")
+        run.update(state="finished", step=6)
+
+    driver = threading.Timer(0.1, go_on)
+    driver.start()
+    assert raynium("logs", "first", "-f") == Ended(0, "generation 1: 1 rank\nstep 5\n", "")
+    driver.join()
+
+
+def test_logs_outlive_the_cluster_on_the_disk_of_the_driver(
+    raynium: Callable[..., Ended], run: RecordKeeper, tmp_path: Path
+) -> None:
+    run.update(job_id="job-1", state="finished")
+    nobody = ("--address", "http://127.0.0.1:9")
+    assert raynium("logs", "first", *nobody).out == "generation 1: 1 rank\n"
+    assert raynium("logs", "first", "-f", *nobody).out == "generation 1: 1 rank\n"
+    (tmp_path / "driver.log").unlink()
+    for options in ((), ("-f",)):
+        ended = raynium("logs", "first", *options, *nobody)
+        assert ended.code == 1 and "cannot reach a Ray cluster at http://127.0.0.1:9" in ended.err
+
+
 def test_a_sample_begins_with_its_prompt_and_repeats(raynium: Callable[..., Ended], run: RecordKeeper) -> None:
     out = [raynium("sample", "first", "def ", "--max-new-tokens", "8", "--seed", seed).out for seed in "112"]
     assert out[0].startswith("def ") and out[0] == out[1] != out[2]
+    assert raynium("sample", "first@4", "def ", "--max-new-tokens", "8", "--seed", "1").out == out[0]
+    assert "no checkpoint of step 3" in raynium("sample", "first@3", "def ").err
     ended = raynium("sample", "first", "def ", "--step", "3")
     assert ended.code == 1 and "no checkpoint of step 3" in ended.err
     assert raynium("sample", "first", "def ", "--temperature", "-1").code == 2
@@ -242,6 +303,19 @@ def test_submit_prints_the_job_and_with_wait_its_log(
     assert ended.code == 1 and "the log of job-1" in ended.out
     assert "the job of run 'first' ended as FAILED" in ended.err
     assert submitted[1][0] == "http://127.0.0.1:8265"
+
+    monkeypatch.setattr(sdk.Client, "job_state", lambda client, job_id: "SUCCEEDED")
+    for changes, code in (({"state": "finished"}, 0), ({"state": "stopped", "stopped_by": "raynium stop"}, 3)):
+        run.update(job_id="job-1", **changes)
+        ended = raynium("submit", "job.yaml", "--wait")
+        assert ended.code == code and ended.out.endswith("the log of job-1")
+
+    def interrupt(run: sdk.Run) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sdk.Run, "follow", interrupt)
+    ended = raynium("submit", "job.yaml", "--wait")
+    assert ended.code == 130 and "the run goes on. `raynium logs -f first` follows it" in ended.out
 
 
 # ------------------------------------------------------------------------------------------------- ui

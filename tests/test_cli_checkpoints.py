@@ -1,5 +1,6 @@
 """`raynium checkpoints` on runs as their ranks leave them; what the commands call is tested in its own modules."""
 
+import json
 import re
 import time
 from collections.abc import Callable
@@ -99,7 +100,7 @@ def test_ls_says_why_each_is_kept(
 ) -> None:
     for step in (3, 5):
         save_run(model(1), CONFIG, step=step)
-    checkpoints("tag", "first", "3", "release")
+    checkpoints("tag", "first@3", "release")
     assert [each.split()[-2:] for each in checkpoints("ls", "first").out.splitlines()[1:]] == [
         ["ago", "whole"], ["release", "whole"], ["ago", "whole"], ["ago", "whole"],
     ], "no driver has said what it keeps"  # fmt: skip
@@ -138,7 +139,7 @@ def test_show_says_what_a_save_cost_and_how_good_it_is(checkpoints: Callable[...
     changed = ref.manifest.model_copy(update={"timing": timing, "metrics": metrics})
     store.replace(manifest_key(4), manifest_to_bytes(changed))
     for tag in ("v1", "best"):
-        checkpoints("tag", "first", "4", tag)
+        checkpoints("tag", "first@4", tag)
     out = checkpoints("show", "first").out
     assert (
         "\ntook                training stood still 0.0321 s; upload 12.5 s, commit 0.25 s\n"
@@ -298,13 +299,13 @@ def test_the_newest_of_a_live_run_is_refused_even_if_forced(checkpoints: Callabl
 
 
 def test_a_tagged_one_is_refused_unless_forced(checkpoints: Callable[..., Ended], store: Store) -> None:
-    ended = checkpoints("tag", "first", "2", "release")
+    ended = checkpoints("tag", "first@2", "release")
     assert ended == Ended(0, "step 2 of run first is tagged release, and kept until the tag is removed\n", "")
-    checkpoints("tag", "first", "2", "paper")
+    checkpoints("tag", "first@2", "paper")
     ended = checkpoints("rm", "first", "--step", "2", "--yes")
     assert ended.code == 1 and "is tagged paper, release, so somebody wants to keep it" in ended.err
     assert "`raynium checkpoints tag first 2 paper --remove`, or use --force" in ended.err and steps(store) == [2, 4]
-    ended = checkpoints("tag", "first", "2", "paper", "--remove")
+    ended = checkpoints("tag", "first@2", "paper", "--remove")
     assert ended == Ended(0, "step 2 of run first is no longer tagged paper\n", "")
     find_run("first").untag(2, "release")
     find_run("first").tag(2, "mine")
@@ -328,6 +329,35 @@ def test_a_damaged_newer_one_does_not_make_an_older_one_spare(checkpoints: Calla
     assert steps(store) == [2]
 
 
+# ------------------------------------------------------------------------------------------------- names and JSON
+
+
+def test_a_step_is_named_the_same_way_wherever_a_checkpoint_is(
+    checkpoints: Callable[..., Ended], store: Store, tmp_path: Path
+) -> None:
+    for command in (["show"], ["verify"]):
+        at = checkpoints(*command, "first@2").out
+        assert (
+            at
+            == checkpoints(*command, "first", "--step", "2").out
+            == checkpoints(*command, "first@2", "--step", "2").out
+        )
+        assert "2" in at and at != checkpoints(*command, "first").out
+    assert "step 4" in checkpoints("tag", "first", "newest").out
+    assert "exported step 2" in checkpoints("export", "first@2", str(tmp_path / "hf")).out
+    assert checkpoints("rm", "first@2", "--yes").code == 0 and steps(store) == [4]
+
+
+def test_the_list_as_json(checkpoints: Callable[..., Ended], store: Store) -> None:
+    checkpoints("tag", "first@2", "release")
+    older, newest = json.loads(checkpoints("ls", "first", "--json").out)
+    assert (older["step"], older["tags"], newest["step"], newest["tags"]) == (2, ["release"], 4, [])
+    assert newest["num_bytes"] > 0 and newest["problem"] is None and newest["kept_for"] is None
+    manifest = next(Path("runs/first/checkpoints/step-000000004").rglob("manifest.json"))
+    manifest.write_bytes(manifest.read_bytes()[:-10])
+    assert "manifest" in json.loads(checkpoints("ls", "first", "--json").out)[1]["problem"]
+
+
 # ------------------------------------------------------------------------------------------------- mistakes
 
 
@@ -343,10 +373,12 @@ def test_a_damaged_newer_one_does_not_make_an_older_one_spare(checkpoints: Calla
         (["import", "runs", "Bad Name"], 2, "error: run.name is 'Bad Name': it must be 1 to 63 of a-z"),
         (["rm", "first", "--step", "3"], 1, "has no checkpoint of step 3: it has 4, 2"),
         (["rm", "nothing", "--step", "3"], 1, "has no checkpoint of step 3: it has none"),
-        (["rm", "first"], 2, "--step"),
-        (["tag", "first", "3", "release"], 1, "has no checkpoint of step 3: it has 4, 2"),
-        (["tag", "first", "4", "a/b"], 1, "'a/b' is not a tag"),
-        (["tag", "first", "4", "release", "--remove"], 1, "has no tag 'release': it has none"),
+        (["rm", "first"], 2, "say which checkpoint of run first: first@STEP"),
+        (["show", "first@x"], 2, "'first@x' names no step: write first@1000, or first for its newest checkpoint"),
+        (["show", "first@4", "--step", "2"], 2, "name two checkpoints"),
+        (["tag", "first@3", "release"], 1, "has no checkpoint of step 3: it has 4, 2"),
+        (["tag", "first@4", "a/b"], 1, "'a/b' is not a tag"),
+        (["tag", "first@4", "release", "--remove"], 1, "has no tag 'release': it has none"),
         (["ls", "first", "--root", "ftp://host/runs"], 1, "has the scheme 'ftp'"),
         (["diff", "first", "nothing"], 1, "has no checkpoint. Check its name"),
     ],

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import yaml
 from tiny import job_text
 
 import raynium
@@ -104,6 +105,9 @@ def test_runs_are_listed_newest_first_and_what_is_no_run_is_left_out(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     root = tmp_path / "runs"
+    with pytest.raises(StoreError, match=r"there is no folder .*/runs: runs are where their run.root says"):
+        list_runs("runs")
+    root.mkdir()
     assert list_runs("runs") == []
     for number, name in enumerate(("old", "new", "middle")):
         a_run(root, name, created_unix=float({"old": 1, "middle": 2, "new": 3}[name]), step=number)
@@ -255,8 +259,76 @@ def test_metrics_come_from_mlflow_by_step(tmp_path: Path) -> None:
     with mlflow_client(uri, timeout_seconds=10) as client:
         for step in (2, 1, 3):
             client.log_metric(opened.run_id, "train/loss", 10.0 - step, timestamp=step, step=step)
+        client.log_metric(opened.run_id, "eval/loss", 5.0, timestamp=4, step=3)
     assert find_run("first").metrics("train/loss") == [MetricPoint(step, 10.0 - step, step) for step in (1, 2, 3)]
-    assert find_run("first").metrics("eval/loss") == []
+    assert find_run("first").metrics("time/eval_seconds") == []
+    with pytest.raises(ConfigError, match=r"metric 'train/los' is not one .* did you mean 'train/loss'\?"):
+        find_run("first").metrics("train/los")
+
+    frame = find_run("first").dataframe("eval/loss", "train/loss")
+    assert list(frame.columns) == ["eval/loss", "train/loss"] and frame.index.name == "step"
+    assert frame["train/loss"].to_dict() == {1: 9.0, 2: 8.0, 3: 7.0}
+    assert frame["eval/loss"].dropna().to_dict() == {3: 5.0}
+    assert list(find_run("first").dataframe().columns) == ["eval/loss", "train/loss"], "all that it has logged"
+    with pytest.raises(ConfigError, match="metric 'loss' is not one of the names a run reports"):
+        find_run("first").dataframe("loss")
+
+
+def test_a_dataframe_before_anything_is_logged_is_empty(tmp_path: Path) -> None:
+    a_run(tmp_path / "runs")
+    assert find_run("first").dataframe("train/loss").shape == (0, 1) and find_run("first").dataframe().empty
+
+
+def test_a_run_says_its_state_and_its_page_and_shows_itself_in_a_notebook(tmp_path: Path) -> None:
+    keeper = a_run(tmp_path / "runs", state="running", step=3, metrics={"train/loss": 2.5})
+    run = find_run("first")
+    assert (run.state, run.page) == ("running", None)
+    assert "running at step 3 of 6" in run._repr_html_() and "2.5" in run._repr_html_()
+    keeper.update(mlflow_uri="https://mlflow.example.com", mlflow_run_id="m<1>", mlflow_experiment_id="1")
+    assert run.page == "https://mlflow.example.com/#/experiments/1/runs/m<1>"
+    assert "runs/m&lt;1&gt;</a>" in run._repr_html_()
+    die(keeper)
+    assert run.state == "interrupted" and "ended without a word" in run._repr_html_()
+    assert "no run &#x27;frist&#x27; at" in find_run("frist")._repr_html_()
+
+
+def test_a_log_is_followed_in_pieces_whatever_the_bytes(tmp_path: Path) -> None:
+    log = tmp_path / "driver.log"
+    log.write_bytes(b"caf\xc3")
+    keeper = a_run(tmp_path / "runs", state="running", log_path=str(log))
+    pieces = find_run("first").follow()
+    assert next(pieces) == "caf"
+    with log.open("ab") as file:
+        file.write(b"\xa9\n")
+    assert next(pieces) == "\u00e9\n"
+    keeper.update(state="stopped")
+    assert list(pieces) == []
+
+
+def test_a_jobs_log_is_followed_through_an_answer_that_is_lost(
+    tmp_path: Path, cluster: Callable[..., tuple[Client, Jobs]], caplog: pytest.LogCaptureFixture
+) -> None:
+    client, fake = cluster("RUNNING", "RUNNING", "RUNNING", "SUCCEEDED")
+    texts: list[Any] = ["one\n", OSError("gone"), "one\ntwo\n", "one\ntwo\n"]
+
+    def answer(job_id: str) -> str:
+        text = texts.pop(0)
+        if isinstance(text, OSError):
+            raise text
+        return text
+
+    fake.get_job_logs = answer
+    run = Run("first", str(tmp_path / "runs/first"), client, "job-1")
+    assert list(run.follow()) == ["one\n", "two\n"]
+    assert "asked again: the Ray cluster at" in caplog.text
+
+
+def test_a_log_that_nobody_has_is_an_error_at_once(tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match="no run 'first'"):
+        list(find_run("first").follow())
+    a_run(tmp_path / "runs", state="finished")
+    with pytest.raises(StoreError, match="on the host of its driver"):
+        list(find_run("first").follow())
 
 
 def test_a_stop_is_a_request_in_the_runs_folder(tmp_path: Path) -> None:
@@ -306,6 +378,19 @@ def test_what_is_submitted_is_the_resolved_config(
     assert (config.train.steps, config.run.name, config.data.path) == (9, "second", f"{tmp_path}/data")
     assert run.job_id == fake.submitted[0]["submission_id"]
     assert str(run.job_id).startswith("raynium-second-")
+
+
+def test_a_config_may_be_a_dict(tmp_path: Path, cluster: Callable[..., tuple[Client, Jobs]]) -> None:
+    (tmp_path / "job.yaml").write_text(JOB)
+    client, fake = cluster("RUNNING")
+    held = yaml.safe_load(JOB) | {"data": {**yaml.safe_load(JOB)["data"], "path": Path("data")}}
+    client.submit(tmp_path / "job.yaml", {"train.steps": 9}, name="first")
+    client.submit(held, {"train.steps": 9}, name="first")
+    assert fake.configs[0] == fake.configs[1]
+    with pytest.raises(ConfigError, match="trane is not a field"):
+        client.submit({**held, "trane": {}})
+    with pytest.raises(ConfigError, match="the config holds what no job file can hold"):
+        client.submit({**held, "train": {"steps": {1, 2}}})
 
 
 def test_the_name_comes_from_the_job_file_or_from_the_argument(cluster: Callable[..., tuple[Client, Jobs]]) -> None:

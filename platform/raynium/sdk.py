@@ -3,24 +3,32 @@
 from raynium import Client
 
 run = Client("http://127.0.0.1:8265").submit("jobs/configs/quickstart.yaml", overrides={"train.steps": 50})
+for text in run.follow():
+    print(text, end="")
 run.wait()
-run.metrics("train/loss")
+run.dataframe("train/loss", "eval/bits_per_byte")
 """
 
+import codecs
+import json
 import logging
+import os
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from raynium.errors import LaunchError, RunFailed, StoreError
+from raynium.errors import ConfigError, LaunchError, RayniumError, RunFailed, StoreError
 
 if TYPE_CHECKING:
+    from pandas import DataFrame
+
     from raynium.checkpoint.catalog import CheckpointSummary
     from raynium.checkpoint.compare import Comparison
     from raynium.checkpoint.retention import Retention
     from raynium.checkpoint.verify import Damage, Depth
+    from raynium.config.schema import Config
     from raynium.convert.config_json import Dtype
     from raynium.convert.export import Exported
     from raynium.run.record import RunRecord
@@ -30,10 +38,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 POLL_SECONDS = 1.0
-SILENCE_SECONDS = (
-    300.0  # of the cluster or the store, that `Run.wait` bears: a head that starts again, S3 that throttles
-)
+# Of the cluster or the store, that `Run.wait` and `Run.follow` bear: a head that starts again, S3 that throttles.
+SILENCE_SECONDS = 300.0
 LOG_LINES_IN_ERRORS = 30
+ENDED_JOBS = ("SUCCEEDED", "FAILED", "STOPPED")
 
 
 @dataclass(frozen=True)
@@ -60,6 +68,18 @@ class Run:
             )
         return record
 
+    @property
+    def state(self) -> str:
+        """preparing, running, finished, stopped, failed; or interrupted: its driver is gone. StoreError as `record`."""
+        return self.record().shown_state(time.time())
+
+    @property
+    def page(self) -> str | None:
+        """The address of its MLflow page, None while it has none. `raynium ui` serves that of a local store."""
+        from raynium.launch.report import page_of
+
+        return page_of(self.record())
+
     def wait(self, timeout_seconds: float | None = None) -> "RunRecord":
         """Returns when the run has finished or was stopped, and its job has ended.
 
@@ -80,7 +100,7 @@ class Run:
                 time.sleep(POLL_SECONDS)
                 continue
             heard = time.monotonic()
-            job_ended = job_state in (None, "SUCCEEDED", "FAILED", "STOPPED")
+            job_ended = job_state in (None, *ENDED_JOBS)
             if record is not None and self.job_id in (None, record.job_id):
                 if record.state not in LIVE_STATES:
                     if job_ended and record.state == "failed":
@@ -103,13 +123,32 @@ class Run:
             time.sleep(POLL_SECONDS)
 
     def metrics(self, name: str) -> "list[MetricPoint]":
-        """All points of one metric, by step; names are those of `raynium.tracking.metrics.METRICS`."""
+        """All points of one metric, by step. ConfigError unless it is one of raynium.tracking.metrics.METRICS."""
+        from raynium.tracking.metrics import unknown_metric
         from raynium.tracking.runs import read_metric
 
+        if problem := unknown_metric(name):
+            raise ConfigError([problem])
         record = self.record()
         if record.mlflow_uri is None or record.mlflow_run_id is None:
             return []
         return read_metric(record.mlflow_uri, record.mlflow_run_id, name)
+
+    def dataframe(self, *names: str) -> "DataFrame":
+        """The metrics of these names, or all that the run has logged: a column each, over the step as index.
+
+        NaN where a step has no point of one. Raises as `metrics`.
+        """
+        from pandas import DataFrame, Series
+
+        from raynium.tracking.runs import metric_names
+
+        record = self.record()
+        if not names and record.mlflow_uri is not None and record.mlflow_run_id is not None:
+            names = tuple(metric_names(record.mlflow_uri, record.mlflow_run_id))
+        columns = {name: {point.step: point.value for point in self.metrics(name)} for name in names}
+        frame = DataFrame({name: Series(points, dtype="float64") for name, points in columns.items()}).sort_index()
+        return frame.rename_axis("step")
 
     def checkpoints(self) -> "list[CheckpointSummary]":
         """The committed checkpoints, oldest first."""
@@ -205,11 +244,51 @@ class Run:
                 raise StoreError(f"no rank of run {self.name!r} has run on this host: there are no logs in {folder}")
             return "".join(path.read_text(errors="replace") for path in paths)
         if self.client is not None and self.job_id is not None:
-            return self.client.job_logs(self.job_id)
-        path = self.record().log_path
-        if path is None or not Path(path).exists():
-            raise StoreError(f"the log of run {self.name!r} is {path} on the host of its driver, not on this one")
-        return Path(path).read_text(errors="replace")
+            try:
+                return self.client.job_logs(self.job_id)
+            except LaunchError:
+                # The cluster is gone. Its driver's own log outlives it, where that disk is here.
+                if (path := self._log_path()) is None:
+                    raise
+                return path.read_text(errors="replace")
+        return self._driver_log().read_text(errors="replace")
+
+    def follow(self) -> Iterator[str]:
+        """What the driver prints, in pieces as it comes: all of it until now, then more until the run has ended.
+
+        Raises as `logs` and `record`, after bearing a cluster or store that does not answer as long as `wait` does.
+        """
+        seen = 0
+        heard: float | None = None
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        while True:
+            try:
+                # Asked before the look, which then has all that was printed.
+                over = self._is_over()
+                if self.client is not None and self.job_id is not None:
+                    text = self.client.job_logs(self.job_id)[seen:]
+                    seen += len(text)
+                else:
+                    with self._driver_log().open("rb") as file:
+                        file.seek(seen)
+                        new = file.read()
+                    text = decoder.decode(new)
+                    seen += len(new)
+            except (LaunchError, StoreError) as error:
+                if isinstance(error, LaunchError) and heard is None and self._log_path() is not None:
+                    yield from replace(self, client=None).follow()
+                    return
+                if heard is None or time.monotonic() - heard > SILENCE_SECONDS:
+                    raise
+                logger.warning("asked again: %s", error)
+                time.sleep(POLL_SECONDS)
+                continue
+            heard = time.monotonic()
+            if text:
+                yield text
+            if over:
+                return
+            time.sleep(POLL_SECONDS)
 
     def stop(self) -> None:
         """Asks the run to save a checkpoint at its next step and end. Returns at once; `wait()` for it."""
@@ -221,6 +300,46 @@ class Run:
         from raynium.storage.store import Store
 
         return Store(self.url)
+
+    def _is_over(self) -> bool:
+        from raynium.run.record import LIVE_STATES
+
+        if self.client is not None and self.job_id is not None:
+            return self.client.job_state(self.job_id) in ENDED_JOBS
+        return self.state not in LIVE_STATES
+
+    def _driver_log(self) -> Path:
+        path = self._log_path()
+        if path is None:
+            where = self.record().log_path
+            raise StoreError(f"the log of run {self.name!r} is {where} on the host of its driver, not on this one")
+        return path
+
+    def _log_path(self) -> Path | None:
+        """The driver's log, if it is on a disk of this machine."""
+        from raynium.run.record import read_record
+
+        record = read_record(self._store())
+        path = Path(record.log_path) if record is not None and record.log_path is not None else None
+        return path if path is not None and path.is_file() else None
+
+    def _repr_html_(self) -> str:
+        """For notebooks: state, step, losses and the page."""
+        from html import escape
+
+        from raynium.launch.report import record_json
+
+        try:
+            facts = record_json(self.record(), time.time())
+        except RayniumError as error:
+            return f"<b>{escape(self.name)}</b>: {escape(str(error))}"
+        rows = {"state": f"{facts['state']} at step {facts['step']:,} of {facts['steps']:,}", "cause": facts["cause"]}
+        losses = {name: facts["metrics"].get(name) for name in ("train/loss", "eval/loss")}
+        rows |= {name: f"{loss:.4g}" for name, loss in losses.items() if loss is not None}
+        cells = "".join(f"<tr><td>{name}</td><td>{escape(text)}</td></tr>" for name, text in rows.items() if text)
+        if page := facts["page"]:
+            cells += f'<tr><td>page</td><td><a href="{escape(page)}">{escape(page)}</a></td></tr>'
+        return f"<table><caption>run {escape(self.name)}</caption>{cells}</table>"
 
     def _tail(self) -> str:
         return "\n".join(self.logs().splitlines()[-LOG_LINES_IN_ERRORS:])
@@ -244,22 +363,23 @@ class Client:
 
     def submit(
         self,
-        config: str | Path,
+        config: str | Path | Mapping[str, Any],
         overrides: Mapping[str, Any] | Sequence[str] = (),
         *,
         name: str | None = None,
     ) -> Run:
         """Checks a job file, then starts it as a job of the cluster; returns at once.
 
-        config: a YAML file or the name of a preset. Raises ConfigError with every problem, RunInUse while a live run
-        has this name, LaunchError if the cluster cannot be reached. Nothing is started then.
+        config: a YAML file, the name of a preset, or what such a file holds, as nested dicts. Raises ConfigError with
+        every problem, RunInUse while a live run has this name, LaunchError if the cluster cannot be reached. Nothing
+        is started then.
         """
-        from raynium.config.load import dump_yaml, load_config
+        from raynium.config.load import dump_yaml
         from raynium.launch.jobs import submit_job
         from raynium.launch.preparation import checked
         from raynium.run.past import Past
 
-        resolved = checked(load_config(config, _with_name(overrides, name)))
+        resolved = checked(_loaded(config, _with_name(overrides, name)))
         past = Past.read(resolved)
         past.refuse_live()
         past.check_resume(resolved)
@@ -299,12 +419,18 @@ def find_run(name: str, root: str = "runs") -> Run:
 
 
 def list_runs(root: str = "runs") -> "list[RunRecord]":
-    """The records of all runs under `root`, newest first."""
+    """The records of all runs under `root`, newest first. Raises StoreError if there is no such folder or bucket."""
     from raynium.config.paths import absolute_root
     from raynium.run.record import read_record
     from raynium.storage.store import Store
 
     store = Store(absolute_root(root))
+    folder = store.url.removeprefix("file://")
+    if "://" not in folder and not Path(folder).is_dir():
+        raise StoreError(
+            f"there is no folder {folder}: runs are where their run.root says, which the first `raynium train` makes. "
+            "Name it by --root or RAYNIUM_ROOT"
+        )
     records = []
     for folder in store.list(recursive=False).folders:
         try:
@@ -315,6 +441,19 @@ def list_runs(root: str = "runs") -> "list[RunRecord]":
         if record is not None:
             records.append(record)
     return sorted(records, key=lambda each: -each.created_unix)
+
+
+def _loaded(config: str | Path | Mapping[str, Any], overrides: Mapping[str, Any] | Sequence[str]) -> "Config":
+    from raynium.config.load import load_config, parse_config
+
+    if not isinstance(config, Mapping):
+        return load_config(config, overrides)
+    try:
+        # Python values take the road of text, so that both are judged by the same rules.
+        text = json.dumps(config, default=os.fspath)
+    except (TypeError, ValueError) as error:
+        raise ConfigError([f"the config holds what no job file can hold: {error}"]) from error
+    return parse_config(text, overrides)
 
 
 def _with_name(overrides: Mapping[str, Any] | Sequence[str], name: str | None) -> Mapping[str, Any] | Sequence[str]:

@@ -6,7 +6,7 @@
 import os
 import sys
 import time
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from typer import Argument, Option
@@ -15,7 +15,19 @@ from raynium.cli import checkpoints as cli_checkpoints
 from raynium.cli import checks as cli_checks
 from raynium.cli import cluster as cli_cluster
 from raynium.cli import data as cli_data
+from raynium.cli.names import (
+    CheckpointArgument,
+    JsonOption,
+    RootOption,
+    RunArgument,
+    StepOption,
+    print_json,
+    split_name,
+)
 from raynium.errors import ClusterLost, ConfigError, RayniumError, StoreError
+
+if TYPE_CHECKING:
+    from raynium.sdk import Run
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -31,11 +43,26 @@ OverridesArgument = Annotated[list[str] | None, Argument(help="Dotted overrides,
 # Columns of a terminal beside whose other columns the causes in `raynium runs` can be read.
 WIDE = 120
 
-RootOption = Annotated[str, Option(help="Folder or URL that holds the runs.", envvar="RAYNIUM_ROOT")]
-RunArgument = Annotated[str, Argument(help="The run's name.")]
+DashboardOption = Annotated[str, Option(help="Dashboard of the Ray cluster.", envvar="RAY_API_SERVER_ADDRESS")]
+DASHBOARD = "http://127.0.0.1:8265"
 
 
-@app.command()
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        _print(f"raynium {version('raynium')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[bool, Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+) -> None:
+    pass
+
+
+@app.command(epilog="Example: raynium train quickstart train.steps=200 run.name=first")
 def train(
     config: ConfigArgument,
     overrides: OverridesArgument = None,
@@ -62,35 +89,44 @@ def train(
     raise typer.Exit(exit_code(record))
 
 
-@app.command()
+@app.command(epilog="Example: raynium submit job.yaml run.name=first --address http://10.0.0.1:8265 --wait")
 def submit(
     config: ConfigArgument,
     overrides: OverridesArgument = None,
-    address: Annotated[
-        str, Option(help="Dashboard of the Ray cluster.", envvar="RAY_API_SERVER_ADDRESS")
-    ] = "http://127.0.0.1:8265",
-    wait: Annotated[bool, Option("--wait", help="Stay until the run has ended, and print its log.")] = False,
+    address: DashboardOption = DASHBOARD,
+    wait: Annotated[bool, Option("--wait", help="Print the log as it comes, until the run has ended.")] = False,
 ) -> None:
-    """Check a job file, then start it as a job of a Ray cluster."""
+    """Check a job file, then start it as a job of a Ray cluster.
+
+    With --wait the exit code is that of `raynium train`; Ctrl-C then ends the command and not the run.
+    """
+    from raynium.launch.report import exit_code
     from raynium.sdk import Client
 
     run = Client(address).submit(config, overrides or [])
     _print(f"run {run.name} is job {run.job_id}", f"it writes to {run.url}")
     if wait:
         try:
-            run.wait()
-        finally:
-            _print(run.logs())
+            _follow(run)
+            raise typer.Exit(exit_code(run.wait()))
+        except KeyboardInterrupt:
+            _print(
+                f"no longer waiting: the run goes on. `raynium logs -f {run.name}` follows it, `raynium stop` ends it"
+            )
+            raise typer.Exit(130) from None
 
 
-@app.command()
-def runs(root: RootOption = "runs") -> None:
+@app.command(epilog="Example: raynium runs --root s3://bucket/runs --json")
+def runs(root: RootOption = "runs", as_json: JsonOption = False) -> None:
     """List the runs under a root, newest first."""
+    from raynium.launch.report import record_json, table_row
+    from raynium.sdk import list_runs
+
+    if as_json:
+        print_json([record_json(record, time.time()) for record in list_runs(root)])
+        return
     from rich.console import Console
     from rich.table import Column, Table
-
-    from raynium.launch.report import table_row
-    from raynium.sdk import list_runs
 
     # For grep, a run is one line.
     console = Console(width=None if sys.stdout.isatty() else 1000, highlight=False, markup=False)
@@ -109,14 +145,18 @@ def runs(root: RootOption = "runs") -> None:
             console.print(f"{name}: {cause}")
 
 
-@app.command()
-def status(name: RunArgument, root: RootOption = "runs") -> None:
+@app.command(epilog="Example: raynium status first --json")
+def status(name: RunArgument, root: RootOption = "runs", as_json: JsonOption = False) -> None:
     """Show one run: state, metrics, checkpoints, page."""
-    from raynium.launch.report import report_lines
+    from raynium.launch.report import record_json, report_lines
     from raynium.sdk import find_run
 
     run = find_run(name, root)
     record = run.record()
+    if as_json:
+        facts = {"checkpoints": cli_checkpoints.summaries_json(run.checkpoints(), run.retention())}
+        print_json(record_json(record, time.time()) | facts)
+        return
     _print(*report_lines(record))
     for key, value in sorted((record.metrics or {}).items()):
         _print(f"  {key:42} {value:,.6g}")
@@ -124,16 +164,18 @@ def status(name: RunArgument, root: RootOption = "runs") -> None:
         _print(f"  checkpoint of step {each.step:,}: {each.num_bytes / 1e6:,.1f} MB{_problem(each.problem)}")
 
 
-@app.command()
+@app.command(epilog="Example: raynium logs first -f")
 def logs(
     name: RunArgument,
     root: RootOption = "runs",
+    follow: Annotated[bool, Option("--follow", "-f", help="Go on until the run has ended.")] = False,
     ranks: Annotated[bool, Option("--ranks", help="The ranks' output on this host instead.")] = False,
-    address: Annotated[
-        str, Option(help="Dashboard of the Ray cluster, for a submitted run.", envvar="RAY_API_SERVER_ADDRESS")
-    ] = "http://127.0.0.1:8265",
+    address: DashboardOption = DASHBOARD,
 ) -> None:
-    """Print what a run's driver has printed."""
+    """Print what a run's driver has printed.
+
+    That of a submitted run comes from its cluster; once that is gone, from the driver's disk, if it is this machine's.
+    """
     from raynium.sdk import Client, Run, find_run
 
     run = find_run(name, root)
@@ -141,10 +183,14 @@ def logs(
     if ranks:
         _print(run.logs(of="ranks").rstrip())
         return
-    _print((Run(run.name, run.url, Client(address), job_id) if job_id else run).logs().rstrip())
+    run = Run(run.name, run.url, Client(address), job_id) if job_id else run
+    if follow:
+        _follow(run)
+    else:
+        _print(run.logs().rstrip())
 
 
-@app.command()
+@app.command(epilog="Example: raynium stop first --no-wait")
 def stop(
     name: RunArgument,
     root: RootOption = "runs",
@@ -165,12 +211,12 @@ def stop(
         _print(*report_lines(run.wait()))
 
 
-@app.command()
+@app.command(epilog='Example: raynium sample first@400 "def main(" --temperature 0')
 def sample(
-    name: RunArgument,
+    name: CheckpointArgument,
     prompt: Annotated[str, Argument(help="The text to continue.")] = "",
     root: RootOption = "runs",
-    step: Annotated[int | None, Option(help="Which checkpoint. Default: the newest.")] = None,
+    step: StepOption = None,
     max_new_tokens: Annotated[int, Option(min=1)] = 120,
     temperature: Annotated[float, Option(min=0.0, help="0: the likeliest token each time.")] = 0.8,
     seed: Annotated[int, Option(min=0)] = 0,
@@ -178,6 +224,7 @@ def sample(
     """Continue a prompt with a run's model."""
     from raynium.sdk import find_run
 
+    name, step = split_name(name, step)
     _print(
         find_run(name, root).sample(
             prompt, step=step, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed
@@ -185,7 +232,7 @@ def sample(
     )
 
 
-@app.command()
+@app.command(epilog="Example: raynium ui first --port 5001")
 def ui(
     name: Annotated[str | None, Argument(help="A run to print the page of.")] = None,
     root: RootOption = "runs",
@@ -218,8 +265,8 @@ def ui(
     os.execve(command[0], command, ui_environment())
 
 
-app.command()(cli_checks.doctor)
-app.command()(cli_checks.preflight)
+app.command(epilog="Example: raynium doctor --json")(cli_checks.doctor)
+app.command(epilog="Example: raynium preflight job.yaml --address auto")(cli_checks.preflight)
 app.add_typer(cli_checkpoints.app, name="checkpoints")
 app.add_typer(cli_data.app, name="data")
 app.add_typer(cli_cluster.app, name="cluster")
@@ -242,6 +289,12 @@ def main() -> None:
 
 def _problem(problem: str | None) -> str:
     return f" (damaged: {problem})" if problem else ""
+
+
+def _follow(run: "Run") -> None:
+    for text in run.follow():
+        typer.echo(text, nl=False)
+        sys.stdout.flush()
 
 
 def _print(*lines: str) -> None:

@@ -5,21 +5,29 @@ import time
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from enum import StrEnum
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from typer import Argument, Option
 
+from raynium.cli.names import (
+    CheckpointArgument,
+    JsonOption,
+    RootOption,
+    RunArgument,
+    StepOption,
+    print_json,
+    split_name,
+)
+
 if TYPE_CHECKING:
+    from raynium.checkpoint.catalog import CheckpointSummary
     from raynium.checkpoint.compare import Comparison
     from raynium.checkpoint.ref import CheckpointRef
+    from raynium.checkpoint.retention import Retention
     from raynium.storage.store import Store
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="List, check, move and remove checkpoints.")
-
-RootOption = Annotated[str, Option(help="Folder or URL that holds the runs.", envvar="RAYNIUM_ROOT")]
-RunArgument = Annotated[str, Argument(metavar="RUN", help="The run's name.")]
-StepOption = Annotated[int | None, Option(help="Which checkpoint. Default: the newest.")]
 
 SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?) ?([KMGT]i?)?B?", re.IGNORECASE)
 MULTIPLES = (
@@ -34,23 +42,44 @@ class KvOrderChoice(StrEnum):
     ADJACENT = "adjacent"
 
 
-@app.command("ls")
-def list_(name: RunArgument, root: RootOption = "runs") -> None:
-    """List a run's checkpoints, oldest first, and why each is kept."""
-    from rich.console import Console
-    from rich.table import Table
+def summaries_json(found: "Sequence[CheckpointSummary]", policy: "Retention | None") -> list[dict[str, Any]]:
+    """A run's checkpoints as `--json` prints them. kept_for: why; none if it goes after the next save, null if nothing
+    is ever deleted.
+    """
+    from dataclasses import asdict
 
+    from raynium.checkpoint.retention import reasons_to_keep
+    from raynium.launch.report import as_json
+
+    reasons = reasons_to_keep(found, policy) if policy is not None else {}
+    return [
+        asdict(each)
+        | {"metrics": {name: as_json(value) for name, value in each.metrics.items()}}
+        | {"kept_for": reasons.get(each.step)}
+        for each in found
+    ]
+
+
+@app.command("ls", epilog="Example: raynium checkpoints ls first --json")
+def list_(name: RunArgument, root: RootOption = "runs", as_json: JsonOption = False) -> None:
+    """List a run's checkpoints, oldest first, and why each is kept."""
     from raynium.checkpoint.retention import reasons_to_keep
     from raynium.sdk import find_run
 
     run = find_run(name, root)
     found = run.checkpoints()
+    # This raises StoreError if there is no such run.
+    state = "" if found else run.record().state
+    policy = run.retention()
+    if as_json:
+        print_json(summaries_json(found, policy))
+        return
     if not found:
-        # This raises StoreError if there is no such run.
-        state = run.record().state
         typer.echo(f"run {name} ({state}) has no checkpoint yet")
         return
-    policy = run.retention()
+    from rich.console import Console
+    from rich.table import Table
+
     reasons = reasons_to_keep(found, policy) if policy is not None else None
     table = Table("step", "size", "ranks", "saved", "kept for", "manifest", box=None)
     for each in found:
@@ -68,19 +97,19 @@ def list_(name: RunArgument, root: RootOption = "runs") -> None:
             typer.echo(f"step {each.step:,}: {each.problem}")
 
 
-@app.command()
-def show(name: RunArgument, root: RootOption = "runs", step: StepOption = None) -> None:
+@app.command(epilog="Example: raynium checkpoints show first@400")
+def show(name: CheckpointArgument, root: RootOption = "runs", step: StepOption = None) -> None:
     """Describe one checkpoint, and say what can load it."""
-    from raynium.checkpoint.catalog import checkpoint_tags, choose_checkpoint
+    from raynium.checkpoint.catalog import checkpoint_tags
 
-    ref = choose_checkpoint(_store(name, root), step)
+    ref = _named(name, root, step)
     for title, text in _description(ref, checkpoint_tags(ref.store, ref.step), time.time()):
         typer.echo(f"{title:20}{text}")
 
 
-@app.command()
+@app.command(epilog="Example: raynium checkpoints verify first@400 --deep")
 def verify(
-    name: RunArgument,
+    name: CheckpointArgument,
     root: RootOption = "runs",
     step: StepOption = None,
     deep: Annotated[bool, Option("--deep", help="Read every byte and compare checksums.")] = False,
@@ -90,11 +119,10 @@ def verify(
     Without --deep the store is asked for their sizes and, where it keeps them (S3), their checksums; nothing is read.
     Exits with 1 if it is damaged.
     """
-    from raynium.checkpoint.catalog import choose_checkpoint
     from raynium.checkpoint.verify import damage_text, verify_checkpoint
     from raynium.errors import CheckpointDamaged
 
-    ref = choose_checkpoint(_store(name, root), step)
+    ref = _named(name, root, step)
     if damages := verify_checkpoint(ref, depth="contents" if deep else "stored"):
         raise CheckpointDamaged(damage_text(ref.step, damages))
     stored = "sizes and checksums" if ref.store.url.startswith("s3://") else "sizes"
@@ -102,10 +130,9 @@ def verify(
     typer.echo(f"step {ref.step:,} is whole: {_files(ref)}, {_size(ref.manifest.num_bytes)}, {done}")
 
 
-@app.command()
+@app.command(epilog="Example: raynium checkpoints tag first@400 release")
 def tag(
-    name: RunArgument,
-    step: Annotated[int, Argument(metavar="STEP", help="Which checkpoint.")],
+    name: CheckpointArgument,
     tag: Annotated[str, Argument(metavar="TAG", help="A name, such as release or before-the-spike.")],
     root: RootOption = "runs",
     remove: Annotated[bool, Option("--remove", help="Take the tag away.")] = False,
@@ -113,7 +140,9 @@ def tag(
     """Keep a checkpoint for as long as it has this tag."""
     from raynium.sdk import find_run
 
+    name, step = split_name(name)
     run = find_run(name, root)
+    step = _named(name, root).step if step is None else step
     if remove:
         run.untag(step, tag)
         typer.echo(f"step {step:,} of run {name} is no longer tagged {tag}")
@@ -122,9 +151,9 @@ def tag(
         typer.echo(f"step {step:,} of run {name} is tagged {tag}, and kept until the tag is removed")
 
 
-@app.command()
+@app.command(epilog="Example: raynium checkpoints export first@400 hf --dtype bfloat16")
 def export(
-    name: RunArgument,
+    name: CheckpointArgument,
     folder: Annotated[str, Argument(metavar="FOLDER", help="The folder to make; it must not exist.")],
     root: RootOption = "runs",
     step: StepOption = None,
@@ -138,6 +167,7 @@ def export(
     """Write a checkpoint as a Hugging Face folder."""
     from raynium.sdk import find_run
 
+    name, step = split_name(name, step)
     done = find_run(name, root).export(folder, step=step, dtype=dtype, max_shard_bytes=_bytes(max_shard_size))
     typer.echo(
         f"exported step {done.step:,} to {done.folder}: {done.num_tensors} tensors, {_size(done.num_bytes)} of {dtype} "
@@ -145,7 +175,7 @@ def export(
     )
 
 
-@app.command("import")
+@app.command("import", epilog="Example: raynium checkpoints import Llama-3.2-1B base")
 def import_(
     folder: Annotated[
         str, Argument(metavar="FOLDER", help="A Hugging Face folder, or a neuronx-distributed checkpoint.")
@@ -180,17 +210,20 @@ def import_(
     typer.echo(imported.job_snippet(name=name, root=absolute_root(root)).rstrip())
 
 
-@app.command("rm")
+@app.command("rm", epilog="Example: raynium checkpoints rm first@400")
 def remove(
-    name: RunArgument,
-    step: Annotated[int, Option(help="Which checkpoint.")],
+    name: CheckpointArgument,
     root: RootOption = "runs",
+    step: StepOption = None,
     yes: Annotated[bool, Option("--yes", help="Do not ask.")] = False,
     force: Annotated[bool, Option("--force", help="Also the newest one, or a tagged one.")] = False,
 ) -> None:
     """Delete one checkpoint."""
     from raynium.run.removal import check_removable, remove_checkpoint
 
+    name, step = split_name(name, step)
+    if step is None:
+        raise typer.BadParameter(f"say which checkpoint of run {name}: {name}@STEP (`raynium checkpoints ls {name}`)")
     store = _store(name, root)
     # Before the question, which it may make pointless.
     check_removable(store, step, force=force)
@@ -200,9 +233,9 @@ def remove(
     typer.echo(f"deleted the checkpoint of step {step:,} of run {name}")
 
 
-@app.command()
+@app.command(epilog="Example: raynium checkpoints diff first@400 second@400")
 def diff(
-    first: Annotated[str, Argument(metavar="RUN[@STEP]", help="A run's name, and a step if not the newest.")],
+    first: CheckpointArgument,
     second: Annotated[str, Argument(metavar="RUN[@STEP]", help="What to compare it with.")],
     root: RootOption = "runs",
     every: Annotated[bool, Option("--all", help="A line for each tensor that differs, layers not folded.")] = False,
@@ -234,14 +267,12 @@ def _store(name: str, root: str) -> "Store":
     return Store(find_run(name, root).url)
 
 
-def _named(text: str, root: str) -> "CheckpointRef":
-    """The checkpoint that `run` or `run@step` names."""
+def _named(text: str, root: str, step: int | None = None) -> "CheckpointRef":
+    """The checkpoint that `run` or `run@step` names. step: of --step."""
     from raynium.checkpoint.catalog import choose_checkpoint
 
-    name, _, step = text.partition("@")
-    if "@" in text and not step.isdecimal():
-        raise typer.BadParameter(f"{text!r} names no step: write {name}@1000, or {name} for its newest checkpoint")
-    return choose_checkpoint(_store(name, root), int(step) if step else None)
+    name, step = split_name(text, step)
+    return choose_checkpoint(_store(name, root), step)
 
 
 def _bytes(text: str) -> int:

@@ -7,7 +7,8 @@ from typing import Annotated
 import typer
 from typer import Argument, Option
 
-JsonOption = Annotated[bool, Option("--json", help="Print JSON instead of a table.")]
+from raynium.cli.names import JsonOption
+
 MARKS = {"ok": "ok", "warning": "warning", "failed": "FAILED", "skipped": "-"}
 
 

@@ -14,7 +14,7 @@ SiteOption = Annotated[
 OutputOption = Annotated[Path | None, Option(help="The file to write. Default: print it.")]
 
 
-@app.command()
+@app.command(epilog="Example: raynium cluster render trn2.48xlarge --max-workers 4 --output trn2.yaml")
 def render(
     instance_type: Annotated[str, Argument(metavar="TYPE", help="Of the nodes that train, e.g. trn2.48xlarge.")],
     site: SiteOption = Path("cluster/site.yaml"),
@@ -40,7 +40,7 @@ def render(
     _write(render_cluster(load_site(site), workers), output)
 
 
-@app.command()
+@app.command(epilog="Example: raynium cluster policy worker --site cluster/site.yaml")
 def policy(
     holder: Annotated[Literal["operator", "head", "worker", "trust"], Argument(metavar="HOLDER")],
     site: SiteOption = Path("cluster/site.yaml"),

@@ -1,5 +1,6 @@
 """The words at the end of a run, and of `raynium status`. No ray, torch or mlflow."""
 
+import math
 import shlex
 import shutil
 import signal
@@ -7,6 +8,7 @@ import sys
 import time
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from raynium.launch.display import clock
 from raynium.run.record import RunRecord
@@ -65,15 +67,21 @@ def goodput_line(ledger: Ledger) -> str:
     return f"goodput: {100 * ledger.goodput:.0f} % of {clock(ledger.total)}: {', '.join(parts) or 'not a second yet'}"
 
 
+def page_of(record: RunRecord, port: int = 5000) -> str | None:
+    """The address of the run's MLflow page, at its server or where `raynium ui` serves the local store."""
+    if record.mlflow_uri is None:
+        return None
+    assert record.mlflow_experiment_id is not None and record.mlflow_run_id is not None
+    base = record.mlflow_uri if record.mlflow_uri.startswith("http") else f"http://127.0.0.1:{port}"
+    return page_url(base, record.mlflow_experiment_id, record.mlflow_run_id)
+
+
 def ui_lines(record: RunRecord, port: int = 5000) -> list[str]:
     """How to see the run's page: a server's address, or the command that serves the local store."""
-    if record.mlflow_uri is None:
+    page = page_of(record, port)
+    if page is None or record.mlflow_uri is None:
         return []
-    assert record.mlflow_experiment_id is not None and record.mlflow_run_id is not None
-    has_server = record.mlflow_uri.startswith("http")
-    base = record.mlflow_uri if has_server else f"http://127.0.0.1:{port}"
-    page = page_url(base, record.mlflow_experiment_id, record.mlflow_run_id)
-    if has_server:
+    if record.mlflow_uri.startswith("http"):
         return [f"MLflow page: {page}"]
     # `make quickstart` runs in a virtual environment that the person who reads this has not activated.
     program = "raynium" if shutil.which("raynium") else str(Path(sys.executable).parent / "raynium")
@@ -89,3 +97,28 @@ def table_row(record: RunRecord, now_unix: float) -> tuple[str, str, str, str, s
     held_out = f"{bits:.3f}" if bits is not None else ""
     cause = " ".join((record.shown_cause(now_unix) or "").split())
     return record.name, record.shown_state(now_unix), step, held_out, started, cause
+
+
+def record_json(record: RunRecord, now_unix: float) -> dict[str, Any]:
+    """What `--json` says of a run. Numbers that JSON lacks (nan, inf) are null; times are seconds since 1970."""
+    return {
+        "name": record.name,
+        "state": record.shown_state(now_unix),
+        "cause": record.shown_cause(now_unix),
+        "step": record.step,
+        "steps": record.config["train"]["steps"],
+        "generation": record.generation,
+        "created_unix": record.created_unix,
+        "heartbeat_unix": record.heartbeat_unix,
+        "metrics": {name: as_json(value) for name, value in (record.metrics or {}).items()},
+        "goodput": record.ledger.goodput if record.ledger.total else None,
+        "ledger_seconds": record.ledger.seconds(),
+        "node_faults": record.node_faults or [],
+        "page": page_of(record),
+        "job_id": record.job_id,
+        "log_path": record.log_path,
+    }
+
+
+def as_json(value: float) -> float | None:
+    return value if math.isfinite(value) else None

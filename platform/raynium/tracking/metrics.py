@@ -68,14 +68,21 @@ METRICS: dict[str, str] = {
 }
 
 
+def unknown_metric(name: str) -> str | None:
+    """What is wrong with a name that is not one of METRICS; None of one that is."""
+    if name in METRICS:
+        return None
+    near = difflib.get_close_matches(name, METRICS, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else "they are in METRICS of tracking/metrics.py, with their units"
+    return f"metric {name!r} is not one of the names a run reports under; {hint}"
+
+
 def check_metrics(metrics: Mapping[str, float]) -> None:
     """Raise ValueError unless every name is one of METRICS and every value a real number (nan and inf are allowed)."""
     if not metrics:
         raise ValueError("no metrics given: a point needs at least one name and value")
     for name, value in metrics.items():
-        if name not in METRICS:
-            near = difflib.get_close_matches(name, METRICS, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else "add it, with its unit, to METRICS in tracking/metrics.py"
-            raise ValueError(f"metric {name!r} is not one of the names a run reports under; {hint}")
+        if problem := unknown_metric(name):
+            raise ValueError(problem)
         if isinstance(value, bool) or not isinstance(value, Real):
             raise ValueError(f"metric {name!r} = {value!r} ({type(value).__name__}) is not a number; pass int or float")

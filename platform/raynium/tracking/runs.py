@@ -205,6 +205,12 @@ def read_metric(uri: str, run_id: str, key: str) -> list[MetricPoint]:
     return sorted(points, key=lambda point: (point.step, point.unix_ms))
 
 
+def metric_names(uri: str, run_id: str) -> list[str]:
+    """The metrics that have a point, sorted. Raises TrackingError."""
+    with mlflow_client(uri, timeout_seconds=REQUEST_TIMEOUT_SECONDS) as client:
+        return sorted(client.get_run(run_id).data.metrics)
+
+
 def _restore_infinity(value: float) -> float:
     return value * 2 if abs(value) == LARGEST_FLOAT else value
 
