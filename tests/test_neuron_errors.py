@@ -73,6 +73,11 @@ def test_a_verdict_that_a_reset_may_cure_is_another_the_second_time() -> None:
     assert other is not None and other.again() == other, "nothing but another instance helps here"
 
 
+def test_the_same_fault_seen_again_is_one_fault_to_the_driver() -> None:
+    lines = ["[MLA 9][NC 1] DMA TX engine 3 is in an abort state"]
+    assert len({classify(lines), classify(lines)}) == 1, "the driver keeps what it has told in a set"
+
+
 @pytest.mark.parametrize("spelling", SPELLINGS)
 @pytest.mark.parametrize("number", BY_STATUS)
 def test_each_status_has_its_verdict_however_it_is_said(number: int, spelling: str) -> None:

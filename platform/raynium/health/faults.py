@@ -60,7 +60,7 @@ class Fault:
     evidence: str = ""
     device: int | None = None
     core: int | None = None
-    details: Mapping[str, str] = field(default_factory=dict)
+    details: Mapping[str, str] = field(default_factory=dict, hash=False)
     if_again: Action | None = None
 
     def again(self) -> "Fault":
