@@ -187,8 +187,8 @@ def test_a_run_leaves_a_node_that_a_verdict_names_and_stays_where_no_other_is_fr
     assert [agent["host"] for agent in finished.agents or ()] == [second]
     faults = finished.node_faults or []
     assert [(each["host"], each["action"], each["evidence"]) for each in faults] == [
-        (first, "replace", DMA_ERROR),
-        (second, "replace", DMA_ERROR),
+        (first, "reboot", DMA_ERROR),
+        (second, "reboot", DMA_ERROR),
     ]
     logs = run.logs()
     assert f"the run leaves {first} and goes on on other nodes" in logs

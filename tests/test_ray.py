@@ -225,7 +225,7 @@ def test_a_killed_coordinator_costs_no_generation_and_no_point(cluster: Cluster,
     record_when_saved(run, step=20)
     os.kill(actor_pid(cluster, "RunCoordinator"), signal.SIGKILL)
     assert run.wait(240).generation == 1
-    assert "generation 1 goes on: the run coordinator was started again" in run.logs()
+    assert "the run coordinator was started again and found generation 1" in run.logs()
     same_as(run, uninterrupted)
 
 
