@@ -4,6 +4,7 @@ import contextlib
 import io
 import os
 import pty
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ def status(step: int, **changes: Any) -> Status:
             2.0,
             "step 1,200/1,400 · loss 3.214 · held-out 2.305 bits/byte · 5,210 tokens/s · ETA 1:40 · checkpoint 1,000",
         ),
+        (status(324, evaluation=(40, 180)), 2.0, "step 324/1,400 · evaluating 40/180 · ETA 8:58"),
         (status(5, committed_step=0), 0.1, "step 5/1,400 · ETA 3:52:30 · checkpoint 0"),
     ],
 )
@@ -112,6 +114,29 @@ def test_a_terminal_has_one_live_line_and_the_log_the_same_lines_as_ever(
         display.line("done")
     assert output.getvalue().count("step 2/3") == 1 and "\x1b[2K" in output.getvalue()
     assert [line.split(" · ")[0] for line in lines_of(log)] == ["step 1/3", "step 2/3", "step 3/3", "done"]
+
+
+@pytest.mark.parametrize("columns", [40, 80])
+def test_a_narrow_terminal_loses_nothing_of_the_progress(tmp_path: Path, columns: int) -> None:
+    output = io.StringIO()
+    console = Console(file=output, force_terminal=True, width=columns, soft_wrap=True, color_system=None)
+    now = status(1200, metrics=METRICS, committed_step=1000, evaluation=(1, 9))
+    with Display(1400, console, tmp_path / "driver.log") as display:
+        display.show(now)
+    shown = " ".join(re.sub(r"\x1b\[[0-9;?]*[A-Za-z]|\r", "", output.getvalue()).split())
+    assert progress_line(now, 1400, None) in shown
+
+
+def test_an_evaluation_is_one_line_that_moves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    output = io.StringIO()
+    with Display(30, Console(file=output, force_terminal=True, width=100), tmp_path / "driver.log") as display:
+        for done in range(9):
+            display.show(status(10, evaluation=(done, 9)))
+            clock.now += LOG_SECONDS / 5
+        display.show(status(11))
+    assert [f"evaluating {done}/9" in output.getvalue() for done in range(9)] == [True] * 9
+    assert len(lines_of(tmp_path / "driver.log")) == 2, "the log has one now and then"
 
 
 @pytest.mark.parametrize("is_terminal", [True, False])

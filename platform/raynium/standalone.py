@@ -58,6 +58,9 @@ class StandaloneLink:
         if dist.get_rank() == 0:
             logger.info("step %d: %s", step, ", ".join(f"{name} {value:.6g}" for name, value in metrics.items()))
 
+    def evaluating(self, done: int, total: int) -> None:
+        pass
+
     def compiled(self, step: int, *, graphs: int, seconds: float, surprises: list[str]) -> None:
         if dist.get_rank() == 0:
             logger.info("step %d: %d graph(s) compiled in %.1f s", step, graphs, seconds)

@@ -1,6 +1,7 @@
 """What the person at the terminal sees: lines as things happen, and one live line of progress."""
 
 import contextlib
+import textwrap
 import time
 from collections.abc import Callable
 from datetime import datetime
@@ -19,6 +20,9 @@ LOG_SECONDS = 10.0
 def progress_line(status: Status, total_steps: int, steps_per_second: float | None) -> str:
     """`step 120/400 · loss 3.214 · 2.31 bits/byte · 5,210 tok/s · ETA 0:48 · checkpoint 100`."""
     parts = [f"step {status.step:,}/{total_steps:,}"]
+    if status.evaluation is not None:
+        done, total = status.evaluation
+        parts.append(f"evaluating {done:,}/{total:,}")
     if "train/loss" in status.metrics:
         parts.append(f"loss {status.metrics['train/loss']:.3f}")
     if "eval/bits_per_byte" in status.metrics:
@@ -71,7 +75,7 @@ class Display:
             Live(console=self.console, transient=True, auto_refresh=False) if self.console.is_terminal else None
         )
         self._last_log = 0.0
-        self._last_step = -1
+        self._last_shown: tuple[int, tuple[int, int] | None] = -1, None
 
     def __enter__(self) -> "Display":
         self._log_path.parent.mkdir(parents=True, exist_ok=True)
@@ -95,19 +99,23 @@ class Display:
         """The state of things, several times a second."""
         now = time.monotonic()
         pace = self._pace.update(status.generation, status.step, now)
-        if not (status.running or status.ended) or status.step == self._last_step:
+        shown = status.step, status.evaluation
+        if not (status.running or status.ended) or shown == self._last_shown:
             return
         text = progress_line(status, self._total_steps, pace)
         if self._live is not None:
             live = self._live
-            self._show(lambda: live.update(Text(text), refresh=True))
-        if now - self._last_log >= LOG_SECONDS or status.step == self._total_steps:
+            # The console itself would cut what is longer than the terminal is wide.
+            folded = textwrap.fill(text, max(20, self.console.width))
+            self._show(lambda: live.update(Text(folded), refresh=True))
+        last = status.step == self._total_steps and status.evaluation is None
+        if now - self._last_log >= LOG_SECONDS or last:
             self._last_log = now
             if self._live is None:
                 self.line(text)
             else:
                 self._write(text)
-        self._last_step = status.step
+        self._last_shown = shown
 
     def _write(self, text: str) -> None:
         with contextlib.suppress(OSError):  # a full disk costs lines of a log, not a run of weeks

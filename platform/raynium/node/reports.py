@@ -11,10 +11,10 @@ from concurrent.futures import Future
 from raynium.config.schema import Config
 from raynium.errors import TrackingError
 from raynium.node.recovery_clock import RecoveryClock
-from raynium.run.protocol import Commit, Coordinator, News, Order, Progressed, RankPosition, RanksSeen, Said
+from raynium.run.protocol import Commit, Coordinator, Evaluates, News, Order, Progressed, RankPosition, RanksSeen, Said
 from raynium.tracking.ledger import GenerationBook, Ledger
 from raynium.tracking.tracker import Tracker
-from raynium.train.link import Compiled, Phase, RankMessage, Stepped
+from raynium.train.link import Compiled, Evaluating, Phase, RankMessage, Stepped
 
 logger = logging.getLogger(__name__)
 
@@ -80,6 +80,8 @@ class Reports:
                 self._moves(rank, RankPosition(step + 1) if name == "step" else RankPosition(step, name))
                 if rank == 0:
                     self.recovery.begins(name, time.monotonic())
+            case Evaluating(done, total):
+                self._coordinator.tell(Evaluates(done, total))
             case Compiled():
                 self._compiled(rank, message)
             case _:

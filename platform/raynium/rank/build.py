@@ -9,6 +9,7 @@ import logging
 import os
 import socket
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
@@ -108,7 +109,7 @@ def run(plan: RankPlan, link: Link) -> Outcome:
         batches=loader,
         cadence=Cadence(config.train.steps, config.checkpoint.every_steps, config.evaluate.every_steps),
         start_step=start_step,
-        evaluate=lambda: evaluation.metrics() | accelerator.metrics() | engine.compile_metrics(),
+        evaluate=lambda: evaluation.metrics(link.evaluating) | accelerator.metrics() | engine.compile_metrics(),
         snapshots=snapshots if config.checkpoint.save == "steps" else NoSnapshots(),
         throughput=_throughput(config, plan.world, accelerator, task),
         link=link,
@@ -148,9 +149,11 @@ class Evaluation:
             max_documents=config.evaluate.max_documents,
         )
 
-    def metrics(self) -> dict[str, float]:
+    def metrics(self, tell: Callable[[int, int], None]) -> dict[str, float]:
+        """tell: is given the batches done and in all, before each."""
         total: Sums = {}
-        for batch in self._held_out.batches:
+        for number, batch in enumerate(self._held_out.batches):
+            tell(number, len(self._held_out.batches))
             for name, value in self._engine.evaluate(batch).items():
                 total[name] = total.get(name, 0.0) + value
         return self._task.evaluation(total, self._held_out)

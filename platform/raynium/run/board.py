@@ -23,6 +23,8 @@ class Board:
         self.life = secrets.token_hex(4)
         self.step = 0
         self.metrics: dict[str, float] = {}
+        # Batches done and in all, while the ranks evaluate.
+        self.evaluation: tuple[int, int] | None = None
         self._events: deque[Event] = deque(maxlen=EVENTS_KEPT)
         self._event_count = 0
         # Node rank → when it came, and the newest.
@@ -40,14 +42,19 @@ class Board:
         return tuple(event for event in self._events if event.number > after)
 
     def generation_begins(self, step: int, *, now: float) -> None:
-        self.step = step
+        self.step, self.evaluation = step, None
         self._positions.clear()
         self._moves(now)
 
     def report(self, step: int, metrics: Mapping[str, float], *, now: float) -> None:
         """Rank 0's numbers."""
-        self.step = step
+        self.step, self.evaluation = step, None
         self.metrics.update(metrics)
+        self._moves(now)
+
+    def evaluates(self, done: int, total: int, *, now: float) -> None:
+        """Rank 0's evaluation gets on."""
+        self.evaluation = done, total
         self._moves(now)
 
     def positions(self, found: Mapping[int, RankPosition]) -> None:

@@ -149,6 +149,8 @@ class RunCoordinator:
                 if newest is not None and newest.order.generation_id == generation_id:
                     self._recovery.stepped()
                     self._board.report(step, metrics, now=now)
+            case protocol.Evaluates(done, total):
+                self._board.evaluates(done, total, now=now)
             case protocol.RanksSeen(generation, positions):
                 if generation == self._lives.number:
                     self._board.positions(positions)
@@ -206,6 +208,7 @@ class RunCoordinator:
             ended=ended,
             cause=cause,
             events=self._board.events(after=events_after),
+            evaluation=self._board.evaluation if running else None,
             node_faults=self._lives.node_faults,
             ledger=self._book.ledger(now),
         )

@@ -148,6 +148,14 @@ class Progressed:
 
 
 @dataclass(frozen=True)
+class Evaluates:
+    """How far rank 0's evaluation has come: batches of them all."""
+
+    done: int
+    total: int
+
+
+@dataclass(frozen=True)
 class RankPosition:
     """Where a rank is: the step it works on, or the phase it is in. halted: its process was stopped by a signal."""
 
@@ -217,7 +225,7 @@ class CannotGoOn:
     cause: str
 
 
-AgentEvent = Said | Progressed | RanksSeen | ShardSaved | ShardFailed | DevicesSeen | CannotGoOn
+AgentEvent = Said | Progressed | Evaluates | RanksSeen | ShardSaved | ShardFailed | DevicesSeen | CannotGoOn
 
 
 @dataclass(frozen=True)
@@ -315,8 +323,8 @@ class Status:
     """What the driver shows and records.
 
     running: ranks have been ordered and have not ended. metrics: the last value of every one. agents: of the current
-    generation, by node rank. cause: of a failure. node_faults: all of this coordinator's life, oldest first. ledger:
-    what this life of the coordinator has booked.
+    generation, by node rank. cause: of a failure. evaluation: batches done and in all, while one goes on. node_faults:
+    all of this coordinator's life, oldest first. ledger: what this life of the coordinator has booked.
     """
 
     generation: int
@@ -330,5 +338,6 @@ class Status:
     ended: EndKind | None
     cause: str | None
     events: Sequence[Event] = ()
+    evaluation: tuple[int, int] | None = None
     node_faults: Sequence[NodeFault] = ()
     ledger: LifeLedger = field(default_factory=LifeLedger)

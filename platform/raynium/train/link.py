@@ -7,11 +7,15 @@ import json
 import os
 import queue
 import threading
+import time
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
 from typing import Literal, NoReturn, Protocol
 
 IMAGE_SLOTS = 2  # images of one rank: one is being uploaded, or kept for a restart, while the other is written
+
+# An evaluation's progress is not told more often.
+EVALUATION_SECONDS = 1.0
 
 # The rank's exit code when its agent is gone; EX_UNAVAILABLE of sysexits.h.
 AGENT_LOST_EXIT_CODE = 69
@@ -34,6 +38,14 @@ class Stepped:
 
     step: int
     metrics: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Evaluating:
+    """Rank 0 only: batches that it has evaluated, of them all."""
+
+    done: int
+    total: int
 
 
 @dataclass(frozen=True)
@@ -87,9 +99,11 @@ class ImageFree:
     slot: int
 
 
-RankMessage = Phase | Stepped | ImageWritten | Compiled | Ended | Failed
+RankMessage = Phase | Stepped | Evaluating | ImageWritten | Compiled | Ended | Failed
 AgentMessage = Stop | ImageFree
-_KINDS = {kind.__name__: kind for kind in (Phase, Stepped, ImageWritten, Compiled, Ended, Failed, Stop, ImageFree)}
+_KINDS = {
+    kind.__name__: kind for kind in (Phase, Stepped, Evaluating, ImageWritten, Compiled, Ended, Failed, Stop, ImageFree)
+}
 
 
 def to_bytes(message: RankMessage | AgentMessage) -> bytes:
@@ -111,6 +125,10 @@ class Link(Protocol):
 
     def step(self, step: int, metrics: dict[str, float]) -> None:
         """One finished step."""
+        ...
+
+    def evaluating(self, done: int, total: int) -> None:
+        """Batches of an evaluation that are done, of them all; as often as the caller likes."""
         ...
 
     def compiled(self, step: int, *, graphs: int, seconds: float, surprises: list[str]) -> None:
@@ -146,6 +164,7 @@ class AgentLink:
     def __init__(self, connection: Connection, *, reports_steps: bool):
         self._connection = connection
         self._reports_steps = reports_steps  # rank 0's numbers are everybody's: the others stay silent
+        self._told_evaluation = 0.0
         self._outbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self._stop = threading.Event()
         self._free_images: set[int] = set()  # the agent says which, since older uploads may outlive a generation
@@ -162,6 +181,12 @@ class AgentLink:
             self._post(Stepped(step, metrics))
         else:
             self.phase("step", step)
+
+    def evaluating(self, done: int, total: int) -> None:
+        now = time.monotonic()
+        if self._reports_steps and now - self._told_evaluation >= EVALUATION_SECONDS:
+            self._told_evaluation = now
+            self._post(Evaluating(done, total))
 
     def compiled(self, step: int, *, graphs: int, seconds: float, surprises: list[str]) -> None:
         self._post(Compiled(step, graphs, seconds, surprises))
@@ -232,6 +257,7 @@ class MemoryLink:
     def __init__(self, *, stop_at: int | None = None):
         self.steps: dict[int, dict[str, float]] = {}
         self.phases: list[tuple[str, int]] = []
+        self.evaluations: list[tuple[int, int]] = []
         self.images: list[str] = []
         self.compiles: list[tuple[int, int, list[str]]] = []  # step, graphs, surprises
         self._stop_at = stop_at
@@ -241,6 +267,9 @@ class MemoryLink:
 
     def step(self, step: int, metrics: dict[str, float]) -> None:
         self.steps[step] = self.steps.get(step, {}) | metrics
+
+    def evaluating(self, done: int, total: int) -> None:
+        self.evaluations.append((done, total))
 
     def compiled(self, step: int, *, graphs: int, seconds: float, surprises: list[str]) -> None:
         self.compiles.append((step, graphs, surprises))
