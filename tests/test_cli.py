@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -342,6 +343,17 @@ def test_ui_serves_the_store_of_a_root_or_of_a_run(
         assert command[command.index("--host") + 1] == "127.0.0.1"
         assert environment["MLFLOW_DISABLE_TELEMETRY"] == "true" and environment["PATH"] == os.environ["PATH"]
     assert [command[command.index("--port") + 1] for command, _ in executed] == ["5001", "5000"]
+
+
+def test_a_taken_port_is_no_page(
+    raynium: Callable[..., Ended], run: RecordKeeper, executed: list[tuple[list[str], dict[str, str]]]
+) -> None:
+    Path("runs/mlflow.db").write_text("")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        ended = raynium("ui", "first", "--port", str(port))
+    assert (ended.code, ended.out, executed) == (1, "", [])
+    assert f"port {port} of 127.0.0.1 is in use" in ended.err and "--port" in ended.err
 
 
 def test_ui_of_a_server_is_its_address(

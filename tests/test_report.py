@@ -38,6 +38,11 @@ def record(**changes: Any) -> RunRecord:
     return RunRecord(**fields | changes)
 
 
+@pytest.fixture(autouse=True)
+def free_ports(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("raynium.launch.report.is_free", lambda host, port: True)
+
+
 TRACKED = {"mlflow_uri": "sqlite:////data/my runs/mlflow.db", "mlflow_run_id": "m1", "mlflow_experiment_id": "1"}
 
 
@@ -140,7 +145,16 @@ def test_the_command_of_a_local_page_is_one_a_shell_reads_back(monkeypatch: pyte
     monkeypatch.setattr("shutil.which", lambda name: f"/bin/{name}")
     page, served = ui_lines(record(**TRACKED), port=5001)
     assert page == f"MLflow page: {PAGE.replace('5000', '5001')}"
-    assert shlex.split(served.partition(": ")[2]) == ["raynium", "ui", "first", "--root", "/data/my runs"]
+    assert shlex.split(served.partition(": ")[2]) == [
+        *("raynium", "ui", "first", "--root", "/data/my runs", "--port", "5001"),
+    ]
+
+
+def test_a_page_is_not_said_to_be_where_another_server_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("raynium.launch.report.is_free", lambda host, port: port > 5001)
+    page, served = ui_lines(record(**TRACKED))
+    assert page == f"MLflow page: {PAGE.replace('5000', '5002')}"
+    assert shlex.split(served)[-2:] == ["--port", "5002"]
 
 
 def test_before_tracking_has_begun_there_is_no_page() -> None:

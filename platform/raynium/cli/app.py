@@ -24,7 +24,7 @@ from raynium.cli.names import (
     print_json,
     split_name,
 )
-from raynium.errors import ClusterLost, ConfigError, RayniumError, StoreError
+from raynium.errors import ClusterLost, ConfigError, LaunchError, RayniumError, StoreError
 
 if TYPE_CHECKING:
     from raynium.sdk import Run
@@ -243,23 +243,26 @@ def ui(
     On this machine only: nothing asks who is looking.
     """
     from raynium.config.paths import absolute_root
-    from raynium.launch.report import ui_lines
+    from raynium.launch.report import ui_lines, ui_port
+    from raynium.node.ports import is_free
     from raynium.sdk import find_run
     from raynium.tracking.client import sqlite_path
     from raynium.tracking.runs import resolve_uri, ui_command, ui_environment
 
     record = find_run(name, root).record() if name else None
     uri = (record.mlflow_uri if record else None) or resolve_uri(None, absolute_root(root))
-    if record is not None:
-        _print(ui_lines(record, port)[0])
+    page = ui_lines(record, port)[0] if record is not None else None
     if uri.startswith("http"):
-        if record is None:
-            _print(f"MLflow: {uri}")
+        _print(page or f"MLflow: {uri}")
         return
     if not sqlite_path(uri).exists():
         raise StoreError(f"there is no {sqlite_path(uri)} yet: runs under {root} have tracked nothing there")
-    if record is None:
-        _print(f"MLflow: http://127.0.0.1:{port}")
+    if not is_free("127.0.0.1", port):
+        raise LaunchError(
+            f"port {port} of 127.0.0.1 is in use, perhaps by another `raynium ui`: end that, or give a free port, such "
+            f"as --port {ui_port()}"
+        )
+    _print(page or f"MLflow: http://127.0.0.1:{port}")
     sys.stdout.flush()
     command = ui_command(uri, host="127.0.0.1", port=port)
     os.execve(command[0], command, ui_environment())

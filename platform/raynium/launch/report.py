@@ -11,10 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from raynium.launch.display import clock
+from raynium.node.ports import is_free
 from raynium.run.record import RunRecord
 from raynium.tracking.ledger import Ledger
 from raynium.tracking.runs import page_url
 
+# Of the MLflow UI, as MLflow has it.
+UI_PORT = 5000
 # Exit code of a driver whose run `raynium stop` has ended.
 STOPPED_ON_REQUEST = 3
 
@@ -67,17 +70,26 @@ def goodput_line(ledger: Ledger) -> str:
     return f"goodput: {100 * ledger.goodput:.0f} % of {clock(ledger.total)}: {', '.join(parts) or 'not a second yet'}"
 
 
-def page_of(record: RunRecord, port: int = 5000) -> str | None:
-    """The address of the run's MLflow page, at its server or where `raynium ui` serves the local store."""
+def ui_port() -> int:
+    """Where a page can be served on this machine: the first free port from UI_PORT on."""
+    return next((port for port in range(UI_PORT, UI_PORT + 100) if is_free("127.0.0.1", port)), UI_PORT)
+
+
+def page_of(record: RunRecord, port: int | None = None) -> str | None:
+    """The address of the run's MLflow page, at its server or where `raynium ui` serves the local store.
+
+    port: of the latter; None: one that is free now.
+    """
     if record.mlflow_uri is None:
         return None
     assert record.mlflow_experiment_id is not None and record.mlflow_run_id is not None
-    base = record.mlflow_uri if record.mlflow_uri.startswith("http") else f"http://127.0.0.1:{port}"
+    base = record.mlflow_uri if record.mlflow_uri.startswith("http") else f"http://127.0.0.1:{port or ui_port()}"
     return page_url(base, record.mlflow_experiment_id, record.mlflow_run_id)
 
 
-def ui_lines(record: RunRecord, port: int = 5000) -> list[str]:
-    """How to see the run's page: a server's address, or the command that serves the local store."""
+def ui_lines(record: RunRecord, port: int | None = None) -> list[str]:
+    """How to see the run's page: a server's address, or the command that serves the local store. port: see `page_of`."""
+    port = port or ui_port()
     page = page_of(record, port)
     if page is None or record.mlflow_uri is None:
         return []
@@ -85,7 +97,8 @@ def ui_lines(record: RunRecord, port: int = 5000) -> list[str]:
         return [f"MLflow page: {page}"]
     # `make quickstart` runs in a virtual environment that the person who reads this has not activated.
     program = "raynium" if shutil.which("raynium") else str(Path(sys.executable).parent / "raynium")
-    command = shlex.join([program, "ui", record.name, "--root", record.config["run"]["root"]])
+    own_port = [] if port == UI_PORT else ["--port", str(port)]
+    command = shlex.join([program, "ui", record.name, "--root", record.config["run"]["root"], *own_port])
     return [f"MLflow page: {page}", f"       served by: {command}"]
 
 

@@ -23,7 +23,7 @@ def rendezvous_port(host: str) -> int:
     """
     for _ in range(TRIES):
         port = free_port(host)
-        if _is_free(host, collectives_port(port)):
+        if is_free(host, collectives_port(port)):
             return port
     raise LaunchError(
         f"none of {TRIES} ports tried on {host} between {COLLECTIVES_PORTS.start} and {COLLECTIVES_PORTS.stop - 1} is "
@@ -31,7 +31,7 @@ def rendezvous_port(host: str) -> int:
     )
 
 
-def _is_free(host: str, port: int) -> bool:
+def is_free(host: str, port: int) -> bool:
     with socket.socket(_family(host)) as probe:
         # What an ended generation left in TIME_WAIT counts as free
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
