@@ -1,5 +1,6 @@
 """The driver's own part of a run: what it does when the coordinator under it is another one, and where that lives."""
 
+import contextlib
 import json
 import logging
 import os
@@ -190,10 +191,33 @@ def test_the_heart_beats_while_agents_still_upload(tmp_path: Path, monkeypatch: 
             beats.add(json.loads((tmp_path / "run/run.json").read_text())["heartbeat_unix"])
 
     monkeypatch.setattr(driver_module, "start_coordinator", lambda *arguments: watched.actor)
+    monkeypatch.setattr(driver_module, "name_job", lambda name: None)
+    monkeypatch.setattr(driver_module, "ClusterWatch", lambda **addresses: contextlib.nullcontext())
+    monkeypatch.setattr(driver_module, "raylet_address", lambda: "127.0.0.1:2")
+    context = SimpleNamespace(gcs_address="127.0.0.1:1")
+    monkeypatch.setattr(driver_module.ray, "get_runtime_context", lambda: context)
     monkeypatch.setattr(watched.driver, "_trainer", lambda coordinator: SimpleNamespace(fit=upload))
     with watched.display, pytest.raises(RunFailed, match="loss nan"):
         watched.driver.run()
     assert len(beats) == 4
+
+
+def test_controllers_that_die_again_and_again_end_the_run_unless_it_gets_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(driver_module, "pause_before_next_try", lambda tries, waited: 0.0)
+    driver = Watched(tmp_path, monkeypatch).driver
+    died = driver_module.ray.exceptions.RayActorError()
+    most = CONFIG.fault.max_node_failures_without_progress
+
+    def goes_on(step: int | None) -> bool:
+        return driver._outlives_controller(died, cast(Any, SimpleNamespace(committed_step=step)))
+
+    with driver.display:
+        assert not driver._outlives_controller(RuntimeError("no"), cast(Any, SimpleNamespace(committed_step=None)))
+        assert [goes_on(None) for _ in range(most)] == [True] * most
+        assert goes_on(10) and [goes_on(10) for _ in range(most - 1)] == [True] * (most - 1)
+        assert not goes_on(10)
 
 
 def test_nodes_are_waited_for_for_days() -> None:

@@ -25,9 +25,18 @@ USED = {
         "module._parameters",
         "torch.distributed.tensor.placement_types._StridedShard",
     ),
-    "test_run_preflight.py::test_who_waits_for_nodes_is_told_once_what_is_missing": (
+    "test_ray.py::test_a_job_that_waits_says_what_is_free_and_who_holds_the_rest": (
         "ray._private.state.available_resources_per_node",
+        "ray._private.state.state",
+        "ray.experimental.internal_kv._internal_kv_get",
+        "ray.experimental.internal_kv._internal_kv_put",
+        "state._connect_and_get_accessor",
     ),
+    "test_ray_environment.py::test_what_ray_prints_of_its_processes_is_logged_and_not_shown": (
+        "ray._private",
+        "ray._private.worker",
+    ),
+    "test_train_here.py::test_one_command_trains_and_samples": ("ray._private.worker._global_node",),
     "test_store.py::test_what_is_written_is_read_listed_and_deleted": ("self._fs._call_s3",),
     "test_native_engine.py::test_every_layout_trains_as_a_plain_float64_loop_does": (
         "torch._dynamo",

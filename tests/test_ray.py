@@ -240,6 +240,23 @@ def test_a_killed_controller_of_ray_train_is_started_again_and_changes_no_bit(
     same_as(run, uninterrupted)
 
 
+def test_a_job_that_waits_says_what_is_free_and_who_holds_the_rest(cluster: Cluster) -> None:
+    endless = {"train.steps": 100_000, "evaluate.every_steps": 100_000}
+    holds = cluster.client().submit(cluster.job_file, overrides=endless, name="holds-two")
+    record_when_saved(holds, step=10)
+    waits = cluster.client().submit(
+        cluster.job_file, overrides={"cluster.ranks_per_node": 4, "preflight.before_run": "none"}, name="waits-for-four"
+    )
+    wait_for(lambda: "waiting for" in waits.logs(), pause_seconds=1)
+    assert "127.0.0.2: 2 of 4 free, 2 held by run holds-two" in waits.logs()
+    holds.stop()
+    stopped = holds.wait(120)
+    assert (stopped.state, stopped.stopped_by) == ("stopped", "raynium stop")
+    assert holds.client is not None and holds.job_id is not None
+    assert holds.client.job_state(holds.job_id) == "SUCCEEDED", "it did as it was asked"
+    assert waits.wait(240).state == "finished"
+
+
 def actor_pid(cluster: Cluster, name: str) -> int:
     """Of the one actor of this class that the cluster has now."""
     found = subprocess.run(["pgrep", "-f", f"^ray::{name}"], capture_output=True, text=True).stdout.split()

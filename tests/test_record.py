@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from raynium.errors import RunInUse, StoreError
+from raynium.run.process import pid_started
 from raynium.run.record import (
     OWNER_LOST_SECONDS,
     STOP_KEY,
@@ -55,6 +56,14 @@ def test_a_dead_owner_loses_its_run_at_once_and_the_mlflow_run_stays(tmp_path: P
     assert dead is not None and not dead.owner_is_alive(time.time())
     record = claim(Store(tmp_path), "first", CONFIG).record
     assert (record.mlflow_run_id, record.generation, record.owner) == ("m1", 2, this_process())
+
+
+def test_an_owner_that_nobody_has_asked_how_it_ended_is_dead(tmp_path: Path) -> None:
+    ended = subprocess.Popen(["true"])
+    while (Path("/proc") / str(ended.pid) / "stat").read_text().rpartition(")")[2].split()[0] != "Z":
+        time.sleep(0.01)
+    assert pid_started(ended.pid) == ""
+    ended.wait()
 
 
 def test_the_ledger_of_a_run_goes_on_with_each_driver_and_names_the_time_without_one(tmp_path: Path) -> None:

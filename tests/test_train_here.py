@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -79,8 +80,12 @@ def living(pids: set[int]) -> dict[int, str]:
     }
 
 
-def test_one_command_trains_and_samples(folder: Path, home: Path) -> None:
-    """The one test of `make test` that starts a Ray cluster."""
+def test_one_command_trains_and_samples(
+    folder: Path, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The one test of `make test` that starts a Ray cluster; in a short folder for temporary files of its own."""
+    temporary = tempfile.mkdtemp(prefix="r", dir="/tmp")
+    monkeypatch.setenv("TMPDIR", temporary)
     process = start(folder, "train.steps=4", "sample.prompts=[def]", "sample.max_new_tokens=3")
     output, _ = process.communicate(timeout=240)
     assert process.returncode == 0, output
@@ -88,6 +93,40 @@ def test_one_command_trains_and_samples(folder: Path, home: Path) -> None:
     run = find_run("here", str(folder))
     assert [point.step for point in run.metrics("train/loss")] == [1, 2, 3, 4]
     assert [each.step for each in run.checkpoints()] == [4] and run.record().state == "finished"
+    assert "\x1b[" not in output
+    sessions = list((Path(temporary) / f"raynium-{os.getuid()}" / "ray").glob("session_2*"))
+    assert sessions == [], "what Ray kept on disk is gone with its cluster"
+
+
+@pytest.mark.slow
+def test_a_temporary_folder_too_long_for_sockets_is_no_obstacle(
+    folder: Path, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As Slurm's job folders are."""
+    long = folder / ("slurm_jobdir_1355700_" * 4)
+    long.mkdir()
+    monkeypatch.setenv("TMPDIR", str(long))
+    process = start(folder, "train.steps=4")
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == 0 and "run here: finished at step 4 of 4" in output, output
+
+
+@pytest.mark.slow
+def test_agents_that_cannot_start_end_the_run_with_their_words(folder: Path, home: Path, tmp_path: Path) -> None:
+    """In each process that has an agent: no rank of it can be made."""
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(
+        "import multiprocessing.forkserver as module\n"
+        "def refuse(self): raise OSError('no template today')\n"
+        "module.ForkServer.ensure_running = refuse\n"
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", f"{tmp_path / 'site'}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+        process = start(folder, "fault.max_node_failures_without_progress=1")
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == 1, output
+    assert "node 0: the agent failed: OSError: no template today" in output
+    assert "error: run 'here' failed at step 0: a node agent was lost" in output
 
 
 @pytest.mark.slow

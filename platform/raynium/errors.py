@@ -27,9 +27,9 @@ from collections.abc import Sequence
 NAMED = 5  # things named in a message, of however many
 
 
-def some(items: Sequence[str]) -> str:
+def some(items: Sequence[str], *, mark: str = ", ") -> str:
     """The first few of `items`, for a message, and how many more there are; "" for none."""
-    listed = ", ".join(items[:NAMED])
+    listed = mark.join(items[:NAMED])
     return f"{listed} and {len(items) - NAMED} more" if len(items) > NAMED else listed
 
 

@@ -3,22 +3,30 @@
 import contextlib
 import logging
 import os
+import shutil
+import signal
 import socket
 import subprocess
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import ray
-import ray.exceptions
+import ray._private.worker
 import ray.train
 
 from raynium.accelerators.cpu import usable_cores
-from raynium.errors import ClusterLost, LaunchError
+from raynium.errors import ClusterLost, LaunchError, RunFailed
+from raynium.launch.ray_environment import session_folder
+
+logger = logging.getLogger(__name__)
 
 # Ray replaces 127.0.0.1 by the network card's address; 127.0.0.2 it keeps (Linux: all of 127/8 is the loopback).
 LOOPBACK = "127.0.0.2"
 
 HEAD_ANSWERS_SECONDS = 5.0
+START_TRIES = 3
+# In Ray's own words, a bare Exception.
+TIMED_OUT = "timed out during startup"
 
 
 @contextlib.contextmanager
@@ -29,30 +37,56 @@ def connect(address: str | None, *, least_cpus: int = 1) -> Iterator[Mapping[str
 
     least_cpus: CPU slots that a cluster of our own declares, also on a machine with fewer cores.
     """
-    arguments: dict[str, Any] = {"address": address}
     if address is None:
         num_cpus = max(least_cpus, usable_cores())
-        arguments = {
+        arguments: dict[str, Any] = {
             "address": "local",
             "include_dashboard": False,
             "num_cpus": num_cpus,
             "_node_ip_address": LOOPBACK,
+            "_temp_dir": str(session_folder()),
         }
-    if address is not None:
+        _start(arguments)
+    else:
         _look_for_head(address)
-    try:
-        with _other_process_group() if address is None else contextlib.nullcontext():
-            ray.init(log_to_driver=False, logging_level=logging.WARNING, **arguments)
-    except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
-        raise _unreachable(address, error) from error
+        try:
+            ray.init(log_to_driver=False, logging_level=logging.WARNING, address=address)
+        # Ray raises what its libraries do, and bare Exceptions.
+        except Exception as error:
+            raise _unreachable(address, error) from error
     try:
         yield ray.cluster_resources()
-    except ClusterLost:
-        raise  # there is nothing left to shut down, and trying would wait for it
+    except (ClusterLost, RunFailed):
+        # There is nothing left to shut down, and trying would wait for it; or the driver's threads still ask Ray, which
+        # would end the process before anybody is told. The cluster ends with the process.
+        raise
     except BaseException:
         ray.shutdown()
         raise
+    node = ray._private.worker._global_node
     ray.shutdown()
+    if address is None and node is not None:
+        # After a failure its logs stay, for whoever asks why.
+        shutil.rmtree(node.get_session_dir_path(), ignore_errors=True)
+
+
+def _start(arguments: Mapping[str, Any]) -> None:
+    """A cluster of our own. Ray gives up on one after 30 s, which a busy machine may need: that is tried again."""
+    for tries_left in reversed(range(START_TRIES)):
+        try:
+            with _other_process_group():
+                ray.init(log_to_driver=False, logging_level=logging.WARNING, **arguments)
+            return
+        except Exception as error:
+            ray.shutdown()
+            words = " ".join(str(error).split())
+            if not tries_left or TIMED_OUT not in words:
+                raise LaunchError(
+                    f"a Ray cluster cannot be started on this machine: {type(error).__name__}: {words[:600]}. See "
+                    f"whether it is short of memory, processes (`ulimit -u`) or disk, or too busy (`uptime`); Ray's "
+                    f"logs are under {arguments['_temp_dir']}/session_latest/logs"
+                ) from error
+            logger.warning("Ray did not start in time, as on a busy machine; it is tried again")
 
 
 def _look_for_head(address: str) -> None:
@@ -65,12 +99,21 @@ def _look_for_head(address: str) -> None:
             raise _unreachable(address, error) from error
 
 
-def _unreachable(address: str | None, error: Exception) -> LaunchError:
-    where = f"the Ray cluster at {address}" if address else "a Ray cluster on this machine"
+def _unreachable(address: str, error: Exception) -> LaunchError:
+    words = " ".join(str(error).split())
     return LaunchError(
-        f"cannot reach {where}: {error}. Check the address and that the cluster runs (`ray status`), and that "
-        f"RAY_AUTH_MODE and the token are those of the cluster"
+        f"cannot reach the Ray cluster at {address}: {words}. Check the address and that the cluster runs (`ray "
+        f"status`), and that RAY_AUTH_MODE and the token are those of the cluster"
     )
+
+
+def _note(data: Mapping[str, Any], ignore_prefix: bool) -> None:
+    """Ray would print errors of its processes in colour, also with `log_to_driver=False`. They are in its logs, too."""
+    for line in data["lines"]:
+        logger.info("%s", line)
+
+
+ray._private.worker.print_to_stdstream = _note
 
 
 @contextlib.contextmanager
@@ -90,6 +133,11 @@ def _other_process_group() -> Iterator[None]:
     os.setpgid(0, leader.pid)
     try:
         yield
+    except BaseException:
+        # What was started for nothing must not stand in the way of the next try.
+        os.setpgid(0, mine)
+        os.killpg(leader.pid, signal.SIGKILL)
+        raise
     finally:
         os.setpgid(0, mine)
         for helper in (place, leader):

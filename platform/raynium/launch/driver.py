@@ -26,7 +26,8 @@ from raynium.config.schema import Config
 from raynium.errors import ClusterLost, LaunchError, RunFailed, StoreError, TrackingError
 from raynium.launch.backend import NodeAgentConfig, ray_storage
 from raynium.launch.display import Display
-from raynium.launch.nodes import WAITING_SECONDS, free_nodes, label_selector, node_resources, patient, waiting_message
+from raynium.launch.head import ClusterWatch
+from raynium.launch.nodes import Waiting, free_nodes, label_selector, name_job, node_resources, patient, raylet_address
 from raynium.launch.page import Page
 from raynium.launch.preflight_cluster import Level, check_nodes
 from raynium.launch.preparation import Prepared
@@ -84,6 +85,8 @@ class Driver:
         # Controllers lost since a checkpoint, and the newest one then.
         self._controllers_lost: tuple[int, int | None] = 0, None
         self._moving = False
+        # Of the cluster, while the run is watched.
+        self._cluster: ClusterWatch | None = None
         self._calls = ThreadPoolExecutor(max_workers=1, thread_name_prefix="coordinator-calls")
 
     def request_stop(self, by: str) -> None:
@@ -98,12 +101,14 @@ class Driver:
         """
         keeper = self.prepared.keeper
         self._excluded += self._preflight()
+        name_job(self.config.run.name)
         coordinator = start_coordinator(self.config, self.prepared.store.url, keeper.record.generation)
         # Told again, with the time until now, once it has answered.
         coordinator.ran_before.remote(0, Before(keeper.record.ledger))
         while True:
             fitting = _InThread(lambda: self._trainer(coordinator).fit())
-            status = self._watch(coordinator, fitting, keeper)
+            with ClusterWatch(head=ray.get_runtime_context().gcs_address, raylet=raylet_address()) as self._cluster:
+                status = self._watch(coordinator, fitting, keeper)
             if status.ended is not None or not (self._moving or self._outlives_controller(fitting.error, status)):
                 break
             self._moving = False
@@ -183,9 +188,9 @@ class Driver:
 
     def _watch(self, coordinator: Any, fitting: "_InThread", keeper: RecordKeeper) -> Status:
         """Shows progress, keeps the record, and carries a stop request, until the run or Ray Train has ended."""
-        began = time.monotonic()
-        next_stop_poll = began
-        told_waiting = told_store = False
+        waiting = Waiting(self.config, self.display.line)
+        next_stop_poll = time.monotonic()
+        told_store = False
         while True:
             over = not fitting.is_alive()
             status = self._status(coordinator)
@@ -218,9 +223,8 @@ class Driver:
                 self._told_to_stop = True
                 self.display.line("stopping: every rank saves at its next step, then the run ends")
                 self._calls.submit(coordinator.request_stop.remote, status.ledger.life)
-            if not status.agents and now - began > WAITING_SECONDS and not told_waiting:
-                told_waiting = True
-                self.display.line(waiting_message(self.config))
+            if not status.agents:
+                waiting.look()
             time.sleep(STATUS_SECONDS)
 
     def _outlives_controller(self, error: BaseException | None, status: Status) -> bool:
@@ -290,13 +294,19 @@ class Driver:
         Asked in a thread: when the cluster's processes are killed even a call with a timeout does not come back.
         """
         asked = self._calls.submit(lambda: ray.get(coordinator.status.remote(self._events_seen)))
-        try:
-            return cast(Status, asked.result(CLUSTER_LOST_SECONDS))
-        except (ray.exceptions.RayError, TimeoutError) as error:
-            raise ClusterLost(
-                "the Ray cluster no longer answers: its processes were killed, or this machine was cut off. "
-                "Start the run again: it goes on from its newest checkpoint"
-            ) from error
+        began = time.monotonic()
+        while True:
+            if self._cluster is not None:
+                self._cluster.check()
+            try:
+                return cast(Status, asked.result(STATUS_SECONDS))
+            except (ray.exceptions.RayError, TimeoutError) as error:
+                if isinstance(error, TimeoutError) and time.monotonic() - began < CLUSTER_LOST_SECONDS:
+                    continue
+                raise ClusterLost(
+                    "the Ray cluster no longer answers: its processes were killed, or this machine was cut off. "
+                    "Start the run again: it goes on from its newest checkpoint"
+                ) from error
 
     def _keep_ledger(self, coordinator: Any, keeper: RecordKeeper, status: Status) -> None:
         """Books what the coordinator did, and tells it of what it has not lived to see."""

@@ -2,15 +2,22 @@
 
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 
 import ray
-from ray._private.state import available_resources_per_node
+from ray._private.state import available_resources_per_node, state
+from ray.core.generated.gcs_pb2 import PlacementGroupTableData  # pyright: ignore[reportAttributeAccessIssue]
+from ray.experimental.internal_kv import _internal_kv_get, _internal_kv_put
 
 from raynium.config.schema import Config
+from raynium.errors import some
 
 NODE_ID_LABEL = "ray.io/node-id"
 CORE_RESOURCES = ("CPU", "GPU", "neuron_cores")
-WAITING_SECONDS = 20.0  # how long Ray may look for nodes before the user is told what is missing
+# How long Ray may look for nodes before the user is told what is missing, and how often what changed.
+WAITING_SECONDS = 20.0
+# In Ray's key-value store: job id → run name.
+JOB_NAMES = "raynium-runs"
 
 
 def node_resources(config: Config) -> dict[str, float]:
@@ -54,30 +61,133 @@ def label_selector(excluded: Sequence[str]) -> dict[str, str]:
     return {NODE_ID_LABEL: f"!in({','.join(sorted(excluded))})"} if excluded else {}
 
 
+def name_job(run_name: str) -> None:
+    """Says whose this driver's resources are, to others that wait for them."""
+    _internal_kv_put(ray.get_runtime_context().get_job_id(), run_name, namespace=JOB_NAMES)
+
+
+def raylet_address() -> str:
+    """Of this node, host:port."""
+    here = ray.get_runtime_context().get_node_id()
+    (node,) = [node for node in ray.nodes() if node["NodeID"] == here]
+    return f"{node['NodeManagerAddress']}:{node['NodeManagerPort']}"
+
+
+class Waiting:
+    """A wait for nodes: tells, after a while, why they do not come, and again when that has changed."""
+
+    def __init__(self, config: Config, tell: Callable[[str], None]):
+        """tell: a line for the user's terminal."""
+        self._config = config
+        self._tell = tell
+        self._told: str | None = None
+        self._next = time.monotonic() + WAITING_SECONDS
+
+    def look(self) -> None:
+        now = time.monotonic()
+        if now < self._next:
+            return
+        self._next = now + WAITING_SECONDS
+        message = waiting_message(self._config)
+        if message is not None and message != self._told:
+            self._told = message
+            self._tell(message)
+
+
 def patient(config: Config, *, go_on: Callable[[], bool], tell: Callable[[str], None]) -> Callable[[], bool]:
-    """`go_on`, for a wait for nodes: it also tells, once, when they do not come, what they are waited for."""
-    began = time.monotonic()
-    told = False
+    """`go_on`, for a wait for nodes: it also tells, if they do not come, what they are waited for."""
+    waiting = Waiting(config, tell)
 
     def wait() -> bool:
-        nonlocal told
-        if time.monotonic() - began > WAITING_SECONDS and not told:
-            told = True
-            tell(waiting_message(config))
+        waiting.look()
         return go_on()
 
     return wait
 
 
-def waiting_message(config: Config) -> str:
-    """What was asked of Ray, and what the cluster has."""
-    nodes = [
-        ", ".join(f"{value:g} {key}" for key, value in sorted(node["Resources"].items()) if key in CORE_RESOURCES)
+@dataclass(frozen=True)
+class NodeUse:
+    """A living node: of each resource what it has, and what is free or this driver's own. held: by whom, how much."""
+
+    host: str
+    total: Mapping[str, float]
+    free: Mapping[str, float]
+    held: Mapping[str, Mapping[str, float]]
+
+    def has_free(self, asked: Mapping[str, float]) -> bool:
+        return all(self.free.get(name, 0) >= amount for name, amount in asked.items())
+
+    def shortage(self, asked: Mapping[str, float]) -> str:
+        """`2 of 3 free, 1 held by run tiny`, of each resource that is short; its name only where several are asked."""
+        parts = []
+        for name, amount in asked.items():
+            free, total = self.free.get(name, 0), self.total.get(name, 0)
+            if free >= amount:
+                continue
+            holders = {who: held[name] for who, held in self.held.items() if held.get(name)}
+            if rest := total - free - sum(holders.values()):
+                holders["others"] = rest
+            unit = f" {name}" if len(asked) > 1 else ""
+            parts += [
+                f"{free:g} of {total:g}{unit} free",
+                *(f"{held:g} held by {who}" for who, held in holders.items()),
+            ]
+        return ", ".join(parts)
+
+
+def waiting_message(config: Config) -> str | None:
+    """What is free of what the run asks for, and who holds the rest; None: there is enough, and agents are starting."""
+    return shortage(node_resources(config), config.cluster.nodes, _node_uses())
+
+
+def shortage(asked: Mapping[str, float], num_nodes: int, nodes: Sequence[NodeUse]) -> str | None:
+    """Why not `num_nodes` of these nodes have free what is asked of each; None: they have."""
+    short = [node for node in nodes if not node.has_free(asked)]
+    if len(nodes) - len(short) >= num_nodes:
+        return None
+    amounts = " and ".join(f"{amount:g} {name}" for name, amount in asked.items())
+    fitting = sum(all(node.total.get(name, 0) >= amount for name, amount in asked.items()) for node in nodes)
+    if len(nodes) == 1 and num_nodes == 1:
+        message = f"waiting for {amounts}: {nodes[0].shortage(asked)}"
+    else:
+        on = f"waiting for {num_nodes} node{'s' if num_nodes > 1 else ''} with {amounts}"
+        found = [f"{node.host}: {node.shortage(asked)}" for node in short]
+        message = f"{on}: {len(nodes) - len(short)} of {len(nodes)} have them free; {some(found, mark='; ')}"
+    if fitting < num_nodes:
+        message += f". Only {fitting} of the cluster's nodes {'has' if fitting == 1 else 'have'} as much at all: "
+        message += "another must come, or set cluster.nodes and cluster.ranks_per_node to what there is"
+    return message
+
+
+def _node_uses() -> list[NodeUse]:
+    mine = ray.get_runtime_context().get_job_id()
+    held: dict[str, dict[str, dict[str, float]]] = {}
+    own: dict[str, dict[str, float]] = {}
+    for text in state._connect_and_get_accessor().get_placement_group_table():
+        group = PlacementGroupTableData.FromString(text)
+        if group.state != PlacementGroupTableData.CREATED:
+            continue
+        job_id = group.creator_job_id.hex()
+        name = _internal_kv_get(job_id, namespace=JOB_NAMES)
+        who = f"run {name.decode()}" if name else f"Ray job {job_id}"
+        for bundle in group.bundles:
+            node_id = bundle.node_id.hex()
+            amounts = (
+                own.setdefault(node_id, {}) if job_id == mine else held.setdefault(node_id, {}).setdefault(who, {})
+            )
+            for resource, amount in bundle.unit_resources.items():
+                amounts[resource] = amounts.get(resource, 0) + amount
+    free = available_resources_per_node()
+    return [
+        NodeUse(
+            node["NodeManagerAddress"],
+            node["Resources"],
+            {
+                resource: free.get(node["NodeID"], {}).get(resource, 0) + own.get(node["NodeID"], {}).get(resource, 0)
+                for resource in node["Resources"]
+            },
+            held.get(node["NodeID"], {}),
+        )
         for node in ray.nodes()
-        if node["Alive"]
+        if node["Alive"] and any(node["Resources"].get(resource) for resource in CORE_RESOURCES)
     ]
-    asked = ", ".join(f"{value:g} {key}" for key, value in node_resources(config).items())
-    return (
-        f"waiting for {config.cluster.nodes} node(s) with {asked} free each; the cluster has {len(nodes)}: "
-        f"({'), ('.join(nodes)}). It goes on when they are there: the autoscaler adds them, or another job ends"
-    )

@@ -3,7 +3,11 @@
 import os
 import secrets
 import sys
+import tempfile
 from pathlib import Path
+
+from raynium.errors import LaunchError, StoreError
+from raynium.node.scratch import scratch_folder
 
 # Ray Train's own default costs 2 s per poll (measured, Ray 2.60).
 RAY_TRAIN_ENVIRONMENT = {
@@ -18,6 +22,10 @@ RAY_TRAIN_ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",  # read by ray.init: nothing is sent to anybody
 }
 
+# Linux allows no longer path for a socket. Ray's lie this deep in its folder.
+SOCKET_PATH_BYTES = 107
+LONGEST_SOCKET = "session_2026-11-29_03-10-48_123456_1234567/sockets/plasma_store"
+
 
 def set_ray_environment(*, starts_cluster: bool) -> None:
     """What the user has set stays. starts_cluster: this process will start a cluster of its own on this machine."""
@@ -29,6 +37,40 @@ def set_ray_environment(*, starts_cluster: bool) -> None:
         os.environ["RAY_AUTH_MODE"] = "token"
         if find_token() is None:
             os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+
+
+def session_folder() -> Path:
+    """Where a cluster that we start keeps its sockets and logs: in a folder that nobody else may enter.
+
+    That is /tmp's where TMPDIR is too long for sockets, as job folders of Slurm are. Raises LaunchError where there is
+    none, or RAY_TMPDIR names one that is too long; StoreError if others may write ours.
+    """
+    if given := os.environ.get("RAY_TMPDIR"):
+        folder = Path(given).absolute() / "ray"
+        if _fits_sockets(folder):
+            return folder
+        raise LaunchError(_too_long("RAY_TMPDIR", given))
+    folder = scratch_folder() / "ray"
+    if _fits_sockets(folder):
+        return folder
+    try:
+        return scratch_folder("/tmp") / "ray"
+    except StoreError as error:
+        raise LaunchError(
+            f"{_too_long('TMPDIR', tempfile.gettempdir())}. /tmp cannot be used instead: {error}"
+        ) from error
+
+
+def _fits_sockets(folder: Path) -> bool:
+    return len(os.fsencode(folder / LONGEST_SOCKET)) <= SOCKET_PATH_BYTES
+
+
+def _too_long(variable: str, value: str) -> str:
+    most = SOCKET_PATH_BYTES - len(f"/raynium-{os.getuid()}/ray/{LONGEST_SOCKET}")
+    return (
+        f"{variable} is {len(os.fsencode(value))} bytes long ({value}), and Ray's sockets under it allow {most} at "
+        "most: set a shorter one"
+    )
 
 
 def find_token() -> str | None:

@@ -88,7 +88,7 @@ def page_of(record: RunRecord, port: int | None = None) -> str | None:
 
 
 def ui_lines(record: RunRecord, port: int | None = None) -> list[str]:
-    """How to see the run's page: a server's address, or the command that serves the local store. port: see `page_of`."""
+    """How to see the run's page: a server's address, or the command that serves the local store. port: as `page_of`."""
     port = port or ui_port()
     page = page_of(record, port)
     if page is None or record.mlflow_uri is None:

@@ -48,7 +48,9 @@ def run_preflight(config: Config, *, address: str | None, tell: Callable[[str], 
             tell=tell,
         )
         if report is None:
-            raise LaunchError(f"nothing was checked within {NODES_SECONDS:g} s: {waiting_message(config)}")
+            raise LaunchError(
+                f"nothing was checked within {NODES_SECONDS:g} s: {waiting_message(config) or 'no node answered'}"
+            )
         return report
 
 

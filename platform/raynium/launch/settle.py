@@ -7,6 +7,7 @@ from raynium.accelerators import detect, native_dtype, native_fsdp
 from raynium.config.schema import Config
 from raynium.errors import LaunchError
 from raynium.hardware.catalog import INSTANCES
+from raynium.launch.ray_environment import session_folder
 
 
 def settled(
@@ -31,10 +32,11 @@ def settled(
 
 
 def check_this_machine(config: Config) -> None:
-    """Whether a cluster that is started here can run this config at all; it would be waited for without an end.
+    """Whether a cluster can be started here, and can run this config at all; it would be waited for without an end.
 
     config: settled. Raises LaunchError.
     """
+    session_folder()
     if config.cluster.nodes > 1:
         raise LaunchError(
             f"cluster.nodes is {config.cluster.nodes}, and a Ray cluster that is started here has one node: name one "

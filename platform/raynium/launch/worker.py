@@ -1,6 +1,9 @@
 """What Ray Train runs on each node: the node agent, and how it reaches the coordinator."""
 
+import multiprocessing
 import os
+import shutil
+import tempfile
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
@@ -12,9 +15,10 @@ import ray.train
 from raynium.accelerators.detect import detect
 from raynium.config.schema import Config
 from raynium.launch.backend import ATTEMPT_VARIABLE
+from raynium.launch.ray_environment import session_folder
 from raynium.node.agent import Node, NodeAgent
 from raynium.node.node_log import log_to_file
-from raynium.run.protocol import AgentEvent, AgentInfo, Commit, GoHome, News, NodeEnded, Order, Verdict
+from raynium.run.protocol import AgentEvent, AgentInfo, Commit, GoHome, News, NodeEnded, Order, Said, Verdict
 
 # A driver that is killed leaves an agent that Ray has yet to end, while the next driver's may start beside it: they may
 # not both send metrics from one folder.
@@ -52,7 +56,11 @@ def run_agent(settings: dict[str, Any]) -> None:
     context = ray.train.get_context()
     scratch = settings["scratch"]
     log_to_file(settings["run_url"], context.get_node_rank())
-    NodeAgent(
+    # The ranks' template listens in a socket's file, for which TMPDIR may be too long a path.
+    folder = tempfile.mkdtemp(prefix="pymp-", dir=session_folder().parent)
+    multiprocessing.current_process()._config["tempdir"] = folder  # pyright: ignore[reportAttributeAccessIssue]
+    coordinator = RayCoordinator(settings["coordinator"])
+    agent = NodeAgent(
         config=config,
         run_url=settings["run_url"],
         node=Node(
@@ -63,7 +71,7 @@ def run_agent(settings: dict[str, Any]) -> None:
             node_id=ray.get_runtime_context().get_node_id(),
         ),
         accelerator=detect(config.cluster.accelerator),
-        coordinator=RayCoordinator(settings["coordinator"]),
+        coordinator=coordinator,
         open_tracker=lambda: MlflowTracker(
             f"{scratch}/spool/{settings['mlflow_run_id']}",
             uri=settings["mlflow_uri"],
@@ -71,4 +79,13 @@ def run_agent(settings: dict[str, Any]) -> None:
             wait_seconds=AGENT_BEFORE_SECONDS,
         ),
         data_folder=lambda: str(localize(config.data.path, f"{scratch}/data")),
-    ).run()
+    )
+    try:
+        agent.run()
+    except Exception as error:
+        # Ray Train starts the agents again, and shows the cause to nobody.
+        words = " ".join(str(error).split())
+        coordinator.tell(Said(f"node {context.get_node_rank()}: the agent failed: {type(error).__name__}: {words}"))
+        raise
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)

@@ -9,9 +9,9 @@ from pathlib import Path
 from raynium.errors import StoreError
 
 
-def scratch_folder() -> Path:
+def scratch_folder(parent: str | None = None) -> Path:
     """`<temporary folder>/raynium-<uid>`, the same on every node. Raises StoreError if others may write it."""
-    folder = Path(tempfile.gettempdir(), f"raynium-{os.getuid()}")
+    folder = Path(parent or tempfile.gettempdir(), f"raynium-{os.getuid()}")
     remedy = "Remove it, or set TMPDIR to a folder of yours"
     try:
         folder.mkdir(mode=0o700, exist_ok=True)

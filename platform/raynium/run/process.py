@@ -33,7 +33,8 @@ def pid_started(pid: int) -> str:
             return ""
         return str(pid)
     fields = _stat(pid)
-    return fields[19] if fields else ""
+    # One that has ended stays in the table until its parent asks how.
+    return fields[19] if fields and fields[0] not in ("Z", "X") else ""
 
 
 def _stat(pid: int) -> list[str]:

@@ -1,0 +1,161 @@
+"""Where a cluster of ours lies, what becomes of a start that fails, and a head that is gone."""
+
+import logging
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from waiting import wait_for
+
+from raynium.errors import ClusterLost, LaunchError
+from raynium.launch import head as head_module
+from raynium.launch import ray_environment
+from raynium.launch.head import ClusterWatch
+from raynium.launch.ray_environment import SOCKET_PATH_BYTES, session_folder
+
+
+@pytest.fixture
+def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """temporary(folder) -> what TMPDIR names from now on."""
+    monkeypatch.delenv("RAY_TMPDIR", raising=False)
+
+    def set_to(folder: Path) -> Path:
+        folder.mkdir(parents=True, exist_ok=True)
+        monkeypatch.setattr("tempfile.tempdir", str(folder))
+        return folder
+
+    return set_to
+
+
+# After verl#1120 and ray#7724: job folders of Slurm.
+LONG = "slurm_jobdir_1355700_" * 4
+
+
+def test_a_session_lies_where_nobody_else_may_enter(tmp_path: Path, temporary: Any) -> None:
+    folder = Path("/tmp", f"r{os.getpid()}")
+    try:
+        temporary(folder)
+        assert session_folder() == folder / f"raynium-{os.getuid()}" / "ray"
+        assert session_folder().parent.stat().st_mode & 0o077 == 0
+    finally:
+        (folder / f"raynium-{os.getuid()}").rmdir()
+        folder.rmdir()
+
+
+def test_a_tmpdir_that_is_too_long_for_sockets_is_replaced(tmp_path: Path, temporary: Any) -> None:
+    temporary(tmp_path / LONG)
+    folder = session_folder()
+    assert folder == Path(f"/tmp/raynium-{os.getuid()}/ray")
+    assert len(f"{folder}/{ray_environment.LONGEST_SOCKET}") <= SOCKET_PATH_BYTES
+
+
+def test_where_no_folder_is_short_enough_a_line_says_so(
+    tmp_path: Path, temporary: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    long = temporary(tmp_path / LONG)
+    monkeypatch.setenv("RAY_TMPDIR", str(long))
+    with pytest.raises(LaunchError, match=rf"^RAY_TMPDIR is {len(str(long))} bytes long \(.*allow \d\d at most: set a"):
+        session_folder()
+    monkeypatch.setenv("RAY_TMPDIR", "/tmp/short")
+    assert session_folder() == Path("/tmp/short/ray")
+    monkeypatch.delenv("RAY_TMPDIR")
+    real = ray_environment.scratch_folder
+
+    def no_tmp(parent: str | None = None) -> Path:
+        return real(str(tmp_path / "missing" / "folder")) if parent else real()
+
+    monkeypatch.setattr(ray_environment, "scratch_folder", no_tmp)
+    with pytest.raises(
+        LaunchError, match=r"^TMPDIR is \d+ bytes long .*/tmp cannot be used instead: .* cannot be made"
+    ):
+        session_folder()
+
+
+START = """
+import logging, subprocess, sys
+logging.basicConfig(level=logging.WARNING)
+from raynium.launch import connect
+from raynium.errors import LaunchError
+tries, started = [], []
+def init(**arguments):
+    started.append(subprocess.Popen(["sleep", "60"]))
+    tries.append(arguments["_temp_dir"])
+    if len(tries) <= int(sys.argv[1]):
+        raise Exception(sys.argv[2])
+connect.ray.init = init
+try:
+    connect._start({"_temp_dir": "/tmp/there"})
+except LaunchError as error:
+    print(error)
+killed = [each.wait(5) for each in started[:-1]]
+print(len(tries), [*killed, None])
+started[-1].kill()
+"""
+SLOW = "The current node timed out during startup. This could happen because the GCS has become overloaded."
+
+
+@pytest.mark.parametrize(
+    ("failures", "words", "told"),
+    [
+        (2, SLOW, ["3 [-9, -9, None]"]),
+        (3, SLOW, ["a Ray cluster cannot be started on this machine: Exception: The current node timed out", "3 ["]),
+        (
+            1,
+            "AF_UNIX path length cannot exceed 107 bytes",
+            ["cannot be started on this machine: Exception: AF_UNIX", "1 ["],
+        ),
+    ],
+)
+def test_a_start_that_takes_too_long_is_tried_again_and_leaves_nothing(
+    failures: int, words: str, told: list[str]
+) -> None:
+    command = [sys.executable, "-c", START, str(failures), words]
+    done = subprocess.run(command, capture_output=True, text=True, process_group=0, timeout=120)
+    lines = done.stdout.splitlines()
+    assert len(lines) == len(told), done.stdout + done.stderr
+    assert all(words in line for words, line in zip(told, lines, strict=True)), lines
+    assert done.stderr.count("tried again") == (2 if words == SLOW else 0)
+
+
+def test_what_ray_prints_of_its_processes_is_logged_and_not_shown(
+    capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    import ray._private.worker
+
+    import raynium.launch.connect  # noqa: F401
+
+    with caplog.at_level(logging.INFO):
+        ray._private.worker.print_to_stdstream(
+            {"lines": ["A worker died"], "pid": "raylet", "is_err": False}, ignore_prefix=False
+        )
+    assert capsys.readouterr().out == "" and "A worker died" in caplog.text
+
+
+@pytest.mark.parametrize(("what", "limit"), [("head", "HEAD_LOST_SECONDS"), ("node of this", "NODE_LOST_SECONDS")])
+def test_a_part_of_ray_that_is_gone_for_a_while_is_lost_and_one_that_comes_back_is_not(
+    monkeypatch: pytest.MonkeyPatch, what: str, limit: str
+) -> None:
+    monkeypatch.setattr(head_module, "LOOK_SECONDS", 0.01)
+    server, other = (socket.create_server(("127.0.0.1", 0)) for _ in range(2))
+    lost, stays = (f"127.0.0.1:{each.getsockname()[1]}" for each in (server, other))
+    addresses = {"head": lost, "raylet": stays} if what == "head" else {"head": stays, "raylet": lost}
+    with other, ClusterWatch(**addresses) as watch:
+        time.sleep(0.1)
+        watch.check()
+        server.close()
+        wait_for(lambda: watch._heard[lost][2] == "Connection refused")
+        watch.check()
+        monkeypatch.setattr(head_module, limit, 0.2)
+        time.sleep(0.3)
+        with pytest.raises(
+            ClusterLost, match=rf"the {what}.*, {lost}, has not answered for \d s \(Connection refused\)"
+        ):
+            watch.check()
+        with socket.create_server(("127.0.0.1", int(lost.rpartition(":")[2]))):
+            time.sleep(0.2)
+            watch.check()
