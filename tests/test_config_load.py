@@ -1,6 +1,7 @@
 """Reading job files: what is accepted, and every message for what is not."""
 
 import os
+import socket
 from pathlib import Path
 
 import pytest
@@ -306,6 +307,79 @@ def test_a_file_that_may_not_be_read_is_refused(tmp_path):
     path.chmod(0)
     with pytest.raises(ConfigError, match="Permission denied"):
         load_config(path)
+
+
+def test_what_is_no_file_is_refused_and_never_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe.yaml")
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(tmp_path / "socket.yaml"))
+        for path, kind in [
+            (tmp_path / "pipe.yaml", "a pipe"),
+            (tmp_path / "socket.yaml", "a socket"),
+            ("/dev/zero", "a device"),
+            (tmp_path, "a folder"),
+        ]:
+            with pytest.raises(ConfigError, match=f"cannot be read as text: .*it is {kind}, and only plain files"):
+                load_config(path)
+    (tmp_path / "large.yaml").write_bytes(bytes(2**18 + 1))
+    with pytest.raises(ConfigError, match="more than 262,144 bytes"):
+        load_config(tmp_path / "large.yaml")
+
+
+# ------------------------------------------------------------------------------------------------- hostile text
+
+nested: list = []
+for _ in range(100_000):
+    nested = [nested]
+endless: list = []
+endless.append(endless)
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize(
+    ("text", "overrides", "message"),
+    [
+        (MINIMAL + "sample: {prompts: " + "[" * 5000 + "]" * 5000 + "}", (), "the config is nested far deeper"),
+        ("[" * 5000, (), "the config is nested far deeper"),
+        ("- " * 5000, (), "the config is nested far deeper"),
+        (MINIMAL, ["train.steps=" + "{" * 5000], "override train.steps is nested far deeper"),
+        ("a" * 100_000, (), "the config has 100,000 characters: a config has at most 65,536"),
+        (MINIMAL, {"sample.prompts": nested}, "sample.prompts is "),
+        (MINIMAL, {"sample.prompts": endless}, "sample.prompts is "),
+        (MINIMAL, {"tracking.experiment": "a\ud800b"}, r"tracking.experiment is 'a\ud800b' (override tracking.exp"),
+        (MINIMAL, ["run.root=/tmp/\udcfcn"], r"run.root is '/tmp/\udcfcn' (override run.root), which is not"),
+        (MINIMAL, {"sample.prompts": ["fine", "\udcff"]}, r"sample.prompts is '\udcff' (override sample.prompts), w"),
+        (MINIMAL + 'tracking: {experiment: "\\ud800"}', (), r"tracking.experiment is '\ud800' (the config line 7), wh"),
+        (MINIMAL, {"data.path": "a\0b"}, r"data.path is 'a\x00b' (override data.path), which is not valid text"),
+        (MINIMAL, ["a" + "." * 100_000 + "=1"], "a....."),
+    ],
+)  # fmt: skip
+def test_text_that_no_config_holds_is_one_problem_at_once(text, overrides, message):
+    assert only_problem_of(text, overrides).startswith(message)
+
+
+DUMPED = dump_yaml(parse_config(MINIMAL))
+HOSTILE = st.sampled_from(
+    ["[", "{", "&a ", "*a", "? ", "- ", "\0", "\ud800", "!!python/name:os", "<<: ", "...", "---", "\t"]
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    cuts=st.lists(st.tuples(st.integers(0, len(DUMPED)), st.integers(0, 6), HOSTILE | st.text(max_size=4)), max_size=4),
+    override=st.none() | st.tuples(st.sampled_from(["train.steps", "model", "sample.prompts", "data.path", "x"]),
+                                   HOSTILE | st.text(max_size=6)),
+)  # fmt: skip
+def test_a_mutated_config_is_read_or_refused_in_words(cuts, override):
+    text = DUMPED
+    for position, length, inserted in cuts:
+        text = text[:position] + inserted + text[position + length :]
+    try:
+        config = parse_config(text, dict([override]) if override else ())
+    except ConfigError as error:
+        assert error.problems and all(problem.strip() for problem in error.problems)
+    else:
+        assert parse_config(dump_yaml(config)) == config
 
 
 # ------------------------------------------------------------------------------------------------- writing

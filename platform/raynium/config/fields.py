@@ -80,6 +80,8 @@ def similar_names(name: str) -> list[str]:
 
 def did_you_mean(name: str) -> str:
     """The end of a message about the unknown key `name`: near names, or the names that exist beside it."""
+    # Comparing takes time by the square of the length.
+    name = name[:200]
     if similar := similar_names(name):
         return f"did you mean {' or '.join(similar)}?"
     section = name.rpartition(".")[0]

@@ -7,6 +7,7 @@ import difflib
 import json
 import os
 import re
+import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import yaml
 from pydantic import ValidationError
 
 from raynium.config.fields import did_you_mean, fields_below, schema_fields
+from raynium.config.plain_file import read_plain
 from raynium.config.schema import Config, Section
 from raynium.config.yaml_text import Reading, compose, read_field, read_section
 from raynium.errors import ConfigError
@@ -25,6 +27,7 @@ Overrides = Sequence[str] | Mapping[str, Any]
 # folder, and presets come from the working directory (a Ray job unpacks the checkout there).
 CHECKOUT = Path(__file__).parents[3]
 PRESET_FOLDER = Path("jobs/configs")
+MAX_FILE_BYTES = 2**18
 
 
 # ------------------------------------------------------------------------------------------------- reading
@@ -45,7 +48,7 @@ def load_config(
     base = Path(base_folder) if base_folder is not None else Path.cwd()
     path = _find_job_file(path_or_preset, base)
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_plain(path, max_bytes=MAX_FILE_BYTES).decode()
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError([f"{path_or_preset} cannot be read as text: {error}"]) from error
     return parse_config(text, overrides, origin=str(path_or_preset))
@@ -82,7 +85,8 @@ def _find_job_file(given: str | os.PathLike[str], base: Path) -> Path:
     is_preset = isinstance(given, str) and not re.search(r"[/\\]|\.ya?ml$", text)
     candidates = [folder / f"{text}.yaml" for folder in _preset_folders(base)] if is_preset else [base / text]
     for path in candidates:
-        if path.is_file():
+        # What is there and no file is refused where it is read.
+        if path.exists():
             return path
     presets = preset_names(base)
     near = difflib.get_close_matches(Path(text).stem, presets, n=1)
@@ -132,8 +136,9 @@ def _apply_override(key: str, value: Any, reading: Reading) -> None:
 def _to_yaml(value: Any) -> str:
     try:
         return json.dumps(value.model_dump(mode="json") if isinstance(value, Section) else value, default=os.fspath)
-    except TypeError:
-        return json.dumps(repr(value))  # nothing of the schema takes it: it is refused under its own name
+    except (TypeError, ValueError, RecursionError):
+        # Nothing of the schema takes it: it is refused under its own name.
+        return json.dumps(reprlib.repr(value))
 
 
 def _validate(reading: Reading) -> Config | None:
@@ -153,8 +158,10 @@ def _problem_in_words(item: Any, reading: Reading) -> str | None:
     """One pydantic error in our words: field, value given, what is accepted, where. None: already reported."""
     parts = [str(part) for part in item["loc"]]
     # A position in a list ("sample.prompts.0") or a validator's inner step is no name of ours: go up to the field.
-    while ".".join(parts) not in schema_fields():
+    while parts and ".".join(parts) not in schema_fields():
         parts.pop()
+    if not parts:
+        return f"the config cannot be read: {item['msg']}"
     name = ".".join(parts)
     known = schema_fields()[name]
     if item["type"] == "missing" and parts == [str(part) for part in item["loc"]]:

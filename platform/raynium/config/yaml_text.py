@@ -7,6 +7,7 @@ asked for, `1e-4` is a number (YAML 1.1 wants `1.0e-4`), `on` and `no` are words
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any, get_args, get_origin
 
 import yaml
@@ -18,6 +19,13 @@ BOOLEANS = {"true": True, "True": True, "TRUE": True, "false": False, "False": F
 INTEGER = re.compile(r"[-+]?[0-9]{1,30}(_[0-9]{1,30}){0,9}")  # bounded: int() refuses thousands of digits
 NUMBER = re.compile(r"[-+]?([0-9]+(_[0-9]+)*(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]+)?")
 SPECIAL_NUMBERS = {".inf": "inf", "+.inf": "inf", "-.inf": "-inf", ".nan": "nan"}
+
+
+# Bounds on what is parsed at all: YAML's own parser takes seconds for a megabyte, or for thousands of open brackets.
+MAX_CHARACTERS = 2**16
+MAX_NESTING = 200
+# Half a surrogate pair: how Python spells bytes that are no UTF-8, and what no file, name or server can hold.
+_NO_TEXT = re.compile("[\ud800-\udfff\0]")
 
 
 @dataclass
@@ -36,6 +44,14 @@ class Reading:
 
     def put(self, name: str, value: Any, origin: str) -> None:
         """Set the value of a dotted name; a section is replaced as a whole."""
+        for text in value if isinstance(value, list) else [value]:
+            if isinstance(text, str) and _NO_TEXT.search(text):
+                self.refuse(
+                    name,
+                    f"{name} is {text!a} ({origin}), which is not valid text: it holds bytes that are no UTF-8, or "
+                    "a null; check how it was typed, and the locale (LC_ALL=C.UTF-8 is right everywhere)",
+                )
+                return
         *sections, key = name.split(".")
         level = self.values
         for section in sections:
@@ -48,8 +64,17 @@ class Reading:
 
 def compose(text: str, source: str, name: str, reading: Reading) -> yaml.Node | None:
     """The YAML node tree of `text`, the value of `name`; None where it is empty or unreadable (then it is refused)."""
+    if len(text) > MAX_CHARACTERS:
+        reading.refuse(name, f"{source} has {len(text):,} characters: a config has at most {MAX_CHARACTERS:,}")
+        return None
+    nesting = accumulate(1 if bracket in "[{" else -1 for bracket in re.findall(r"[\[\]{}]", text))
     try:
+        if max(nesting, default=0) > MAX_NESTING:
+            raise RecursionError
         return yaml.compose(text, Loader=yaml.SafeLoader)
+    except RecursionError:
+        reading.refuse(name, f"{source} is nested far deeper than any field: look for brackets that are never closed")
+        return None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f" line {mark.line + 1}, column {mark.column + 1}" if mark else ""
