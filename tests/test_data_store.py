@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 
 from raynium.data import store_build
-from raynium.data.corpus import Document, is_held_out, name_hash, read_documents
 from raynium.data.manifest import StoreManifest, token_dtype_for
-from raynium.data.store import DocumentStore, open_store
+from raynium.data.sources import Document, is_held_out, name_hash, open_source
+from raynium.data.store import DocumentStore, open_store, refuse_other_tokenizer
 from raynium.data.store_build import build_store
 from raynium.data.tokenizer import END_OF_DOCUMENT, Tokenizer
 from raynium.data.verify import verify_store
@@ -54,6 +54,12 @@ def build(source: Path, path: Path, **changes: Any) -> DocumentStore:
     return build_store(path, **arguments)
 
 
+def fits(store: DocumentStore, *, vocab_size: int = 400, tokenizer_path: str | None = None) -> None:
+    refuse_other_tokenizer(
+        store.manifest, model_vocab_size=vocab_size, path=tokenizer_path, end_of_document=None, where="here"
+    )
+
+
 def edit_manifest(store: DocumentStore, **fields: Any) -> None:
     path = store.path / "manifest.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
@@ -61,7 +67,7 @@ def edit_manifest(store: DocumentStore, **fields: Any) -> None:
 
 def test_store_holds_every_document_once(finished: DocumentStore, source: Path):
     tokenizer, manifest = finished.tokenizer(), finished.manifest
-    texts = {item.name: item.text for item in read_documents(str(source)) if isinstance(item, Document)}
+    texts = {item.name: item.text for item in open_source(str(source)).items() if isinstance(item, Document)}
     stream = finished.train_stream().read(0, manifest.train.tokens)
     ends = np.flatnonzero(stream == tokenizer.end_of_document_id)
     train_texts = [tokenizer.decode(piece[:-1]) for piece in np.split(stream, ends + 1)[:-1]]
@@ -78,7 +84,10 @@ def test_store_holds_every_document_once(finished: DocumentStore, source: Path):
     assert manifest.train.utf8_bytes == sum(len(text.encode()) for text in train_texts)
     assert manifest.heldout.utf8_bytes == sum(len(text.encode()) for text in heldout.values())
     assert manifest.heldout.tokens == sum(document.num_tokens for document in finished.heldout_documents())
-    assert (manifest.skipped_undecodable, manifest.skipped_empty) == (1, 1)
+    assert [(each.reason, each.number, each.first) for each in manifest.left_out] == [
+        ("not utf-8", 1, "binary.txt"),
+        ("empty", 1, "empty.txt"),
+    ]
     assert manifest.token_dtype == "uint16" and manifest.tokenizer_sha256 == tokenizer.sha256
     assert np.array_equal(finished.train_token_counts(), np.bincount(stream, minlength=manifest.vocab_size))
     verify_store(finished.path)
@@ -209,7 +218,7 @@ def test_of_two_builders_one_builds_and_the_other_uses_it(source: Path, tmp_path
 
 
 def test_unusable_sources_are_refused_and_leave_no_store(source: Path, tmp_path: Path):
-    with pytest.raises(DataError, match="no such folder"):
+    with pytest.raises(DataError, match="no such folder or file"):
         build(tmp_path / "absent", tmp_path / "store")
     only_empty = tmp_path / "only-empty"
     only_empty.mkdir()
@@ -255,13 +264,13 @@ def test_another_tokenizer_is_refused_with_both_hashes(finished: DocumentStore, 
     other = Tokenizer.train(["other"], vocab_size=257)
     (tmp_path / "other.json").write_text(other.file_text)
     for refuse in (
-        lambda path: finished.check_fits(model_vocab_size=400, tokenizer_path=path),
+        lambda path: fits(finished, tokenizer_path=path),
         lambda path: build(source, finished.path, tokenizer_path=path),
     ):
         with pytest.raises(DataError, match=r"remove data\.tokenizer to use the store's own") as caught:
             refuse(str(tmp_path / "other.json"))
         assert other.sha256 in str(caught.value) and finished.manifest.tokenizer_sha256 in str(caught.value)
-    finished.check_fits(model_vocab_size=400, tokenizer_path=str(finished.path / "tokenizer.json"))
+    fits(finished, tokenizer_path=str(finished.path / "tokenizer.json"))
 
 
 def test_the_end_of_a_document_is_the_one_that_was_asked_for(finished: DocumentStore, source: Path, tmp_path: Path):
@@ -281,10 +290,10 @@ def test_the_end_of_a_document_is_the_one_that_was_asked_for(finished: DocumentS
 
 def test_model_vocabulary_smaller_than_the_tokenizers_is_refused(finished: DocumentStore, source: Path, tmp_path: Path):
     size = finished.manifest.vocab_size
-    finished.check_fits(model_vocab_size=size, tokenizer_path=None)
-    finished.check_fits(model_vocab_size=size + 1, tokenizer_path=None)
+    fits(finished, vocab_size=size)
+    fits(finished, vocab_size=size + 1)
     with pytest.raises(DataError, match=rf"model\.vocab_size = {size - 1}: .*set model\.vocab_size to {size} or more"):
-        finished.check_fits(model_vocab_size=size - 1, tokenizer_path=None)
+        fits(finished, vocab_size=size - 1)
     with pytest.raises(DataError, match=rf"tokenizer '.*' has token ids up to {size - 1}"):  # before tokenising
         build(source, tmp_path / "s", vocab_size=size - 1, tokenizer_path=str(finished.path / "tokenizer.json"))
 
@@ -316,8 +325,8 @@ def test_flipped_bit_is_found_by_verify(store: DocumentStore):
 
 
 def test_manifest_of_another_format_is_refused_as_such(store: DocumentStore):
-    edit_manifest(store, format_version=3, something_new=[])
-    with pytest.raises(DataError, match="has format 3, this Raynium reads 2; upgrade Raynium"):
+    edit_manifest(store, format_version=4, something_new=[])
+    with pytest.raises(DataError, match="has format 4, this Raynium reads 3; upgrade Raynium"):
         open_store(store.path)
     edit_manifest(store, format_version=1)
     with pytest.raises(DataError, match=r"has format 1, of an older Raynium, .* build the store again \(from the same"):
@@ -335,7 +344,7 @@ def test_manifest_that_is_none_is_refused(store: DocumentStore, content: str):
     ("fields", "message"),
     [
         ({"vocab_size": "400"}, "vocab_size: Input should be a valid integer"),
-        ({"format_version": "2"}, "format_version: Input should be 2"),
+        ({"format_version": "2"}, "format_version: Input should be 3"),
         ({"token_dtype": "int64"}, "token_dtype: Input should be 'uint16' or 'uint32'"),
         ({"token_dtype": "uint32"}, "do not add up to"),
         ({"vocab_size": 65_537}, "vocab_size 65537 does not fit token_dtype uint16"),

@@ -26,18 +26,21 @@ from raynium.checkpoint.commit import commit_checkpoint
 from raynium.checkpoint.format.manifest import FileEntry, SavedBlock, SavedBlocks, ShardEntry, shard_key, step_folder
 from raynium.checkpoint.state import checkpoint_state
 from raynium.config.load import load_config, parse_config
+from raynium.config.paths import OUR_NAMES, OUR_PREFIXES
 from raynium.config.schema import Config
 from raynium.data.store import TOKENIZER_NAME, open_store
 from raynium.data.tokenizer import Tokenizer
 from raynium.errors import ConfigError, DataError, RayniumError, RunInUse, StoreError, TrackingAway, TrackingError
 from raynium.launch import preparation
-from raynium.launch.preparation import Prepared, checked, finished_record, prepare
+from raynium.launch import run as run_module
+from raynium.launch.preparation import Prepared, checked, finished_record, prepare, survey_data
+from raynium.node.compile_cache import FOLDER
 from raynium.run import record as record_module
 from raynium.run.past import Past, run_store
 from raynium.run.record import RECORD_KEY, RunRecord, claim, read_record
 from raynium.storage.checksum import UNIT_BYTES, checksum, to_text
 from raynium.storage.store import Store
-from raynium.tracking.runs import TrackedRun, finish_run
+from raynium.tracking.runs import TrackedRun, _artifact_location, finish_run, resolve_uri
 
 JOB = job_text({"train.steps": 6, "data.path": None})
 run_numbers = itertools.count(1)
@@ -75,7 +78,9 @@ class Attempt:
 
     def __call__(self, **changes: Any) -> Prepared:
         config = self.config(**changes)
-        return prepare(config, Past.read(config), job_id=None, tags={}, tell=self.told.append)
+        past = Past.read(config)
+        surveyed = survey_data(config, past, self.told.append)
+        return prepare(config, past, surveyed=surveyed, job_id=None, tags={}, tell=self.told.append)
 
     def refused(self, kind: type[RayniumError], match: str, **changes: Any) -> str:
         """Tries with these changes, looks that nothing stands in the way of the next try, and returns the message."""
@@ -213,7 +218,7 @@ def test_data_shorter_than_a_sample_is_refused(attempt: Attempt, tmp_path: Path)
     for number in range(10):
         (tmp_path / "text" / f"{number}.txt").write_text("ab")
     changes = {"data.path": str(tmp_path / "new"), "data.source": str(tmp_path / "text"), "data.heldout_fraction": 0.5}
-    match = r"has \d+ training tokens; one sample takes data\.seq_len \+ 1 = 65"
+    match = r"has at most \d+ training tokens; one sample takes data\.seq_len \+ 1 = 65"
     attempt.refused(DataError, match, **changes, **{"data.seq_len": 64})
 
 
@@ -225,7 +230,97 @@ def test_a_vocabulary_smaller_than_the_stores_is_refused(attempt: Attempt) -> No
     attempt.refused(DataError, "vocab_size", **{"model.vocab_size": 300})
 
 
+def text_of(folder: Path, *, files: int = 60) -> str:
+    folder.mkdir()
+    for number in range(files):
+        (folder / f"{number}.txt").write_text(f"text {number} says hello again and again")
+    return str(folder)
+
+
+BAD_DATA = [
+    ("a source that is not there", {"data.source": "absent"}, "there is no such folder or file"),
+    ("a malformed line", {"data.source": "lines"}, r"a\.jsonl, line 2: not JSON"),
+    ("text that would be lost", {"data.source": "latin"}, "would lose .* more than data.max_left_out = 0.1"),
+    (
+        "a tokenizer that is not there",
+        {"data.source": "text", "data.tokenizer": "absent.json"},
+        "there is no such file",
+    ),
+    ("an end without a tokenizer", {"data.source": "text", "data.end_of_document": "x"}, "names a token of data.tok"),
+    ("a small vocabulary", {"data.source": "text", "model.vocab_size": 200}, "has at least 257 tokens"),
+    ("neither store nor source", {}, "is no document store.*set data.source"),
+    ("a store whose manifest is a pipe", {"data.path": "piped"}, "manifest.json cannot be read: it is a pipe"),
+]
+
+
+@pytest.mark.parametrize(("changes", "match"), [row[1:] for row in BAD_DATA], ids=[row[0] for row in BAD_DATA])
+def test_bad_data_is_told_before_ray_mlflow_or_a_record_exist(
+    attempt: Attempt, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], match: str
+) -> None:
+    text_of(tmp_path / "text")
+    (tmp_path / "lines").mkdir()
+    (tmp_path / "lines/a.jsonl").write_text('{"text": "fine"}\n{"text": \n')
+    (tmp_path / "latin").mkdir()
+    (tmp_path / "latin/a.txt").write_bytes(b"caf\xe9")
+    (tmp_path / "piped").mkdir()
+    os.mkfifo(tmp_path / "piped/manifest.json")
+    places = {name: str(tmp_path / place) for name, place in changes.items() if name in PLACES}
+    config = attempt.config(**{"data.path": str(tmp_path / "new")} | changes | places)
+    for name in ("connect", "prepare"):
+        monkeypatch.setattr(run_module, name, None, raising=False)
+    with pytest.raises(DataError, match=match):
+        run_module.run(config, address=None)
+    assert not (attempt.root / attempt.name).exists() and not (tmp_path / "new").exists()
+
+
+PLACES = ("data.path", "data.source", "data.tokenizer")
+
+
+def test_an_imported_model_is_not_given_a_store_of_another_tokenizer(attempt: Attempt, tmp_path: Path) -> None:
+    places = {"data.path": str(tmp_path / "new"), "data.source": text_of(tmp_path / "text")}
+    changes: dict[str, Any] = {**places, "data.heldout_fraction": 0.2}
+    Tokenizer.train(["imported"], vocab_size=260).keep(Store(attempt.root / attempt.name))
+    with pytest.raises(DataError, match=r"the run has a tokenizer, .*give that file as data\.tokenizer"):
+        attempt(**changes)
+    kept = f"{attempt.root}/{attempt.name}/{TOKENIZER_NAME}"
+    assert attempt(**changes | {"data.tokenizer": kept}).documents.manifest.vocab_size == 260
+
+
+def test_what_is_left_out_is_told_each_time(attempt: Attempt, tmp_path: Path) -> None:
+    places = {"data.path": str(tmp_path / "new"), "data.source": text_of(tmp_path / "text")}
+    changes: dict[str, Any] = {**places, "data.heldout_fraction": 0.2}
+    (tmp_path / "text/a.csv").write_bytes(b"1,2")
+    (tmp_path / "text/b.txt").write_bytes(b"\xff\xff")
+    attempt(**changes).keeper.update(state="stopped")
+    said = (
+        "data: left out less than 1 % of its text: 1 .csv, which is not read (first: a.csv), 1 not UTF-8 (first: b.txt)"
+    )
+    assert said in attempt.told
+    attempt.told.clear()
+    attempt(**changes)
+    assert said in attempt.told
+
+
 # ------------------------------------------------------------------------------------------------- places
+
+
+@pytest.mark.parametrize("name", ["mlflow.db", "mlflow.db-wal", "mlartifacts", "compile-cache", "data"])
+def test_a_run_does_not_take_a_name_of_ours(attempt: Attempt, name: str) -> None:
+    with pytest.raises(ConfigError, match=rf"run\.name is '{name}': under run\.root that is Raynium's own"):
+        attempt.config(**{"run.name": name})
+
+
+@pytest.mark.parametrize("inside", ["", "/", "/checkpoints"])
+def test_a_store_is_not_in_the_folder_of_a_run(attempt: Attempt, inside: str) -> None:
+    place = f"{attempt.root}/{attempt.name}{inside}"
+    with pytest.raises(ConfigError, match=r"data\.path is .* in the folder of run"):
+        attempt.config(**{"data.path": place})
+    attempt.config(**{"data.path": f"{attempt.root}/{attempt.name}-data"})
+
+
+def test_names_of_ours_are_those_that_are_used() -> None:
+    assert {FOLDER, Path(str(_artifact_location("sqlite:////x/mlflow.db"))).name} <= OUR_NAMES
+    assert resolve_uri(None, "/x").rpartition("/")[2].startswith(OUR_PREFIXES)
 
 
 def test_a_file_in_the_way_of_the_root_is_named(attempt: Attempt, tmp_path: Path) -> None:
@@ -315,7 +410,7 @@ def test_a_bucket_needs_an_mlflow_of_its_own(attempt: Attempt) -> None:
     config = attempt.config(**{"run.root": "s3://bucket/x"})
     past = Past(Store(config.run.root), None, None, num_checkpoints=0)
     with pytest.raises(ConfigError, match=r"tracking\.uri is not set and run\.root"):
-        prepare(config, past, job_id=None, tags={}, tell=attempt.told.append)
+        prepare(config, past, surveyed=None, job_id=None, tags={}, tell=attempt.told.append)
 
 
 # ------------------------------------------------------------------------------------------------- the run's past

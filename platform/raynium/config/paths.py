@@ -22,6 +22,9 @@ URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://.")
 BROKEN_URL = re.compile(r"(s3|gs|gcs|abfs|az|file|http|https|sqlite|postgresql|mysql):", re.IGNORECASE)
 # `user:password@`, or a query parameter that looks like a secret.
 SECRET = re.compile(r"://[^/@]*@|[?&][^=&]*(password|secret|token|key|signature)[^=&]*=", re.IGNORECASE)
+# What lies beside the runs under their root, by name and by the beginning of a name.
+OUR_NAMES = {"mlartifacts", "compile-cache", "data"}
+OUR_PREFIXES = ("mlflow.db", "probe-")
 PLACEHOLDER = "YOUR-BUCKET"  # in the presets, which cannot know it
 WORDS_FOR_SOURCE = {"python-stdlib"}  # data.source values that are no path
 WORDS_FOR_TRACKING = {"databricks"}  # tracking.uri values that MLflow knows by name
@@ -79,6 +82,24 @@ def placeholders(config: Config) -> list[str]:
         for name, place in places.items()
         if place is not None and PLACEHOLDER in place
     ]
+
+
+def collisions(config: Config) -> list[str]:
+    """Places that would be two things at once: one message for each. config: resolved."""
+    name, problems = config.run.name, []
+    if name in OUR_NAMES or name.startswith(OUR_PREFIXES):
+        problems.append(
+            f"run.name is {name!r}: under run.root that is Raynium's own (MLflow's database and files, the compile "
+            "cache, document stores); give the run another name"
+        )
+    run = f"{config.run.root.removeprefix('file://').rstrip('/')}/{name}"
+    data = config.data.path.removeprefix("file://").rstrip("/")
+    if data == run or data.startswith(f"{run}/"):
+        problems.append(
+            f"data.path is {config.data.path!r}, in the folder of run {name!r}: a run's folder holds what the run "
+            "writes; give the document store another place, or the run another name"
+        )
+    return problems
 
 
 def relative_paths_begin_at(environment: Mapping[str, str], current_folder: Path, problems: list[str]) -> str:

@@ -65,6 +65,7 @@ FREE = (
     "data.source",  # read only where no store exists yet
     "data.tokenizer",  # its content is compared with the store's, which data.identity covers
     "data.end_of_document",  # it too
+    "data.max_left_out",  # a bound
     "parallel",
     "engine.activation_checkpointing",
     "engine.compile",

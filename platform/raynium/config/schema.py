@@ -91,12 +91,17 @@ class DataSection(Section):
     identity: Annotated[
         str | None, Field(pattern=r"^[0-9a-f]{64}$", description="the identity of a document store, 64 hex digits")
     ] = None
-    source: Location | None = None  # "python-stdlib", or a folder of .txt / .py / .jsonl files
+    source: Location | None = None  # "python-stdlib", or a folder or file of .txt / .py / .md / .jsonl
     tokenizer: Location | None = None  # tokenizer.json to use; None: train a byte-level BPE on the source
     end_of_document: Annotated[str, Field(min_length=1)] | None = Field(
         None,
         description="the token that ends a document, of data.tokenizer; null: what the files beside it say "
         "(tokenizer_config.json, config.json, generation_config.json)",
+    )
+    max_left_out: Fraction = Field(
+        0.1,
+        description="the share of the source's text that may be left out (not UTF-8, kinds that are not read, null) "
+        "before that is refused, 0 to 1",
     )
     heldout_fraction: FractionBelowOne = 0.05  # of documents, chosen by a hash of their names
     seq_len: PositiveInt

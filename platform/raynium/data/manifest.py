@@ -12,11 +12,12 @@ from typing import Annotated, Any, Literal, Self
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from raynium.data.left_out import LeftOutGroup
 from raynium.errors import DataError
 from raynium.storage.checksum import FileChecksums, checksum, list_to_text, to_text
 
 MANIFEST_NAME = "manifest.json"
-FORMAT_VERSION = 2  # 1 had no checksum per unit
+FORMAT_VERSION = 3  # 1 had no checksum per unit, 2 did not say what was left out
 
 Count = Annotated[int, Field(ge=0, lt=2**60)]
 Positive = Annotated[int, Field(ge=1, lt=2**60)]
@@ -51,14 +52,13 @@ class Split(_JsonObject):
 class StoreManifest(_JsonObject):
     """`of` makes one, `parse` reads one: both give only what is consistent."""
 
-    format_version: Literal[2]
+    format_version: Literal[3]
     crc64nvme: str  # of all else in here
     # What a run knows its data by: equal for stores of the same tokens and tokenizer, wherever they lie.
     identity: Sha256
     source: str
     heldout_fraction: Annotated[float, Field(ge=0, le=1)]
-    skipped_undecodable: Count  # files or lines of the source that are no text
-    skipped_empty: Count
+    left_out: list[LeftOutGroup]  # of the source
     tokenizer_sha256: Sha256
     vocab_size: Positive
     end_of_document_id: Count

@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from raynium.config.plain_file import read_plain
 from raynium.data.manifest import MANIFEST_NAME, StoreManifest
 from raynium.data.tokenizer import TOKENIZER_NAME, Tokenizer
 from raynium.data.tokens import Shard, TokenStream, check_unit
@@ -26,6 +27,7 @@ from raynium.errors import DataError
 
 TOKEN_COUNTS_NAME = "train-token-counts.bin"
 HELDOUT_INDEX_NAME = "heldout-documents.json"
+MAX_MANIFEST_BYTES = 2**30
 TOKEN_COUNT_DTYPE = np.dtype("<i8")
 
 
@@ -69,39 +71,6 @@ class DocumentStore:
             end_of_document=self.manifest.end_of_document_id,
         )
 
-    def check_fits(
-        self, *, model_vocab_size: int, tokenizer_path: str | None, end_of_document: str | None = None
-    ) -> None:
-        """Raises DataError if the model's vocabulary is too small, or the config names another tokenizer or end."""
-        if tokenizer_path is not None:
-            wanted = Tokenizer.load(tokenizer_path, end_of_document=end_of_document)
-            if wanted.sha256 != self.manifest.tokenizer_sha256:
-                raise DataError(
-                    f"document store {self.path} was tokenised with another tokenizer (sha256 "
-                    f"{self.manifest.tokenizer_sha256}) than data.tokenizer = {tokenizer_path!r} (sha256 "
-                    f"{wanted.sha256}); remove data.tokenizer to use the store's own, or give another data.path to "
-                    "build a new store"
-                )
-            if end_of_document is not None and wanted.end_of_document_id != self.manifest.end_of_document_id:
-                raise DataError(
-                    f"data.end_of_document = {end_of_document!r} (id {wanted.end_of_document_id}): in document store "
-                    f"{self.path} documents end with id {self.manifest.end_of_document_id}; remove the setting, or "
-                    "give another data.path to build a new store"
-                )
-        refuse_small_vocabulary(model_vocab_size, self.manifest.vocab_size, f"document store {self.path}")
-
-    def check_recipe(self, *, source: str, heldout_fraction: float) -> None:
-        """Raises DataError if the store was built from something else than the config asks for now."""
-        for name, built_with, asked_for in (
-            ("source", self.manifest.source, source),
-            ("heldout_fraction", self.manifest.heldout_fraction, heldout_fraction),
-        ):
-            if built_with != asked_for:
-                raise DataError(
-                    f"document store {self.path} was built with data.{name} = {built_with!r}, the config says "
-                    f"{asked_for!r}; set it back, give another data.path, or delete the folder to build it anew"
-                )
-
     def check_sizes(self) -> None:
         """Raises DataError that names every file that is missing or of another size than the manifest says."""
         damaged = []
@@ -142,10 +111,7 @@ def open_store(path: str | Path, *, identity: str | None = None) -> DocumentStor
     path = Path(path)
     manifest = local_manifest(path)
     if manifest is None:
-        raise DataError(
-            f"data.path = {str(path)!r} is no document store: it has no {MANIFEST_NAME}; "
-            "set data.source to build one there, or give the path of a finished store"
-        )
+        raise no_store(path)
     refuse_other_data(manifest, identity, where=str(path))
     store = DocumentStore(path, manifest)
     store.check_sizes()
@@ -155,10 +121,55 @@ def open_store(path: str | Path, *, identity: str | None = None) -> DocumentStor
 def local_manifest(path: Path) -> StoreManifest | None:
     """None if the folder holds no store."""
     try:
-        content = (path / MANIFEST_NAME).read_bytes()
+        content = read_plain(path / MANIFEST_NAME, max_bytes=MAX_MANIFEST_BYTES)
     except (FileNotFoundError, NotADirectoryError):
         return None
+    except OSError as error:
+        raise DataError(
+            f"data.path = {str(path)!r}: {MANIFEST_NAME} cannot be read: {error.strerror}; give another data.path"
+        ) from error
     return StoreManifest.parse(content, f"document store {path}")
+
+
+def no_store(place: str | Path) -> DataError:
+    return DataError(
+        f"data.path = {str(place)!r} is no document store: it has no {MANIFEST_NAME}; "
+        "set data.source to build one there, or give the path or URL of a finished store"
+    )
+
+
+def refuse_other_recipe(manifest: StoreManifest, *, source: str, heldout_fraction: float, where: str) -> None:
+    """Raises DataError if the store was built from something else than the config asks for now."""
+    for name, built_with, asked_for in (
+        ("source", manifest.source, source),
+        ("heldout_fraction", manifest.heldout_fraction, heldout_fraction),
+    ):
+        if built_with != asked_for:
+            raise DataError(
+                f"document store {where} was built with data.{name} = {built_with!r}, the config says "
+                f"{asked_for!r}; set it back, give another data.path, or delete the folder to build it anew"
+            )
+
+
+def refuse_other_tokenizer(
+    manifest: StoreManifest, *, model_vocab_size: int, path: str | None, end_of_document: str | None, where: str
+) -> None:
+    """Raises DataError if the model's vocabulary is too small, or the config names another tokenizer or end."""
+    if path is not None:
+        wanted = Tokenizer.load(path, end_of_document=end_of_document)
+        if wanted.sha256 != manifest.tokenizer_sha256:
+            raise DataError(
+                f"document store {where} was tokenised with another tokenizer (sha256 {manifest.tokenizer_sha256}) "
+                f"than data.tokenizer = {path!r} (sha256 {wanted.sha256}); remove data.tokenizer to use the store's "
+                "own, or give another data.path to build a new store"
+            )
+        if end_of_document is not None and wanted.end_of_document_id != manifest.end_of_document_id:
+            raise DataError(
+                f"data.end_of_document = {end_of_document!r} (id {wanted.end_of_document_id}): in document store "
+                f"{where} documents end with id {manifest.end_of_document_id}; remove the setting, or give another "
+                "data.path to build a new store"
+            )
+    refuse_small_vocabulary(model_vocab_size, manifest.vocab_size, f"document store {where}")
 
 
 def refuse_other_data(manifest: StoreManifest, identity: str | None, *, where: str) -> None:

@@ -8,7 +8,6 @@ import logging
 import os
 import time
 import zlib
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
@@ -17,8 +16,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from raynium.data.corpus import Document, Skipped, is_held_out, name_hash, read_documents
 from raynium.data.manifest import MANIFEST_NAME, Split, StoredFile, StoreManifest, shard_dtype, token_dtype_for
+from raynium.data.sources import Document, Item, is_held_out, name_hash
 from raynium.data.store import (
     HELDOUT_INDEX_NAME,
     TOKEN_COUNT_DTYPE,
@@ -27,8 +26,11 @@ from raynium.data.store import (
     DocumentStore,
     HeldoutDocument,
     open_store,
+    refuse_other_recipe,
+    refuse_other_tokenizer,
     refuse_small_vocabulary,
 )
+from raynium.data.survey import Progress, Survey, Tell, survey
 from raynium.data.tokenizer import Tokenizer
 from raynium.errors import DataError
 from raynium.storage.checksum import UNIT_BYTES
@@ -51,15 +53,19 @@ def build_store(
     tokenizer_path: str | None = None,
     end_of_document: str | None = None,
     heldout_fraction: float = 0.05,
+    max_left_out: float = 0.1,
+    surveyed: Survey | None = None,
+    tell: Tell = logger.info,
     shard_tokens: int = SHARD_TOKENS,
     tokenizer_sample_bytes: int = TOKENIZER_SAMPLE_BYTES,
     unit_bytes: int = UNIT_BYTES,
 ) -> DocumentStore:
     """Build the store in the local folder `path`, or open the one that is there.
 
-    source: see `corpus.read_documents`. tokenizer_path: a tokenizer.json to use; None trains one of `vocab_size` tokens
-    on training documents, taken in the order of a hash of their names until `tokenizer_sample_bytes` are reached.
-    end_of_document: the token of that tokenizer which ends a document; None: see `Tokenizer.load`.
+    source: see `sources.open_source`. max_left_out: see `survey`; surveyed: what that gave, if it was called already.
+    tokenizer_path: a tokenizer.json to use; None trains one of `vocab_size` tokens on training documents, taken in the
+    order of a hash of their names until `tokenizer_sample_bytes` are reached. end_of_document: the token of the former
+    that ends a document; None: see `Tokenizer.load`. tell: gets a line before what takes long, and every ten seconds.
     shard_tokens: most tokens of one shard file. unit_bytes: that have a checksum of their own, a multiple of 8.
 
     A crash at any point leaves no store, and the next call builds it. Raises DataError for unusable text or tokenizer,
@@ -71,17 +77,12 @@ def build_store(
         if not finished.exists():  # a store on a read-only disk needs no lock
             with exclusive(path / LOCK_NAME, f"document store {path}"):
                 if not finished.exists():  # nobody was faster
-                    manifest = _build(
-                        path,
-                        source,
-                        vocab_size,
-                        tokenizer_path,
-                        end_of_document,
-                        heldout_fraction,
-                        shard_tokens,
-                        tokenizer_sample_bytes,
-                        unit_bytes,
+                    found = surveyed or survey(
+                        source, heldout_fraction=heldout_fraction, max_left_out=max_left_out, tell=tell
                     )
+                    recipe = _Recipe(source, found, heldout_fraction, shard_tokens, unit_bytes, tell)
+                    tokenizer = _tokenizer(recipe, vocab_size, tokenizer_path, end_of_document, tokenizer_sample_bytes)
+                    manifest = _build(path, recipe, tokenizer)
                     # Dying before this line leaves a folder that is no store; after it, a whole one.
                     write_atomically(finished, manifest.to_json())
     except OSError as error:
@@ -90,35 +91,49 @@ def build_store(
             "check permissions and free space, or set another data.path"
         ) from error
     store = open_store(path)
-    store.check_recipe(source=source, heldout_fraction=heldout_fraction)
-    store.check_fits(model_vocab_size=vocab_size, tokenizer_path=tokenizer_path, end_of_document=end_of_document)
+    refuse_other_recipe(store.manifest, source=source, heldout_fraction=heldout_fraction, where=str(path))
+    refuse_other_tokenizer(
+        store.manifest,
+        model_vocab_size=vocab_size,
+        path=tokenizer_path,
+        end_of_document=end_of_document,
+        where=str(path),
+    )
     return store
 
 
-def _build(
-    folder: Path,
-    source: str,
-    vocab_size: int,
-    tokenizer_path: str | None,
-    end_of_document: str | None,
-    heldout_fraction: float,
-    shard_tokens: int,
-    tokenizer_sample_bytes: int,
-    unit_bytes: int,
-) -> StoreManifest:
+@dataclass(frozen=True)
+class _Recipe:
+    """What goes into a store, beside the tokenizer."""
+
+    source: str
+    surveyed: Survey
+    heldout_fraction: float
+    shard_tokens: int
+    unit_bytes: int
+    tell: Tell
+
+
+def _tokenizer(
+    recipe: _Recipe, vocab_size: int, path: str | None, end_of_document: str | None, sample_bytes: int
+) -> Tokenizer:
+    if path is not None:
+        tokenizer = Tokenizer.load(path, end_of_document=end_of_document)
+        refuse_small_vocabulary(vocab_size, tokenizer.vocab_size, f"tokenizer {path!r}")
+        return tokenizer
+    sample = recipe.surveyed.tokenizer_sample(sample_bytes)
+    taken_bytes = sum(recipe.surveyed.train_bytes[name] for name in sample)
+    recipe.tell(f"data: a tokenizer of {vocab_size:,} tokens learns from {taken_bytes / 1e6:.1f} MB")
+    texts = (document.text for document in _documents(recipe.surveyed.source.items()) if document.name in sample)
+    return Tokenizer.train(texts, vocab_size=vocab_size)
+
+
+def _build(folder: Path, recipe: _Recipe, tokenizer: Tokenizer) -> StoreManifest:
     """All but the manifest, which is returned. The caller holds the lock."""
     started = time.monotonic()
     for stale in [*folder.glob("train-?????.bin"), *folder.glob("heldout-?????.bin")]:
         stale.unlink()  # of a build that died, which may have cut more shards than this one will
-    train_bytes = _survey(source, heldout_fraction)
-    if tokenizer_path is None:
-        sample = _tokenizer_sample(train_bytes, tokenizer_sample_bytes)
-        texts = (document.text for document in _documents(source) if document.name in sample)
-        tokenizer = Tokenizer.train(texts, vocab_size=vocab_size)
-    else:
-        tokenizer = Tokenizer.load(tokenizer_path, end_of_document=end_of_document)
-        refuse_small_vocabulary(vocab_size, tokenizer.vocab_size, f"tokenizer {tokenizer_path!r}")
-    manifest = _write_files(folder, source, tokenizer, heldout_fraction, shard_tokens, unit_bytes)
+    manifest = _write_files(folder, recipe, tokenizer)
     logger.info(
         "built document store %s in %.1f s: %d + %d held-out documents, %d training tokens, %.2f bytes per token",
         folder,
@@ -159,40 +174,6 @@ class _ShardWriter:
                 os.fsync(file.fileno())
 
 
-def _survey(source: str, heldout_fraction: float) -> dict[str, int]:
-    """UTF-8 bytes of each training document by name. Raises DataError unless both splits have documents."""
-    train_bytes: dict[str, int] = {}
-    num_heldout = 0
-    for document in _documents(source):
-        if is_held_out(document.name, heldout_fraction):
-            num_heldout += 1
-        else:
-            train_bytes[document.name] = len(document.text.encode())
-    if not train_bytes or not num_heldout:
-        raise DataError(
-            f"data.source = {source!r} gives {len(train_bytes)} training and {num_heldout} held-out documents with "
-            f"data.heldout_fraction = {heldout_fraction}, and both need at least one; "
-            "give more documents (a file or a .jsonl line is one) or change the fraction"
-        )
-    return train_bytes
-
-
-def _tokenizer_sample(train_bytes: dict[str, int], sample_bytes: int) -> set[str]:
-    """Names of the documents that the tokenizer learns from: in hash order, until `sample_bytes` are reached."""
-    names: set[str] = set()
-    taken_bytes = 0
-    for name in sorted(train_bytes, key=lambda name: name_hash(f"tokenizer sample: {name}")):
-        if taken_bytes >= sample_bytes:
-            break
-        names.add(name)
-        taken_bytes += train_bytes[name]
-    return names
-
-
-def _documents(source: str) -> Iterator[Document]:
-    return (item for item in read_documents(source) if isinstance(item, Document))
-
-
 @dataclass(frozen=True)
 class _Tokenised:
     """What tokenising wrote and counted."""
@@ -201,15 +182,12 @@ class _Tokenised:
     heldout: Split
     heldout_documents: list[HeldoutDocument]  # in the order of their tokens
     train_token_counts: np.ndarray  # int64 [vocab_size]
-    skipped: Counter[str]  # by reason
 
 
-def _write_files(
-    folder: Path, source: str, tokenizer: Tokenizer, heldout_fraction: float, shard_tokens: int, unit_bytes: int
-) -> StoreManifest:
+def _write_files(folder: Path, recipe: _Recipe, tokenizer: Tokenizer) -> StoreManifest:
     """Tokenise all documents and write every file but the manifest, which is returned."""
     token_dtype = token_dtype_for(tokenizer.vocab_size)
-    tokenised = _tokenise(folder, source, tokenizer, heldout_fraction, shard_dtype(token_dtype), shard_tokens)
+    tokenised = _tokenise(folder, recipe, tokenizer, shard_dtype(token_dtype))
     by_hash = sorted(tokenised.heldout_documents, key=lambda document: name_hash(document.name))
     index = json.dumps([document._asdict() for document in by_hash], indent=0)
     write_atomically(folder / HELDOUT_INDEX_NAME, index.encode())
@@ -217,47 +195,40 @@ def _write_files(
     write_atomically(folder / TOKENIZER_NAME, tokenizer.file_text.encode())
     shards = [*tokenised.train.shards, *tokenised.heldout.shards]
     return StoreManifest.of(
-        source=source,
-        heldout_fraction=heldout_fraction,
-        skipped_undecodable=tokenised.skipped["undecodable"],
-        skipped_empty=tokenised.skipped["empty"],
+        source=recipe.source,
+        heldout_fraction=recipe.heldout_fraction,
+        left_out=recipe.surveyed.left_out,
         tokenizer_sha256=tokenizer.sha256,
         vocab_size=tokenizer.vocab_size,
         end_of_document_id=tokenizer.end_of_document_id,
         token_dtype=token_dtype,
         train=tokenised.train,
         heldout=tokenised.heldout,
-        unit_bytes=unit_bytes,
+        unit_bytes=recipe.unit_bytes,
         files=[
-            StoredFile.of(name, file_checksums(folder / name, unit_bytes))
+            StoredFile.of(name, file_checksums(folder / name, recipe.unit_bytes))
             for name in [*shards, HELDOUT_INDEX_NAME, TOKEN_COUNTS_NAME, TOKENIZER_NAME]
         ],
     )
 
 
-def _tokenise(
-    folder: Path,
-    source: str,
-    tokenizer: Tokenizer,
-    heldout_fraction: float,
-    dtype: np.dtype[Any],
-    shard_tokens: int,
-) -> _Tokenised:
+def _tokenise(folder: Path, recipe: _Recipe, tokenizer: Tokenizer, dtype: np.dtype[Any]) -> _Tokenised:
     """Write all shards."""
+    total_bytes = recipe.surveyed.num_train_bytes
     end_of_document = np.array([tokenizer.end_of_document_id])
     token_counts = np.zeros(tokenizer.vocab_size, dtype=np.int64)
-    skipped: Counter[str] = Counter()
+    progress = Progress(recipe.tell)
     num_train_documents = train_bytes = num_altered = 0
     heldout_documents: list[HeldoutDocument] = []
     with (
-        closing(_ShardWriter(folder, "train", dtype, shard_tokens)) as train_writer,
-        closing(_ShardWriter(folder, "heldout", dtype, shard_tokens)) as heldout_writer,
+        closing(_ShardWriter(folder, "train", dtype, recipe.shard_tokens)) as train_writer,
+        closing(_ShardWriter(folder, "heldout", dtype, recipe.shard_tokens)) as heldout_writer,
     ):
-        for documents in _batched(read_documents(source), skipped):
+        for documents in _batched(_documents(recipe.surveyed.source.items())):
             tokens_of_documents = tokenizer.encode_batch([document.text for document in documents])
             train_tokens: list[np.ndarray] = []
             for document, tokens in zip(documents, tokens_of_documents, strict=True):
-                if is_held_out(document.name, heldout_fraction):
+                if is_held_out(document.name, recipe.heldout_fraction):
                     heldout_documents.append(_heldout_document(document, len(tokens), heldout_writer.num_tokens))
                     heldout_writer.append(tokens)
                     num_altered += tokenizer.decode(tokens) != document.text
@@ -268,6 +239,7 @@ def _tokenise(
             stream = np.concatenate([*train_tokens, end_of_document[:0]])  # a batch may hold held-out documents only
             train_writer.append(stream)
             token_counts += np.bincount(stream, minlength=tokenizer.vocab_size)
+            progress(f"data: {train_bytes / 1e6:,.0f} MB of {total_bytes / 1e6:,.0f} MB tokenised")
     if num_altered:
         logger.warning(
             "the tokenizer does not give back the text of %d of %d held-out documents: bits per byte is approximate",
@@ -289,7 +261,6 @@ def _tokenise(
         ),
         heldout_documents=heldout_documents,
         train_token_counts=token_counts,
-        skipped=skipped,
     )
 
 
@@ -304,16 +275,17 @@ def _heldout_document(document: Document, num_tokens: int, offset: int) -> Heldo
     )
 
 
-def _batched(items: Iterable[Document | Skipped], skipped: Counter[str]) -> Iterator[list[Document]]:
-    """Documents in lists of about BATCH_CHARACTERS; what is no document is counted in `skipped` by reason."""
+def _documents(items: Iterable[Item]) -> Iterator[Document]:
+    return (item for item in items if isinstance(item, Document))
+
+
+def _batched(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    """Documents in lists of about BATCH_CHARACTERS."""
     batch: list[Document] = []
     num_characters = 0
-    for item in items:
-        if isinstance(item, Skipped):
-            skipped[item.reason] += 1
-            continue
-        batch.append(item)
-        num_characters += len(item.text)
+    for document in documents:
+        batch.append(document)
+        num_characters += len(document.text)
         if num_characters >= BATCH_CHARACTERS:
             yield batch
             batch, num_characters = [], 0

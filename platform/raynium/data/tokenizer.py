@@ -157,11 +157,7 @@ class Tokenizer:
 
         The result has fewer than `vocab_size` tokens when the texts hold too few pairs to merge.
         """
-        if vocab_size < SMALLEST_VOCAB_SIZE:
-            raise DataError(
-                f"vocab_size = {vocab_size}: a byte-level vocabulary has at least {SMALLEST_VOCAB_SIZE} tokens "
-                f"(256 bytes and {END_OF_DOCUMENT}); set model.vocab_size to {SMALLEST_VOCAB_SIZE} or more"
-            )
+        check_vocab_size(vocab_size)
         tokenizer = tokenizers.Tokenizer(models.BPE())
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence(  # pyright: ignore[reportAttributeAccessIssue]
             [
@@ -201,6 +197,15 @@ def _without_long_words(texts: Iterable[str]) -> Iterator[str]:
             yield text[begin : word.end()]
             begin = word.end()
         yield text[begin:]
+
+
+def check_vocab_size(vocab_size: int) -> None:
+    """Raises DataError for a vocabulary that cannot be trained."""
+    if vocab_size < SMALLEST_VOCAB_SIZE:
+        raise DataError(
+            f"vocab_size = {vocab_size}: a byte-level vocabulary has at least {SMALLEST_VOCAB_SIZE} tokens "
+            f"(256 bytes and {END_OF_DOCUMENT}); set model.vocab_size to {SMALLEST_VOCAB_SIZE} or more"
+        )
 
 
 def _ends(read: ReadBeside, statements: Iterable[tuple[str, str]]) -> list[str | int]:

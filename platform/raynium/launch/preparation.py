@@ -11,11 +11,13 @@ from functools import partial
 from pathlib import Path
 
 from raynium.config.load import dump_yaml
-from raynium.config.paths import placeholders, resolve
+from raynium.config.paths import collisions, placeholders, resolve
 from raynium.config.resume import resume_conflicts
 from raynium.config.schema import Config
-from raynium.data.remote import find_identity, prepare_store
+from raynium.data.left_out import left_out_in_words
+from raynium.data.remote import check_data, find_identity, prepare_store
 from raynium.data.store import TOKENIZER_NAME, DocumentStore
+from raynium.data.survey import Survey
 from raynium.data.tokenizer import Tokenizer
 from raynium.errors import ConfigError, DataError, TrackingAway
 from raynium.models.flops import parameter_count
@@ -63,7 +65,7 @@ def finished_record(config: Config, past: Past) -> RunRecord | None:
 def checked(config: Config) -> Config:
     """The config, resolved and free of contradictions; raises ConfigError with every problem."""
     config = resolve(config)
-    if problems := [*placeholders(config), *check(config)]:
+    if problems := [*placeholders(config), *collisions(config), *check(config)]:
         raise ConfigError(problems)
     return config
 
@@ -82,12 +84,36 @@ def checkpoint_bytes(config: Config) -> int:
     return 12 * parameter_count(config.model).total
 
 
+def survey_data(config: Config, past: Past, tell: Callable[[str], None]) -> Survey | None:
+    """Whether the run can train on its data, as far as that shows before anything is started or written.
+
+    Returns the survey of the source, where there is no store yet. Raises DataError.
+    """
+    found = check_data(config.data, model_vocab_size=config.model.vocab_size, tell=tell)
+    # An imported model, which no driver has trained yet. One that trains here may build the same store anew.
+    imported = past.record is None and past.store.exists(TOKENIZER_NAME)
+    if found is not None and config.data.tokenizer is None and imported:
+        raise DataError(
+            f"the run has a tokenizer, {past.store.uri(TOKENIZER_NAME)}, and a new document store at "
+            f"{config.data.path} would get another: give that file as data.tokenizer, or the data.path of a store "
+            "that was made with it"
+        )
+    return found
+
+
 def prepare(
-    config: Config, past: Past, *, job_id: str | None, tags: Mapping[str, str], tell: Callable[[str], None]
+    config: Config,
+    past: Past,
+    *,
+    surveyed: Survey | None,
+    job_id: str | None,
+    tags: Mapping[str, str],
+    tell: Callable[[str], None],
 ) -> Prepared:
     """Checks all that can be checked without a node, takes the run's name, and makes what the ranks will need.
 
-    config: from `checked`. tell: gets a line for each thing that takes time. Raises RayniumError.
+    config: from `checked`. surveyed: from `survey_data`. tell: gets a line for each thing that takes time. Raises
+    RayniumError.
     """
     store = past.store
     config = identified(config)
@@ -107,7 +133,7 @@ def prepare(
     keeper = claim(store, config.run.name, config.model_dump(mode="json"))
     try:
         with keeper.beating():
-            config, documents = prepare_data(config, past, tell)
+            config, documents = prepare_data(config, past, tell, surveyed)
             open_mlflow = partial(_open_mlflow, config, keeper.record, uri, tags)
             try:
                 mlflow = open_mlflow()
@@ -135,14 +161,20 @@ def prepare(
     return Prepared(config, store, keeper, mlflow, open_mlflow, documents, str(scratch_folder()), log_path)
 
 
-def prepare_data(config: Config, past: Past, tell: Callable[[str], None]) -> tuple[Config, DocumentStore]:
+def prepare_data(
+    config: Config, past: Past, tell: Callable[[str], None], surveyed: Survey | None = None
+) -> tuple[Config, DocumentStore]:
     """The document store on this machine, built first if the config names a source and there is none.
 
     Returns the config with its identity, too. past: of the run, which must be able to go on with this data.
     """
     began = time.monotonic()
     documents = prepare_store(
-        config.data, model_vocab_size=config.model.vocab_size, cache_dir=scratch_folder() / "data"
+        config.data,
+        model_vocab_size=config.model.vocab_size,
+        cache_dir=scratch_folder() / "data",
+        surveyed=surveyed,
+        tell=tell,
     )
     train, heldout = documents.manifest.train, documents.manifest.heldout
     tell(
@@ -150,6 +182,9 @@ def prepare_data(config: Config, past: Past, tell: Callable[[str], None]) -> tup
         f"vocabulary of {documents.manifest.vocab_size:,}; {heldout.documents} documents held out "
         f"({time.monotonic() - began:.1f} s)"
     )
+    if left_out := documents.manifest.left_out:
+        kept_bytes = train.utf8_bytes + heldout.utf8_bytes
+        tell(f"data: left out {left_out_in_words(left_out, kept_bytes=kept_bytes)}")
     if train.tokens < config.data.seq_len + 1:
         raise DataError(
             f"document store {documents.path} has {train.tokens:,} training tokens; one sample takes "

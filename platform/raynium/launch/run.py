@@ -11,7 +11,7 @@ from raynium.config.load import dump_yaml
 from raynium.config.schema import Config
 from raynium.errors import RunInUse, StoreError, TrackingError
 from raynium.launch.display import Display
-from raynium.launch.preparation import Prepared, checked, finished_record, prepare
+from raynium.launch.preparation import Prepared, checked, finished_record, prepare, survey_data
 from raynium.launch.ray_environment import set_ray_environment
 from raynium.launch.settle import check_this_machine, settled
 from raynium.run.past import Past, run_store
@@ -33,18 +33,24 @@ def run(
     from raynium.launch.connect import connect
 
     console = Console(highlight=False, soft_wrap=True)
+
+    def tell(line: str) -> None:
+        console.print(Text(line))
+
+    past = Past.read(config)
+    # A mistake in the data is told before a cluster is started or joined, MLflow asked, or a record written.
+    if (record := finished_record(config, past)) is not None:
+        tell(f"run {config.run.name!r} has already finished at step {record.step}")
+        return record
+    surveyed = survey_data(config, past, tell)
     with contextlib.ExitStack() as cluster:
         # Joining a cluster is quick, and says what its nodes have; one of our own is started when all else is ready.
         resources = cluster.enter_context(connect(address)) if address is not None else None
-        past = Past.read(config)
         config = settled(config, cluster_resources=resources, saved=past.config)
         if address is None:
             check_this_machine(config)
         console.print(Text(dump_yaml(config)))
-        if (record := finished_record(config, past)) is not None:
-            console.print(Text(f"run {config.run.name!r} has already finished at step {record.step}"))
-            return record
-        prepared = prepare(config, past, job_id=job_id, tags=tags or {}, tell=lambda line: console.print(Text(line)))
+        prepared = prepare(config, past, surveyed=surveyed, job_id=job_id, tags=tags or {}, tell=tell)
         with Display(config.train.steps, console, prepared.log_path) as display:
             try:
                 if address is None:

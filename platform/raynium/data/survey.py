@@ -1,0 +1,111 @@
+"""A source read once from end to end, before anything is written: can it be trained on, and what is left out?"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from raynium.data.left_out import LeftOut, LeftOutGroup, Tally, left_out_in_words, share_left_out
+from raynium.data.sources import Source, is_held_out, name_hash, open_source
+from raynium.errors import DataError
+
+Tell = Callable[[str], None]
+TELL_SECONDS = 10.0
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What reading all of a source has found."""
+
+    source: Source
+    train_bytes: dict[str, int]  # UTF-8 bytes of each training document by name
+    heldout_documents: int
+    heldout_bytes: int
+    left_out: list[LeftOutGroup]
+
+    @property
+    def num_train_bytes(self) -> int:
+        return sum(self.train_bytes.values())
+
+    def tokenizer_sample(self, sample_bytes: int) -> set[str]:
+        """Names of the documents that a tokenizer learns from: in hash order, until `sample_bytes` are reached."""
+        names: set[str] = set()
+        taken_bytes = 0
+        for name in sorted(self.train_bytes, key=lambda name: name_hash(f"tokenizer sample: {name}")):
+            if taken_bytes >= sample_bytes:
+                break
+            names.add(name)
+            taken_bytes += self.train_bytes[name]
+        return names
+
+
+def survey(source: str, *, heldout_fraction: float, max_left_out: float, tell: Tell) -> Survey:
+    """Read all of it.
+
+    max_left_out: the largest share of the source's text that may be left out. tell: gets a line every ten seconds.
+
+    Raises DataError for what `open_source` and its readers refuse, for a larger share, and unless both splits have
+    documents.
+    """
+    opened, tally = open_source(source), Tally()
+    progress = Progress(tell)
+    train_bytes: dict[str, int] = {}
+    heldout_documents = heldout_bytes = read_bytes = 0
+    for item in opened.items():
+        if isinstance(item, LeftOut):
+            tally.add(item)
+            continue
+        num_bytes = len(item.text.encode())
+        read_bytes += num_bytes
+        if is_held_out(item.name, heldout_fraction):
+            heldout_documents += 1
+            heldout_bytes += num_bytes
+        else:
+            train_bytes[item.name] = num_bytes
+        progress(f"data: {read_bytes / 1e6:,.0f} MB of {source} read")
+    found = Survey(opened, train_bytes, heldout_documents, heldout_bytes, tally.groups())
+    _refuse_large_share(source, found, max_left_out)
+    if not train_bytes or not heldout_documents:
+        left_out = f", and leaves out {left_out_in_words(found.left_out, kept_bytes=0)}" if not read_bytes else ""
+        raise DataError(
+            f"data.source = {source!r} gives {len(train_bytes)} training and {heldout_documents} held-out documents "
+            f"with data.heldout_fraction = {heldout_fraction}{left_out}. Both need at least one: give more documents "
+            "(a file or a .jsonl line is one) or change the fraction"
+        )
+    return found
+
+
+def _refuse_large_share(source: str, found: Survey, max_left_out: float) -> None:
+    kept_bytes = found.num_train_bytes + found.heldout_bytes
+    share = share_left_out(found.left_out, kept_bytes=kept_bytes)
+    if share <= max_left_out:
+        return
+    remedies = [
+        remedy
+        for reasons, remedy in (
+            ({"utf-16"}, "convert UTF-16 with `iconv -f UTF-16 -t UTF-8`"),
+            ({"not utf-8"}, "convert what is not UTF-8 with `iconv -f LATIN1 -t UTF-8`, or whatever it is in"),
+            ({"unread kind"}, "unpack or convert files of kinds that are not read"),
+            ({"too long"}, "split long documents"),
+        )
+        if reasons & {group.reason for group in found.left_out}
+    ]
+    # So much is enough: rounded up to a whole percent.
+    enough = min(1.0, (int(100 * share) + 1) / 100)
+    raise DataError(
+        f"data.source = {source!r} would lose {left_out_in_words(found.left_out, kept_bytes=kept_bytes)}. That is more "
+        f"than data.max_left_out = {max_left_out:g}: {'; '.join(remedies) or 'mend the source'}; or set "
+        f"data.max_left_out={enough:g} to train without it"
+    )
+
+
+class Progress:
+    """Tells at most every TELL_SECONDS, and nothing before."""
+
+    def __init__(self, tell: Tell):
+        self._tell = tell
+        self._next = time.monotonic() + TELL_SECONDS
+
+    def __call__(self, line: str) -> None:
+        if time.monotonic() >= self._next:
+            self._next = time.monotonic() + TELL_SECONDS
+            self._tell(line)

@@ -1,0 +1,306 @@
+"""Sources become named documents, and their names alone decide what is held out."""
+
+import gzip
+import json
+import os
+import re
+import sysconfig
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from raynium.data import sources
+from raynium.data.left_out import LeftOut, Tally
+from raynium.data.sources import PIECE_BYTES, PYTHON_STDLIB, Document, is_held_out, name_hash, open_source
+from raynium.data.store import open_store
+from raynium.data.store_build import build_store
+from raynium.data.survey import Survey, survey
+from raynium.errors import DataError
+
+pytestmark = pytest.mark.quick
+
+
+def test_standard_library_is_large_sorted_and_without_installed_packages():
+    items = list(open_source(PYTHON_STDLIB).items())
+    documents = [item for item in items if isinstance(item, Document)]
+    names = [document.name for document in documents]
+    assert sum(len(document.text.encode()) for document in documents) > 10_000_000
+    assert names == sorted(names)
+    assert "json/decoder.py" in names
+    assert not any("site-packages" in name or "dist-packages" in name for name in names)
+    source_file = Path(sysconfig.get_paths()["stdlib"]) / "json/decoder.py"
+    assert documents[names.index("json/decoder.py")].text.encode() == source_file.read_bytes()
+
+
+def test_folder_gives_documents_in_name_order_and_counts_what_is_none(tmp_path: Path):
+    (tmp_path / "b.txt").write_bytes(b"line\r\nends stay")
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "a.md").write_text("# title")
+    (tmp_path / "a.py").write_text("")
+    (tmp_path / "c.txt").write_bytes(b"\xff\xfd\x00")
+    (tmp_path / "image.png").write_bytes(b"not text")
+    (tmp_path / ".git").mkdir()
+    (tmp_path / ".git" / "notes.txt").write_text("hidden")
+    assert list(open_source(str(tmp_path)).items()) == [
+        LeftOut(".git", "hidden"),
+        LeftOut("image.png", "other kind", 8),
+        LeftOut("a.py", "empty"),
+        Document("b.txt", "line\r\nends stay"),
+        LeftOut("c.txt", "not utf-8", 3),
+        Document("sub/a.md", "# title"),
+    ]
+
+
+def test_jsonl_lines_are_documents_of_their_own(tmp_path: Path):
+    lines = [
+        json.dumps({"text": "first", "id": 7}).encode(),
+        b"",
+        json.dumps({"text": "dritte, überall"}, ensure_ascii=False).encode(),
+        b'{"text": "half a pair: \\ud800"}',
+        b'{"text": "\xff"}',
+        b'{"text": ""}',
+    ]
+    (tmp_path / "d.jsonl").write_bytes(b"\n".join(lines))
+    assert list(open_source(str(tmp_path)).items()) == [
+        Document("d.jsonl:1", "first"),
+        LeftOut("d.jsonl:2", "empty"),
+        Document("d.jsonl:3", "dritte, überall"),
+        LeftOut("d.jsonl:4", "not utf-8", 32),
+        LeftOut("d.jsonl:5", "not utf-8", 14),
+        LeftOut("d.jsonl:6", "empty"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"text": "cut', r"d\.jsonl, line 2: not JSON"),
+        ('{"content": "x"}', r'd\.jsonl, line 2: no "text" string'),
+        ('{"text": 5}', r'line 2: no "text" string'),
+        ('["x"]', r'line 2: no "text" string'),
+    ],
+)
+def test_malformed_jsonl_is_refused_with_its_line(tmp_path: Path, line: str, message: str):
+    (tmp_path / "d.jsonl").write_text('{"text": "fine"}\n' + line)
+    with pytest.raises(DataError, match=message):
+        list(open_source(str(tmp_path)).items())
+
+
+def test_missing_and_empty_folders_are_refused(tmp_path: Path):
+    with pytest.raises(DataError, match=r"no such folder or file.*give an existing folder"):
+        open_source(str(tmp_path / "absent"))
+    (tmp_path / "image.png").write_bytes(b"x")
+    with pytest.raises(DataError, match=r"no \.txt, \.py, \.md, \.jsonl file under"):
+        open_source(str(tmp_path))
+
+
+def test_held_out_documents_are_the_stated_share_and_stay_held_out():
+    names = [f"package/module_{i}.py" for i in range(20_000)]
+    held_out = {fraction: {name for name in names if is_held_out(name, fraction)} for fraction in (0.0, 0.05, 0.2, 1.0)}
+    assert held_out[0.0] == set()
+    assert held_out[1.0] == set(names)
+    assert held_out[0.05] < held_out[0.2]
+    assert 0.04 < len(held_out[0.05]) / len(names) < 0.06
+    # frozen: another value would silently move documents between the splits of existing stores
+    assert [i for i in range(60) if is_held_out(f"{i}.txt", 0.1)] == [14, 48]
+    assert name_hash("json/decoder.py") == 2101820494204920077
+
+
+# ---- what is left out, by reason -------------------------------------------------------------------------------------
+
+
+def surveyed(folder: Path, **changes: Any) -> Survey:
+    options = {"heldout_fraction": 0.2, "max_left_out": 0.1, "tell": lambda line: None, **changes}
+    return survey(str(folder), **options)
+
+
+@pytest.fixture
+def half_lost(tmp_path: Path) -> Path:
+    """60 text files of which 30 are Latin-1, shards of unread kinds, a linked folder, and a pipe."""
+    folder, elsewhere = tmp_path / "d", tmp_path / "elsewhere"
+    folder.mkdir()
+    elsewhere.mkdir()
+    for i in range(60):
+        text = f"café number {i}, and more words\n"
+        (folder / f"{i}.txt").write_bytes(text.encode("latin-1" if i % 2 else "utf-8"))
+    (folder / "part-1.jsonl.gz").write_bytes(gzip.compress(b'{"text": "a compressed document"}\n'))
+    (folder / "part-2.parquet").write_bytes(b"PAR1")
+    (elsewhere / "a.jsonl").write_text('{"text": "in a linked folder"}\n')
+    (folder / "linked").symlink_to(elsewhere)
+    (folder / "gone.txt").symlink_to(tmp_path / "nowhere")
+    os.mkfifo(folder / "pipe.txt")
+    (folder / "README.TXT").write_text("upper case\n")
+    (folder / "bom.txt").write_bytes(b"\xef\xbb\xbfwith a byte order mark\n")
+    return folder
+
+
+def test_half_a_corpus_that_would_be_lost_is_refused_with_reasons_first_names_and_share(half_lost: Path):
+    with pytest.raises(DataError) as caught:
+        surveyed(half_lost)
+    message = str(caught.value)
+    for part in (
+        "30 not UTF-8 (first: 1.txt)",
+        "1 .jsonl.gz, which is not read (first: part-1.jsonl.gz)",
+        "1 .parquet, which is not read (first: part-2.parquet)",
+        "1 linked folders, which are not followed (first: linked)",
+        "2 pipes, sockets, devices or broken links (first: gone.txt)",
+        "more than data.max_left_out = 0.1",
+        "iconv",
+    ):
+        assert part in message, message
+    share = re.search(r"would lose (\d+) % .* set data\.max_left_out=(0\.\d+) ", message)
+    assert share is not None and 45 < int(share[1]) <= 100 * float(share[2]) < 60
+    found = surveyed(half_lost, max_left_out=float(share[2]))
+    assert len(found.train_bytes) + found.heldout_documents == 32
+
+
+def test_capital_endings_are_read_and_a_byte_order_mark_is_no_text(half_lost: Path):
+    texts = {item.name: item.text for item in open_source(str(half_lost)).items() if isinstance(item, Document)}
+    assert texts["README.TXT"] == "upper case\n" and texts["bom.txt"] == "with a byte order mark\n"
+
+
+def test_a_source_in_utf_16_is_told_so(tmp_path: Path):
+    for i in range(9):
+        (tmp_path / f"{i}.txt").write_bytes(f"text {i}".encode("utf-16"))
+    (tmp_path / "a.jsonl").write_bytes('{"text": "x"}\n{"text": "y"}\n'.encode("utf-16"))
+    with pytest.raises(DataError, match=r"lose 100 % of its text: 10 UTF-16, not UTF-8 .*iconv -f UTF-16") as caught:
+        surveyed(tmp_path)
+    with pytest.raises(DataError, match=r"gives 0 training and 0 held-out documents .* and leaves out 100 %"):
+        surveyed(tmp_path, max_left_out=1.0)
+    assert "first: 0.txt" in str(caught.value)
+
+
+def test_lines_whose_text_is_null_are_counted_and_only_many_are_refused(tmp_path: Path):
+    good = "".join(json.dumps({"text": f"document {n} says hello again and again"}) + "\n" for n in range(40))
+    (tmp_path / "a.jsonl").write_text(good + '{"text": null}\n')
+    [group] = surveyed(tmp_path).left_out
+    assert (group.reason, group.number, group.num_bytes, group.first) == ("null", 1, 15, "a.jsonl:41")
+    (tmp_path / "a.jsonl").write_text(good + '{"text": null, "content": "lost"}\n' * 40)
+    with pytest.raises(DataError, match=r"""40 whose "text" is null \(first: a\.jsonl:41\)"""):
+        surveyed(tmp_path)
+
+
+@pytest.mark.parametrize("line", ['{"text": "x", "id": ' + "9" * 5000 + "}", '{"text": "x", "m": ' + "[" * 100_000])
+def test_lines_that_only_python_cannot_read_are_refused_with_file_and_line(tmp_path: Path, line: str):
+    (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n' + line + "\n")
+    with pytest.raises(DataError, match=r"a\.jsonl, line 2: not JSON"):
+        surveyed(tmp_path)
+
+
+def test_a_name_that_is_no_utf_8_names_a_document(tmp_path: Path):
+    for number in range(9):
+        (tmp_path / f"{number}.txt").write_text(f"text {number}")
+    name = os.fsdecode(b"caf\xe9.txt")
+    (tmp_path / name).write_text("hello")
+    (tmp_path / os.fsdecode(b"\xe9.txt")).write_text("")
+    store = build_store(tmp_path / "store", source=str(tmp_path), vocab_size=300, heldout_fraction=0.9)
+    assert name in {document.name for document in store.heldout_documents()}
+    assert [each.first for each in open_store(store.path).manifest.left_out if each.reason == "empty"] == [r"\xe9.txt"]
+
+
+def test_one_file_is_a_source(tmp_path: Path):
+    lines = tmp_path / "a.JSONL"
+    lines.write_text("".join(json.dumps({"text": f"document {n}"}) + "\n" for n in range(40)))
+    assert len(surveyed(lines).train_bytes) > 20
+    text = tmp_path / "book.txt"
+    text.write_text("".join(f"Line {n} of a book, dear reader.\n" for n in range(10_000)))
+    pieces = [item for item in open_source(str(text)).items() if isinstance(item, Document)]
+    assert [piece.name for piece in pieces[:2]] == ["book.txt:1", "book.txt:2"]
+    assert "".join(piece.text for piece in pieces) == text.read_text()
+    assert all(piece.text.endswith("\n") and len(piece.text) < PIECE_BYTES + 100 for piece in pieces)
+    (tmp_path / "a.parquet").write_bytes(b"PAR1")
+    with pytest.raises(DataError, match=r"a file that ends in \.parquet is not read; give one of \.txt, \.py, \.md"):
+        open_source(str(tmp_path / "a.parquet"))
+
+
+def test_what_is_no_file_is_no_source(tmp_path: Path):
+    os.mkfifo(tmp_path / "pipe.txt")
+    for place, problem in [(tmp_path / "pipe.txt", "it is a pipe"), ("/dev/zero", "it is a device"), ("a\0b", "null")]:
+        with pytest.raises(DataError, match=problem):
+            open_source(str(place))
+
+
+def test_a_document_that_is_too_long_is_left_out_and_never_read_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sources, "MAX_DOCUMENT_BYTES", 100)
+    (tmp_path / "a.txt").write_text("x" * 101)
+    (tmp_path / "b.jsonl").write_text('{"text": "' + "x" * 300 + '"}\n{"text": "fine"}\n')
+    assert list(open_source(str(tmp_path)).items()) == [
+        LeftOut("a.txt", "too long", 101),
+        LeftOut("b.jsonl:1", "too long", 313),
+        Document("b.jsonl:2", "fine"),
+    ]
+
+
+def test_a_file_that_goes_away_or_cannot_be_read_is_named(tmp_path: Path):
+    (tmp_path / "a.txt").write_text("x")
+    opened = open_source(str(tmp_path))
+    (tmp_path / "a.txt").unlink()
+    with pytest.raises(DataError, match=r"a\.txt cannot be read: No such file.*take it out of data\.source"):
+        list(opened.items())
+
+
+def test_a_folder_that_cannot_be_listed_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "a.txt").write_text("x")
+
+    def denied(path: str) -> None:
+        raise PermissionError(13, "Permission denied", path)
+
+    monkeypatch.setattr(os, "scandir", denied)
+    with pytest.raises(DataError, match="cannot be read: Permission denied; give this user permission"):
+        open_source(str(tmp_path))
+
+
+# ---- mutated inputs --------------------------------------------------------------------------------------------------
+
+JSONL = b"".join(json.dumps({"text": f"d\u00f6cument {n}", "id": n}).encode() + b"\n" for n in range(4))
+CHANGES = st.lists(
+    st.tuples(
+        st.integers(0, len(JSONL)),
+        st.integers(0, 5),
+        st.binary(max_size=4)
+        | st.sampled_from([b"\xff\xfe", b"\xef\xbb\xbf", b"[" * 5000, b"\\ud800", b"\n\n", b"null"]),
+    ),
+    max_size=4,
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(changes=CHANGES, ending=st.sampled_from([".jsonl", ".txt", ".md"]), alone=st.booleans())
+def test_whatever_a_file_holds_it_gives_documents_counts_or_one_error(changes: Any, ending: str, alone: bool):
+    content = JSONL
+    for position, length, inserted in changes:
+        content = content[:position] + inserted + content[position + length :]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, f"a{ending}")
+        path.write_bytes(content)
+        try:
+            items = list(open_source(str(path) if alone else folder).items())
+        except DataError as error:
+            assert re.search(r"a\.jsonl, line \d+: ", str(error))
+            return
+    assert len({item.name for item in items}) == len(items)
+    for item in items:
+        assert item.text.encode() if isinstance(item, Document) else item.num_bytes <= len(content)
+    if ending != ".jsonl" and not alone:
+        [item] = items
+        assert not isinstance(item, Document) or item.text.encode() == content.removeprefix(b"\xef\xbb\xbf")
+
+
+@given(
+    st.lists(st.sampled_from(["not utf-8", "null", "unread kind", "empty"]), min_size=1, max_size=12),
+    st.integers(0, 12),
+)
+def test_tallies_of_parts_add_up_to_the_tally_of_the_whole(reasons: Any, cut: int):
+    items = [LeftOut(f"{n:03}", reason, n, ".csv" * (reason == "unread kind")) for n, reason in enumerate(reasons)]
+    whole, parts, sums = Tally(), [Tally(), Tally()], Tally()
+    for number, item in enumerate(items):
+        whole.add(item)
+        parts[number >= cut].add(item)
+    for part in parts:
+        for group in part.groups():
+            sums.add(group)
+    assert sums.groups() == whole.groups()
