@@ -96,7 +96,7 @@ class StoreManifest(_JsonObject):
         if type(version) is int and 1 <= version < FORMAT_VERSION:
             raise DataError(
                 f"{where}: the store has format {version}, of an older Raynium, and this one reads {FORMAT_VERSION}; "
-                f"{remedy} (from the same text: runs go on with it)"
+                f"{remedy} (from the same text: runs go on with it, unless a file of it begins with a byte order mark)"
             )
         try:
             manifest = cls.model_validate_json(content)
