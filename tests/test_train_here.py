@@ -11,8 +11,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from mlflow_server import Server
 from s3_server import S3Server
 from tiny import build_documents, job_text
+from waiting import wait_for
 
 from raynium import Run, find_run
 
@@ -127,6 +129,33 @@ def test_agents_that_cannot_start_end_the_run_with_their_words(folder: Path, hom
     assert process.returncode == 1, output
     assert "node 0: the agent failed: OSError: no template today" in output
     assert "error: run 'here' failed at step 0: a node agent was lost" in output
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_without_its_mlflow_which_has_every_point_once_it_is_back(folder: Path, home: Path) -> None:
+    """Started again while MLflow is away; ended by a signal, and by `raynium stop`, each with its exit code."""
+    server = Server(folder)
+    server.start()
+    run = find_run("here", str(folder))
+    try:
+        first = start(folder, f"tracking.uri={server.uri}")
+        wait_for_checkpoint(run, 10, first)
+        first.send_signal(signal.SIGTERM)
+        output, _ = first.communicate(timeout=120)
+        assert first.returncode == 143 and run.record().stopped_by == "SIGTERM", output
+        reached = run.record().step
+
+        server.kill()
+        second = start(folder, f"tracking.uri={server.uri}")
+        wait_for_checkpoint(run, reached + 20, second)
+        server.start()
+        wait_for(lambda: [point.step for point in run.metrics("train/loss")][-1] > reached + 20)
+        run.stop()
+        output, _ = second.communicate(timeout=120)
+        assert second.returncode == 3 and "the run starts without its MLflow page" in output, output
+        assert [point.step for point in run.metrics("train/loss")] == list(range(1, run.record().step + 1))
+    finally:
+        server.kill()
 
 
 @pytest.mark.slow
