@@ -132,6 +132,20 @@ def test_agents_that_cannot_start_end_the_run_with_their_words(folder: Path, hom
 
 
 @pytest.mark.slow
+def test_a_killed_controller_leaves_its_nodes_to_the_next_one(folder: Path, home: Path) -> None:
+    """Where the run has all cores of its cluster, and there is no dashboard that Ray Train could ask who died."""
+    run = find_run("here", str(folder))
+    process = start(folder, "train.steps=300")
+    wait_for_checkpoint(run, 20, process)
+    found = subprocess.run(["pgrep", "-f", "^ray::TrainController"], capture_output=True, text=True).stdout.split()
+    (controller,) = set(map(int, found)) & descendants(process.pid)
+    os.kill(controller, signal.SIGKILL)
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == 0 and run.record().generation == 2, output
+    assert "Ray Train's controller died" in output and "no step for" not in output
+
+
+@pytest.mark.slow
 def test_a_run_goes_on_without_its_mlflow_which_has_every_point_once_it_is_back(folder: Path, home: Path) -> None:
     """Started again while MLflow is away; ended by a signal, and by `raynium stop`, each with its exit code."""
     server = Server(folder)
