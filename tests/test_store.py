@@ -1,6 +1,7 @@
 """The store's promises, the same on a file system and on a real S3 server."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,6 +14,8 @@ from typing import Any
 from uuid import uuid4
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from raynium.errors import StoreError
 from raynium.storage.backend import KeyExists, KeyMissing
@@ -190,8 +193,12 @@ def test_paths_and_file_urls_are_the_same(tmp_path: Path, monkeypatch: pytest.Mo
         ("file:///", "three slashes"),
         ("s3://b/a/../c", "holds '..'"),
         ("s3://b/runs//first", "holds '//'"),
+        (r"s3://b/runs\first", "separate folders by single slashes"),
         ("s3://AKIAKEY:hunter2@bucket/x", "may not hold credentials"),
         ("s3://bucket/x?token=hunter2", "may not hold credentials"),
+        ("s3://arn:aws:s3:us-west-2:123456789012:accesspoint/name/x", "access point's alias in its place"),
+        ("s3://bucket/a\nb", "holds '\\\\n', which is no character of a text"),
+        ("/tmp/a\udcc3b", "locale is not UTF-8"),
     ],
 )
 def test_unusable_addresses_are_refused_without_secrets(url: str, problem: str) -> None:
@@ -202,9 +209,57 @@ def test_unusable_addresses_are_refused_without_secrets(url: str, problem: str) 
 
 def test_credentials_in_the_endpoint_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://me:hunter2@127.0.0.1:1")
-    with pytest.raises(StoreError, match="endpoint's address may not hold credentials") as caught:
+    with pytest.raises(StoreError, match="AWS_ENDPOINT_URL may not hold credentials") as caught:
         Store("s3://bucket/x")
     assert "hunter2" not in str(caught.value)
+
+
+@pytest.mark.parametrize("endpoint", ["127.0.0.1:9000", "minio:9000", "http://", "s3.local", "//host"])
+@pytest.mark.parametrize("name", ["AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"])
+def test_an_endpoint_without_a_scheme_is_named(name: str, endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, endpoint)
+    with pytest.raises(StoreError, match=f"^{name} is '{endpoint}': it begins with http:// or https://"):
+        Store("s3://bucket/x")
+
+
+def test_an_unknown_profile_and_an_endpoint_in_a_profile_are_told_in_a_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "config").write_text("[profile minio]\nendpoint_url = 127.0.0.1:9000\nregion = us-east-1\n")
+    for name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {"AWS_CONFIG_FILE": f"{tmp_path}/config", "AWS_ACCESS_KEY_ID": "a"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "b")
+    monkeypatch.setenv("AWS_PROFILE", "nosuch")
+    with pytest.raises(StoreError, match=r"\(nosuch\).*set AWS_PROFILE to a profile of ~/.aws/config, or unset it"):
+        Store("s3://bucket/x").exists("a")
+    monkeypatch.setenv("AWS_PROFILE", "minio")
+    with pytest.raises(StoreError, match=r"Invalid endpoint: 127.0.0.1:9000; .*AWS_ENDPOINT_URL"):
+        Store("s3://bucket/x").exists("a")
+
+
+# What a person may call a folder, in every place of its name. A dot alone and a slash are no names.
+NAMES = st.text(
+    st.characters(exclude_characters="/\0", exclude_categories=("Cc", "Cs")) | st.sampled_from(" []#?%&+*~'\"ü木"),
+    min_size=1,
+    max_size=20,
+).filter(lambda name: name not in (".", "..") and not re.search(r"[?&][^/?&=]+=", name))
+
+
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(name=NAMES)
+def test_a_folder_may_be_called_anything(store: Store, name: str) -> None:
+    if store.url.startswith("s3://"):
+        name = name.replace("\\", "-")
+    there = Store(f"{store.url}/parent/{name}", options=store._options)
+    assert there.url == f"{store.url}/parent/{name}".rstrip("/")
+    there.replace("a", name.encode())
+    again = Store(there.url, options=store._options)
+    assert again.read("a") == name.encode()
+    assert (ascii(name), list(again.list().sizes)) == (ascii(name), ["a"])
+    assert again.child("deeper").list().sizes == {}
+    again.delete("a")
 
 
 # ---- a file system that fails ------------------------------------------------------------------------------------

@@ -43,7 +43,7 @@ def resolve(config: Config, *, base_folder: str | Path | None = None) -> Config:
 
     def place(name: str, text: str) -> str:
         placed = _absolute(name, text, home, problems)
-        if SECRET.search(placed):
+        if URL.match(placed) and SECRET.search(placed):
             problems.append(_secret_in_url(name, placed))
         return placed
 

@@ -2,12 +2,16 @@
 
 from collections.abc import Mapping
 from typing import Any
+from urllib.parse import urlsplit
 
 from botocore.exceptions import BotoCoreError, ClientError, HTTPClientError
 from botocore.exceptions import ConnectionError as BotoConnectionError
 
+from raynium.errors import StoreError
+
 _REMEDIES = {
     "NoSuchBucket": "create the bucket, or name one that exists",
+    "ProfileNotFound": "set AWS_PROFILE to a profile of ~/.aws/config, or unset it (`aws configure list-profiles`)",
     "404": "there is no such bucket: create it, or name another; check AWS_ENDPOINT_URL if it is set",
     "InvalidAccessKeyId": "the access key is unknown there: set AWS_ACCESS_KEY_ID or AWS_PROFILE",
     "SignatureDoesNotMatch": "the secret key is wrong: set AWS_SECRET_ACCESS_KEY or AWS_PROFILE",
@@ -44,6 +48,21 @@ _OLD_CREDENTIALS = (
 _OLD_CREDENTIALS_OF_HEAD = ("400", "403")  # whose answers have no words
 _PASSING = ("RequestTimeout", "SlowDown", "ServiceUnavailable", "InternalError", "Throttling", "RequestLimitExceeded")
 _PASSING_STATUS = (429, 500, 502, 503, 504)
+
+
+def check_endpoint(options: Mapping[str, Any], environment: Mapping[str, str]) -> None:
+    """StoreError unless the S3 endpoint that was set, if one was, is an address without credentials."""
+    given = {"endpoint_url": options.get("endpoint_url")}
+    given |= {name: environment.get(name) for name in ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")}
+    for name, endpoint in given.items():
+        if not endpoint:
+            continue
+        if "@" in endpoint:
+            raise StoreError(f"{name} may not hold credentials, because addresses are logged: take them out")
+        if not (endpoint.startswith(("http://", "https://")) and urlsplit(endpoint).hostname):
+            raise StoreError(
+                f"{name} is {endpoint!r}: it begins with http:// or https:// and names a host, as http://127.0.0.1:9000"
+            )
 
 
 def _answer(error: BaseException) -> Mapping[str, Any]:

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeVar
-from urllib.parse import urlsplit
 from uuid import uuid4
 
 import aiohttp
@@ -30,7 +29,7 @@ from raynium.storage.backend import KeyExists, KeyMissing, Listing, refuse_large
 from raynium.storage.checksum import PART_BYTES, FileChecksums, checksum, checksum_units, num_units, to_text
 from raynium.storage.local_files import mapped
 from raynium.storage.s3_body import Destination, MemoryBody, receive
-from raynium.storage.s3_errors import TAKEN, are_credentials_old, code_of, passes, remedy_for
+from raynium.storage.s3_errors import TAKEN, are_credentials_old, check_endpoint, code_of, passes, remedy_for
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -55,11 +54,7 @@ class S3Backend:
 
     def __init__(self, bucket: str, prefix: str, options: dict[str, Any], *, max_attempts: int = _MAX_ATTEMPTS):
         self.bucket, self.prefix, self._options, self._max_attempts = bucket, prefix, options, max_attempts
-        endpoint = (
-            options.get("endpoint_url") or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-        )
-        if endpoint and "@" in urlsplit(endpoint).netloc:
-            raise StoreError("the S3 endpoint's address may not hold credentials, because addresses are logged")
+        check_endpoint(options, os.environ)
         self._fs = s3fs.S3FileSystem(
             **options,
             use_listings_cache=False,
@@ -468,7 +463,8 @@ class S3Backend:
         """Turn botocore's and s3fs's errors into StoreErrors that say what to do."""
         try:
             yield
-        except (OSError, BotoCoreError, ClientError) as error:
+        # ValueError: an endpoint in the profile's file that is no address.
+        except (OSError, ValueError, BotoCoreError, ClientError) as error:
             code = code_of(error)
             if key and code in ("NoSuchKey", "404"):
                 raise KeyMissing(f"{self._uri(key)} does not exist") from error

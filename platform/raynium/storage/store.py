@@ -9,19 +9,24 @@ never seen half-written. Every failure is a `StoreError` that names the store, t
 """
 
 import re
+import unicodedata
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 from uuid import uuid4
 
 from raynium.errors import StoreError
 from raynium.storage.backend import Backend, KeyMissing, Listing
 from raynium.storage.checksum import UNIT_BYTES, FileChecksums
 
-MAX_READ_BYTES = 2**30  # `read` is for records and manifests; data goes through `read_into`
-_KEY_PART = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=+-]{0,199}", re.ASCII)  # no leading dot: those are our temporary files
-_MAX_KEY_CHARS = 700  # S3 allows 1,024 bytes, of which the store's own prefix takes some
+# `read` is for records and manifests; data goes through `read_into`.
+MAX_READ_BYTES = 2**30
+# No leading dot: those are our temporary files.
+_KEY_PART = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=+-]{0,199}", re.ASCII)
+# Of pyarrow's and fsspec's addresses. They may hold secrets.
+_OPTIONS = re.compile(r"[?&][^/?&=]+=")
+# S3 allows 1,024 bytes, of which the store's own prefix takes some.
+_MAX_KEY_CHARS = 700
 
 
 class Store:
@@ -151,33 +156,65 @@ def checked_key(key: str) -> str:
 
 
 def _open(url: str, options: dict[str, Any]) -> tuple[str, Backend]:
-    """The normalised address (never with credentials, so it can be logged) and the backend for `url`."""
-    # Imported here: s3fs takes a second to import, and the file backend must not pay it
+    """The normalised address (never with credentials, so it can be logged) and the backend for `url`.
+
+    What follows the scheme is taken character for character, as AWS's own tools do with a key: `%20` is no space, and
+    `#` and `?` begin nothing.
+    """
     if "://" not in url:
         url = f"file://{Path(url).expanduser().absolute()}"
-    parts = urlsplit(url)
-    if "@" in parts.netloc or parts.query or parts.fragment:  # not echoed: it may hold a secret
+    scheme, _, place = url.partition("://")
+    bucket, _, folder = place.partition("/")
+    scheme, folder = scheme.lower(), folder.rstrip("/")
+    # Not echoed: it may hold a secret.
+    if "@" in bucket or (scheme != "file" and _OPTIONS.search(place)):
         raise StoreError(
-            f"a {parts.scheme}:// store address may not hold credentials, a query or a fragment, because addresses are "
+            f"a {scheme}:// store address may not hold credentials or options (?name=value), because addresses are "
             "logged: put credentials in the environment (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY) or a profile"
         )
-    folder = parts.path.rstrip("/")
     if ".." in folder.split("/"):
         raise StoreError(f"{url!r} holds '..': give the folder's own path")
-    if parts.scheme == "file":
-        from raynium.storage.file_store import FileBackend
+    if scheme == "file":
+        return _open_file(url, bucket, folder)
+    if scheme == "s3":
+        return _open_s3(url, bucket, folder, options)
+    raise StoreError(f"{url!r} has the scheme {scheme!r}: use a path, file:// or s3://")
 
-        if parts.netloc not in ("", "localhost") or not folder:
-            raise StoreError(
-                f"{url!r} is not a local folder: a file address has three slashes, as in file:///data/runs"
-            )
-        return f"file://{folder}", FileBackend(Path(folder))
-    if parts.scheme == "s3":
-        from raynium.storage.s3_store import S3Backend
 
-        if not parts.netloc:
-            raise StoreError(f"{url!r} names no bucket: write s3://bucket/folder")
-        if "//" in folder:  # S3 keeps an empty folder name, some servers drop it from some answers and not from others
-            raise StoreError(f"{url!r} holds '//': separate folders by single slashes")
-        return f"s3://{parts.netloc}{folder}", S3Backend(parts.netloc, folder.lstrip("/"), options)
-    raise StoreError(f"{url!r} has the scheme {parts.scheme!r}: use a path, file:// or s3://")
+def _open_file(url: str, host: str, folder: str) -> tuple[str, Backend]:
+    from raynium.storage.file_store import FileBackend
+
+    if host not in ("", "localhost") or not folder:
+        raise StoreError(f"{url!r} is not a local folder: a file address has three slashes, as in file:///data/runs")
+    _refuse_unprintable(url)
+    folder = folder.lstrip("/")
+    return f"file:///{folder}", FileBackend(Path(f"/{folder}"))
+
+
+def _open_s3(url: str, bucket: str, folder: str, options: dict[str, Any]) -> tuple[str, Backend]:
+    # s3fs takes a second to import, and whoever uses files must not pay it.
+    from raynium.storage.s3_store import S3Backend
+
+    if not bucket:
+        raise StoreError(f"{url!r} names no bucket: write s3://bucket/folder")
+    if bucket.startswith("arn:"):
+        raise StoreError(
+            f"{url!r} names a bucket by an ARN: give the access point's alias in its place (its name ends in -s3alias; "
+            "`aws s3control get-access-point` prints it), as in s3://name-of-it-s3alias/folder"
+        )
+    # S3 keeps an empty folder name; some servers drop it from some answers and not from others. A backslash is a
+    # character to S3, and a slash to SeaweedFS.
+    for unsure in ("//", "\\"):
+        if unsure in f"/{folder}":
+            raise StoreError(f"{url!r} holds {unsure!r}: separate folders by single slashes")
+    _refuse_unprintable(url)
+    return f"s3://{bucket}/{folder}".rstrip("/"), S3Backend(bucket, folder, options)
+
+
+def _refuse_unprintable(url: str) -> None:
+    """What no terminal shows, no XML answer of S3 carries, or no file of ours can hold as text."""
+    if bad := [character for character in url if unicodedata.category(character) in ("Cc", "Cs")]:
+        raise StoreError(
+            f"the store address {url!a} holds {bad[0]!a}, which is no character of a text: rename the folder. If its "
+            "name looks right to you, this shell's locale is not UTF-8 (see `locale`; LC_ALL=C.UTF-8 is)"
+        )
