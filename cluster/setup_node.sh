@@ -53,7 +53,7 @@ cpu)
     ;;
 esac
 
-"$environment/bin/pip" install --quiet --disable-pip-version-check -c "$constraints" -e "$checkout[aws]"
+"$environment/bin/pip" install --quiet --disable-pip-version-check -c "$constraints" -e "$checkout"
 
 chmod 600 "$HOME/.ray/auth_token"    # the cluster's token: whoever can read it can run code here
 {

@@ -9,13 +9,17 @@ import sqlite3
 import subprocess
 import sys
 import time
+import tomllib
 import urllib.request
 from pathlib import Path
 
+import boto3
 import pytest
+from s3_server import S3Server
 
 from raynium.errors import ConfigError, TrackingError
-from raynium.tracking.client import check_reachable, mlflow_client, redact, sqlite_path
+from raynium.storage.store import Store
+from raynium.tracking.client import ArtifactsAway, check_reachable, mlflow_client, redact, sqlite_path
 from raynium.tracking.provenance import flatten_config, is_secret_name, provenance_tags
 from raynium.tracking.runs import (
     TrackedRun,
@@ -29,13 +33,14 @@ from raynium.tracking.runs import (
     ui_command,
     ui_environment,
 )
+from raynium.tracking.sender import MlflowTracker
 
 CONFIG = {"train": {"steps": 5, "lr": 3e-4}, "sample": {"prompts": ["a", "b"]}, "tracking": {"uri": None}}
 
 
 @pytest.fixture(scope="module")
 def uri(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return f"sqlite:///{tmp_path_factory.mktemp('root # with space')}/mlflow.db"
+    return f"sqlite:///{tmp_path_factory.mktemp('root # with? 50%25 ü [a]')}/mlflow.db"
 
 
 def open_test_run(uri: str, *, run_id: str | None = None, params: dict | None = None, **tags: str) -> TrackedRun:
@@ -144,6 +149,68 @@ def test_artifacts_lie_beside_the_database_and_not_in_the_current_folder(
     (file,) = (sqlite_path(uri).parent / "mlartifacts").rglob("end.txt")
     assert file.read_text() == "text é"
     assert list(tmp_path.iterdir()) == []
+
+
+def open_with_artifacts_at(location: str, folder: Path) -> TrackedRun:
+    uri = f"sqlite:///{folder}/mlflow.db"
+    with mlflow_client(uri, timeout_seconds=10) as client:
+        client.create_experiment("team", artifact_location=location)
+    return open_run(uri, experiment="team", run_name="x", run_id=None, params={}, tags={})
+
+
+@pytest.mark.parametrize(
+    ("location", "missing", "told"),
+    [
+        (
+            "s3://bucket/mlflow",
+            "boto3",
+            r"kept in s3://bucket/mlflow/.*boto3.*pip install boto3 here.*--serve-artifacts",
+        ),
+        (
+            "gs://bucket/mlflow",
+            "google.cloud",
+            r"kept in gs://bucket/mlflow/.*pip install .*or start the MLflow server",
+        ),
+        ("file:///proc/mlflow", "", r"kept in file:///proc/mlflow/.*This folder is looked for on this machine"),
+        ("s3://bucket/mlflow", "", r"kept in s3://bucket/mlflow/.*EndpointConnectionError.*this machine's credentials"),
+    ],
+)
+def test_a_store_of_artifacts_that_fails_is_named_and_costs_no_metric(
+    location: str, missing: str, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = open_with_artifacts_at(location, tmp_path)
+    # It keeps the credentials that it has found.
+    monkeypatch.setattr(boto3, "DEFAULT_SESSION", None)
+    if missing:
+        monkeypatch.setitem(sys.modules, missing, None)
+    for name, value in {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b", "AWS_REGION": "us-east-1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("MLFLOW_S3_ENDPOINT_URL", "http://127.0.0.1:9")
+    with pytest.raises(ArtifactsAway, match=told):
+        log_artifact_text(run.uri, run.run_id, "config.yaml", "a: 1")
+    tracker = MlflowTracker(tmp_path / "spool", uri=run.uri, run_id=run.run_id, flush_seconds=0.05)
+    tracker.artifact("ledger.json", "{}")
+    while tracker.status().artifacts_pending == 0:
+        time.sleep(0.01)
+    tracker.append({"train/loss": 1.0}, step=1, unix_ms=1)
+    left = tracker.close(timeout_seconds=60)
+    assert (left.points_pending, left.artifacts_pending, left.last_error) == (0, 1, None)
+    assert [point.step for point in read_metric(run.uri, run.run_id, "train/loss")] == [1]
+
+
+@pytest.mark.s3
+def test_artifacts_go_to_s3_with_what_the_package_brings(
+    s3_server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in s3_server.env.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(boto3, "DEFAULT_SESSION", None)
+    bucket = s3_server.create_bucket("artifacts-of-mlflow")
+    run = open_with_artifacts_at(f"{bucket}/mlflow", tmp_path)
+    log_artifact_text(run.uri, run.run_id, "config.yaml", "a: 1")
+    assert Store(f"{bucket}/mlflow/{run.run_id}/artifacts").read("config.yaml") == b"a: 1"
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+    assert "boto3" in project["dependencies"]
 
 
 def test_deleted_runs_and_experiments_say_how_to_restore(uri: str):

@@ -19,7 +19,7 @@ from raynium.data.remote import check_data, find_identity, prepare_store
 from raynium.data.store import TOKENIZER_NAME, DocumentStore
 from raynium.data.survey import Survey
 from raynium.data.tokenizer import Tokenizer
-from raynium.errors import ConfigError, DataError, TrackingAway
+from raynium.errors import ConfigError, DataError, TrackingAway, TrackingError
 from raynium.models.flops import parameter_count
 from raynium.node.scratch import log_folder, scratch_folder
 from raynium.planning.rules import check, doubts
@@ -134,7 +134,7 @@ def prepare(
     try:
         with keeper.beating():
             config, documents = prepare_data(config, past, tell, surveyed)
-            open_mlflow = partial(_open_mlflow, config, keeper.record, uri, tags)
+            open_mlflow = partial(_open_mlflow, config, keeper.record, uri, tags, tell)
             try:
                 mlflow = open_mlflow()
             except TrackingAway:
@@ -241,7 +241,9 @@ def _meet_mlflow(uri: str, *, known: bool, tell: Callable[[str], None]) -> None:
             time.sleep(min(0.5 * 2**tries, 10.0, left))
 
 
-def _open_mlflow(config: Config, record: RunRecord, uri: str, tags: Mapping[str, str]) -> TrackedRun:
+def _open_mlflow(
+    config: Config, record: RunRecord, uri: str, tags: Mapping[str, str], tell: Callable[[str], None]
+) -> TrackedRun:
     """The run's one MLflow run: opened again if it has one at this address."""
     mlflow = open_run(
         uri,
@@ -253,7 +255,11 @@ def _open_mlflow(config: Config, record: RunRecord, uri: str, tags: Mapping[str,
         | {"raynium.run": config.run.name}
         | dict(tags),
     )
-    log_artifact_text(mlflow.uri, mlflow.run_id, "config.yaml", dump_yaml(config))
+    try:
+        log_artifact_text(mlflow.uri, mlflow.run_id, "config.yaml", dump_yaml(config))
+    # The run is worth more than this page of it.
+    except TrackingError as error:
+        tell(f"the MLflow page does not show config.yaml: {error}")
     return mlflow
 
 

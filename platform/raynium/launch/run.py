@@ -17,6 +17,7 @@ from raynium.launch.settle import check_this_machine, settled
 from raynium.run.past import Past, run_store
 from raynium.run.protocol import Status
 from raynium.run.record import RunRecord
+from raynium.tracking.client import ArtifactsAway
 from raynium.tracking.runs import RunStatus, finish_run, log_artifact_text
 
 
@@ -134,8 +135,10 @@ def _end_mlflow_run(prepared: Prepared, display: Display, status: RunStatus, *, 
     """Writes the end into MLflow. A server that is away by now costs the page its end, not the run its result."""
     mlflow = prepared.mlflow
     try:
+        finish_run(mlflow.uri, mlflow.run_id, status)
         if samples:
             log_artifact_text(mlflow.uri, mlflow.run_id, "samples.txt", "\n\n----------\n\n".join(samples))
-        finish_run(mlflow.uri, mlflow.run_id, status)
+    except ArtifactsAway as error:
+        display.line(f"the MLflow page does not show the samples: {error}")
     except TrackingError as error:
         display.line(f"the MLflow page does not show how the run ended: {error}")

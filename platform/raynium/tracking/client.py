@@ -49,9 +49,34 @@ def mlflow_client(uri: str, *, timeout_seconds: float) -> Iterator["MlflowClient
         try:
             if uri.startswith("sqlite"):
                 _make_sqlite(sqlite_path(uri), client_class)
-            yield client_class(tracking_uri=uri, registry_uri=uri)
+            store = mlflow_uri(uri)
+            yield client_class(tracking_uri=store, registry_uri=store)
         except (MlflowException, RequestException, SQLAlchemyError, OSError) as error:
             raise _error(error, uri=uri, timeout_seconds=timeout_seconds) from error
+
+
+class ArtifactsAway(TrackingError):
+    """MLflow answers, and the place where the run's artifacts are kept does not take them."""
+
+
+def log_text(client: "MlflowClient", run_id: str, *, path: str, text: str) -> None:
+    """Store an artifact (UTF-8), over one of the same path. Raises ArtifactsAway, which names their location."""
+    try:
+        client.log_text(run_id, text, path)
+    # Each kind of location has a library of its own, which raises what it likes.
+    except Exception as error:
+        # If it is MLflow itself that is away, this says so.
+        location = client.get_run(run_id).info.artifact_uri or "nowhere"
+        proxy = "start the MLflow server with --serve-artifacts and make a new experiment there (tracking.experiment)"
+        match error:
+            case ImportError():
+                remedy = f"pip install {error.name or 'what it names'} here and on the nodes, or {proxy}"
+            case OSError() if location.startswith(("/", "file:")):
+                remedy = f"This folder is looked for on this machine, not on the server's: mount it here, or {proxy}"
+            case _:
+                remedy = f"Check this machine's credentials and endpoint for it (MLFLOW_S3_ENDPOINT_URL), or {proxy}"
+        cause = redact(" ".join(f"{type(error).__name__}: {error}".split()))[:300]
+        raise ArtifactsAway(f"the run's artifacts are kept in {redact(location)}: {cause}. {remedy}") from error
 
 
 def _load_mlflow() -> "type[MlflowClient]":
@@ -88,6 +113,8 @@ def _request_limits(timeout_seconds: float) -> Iterator[None]:
     limits = {
         "MLFLOW_HTTP_REQUEST_TIMEOUT": str(max(1, round(timeout_seconds))),
         "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
+        # Of boto3, which takes artifacts to S3.
+        "AWS_MAX_ATTEMPTS": "1",
     }
     with _limits_mutex:
         if _limits_depth == 0:
@@ -156,7 +183,7 @@ def _make_sqlite(path: Path, client_class: "type[MlflowClient]") -> None:
         # A process that was killed here may have left one.
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
-        client_class(tracking_uri=f"sqlite:///{folder}/new.db")
+        client_class(tracking_uri=mlflow_uri(f"sqlite:///{folder}/new.db"))
         # mlflow keeps a connection to the first.
         shutil.copyfile(folder / "new.db", folder / "copy.db")
         os.replace(folder / "copy.db", path)
@@ -173,8 +200,23 @@ def _check_port(uri: str, *, default_port: int, timeout_seconds: float) -> None:
 
 
 def sqlite_path(uri: str) -> Path:
-    """The file of an `sqlite:///path` address."""
-    return Path(uri.partition(":///")[2].partition("?")[0])
+    """The file of an `sqlite:///path` address: what follows is the path, character for character."""
+    return Path(uri.partition(":///")[2])
+
+
+def mlflow_uri(uri: str) -> str:
+    """The address as MLflow must be given it: SQLAlchemy ends a path at `?`, and since 2.1 decodes `%` in it."""
+    if not uri.startswith("sqlite"):
+        return uri
+    from sqlalchemy.engine import make_url
+
+    path = str(sqlite_path(uri))
+    # With the driver named, MLflow makes no folder of the name that has the percent signs in it.
+    quoted = path.replace("%", "%25").replace("?", "%3F")
+    for candidate in (f"sqlite:///{path}", f"sqlite+pysqlite:///{quoted}"):
+        if make_url(candidate).database == path:
+            return candidate
+    raise TrackingError(f"tracking store {path}: this version of SQLAlchemy takes no '?' in a path. Set tracking.uri")
 
 
 def redact(text: str) -> str:

@@ -18,7 +18,9 @@ from raynium.tracking.client import (
     NO_TELEMETRY,
     SERVER_SCHEMES,
     check_reachable,
+    log_text,
     mlflow_client,
+    mlflow_uri,
     redact,
     sqlite_path,
 )
@@ -145,7 +147,7 @@ def _experiment_id(client: "MlflowClient", name: str, *, uri: str) -> str:
 
 def _artifact_location(uri: str) -> str | None:
     """Beside an SQLite file, or MLflow would use the current directory; a server decides for itself."""
-    return str(sqlite_path(uri).parent / "mlartifacts") if uri.startswith("sqlite") else None
+    return (sqlite_path(uri).parent / "mlartifacts").as_uri() if uri.startswith("sqlite") else None
 
 
 def _reopen(client: "MlflowClient", run_id: str, *, uri: str) -> "Run":
@@ -166,7 +168,7 @@ def _log(client: "MlflowClient", run_id: str, *, params: Mapping[str, str], tags
     all_tags = [RunTag(name, value) for name, value in tags.items()]
     for start in range(0, max(len(all_params), len(all_tags)), MAX_PER_REQUEST):
         part = slice(start, start + MAX_PER_REQUEST)
-        client.log_batch(run_id, params=all_params[part], tags=all_tags[part])
+        client.log_batch(run_id, params=all_params[part], tags=all_tags[part], synchronous=True)
 
 
 def _cut(value: str, max_characters: int) -> str:
@@ -177,9 +179,12 @@ def _cut(value: str, max_characters: int) -> str:
 
 
 def log_artifact_text(uri: str, run_id: str, path: str, text: str) -> None:
-    """Store `text` (UTF-8) as the run's artifact `path`, at once; an artifact of the same path is replaced."""
+    """Store `text` (UTF-8) as the run's artifact `path`, at once; an artifact of the same path is replaced.
+
+    Raises TrackingError; a run is worth more than this page of it.
+    """
     with mlflow_client(uri, timeout_seconds=REQUEST_TIMEOUT_SECONDS) as client:
-        client.log_text(run_id, text, path)
+        log_text(client, run_id, path=path, text=text)
 
 
 def set_tags(uri: str, run_id: str, tags: Mapping[str, str]) -> None:
@@ -229,11 +234,20 @@ def ui_command(uri: str, *, host: str = "127.0.0.1", port: int = 5000) -> list[s
         raise TrackingError(f"{redact(uri)} is not a local store: its UI is served by its MLflow server; open that")
     return [
         *(sys.executable, "-m", "mlflow", "ui"),
-        *("--backend-store-uri", uri, "--default-artifact-root", str(_artifact_location(uri))),
+        *("--backend-store-uri", mlflow_uri(uri), "--default-artifact-root", str(_artifact_location(uri))),
         *("--host", host, "--port", str(port), "--workers", "1"),
     ]
 
 
 def ui_environment() -> dict[str, str]:
-    """This process's environment, plus what keeps an MLflow server from sending telemetry and running a job queue."""
-    return {**os.environ, **NO_TELEMETRY, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    """This process's environment without MLflow's variables, which are other words for the options of `ui_command`.
+
+    What says how artifacts in S3 are reached stays. Added is what keeps an MLflow server from sending telemetry and
+    running a job queue.
+    """
+    inherited = {
+        name: value
+        for name, value in os.environ.items()
+        if name.startswith("MLFLOW_S3_") or not name.startswith(("MLFLOW_", "_MLFLOW_"))
+    }
+    return {**inherited, **NO_TELEMETRY, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}

@@ -10,6 +10,7 @@ How a point arrives exactly once, whatever dies between MLflow's commit and our 
 """
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Mapping
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from raynium.errors import TrackingError
-from raynium.tracking.client import mlflow_client
+from raynium.tracking.client import ArtifactsAway, log_text, mlflow_client
 from raynium.tracking.spool import MetricSpool, SpooledStep
 from raynium.tracking.tracker import TrackerStatus
 
@@ -93,6 +94,8 @@ class MetricSender:
         self._points_repeated = 0
         self._last_error: str | None = None
         self._failing_since: float | None = None
+        # Metrics do not wait for a store of artifacts that does not take them.
+        self._artifacts_not_before = -math.inf
         self._thread = threading.Thread(target=self._run, name="mlflow-sender", daemon=True)
         self._thread.start()
 
@@ -143,14 +146,19 @@ class MetricSender:
     def _send_all(self) -> None:
         while not self._abandoned:
             steps = self._spool.read_steps(max_points=MAX_POINTS_PER_REQUEST)
-            artifacts = [] if steps else self._spool.read_artifacts()
+            wait = steps or time.monotonic() < self._artifacts_not_before
+            artifacts = [] if wait else self._spool.read_artifacts()
             if not steps and not artifacts:
                 return
             with mlflow_client(self._uri, timeout_seconds=self._request_timeout_seconds) as client:
                 if steps:
                     self._send(client, steps)
                 for artifact in artifacts:
-                    client.log_text(self._run_id, artifact.text, artifact.path)
+                    try:
+                        log_text(client, self._run_id, path=artifact.path, text=artifact.text)
+                    except ArtifactsAway as error:
+                        self._note_artifacts_away(error)
+                        return
                     with self._mutex:
                         if self._abandoned:
                             return
@@ -172,7 +180,8 @@ class MetricSender:
                 points[identity] = Metric(name, value, spooled.unix_ms, spooled.step)
         if points:
             # Dying here, or a lost answer, leaves the outcome unknown: the same points are sent again.
-            client.log_batch(self._run_id, metrics=list(points.values()))
+            # Said also where MLFLOW_ENABLE_ASYNC_LOGGING says otherwise: what is acknowledged must have arrived.
+            client.log_batch(self._run_id, metrics=list(points.values()), synchronous=True)
         with self._mutex:
             if self._abandoned:
                 return
@@ -190,6 +199,11 @@ class MetricSender:
                 expected = isinstance(error, TrackingError | OSError)
                 logger.warning("%s; metrics wait on disk and are sent later", message, exc_info=not expected)
             self._last_error = message
+
+    def _note_artifacts_away(self, error: ArtifactsAway) -> None:
+        if self._artifacts_not_before == -math.inf:
+            logger.warning("the MLflow page lacks files, which wait on disk: %s", error)
+        self._artifacts_not_before = time.monotonic() + LAST_RETRY_SECONDS
 
     def _note_success(self) -> None:
         with self._mutex:
