@@ -25,7 +25,7 @@ from raynium.launch import page as page_module
 from raynium.launch.display import Display
 from raynium.launch.driver import Driver
 from raynium.launch.preparation import Prepared
-from raynium.launch.ray_environment import RAY_TRAIN_ENVIRONMENT
+from raynium.launch.ray_environment import RAY_DEFAULTS
 from raynium.run.coordinator import RunCoordinator
 from raynium.run.on_loop import CoordinatorOnLoop
 from raynium.run.protocol import AgentInfo, CannotGoOn, NodeEnded, Order, Progressed, Said, Status
@@ -222,7 +222,7 @@ def test_controllers_that_die_again_and_again_end_the_run_unless_it_gets_on(
 
 def test_nodes_are_waited_for_for_days() -> None:
     """Ray Train counts each placement that did not come in time, and never forgets one."""
-    seconds = float(RAY_TRAIN_ENVIRONMENT["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"])
+    seconds = float(RAY_DEFAULTS["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"])
     assert seconds * driver_module.CONTROLLER_FAILURE_LIMIT >= 3 * 24 * 3600
 
 

@@ -11,6 +11,7 @@ import sys
 import time
 import tomllib
 import urllib.request
+import warnings
 from pathlib import Path
 
 import boto3
@@ -400,6 +401,17 @@ def test_page_of_a_server_is_its_own_without_credentials(monkeypatch: pytest.Mon
     assert page_url("http://127.0.0.1:5000/", "3", "ab") == "http://127.0.0.1:5000/#/experiments/3/runs/ab"
     with pytest.raises(TrackingError, match=r"https://\*\*\*@h:1 is not a local store"):
         ui_command("https://me:pw@h:1")
+
+
+def test_mlflows_variables_are_no_options_of_the_ui_that_we_start(monkeypatch: pytest.MonkeyPatch):
+    with warnings.catch_warnings(action="ignore"):
+        from mlflow.cli import server
+
+    options = {name for option in server.params for name in [option.envvar] if isinstance(name, str)}
+    assert {"MLFLOW_HOST", "MLFLOW_PORT", "MLFLOW_BACKEND_STORE_URI", "MLFLOW_STATIC_PREFIX"} <= options
+    for name in (*options, "MLFLOW_S3_ENDPOINT_URL"):
+        monkeypatch.setenv(name, "http://elsewhere")
+    assert not options & set(ui_environment()) and ui_environment()["MLFLOW_S3_ENDPOINT_URL"] == "http://elsewhere"
 
 
 def test_ui_command_shows_the_run_its_metrics_and_artifacts(uri: str, tmp_path: Path):

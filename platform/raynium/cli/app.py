@@ -43,7 +43,9 @@ OverridesArgument = Annotated[list[str] | None, Argument(help="Dotted overrides,
 # Columns of a terminal beside whose other columns the causes in `raynium runs` can be read.
 WIDE = 120
 
-DashboardOption = Annotated[str, Option(help="Dashboard of the Ray cluster.", envvar="RAY_API_SERVER_ADDRESS")]
+DashboardOption = Annotated[
+    str, Option(help="Dashboard of the Ray cluster.", envvar=["RAY_API_SERVER_ADDRESS", "RAY_ADDRESS"])
+]
 DASHBOARD = "http://127.0.0.1:8265"
 
 

@@ -7,32 +7,54 @@ import sys
 import tempfile
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import raynium
+from raynium.config.proxies import astray, proxy_for, spare_loopback
 from raynium.errors import LaunchError
-from raynium.launch.ray_environment import find_token
+from raynium.launch.ray_environment import find_token, the_named_address
 from raynium.tracking.provenance import git_tags
 
 # `ray job stop` sends SIGTERM, and SIGKILL this long after (Ray's default: 3 s): time for a checkpoint.
 STOP_WAIT_SECONDS = 600
+
+ADDRESS_REMEDY = (
+    "Give the address of its dashboard (`ray start --head` prints it), and if it asks for a token put that into "
+    "RAY_AUTH_TOKEN or ~/.ray/auth_token"
+)
 
 # Ray sets this for a job's driver (ray/_private/ray_constants.py); its metadata holds the submission id.
 JOB_CONFIG_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 
 
 def connect_jobs(address: str) -> Any:
-    """A Ray JobSubmissionClient. Raises LaunchError if nothing answers there, or the token is refused."""
+    """A Ray JobSubmissionClient of `address`, whatever the environment names.
+
+    Raises LaunchError if nothing answers there, the token is refused, or it would go elsewhere too.
+    """
     from ray.exceptions import RayError
     from ray.job_submission import JobSubmissionClient
+    from requests import RequestException
 
+    spare_loopback()
     token = find_token()
-    headers = {"Authorization": f"Bearer {token}"} if token else None
+    if token and (problem := astray(address, "the cluster's token")) is not None:
+        raise LaunchError(problem)
     try:
-        return JobSubmissionClient(address, headers=headers)
-    except (ConnectionError, RuntimeError, ValueError, RayError) as error:
+        with the_named_address():
+            return JobSubmissionClient(address, headers={"Authorization": f"Bearer {token}"} if token else None)
+    except (OSError, RuntimeError, ValueError, RayError) as error:
+        answer = error.response if isinstance(error, RequestException) else None
+        if answer is None:
+            words = str(error).splitlines()[0].rstrip(".")
+            raise LaunchError(f"cannot reach a Ray cluster at {address}: {words}. {ADDRESS_REMEDY}") from error
+        told = f"cannot reach a Ray cluster at {address}: {answer.status_code} {answer.reason}"
+        if (proxy := proxy_for(address)) is not None:
+            host = urlsplit(address).hostname
+            raise LaunchError(f"{told}, from the proxy {proxy}. Add {host} to NO_PROXY") from error
         raise LaunchError(
-            f"cannot reach a Ray cluster at {address}: {error}. Give the address of its dashboard (`ray start --head` "
-            f"prints it), and if it asks for a token put that into RAY_AUTH_TOKEN or ~/.ray/auth_token"
+            f"{told}. That is the word of a proxy in front of it, or of something else there: see whether the cluster "
+            "runs, and give the address of its dashboard (`ray start --head` prints it)"
         ) from error
 
 

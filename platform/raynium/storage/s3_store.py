@@ -24,6 +24,7 @@ from aiobotocore.session import AioSession
 from botocore.credentials import RefreshableCredentials
 from botocore.exceptions import BotoCoreError, ClientError
 
+from raynium.config.proxies import spare_loopback
 from raynium.errors import StoreError
 from raynium.storage.backend import KeyExists, KeyMissing, Listing, refuse_large
 from raynium.storage.checksum import PART_BYTES, FileChecksums, checksum, checksum_units, num_units, to_text
@@ -55,6 +56,7 @@ class S3Backend:
     def __init__(self, bucket: str, prefix: str, options: dict[str, Any], *, max_attempts: int = _MAX_ATTEMPTS):
         self.bucket, self.prefix, self._options, self._max_attempts = bucket, prefix, options, max_attempts
         check_endpoint(options, os.environ)
+        spare_loopback()
         self._fs = s3fs.S3FileSystem(
             **options,
             use_listings_cache=False,

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
+from raynium.config.proxies import astray, spare_loopback
 from raynium.errors import TrackingAway, TrackingError
 
 if TYPE_CHECKING:
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
 
 SERVER_SCHEMES = ("http", "https")
 DATABASE_PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
+
+# What MLflow sends to whatever server it is given.
+CREDENTIALS = ("MLFLOW_TRACKING_TOKEN", "MLFLOW_TRACKING_PASSWORD")
 
 # Read by mlflow's telemetry in every process that imports it, the UI's server included.
 NO_TELEMETRY = {"MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true"}
@@ -40,6 +44,11 @@ def mlflow_client(uri: str, *, timeout_seconds: float) -> Iterator["MlflowClient
 
     Whatever mlflow raises inside becomes a TrackingError that names the address, the cause and a remedy.
     """
+    spare_loopback()
+    if uri.startswith("http"):
+        for name in CREDENTIALS:
+            if os.environ.get(name) and (problem := astray(uri, name)) is not None:
+                raise TrackingError(problem)
     client_class = _load_mlflow()
     from mlflow.exceptions import MlflowException
     from requests import RequestException
@@ -77,6 +86,21 @@ def log_text(client: "MlflowClient", run_id: str, *, path: str, text: str) -> No
                 remedy = f"Check this machine's credentials and endpoint for it (MLFLOW_S3_ENDPOINT_URL), or {proxy}"
         cause = redact(" ".join(f"{type(error).__name__}: {error}".split()))[:300]
         raise ArtifactsAway(f"the run's artifacts are kept in {redact(location)}: {cause}. {remedy}") from error
+
+
+def refuse_stranger(uri: str) -> None:
+    """TrackingError if `uri`, which stands in a run record, would get credentials that this user has for elsewhere.
+
+    Whoever may write a record could have them sent to himself. MLFLOW_TRACKING_URI says whose they are.
+    """
+    given = [name for name in CREDENTIALS if os.environ.get(name)]
+    server, named = urlsplit(uri), urlsplit(os.environ.get("MLFLOW_TRACKING_URI", ""))
+    if given and server.scheme in SERVER_SCHEMES and (server.scheme, server.netloc) != (named.scheme, named.netloc):
+        raise TrackingError(
+            f"the run's record names MLflow at {redact(uri)}, and {given[0]} is set: it is sent to no address that you "
+            f"have not named. Set MLFLOW_TRACKING_URI={server.scheme}://{server.netloc} if it is that server's, or "
+            f"unset {given[0]}"
+        )
 
 
 def _load_mlflow() -> "type[MlflowClient]":

@@ -22,6 +22,7 @@ from raynium.tracking.client import (
     mlflow_client,
     mlflow_uri,
     redact,
+    refuse_stranger,
     sqlite_path,
 )
 from raynium.tracking.provenance import flatten_config
@@ -202,6 +203,7 @@ def finish_run(uri: str, run_id: str, status: RunStatus) -> None:
 
 def read_metric(uri: str, run_id: str, key: str) -> list[MetricPoint]:
     """All points of one metric, sorted by step; empty if none was logged. Raises TrackingError."""
+    refuse_stranger(uri)
     with mlflow_client(uri, timeout_seconds=REQUEST_TIMEOUT_SECONDS) as client:
         # The history of a run that does not exist is an empty list.
         client.get_run(run_id)
@@ -212,6 +214,7 @@ def read_metric(uri: str, run_id: str, key: str) -> list[MetricPoint]:
 
 def metric_names(uri: str, run_id: str) -> list[str]:
     """The metrics that have a point, sorted. Raises TrackingError."""
+    refuse_stranger(uri)
     with mlflow_client(uri, timeout_seconds=REQUEST_TIMEOUT_SECONDS) as client:
         return sorted(client.get_run(run_id).data.metrics)
 
