@@ -8,7 +8,6 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
 # Several hundred processes of the tests import the package: it is compiled once.
 TESTS := PYTHONDONTWRITEBYTECODE= $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=25
@@ -31,10 +30,10 @@ check: format lint types
 	$(TESTS)
 
 format: $(VENV)/.installed-dev
-	$(BIN)/ruff format --check platform jobs tests
+	$(BIN)/ruff format --check platform jobs tests install.py
 
 lint: $(VENV)/.installed-dev
-	$(BIN)/ruff check platform jobs tests
+	$(BIN)/ruff check platform jobs tests install.py
 
 types: $(VENV)/.installed-dev
 	$(BIN)/basedpyright --warnings
@@ -46,14 +45,13 @@ $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Raynium needs Python 3.11 or newer; this is " + sys.version.split()[0] + ". Set PYTHON=<a newer one>")'
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
-	@echo "installing into $(VENV) (torch, ray and mlflow: about 1.5 GB, a minute or a few)"
-	$(INSTALL) -e .
+$(VENV)/.installed: pyproject.toml constraints.txt install.py | $(VENV)/bin/python
+	@$(BIN)/python install.py
 	@touch $@
 
-$(VENV)/.installed-dev: $(VENV)/.installed
-	$(INSTALL) -e '.[dev]'
-	@touch $@
+$(VENV)/.installed-dev: pyproject.toml constraints.txt constraints-dev.txt install.py | $(VENV)/bin/python
+	@$(BIN)/python install.py --dev
+	@touch $@ $(VENV)/.installed
 
 clean:
 	rm -rf $(VENV) build dist
