@@ -97,7 +97,7 @@ def commands(group: Any, *names: str) -> Iterator[tuple[str, ...]]:
 def test_every_command_explains_itself_with_an_example(raynium: Callable[..., Ended], command: tuple[str, ...]) -> None:
     ended = raynium(*command, "--help")
     assert ended.code == 0 and ended.out.startswith(f"Usage: raynium {' '.join(command)}")
-    assert f"xample: raynium {' '.join(command)} " in " ".join(ended.out.split())
+    assert f"xample: raynium {' '.join(command)} " in " ".join(ended.out.split()) + " "
 
 
 def test_the_version_is_the_packages(raynium: Callable[..., Ended]) -> None:

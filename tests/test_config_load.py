@@ -216,7 +216,7 @@ def test_all_problems_come_at_once():
         MINIMAL.replace("seq_len: 16", "seq_len: x"), ["train.stepz=3", "nope", "run.name=A", "optimizer.eps=-1"]
     )
     assert [problem.split(" ")[0] for problem in problems] == [
-        "train.stepz", "override", "run.name", "data.seq_len", "optimizer.eps",
+        "override", "train.stepz", "run.name", "data.seq_len", "optimizer.eps",
     ]  # fmt: skip
 
 
@@ -358,6 +358,14 @@ def test_text_that_no_config_holds_is_one_problem_at_once(text, overrides, messa
     assert only_problem_of(text, overrides).startswith(message)
 
 
+def test_a_character_that_json_escapes_as_two_is_one():
+    for text, overrides in [
+        (MINIMAL, {"sample.prompts": ["𐀀 a", "😀"]}),
+        (MINIMAL + 'sample: {prompts: ["\\ud800\\udc00 a", "\\ud83d\\ude00"]}', ()),
+    ]:
+        assert parse_config(text, overrides).sample.prompts == ("𐀀 a", "😀")
+
+
 DUMPED = dump_yaml(parse_config(MINIMAL))
 HOSTILE = st.sampled_from(
     ["[", "{", "&a ", "*a", "? ", "- ", "\0", "\ud800", "!!python/name:os", "<<: ", "...", "---", "\t"]
@@ -380,6 +388,125 @@ def test_a_mutated_config_is_read_or_refused_in_words(cuts, override):
         assert error.problems and all(problem.strip() for problem in error.problems)
     else:
         assert parse_config(dump_yaml(config)) == config
+
+
+# ------------------------------------------------------------------------------------------------- building on another
+
+
+@pytest.fixture
+def write(tmp_path, monkeypatch):
+    """write("a/b.yaml", text) below a folder that is the current one."""
+    monkeypatch.chdir(tmp_path)
+
+    def write(name, text):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+        return path
+
+    return write
+
+
+def test_a_file_is_laid_over_what_it_extends_field_by_field(write):
+    write("base.yaml", MINIMAL + "optimizer: {learning_rate: 1e-3, betas: [0.8, 0.9]}\nsample: {prompts: [a, b]}\n")
+    write("mine.yaml", "extends: base.yaml\ntrain: {steps: 20}\noptimizer: {betas: [0.5, 0.6]}\nsample: {prompts: [c]}")
+    base, config = load_config("base.yaml"), load_config("mine.yaml", ["run.name=mine", "train={micro_batch_size: 2}"])
+    assert (config.train.steps, config.train.global_batch_size, config.train.micro_batch_size) == (20, 4, 2)
+    assert (config.optimizer.learning_rate, config.optimizer.betas) == (1e-3, (0.5, 0.6))
+    assert (config.run.name, config.sample.prompts, config.model) == ("mine", ("c",), base.model)
+
+
+def test_a_preset_can_be_extended_and_what_is_recorded_stands_alone(write):
+    write("mine.yaml", "extends: llama3-8b\nrun: {name: mine}\nmodel: {rope_scaling: {factor: 16}, num_layers: 4}\n")
+    config, preset = load_config("mine.yaml"), load_config("llama3-8b")
+    assert config.model.rope_scaling == preset.model.rope_scaling.model_copy(update={"factor": 16.0})
+    assert (config.model.num_layers, config.train, config.run.name) == (4, preset.train, "mine")
+    assert "extends" not in dump_yaml(config) and parse_config(dump_yaml(config)) == config
+
+
+def test_paths_begin_at_the_file_that_names_them(write):
+    write("team/base.yaml", "extends: parts/sizes.yaml\nrun: {name: base}\n")
+    write("team/parts/sizes.yaml", MINIMAL)
+    write("team/user/mine.yaml", "extends: ../base.yaml\nmodel: {preset: ../parts/sizes.yaml, num_layers: 3}\n")
+    config = load_config("team/user/mine.yaml")
+    assert (config.run.name, config.train.steps, config.model.num_layers) == ("base", 10, 3)
+    assert parse_config("extends: team/base.yaml").run.name == "base"
+
+
+def test_a_model_by_a_presets_name_is_enough_beside_text_of_ones_own():
+    text = (
+        "run: {name: a}\nmodel: {preset: llama3-1b}\ndata: {source: my/text}\ntrain: {steps: 9, global_batch_size: 8}"
+    )
+    config = parse_config(text)
+    assert config.model == load_config("llama3-1b").model
+    assert config == parse_config(dump_yaml(config)) and "preset" not in dump_yaml(config)
+
+
+def test_a_presets_model_takes_the_place_of_the_one_below_it(write):
+    write("mine.yaml", "extends: llama3-8b\nmodel: {num_layers: 2, preset: qwen3-8b}\n")
+    qwen = load_config("qwen3-8b").model
+    assert load_config("mine.yaml").model == qwen.model_copy(update={"num_layers": 2})
+    for overrides in (
+        ["model.num_layers=2", "model.preset=qwen3-8b"],
+        ["model={preset: qwen3-8b, num_layers: 2}"],
+        {"model.preset": "qwen3-8b", "model.num_layers": 2},
+    ):
+        assert load_config("llama3-8b", overrides).model == qwen.model_copy(update={"num_layers": 2}), overrides
+
+
+@pytest.mark.parametrize(
+    ("data", "path"),
+    [
+        ("source: python-stdlib", "runs/data/python-stdlib"),
+        ("source: /texts/my novels/", "runs/data/my novels"),
+        ("source: s3://bucket/texts", "runs/data/texts"),
+        ("source: ..", "runs/data/tiny"),
+        ("source: a, path: b", "b"),
+    ],
+)
+def test_runs_share_the_store_of_a_source(data, path):
+    text = MINIMAL.replace("path: store", data)
+    assert parse_config(text).data.path == path
+    assert parse_config(text, ["run.root=s3://b/runs/"]).data.path == path.replace("runs/", "s3://b/runs/")
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"a": "extends: a.yaml"}, "extends is 'a.yaml' (a.yaml line 1): it is being read already (a.yaml → a.yaml)"),
+        (
+            {"a": "run: {name: a}\nextends: b.yaml", "b": "extends: c.yaml", "c": "extends: ./a.yaml"},
+            "extends is './a.yaml' (c.yaml line 1): it is being read already (a.yaml → b.yaml → c.yaml → a.yaml)",
+        ),
+        (
+            {"a": MINIMAL.replace("{vocab", "{preset: a.yaml, vocab")},
+            "model.preset is 'a.yaml' (a.yaml line 3): it is being read already (a.yaml → a.yaml)",
+        ),
+        ({"a": "extends: quikstart"}, "extends is 'quikstart' (a.yaml line 1): there is no preset 'quikstart': did"),
+        ({"a": "extends: b.yaml"}, "extends is 'b.yaml' (a.yaml line 1): there is no job file 'b.yaml' in "),
+        ({"a": "extends: [b]"}, "extends is a list (a.yaml line 1): it must be the job file to build on, a preset's"),
+        ({"a": "extends:"}, "extends is empty (a.yaml line 1): it must be the job file to build on, a preset's name"),
+        ({"a": "extends: b.yaml", "b": "run: [1"}, "b.yaml line 1, column 8 is not valid YAML"),
+        ({"a": "extends: b.yaml", "b": ""}, "b.yaml is empty: it must hold run, model, data, train"),
+        ({"a": "extends: quickstart\nmodel: {preset: nil}"}, "model.preset is 'nil' (a.yaml line 2): there is no"),
+        ({"a": "extends: quickstart\nextends: b.yaml"}, "extends is given twice (a.yaml line 2, first on line 1)"),
+        ({"a": "extends: b.yaml", "b": MINIMAL + "zzz: 1"}, "zzz is not a field (b.yaml line 7): the sections"),
+        ({"a": "extends: b.yaml", "b": MINIMAL.replace("steps: 10", "steps: x")}, 'train.steps is "x" (b.yaml line 6)'),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_built_on_is_one_problem(write, files, message):
+    for name, text in files.items():
+        write(f"{name}.yaml", text)
+    with pytest.raises(ConfigError) as caught:
+        load_config("a.yaml")
+    assert len(caught.value.problems) == 1 and caught.value.problems[0].startswith(message), caught.value.problems
+
+
+def test_an_unknown_preset_in_an_override_is_one_problem():
+    assert only_problem_of(overrides=["model.preset=llama3-9b"]).startswith(
+        "model.preset is 'llama3-9b' (override model.preset): there is no preset 'llama3-9b': did you mean the preset "
+    )
+    assert "did you mean model.preset?" in only_problem_of(overrides=["model.prest=llama3-8b"])
 
 
 # ------------------------------------------------------------------------------------------------- writing

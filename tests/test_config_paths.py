@@ -38,7 +38,7 @@ RELATIVE = ("data.source=corpus", "data.tokenizer=tok/../tokenizer.json", "track
 def test_on_a_laptop_paths_begin_at_the_current_folder(tmp_path):
     here = str(tmp_path / "here")
     resolved = resolve(config(*RELATIVE))
-    expected = (f"{here}/runs", f"{here}/runs/data/python-stdlib", f"{here}/corpus", f"{here}/tokenizer.json")
+    expected = (f"{here}/runs", f"{here}/runs/data/corpus", f"{here}/corpus", f"{here}/tokenizer.json")
     assert places(resolved) == expected
     assert resolved.tracking.uri == f"{here}/mlruns"
 

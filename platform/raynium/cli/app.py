@@ -14,7 +14,9 @@ from typer import Argument, Option
 from raynium.cli import checkpoints as cli_checkpoints
 from raynium.cli import checks as cli_checks
 from raynium.cli import cluster as cli_cluster
+from raynium.cli import config as cli_config
 from raynium.cli import data as cli_data
+from raynium.cli.config import ConfigArgument, OverridesArgument
 from raynium.cli.names import (
     CheckpointArgument,
     JsonOption,
@@ -31,15 +33,12 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     # Plain help: rich would cost 0.1 s.
     rich_markup_mode=None,
     help="Train large language models on AWS Trainium, on CUDA machines, or right here.",
 )
 
-ConfigArgument = Annotated[str, Argument(help="A YAML job file, or the name of a preset (quickstart, llama3-8b, …).")]
-OverridesArgument = Annotated[list[str] | None, Argument(help="Dotted overrides, e.g. train.steps=200 run.name=first")]
 # Columns of a terminal beside whose other columns the causes in `raynium runs` can be read.
 WIDE = 120
 
@@ -270,6 +269,9 @@ def ui(
     os.execve(command[0], command, ui_environment())
 
 
+app.command(epilog="Example: raynium init mine --preset llama3-1b data.source=my-text")(cli_config.init)
+app.command(epilog="Example: raynium config train.steps; raynium config --diff llama3-8b")(cli_config.config)
+app.command(epilog="Example: raynium presets")(cli_config.presets)
 app.command(epilog="Example: raynium doctor --json")(cli_checks.doctor)
 app.command(epilog="Example: raynium preflight job.yaml --address auto")(cli_checks.preflight)
 app.add_typer(cli_checkpoints.app, name="checkpoints")

@@ -285,14 +285,14 @@ def _bytes(text: str) -> int:
 def _check_new_name(name: str) -> None:
     from pydantic import ValidationError
 
+    from raynium.config.fields import schema_fields
     from raynium.config.schema import RunSection
     from raynium.errors import ConfigError
 
     try:
         RunSection(name=name)
     except ValidationError as error:
-        rule = RunSection.model_fields["name"].description
-        raise ConfigError([f"run.name is {name!r}: it must be {rule}"]) from error
+        raise ConfigError([f"run.name is {name!r}: it must be {schema_fields()['run.name'].accepted}"]) from error
 
 
 def _print_counts(found: "Comparison") -> None:

@@ -5,8 +5,9 @@ import sys
 from typing import Annotated
 
 import typer
-from typer import Argument, Option
+from typer import Option
 
+from raynium.cli.config import ConfigArgument, OverridesArgument
 from raynium.cli.names import JsonOption
 
 MARKS = {"ok": "ok", "warning": "warning", "failed": "FAILED", "skipped": "-"}
@@ -37,8 +38,8 @@ def doctor(as_json: JsonOption = False) -> None:
 
 
 def preflight(
-    config: Annotated[str, Argument(help="A YAML job file, or the name of a preset.")],
-    overrides: Annotated[list[str] | None, Argument(help="Dotted overrides, e.g. cluster.nodes=4")] = None,
+    config: ConfigArgument,
+    overrides: OverridesArgument = None,
     address: Annotated[str | None, Option(help="Ray cluster to check, e.g. auto. Default: one started here.")] = None,
     as_json: JsonOption = False,
 ) -> None:

@@ -1,6 +1,7 @@
 """What the schema accepts, field by field: dotted names, "did you mean", and the words that error messages use."""
 
 import difflib
+import inspect
 import types
 import typing
 from dataclasses import dataclass
@@ -9,23 +10,31 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
-from raynium.config.schema import Config, Section
+from raynium.config.schema import Accepts, Config, Section, Unit
+
+# Keys that are no fields, since the resolved config has what they stand for: key → what it takes.
+BUILDS_ON = {
+    "extends": "the job file to build on, a preset's name or a path relative to this file",
+    "model.preset": "the job file whose model to take, a preset's name or a path relative to this file",
+}
 
 
 @dataclass(frozen=True)
 class SchemaField:
     """One field or section of the schema.
 
-    type: the annotation without `None` and `Annotated`; a subclass of Section for a section.
-    limits: the constraints that came with the annotation (pydantic's objects with ge, gt, le or lt).
+    name: dotted, e.g. "model.rope_scaling.factor". type: the annotation without `None` and `Annotated`; a subclass of
+    Section for a section. marks: what came with the annotation (pydantic's objects with ge, gt, le or lt, our Unit and
+    Accepts). meaning: of a section, its docstring. default: None also where `required`.
     """
 
-    name: str  # dotted, e.g. "model.rope_scaling.factor"
+    name: str
     type: Any
-    limits: tuple[Any, ...]
+    marks: tuple[Any, ...]
     nullable: bool
     required: bool
-    description: str | None
+    meaning: str
+    default: Any
 
     @property
     def is_section(self) -> bool:
@@ -37,8 +46,13 @@ class SchemaField:
         if self.is_section:
             words = "a section with " + ", ".join(self.type.model_fields)
         else:
-            words = self.description or _in_words(self.type, self.limits)
+            words = _in_words(self.type, self.marks)
         return words + (", or null" if self.nullable else "")
+
+    @property
+    def unit(self) -> str:
+        """What its number counts or measures; "" where it has no unit."""
+        return next((mark.name for mark in self.marks if isinstance(mark, Unit)), "")
 
 
 @cache
@@ -60,7 +74,7 @@ def similar_names(name: str) -> list[str]:
     Sure signs: the same last part in another place ("steps" for "train.steps"), its initials ("lr"), a slip of a
     letter. Only without any: names that contain it, and near spellings of the whole name or of its last part.
     """
-    names = list(schema_fields())
+    names = [*schema_fields(), *BUILDS_ON]
     wanted = name.rpartition(".")[2]
     last_parts = {full: full.rpartition(".")[2] for full in names}
     initials = {full: "".join(word[:1] for word in last.split("_")) for full, last in last_parts.items()}
@@ -91,52 +105,57 @@ def did_you_mean(name: str) -> str:
     return f"the {'fields of ' + section if section else 'sections'} are {members}"
 
 
-def split_annotation(annotation: Any) -> tuple[Any, tuple[Any, ...], bool, str | None]:
-    """(type, limits, nullable, description) of an annotation such as `Annotated[int, Field(ge=1)] | None`."""
-    limits: list[Any] = []
-    description = None
+def split_annotation(annotation: Any) -> tuple[Any, tuple[Any, ...], bool]:
+    """(type, marks, nullable) of an annotation such as `Annotated[int, Field(ge=1), Unit("steps")] | None`."""
+    marks: list[Any] = []
     nullable = False
     while True:
         origin = get_origin(annotation)
         if origin is Annotated:
             annotation, *metadata = get_args(annotation)
             for item in metadata:
-                limits += item.metadata if isinstance(item, FieldInfo) else [item]
-                description = getattr(item, "description", None) or description
+                marks += item.metadata if isinstance(item, FieldInfo) else [item]
         elif origin in (types.UnionType, typing.Union):
             members = [member for member in get_args(annotation) if member is not type(None)]
             assert len(members) == 1, f"the schema may only unite one type with None, not {annotation}"
             annotation, nullable = members[0], True
         else:
-            return annotation, tuple(limits), nullable, description
+            return annotation, tuple(marks), nullable
 
 
 def _walk(section: type[Section], prefix: str) -> typing.Iterator[SchemaField]:
     for key, info in section.model_fields.items():
-        bare_type, limits, nullable, description = split_annotation(info.annotation)
+        bare_type, marks, nullable = split_annotation(info.annotation)
         field = SchemaField(
             name=prefix + key,
             type=bare_type,
-            limits=(*info.metadata, *limits),
+            marks=(*info.metadata, *marks),
             nullable=nullable,
             required=info.is_required(),
-            description=info.description or description,
+            meaning=" ".join(filter(None, [_docstring(bare_type), " ".join((info.description or "").split())])),
+            default=None if info.is_required() else info.default,
         )
         yield field
         if field.is_section:
             yield from _walk(bare_type, field.name + ".")
 
 
-def _in_words(bare_type: Any, limits: tuple[Any, ...]) -> str:
+def _docstring(bare_type: Any) -> str | None:
+    return inspect.getdoc(bare_type) if isinstance(bare_type, type) and issubclass(bare_type, Section) else None
+
+
+def _in_words(bare_type: Any, marks: tuple[Any, ...]) -> str:
+    if told := [mark.words for mark in marks if isinstance(mark, Accepts)]:
+        return told[0]
     if get_origin(bare_type) is Literal:
         return "one of " + ", ".join(map(str, get_args(bare_type)))
     if get_origin(bare_type) is tuple:
         members = get_args(bare_type)
-        member_type, member_limits, _, _ = split_annotation(members[0])
+        member_type, member_marks, _ = split_annotation(members[0])
         length = "" if members[-1] is Ellipsis else f" of {len(members)}"
-        return f"a list{length}, each {_in_words(member_type, member_limits)}"
+        return f"a list{length}, each {_in_words(member_type, member_marks)}"
     nouns = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
-    return " ".join(filter(None, [nouns[bare_type], " and ".join(filter(None, map(_limit_in_words, limits)))]))
+    return " ".join(filter(None, [nouns[bare_type], " and ".join(filter(None, map(_limit_in_words, marks)))]))
 
 
 def _limit_in_words(limit: Any) -> str:

@@ -9,16 +9,17 @@ import os
 import re
 import reprlib
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 from pydantic import ValidationError
 
-from raynium.config.fields import did_you_mean, fields_below, schema_fields
+from raynium.config.fields import BUILDS_ON, did_you_mean, fields_below, schema_fields
 from raynium.config.plain_file import read_plain
 from raynium.config.schema import Config, Section
-from raynium.config.yaml_text import Reading, compose, read_field, read_section
+from raynium.config.yaml_text import Reading, compose, place_of, read_field, read_section, shown
 from raynium.errors import ConfigError
 
 Overrides = Sequence[str] | Mapping[str, Any]
@@ -45,60 +46,159 @@ def load_config(
 
     Paths in the result are as written: see `resolve`. Raises ConfigError.
     """
-    base = Path(base_folder) if base_folder is not None else Path.cwd()
-    path = _find_job_file(path_or_preset, base)
-    try:
-        text = read_plain(path, max_bytes=MAX_FILE_BYTES).decode()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError([f"{path_or_preset} cannot be read as text: {error}"]) from error
-    return parse_config(text, overrides, origin=str(path_or_preset))
+    base = _folder(base_folder)
+    reading, files = Reading(), Files(base, ())
+    _read_file(files.find(path_or_preset), str(path_or_preset), reading, files)
+    return _finish(reading, overrides, files)
 
 
-def parse_config(text: str, overrides: Overrides = (), *, origin: str = "the config") -> Config:
+def parse_config(
+    text: str, overrides: Overrides = (), *, origin: str = "the config", base_folder: str | Path | None = None
+) -> Config:
     """A Config from YAML text (for one, the text that `dump_yaml` wrote). `origin` names it in messages."""
-    reading = Reading()
-    node = compose(text, origin, "", reading)
-    if node is not None:
-        read_section(node, "", origin, reading)
-    elif "" not in reading.refused:
-        reading.refuse("", f"{origin} is empty: it must hold {_required_in_words('')}")
-    for key, value in _split_overrides(overrides, reading):
-        _apply_override(key, value, reading)
+    reading, files = Reading(), Files(_folder(base_folder), ())
+    _read_text(text, origin, reading, files)
+    return _finish(reading, overrides, files)
+
+
+def _finish(reading: Reading, overrides: Overrides, files: "Files") -> Config:
+    # A preset's model is what the other overrides are laid over, wherever it stands among them.
+    for key, value in sorted(_split_overrides(overrides, reading), key=lambda each: each[0] != "model.preset"):
+        _apply_override(key, value, reading, files)
+    _name_the_store(reading)
     config = _validate(reading)
     if config is None or reading.problems:
         raise ConfigError(reading.problems)
     return config
 
 
+def _name_the_store(reading: Reading) -> None:
+    """data.path where only data.source is given: runs with the same source share a store."""
+    run, data = reading.values.get("run"), reading.values.get("data")
+    if isinstance(run, dict) and isinstance(data, dict) and "data.path" not in reading.refused:
+        source, root = data.get("source"), run.get("root", "runs")
+        if isinstance(source, str) and isinstance(root, str) and data.get("path") is None:
+            name = source.rstrip("/").rpartition("/")[2]
+            name = name if name.strip(".~") else run.get("name")
+            reading.put("data.path", f"{root.rstrip('/')}/data/{name}", "from run.root and data.source")
+
+
+# ------------------------------------------------------------------------------------------------- files
+
+
+@dataclass(frozen=True)
+class Files:
+    """Where job files are looked for.
+
+    base: what the command line's paths begin at. opened: the files that are being read, each building on the next; the
+    paths that the last of them names begin at its folder.
+    """
+
+    base: Path
+    opened: tuple[Path, ...]
+
+    def find(self, given: str | os.PathLike[str]) -> Path:
+        """The job file of a path or of a preset's bare name. Raises ConfigError."""
+        text = os.fspath(given)
+        folder = self.opened[-1].parent if self.opened else self.base
+        is_preset = isinstance(given, str) and not re.search(r"[/\\]|\.ya?ml$", text)
+        candidates = [each / f"{text}.yaml" for each in _preset_folders(self.base)] if is_preset else [folder / text]
+        for path in candidates:
+            # What is there and no file is refused where it is read.
+            if path.exists():
+                return path
+        presets = preset_names(self.base)
+        near = difflib.get_close_matches(Path(text).stem, presets, n=1)
+        hint = f"did you mean the preset {near[0]}? " if near else ""
+        place = "" if is_preset else f" in {folder}"
+        kind = "preset" if is_preset else "job file"
+        raise ConfigError(
+            [
+                f"there is no {kind} {text!r}{place}: {hint}"
+                f"Give the path of a YAML file, or a preset: {', '.join(presets) or 'none found here'}"
+            ]
+        )
+
+
+def _folder(given: str | Path | None) -> Path:
+    return Path(given) if given is not None else Path.cwd()
+
+
 def preset_names(base_folder: str | Path | None = None) -> list[str]:
     """The presets `load_config` finds by bare name, sorted."""
-    folders = _preset_folders(Path(base_folder) if base_folder is not None else Path.cwd())
+    folders = _preset_folders(_folder(base_folder))
     return sorted({path.stem for folder in folders for path in folder.glob("*.yaml")})
+
+
+def preset_path(name: str, base_folder: str | Path | None = None) -> Path:
+    """The file of a preset. Raises ConfigError."""
+    return Files(_folder(base_folder), ()).find(name)
 
 
 def _preset_folders(base: Path) -> list[Path]:
     return [base / PRESET_FOLDER, CHECKOUT / PRESET_FOLDER]
 
 
-def _find_job_file(given: str | os.PathLike[str], base: Path) -> Path:
-    text = os.fspath(given)
-    is_preset = isinstance(given, str) and not re.search(r"[/\\]|\.ya?ml$", text)
-    candidates = [folder / f"{text}.yaml" for folder in _preset_folders(base)] if is_preset else [base / text]
-    for path in candidates:
-        # What is there and no file is refused where it is read.
-        if path.exists():
-            return path
-    presets = preset_names(base)
-    near = difflib.get_close_matches(Path(text).stem, presets, n=1)
-    hint = f"did you mean the preset {near[0]}? " if near else ""
-    place = "" if is_preset else f" in {base}"
-    kind = "preset" if is_preset else "job file"
-    raise ConfigError(
-        [
-            f"there is no {kind} {text!r}{place}: {hint}"
-            f"Give the path of a YAML file, or a preset: {', '.join(presets) or 'none found here'}"
-        ]
-    )
+def _read_file(path: Path, origin: str, reading: Reading, files: Files) -> None:
+    try:
+        text = read_plain(path, max_bytes=MAX_FILE_BYTES).decode()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError([f"{origin} cannot be read as text: {error}"]) from error
+    _read_text(text, origin, reading, Files(files.base, (*files.opened, path.resolve())))
+
+
+def _read_text(text: str, origin: str, reading: Reading, files: Files) -> None:
+    """Lay a job file over what was read so far, and what it builds on between them."""
+    node = compose(text, origin, "", reading)
+    if node is not None:
+        _lay_below(node, "", origin, reading, files)
+        read_section(node, "", origin, reading)
+    elif "" not in reading.refused:
+        reading.refuse("", f"{origin} is empty: it must hold {_required_in_words('')}")
+
+
+def _lay_below(node: yaml.Node, name: str, source: str, reading: Reading, files: Files) -> None:
+    """Read what the section `name` ("" for a whole file) builds on.
+
+    A file that is extended is laid over what is there, field by field; a preset's model takes the place of any other,
+    since no field of one model is meant for another.
+    """
+    if name == "" and (given := _member(node, "extends")) is not None:
+        _read_base("extends", given, source, reading, files)
+    model = {"": _member(node, "model"), "model": node}.get(name)
+    if model is not None and (given := _member(model, "preset")) is not None:
+        _take_preset(given, source, reading, files)
+
+
+def _take_preset(given: yaml.Node, source: str, reading: Reading, files: Files) -> None:
+    preset = Reading(problems=reading.problems)
+    _read_base("model.preset", given, source, preset, files)
+    reading.values["model"] = preset.values.get("model", {})
+    reading.origins |= preset.origins
+    if preset.refused:
+        reading.refused.add("model")
+
+
+def _read_base(key: str, given: yaml.Node, source: str, reading: Reading, files: Files) -> None:
+    """Read the job file that `key` names; a problem with it is noted, and that fields are missing then is none."""
+    place = place_of(given, source)
+    if not isinstance(given, yaml.ScalarNode) or shown(given) == "empty":
+        reading.refuse("", f"{key} is {shown(given)} ({place}): it must be {BUILDS_ON[key]}")
+        return
+    try:
+        path = files.find(given.value)
+        if path.resolve() in files.opened:
+            circle = " → ".join(each.name for each in (*files.opened, path))
+            problem = f"it is being read already ({circle}); a file cannot build on itself: take one of them out"
+            raise ConfigError([problem])
+        _read_file(path, given.value, reading, files)
+    except ConfigError as error:
+        reading.refuse("", f"{key} is {given.value!r} ({place}): {error.problems[0]}")
+
+
+def _member(node: yaml.Node, key: str) -> yaml.Node | None:
+    pairs = node.value if isinstance(node, yaml.MappingNode) else []
+    return next((child for name, child in pairs if name.value == key), None)
 
 
 def _split_overrides(overrides: Overrides, reading: Reading) -> Iterator[tuple[str, Any]]:
@@ -116,8 +216,11 @@ def _split_overrides(overrides: Overrides, reading: Reading) -> Iterator[tuple[s
         yield key.strip(), value.strip()
 
 
-def _apply_override(key: str, value: Any, reading: Reading) -> None:
+def _apply_override(key: str, value: Any, reading: Reading, files: Files) -> None:
     """Lay one override over what was read; text is YAML, except that a text field takes it as it is."""
+    if key == "model.preset":
+        _take_preset(yaml.ScalarNode("tag:yaml.org,2002:str", str(value)), f"override {key}", reading, files)
+        return
     known = schema_fields().get(key)
     if known is None:
         reading.problems.append(f"{key or 'an override without a name'} is not a field (override): {did_you_mean(key)}")
@@ -130,6 +233,8 @@ def _apply_override(key: str, value: Any, reading: Reading) -> None:
     # Python values take the road of text, so that both are judged by the same rules.
     node = compose(value if isinstance(value, str) else _to_yaml(value), origin, key, reading)
     if key not in reading.refused:
+        if node is not None:
+            _lay_below(node, key, origin, reading, files)
         read_field(node or yaml.ScalarNode("tag:yaml.org,2002:null", ""), key, origin, reading)
 
 

@@ -55,17 +55,11 @@ NOTED: Mapping[str, str] = {
     "optimizer.clip_norm": "gradients are clipped elsewhere from here on",
 }
 
+# The checkpoint was found by run.name; model.max_seq_len is a bound and no weight, and model.init_std is used at step 0
+# only. Whatever data.path, data.source and data.tokenizer say, data.identity says what must be there.
 FREE = (
-    "run.name",  # the checkpoint was found by it
-    "run.root",
-    "cluster",
-    "model.max_seq_len",  # a bound, no weight; rules check data.seq_len against it
-    "model.init_std",  # used once, at step 0
-    "data.path",  # data.identity says what must be there
-    "data.source",  # read only where no store exists yet
-    "data.tokenizer",  # its content is compared with the store's, which data.identity covers
-    "data.end_of_document",  # it too
-    "data.max_left_out",  # a bound
+    *("run.name", "run.root", "cluster", "model.max_seq_len", "model.init_std"),
+    *("data.path", "data.source", "data.tokenizer", "data.end_of_document", "data.max_left_out"),
     "parallel",
     "engine.activation_checkpointing",
     "engine.compile",
@@ -111,6 +105,16 @@ def resume_notes(saved: Mapping[str, Any], now: Config) -> list[str]:
             "run goes on with the same is not checked"
         )
     return notes
+
+
+def when_resumed(name: str) -> str:
+    """What becomes of a change of this field when a run goes on from a checkpoint, in words."""
+    parts = name.split(".")
+    names = [".".join(parts[:depth]) for depth in range(len(parts), 0, -1)]
+    for table, words in ((FIXED, "may not change"), (NOTED, "may change")):
+        if found := [table[each] for each in names if each in table]:
+            return f"{words}: {found[0]}"
+    return "may change"
 
 
 def _changes_in(table: Mapping[str, str], saved: Mapping[str, Any], now: Config) -> Iterator[tuple[str, Any, Any, str]]:

@@ -1,27 +1,61 @@
 """The one schema of a run. A job file holds only what differs from these defaults.
 
-Every model is frozen and refuses unknown keys. A model checks its own fields here; rules that cross parts
-(batch × ranks, tensor parallelism × heads × cores, memory) are in `planning/rules.py`.
+Every model is frozen and refuses unknown keys. What is said here of a section (its docstring) and of a field (meaning,
+unit, default, what it accepts) is what `raynium config` prints, docs/config.md holds and messages quote. A model checks
+its own fields; rules that cross parts (batch × ranks, tensor parallelism × heads × cores, memory) are in
+`planning/rules.py`.
 """
 
+from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from raynium.config.families import FAMILIES, Family, FamilyName
 
+
+@dataclass(frozen=True)
+class Unit:
+    """What a number of this type counts or measures."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class Accepts:
+    """What may be given, where the type and its limits do not say it in words that a user reads."""
+
+    words: str
+
+
 PositiveInt = Annotated[int, Field(ge=1)]
-NonNegativeInt = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+NonNegativeFloat = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 FractionBelowOne = Annotated[float, Field(ge=0, lt=1)]
-Location = Annotated[str, Field(min_length=1, description="a folder, a file or a URL")]
+Location = Annotated[str, Field(min_length=1), Accepts("a folder, a file or a URL")]
+
+Steps = Annotated[PositiveInt, Unit("steps")]
+Sequences = Annotated[PositiveInt, Unit("sequences")]
+Tokens = Annotated[PositiveInt, Unit("tokens")]
+Documents = Annotated[PositiveInt, Unit("documents")]
+Nodes = Annotated[PositiveInt, Unit("nodes")]
+Ranks = Annotated[PositiveInt, Unit("ranks")]
+Layers = Annotated[PositiveInt, Unit("layers")]
+Heads = Annotated[PositiveInt, Unit("heads")]
+Features = Annotated[PositiveInt, Unit("features")]
+Checkpoints = Annotated[PositiveInt, Unit("checkpoints")]
+Failures = Annotated[NonNegativeInt, Unit("failures")]
+Seconds = Annotated[PositiveFloat, Unit("seconds")]
 
 
 class Section(BaseModel):
     """A frozen part of the config; unknown keys are refused."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
 
 class RunSection(Section):
@@ -29,50 +63,76 @@ class RunSection(Section):
 
     name: Annotated[
         str,
-        Field(
-            pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$",
-            description="1 to 63 of a-z, 0-9, '.', '_' and '-', a letter or digit first",
-        ),
+        Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$"),
+        Accepts("1 to 63 of a-z, 0-9, '.', '_' and '-', a letter or digit first"),
     ]
-    root: Location = "runs"  # folder or URL (s3://bucket/prefix); shared by all nodes
+    """The run's name: the same name goes on with the same run, another begins anew."""
+    root: Location = "runs"
+    """Where runs are kept; all nodes must see it: s3://bucket/prefix, or NFS."""
     seed: NonNegativeInt = 0
+    """Settles the first weights, the order of the samples, and the sampled text."""
 
 
 class ClusterSection(Section):
     """The machines. One Ray Train worker (the node agent) per node forks `ranks_per_node` ranks."""
 
     accelerator: Literal["auto", "cpu", "cuda", "neuron", "neuron_xla"] = "auto"
-    instance_type: str | None = None  # a name of the hardware catalogue; None: not checked against one
-    nodes: PositiveInt = 1
-    ranks_per_node: PositiveInt = 1  # one rank per NeuronCore, GPU, or CPU slot
+    """What the ranks compute on. auto: what the nodes have, best first (`raynium doctor`)."""
+    instance_type: str | None = None
+    """EC2's name of the nodes, e.g. trn2.48xlarge: cores and memory are checked. null: unchecked."""
+    nodes: Nodes = 1
+    """Machines that train."""
+    ranks_per_node: Ranks = 1
+    """Processes on each: one per NeuronCore, GPU, or CPU slot."""
 
 
 class RopeScaling(Section):
     """Llama 3.1's frequency scaling (transformers: `rope_type: llama3`)."""
 
     factor: PositiveFloat
+    """By how much the long wavelengths are stretched."""
     low_freq_factor: PositiveFloat
+    """Wavelengths above original_max_seq_len / this are stretched in full."""
     high_freq_factor: PositiveFloat
-    original_max_seq_len: PositiveInt
+    """Wavelengths below original_max_seq_len / this stay as they are; those between are blended."""
+    original_max_seq_len: Tokens
+    """The longest sequence before the stretching."""
 
 
 class ModelSection(Section):
-    """A decoder's dimensions. `family` settles the architecture's fixed points (`config/families.py`)."""
+    """A decoder's dimensions. The family settles the architecture's fixed points.
+
+    `preset: llama3-1b` in this section takes the dimensions of a preset; what stands beside it is laid over them.
+    """
 
     family: FamilyName = "llama3"
-    vocab_size: PositiveInt
-    hidden_size: PositiveInt
-    num_layers: PositiveInt
-    num_heads: PositiveInt
-    num_kv_heads: PositiveInt
-    head_dim: PositiveInt
-    ffn_size: PositiveInt  # inner width of the SwiGLU block
-    max_seq_len: PositiveInt  # the longest sequence RoPE is valid for
+    """The architecture."""
+    vocab_size: Tokens
+    """Rows of the embedding: the tokenizer's tokens or more. One that is trained here has these at most."""
+    hidden_size: Features
+    """Width of the residual stream."""
+    num_layers: Layers
+    """Decoder blocks."""
+    num_heads: Heads
+    """Query heads of a block."""
+    num_kv_heads: Heads
+    """Key and value heads of a block; as num_heads, or fewer that are shared."""
+    head_dim: Features
+    """Width of one head."""
+    ffn_size: Features
+    """Inner width of the SwiGLU block."""
+    max_seq_len: Tokens
+    """The longest sequence that positions (RoPE) are valid for."""
     rope_theta: PositiveFloat = 500_000.0
+    """Base of RoPE's wavelengths."""
     rope_scaling: RopeScaling | None = None
+    """null: RoPE as it is."""
     norm_eps: PositiveFloat = 1e-5
+    """Added to the mean square in RMSNorm."""
     embeddings: Literal["tied", "untied"] = "untied"
+    """Whether input and output share one matrix."""
     init_std: PositiveFloat = 0.02
+    """Standard deviation of the first weights."""
 
     @property
     def traits(self) -> Family:
@@ -85,128 +145,185 @@ class DataSection(Section):
     If `path` holds no store yet and `source` is given, the driver makes one before training.
     """
 
-    path: Location  # folder or s3:// URL of the document store
-    # Of the content that must be there (`identity` in its manifest.json). None: whatever is; the driver fills it in, so
-    # that a run goes on with the same content only, wherever it lies.
-    identity: Annotated[
-        str | None, Field(pattern=r"^[0-9a-f]{64}$", description="the identity of a document store, 64 hex digits")
-    ] = None
-    source: Location | None = None  # "python-stdlib", or a folder or file of .txt / .py / .md / .jsonl
-    tokenizer: Location | None = None  # tokenizer.json to use; None: train a byte-level BPE on the source
-    end_of_document: Annotated[str, Field(min_length=1)] | None = Field(
-        None,
-        description="the token that ends a document, of data.tokenizer; null: what the files beside it say "
-        "(tokenizer_config.json, config.json, generation_config.json)",
+    path: Location
+    """Folder or s3:// URL of the document store. Where only a source is given: `<run.root>/data/<its last part>`,
+    so that runs share it."""
+    identity: Annotated[str | None, Field(pattern=r"^[0-9a-f]{64}$"), Accepts("a store's identity, 64 hex digits")] = (
+        None
     )
-    max_left_out: Fraction = Field(
-        0.1,
-        description="the share of the source's text that may be left out (not UTF-8, kinds that are not read, null) "
-        "before that is refused, 0 to 1",
-    )
-    heldout_fraction: FractionBelowOne = 0.05  # of documents, chosen by a hash of their names
-    seq_len: PositiveInt
+    """Of the content that must be there (`identity` in its manifest.json). null: whatever is; the driver fills it
+    in, so that a run goes on with the same content only, wherever it lies."""
+    source: Location | None = None
+    """Text to make the store of: a folder of .txt, .md, .py or .jsonl files, one such file, or `python-stdlib`."""
+    tokenizer: Location | None = None
+    """The tokenizer.json to use, a path or an s3:// URL. null: a byte-level BPE is trained on the source."""
+    end_of_document: Annotated[str, Field(min_length=1)] | None = None
+    """The token that ends a document, of data.tokenizer. null: what the files beside it say
+    (tokenizer_config.json, config.json, generation_config.json)."""
+    max_left_out: Fraction = 0.1
+    """Share of the source's text that may be left out (not UTF-8, kinds that are not read, null)
+    before it is refused."""
+    heldout_fraction: FractionBelowOne = 0.05
+    """Share of the documents that only evaluation sees, chosen by a hash of their names."""
+    seq_len: Tokens = 1024
+    """Length of one sequence of the batch; documents follow one another in it."""
 
 
 class ParallelSection(Section):
     """How the ranks are laid out. Data parallel (FSDP, or ZeRO-1 under nxd) takes what the others leave."""
 
-    tensor: PositiveInt = 1  # tensor parallel degree; sequence parallelism comes with it
-    pipeline: PositiveInt = 1  # number of stages, each with an equal share of the layers; engine.kind nxd only
+    tensor: Ranks = 1
+    """Tensor parallel degree; sequence parallelism comes with it."""
+    pipeline: PositiveInt = 1
+    """Pipeline stages, each with an equal share of the layers; engine.kind nxd only."""
 
 
 class EngineSection(Section):
     """How a step is computed."""
 
     kind: Literal["native", "nxd"] = "native"
-    # Of compute; master weights and optimizer are float32. auto: bfloat16 where the device multiplies it natively.
+    """native: torch's own parallelism; nxd: neuronx-distributed on torch-xla."""
     dtype: Literal["auto", "float32", "bfloat16"] = "float32"
+    """Of compute; master weights and optimizer are float32. auto: bfloat16 where the device multiplies it
+    natively."""
     activation_checkpointing: Literal["none", "full"] = "none"
-    compile: Literal["none", "block"] = "none"  # "block": torch.compile each decoder block
-    # How the native engine shards over data ranks. fsdp2: hooks gather ahead of each block. simple: SimpleFSDP, the
-    # compiled blocks hold their own gathers and reductions. auto: simple for compiled blocks on neuron, else fsdp2.
+    """full: a block's activations are computed again in the backward pass, which saves memory."""
+    compile: Literal["none", "block"] = "none"
+    """block: torch.compile on each decoder block."""
     fsdp: Literal["auto", "fsdp2", "simple"] = "auto"
+    """How the native engine shards over data ranks. fsdp2: hooks gather ahead of each block. simple: SimpleFSDP,
+    the compiled blocks hold their own gathers and reductions. auto: simple for compiled blocks on neuron, else
+    fsdp2."""
 
 
 class OptimizerSection(Section):
     """AdamW with decoupled weight decay on matrices only, and the learning-rate schedule."""
 
     learning_rate: PositiveFloat = 3e-4
+    """At the schedule's peak, per step."""
     betas: tuple[FractionBelowOne, FractionBelowOne] = (0.9, 0.95)
+    """Decay of the first and second moments."""
     eps: PositiveFloat = 1e-8
-    weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    """Added to the second moment's root."""
+    weight_decay: NonNegativeFloat = 0.1
+    """Share of a matrix taken off per step, times the rate."""
     clip_norm: PositiveFloat = 1.0
+    """Norm over all gradients above which they are scaled down to it."""
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"
-    warmup_steps: NonNegativeInt = 0
-    decay_fraction: Fraction = 0.2  # wsd: the share of all steps spent in the final decay
-    final_learning_rate_ratio: Fraction = 0.1  # of the peak, reached at the last step
+    """After the warm-up. cosine: down to the last step; wsd: constant, then a linear decay; constant."""
+    warmup_steps: Annotated[NonNegativeInt, Unit("steps")] = 0
+    """Over which the rate rises to its peak, linearly."""
+    decay_fraction: Fraction = 0.2
+    """wsd: the share of all steps spent in the final decay."""
+    final_learning_rate_ratio: Fraction = 0.1
+    """Of the peak, reached at the last step."""
 
 
 class TrainSection(Section):
-    """How long, and how much per step. Batch sizes count sequences of `data.seq_len` tokens."""
+    """How long, and how much per step.
 
-    steps: PositiveInt
-    global_batch_size: PositiveInt
-    micro_batch_size: PositiveInt = 1  # per data-parallel rank and forward pass
+    A step is one update of the weights from `global_batch_size` sequences of `data.seq_len` tokens. A rank computes
+    `micro_batch_size` of them at a time and adds up gradients (accumulation) until its share is done: passes per step =
+    global_batch_size / (micro_batch_size × data-parallel ranks), where data-parallel ranks = cluster.nodes ×
+    cluster.ranks_per_node / (parallel.tensor × parallel.pipeline). It must come out whole; there is no setting for it.
+
+    Epochs are no setting either: epochs = steps × global_batch_size × data.seq_len / training tokens (the `data:` line
+    says how many). When all samples were seen they come again in another order.
+
+    Every step is logged to MLflow, sent together every two seconds, with x = step; the terminal and the driver's log
+    show the newest. Evaluation and saving have their own `every_steps` and always come after the last step, too.
+    """
+
+    steps: Steps
+    """Updates of the weights, counted from the run's beginning, not from a resume."""
+    global_batch_size: Sequences
+    """Sequences of one step, over all ranks and accumulated passes."""
+    micro_batch_size: Sequences = 1
+    """Sequences that a data-parallel rank computes at a time: it changes memory and speed, no result."""
 
 
 class CheckpointSection(Section):
     """When to save, what to keep (for any one of the reasons), and what to do when that does not go well."""
 
-    every_steps: PositiveInt = 100
-    # "never": nothing is kept, also not at the end, for runs that only measure or compile.
+    every_steps: Steps = 100
+    """Save after each multiple of it, and at the end."""
     save: Literal["steps", "never"] = "steps"
-    # Both of a rank's images are still being uploaded when the next save is due: wait for one, or leave that save out.
+    """never: nothing is kept, also not at the end, for runs that only measure or compile."""
     if_busy: Literal["wait", "skip"] = "wait"
-    # The newest checkpoint proves damaged: end with the cause, or set it aside and go on from the next older one.
+    """Both of a rank's images are still being uploaded when the next save is due: wait for one, or leave that save
+    out (skip)."""
     if_damaged: Literal["stop", "use_older"] = "stop"
-    keep_last: PositiveInt = 2
-    keep_every_steps: PositiveInt | None = None  # also those of steps that are multiples of it, for ever
-    keep_best: NonNegativeInt = 0  # also so many with the lowest held-out loss, among those that were evaluated
+    """The newest checkpoint proves damaged: end with the cause, or set it aside and go on from the next older
+    one."""
+    keep_last: Checkpoints = 2
+    """The newest are kept."""
+    keep_every_steps: Steps | None = None
+    """Also those of steps that are multiples of it, for ever. null: none for that."""
+    keep_best: Annotated[NonNegativeInt, Unit("checkpoints")] = 0
+    """Also so many with the lowest best_metric, among those that were evaluated."""
     best_metric: Literal["eval/loss", "eval/bits_per_byte"] = "eval/loss"
+    """What keep_best compares."""
 
 
 class EvaluateSection(Section):
     """Held-out loss in bits per byte."""
 
-    every_steps: PositiveInt = 100
-    max_documents: PositiveInt = 64
+    every_steps: Steps = 100
+    """Evaluate after each multiple of it, and at the end."""
+    max_documents: Documents = 64
+    """Held-out documents that are read each time; the same ones."""
 
 
 class TrackingSection(Section):
-    uri: str | None = None  # None: MLFLOW_TRACKING_URI, else SQLite at <root>/mlflow.db
+    """Where metrics go: MLflow."""
+
+    uri: str | None = None
+    """Of the MLflow server. null: MLFLOW_TRACKING_URI, else SQLite at `<run.root>/mlflow.db`."""
     experiment: str = "raynium"
+    """MLflow's experiment that the run's page is in."""
 
 
 class FaultSection(Section):
     """What a failure may cost before the run gives up."""
 
-    max_restarts_without_progress: NonNegativeInt = 3  # generations that failed with no new checkpoint between
-    max_node_failures_without_progress: NonNegativeInt = 8  # lost nodes and agents with no new checkpoint between
-    # An upload of which nothing moves for so long is given up: training goes on without that checkpoint.
-    upload_silence_seconds: PositiveFloat = 300.0
-    # Ranks that have not saved and ended so long after the run was asked to stop are killed.
-    stop_seconds: PositiveFloat = 900.0
+    max_restarts_without_progress: Failures = 3
+    """Generations that failed with no new checkpoint between."""
+    max_node_failures_without_progress: Failures = 8
+    """Lost nodes and agents with no new checkpoint between."""
+    upload_silence_seconds: Seconds = 300.0
+    """An upload of which nothing moves for so long is given up: training goes on without it."""
+    stop_seconds: Seconds = 900.0
+    """Ranks that have not saved and ended so long after the run was asked to stop are killed."""
 
 
 class PreflightSection(Section):
     """Checks of the nodes before their ranks start; `raynium preflight` makes all of them without a run."""
 
-    # all: with a trial of the ranks (products, all-reduces); host: what shows without one. auto: all on accelerators,
-    # on CPU host, and none where the run has one CPU node, since training itself says as much within a second.
     before_run: Literal["auto", "all", "host", "none"] = "auto"
-    seconds: PositiveFloat = 180.0  # from when the nodes are there; it ends when all have answered
+    """all: with a trial of the ranks (products, all-reduces); host: what shows without one. auto: all on
+    accelerators, on CPU host, and none where the run has one CPU node, since training itself says as much within a
+    second."""
+    seconds: Seconds = 180.0
+    """From when the nodes are there; it ends when all have answered."""
 
 
 class SampleSection(Section):
     """Text drawn from the model when the run ends."""
 
     prompts: tuple[str, ...] = ()
-    max_new_tokens: PositiveInt = 120
-    temperature: Annotated[float, Field(ge=0)] = 0.8
+    """A text is drawn for each; none: nothing is drawn."""
+    max_new_tokens: Tokens = 120
+    """Length of each text."""
+    temperature: NonNegativeFloat = 0.8
+    """0: the likeliest token each time."""
 
 
 class Config(Section):
-    """A whole run. Its resolved form is printed, logged to MLflow, kept in the run record, and runs again as it is."""
+    """A whole run. Its resolved form is logged to MLflow, kept in the run record, and runs again as it is.
+
+    `extends: llama3-8b` at the top of a file builds on a preset or on another file (its path is relative to the file
+    that names it); what the file itself says is laid over that, field by field.
+    """
 
     run: RunSection
     cluster: ClusterSection = ClusterSection()

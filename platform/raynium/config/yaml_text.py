@@ -12,7 +12,7 @@ from typing import Any, get_args, get_origin
 
 import yaml
 
-from raynium.config.fields import did_you_mean, fields_below, schema_fields, split_annotation
+from raynium.config.fields import BUILDS_ON, did_you_mean, fields_below, schema_fields, split_annotation
 
 NULLS = {"", "~", "null", "Null", "NULL"}
 BOOLEANS = {"true": True, "True": True, "TRUE": True, "false": False, "False": False, "FALSE": False}
@@ -43,7 +43,8 @@ class Reading:
         self.refused.add(name)
 
     def put(self, name: str, value: Any, origin: str) -> None:
-        """Set the value of a dotted name; a section is replaced as a whole."""
+        """Set the value of a dotted name, in place of what it had; {} opens a section, and leaves what is in it."""
+        value = [_whole(each) for each in value] if isinstance(value, list) else _whole(value)
         for text in value if isinstance(value, list) else [value]:
             if isinstance(text, str) and _NO_TEXT.search(text):
                 self.refuse(
@@ -58,7 +59,8 @@ class Reading:
             if not isinstance(level.get(section), dict):
                 level[section] = {}
             level = level[section]
-        level[key] = value
+        if value != {} or not isinstance(level.get(key), dict):
+            level[key] = value
         self.origins[name] = origin
 
 
@@ -87,16 +89,19 @@ def read_section(node: yaml.Node, name: str, source: str, reading: Reading) -> N
     """Take over a mapping node as the section `name` ("" for the whole config) of the schema."""
     if not isinstance(node, yaml.MappingNode):
         accepted = schema_fields()[name].accepted if name else "sections such as `train:` with fields below them"
-        given = f"{name} is {shown(node)} ({_place(node, source)})" if name else f"{source} is {shown(node)}"
+        given = f"{name} is {shown(node)} ({place_of(node, source)})" if name else f"{source} is {shown(node)}"
         reading.refuse(name, f"{given}: it must be {accepted}")
         return
     if name:
-        reading.put(name, {}, _place(node, source))
+        reading.put(name, {}, place_of(node, source))
     known = {member.name for member in fields_below(name)}
     for key_node, child in _members(node, name, source, reading):
         full_name = f"{name}.{key_node.value}" if name else key_node.value
+        if full_name in BUILDS_ON:
+            # What it names was laid below before this section is read (`load`).
+            continue
         if full_name not in known:
-            reading.problems.append(_unknown_key(key_node.value, full_name, _place(key_node, source)))
+            reading.problems.append(_unknown_key(key_node.value, full_name, place_of(key_node, source)))
         else:
             read_field(child, full_name, source, reading)
 
@@ -107,9 +112,9 @@ def read_field(node: yaml.Node, name: str, source: str, reading: Reading) -> Non
     if known.is_section and not (known.nullable and _is_null(node)):
         read_section(node, name, source, reading)
     elif isinstance(node, yaml.MappingNode):
-        reading.refuse(name, f"{name} is a section here ({_place(node, source)}): it must be {known.accepted}")
+        reading.refuse(name, f"{name} is a section here ({place_of(node, source)}): it must be {known.accepted}")
     else:
-        reading.put(name, _value(node, known.type), _place(node, source))
+        reading.put(name, _value(node, known.type), place_of(node, source))
 
 
 def shown(node: yaml.Node) -> str:
@@ -119,13 +124,18 @@ def shown(node: yaml.Node) -> str:
     return "a list" if isinstance(node, yaml.SequenceNode) else "a section"
 
 
+def place_of(node: yaml.Node, source: str) -> str:
+    """Where a node stands; an override is one line, and a node made for an empty one stands nowhere."""
+    return source if source.startswith("override") else f"{source} line {node.start_mark.line + 1}"
+
+
 def _members(
     node: yaml.MappingNode, name: str, source: str, reading: Reading
 ) -> Iterator[tuple[yaml.ScalarNode, yaml.Node]]:
     """(key, value) nodes of a mapping, once per key; a key given twice is a problem."""
     first_lines: dict[str, int] = {}
     for key_node, child in node.value:
-        place = _place(key_node, source)
+        place = place_of(key_node, source)
         if not isinstance(key_node, yaml.ScalarNode):
             reading.problems.append(f"{place} has {shown(key_node)} for a key: a key must be the name of a field")
             continue
@@ -138,11 +148,6 @@ def _members(
             continue
         first_lines[key] = key_node.start_mark.line + 1
         yield key_node, child
-
-
-def _place(node: yaml.Node, source: str) -> str:
-    """Where a node stands; an override is one line, and a node made for an empty one stands nowhere."""
-    return source if source.startswith("override") else f"{source} line {node.start_mark.line + 1}"
 
 
 def _unknown_key(key: str, full_name: str, place: str) -> str:
@@ -184,3 +189,10 @@ def _number(text: str, wanted: type) -> Any:
         # 1e3 steps is a whole number, however it is written.
         return int(number) if wanted is int and number.is_integer() else number
     return text
+
+
+def _whole(value: Any) -> Any:
+    """JSON escapes a character above U+FFFF as two surrogates, each of which YAML reads as a character."""
+    return (
+        value.encode("utf-16", "surrogatepass").decode("utf-16", "surrogatepass") if isinstance(value, str) else value
+    )

@@ -7,7 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from raynium.config.load import dump_yaml
+from raynium.config.reference import brief
 from raynium.config.schema import Config
 from raynium.errors import RunInUse, StoreError, TrackingError
 from raynium.launch.display import Display
@@ -50,7 +50,7 @@ def run(
         config = settled(config, cluster_resources=resources, saved=past.config)
         if address is None:
             check_this_machine(config)
-        console.print(Text(dump_yaml(config)))
+        console.print(Text(brief(config)))
         prepared = prepare(config, past, surveyed=surveyed, job_id=job_id, tags=tags or {}, tell=tell)
         with Display(config.train.steps, console, prepared.log_path) as display:
             try:
