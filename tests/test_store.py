@@ -16,6 +16,7 @@ from uuid import uuid4
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from s3fs import S3FileSystem
 
 from raynium.errors import StoreError
 from raynium.storage.backend import KeyExists, KeyMissing
@@ -231,6 +232,8 @@ def test_an_unknown_profile_and_an_endpoint_in_a_profile_are_told_in_a_line(
     for name, value in {"AWS_CONFIG_FILE": f"{tmp_path}/config", "AWS_ACCESS_KEY_ID": "a"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "b")
+    # fsspec keeps what another test has connected.
+    S3FileSystem.clear_instance_cache()
     monkeypatch.setenv("AWS_PROFILE", "nosuch")
     with pytest.raises(StoreError, match=r"\(nosuch\).*set AWS_PROFILE to a profile of ~/.aws/config, or unset it"):
         Store("s3://bucket/x").exists("a")

@@ -311,7 +311,7 @@ def test_a_folder_that_cannot_be_used(tmp_path: Path):
     ("metrics", "message"),
     [
         ({"train/los": 1.0}, "did you mean 'train/loss'"),
-        ({"zzzz": 1.0}, "add it, with its unit, to METRICS"),
+        ({"zzzz": 1.0}, "they are in METRICS of tracking/metrics.py, with their units"),
         ({"train/loss": "1.0"}, "is not a number; pass int or float"),
         ({"train/loss": True}, "is not a number"),
         ({}, "at least one name"),
