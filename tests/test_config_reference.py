@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from raynium.config.fields import schema_fields
@@ -100,6 +100,7 @@ TEXT = st.text(st.characters(codec="utf-8", exclude_categories=["Cs", "Cc"]), mi
 
 
 @settings(max_examples=60, deadline=None)
+@example('"', "'a", [])
 @given(
     TEXT, st.none() | TEXT, st.lists(TEXT | st.sampled_from(["null", "no", "1e3", "a: b", "#", "'", '"', "\n", ","]))
 )

@@ -90,6 +90,7 @@ def test_an_orphan_in_a_group_that_somebody_living_leads_dies_alone(
     marked = os.environ | {variable: f"{namespace}/{os.getpid()}/1"}  # our pid, but another start: long dead
     with subprocess.Popen(["sleep", "300"], process_group=0) as leader:
         with subprocess.Popen(["sleep", "300"], process_group=leader.pid, env=marked) as orphan:
+            wait_for_environment(orphan.pid)
             end_orphans()
             assert orphan.wait(60) == -signal.SIGKILL
         assert leader.poll() is None
@@ -99,9 +100,17 @@ def test_an_orphan_in_a_group_that_somebody_living_leads_dies_alone(
 def test_a_process_of_another_container_is_left_alone(variable: str) -> None:
     marked = os.environ | {variable: "pid:[1]/1/1"}
     with subprocess.Popen(["sleep", "300"], env=marked) as foreign:
+        wait_for_environment(foreign.pid)
         assert not [line for line in end_orphans() if f"process {foreign.pid} " in line]
         assert foreign.poll() is None
         foreign.kill()
+
+
+def wait_for_environment(pid: int) -> None:
+    """Popen returns once the program is another; the kernel shows no environment of it for a moment longer."""
+    deadline = time.monotonic() + 60
+    while not Path(f"/proc/{pid}/environ").read_bytes():
+        assert time.monotonic() < deadline, f"{pid} has no environment"
 
 
 def wait_for_end(pid: int) -> None:

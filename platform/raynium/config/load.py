@@ -41,7 +41,8 @@ def load_config(
 
     path_or_preset: the path of a YAML file, or a preset's bare name. A str without a folder and without the ending
         .yaml or .yml is a preset: `<base_folder>/jobs/configs/<name>.yaml`, else the same file of this checkout.
-    overrides: "train.steps=200" strings, or a mapping of dotted names to values; later ones win.
+    overrides: "train.steps=200" strings, or a mapping of dotted names to values, whose quotes belong to the text; later
+        ones win.
     base_folder: what relative paths of job files begin at; None: the current folder.
 
     Paths in the result are as written: see `resolve`. Raises ConfigError.
@@ -63,8 +64,9 @@ def parse_config(
 
 def _finish(reading: Reading, overrides: Overrides, files: "Files") -> Config:
     # A preset's model is what the other overrides are laid over, wherever it stands among them.
+    quotes = () if isinstance(overrides, Mapping) else ('"', "'")
     for key, value in sorted(_split_overrides(overrides, reading), key=lambda each: each[0] != "model.preset"):
-        _apply_override(key, value, reading, files)
+        _apply_override(key, value, reading, files, quotes=quotes)
     _name_the_store(reading)
     config = _validate(reading)
     if config is None or reading.problems:
@@ -216,8 +218,11 @@ def _split_overrides(overrides: Overrides, reading: Reading) -> Iterator[tuple[s
         yield key.strip(), value.strip()
 
 
-def _apply_override(key: str, value: Any, reading: Reading, files: Files) -> None:
-    """Lay one override over what was read; text is YAML, except that a text field takes it as it is."""
+def _apply_override(key: str, value: Any, reading: Reading, files: Files, *, quotes: tuple[str, ...]) -> None:
+    """Lay one override over what was read; text is YAML, except that a text field takes it as it is.
+
+    quotes: what begins text that is YAML for a text field too.
+    """
     if key == "model.preset":
         _take_preset(yaml.ScalarNode("tag:yaml.org,2002:str", str(value)), f"override {key}", reading, files)
         return
@@ -226,7 +231,7 @@ def _apply_override(key: str, value: Any, reading: Reading, files: Files) -> Non
         reading.problems.append(f"{key or 'an override without a name'} is not a field (override): {did_you_mean(key)}")
         return
     origin = f"override {key}"
-    is_bare_text = isinstance(value, str) and known.type is str and not value.startswith(('"', "'"))
+    is_bare_text = isinstance(value, str) and known.type is str and not value.startswith(quotes)
     if is_bare_text and not (known.nullable and value in ("", "null", "~")):
         reading.put(key, value, origin)
         return
