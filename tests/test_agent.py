@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import threading
 import time
@@ -14,6 +15,7 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from tiny import job_text
 from waiting import stop, wait_for
@@ -397,6 +399,23 @@ def test_a_rank_that_stands_still_is_named_on_the_terminal(
     status = run.finish()
     assert (status.ended, status.generation) == ("finished", 1)
     assert run.losses() == uninterrupted.losses()
+
+
+def test_rank_0_listens_at_its_nodes_address_only_and_nobody_goes_on_when_it_is_dead(
+    play: Callable[..., Played],
+) -> None:
+    run = play(hold_uploads=True)
+    wait_for(lambda: run.status().step >= 1)
+    first = run.agent.rank_pids()[0]
+    heard = {each.laddr for each in psutil.Process(first).net_connections("tcp") if each.status == psutil.CONN_LISTEN}
+    assert {address for address, _ in heard} == {"127.0.0.1"}, "of this node"
+    os.kill(first, signal.SIGKILL)
+    wait_for(lambda: run.status().generation == 2)
+    for address in heard:
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(address)
+    run.let_uploads_go()
+    assert run.finish().ended == "finished"
 
 
 def test_nobody_tries_to_save_for_a_run_that_is_over(play: Callable[..., Played], blocked_step: Path) -> None:

@@ -6,8 +6,8 @@ import pytest
 
 from raynium.accelerators.neuron import collectives_port
 from raynium.errors import LaunchError
-from raynium.node import ports
-from raynium.node.ports import rendezvous_port
+from raynium.rank import ports
+from raynium.rank.ports import free_port, rendezvous_socket
 
 pytestmark = pytest.mark.quick
 
@@ -22,34 +22,34 @@ def bound(port: int) -> socket.socket:
     return other
 
 
-@pytest.fixture
-def offered(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """What the kernel would give out, in turn: two ports whose followers are free now."""
-    found = [rendezvous_port(HOST), rendezvous_port(HOST)]
-    left = iter(found)
-    monkeypatch.setattr(ports, "free_port", lambda host: next(left))
-    return found
+def test_a_rendezvous_whose_collectives_port_is_taken_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken, free, asked = free_port(HOST), free_port(HOST), list[int]()
+
+    def second(port: int) -> int:
+        asked.append(port)
+        return taken if len(asked) == 1 else free
+
+    monkeypatch.setattr(ports, "collectives_port", second)
+    with bound(taken), rendezvous_socket(HOST) as rendezvous:
+        assert len(asked) == 2 and rendezvous.getsockname() == (HOST, asked[1])
 
 
-def test_a_rendezvous_whose_collectives_port_is_taken_is_passed_over(offered: list[int]) -> None:
-    with bound(collectives_port(offered[0])):
-        assert rendezvous_port(HOST) == offered[1]
+def test_a_rendezvous_port_is_held_until_rank_0_listens_and_the_collectives_port_is_free() -> None:
+    with rendezvous_socket(HOST) as rendezvous:
+        port = rendezvous.getsockname()[1]
+        bound(collectives_port(port)).close()
+        for host in (HOST, "0.0.0.0"):
+            with socket.socket() as other, pytest.raises(OSError, match="in use"):
+                other.bind((host, port))
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection((HOST, port))
 
 
-def test_both_are_free(offered: list[int]) -> None:
-    port = rendezvous_port(HOST)
-    assert port == offered[0]
-    for each in (port, collectives_port(port)):
-        bound(each).close()
-
-
-def test_without_any_free_port_the_range_is_named(offered: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ports, "free_port", lambda host: offered[0])
-    with (
-        bound(collectives_port(offered[0])),
-        pytest.raises(LaunchError, match=r"tried on 127\.0\.0\.1 between 20000 and 29999"),
-    ):
-        rendezvous_port(HOST)
+def test_without_any_free_port_the_range_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = free_port(HOST)
+    monkeypatch.setattr(ports, "collectives_port", lambda port: taken)
+    with bound(taken), pytest.raises(LaunchError, match=r"tried on 127\.0\.0\.1 between 20000 and 29999"):
+        rendezvous_socket(HOST)
 
 
 def test_an_ipv6_host_is_looked_at_too() -> None:
@@ -59,4 +59,5 @@ def test_an_ipv6_host_is_looked_at_too() -> None:
         socket.create_server(("::1", 0), family=socket.AF_INET6).close()
     except OSError:
         pytest.skip("this machine has no IPv6 loopback")
-    assert rendezvous_port("::1") > 0
+    with rendezvous_socket("::1") as rendezvous:
+        assert rendezvous.getsockname()[1] > 0

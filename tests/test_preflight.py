@@ -42,7 +42,6 @@ from raynium.health.trial_checks import (
 )
 from raynium.node import orphans
 from raynium.node.diagnosis import KernelLog
-from raynium.node.ports import free_port
 from raynium.node.preflight import (
     NodeProbe,
     TrialOrder,
@@ -53,6 +52,7 @@ from raynium.node.preflight import (
     storage_checks,
 )
 from raynium.node.ranks import start_process
+from raynium.rank.ports import free_port
 from raynium.rank.trial import multiply
 from raynium.storage.store import Store
 

@@ -21,7 +21,7 @@ from tiny import build_documents, job_text
 
 from raynium import Client, Run
 from raynium.errors import LaunchError, RunFailed
-from raynium.node.ports import free_port
+from raynium.rank.ports import free_port
 from raynium.tracking.client import mlflow_client
 
 # What is waited for in here has limits of its own.

@@ -23,11 +23,11 @@ from raynium.config.schema import Config
 from raynium.config.world import World
 from raynium.data.store_build import build_store
 from raynium.node import ranks
-from raynium.node.ports import free_port
 from raynium.node.ranks import RankGroup, start_process, start_template
-from raynium.rank.build import wait_for_rank_0
 from raynium.rank.entry import COMPILE_BACKEND_VARIABLE
+from raynium.rank.group import wait_for_rank_0
 from raynium.rank.plan import RankPlan
+from raynium.rank.ports import free_port
 from raynium.storage.store import Store
 from raynium.train.link import IMAGE_SLOTS, ImageFree, ImageWritten
 
@@ -203,11 +203,11 @@ def test_a_rank_that_comes_before_rank_0_looks_again_soon(monkeypatch: pytest.Mo
                 rendezvous.bind(("127.0.0.1", port))
                 rendezvous.listen()
 
-        monkeypatch.setattr("raynium.rank.build.time.sleep", pause)
+        monkeypatch.setattr("raynium.rank.group.time.sleep", pause)
         wait_for_rank_0("127.0.0.1", port)
     assert len(pauses) == 3 and max(pauses) < 0.02
 
 
 def test_a_rank_whose_rank_0_never_comes_leaves_it_to_torch_to_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("raynium.rank.build.RENDEZVOUS_SECONDS", 0.01)
+    monkeypatch.setattr("raynium.rank.group.RENDEZVOUS_SECONDS", 0.01)
     wait_for_rank_0("127.0.0.1", free_port("127.0.0.1"))

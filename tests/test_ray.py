@@ -26,7 +26,7 @@ from waiting import wait_for
 
 from raynium import Client, Run, find_run
 from raynium.errors import ConfigError, LaunchError, RunFailed, RunInUse
-from raynium.node.ports import free_port
+from raynium.rank.ports import free_port
 from raynium.run.record import RunRecord
 
 # What is waited for in here has limits of its own.

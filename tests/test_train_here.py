@@ -1,6 +1,7 @@
 """`raynium train` as a person meets it: its own cluster, runs in S3, Ctrl-C, kill -9, and nothing left behind."""
 
 import contextlib
+import ipaddress
 import os
 import signal
 import subprocess
@@ -10,6 +11,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 from s3_server import S3Server
 from tiny import build_documents, job_text
@@ -142,6 +144,23 @@ def test_agents_that_cannot_start_end_the_run_with_their_words(folder: Path, hom
     assert process.returncode == 1, output
     assert "node 0: the agent failed: OSError: no template today" in output
     assert "error: run 'here' failed at step 0: a node agent was lost" in output
+
+
+@pytest.mark.slow
+def test_ranks_of_a_local_run_listen_on_the_loopback_only(folder: Path, home: Path) -> None:
+    run = find_run("here", str(folder))
+    process = start(folder)
+    try:
+        wait_for_checkpoint(run, 10, process)
+        agents = run.record().agents
+        assert agents is not None
+        ranks = descendants(agents[0]["pid"])
+        sockets = [each for pid in ranks for each in psutil.Process(pid).net_connections("tcp")]
+        heard = [each.laddr[0] for each in sockets if each.status == psutil.CONN_LISTEN]
+        assert len(heard) > 1 and all(ipaddress.ip_address(host).is_loopback for host in heard), heard
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=120)
 
 
 @pytest.mark.slow

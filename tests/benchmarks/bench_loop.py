@@ -40,7 +40,7 @@ from raynium.data.store import open_store
 from raynium.data.store_build import build_store
 from raynium.engines.native import build_native_engine
 from raynium.models.flops import parameter_count
-from raynium.node.ports import free_port
+from raynium.rank.ports import free_port
 from raynium.tasks.pretraining import Pretraining
 from raynium.train.link import MemoryLink
 from raynium.train.loop import Cadence, train

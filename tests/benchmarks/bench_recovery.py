@@ -35,7 +35,7 @@ from tiny import build_documents
 from raynium.config.load import load_config
 from raynium.config.schema import Config
 from raynium.data.store_build import build_store
-from raynium.node.ports import free_port
+from raynium.rank.ports import free_port
 
 FOLDER = Path(__file__).parent
 TINY = {"model.vocab_size": 512, "model.hidden_size": 32, "model.ffn_size": 64, "model.head_dim": 8, "data.seq_len": 32}

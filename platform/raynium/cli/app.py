@@ -245,7 +245,7 @@ def ui(
     """
     from raynium.config.paths import absolute_root
     from raynium.launch.report import ui_lines, ui_port
-    from raynium.node.ports import is_free
+    from raynium.rank.ports import is_free
     from raynium.sdk import find_run
     from raynium.tracking.client import sqlite_path
     from raynium.tracking.runs import resolve_uri, ui_command, ui_environment

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from raynium.launch.display import clock
-from raynium.node.ports import is_free
+from raynium.rank.ports import is_free
 from raynium.run.record import RunRecord
 from raynium.tracking.ledger import Ledger
 from raynium.tracking.runs import page_url

@@ -7,6 +7,7 @@ no ray: `launch/worker.py` runs it inside a Ray Train worker and hands it the co
 import logging
 import os
 import shutil
+import socket
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -23,13 +24,13 @@ from raynium.node.compile_cache import node_cache
 from raynium.node.diagnosis import KERNEL_LOG, Diagnosis, KernelLog, seconds_for_others
 from raynium.node.images import Snapshot, make_image_folder
 from raynium.node.orphans import end_orphans
-from raynium.node.ports import rendezvous_port
 from raynium.node.ranks import RankGroup, start_template
 from raynium.node.recovery_clock import AGREE, DRAIN, FORK
 from raynium.node.reports import CommitLog, Reports
 from raynium.node.saving import Saving
 from raynium.node.uploader import Uploader
 from raynium.rank.plan import RankPlan
+from raynium.rank.ports import rendezvous_socket
 from raynium.run.process import is_halted
 from raynium.run.protocol import (
     PEER_WORD_SECONDS,
@@ -170,13 +171,16 @@ class NodeAgent:
             if self._cache.sync is not None:
                 self._cache.sync.wait_filled()
             while True:
-                agent = self._info()
-                reports.recovery.begins(AGREE, time.monotonic())
-                order = self.coordinator.join(agent).result()
-                if isinstance(order, GoHome):
-                    break
-                reports.recovery.begins(FORK, time.monotonic())
-                self._run_generation(agent, order, reports, data_folder=data_folder, image_folder=image_folder)
+                with rendezvous_socket(self.node.host) as rendezvous:
+                    agent = self._info(rendezvous)
+                    reports.recovery.begins(AGREE, time.monotonic())
+                    order = self.coordinator.join(agent).result()
+                    if isinstance(order, GoHome):
+                        break
+                    reports.recovery.begins(FORK, time.monotonic())
+                    reports.begin_generation(order, order.world.ranks_of(self.node.node_rank))
+                    group = self._fork(order, rendezvous, data_folder=data_folder, image_folder=image_folder)
+                self._run_generation(group, agent, order, reports)
             if tracker is not None:
                 tracker.append(order.ledger.metrics(), step=order.ledger.step, unix_ms=int(time.time() * 1000))
         finally:
@@ -186,13 +190,13 @@ class NodeAgent:
                 self._saving.wait()
                 commits.close()
 
-    def _info(self) -> AgentInfo:
+    def _info(self, rendezvous: socket.socket) -> AgentInfo:
         return AgentInfo(
             attempt=self.node.attempt,
             node_rank=self.node.node_rank,
             nodes=self.node.nodes,
             host=self.node.host,
-            free_port=rendezvous_port(self.node.host),
+            free_port=rendezvous.getsockname()[1],
             pid=os.getpid(),
             images=self._saving.images.held(),
             uploading=self._saving.images.uploading(),
@@ -221,12 +225,8 @@ class NodeAgent:
             }
         return environments
 
-    def _run_generation(
-        self, agent: AgentInfo, order: Order, reports: Reports, *, data_folder: str, image_folder: Path
-    ) -> None:
-        """Forks the ranks and stays until all have ended, because they did or because the coordinator said so."""
+    def _fork(self, order: Order, rendezvous: socket.socket, *, data_folder: str, image_folder: Path) -> RankGroup:
         self._last_generation = order.generation
-        reports.begin_generation(order, order.world.ranks_of(self.node.node_rank))
         self._saving.begin_generation(order.resume_images)
         images = self._saving.images.find(order.resume_images) if order.resume_images is not None else {}
         plan = RankPlan(
@@ -238,7 +238,10 @@ class NodeAgent:
             image_folder=str(image_folder),
             resume_images=images,
         )
-        group = RankGroup(self._environments(order), plan.to_json())
+        return RankGroup(self._environments(order), plan.to_json(), rendezvous=rendezvous)
+
+    def _run_generation(self, group: RankGroup, agent: AgentInfo, order: Order, reports: Reports) -> None:
+        """Stays until all ranks have ended, because they did or because the coordinator said so."""
         self._group = group
         self._saving.serve(group)
         self._stay_with(group, agent, order, reports)

@@ -33,10 +33,10 @@ from raynium.health.trial_checks import (
 )
 from raynium.node.diagnosis import KernelLog
 from raynium.node.orphans import end_orphans
-from raynium.node.ports import rendezvous_port
 from raynium.node.ranks import RankGroup
 from raynium.node.scratch import scratch_folder
 from raynium.planning.memory import estimate_memory
+from raynium.rank.ports import rendezvous_socket
 from raynium.rank.trial import run_trial
 from raynium.storage.backend import KeyMissing
 from raynium.storage.store import Store
@@ -148,7 +148,7 @@ def storage_checks(root: str, *, probes: str, node: str) -> list[Check]:
 class Met:
     """What a node says when it is called upon."""
 
-    free_port: int  # a moment ago
+    free_port: int
     product_name: str | None
 
 
@@ -159,10 +159,14 @@ class NodeProbe:
         """config_json: settled. probes: see `storage_checks`."""
         self._config = Config.model_validate(config_json)
         self._probes = probes
+        self._rendezvous: socket.socket | None = None
 
     def meet(self, host: str) -> Met:
         """host: this node's address."""
-        return Met(rendezvous_port(host), ThisHost().machine.product_name)
+        if self._rendezvous is not None:
+            self._rendezvous.close()
+        self._rendezvous = rendezvous_socket(host)
+        return Met(self._rendezvous.getsockname()[1], ThisHost().machine.product_name)
 
     def look(self) -> list[Check]:
         """What shows without a rank."""
@@ -186,7 +190,8 @@ class NodeProbe:
         if config.cluster.accelerator in ("neuron", "neuron_xla"):
             checks.append(nccom_test(ThisHost(), ranks=ranks, timeout_seconds=NCCOM_SHARE * seconds))
         left = seconds - (time.monotonic() - began)
-        results = self.trial(TrialOrder(0, ranks, host, rendezvous_port(host), gemm=True, seconds=left))
+        port = self.meet(host).free_port
+        results = self.trial(TrialOrder(0, ranks, host, port, gemm=True, seconds=left))
         floor = node_floor(ThisHost().machine.instance, on_cpu=on_cpu)
         return [
             *checks,
@@ -198,17 +203,25 @@ class NodeProbe:
     def trial(self, order: TrialOrder) -> list[RankResult]:
         """One result for each rank of this node. Every node of the order's world must be asked at the same time."""
         try:
-            return run_ranks(detect(self._config.cluster.accelerator), self._config, order)
+            return run_ranks(detect(self._config.cluster.accelerator), self._config, order, self._rendezvous)
         except LaunchError as error:
             return [RankResult(order.first_rank, problem=str(error))]
 
 
-def run_ranks(accelerator: Accelerator, config: Config, order: TrialOrder) -> list[RankResult]:
-    """Forks this node's ranks as a run would, and ends them at the order's time. Raises LaunchError."""
+def run_ranks(
+    accelerator: Accelerator, config: Config, order: TrialOrder, rendezvous: socket.socket | None = None
+) -> list[RankResult]:
+    """Forks this node's ranks as a run would, and ends them at the order's time. Raises LaunchError.
+
+    rendezvous: where rank 0 will listen, if it is one of them; closed here.
+    """
     deadline = time.monotonic() + order.seconds
     with tempfile.TemporaryDirectory(prefix="raynium-preflight-") as folder:
         plan = trial_plan(accelerator, folder=folder, seconds=order.seconds, gemm=order.gemm)
-        group = RankGroup(_environments(accelerator, config, order), plan.to_json(), program=run_trial)
+        environments = _environments(accelerator, config, order)
+        group = RankGroup(environments, plan.to_json(), program=run_trial, rendezvous=rendezvous)
+        if rendezvous is not None:
+            rendezvous.close()
         phases: dict[int, str] = {}
         while group.alive() and (left := deadline - time.monotonic()) > 0:
             messages, _ = group.poll(min(POLL_SECONDS, left))

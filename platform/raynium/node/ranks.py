@@ -11,6 +11,7 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -194,8 +195,13 @@ class RankGroup:
         plan_json: str,
         *,
         program: "rank_entry.Program" = rank_entry.train_plan,
+        rendezvous: socket.socket | None = None,
     ):
-        """environments: rank → all variables it needs; plan_json: a `RankPlan`, the same for all ranks."""
+        """environments: rank → all variables it needs; plan_json: a `RankPlan`, the same for all ranks.
+
+        rendezvous: where rank 0 will listen, if it is in this group. The caller closes it: peers of a dead rank 0 would
+        else wait for an answer.
+        """
         context = multiprocessing.get_context("forkserver")
         self.ranks: dict[int, RankProcess] = {}
         for rank, environment in environments.items():
@@ -203,7 +209,14 @@ class RankGroup:
             output_reader, output_writer = context.Pipe(duplex=False)
             process = context.Process(
                 target=rank_entry.main,
-                args=(environment | agent_mark(), plan_json, theirs, output_writer, program),
+                args=(
+                    environment | agent_mark(),
+                    plan_json,
+                    theirs,
+                    output_writer,
+                    program,
+                    rendezvous if rank == 0 else None,
+                ),
                 name=f"rank-{rank:05d}",
                 daemon=True,
             )

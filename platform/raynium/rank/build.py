@@ -4,13 +4,9 @@ This is the only place that knows every constructor. A node agent forks it (`ran
 `torchrun --nproc-per-node 2 -m raynium.standalone CONFIG` starts the same ranks without Ray.
 """
 
-import contextlib
 import logging
 import os
-import socket
-import time
 from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -30,6 +26,7 @@ from raynium.engines.native import build_native_engine
 from raynium.engines.nxd import build_nxd_engine
 from raynium.engines.torch_compiles import TorchCompiles
 from raynium.models.flops import flops_per_token
+from raynium.rank.group import join_group
 from raynium.rank.plan import RankPlan
 from raynium.rank.snapshots import NoSnapshots, Snapshots
 from raynium.storage.store import Store
@@ -41,8 +38,6 @@ from raynium.train.loop import Cadence, Outcome, train
 from raynium.train.metrics import Throughput
 
 logger = logging.getLogger(__name__)
-
-RENDEZVOUS_SECONDS = 30.0  # of looking for it ourselves
 
 
 def run(plan: RankPlan, link: Link) -> Outcome:
@@ -59,13 +54,11 @@ def run(plan: RankPlan, link: Link) -> Outcome:
     accelerator = detect(config.cluster.accelerator)
     accelerator.set_device(local_rank)
     link.phase("group", at)
-    if rank > 0:
-        wait_for_rank_0(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
-    dist.init_process_group(
+    join_group(
         accelerator.process_group_backend,
         rank=rank,
         world_size=plan.world.size,
-        timeout=timedelta(seconds=PROCESS_GROUP_TIMEOUT_SECONDS),
+        timeout_seconds=PROCESS_GROUP_TIMEOUT_SECONDS,
     )
     torch.manual_seed(config.run.seed + rank)
 
@@ -117,19 +110,6 @@ def run(plan: RankPlan, link: Link) -> Outcome:
     engine.close()
     dist.destroy_process_group()
     return outcome
-
-
-def wait_for_rank_0(host: str, port: int) -> None:
-    """Returns once the rendezvous answers there, or after a while: torch then waits on, and says what is wrong.
-
-    torch's own client, if it comes before rank 0 listens, looks again only 0.25 to 0.75 s later. This one looks often,
-    and less often the longer it waits, since on a large cluster a thousand ranks do.
-    """
-    began = time.monotonic()
-    while (waited := time.monotonic() - began) < RENDEZVOUS_SECONDS:
-        with contextlib.suppress(OSError), socket.create_connection((host, port), timeout=RENDEZVOUS_SECONDS):
-            return
-        time.sleep(min(max(0.002, waited / 8), 0.1))
 
 
 class Evaluation:

@@ -8,12 +8,15 @@ import faulthandler
 import logging
 import os
 import signal
+import socket
 import sys
 import traceback
 from collections.abc import Callable
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING
+
+from raynium.rank.group import RENDEZVOUS_VARIABLE
 
 if TYPE_CHECKING:
     from raynium.train.link import AgentLink
@@ -36,14 +39,22 @@ def train_plan(plan_json: str, link: "AgentLink") -> "Outcome":
 
 
 def main(
-    environment: dict[str, str], plan_json: str, connection: Connection, output: Connection, program: "Program"
+    environment: dict[str, str],
+    plan_json: str,
+    connection: Connection,
+    output: Connection,
+    program: "Program",
+    rendezvous: socket.socket | None,
 ) -> None:
     """Runs one rank in a fresh fork of the template. Exits non-zero when it did not end as it should.
 
     environment: every variable the rank needs, set before any device library is imported.
     connection: to the node agent, messages of `train/link.py`. output: becomes this process's stdout and stderr.
+    rendezvous: where it is to listen, if it is rank 0.
     """
     os.environ.update(environment)
+    if rendezvous is not None:
+        os.environ[RENDEZVOUS_VARIABLE] = str(rendezvous.detach())
     for descriptor in (1, 2):
         os.dup2(output.fileno(), descriptor)
     output.close()

@@ -6,12 +6,12 @@ differs from the CPU's is a fault and not rounding.
 
 import os
 import time
-from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from raynium.accelerators.detect import detect
 from raynium.health.trial_checks import Gemm, RankResult, Reduced, TrialPlan
+from raynium.rank.group import join_group
 
 if TYPE_CHECKING:
     import torch
@@ -43,9 +43,8 @@ def run_trial(plan_json: str, link: "Link") -> "Outcome":
     accelerator = detect(plan.accelerator)
     device = accelerator.set_device(local_rank)
     link.phase("process group", 0)
-    dist.init_process_group(
-        accelerator.process_group_backend, rank=rank, world_size=world_size, timeout=timedelta(seconds=plan.seconds)
-    )
+    backend = accelerator.process_group_backend
+    join_group(backend, rank=rank, world_size=world_size, timeout_seconds=plan.seconds)
     gemm, reduced = None, ()
     if plan.gemm_size:
         link.phase("matrix product", 0)

@@ -1,4 +1,4 @@
-"""TCP ports for a generation's ranks, looked for on the node where they will listen."""
+"""TCP ports for a generation's ranks, taken on the node where they will listen."""
 
 import socket
 
@@ -15,16 +15,18 @@ def free_port(host: str) -> int:
         return probe.getsockname()[1]
 
 
-def rendezvous_port(host: str) -> int:
-    """A port for a rendezvous, such that the port which follows from it is free here too.
+def rendezvous_socket(host: str) -> socket.socket:
+    """Bound to this address and a port of it for rank 0, which listens: until then nobody else can take the port.
 
-    That one is where the Neuron runtime's root communicator will listen. Since it is made of this port, which all ranks
-    are told, all come to the same, and a taken one is avoided by another rendezvous. Raises LaunchError.
+    The port that follows from it is free here too, for the Neuron runtime's root communicator: all ranks are told the
+    first, so all come to the same second, and a taken one is avoided by another rendezvous. Raises LaunchError.
     """
     for _ in range(TRIES):
-        port = free_port(host)
-        if is_free(host, collectives_port(port)):
-            return port
+        found = socket.socket(_family(host))
+        found.bind((host, 0))
+        if is_free(host, collectives_port(found.getsockname()[1])):
+            return found
+        found.close()
     raise LaunchError(
         f"none of {TRIES} ports tried on {host} between {COLLECTIVES_PORTS.start} and {COLLECTIVES_PORTS.stop - 1} is "
         "free, and the Neuron runtime's root communicator needs one: see what listens there (`ss -ltn`)"
