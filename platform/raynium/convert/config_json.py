@@ -14,17 +14,20 @@ from raynium.checkpoint.ref import CheckpointRef
 from raynium.config.families import FAMILIES
 from raynium.config.schema import ModelSection, RopeScaling
 from raynium.errors import CheckpointError, CheckpointMismatch
+from raynium.models.flops import parameter_count
 
 Dtype = Literal["float32", "bfloat16"]
 
 # What our decoder has in one form only. A config.json may leave these out: then transformers takes this very form.
-_FIXED = {
+_FIXED: dict[str, Any] = {
     "hidden_act": "silu",
     "attention_bias": False,
     **{name: only for family in FAMILIES.values() for name, only in family.own_fields.items()},
     "partial_rotary_factor": 1.0,
     "quantization_config": None,
 }
+# Well above every model there is, and far below what would take a machine's memory only to be described.
+_MOST_LAYERS, _MOST, _MOST_PARAMETERS = 10_000, 10**9, 10**13
 
 
 def saved_model(ref: CheckpointRef) -> ModelSection:
@@ -76,7 +79,7 @@ def model_from_config(config: Mapping[str, Any], *, where: str) -> ModelSection:
     CheckpointError if it is of no family of ours, lacks something, or has what our decoder does not do.
     """
     try:
-        return ModelSection.model_validate(_fields(config, where))
+        model = ModelSection.model_validate(_fields(config, where), strict=True)
     except KeyError as error:
         raise CheckpointError(f"{where} lacks {error.args[0]}, which settles the model") from error
     except ValidationError as error:
@@ -84,6 +87,15 @@ def model_from_config(config: Mapping[str, Any], *, where: str) -> ModelSection:
     # Such as a list where a number should be, or no heads.
     except (TypeError, ValueError, ZeroDivisionError) as error:
         raise CheckpointError(f"{where} does not describe a model: {error}") from error
+    counts = {"num_hidden_layers": (model.num_layers, _MOST_LAYERS)}
+    counts |= {name: (value, _MOST) for name, value in model if isinstance(value, int)}
+    if model.rope_scaling is not None:
+        counts["original_max_position_embeddings"] = (model.rope_scaling.original_max_seq_len, _MOST)
+    counts["the number of parameters"] = (parameter_count(model).total, _MOST_PARAMETERS)
+    for name, (count, most) in counts.items():
+        if count > most:
+            raise CheckpointError(f"{where}: {name} is {count!r:.40}, over {most:,}, as in no model: is it damaged?")
+    return model
 
 
 def _fields(config: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -91,15 +103,17 @@ def _fields(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     classes = ", ".join(family.class_name for family in FAMILIES.values())
     if config.get("model_type") not in names:
         raise CheckpointError(
-            f"{where}: model_type is {config.get('model_type')!r}; models that can be imported are {classes}"
+            f"{where}: model_type is {config.get('model_type')!r:.200}; models that can be imported are {classes}"
         )
     name = names[config["model_type"]]
     family = FAMILIES[name]
     if config.get("architectures") not in (None, [family.class_name]):
         raise CheckpointError(
-            f"{where}: architectures is {config['architectures']}; models that can be imported are {classes}"
+            f"{where}: architectures is {config['architectures']!r:.200}; models that can be imported are {classes}"
         )
     _refuse_other_forms(config, where)
+    if not isinstance(tied := config.get("tie_word_embeddings"), bool | None):
+        raise CheckpointError(f"{where}: tie_word_embeddings is {tied!r:.200}: it must be true or false")
     num_heads = config["num_attention_heads"]
     return {
         "family": name,
@@ -113,7 +127,7 @@ def _fields(config: Mapping[str, Any], where: str) -> dict[str, Any]:
         "max_seq_len": config["max_position_embeddings"],
         # This is what transformers takes where it is left out.
         "norm_eps": config.get("rms_norm_eps", 1e-6),
-        "embeddings": "tied" if config.get("tie_word_embeddings", False) else "untied",
+        "embeddings": "tied" if tied else "untied",
         **_rope(config, where),
         **({"init_std": config["initializer_range"]} if config.get("initializer_range") else {}),
     }
@@ -121,12 +135,14 @@ def _fields(config: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 def _refuse_other_forms(config: Mapping[str, Any], where: str) -> None:
     for name, only in _FIXED.items():
-        if config.get(name) not in (None, only):
-            raise CheckpointError(f"{where}: {name} is {config[name]!r}; models that can be imported have {only!r}")
+        found = config.get(name)
+        if found is not None and (found != only or isinstance(found, bool) != isinstance(only, bool)):
+            raise CheckpointError(f"{where}: {name} is {found!r:.200}; models that can be imported have {only!r}")
     layer_types = set(config.get("layer_types") or ())
     if layer_types - {"full_attention"}:
         raise CheckpointError(
-            f"{where}: layer_types has {sorted(layer_types)}; models that can be imported have full_attention only"
+            f"{where}: layer_types has {sorted(layer_types)!r:.200}; models that can be imported have "
+            "full_attention only"
         )
 
 
@@ -137,8 +153,8 @@ def _rope(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     kind = rope.get("rope_type", rope.get("type", "default"))
     if rope.get("partial_rotary_factor", 1.0) != 1.0 or kind not in ("default", "llama3"):
         raise CheckpointError(
-            f"{where}: the rotary positions are {rope}; models that can be imported have the kind default or llama3, "
-            "over whole heads"
+            f"{where}: the rotary positions are {rope!r:.200}; models that can be imported have the kind default or "
+            "llama3, over whole heads"
         )
     scaling = None
     if kind == "llama3":
