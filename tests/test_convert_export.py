@@ -21,6 +21,7 @@ from raynium.checkpoint.format.batches import in_batches, in_file_order
 from raynium.config.schema import Config
 from raynium.convert import export
 from raynium.convert.config_json import saved_model
+from raynium.convert.description import RunText
 from raynium.convert.export import export_checkpoint
 from raynium.convert.import_folder import import_folder as import_from
 from raynium.data.store import TOKENIZER_NAME
@@ -71,14 +72,17 @@ def test_transformers_tokenizes_as_training_did(transformers: Any, save_run: Sav
     export_checkpoint(choose_checkpoint(store), tmp_path / "out")
     ours = Tokenizer.load(tmp_path / "out" / TOKENIZER_NAME)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
-    assert theirs(TEXT).input_ids == ours.encode(TEXT).tolist()
-    assert theirs.decode(theirs(TEXT).input_ids) == TEXT
+    start = ours.end_of_document_id
+    assert theirs(TEXT).input_ids == [start, *ours.encode(TEXT).tolist()]
+    assert theirs.decode(theirs(TEXT).input_ids, skip_special_tokens=True) == TEXT
+    assert theirs(TEXT, TEXT).input_ids == 2 * theirs(TEXT).input_ids and theirs("").input_ids == [start]
     assert theirs.eos_token_id == theirs.bos_token_id == ours.end_of_document_id
     assert theirs.model_max_length == 64
     for name in ("config.json", "generation_config.json"):
         fields = json.loads((tmp_path / "out" / name).read_text())
         assert fields["bos_token_id"] == fields["eos_token_id"] == ours.end_of_document_id
-    assert (tmp_path / "out" / TOKENIZER_NAME).read_bytes() == store.read(TOKENIZER_NAME)
+    kept, out = json.loads(store.read(TOKENIZER_NAME)), json.loads(ours.file_text)
+    assert kept | {"post_processor": out["post_processor"]} == out
 
 
 def test_a_large_model_gets_several_files_and_an_index(transformers: Any, save_run: Save, tmp_path: Path) -> None:
@@ -235,13 +239,13 @@ def test_a_folder_that_appears_meanwhile_is_left_alone(
 ) -> None:
     config = config_of()
     ref = choose_checkpoint(save_run(random_model(config), config))
-    described = export._description
+    described = RunText.files
 
     def slow_description(*arguments: Any) -> Any:
         (tmp_path / "out").mkdir()
         return described(*arguments)
 
-    monkeypatch.setattr(export, "_description", slow_description)
+    monkeypatch.setattr(RunText, "files", slow_description)
     with pytest.raises(CheckpointError, match="out exists"):
         export_checkpoint(ref, tmp_path / "out")
     assert leftovers(tmp_path) == ["out"] and not list((tmp_path / "out").iterdir())

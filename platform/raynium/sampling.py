@@ -9,6 +9,7 @@ from raynium.checkpoint.catalog import choose_checkpoint
 from raynium.checkpoint.load import read_tensors
 from raynium.checkpoint.state import MODEL_PREFIX
 from raynium.convert.config_json import saved_model
+from raynium.convert.description import RunText
 from raynium.data.tokenizer import Tokenizer
 from raynium.models.decoder import Decoder
 from raynium.storage.store import Store
@@ -19,8 +20,9 @@ class Sampler:
     """A model with its tokenizer, ready to continue prompts."""
 
     model: Decoder
-    tokenizer: Tokenizer
-    step: int  # of the checkpoint
+    texts: RunText
+    # Of the checkpoint.
+    step: int
 
     @torch.no_grad()
     def tokens(self, prompt: str, *, max_new_tokens: int, temperature: float, seed: int) -> Iterator[int]:
@@ -29,25 +31,32 @@ class Sampler:
         The whole context runs through the model for each token: right for looking at a model, slow for serving one.
         """
         generator = torch.Generator().manual_seed(seed)
-        end = self.tokenizer.end_of_document_id
-        context = [end, *self.tokenizer.encode(prompt).tolist()]
+        ends = self.texts.ends
+        context = self.texts.prompt(prompt)
         for _ in range(max_new_tokens):
             window_BT = torch.tensor([context[-self.model.config.max_seq_len :]])
-            # A model's vocabulary may be padded: ids that the tokenizer does not have stand for no text.
-            logits_V = self.model(window_BT)[0, -1, : self.tokenizer.vocab_size].float()
+            logits_V = self.model(window_BT)[0, -1].float()
+            logits_V[self.texts.silent] = -torch.inf
             if temperature == 0:
                 token = int(logits_V.argmax())
             else:
                 token = int(torch.multinomial(torch.softmax(logits_V / temperature, -1), 1, generator=generator))
-            if token == end:
+            if token in ends:
                 return
             context.append(token)
             yield token
 
     def text(self, prompt: str, *, max_new_tokens: int = 120, temperature: float = 0.8, seed: int = 0) -> str:
         """The prompt and its continuation."""
+        given = self.texts.prompt(prompt)[1:]
         tokens = self.tokens(prompt, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
-        return prompt + self.tokenizer.decode(tokens)
+        # Decoded after what was given: alone, a first token may lose the space that it begins with.
+        return prompt + self.tokenizer.decode([*given, *tokens])[len(self.tokenizer.decode(given)) :]
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The run's own."""
+        return self.texts.tokenizer
 
 
 def open_sampler(run_url: str, step: int | None = None) -> Sampler:
@@ -63,5 +72,4 @@ def open_sampler(run_url: str, step: int | None = None) -> Sampler:
     with torch.device("meta"):
         model = Decoder(config)
     model.load_state_dict(weights, assign=True)
-    tokenizer = Tokenizer.kept(store)
-    return Sampler(model.eval(), tokenizer, reference.step)
+    return Sampler(model.eval(), RunText.of_run(store, config), reference.step)

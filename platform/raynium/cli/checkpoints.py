@@ -186,6 +186,7 @@ def import_(
         str | None,
         Option(help="For neuronx-distributed: a Hugging Face folder with this model's config.json and tokenizer.json."),
     ] = None,
+    tokenizer: Annotated[str | None, Option(help="The model's tokenizer.json, for a folder without one.")] = None,
     optimizer: Annotated[bool, Option(help="For neuronx-distributed: take the optimizer's state too.")] = True,
     kv_order: Annotated[
         KvOrderChoice, Option(help="For neuronx-distributed, where ranks share a key/value head: how they stand.")
@@ -201,10 +202,15 @@ def import_(
 
     _check_new_name(name)
     if model is None:
-        imported = import_folder(folder, _store(name, root))
+        imported = import_folder(folder, _store(name, root), tokenizer=tokenizer)
     else:
         imported = import_nxd_folder(
-            folder, _store(name, root), model_folder=model, with_optimizer=optimizer, kv_order=kv_order.value
+            folder,
+            _store(name, root),
+            model_folder=model,
+            tokenizer=tokenizer,
+            with_optimizer=optimizer,
+            kv_order=kv_order.value,
         )
     typer.echo(f"# {folder} is step {imported.ref.step} of run {name}; a job with these lines trains it further:")
     typer.echo(imported.job_snippet(name=name, root=absolute_root(root)).rstrip())

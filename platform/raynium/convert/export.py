@@ -4,7 +4,8 @@ config.json, generation_config.json           the model, in Hugging Face's words
 model.safetensors                             the weights; or, of a larger model:
 model-00001-of-00003.safetensors …            in files of at most `max_shard_bytes`
 model.safetensors.index.json                  which tensor is in which of them
-tokenizer.json, tokenizer_config.json         the run's own tokenizer
+tokenizer.json, tokenizer_config.json         the run's own tokenizer, which begins a text as training did
+and an imported model's other small files, as they came: its chat template, and its names of special tokens
 """
 
 import json
@@ -28,10 +29,9 @@ from raynium.checkpoint.load import read_batch
 from raynium.checkpoint.ref import CheckpointRef
 from raynium.checkpoint.state import MODEL_PREFIX
 from raynium.config.schema import ModelSection
-from raynium.convert.config_json import Dtype, config_from_model, saved_model
+from raynium.convert.config_json import Dtype, saved_model
+from raynium.convert.description import RunText
 from raynium.convert.parameters import check_shapes, parameter_shapes
-from raynium.data.store import TOKENIZER_NAME
-from raynium.data.tokenizer import Tokenizer
 from raynium.errors import CheckpointError
 from raynium.models.names import hugging_face_names
 from raynium.storage.local_files import sync_folder
@@ -70,15 +70,14 @@ def export_checkpoint(
         raise CheckpointError(f"the largest file is to have {max_shard_bytes} bytes: give 1 or more")
     target = _new_folder(folder)
     model = saved_model(ref)
-    tokenizer = Tokenizer.kept(ref.store)
+    text = RunText.of_run(ref.store, model)
     weights = _Weights(ref, model, dtype, max_shard_bytes)
     temporary = target.with_name(f".{target.name}.{uuid4().hex[:8]}")
     try:
         temporary.mkdir(parents=True)
         weights.write(temporary)
-        for name, content in _description(model, dtype, tokenizer).items():
-            _write(temporary / name, json.dumps(content, indent=2).encode())
-        _write(temporary / TOKENIZER_NAME, tokenizer.file_text.encode())
+        for name, content in text.files(dtype).items():
+            _write(temporary / name, content)
         sync_folder(temporary)
         temporary.rename(_new_folder(target))
         sync_folder(target.parent)
@@ -174,24 +173,6 @@ class _Weights:
 
     def _bytes(self, entry: TensorEntry) -> int:
         return math.prod(entry.global_shape) * DTYPES[self._dtype][1]
-
-
-def _description(model: ModelSection, dtype: Dtype, tokenizer: Tokenizer) -> dict[str, dict[str, Any]]:
-    """The small files, by name."""
-    end = tokenizer.end_of_document_id
-    end_text = tokenizer.decode([end])
-    return {
-        "config.json": config_from_model(model, dtype=dtype, end_of_document_id=end),
-        "generation_config.json": {"bos_token_id": end, "eos_token_id": end},
-        "tokenizer_config.json": {
-            # This class takes tokenizer.json as it is, in every release.
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "bos_token": end_text,
-            "eos_token": end_text,
-            "model_max_length": model.max_seq_len,
-            "clean_up_tokenization_spaces": False,
-        },
-    }
 
 
 def _write(path: Path, content: bytes) -> None:

@@ -3,7 +3,6 @@
 Weights become float32, as training keeps them; the optimizer begins anew. Only safetensors are read, never a pickle.
 """
 
-import json
 import logging
 import re
 from collections.abc import Iterator, Mapping
@@ -16,13 +15,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from raynium.checkpoint.state import MODEL_PREFIX, Chunk
+from raynium.config.plain_file import plain_size
 from raynium.config.schema import ModelSection
-from raynium.convert.config_json import model_from_config
+from raynium.convert.description import described_model, read_json
 from raynium.convert.export import INDEX_NAME, SINGLE_NAME
 from raynium.convert.new_run import Imported, Part, refuse_used, write_first_checkpoint
 from raynium.convert.parameters import Shapes, check_shapes, parameter_shapes
 from raynium.data.store import TOKENIZER_NAME
-from raynium.data.tokenizer import Tokenizer
 from raynium.errors import CheckpointDamaged, CheckpointError, CheckpointMismatch, some
 from raynium.models.names import hugging_face_names
 from raynium.storage.store import Store
@@ -37,7 +36,6 @@ _DTYPES = ("F32", "BF16", "F16")
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\.safetensors", re.ASCII)
 # Old files store RoPE's frequencies.
 _DERIVED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
-_MAX_JSON_BYTES = 64 * 2**20
 
 
 @dataclass(frozen=True)
@@ -49,37 +47,31 @@ class _Stored:
     dtype: str
 
 
-def import_folder(folder: str | Path, store: Store) -> Imported:
+def import_folder(folder: str | Path, store: Store, *, tokenizer: str | Path | None = None) -> Imported:
     """Commit the folder's weights as step 0 of the run at `store`, which must be new. One process, on the CPU.
 
-    Nothing is written before config.json, tokenizer and all tensors' names, shapes and dtypes were checked. Memory: one
-    tensor, beside the mapped pages of one file of the folder and one of ours, which is made in the temporary directory
-    (TMPDIR). CheckpointError, CheckpointMismatch, CheckpointDamaged, DataError for the tokenizer, StoreError.
+    tokenizer: a tokenizer.json, for a folder without one. Nothing is written before config.json, tokenizer and all
+    tensors' names, shapes and dtypes were checked. Memory: one tensor, beside the mapped pages of one file of the
+    folder and one of ours, which is made in the temporary directory (TMPDIR). CheckpointError, CheckpointMismatch,
+    CheckpointDamaged, DataError for the tokenizer, StoreError.
     """
     path = _existing_folder(folder)
     refuse_used(store)
-    model = model_from_config(read_json(path / "config.json"), where=str(path / "config.json"))
-    tokenizer = Tokenizer.load(path / TOKENIZER_NAME)
-    if tokenizer.vocab_size > model.vocab_size:
-        raise CheckpointMismatch(
-            f"{path}: the tokenizer has {tokenizer.vocab_size:,} tokens, the model's vocabulary "
-            f"{model.vocab_size:,}: they do not belong together"
-        )
+    model, tokenizer_path, text = described_model(path, tokenizer)
     stored = _checked_tensors(path, model)
 
     ref = write_first_checkpoint(
         store,
         _parts(stored, model),
         step=STEP,
-        model=model,
-        tokenizer=tokenizer,
+        text=text,
         weights_only=True,
         imported_from=str(path),
         layout={"files": len({tensor.path for tensor in stored.values()})},
     )
     logger.info("imported %s into %s: %d tensors", path, store.url, len(stored))
     local = store.uri(TOKENIZER_NAME).removeprefix("file://")
-    return Imported(ref, model, str(path / TOKENIZER_NAME) if "://" in local else local)
+    return Imported(ref, model, str(tokenizer_path) if "://" in local else local)
 
 
 def _existing_folder(folder: str | Path) -> Path:
@@ -87,20 +79,6 @@ def _existing_folder(folder: str | Path) -> Path:
     if "://" in str(folder) or not path.is_dir():
         raise CheckpointError(f"{folder} is no folder of this machine: give one with config.json and *.safetensors")
     return path
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    try:
-        if path.stat().st_size > _MAX_JSON_BYTES:
-            raise CheckpointError(f"{path} has more than {_MAX_JSON_BYTES:,} bytes: it is not what its name says")
-        fields = json.loads(path.read_bytes())
-    except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror}; is its folder a Hugging Face model?") from error
-    except (ValueError, RecursionError) as error:
-        raise CheckpointDamaged(f"{path} is not JSON: {error}") from error
-    if not isinstance(fields, dict):
-        raise CheckpointDamaged(f"{path} is not a JSON object")
-    return fields
 
 
 # ---- what the files hold ------------------------------------------------------------------------------------------
@@ -164,6 +142,8 @@ def _header(path: Path) -> dict[str, _Stored]:
 def _opened(path: Path) -> Iterator[Any]:
     """A safetensors file, mapped and not read; its header was checked by the library."""
     try:
+        # The library would wait for a pipe.
+        plain_size(path)
         with safe_open(path, framework="pt") as file:
             yield file
     except SafetensorError as error:

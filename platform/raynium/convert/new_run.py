@@ -1,5 +1,6 @@
 """The first checkpoint of a new run, made of tensors that were not trained here. One process, on the CPU."""
 
+import math
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,8 +20,9 @@ from raynium.checkpoint.ref import CheckpointRef
 from raynium.checkpoint.state import Chunk
 from raynium.checkpoint.upload import upload_shard
 from raynium.config.schema import ModelSection
-from raynium.data.tokenizer import END_NAME, TOKENIZER_NAME, Tokenizer
-from raynium.errors import CheckpointError
+from raynium.convert.description import KEPT_NAME, RunText
+from raynium.data.tokenizer import END_NAME, TOKENIZER_NAME
+from raynium.errors import CheckpointDamaged, CheckpointError
 from raynium.storage.store import Store
 
 # What one data file will hold, and the tensor of each of its blocks.
@@ -47,7 +49,7 @@ class Imported:
 
 def refuse_used(store: Store) -> None:
     """What an import that died has left, which is no checkpoint, does not count."""
-    if list_checkpoints(store) or set(store.list(recursive=False).sizes) - {TOKENIZER_NAME, END_NAME}:
+    if list_checkpoints(store) or set(store.list(recursive=False).sizes) - {TOKENIZER_NAME, END_NAME, KEPT_NAME}:
         raise CheckpointError(f"{store.url} is in use: import into a run of another name")
 
 
@@ -56,8 +58,7 @@ def write_first_checkpoint(
     parts: Iterable[Part],
     *,
     step: int,
-    model: ModelSection,
-    tokenizer: Tokenizer,
+    text: RunText,
     weights_only: bool,
     imported_from: str,
     layout: Mapping[str, Any],
@@ -66,7 +67,8 @@ def write_first_checkpoint(
     generation = f"import-{uuid4().hex[:8]}"
     try:
         entries = [_upload(store, part, step, generation, rank) for rank, part in enumerate(parts)]
-        tokenizer.keep(store)
+        text.tokenizer.keep(store)
+        text.described.keep(store)
         return commit_checkpoint(
             store,
             step=step,
@@ -77,7 +79,7 @@ def write_first_checkpoint(
                 "next_sample": 0,
                 "tokens": 0,
                 "weights_only": weights_only,
-                "config": {"model": model.model_dump(mode="json")},
+                "config": {"model": text.model.model_dump(mode="json")},
                 "imported_from": imported_from,
             },
             world_size=len(entries),
@@ -99,9 +101,19 @@ def _upload(store: Store, part: Part, step: int, generation: str, rank: int) -> 
                 file.write(plan.header_of(step))
                 # As they lie in the file, without gaps.
                 for block in plan.tensors:
-                    file.write(raw_bytes(tensor_of(block).to(torch.float32)))
+                    file.write(raw_bytes(_finite(block.name, tensor_of(block).to(torch.float32))))
         except OSError as error:
             raise CheckpointError(
                 f"cannot write {plan.size:,} bytes to {image}: {error.strerror}; set TMPDIR to a larger disk"
             ) from error
         return upload_shard(store, plan.info(step=step, path=image), generation=generation, rank=rank)
+
+
+def _finite(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """CheckpointDamaged if a number of it is none, or infinite: every loss would be, and every text noise."""
+    # Both are NaN if one number is, and this takes no memory of the tensor's size.
+    if tensor.numel() and not all(math.isfinite(bound) for bound in torch.stack(torch.aminmax(tensor)).tolist()):
+        raise CheckpointDamaged(
+            f"{name} holds numbers that are NaN or infinite: the model was saved broken, or not wholly; get it again"
+        )
+    return tensor

@@ -11,12 +11,9 @@ import torch
 
 from raynium.checkpoint.state import Chunk
 from raynium.config.schema import ModelSection
-from raynium.convert.config_json import model_from_config
-from raynium.convert.import_folder import read_json
+from raynium.convert.description import described_model
 from raynium.convert.new_run import Imported, Part, refuse_used, write_first_checkpoint
 from raynium.convert.nxd_files import NxdFiles, RankState, Tensors
-from raynium.data.store import TOKENIZER_NAME
-from raynium.data.tokenizer import Tokenizer
 from raynium.errors import CheckpointError, CheckpointMismatch, some
 from raynium.models.nxd_layout import KvOrder, by_stored, pieces
 from raynium.storage.store import Store
@@ -34,20 +31,20 @@ def import_nxd_folder(
     model_folder: str | Path,
     with_optimizer: bool = True,
     kv_order: KvOrder = "interleaved",
+    tokenizer: str | Path | None = None,
 ) -> Imported:
     """Commit a neuronx-distributed checkpoint as the first one of the run at `store`, which must be new. One process.
 
     folder: of one tag, or of a checkpoint with one finished tag. model_folder: a Hugging Face folder's config.json and
-    tokenizer.json, which neuronx-distributed does not keep. kv_order: where several ranks share a key/value head,
-    "interleaved" if a Trainium1 saved it, "adjacent" if a Trainium2 did.
+    tokenizer.json, which neuronx-distributed does not keep. tokenizer: a tokenizer.json, for a folder without one.
+    kv_order: where several ranks share a key/value head, "interleaved" if a Trainium1 saved it, "adjacent" if a
+    Trainium2 did.
     Memory: what one tensor rank holds, and its moments. CheckpointError, CheckpointMismatch, CheckpointDamaged,
     DataError for the tokenizer, StoreError; nothing is kept of an import that fails.
     """
     refuse_used(store)
     described = Path(model_folder).expanduser().absolute()
-    config_path = described / "config.json"
-    model = model_from_config(read_json(config_path), where=str(config_path))
-    tokenizer = Tokenizer.load(described / TOKENIZER_NAME)
+    model, tokenizer_path, text = described_model(described, tokenizer)
     tag = _finished_tag(folder)
     files = NxdFiles(tag, with_optimizer=with_optimizer)
     _check_degree(model, files)
@@ -58,14 +55,13 @@ def import_nxd_folder(
         store,
         (_part(files, step, model, tensor_rank, kv_order) for tensor_rank in range(files.tensor_size)),
         step=step,
-        model=model,
-        tokenizer=tokenizer,
+        text=text,
         weights_only=not with_optimizer,
         imported_from=str(tag),
         layout={"tensor": files.tensor_size},
     )
     logger.info("imported %s into %s at step %d", tag, store.url, step)
-    return Imported(ref, model, str(described / TOKENIZER_NAME))
+    return Imported(ref, model, str(tokenizer_path))
 
 
 def _finished_tag(folder: str | Path) -> Path:

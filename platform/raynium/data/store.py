@@ -157,7 +157,7 @@ def refuse_other_tokenizer(
     """Raises DataError if the model's vocabulary is too small, or the config names another tokenizer or end."""
     if path is not None:
         wanted = Tokenizer.load(path, end_of_document=end_of_document)
-        if wanted.sha256 != manifest.tokenizer_sha256:
+        if manifest.tokenizer_sha256 not in wanted.sha256s:
             raise DataError(
                 f"document store {where} was tokenised with another tokenizer (sha256 {manifest.tokenizer_sha256}) "
                 f"than data.tokenizer = {path!r} (sha256 {wanted.sha256}); remove data.tokenizer to use the store's "

@@ -53,7 +53,9 @@ ReadBeside = Callable[[str], bytes | None]
 class Tokenizer:
     """A tokenizer and the file it came from. Text that spells a special token stays text: it never becomes the token.
 
-    sha256: hash of the file as canonical JSON (sorted keys, no spaces), so that formatting does not matter.
+    sha256: hash of the file as canonical JSON (sorted keys, no spaces), so that formatting does not matter; without
+    what the file adds to a text or cuts off it, which training never does and an export says anew. sha256s: this one,
+    and that of the whole, which older document stores name.
     vocab_size: one more than the largest token id.
     end_of_document, end_of_document_id: the token that separates documents in the training stream.
     """
@@ -86,13 +88,20 @@ class Tokenizer:
         end_id = self._tokenizer.token_to_id(known[0]) if known else None
         if end_id is None:
             raise DataError(self._no_end(described_as, end_of_document))
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
         self._tokenizer.encode_special_tokens = True  # a document must not be able to end itself by spelling the token
         self.file_text = file_text
         self.end_of_document = known[0]
         self.end_of_document_id: int = end_id
         self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
-        canonical = json.dumps(json.loads(file_text), sort_keys=True, separators=(",", ":"))
-        self.sha256 = hashlib.sha256(canonical.encode()).hexdigest()
+        unused = {"post_processor": None, "truncation": None, "padding": None}
+        whole = json.loads(file_text)
+        self.sha256s = [
+            hashlib.sha256(json.dumps(fields, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+            for fields in (whole | unused, whole)
+        ]
+        self.sha256 = self.sha256s[0]
 
     @classmethod
     def load(cls, path: str | Path, *, end_of_document: str | None = None) -> Self:

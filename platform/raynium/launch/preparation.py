@@ -210,7 +210,7 @@ def keep_tokenizer(store: Store, documents: DocumentStore) -> None:
         documents.tokenizer().keep(store)
         return
     kept = Tokenizer.kept(store)
-    if kept.sha256 != documents.manifest.tokenizer_sha256:
+    if documents.manifest.tokenizer_sha256 not in kept.sha256s:
         raise DataError(
             f"document store {documents.path} was tokenised with another tokenizer (sha256 "
             f"{documents.manifest.tokenizer_sha256}) than the run's own, {store.uri(TOKENIZER_NAME)} (sha256 "

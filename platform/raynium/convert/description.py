@@ -1,0 +1,222 @@
+"""The small files of a Hugging Face folder: what an import keeps of them in its run, and what an export writes.
+
+Training puts the end-of-document token before every text and nothing else around it, and so does `raynium sample`. The
+exported tokenizer adds that token and no other, whatever the imported one added. All else of an imported model's small
+files comes out as it went in: the ids of beginnings and ends, the chat template, how to generate, special tokens.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Self
+
+import tokenizers
+
+from raynium.config.plain_file import plain_size, read_plain
+from raynium.config.schema import ModelSection
+from raynium.convert.config_json import Dtype, config_from_model, model_from_config
+from raynium.data.tokenizer import TOKENIZER_NAME, Tokenizer
+from raynium.errors import CheckpointDamaged, CheckpointError, CheckpointMismatch
+from raynium.storage.store import Store
+
+# Of the run: an imported model's small files by name.
+KEPT_NAME = "imported.json"
+_CONFIG, _GENERATION, _TOKENIZER = "config.json", "generation_config.json", "tokenizer_config.json"
+_SPECIAL_TOKENS, _CHAT_TEMPLATE = "special_tokens_map.json", "chat_template.jinja"
+_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+_CHECKED_IDS = ("bos_token_id", "eos_token_id", "suppress_tokens")
+# Of tokenizer_config.json: with these transformers would build another tokenizer than tokenizer.json says.
+_REBUILDING = ("add_bos_token", "add_eos_token", "add_prefix_space", "legacy", "from_slow", "auto_map")
+_MAX_BYTES = 16 * 2**20
+
+
+@dataclass(frozen=True)
+class Described:
+    """The small files of an imported model, name → text as it came; none for a model that began here."""
+
+    files: Mapping[str, str]
+
+    @classmethod
+    def of_folder(cls, folder: Path, *, vocab_size: int) -> Self:
+        """CheckpointError, CheckpointDamaged or CheckpointMismatch naming the file that is not as it should be."""
+        names = (_CONFIG, _GENERATION, _TOKENIZER, _SPECIAL_TOKENS, "added_tokens.json", _CHAT_TEMPLATE)
+        found = [folder / name for name in names if name == _CONFIG or (folder / name).exists()]
+        for path in found:
+            fields = read_json(path) if path.suffix == ".json" else {}
+            for name in _CHECKED_IDS if path.name in (_CONFIG, _GENERATION) else ():
+                if not all(type(each) is int and 0 <= each < vocab_size for each in _listed(fields.get(name))):
+                    raise CheckpointMismatch(
+                        f"{path}: {name} is {str(fields[name])[:100]}: it must be a token of the vocabulary of "
+                        f"{vocab_size:,}, or a list of some"
+                    )
+        return cls({path.name: read_text(path) for path in found})
+
+    @classmethod
+    def of_run(cls, store: Store) -> Self:
+        return cls(json.loads(store.read(KEPT_NAME)) if store.exists(KEPT_NAME) else {})
+
+    def keep(self, store: Store) -> None:
+        store.replace(KEPT_NAME, json.dumps(self.files, indent=1).encode())
+
+    def fields(self, name: str) -> dict[str, Any]:
+        """Of a JSON file; {} if it is not there."""
+        return json.loads(self.files.get(name, "{}"))
+
+
+@dataclass(frozen=True)
+class RunText:
+    """How a run's model begins and ends a text; `raynium sample` and exported folders both follow it."""
+
+    model: ModelSection
+    tokenizer: Tokenizer
+    described: Described
+
+    @classmethod
+    def of_run(cls, store: Store, model: ModelSection) -> Self:
+        return cls(model, Tokenizer.kept(store), Described.of_run(store))
+
+    @property
+    def start(self) -> int:
+        """The token before every text."""
+        return self.tokenizer.end_of_document_id
+
+    def prompt(self, text: str) -> list[int]:
+        """Token ids of a text to go on with, as the exported tokenizer gives them. Special tokens in it are meant."""
+        return self._exported.encode(text).ids
+
+    @property
+    def ends(self) -> list[int]:
+        """The tokens that end a text: what training put after one, and those that an imported model brought along."""
+        return _listed(self.generation["eos_token_id"])
+
+    @property
+    def silent(self) -> list[int]:
+        """The tokens that are never drawn."""
+        return self.generation.get("suppress_tokens") or []
+
+    @cached_property
+    def generation(self) -> dict[str, Any]:
+        """generation_config.json. An imported one as it came, with the end of a document among its ends."""
+        config, fields = self.described.fields(_CONFIG), self.described.fields(_GENERATION)
+        if self.described.files:
+            fields = fields or {name: config[name] for name in _IDS if name in config}
+            eos = fields.get("eos_token_id", config.get("eos_token_id"))
+            return fields | {"eos_token_id": eos if self.start in _listed(eos) else [*_listed(eos), self.start]}
+        # A model's vocabulary may be padded: ids that the tokenizer does not have stand for no text.
+        padding = list(range(self.tokenizer.vocab_size, self.model.vocab_size))
+        ends = {"bos_token_id": self.start, "eos_token_id": self.start}
+        return ends | ({"suppress_tokens": padding} if padding else {})
+
+    def files(self, dtype: Dtype) -> dict[str, bytes]:
+        """The small files of an exported folder, by name."""
+        config = config_from_model(self.model, dtype=dtype, end_of_document_id=self.start)
+        came = self.described.fields(_CONFIG)
+        if came:
+            config = {name: value for name, value in config.items() if name not in _IDS}
+            config |= {name: came[name] for name in _IDS if name in came}
+        made = {_CONFIG: config, _TOKENIZER: self._tokenizer_config(), TOKENIZER_NAME: self._tokenizer_json}
+        if self.generation != self.described.fields(_GENERATION):
+            made[_GENERATION] = self.generation
+        texts = dict(self.described.files) | {name: _json(fields) for name, fields in made.items()}
+        return {name: text.encode() for name, text in texts.items()}
+
+    def _tokenizer_config(self) -> dict[str, Any]:
+        name_of = self._exported.id_to_token
+        bos = _listed(self.described.fields(_CONFIG).get("bos_token_id", self.start))
+        own = {
+            "bos_token": name_of(bos[0]) if bos else None,
+            "eos_token": name_of(self.ends[0]),
+            "model_max_length": self.model.max_seq_len,
+        } | self.described.fields(_SPECIAL_TOKENS)
+        came = self.described.fields(_TOKENIZER) or own
+        return {
+            "clean_up_tokenization_spaces": False,
+            "model_input_names": ["input_ids", "attention_mask"],
+            **{name: value for name, value in came.items() if name not in _REBUILDING},
+            # This class takes tokenizer.json as it is, in every release.
+            "tokenizer_class": "PreTrainedTokenizerFast",
+        }
+
+    @cached_property
+    def _exported(self) -> tokenizers.Tokenizer:
+        return tokenizers.Tokenizer.from_str(json.dumps(self._tokenizer_json))
+
+    @cached_property
+    def _tokenizer_json(self) -> dict[str, Any]:
+        """The run's tokenizer.json, which begins a text as training did, and neither cuts nor fills it."""
+        fields = json.loads(self.tokenizer.file_text)
+        name = self.tokenizer.end_of_document
+        came = fields.get("post_processor") or {}
+        offsets = [each for each in came.get("processors", [came]) if each.get("type") == "ByteLevel"]
+
+        def begun(sequence: str, type_id: int) -> list[dict[str, Any]]:
+            start = {"SpecialToken": {"id": name, "type_id": type_id}}
+            return [start, {"Sequence": {"id": sequence, "type_id": type_id}}]
+
+        begin = {
+            "type": "TemplateProcessing",
+            "single": begun("A", 0),
+            "pair": begun("A", 0) + begun("B", 1),
+            "special_tokens": {name: {"id": name, "ids": [self.start], "tokens": [name]}},
+        }
+        processor = {"type": "Sequence", "processors": [*offsets, begin]} if offsets else begin
+        return fields | {"post_processor": processor, "truncation": None, "padding": None}
+
+
+def described_model(folder: Path, tokenizer: str | Path | None) -> tuple[ModelSection, Path, RunText]:
+    """The model of a folder's config.json, the tokenizer.json to use with it, and how its texts begin and end.
+
+    tokenizer: for a folder without a tokenizer.json. CheckpointError and its kinds; DataError for the tokenizer.
+    """
+    model = model_from_config(read_json(folder / _CONFIG), where=str(folder / _CONFIG))
+    described = Described.of_folder(folder, vocab_size=model.vocab_size)
+    path = Path(folder / TOKENIZER_NAME if tokenizer is None else tokenizer).expanduser().absolute()
+    if tokenizer is not None and path.is_dir():
+        path /= TOKENIZER_NAME
+    try:
+        plain_size(path)
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot read {path}: {error.strerror}. Give this model's tokenizer.json with --tokenizer (transformers "
+            "makes one of other files: AutoTokenizer.from_pretrained(…).save_pretrained(…))"
+        ) from error
+    loaded = Tokenizer.load(path)
+    if loaded.vocab_size > model.vocab_size:
+        raise CheckpointMismatch(
+            f"{path}: the tokenizer has {loaded.vocab_size:,} tokens, the model's vocabulary {model.vocab_size:,}: "
+            "they do not belong together"
+        )
+    return model, path, RunText(model, loaded, described)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """As `read_text`; CheckpointDamaged also if it is no JSON object."""
+    try:
+        fields = json.loads(read_text(path))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointDamaged(f"{path} is not JSON: {error}") from error
+    if not isinstance(fields, dict):
+        raise CheckpointDamaged(f"{path} is not a JSON object")
+    return fields
+
+
+def read_text(path: Path) -> str:
+    """CheckpointError if it is no plain file, or larger than such a file is; CheckpointDamaged if it is not UTF-8."""
+    try:
+        return read_plain(path, max_bytes=_MAX_BYTES).decode()
+    except UnicodeDecodeError as error:
+        raise CheckpointDamaged(f"{path} is not UTF-8: {error}") from error
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}; is its folder a Hugging Face model?") from error
+
+
+def _listed(ids: Any) -> list[Any]:
+    if ids is None:
+        return []
+    return ids if isinstance(ids, list) else [ids]
+
+
+def _json(fields: Mapping[str, Any]) -> str:
+    return json.dumps(fields, indent=2, ensure_ascii=False)
