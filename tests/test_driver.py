@@ -206,18 +206,24 @@ def test_controllers_that_die_again_and_again_end_the_run_unless_it_gets_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(driver_module, "pause_before_next_try", lambda tries, waited: 0.0)
-    driver = Watched(tmp_path, monkeypatch).driver
+    released: list[None] = []
+    monkeypatch.setattr(driver_module, "release_nodes", lambda: released.append(None))
+    watched = Watched(tmp_path, monkeypatch)
+    driver = watched.driver
     died = driver_module.ray.exceptions.RayActorError()
     most = CONFIG.fault.max_node_failures_without_progress
 
     def goes_on(step: int | None) -> bool:
-        return driver._outlives_controller(died, cast(Any, SimpleNamespace(committed_step=step)))
+        return driver._outlives_controller(watched.actor, died, cast(Any, SimpleNamespace(committed_step=step)))
 
     with driver.display:
-        assert not driver._outlives_controller(RuntimeError("no"), cast(Any, SimpleNamespace(committed_step=None)))
+        assert not driver._outlives_controller(
+            watched.actor, RuntimeError("no"), cast(Any, SimpleNamespace(committed_step=None))
+        )
         assert [goes_on(None) for _ in range(most)] == [True] * most
         assert goes_on(10) and [goes_on(10) for _ in range(most - 1)] == [True] * (most - 1)
         assert not goes_on(10)
+    assert len(released) == 2 * most
 
 
 def test_nodes_are_waited_for_for_days() -> None:

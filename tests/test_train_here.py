@@ -13,8 +13,10 @@ from pathlib import Path
 
 import psutil
 import pytest
+from mlflow_server import Server
 from s3_server import S3Server
 from tiny import build_documents, job_text
+from waiting import wait_for
 
 from raynium import Run, find_run
 
@@ -161,6 +163,47 @@ def test_ranks_of_a_local_run_listen_on_the_loopback_only(folder: Path, home: Pa
     finally:
         process.send_signal(signal.SIGINT)
         process.communicate(timeout=120)
+
+
+@pytest.mark.slow
+def test_a_killed_controller_leaves_its_nodes_to_the_next_one(folder: Path, home: Path) -> None:
+    """Where the run has all cores of its cluster, and there is no dashboard that Ray Train could ask who died."""
+    run = find_run("here", str(folder))
+    process = start(folder, "train.steps=300")
+    wait_for_checkpoint(run, 20, process)
+    found = subprocess.run(["pgrep", "-f", "^ray::TrainController"], capture_output=True, text=True).stdout.split()
+    (controller,) = set(map(int, found)) & descendants(process.pid)
+    os.kill(controller, signal.SIGKILL)
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == 0 and run.record().generation == 2, output
+    assert "Ray Train's controller died" in output and "no step for" not in output
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_without_its_mlflow_which_has_every_point_once_it_is_back(folder: Path, home: Path) -> None:
+    """Started again while MLflow is away; ended by a signal, and by `raynium stop`, each with its exit code."""
+    server = Server(folder)
+    server.start()
+    run = find_run("here", str(folder))
+    try:
+        first = start(folder, f"tracking.uri={server.uri}")
+        wait_for_checkpoint(run, 10, first)
+        first.send_signal(signal.SIGTERM)
+        output, _ = first.communicate(timeout=120)
+        assert first.returncode == 143 and run.record().stopped_by == "SIGTERM", output
+        reached = run.record().step
+
+        server.kill()
+        second = start(folder, f"tracking.uri={server.uri}")
+        wait_for_checkpoint(run, reached + 20, second)
+        server.start()
+        wait_for(lambda: [point.step for point in run.metrics("train/loss")][-1] > reached + 20)
+        run.stop()
+        output, _ = second.communicate(timeout=120)
+        assert second.returncode == 3 and "the run starts without its MLflow page" in output, output
+        assert [point.step for point in run.metrics("train/loss")] == list(range(1, run.record().step + 1))
+    finally:
+        server.kill()
 
 
 @pytest.mark.slow

@@ -27,7 +27,16 @@ from raynium.errors import ClusterLost, LaunchError, RunFailed, StoreError, Trac
 from raynium.launch.backend import NodeAgentConfig, ray_storage
 from raynium.launch.display import Display
 from raynium.launch.head import ClusterWatch
-from raynium.launch.nodes import Waiting, free_nodes, label_selector, name_job, node_resources, patient, raylet_address
+from raynium.launch.nodes import (
+    Waiting,
+    free_nodes,
+    label_selector,
+    name_job,
+    node_resources,
+    patient,
+    raylet_address,
+    release_nodes,
+)
 from raynium.launch.page import Page
 from raynium.launch.preflight_cluster import Level, check_nodes
 from raynium.launch.preparation import Prepared
@@ -109,7 +118,9 @@ class Driver:
             fitting = _InThread(lambda: self._trainer(coordinator).fit())
             with ClusterWatch(head=ray.get_runtime_context().gcs_address, raylet=raylet_address()) as self._cluster:
                 status = self._watch(coordinator, fitting, keeper)
-            if status.ended is not None or not (self._moving or self._outlives_controller(fitting.error, status)):
+            if status.ended is not None or not (
+                self._moving or self._outlives_controller(coordinator, fitting.error, status)
+            ):
                 break
             self._moving = False
             self._trainers += 1
@@ -223,11 +234,10 @@ class Driver:
                 self._told_to_stop = True
                 self.display.line("stopping: every rank saves at its next step, then the run ends")
                 self._calls.submit(coordinator.request_stop.remote, status.ledger.life)
-            if not status.agents:
-                waiting.look()
+            waiting.look(waits=not status.running)
             time.sleep(STATUS_SECONDS)
 
-    def _outlives_controller(self, error: BaseException | None, status: Status) -> bool:
+    def _outlives_controller(self, coordinator: Any, error: BaseException | None, status: Status) -> bool:
         """Whether Ray Train's controller died, and another one may try.
 
         It is a process of 200 MB on this node, which takes its agents along. Those that the next one places begin with
@@ -244,6 +254,9 @@ class Driver:
             "Ray Train's controller died, and with it the node agents. Another is started, and the run goes on from "
             "its newest checkpoint. If memory ran out on this node, the kernel's log (`dmesg`) says so"
         )
+        # The generation is over, and no agent of before is waited for.
+        self._calls.submit(coordinator.leave.remote)
+        release_nodes()
         with self.prepared.keeper.beating():
             self._stop.wait(pause_before_next_try(lost - 1, 0.0))
         return True

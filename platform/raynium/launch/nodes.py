@@ -3,11 +3,13 @@
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import ray
 from ray._private.state import available_resources_per_node, state
 from ray.core.generated.gcs_pb2 import PlacementGroupTableData  # pyright: ignore[reportAttributeAccessIssue]
 from ray.experimental.internal_kv import _internal_kv_get, _internal_kv_put
+from ray.util.placement_group import PlacementGroup, remove_placement_group
 
 from raynium.config.schema import Config
 from raynium.errors import some
@@ -83,8 +85,12 @@ class Waiting:
         self._told: str | None = None
         self._next = time.monotonic() + WAITING_SECONDS
 
-    def look(self) -> None:
+    def look(self, *, waits: bool = True) -> None:
+        """waits: whether nodes are waited for at this moment."""
         now = time.monotonic()
+        if not waits:
+            self._next = now + WAITING_SECONDS
+            return
         if now < self._next:
             return
         self._next = now + WAITING_SECONDS
@@ -159,12 +165,27 @@ def shortage(asked: Mapping[str, float], num_nodes: int, nodes: Sequence[NodeUse
     return message
 
 
+def release_nodes() -> None:
+    """Gives back what this driver's placement groups hold: of a controller that was killed, Ray keeps it for ever.
+
+    Ray Train leaves that to an actor which asks the dashboard, and where there is none it never learns of the death.
+    """
+    mine = ray.get_runtime_context().get_job_id()
+    for group in _placement_groups():
+        if group.creator_job_id.hex() == mine and group.state != PlacementGroupTableData.REMOVED:
+            remove_placement_group(PlacementGroup(ray.PlacementGroupID(group.placement_group_id)))
+
+
+def _placement_groups() -> list[Any]:
+    table = state._connect_and_get_accessor().get_placement_group_table()
+    return [PlacementGroupTableData.FromString(text) for text in table]
+
+
 def _node_uses() -> list[NodeUse]:
     mine = ray.get_runtime_context().get_job_id()
     held: dict[str, dict[str, dict[str, float]]] = {}
     own: dict[str, dict[str, float]] = {}
-    for text in state._connect_and_get_accessor().get_placement_group_table():
-        group = PlacementGroupTableData.FromString(text)
+    for group in _placement_groups():
         if group.state != PlacementGroupTableData.CREATED:
             continue
         job_id = group.creator_job_id.hex()
