@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from raynium.launch.display import LOG_SECONDS, Display, Pace, progress_line
 from raynium.run.protocol import Status
+from raynium.terminal.display import LOG_SECONDS, Display, Pace, progress_line
 
 pytestmark = pytest.mark.quick
 
@@ -74,7 +74,7 @@ def test_a_step_back_without_a_new_generation_starts_it_again_too() -> None:
 class Clock:
     def __init__(self, monkeypatch: pytest.MonkeyPatch):
         self.now = 1000.0
-        monkeypatch.setattr("raynium.launch.display.time.monotonic", lambda: self.now)
+        monkeypatch.setattr("raynium.terminal.display.time.monotonic", lambda: self.now)
 
 
 def lines_of(path: Path) -> list[str]:

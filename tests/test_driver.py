@@ -22,7 +22,6 @@ from raynium.errors import RunFailed, StoreError, TrackingError
 from raynium.health.faults import classify
 from raynium.launch import driver as driver_module
 from raynium.launch import page as page_module
-from raynium.launch.display import Display
 from raynium.launch.driver import Driver
 from raynium.launch.preparation import Prepared
 from raynium.launch.ray_environment import RAY_DEFAULTS
@@ -31,6 +30,7 @@ from raynium.run.on_loop import CoordinatorOnLoop
 from raynium.run.protocol import AgentInfo, CannotGoOn, NodeEnded, Order, Progressed, Said, Status
 from raynium.run.record import claim
 from raynium.storage.store import Store
+from raynium.terminal.display import Display
 from raynium.tracking.ledger import Ledger
 from raynium.tracking.runs import TrackedRun
 

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from raynium.health.faults import Fault
-from raynium.launch.report import exit_code, goodput_line, report_lines, table_row, ui_lines
 from raynium.run.protocol import NodeFault
 from raynium.run.record import Owner, RunRecord, this_process
+from raynium.terminal.report import exit_code, goodput_line, report_lines, table_row, ui_lines
 from raynium.tracking.ledger import Ledger
 
 pytestmark = pytest.mark.quick
@@ -40,7 +40,7 @@ def record(**changes: Any) -> RunRecord:
 
 @pytest.fixture(autouse=True)
 def free_ports(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("raynium.launch.report.is_free", lambda host, port: True)
+    monkeypatch.setattr("raynium.terminal.report.is_free", lambda host, port: True)
 
 
 TRACKED = {"mlflow_uri": "sqlite:////data/my runs/mlflow.db", "mlflow_run_id": "m1", "mlflow_experiment_id": "1"}
@@ -151,7 +151,7 @@ def test_the_command_of_a_local_page_is_one_a_shell_reads_back(monkeypatch: pyte
 
 
 def test_a_page_is_not_said_to_be_where_another_server_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("raynium.launch.report.is_free", lambda host, port: port > 5001)
+    monkeypatch.setattr("raynium.terminal.report.is_free", lambda host, port: port > 5001)
     page, served = ui_lines(record(**TRACKED))
     assert page == f"MLflow page: {PAGE.replace('5000', '5002')}"
     assert shlex.split(served)[-2:] == ["--port", "5002"]

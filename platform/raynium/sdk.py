@@ -76,7 +76,7 @@ class Run:
     @property
     def page(self) -> str | None:
         """The address of its MLflow page, None while it has none. `raynium ui` serves that of a local store."""
-        from raynium.launch.report import page_of
+        from raynium.terminal.report import page_of
 
         return page_of(self.record())
 
@@ -327,7 +327,7 @@ class Run:
         """For notebooks: state, step, losses and the page."""
         from html import escape
 
-        from raynium.launch.report import record_json
+        from raynium.terminal.report import record_json
 
         try:
             facts = record_json(self.record(), time.time())

@@ -78,8 +78,8 @@ def train(
     Ctrl-C, 143 after SIGTERM, 3 after `raynium stop`, 1 after a failure, 2 for a mistake in the config.
     """
     from raynium.config.load import load_config
-    from raynium.launch.report import exit_code, report_lines
     from raynium.launch.run import run
+    from raynium.terminal.report import exit_code, report_lines
 
     try:
         record = run(load_config(config, overrides or []), address=address)
@@ -101,8 +101,8 @@ def submit(
 
     With --wait the exit code is that of `raynium train`; Ctrl-C then ends the command and not the run.
     """
-    from raynium.launch.report import exit_code
     from raynium.sdk import Client
+    from raynium.terminal.report import exit_code
 
     run = Client(address).submit(config, overrides or [])
     _print(f"run {run.name} is job {run.job_id}", f"it writes to {run.url}")
@@ -120,8 +120,8 @@ def submit(
 @app.command(epilog="Example: raynium runs --root s3://bucket/runs --json")
 def runs(root: RootOption = "runs", as_json: JsonOption = False) -> None:
     """List the runs under a root, newest first."""
-    from raynium.launch.report import record_json, table_row
     from raynium.sdk import list_runs
+    from raynium.terminal.report import record_json, table_row
 
     if as_json:
         print_json([record_json(record, time.time()) for record in list_runs(root)])
@@ -149,8 +149,8 @@ def runs(root: RootOption = "runs", as_json: JsonOption = False) -> None:
 @app.command(epilog="Example: raynium status first --json")
 def status(name: RunArgument, root: RootOption = "runs", as_json: JsonOption = False) -> None:
     """Show one run: state, metrics, checkpoints, page."""
-    from raynium.launch.report import record_json, report_lines
     from raynium.sdk import find_run
+    from raynium.terminal.report import record_json, report_lines
 
     run = find_run(name, root)
     record = run.record()
@@ -198,8 +198,8 @@ def stop(
     wait: Annotated[bool, Option("--wait/--no-wait", help="Stay until it has stopped.")] = True,
 ) -> None:
     """Have a run save a checkpoint at its next step and end."""
-    from raynium.launch.report import report_lines
     from raynium.sdk import find_run
+    from raynium.terminal.report import report_lines
 
     run = find_run(name, root)
     record = run.record()
@@ -244,9 +244,9 @@ def ui(
     On this machine only: nothing asks who is looking.
     """
     from raynium.config.paths import absolute_root
-    from raynium.launch.report import ui_lines, ui_port
     from raynium.rank.ports import is_free
     from raynium.sdk import find_run
+    from raynium.terminal.report import ui_lines, ui_port
     from raynium.tracking.client import sqlite_path
     from raynium.tracking.runs import resolve_uri, ui_command, ui_environment
 

@@ -49,7 +49,7 @@ def summaries_json(found: "Sequence[CheckpointSummary]", policy: "Retention | No
     from dataclasses import asdict
 
     from raynium.checkpoint.retention import reasons_to_keep
-    from raynium.launch.report import as_json
+    from raynium.terminal.report import as_json
 
     reasons = reasons_to_keep(found, policy) if policy is not None else {}
     return [

@@ -25,7 +25,6 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from raynium.config.schema import Config
 from raynium.errors import ClusterLost, LaunchError, RunFailed, StoreError, TrackingError
 from raynium.launch.backend import NodeAgentConfig, ray_storage
-from raynium.launch.display import Display
 from raynium.launch.head import ClusterWatch
 from raynium.launch.nodes import (
     Waiting,
@@ -45,6 +44,7 @@ from raynium.run.coordinator import RunCoordinator
 from raynium.run.last_save import pause_before_next_try
 from raynium.run.protocol import NodeFault, Status
 from raynium.run.record import RecordKeeper
+from raynium.terminal.display import Display
 from raynium.tracking.ledger import Before
 from raynium.tracking.runs import log_artifact_text
 

@@ -97,8 +97,8 @@ def main(arguments: list[str] | None = None) -> None:
 
     from raynium.config.load import load_config
     from raynium.errors import ClusterLost, RayniumError
-    from raynium.launch.report import exit_code, report_lines
     from raynium.launch.run import run
+    from raynium.terminal.report import exit_code, report_lines
 
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     if arguments is None:

@@ -10,13 +10,13 @@ from rich.text import Text
 from raynium.config.reference import brief
 from raynium.config.schema import Config
 from raynium.errors import RunInUse, StoreError, TrackingError
-from raynium.launch.display import Display
 from raynium.launch.preparation import Prepared, checked, finished_record, prepare, survey_data
 from raynium.launch.ray_environment import set_ray_environment
 from raynium.launch.settle import check_this_machine, settled
 from raynium.run.past import Past, run_store
 from raynium.run.protocol import Status
 from raynium.run.record import RunRecord
+from raynium.terminal.display import Display
 from raynium.tracking.client import ArtifactsAway
 from raynium.tracking.runs import RunStatus, finish_run, log_artifact_text
 

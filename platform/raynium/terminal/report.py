@@ -10,9 +10,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from raynium.launch.display import clock
 from raynium.rank.ports import is_free
 from raynium.run.record import RunRecord
+from raynium.terminal.display import clock
 from raynium.tracking.ledger import Ledger
 from raynium.tracking.runs import page_url
 
