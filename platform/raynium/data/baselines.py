@@ -13,8 +13,10 @@ from raynium.data.store import DocumentStore
 
 @dataclass(frozen=True)
 class Baselines:
-    unigram_bits_per_byte: float  # each token by its frequency in the training stream, add-one smoothed
-    zlib_bits_per_byte: float  # zlib, level 9, on each document by itself
+    # Each token by its frequency in the training stream, add-one smoothed.
+    unigram_bits_per_byte: float
+    # By zlib, level 9, on each document by itself.
+    zlib_bits_per_byte: float
     num_documents: int
     num_bytes: int
 

@@ -11,16 +11,21 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-IGNORED_LABEL = -100  # torch.nn.functional.cross_entropy's own default for "not counted"
+# torch.nn.functional.cross_entropy's own default for "not counted".
+IGNORED_LABEL = -100
 
 
 @dataclass(frozen=True)
 class Batch:
-    """B rows, from a loader on the CPU; the label at [b, t] is the token that follows the one at [b, t]."""
+    """B rows, from a loader on the CPU; the label at [b, t] is the token that follows the one at [b, t].
 
-    tokens_BT: "Tensor"  # int64
-    labels_BT: "Tensor"  # int64; IGNORED_LABEL: this position is not counted
-    others: "Mapping[str, Tensor]" = field(default_factory=dict)  # the task's own columns (`tasks/base.py`)
+    Both int64; a position whose label is IGNORED_LABEL is not counted. others: the task's own columns, see
+    `tasks/base.py`.
+    """
+
+    tokens_BT: "Tensor"
+    labels_BT: "Tensor"
+    others: "Mapping[str, Tensor]" = field(default_factory=dict)
 
     def columns(self) -> "dict[str, Tensor]":
         """All by name."""

@@ -18,12 +18,16 @@ from raynium.data.store import DocumentStore
 
 @dataclass(frozen=True)
 class EvaluationSet:
-    """One data-parallel rank's share of the batches; the counts are over all ranks."""
+    """One data-parallel rank's share of the batches; the counts are over all ranks.
 
-    batches: list[Batch]  # as many, of the same shape, on every rank: evaluation holds collectives
+    batches: as many, of the same shape, on every rank, since evaluation holds collectives. num_tokens: labels that
+    count. num_bytes: of the documents' UTF-8 text.
+    """
+
+    batches: list[Batch]
     num_documents: int
-    num_tokens: int  # labels that count
-    num_bytes: int  # of the documents' UTF-8 text
+    num_tokens: int
+    num_bytes: int
 
 
 def evaluation_set(

@@ -35,12 +35,15 @@ _TEXT: frozenset[Reason] = frozenset({"not utf-8", "utf-16", "null", "too long",
 
 
 class LeftOut(NamedTuple):
-    """A file, a line or a folder of a source that is not a document."""
+    """A file, a line or a folder of a source that is not a document.
 
-    name: str  # as a document's
+    name: as a document's. kind: the ending of a file of an unread kind.
+    """
+
+    name: str
     reason: Reason
     num_bytes: int = 0
-    kind: str = ""  # the ending of a file of an unread kind
+    kind: str = ""
 
 
 class LeftOutGroup(BaseModel):
@@ -52,7 +55,8 @@ class LeftOutGroup(BaseModel):
     kind: Annotated[str, Field(max_length=40)]
     number: Annotated[int, Field(ge=1, lt=2**60)]
     num_bytes: Annotated[int, Field(ge=0, lt=2**60)]
-    first: str  # its name, in an order that does not depend on the machine
+    # Its name, in an order that does not depend on the machine.
+    first: str
 
     @classmethod
     def of(cls, item: LeftOut) -> Self:

@@ -17,7 +17,8 @@ from raynium.errors import DataError
 from raynium.storage.checksum import FileChecksums, checksum, list_to_text, to_text
 
 MANIFEST_NAME = "manifest.json"
-FORMAT_VERSION = 3  # 1 had no checksum per unit, 2 did not say what was left out
+# Format 1 had no checksum per unit, format 2 did not say what was left out.
+FORMAT_VERSION = 3
 
 Count = Annotated[int, Field(ge=0, lt=2**60)]
 Positive = Annotated[int, Field(ge=1, lt=2**60)]
@@ -33,7 +34,8 @@ class _JsonObject(BaseModel):
 class StoredFile(_JsonObject):
     name: FileName
     size_bytes: Count
-    unit_crc64nvme: str  # of all units in one text, as in a checkpoint's manifest
+    # Of all units in one text, as in a checkpoint's manifest.
+    unit_crc64nvme: str
 
     @classmethod
     def of(cls, name: str, checksums: FileChecksums) -> Self:
@@ -41,24 +43,30 @@ class StoredFile(_JsonObject):
 
 
 class Split(_JsonObject):
-    """Training or held-out documents. The training tokens include one end-of-document token per document."""
+    """Training or held-out documents. The training tokens include one end-of-document token per document.
+
+    utf8_bytes: of the text. shards: files of little-endian token ids; the split is their concatenation.
+    """
 
     documents: Positive
     tokens: Positive
-    utf8_bytes: Positive  # of the text
-    shards: Annotated[list[FileName], Field(min_length=1)]  # little-endian token ids; the split is their concatenation
+    utf8_bytes: Positive
+    shards: Annotated[list[FileName], Field(min_length=1)]
 
 
 class StoreManifest(_JsonObject):
-    """`of` makes one, `parse` reads one: both give only what is consistent."""
+    """`of` makes one, `parse` reads one: both give only what is consistent.
+
+    crc64nvme: of all else in here. left_out: of the source. files: all but the manifest.
+    """
 
     format_version: Literal[3]
-    crc64nvme: str  # of all else in here
+    crc64nvme: str
     # What a run knows its data by: equal for stores of the same tokens and tokenizer, wherever they lie.
     identity: Sha256
     source: str
     heldout_fraction: Annotated[float, Field(ge=0, le=1)]
-    left_out: list[LeftOutGroup]  # of the source
+    left_out: list[LeftOutGroup]
     tokenizer_sha256: Sha256
     vocab_size: Positive
     end_of_document_id: Count
@@ -67,7 +75,7 @@ class StoreManifest(_JsonObject):
     heldout: Split
     # Of whole tokens. The last unit of a file may be shorter.
     unit_bytes: Annotated[int, Field(ge=8, le=2**30, multiple_of=8)]
-    files: list[StoredFile]  # all but the manifest
+    files: list[StoredFile]
 
     @classmethod
     def of(cls, **fields: Any) -> Self:
@@ -85,7 +93,8 @@ class StoreManifest(_JsonObject):
         remedy = "delete the folder and build the store again"
         try:
             fields = json.loads(content)
-        except (ValueError, RecursionError) as error:  # not JSON, or not even UTF-8
+        except (ValueError, RecursionError) as error:
+            # A ValueError is text that is not JSON, or not even UTF-8.
             raise DataError(f"{damaged}: not JSON ({error}); {remedy}") from error
         version = fields.get("format_version") if isinstance(fields, dict) else None
         if type(version) is int and version > FORMAT_VERSION:

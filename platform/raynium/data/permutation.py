@@ -9,7 +9,8 @@ import hashlib
 
 import numpy as np
 
-NUM_ROUNDS = 6  # even; four make a network of this kind look random, two more make up for few bits when n is small
+# Even. Four make a network of this kind look random, two more make up for few bits when n is small.
+NUM_ROUNDS = 6
 
 
 def shuffled(positions: np.ndarray, *, length: int, seed: int, epoch: int) -> np.ndarray:

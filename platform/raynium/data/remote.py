@@ -35,8 +35,10 @@ from raynium.storage.verify import wrong_units
 
 logger = logging.getLogger(__name__)
 
-STREAMS = 8  # requests in flight: hides S3's latency, and one stream of S3 is slower than any network card
-REQUEST_BYTES = 16 * 2**20  # of one request at most; each stream holds as many
+# Requests in flight: they hide S3's latency, and one stream of S3 is slower than any network card.
+STREAMS = 8
+# The most bytes of one request; each stream holds as many.
+REQUEST_BYTES = 16 * 2**20
 
 
 def check_data(data: DataSection, *, model_vocab_size: int, tell: Tell) -> Survey | None:
@@ -159,7 +161,8 @@ def localize(path: str | Path, cache_dir: str | Path) -> Path:
     folder = _cache_folder(url, cache_dir, hashlib.sha256(content).hexdigest()[:16])
     try:
         with exclusive(folder / ".copy.lock", f"copy of {url}"):
-            contents_verified = (folder / MANIFEST_NAME).exists()  # by an earlier call: then sizes are enough
+            # An earlier call verified the contents before it wrote the manifest: then sizes are enough.
+            contents_verified = (folder / MANIFEST_NAME).exists()
             for name, expected in manifest.checksums.items():
                 if not _is_there(folder / name, expected, contents_verified):
                     _fetch_file(url, name, expected, folder / name)

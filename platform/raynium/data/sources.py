@@ -21,7 +21,8 @@ from raynium.data.left_out import LeftOut
 from raynium.errors import DataError
 
 PYTHON_STDLIB = "python-stdlib"
-THIRD_PARTY_FOLDERS = frozenset({"site-packages", "dist-packages"})  # inside the standard library's folder
+# These lie inside the standard library's folder.
+THIRD_PARTY_FOLDERS = frozenset({"site-packages", "dist-packages"})
 # One text is in memory as a whole, and its tokens take about 30 times as much.
 MAX_DOCUMENT_BYTES = 128 * 2**20
 # A text file that is the whole source is cut after lines into pieces of about this size, so that some can be held out.
@@ -36,10 +37,14 @@ _UTF_16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
 class Document(NamedTuple):
-    """One text to train or evaluate on."""
+    """One text to train or evaluate on.
 
-    name: str  # file's path relative to the source, "/"-separated; with ":<line>" or ":<piece>", from 1
-    text: str  # not empty, and encodable as UTF-8
+    name: the file's path relative to the source, "/"-separated; with ":<line>" or ":<piece>", from 1. text: not empty,
+    and encodable as UTF-8.
+    """
+
+    name: str
+    text: str
 
 
 Item = Document | LeftOut
@@ -235,7 +240,8 @@ def _json_document(name: str, line: bytes, *, where: str) -> Item:
         raise DataError(f'{where}: no "text" string; each line must be {{"text": "..."}}')
     try:
         text.encode()
-    except UnicodeEncodeError:  # JSON can spell half a surrogate pair, which is no character
+    except UnicodeEncodeError:
+        # JSON can spell half a surrogate pair, which is no character.
         return LeftOut(name, "not utf-8", len(line))
     return Document(name, text) if text else LeftOut(name, "empty")
 

@@ -32,13 +32,16 @@ TOKEN_COUNT_DTYPE = np.dtype("<i8")
 
 
 class HeldoutDocument(NamedTuple):
-    """One held-out document; its tokens are `[offset, offset + num_tokens)` of the held-out stream."""
+    """One held-out document; its tokens are `[offset, offset + num_tokens)` of the held-out stream.
+
+    utf8_bytes: of its text. zlib_bytes: of its text alone, compressed by zlib at level 9, as a baseline.
+    """
 
     name: str
     offset: int
     num_tokens: int
-    utf8_bytes: int  # of its text
-    zlib_bytes: int  # of its text alone, compressed by zlib at level 9: a baseline
+    utf8_bytes: int
+    zlib_bytes: int
 
 
 @dataclass(frozen=True)

@@ -41,8 +41,10 @@ logger = logging.getLogger(__name__)
 LOCK_NAME = ".build.lock"
 # BPE on 8 MB of the standard library takes 2 s on two cores and costs 1 % more tokens than on all 30 MB (5 s)
 TOKENIZER_SAMPLE_BYTES = 8_000_000
-BATCH_CHARACTERS = 4_000_000  # tokenised together; the library's results take about 100 bytes a token
-SHARD_TOKENS = 2**28  # 512 MB of uint16: a few S3 parts, and quick to fetch again
+# So many are tokenised together; the library's results take about 100 bytes a token.
+BATCH_CHARACTERS = 4_000_000
+# 512 MB of uint16: a few S3 parts, and quick to fetch again.
+SHARD_TOKENS = 2**28
 
 
 def build_store(
@@ -74,9 +76,10 @@ def build_store(
     path = Path(path)
     finished = path / MANIFEST_NAME
     try:
-        if not finished.exists():  # a store on a read-only disk needs no lock
+        # A store on a read-only disk needs no lock. Looked at again under the lock: another process may be faster.
+        if not finished.exists():
             with exclusive(path / LOCK_NAME, f"document store {path}"):
-                if not finished.exists():  # nobody was faster
+                if not finished.exists():
                     found = surveyed or survey(
                         source, heldout_fraction=heldout_fraction, max_left_out=max_left_out, tell=tell
                     )
@@ -131,8 +134,9 @@ def _tokenizer(
 def _build(folder: Path, recipe: _Recipe, tokenizer: Tokenizer) -> StoreManifest:
     """All but the manifest, which is returned. The caller holds the lock."""
     started = time.monotonic()
+    # A build that died may have cut more shards than this one will.
     for stale in [*folder.glob("train-?????.bin"), *folder.glob("heldout-?????.bin")]:
-        stale.unlink()  # of a build that died, which may have cut more shards than this one will
+        stale.unlink()
     manifest = _write_files(folder, recipe, tokenizer)
     logger.info(
         "built document store %s in %.1f s: %d + %d held-out documents, %d training tokens, %.2f bytes per token",
@@ -176,12 +180,15 @@ class _ShardWriter:
 
 @dataclass(frozen=True)
 class _Tokenised:
-    """What tokenising wrote and counted."""
+    """What tokenising wrote and counted.
+
+    heldout_documents: in the order of their tokens. train_token_counts: int64 [vocab_size].
+    """
 
     train: Split
     heldout: Split
-    heldout_documents: list[HeldoutDocument]  # in the order of their tokens
-    train_token_counts: np.ndarray  # int64 [vocab_size]
+    heldout_documents: list[HeldoutDocument]
+    train_token_counts: np.ndarray
 
 
 def _write_files(folder: Path, recipe: _Recipe, tokenizer: Tokenizer) -> StoreManifest:
@@ -236,7 +243,8 @@ def _tokenise(folder: Path, recipe: _Recipe, tokenizer: Tokenizer, dtype: np.dty
                     num_train_documents += 1
                     train_bytes += len(document.text.encode())
                     train_tokens += [tokens, end_of_document]
-            stream = np.concatenate([*train_tokens, end_of_document[:0]])  # a batch may hold held-out documents only
+            # The empty slice is for a batch that holds held-out documents only.
+            stream = np.concatenate([*train_tokens, end_of_document[:0]])
             train_writer.append(stream)
             token_counts += np.bincount(stream, minlength=tokenizer.vocab_size)
             progress(f"data: {train_bytes / 1e6:,.0f} MB of {total_bytes / 1e6:,.0f} MB tokenised")

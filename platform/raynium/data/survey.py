@@ -17,7 +17,8 @@ class Survey:
     """What reading all of a source has found."""
 
     source: Source
-    train_bytes: dict[str, int]  # UTF-8 bytes of each training document by name
+    # UTF-8 bytes of each training document by name.
+    train_bytes: dict[str, int]
     heldout_documents: int
     heldout_bytes: int
     left_out: list[LeftOutGroup]

@@ -34,8 +34,10 @@ _STATEMENTS = (
     ("config.json", "eos_token_id"),
     ("generation_config.json", "eos_token_id"),
 )
-MAX_FILE_BYTES = 256 * 2**20  # of a tokenizer.json; the largest in use have about 35 MB
-SMALLEST_VOCAB_SIZE = 256 + 1  # every byte, and the end of a document
+# The most bytes of a tokenizer.json; the largest in use have about 35 MB.
+MAX_FILE_BYTES = 256 * 2**20
+# Every byte, and the end of a document.
+SMALLEST_VOCAB_SIZE = 256 + 1
 
 # Llama 3's rule for what a token may not cross, without its English contractions. Measured on the standard library at
 # 4,096 tokens: 3.40 bytes per token, against 3.27 with GPT-2's rule.
@@ -77,7 +79,8 @@ class Tokenizer:
         """
         try:
             self._tokenizer = tokenizers.Tokenizer.from_str(file_text)
-        except Exception as error:  # the library raises bare Exception for everything
+        except Exception as error:
+            # The library raises bare Exception for everything.
             raise DataError(f"{described_as} is not a tokenizer.json that `tokenizers` can read: {error}") from error
         candidates = (
             [end_of_document]
@@ -90,7 +93,8 @@ class Tokenizer:
             raise DataError(self._no_end(described_as, end_of_document))
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        self._tokenizer.encode_special_tokens = True  # a document must not be able to end itself by spelling the token
+        # A document must not be able to end itself by spelling the token.
+        self._tokenizer.encode_special_tokens = True
         self.file_text = file_text
         self.end_of_document = known[0]
         self.end_of_document_id: int = end_id

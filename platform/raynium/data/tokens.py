@@ -26,7 +26,8 @@ class Shard:
         self.tokens = np.frombuffer(self._bytes, dtype)
         self._path, self._expected = path, expected
         self._unit_tokens = expected.unit_bytes // dtype.itemsize
-        self._seen = bytearray(len(expected.unit_crcs))  # 1: this unit was found right
+        # A unit that was found right has a 1.
+        self._seen = bytearray(len(expected.unit_crcs))
         self._all_seen = False
 
     def check(self, starts: Iterable[int], length: int) -> None:
