@@ -11,21 +11,29 @@ from raynium.tasks.base import Sums
 
 
 class Votes(NamedTuple):
-    """What any one rank may wish for and then all do, since they must stay together."""
+    """What any one rank may wish for and then all do, since they must stay together.
 
-    stop: bool = False  # end after this step
-    skip_save: bool = False  # leave out the save that is due after this step
+    stop: end after this step. skip_save: leave out the save that is due after this step.
+    """
+
+    stop: bool = False
+    skip_save: bool = False
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """One optimizer step, the same numbers on every rank."""
+    """One optimizer step, the same numbers on every rank.
 
-    loss: float  # the task's objective, divided by what all micro-batches of all ranks counted
-    grad_norm: float  # global 2-norm of that quotient's gradient, before clipping
-    sums: Sums  # what the task added up, and its counts
+    loss: the task's objective, divided by what all micro-batches of all ranks counted. grad_norm: global 2-norm of that
+    quotient's gradient, before clipping. sums: what the task added up, and its counts. agreed: true where some rank
+    said so.
+    """
+
+    loss: float
+    grad_norm: float
+    sums: Sums
     learning_rate: float
-    agreed: Votes  # true where some rank said so
+    agreed: Votes
 
     @property
     def tokens(self) -> int:
@@ -39,7 +47,8 @@ class Engine(Protocol):
     If a rank dies, the others wait in (or fail out of) the step's collectives until the agents end the generation.
     """
 
-    data_rank: int  # which slice of the samples this rank takes; ranks of a tensor group or pipeline share it
+    # Which slice of the samples this rank takes; ranks of a tensor group or pipeline share it.
+    data_rank: int
     data_size: int
 
     def step(self, batch: Batch, *, step: int, votes: Votes) -> StepResult:
@@ -72,7 +81,8 @@ class FakeEngine:
     def __init__(self, *, data_rank: int = 0, data_size: int = 1):
         self.data_rank = data_rank
         self.data_size = data_size
-        self._mixed = torch.zeros(1, dtype=torch.int64)  # below 2**31, so that the products below cannot overflow
+        # Kept below 2**31, so that the products below cannot overflow.
+        self._mixed = torch.zeros(1, dtype=torch.int64)
 
     def step(self, batch: Batch, *, step: int, votes: Votes) -> StepResult:
         seen = int(batch.tokens_BT.sum())

@@ -20,12 +20,17 @@ ROWS_AT_ONCE = 512
 
 
 class LabelLogProbs(NamedTuple):
-    """Of N labels, in float32 or wider, and what the gradient needs of the way there."""
+    """Of N labels, in float32 or wider, and what the gradient needs of the way there.
 
-    log_probs_N: Tensor  # log softmax(logits)[label]; 0 where no label counts
-    log_norm_N: Tensor  # log of the sum of exp(logits), over the whole vocabulary
-    columns_N: Tensor  # where the label's logit is on this rank; 0 where it is on another, or no label counts
-    here_N: Tensor  # whether it is on this rank
+    log_probs_N: log softmax(logits)[label]; 0 where no label counts. log_norm_N: log of the sum of exp(logits), over
+    the whole vocabulary. columns_N: where the label's logit is on this rank; 0 where it is on another, or no label
+    counts. here_N: whether it is on this rank.
+    """
+
+    log_probs_N: Tensor
+    log_norm_N: Tensor
+    columns_N: Tensor
+    here_N: Tensor
     counted_N: Tensor
 
 

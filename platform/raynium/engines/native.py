@@ -9,7 +9,9 @@ step is over.
 from typing import Literal, NamedTuple
 
 import torch
-import torch._dynamo  # the first optimizer loads it, 0.5 s; loaded here, a warm template has it before it forks ranks
+
+# The first optimizer loads torch._dynamo, in 0.5 s: loaded here, a warm template has it before it forks ranks.
+import torch._dynamo
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -48,23 +50,31 @@ class MeshPlace(NamedTuple):
 
 
 class HeldPart(NamedTuple):
-    """This rank's part of one parameter, and where it lies in the whole."""
+    """This rank's part of one parameter, and where it lies in the whole.
+
+    parameter: the model's, a DTensor when there is a mesh. local: float32, aliases the parameter's memory.
+    first_holder: of the ranks that hold the same part, this is the one that counts and saves it.
+    """
 
     name: str
-    parameter: Tensor  # the model's: a DTensor when there is a mesh
-    local: Tensor  # float32, aliases the parameter's memory
+    parameter: Tensor
+    local: Tensor
     global_shape: tuple[int, ...]
     offsets: tuple[int, ...]
-    first_holder: bool  # of the ranks that hold the same part, this is the one that counts and saves it
+    first_holder: bool
 
 
 class Total(NamedTuple):
-    """What all ranks added up, on the device."""
+    """What all ranks added up, on the device.
 
-    names: tuple[str, ...]  # of the task's sums, then of what was counted
-    sums: Tensor  # one for each name
-    square_norm: Tensor  # of the gradient
-    votes: Tensor  # how many ranks wished for each
+    names: of the task's sums, then of what was counted; sums has one for each. square_norm: of the gradient. votes: how
+    many ranks wished for each.
+    """
+
+    names: tuple[str, ...]
+    sums: Tensor
+    square_norm: Tensor
+    votes: Tensor
 
 
 def build_native_engine(
@@ -120,7 +130,8 @@ class NativeEngine:
         """gathered: see `_fits_gathered`."""
         self.data_rank, self.data_size = place.data_rank, place.data_size
         self._config = config
-        self._device = torch.device(accelerator.device_type)  # without an index: on Neuron only the bare name is right
+        # Without an index: on Neuron only the bare name is right.
+        self._device = torch.device(accelerator.device_type)
         self._sum_dtype: torch.dtype = getattr(torch, accelerator.sum_dtype)
         self._task = task
         self._place = place
@@ -182,7 +193,8 @@ class NativeEngine:
             # `.data`, since autograd must not learn that the logits become their own gradient: no backward reads them.
             sums += self._score(logits_BTV.data, micro_batch, want_gradient=True)
             logits_BTV.backward(logits_BTV.data)
-            del logits_BTV  # else they would be there beside the next micro-batch's
+            # Kept, the logits would stand in memory beside the next micro-batch's.
+            del logits_BTV
         return sums
 
     def _local_gradients(self) -> list[tuple[HeldPart, Tensor]]:
@@ -222,8 +234,9 @@ class NativeEngine:
         sums = torch.zeros(len(self._task.sums), dtype=self._sum_dtype, device=self._device)
         for micro_batch in self._micro_batches(batch):
             sums += self._score(self._model(micro_batch.tokens_BT), micro_batch, want_gradient=False)
+        # No backward will reshard: the whole parameters would outlive a load of new ones.
         for module in fsdp_modules(self._model):
-            module.reshard()  # no backward will: the whole parameters would outlive a load of new ones
+            module.reshard()
         total = self._sum_over_ranks(sums, counts, square_norm=0.0, votes=Votes())
         return dict(zip(total.names, total.sums.tolist(), strict=True))
 
@@ -302,7 +315,8 @@ def _build_model(
     elif place.mesh is not None:
         apply_fsdp(model, place.mesh["data"], compute_dtype=dtype, gathered=gathered)
     model.to_empty(device=accelerator.device_type)
-    model.tie()  # to_empty gave embedding and head memory of their own
+    # to_empty gave embedding and head memory of their own.
+    model.tie()
     if simple_mesh is not None:
         gather_in_forward(model, simple_mesh, compute_dtype=dtype)
 

@@ -45,17 +45,18 @@ from raynium.tasks.base import Sums, Task, check_whole_samples, counts_of, loss_
 # Counts travel as base and rest, both exact in float32 on up to 4,096 ranks: Neuron collectives have no float64,
 # and more than 2**24 tokens in a step is a batch that people train with.
 _COUNT_BASE = 4096
-_CHECKPOINT_PREFIX = "_checkpoint_wrapped_module."  # what activation checkpointing puts into parameter names
+# What activation checkpointing puts into parameter names.
+_CHECKPOINT_PREFIX = "_checkpoint_wrapped_module."
 
 
 class NxdPlace(NamedTuple):
-    """This rank's place, as NxD laid the ranks out."""
+    """This rank's place, as NxD laid the ranks out. stage: of the pipeline."""
 
     data_rank: int
     data_size: int
     tensor_rank: int
     tensor_size: int
-    stage: int  # of the pipeline
+    stage: int
     num_stages: int
     kv_order: KvOrder
 
@@ -65,17 +66,23 @@ class NxdPlace(NamedTuple):
 
 
 class Stored(NamedTuple):
-    """One parameter of the NxD model, and the tensor that the optimizer updates for it."""
+    """One parameter of the NxD model, and the tensor that the optimizer updates for it.
 
-    parameter: Tensor  # of compute dtype
-    master: Tensor  # float32; under ZeRO-1 this data rank's rows, padded at their end; else the parameter itself
-    first_row: int  # of the parameter, that master begins with
-    pieces: tuple[Piece, ...]  # our parameters in master; their `row` counts in the parameter
+    parameter: of compute dtype. master: float32; under ZeRO-1 this data rank's rows, padded at their end; else the
+    parameter itself. first_row: of the parameter, that master begins with. pieces: our parameters in master; their
+    `row` counts in the parameter.
+    """
+
+    parameter: Tensor
+    master: Tensor
+    first_row: int
+    pieces: tuple[Piece, ...]
 
     def view(self, tensor: Tensor, piece: Piece) -> Tensor:
         """The piece in a tensor of master's shape."""
+        # torch-xla would compile a graph to copy even a slice of everything.
         if len(tensor) == piece.shape[0]:
-            return tensor  # torch-xla would compile a graph to copy even a slice of everything
+            return tensor
         begin = piece.row - self.first_row
         return tensor[begin : begin + piece.shape[0]]
 
@@ -101,7 +108,8 @@ def build_nxd_engine(
     modules: dict[nn.Module, str] = {}
 
     def model() -> nn.Module:
-        with torch.device("meta"):  # NxD would give each parameter memory and values first, and then take them away
+        # NxD would give each parameter memory and values first, and then take them away.
+        with torch.device("meta"):
             decoder = parallel_decoder(config.model, tensor_size=place.tensor_size, dtype=dtype)
             whole = decoder if place.num_stages == 1 else StagedDecoder(decoder, task, num_stages=place.num_stages)
         modules.update({module: name for name, module in whole.named_modules()})
@@ -139,24 +147,30 @@ def build_nxd_engine(
         stored["head.weight"] = [piece._replace(first_holder=False) for piece in stored["embedding.weight"]]
     nxd_model = nxd.initialize_parallel_model(nxd_config, model)
     if place.num_stages == 1:
-        nxd_model.module.tie()  # NxD overlooks parameters that children of the root share (0.18.0): each has memory
+        # NxD overlooks parameters that children of the root share (0.18.0): each has memory.
+        nxd_model.module.tie()
     mark_copies(nxd_model.original_module(), is_copy=heads_of_rank(config.model, **where).copy > 0)
     optimizer = _optimizer(nxd_config, nxd_model, config, zero1=zero1)
     found = _stored(nxd_model, optimizer, stored, place, zero1=zero1)
     if dtype != torch.float32 and weights == "first":
         with torch.no_grad():
-            for each in found:  # NxD made them of weights that were already rounded
+            # NxD made the masters of weights that were already rounded.
+            for each in found:
                 for piece in each.pieces:
                     each.view(each.master, piece).copy_(_first_values(piece, config))
     return NxdEngine(config, world, task, place, nxd_model, optimizer, found, device=get_device(), zero1=zero1)
 
 
 class Counted(NamedTuple):
-    """What all ranks counted before the first micro-batch, on the device."""
+    """What all ranks counted before the first micro-batch, on the device.
+
+    numbers: float32, base and rest of each count, then how many ranks wished for each vote. divisor_or_1: what the
+    objective is divided by; 1 where nothing counts.
+    """
 
     names: tuple[str, ...]
-    numbers: Tensor  # float32: base and rest of each count, then how many ranks wished for each vote
-    divisor_or_1: Tensor  # what the objective is divided by; 1 where nothing counts
+    numbers: Tensor
+    divisor_or_1: Tensor
 
 
 class Passes(Protocol):
@@ -175,12 +189,12 @@ class Passes(Protocol):
 
 
 class WholePasses:
-    """On the whole model, one micro-batch after the other."""
+    """On the whole model, an NxDModel, one micro-batch after the other."""
 
     def __init__(self, model: Any, task: Task, *, micro_batch_size: int, device: torch.device):
         from neuronx_distributed.utils import mark_step
 
-        self._model = model  # an NxDModel
+        self._model = model
         self._loss = TaskLoss(task)
         self._micro_batch_size = micro_batch_size
         self._device = device
@@ -190,7 +204,8 @@ class WholePasses:
         self._loss.begin(scale)
         for micro_batch in self._micro_batches(batch):
             self._forward(micro_batch).backward()
-            self._end_graph()  # the same graph for every micro-batch
+            # Ended here, the graph is the same for every micro-batch.
+            self._end_graph()
         return self._loss.sums()
 
     def evaluate(self, batch: Batch) -> Tensor:
@@ -209,7 +224,7 @@ class WholePasses:
 
 
 class NxdEngine:
-    """See `engines/base.py`, Engine."""
+    """See `engines/base.py`, Engine. model: an NxDModel; optimizer: an NxDOptimizer."""
 
     def __init__(
         self,
@@ -230,7 +245,7 @@ class NxdEngine:
         self._config = config
         self._task = task
         self._place = place
-        self._model = model  # an NxDModel
+        self._model = model
         self._passes: Passes
         micro_batch_size = config.train.micro_batch_size
         if place.num_stages > 1:
@@ -239,20 +254,23 @@ class NxdEngine:
             )
         else:
             self._passes = WholePasses(model, task, micro_batch_size=micro_batch_size, device=device)
-        self._optimizer = optimizer  # an NxDOptimizer
+        self._optimizer = optimizer
         self._stored = stored
         self._device = device
         self._zero1 = zero1
-        self._end_graph = mark_step  # torch-xla compiles and runs what was traced since the last one
+        # torch-xla compiles and runs what was traced since the last one.
+        self._end_graph = mark_step
         self._moments = _moments(_base_optimizer(optimizer, zero1=zero1), stored)
-        self._masters_are_newer = False  # than the parameters, since a checkpoint was loaded into them
+        # The parameters are older than the masters once a checkpoint was loaded into these.
+        self._masters_are_newer = False
 
     # ---- a step ------------------------------------------------------------------------------------------------------
 
     def step(self, batch: Batch, *, step: int, votes: Votes) -> StepResult:
         self._refresh_parameters()
         counted = self._counts(batch, votes)
-        sums = self._passes.train(batch, self.data_size / counted.divisor_or_1)  # NxD takes the mean over data ranks
+        # NxD takes the mean over data ranks: times their number, it is the sum.
+        sums = self._passes.train(batch, self.data_size / counted.divisor_or_1)
 
         rate = learning_rate(self._config.optimizer, step=step, total_steps=self._config.train.steps)
         for group in self._optimizer.param_groups:
@@ -263,7 +281,8 @@ class NxdEngine:
         numbers = torch.cat((norm, self._sum_over_ranks(sums), counted.numbers))
         self._end_graph()
 
-        norm, *rest = numbers.tolist()  # the step's one wait for the device
+        # The step's one wait for the device.
+        norm, *rest = numbers.tolist()
         named, agreed = self._named(rest, counted.names)
         loss = loss_of(self._task, named)
         return StepResult(loss=loss, grad_norm=norm, sums=named, learning_rate=rate, agreed=agreed)

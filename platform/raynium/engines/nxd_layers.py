@@ -23,7 +23,8 @@ from raynium.tasks.base import Task
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-_TOKENS = 0  # dim of TBD that sequence parallelism divides
+# The dim of TBD that sequence parallelism divides.
+_TOKENS = 0
 
 
 def parallel_decoder(config: ModelSection, *, tensor_size: int, dtype: torch.dtype) -> Decoder:
@@ -72,7 +73,8 @@ class NxdAttention(nn.Module):
         projected_TBX = self.qkv(hidden_TBD)
         for each in projected_TBX:
             if each.requires_grad:
-                each.register_hook(torch.Tensor.contiguous)  # NxD's layer views its gradients as rows
+                # NxD's layer views its gradients as rows.
+                each.register_hook(torch.Tensor.contiguous)
         q_BTHK, k_BTGK, v_BTGK = (each.unflatten(-1, (-1, self.head_dim)).transpose(0, 1) for each in projected_TBX)
         mixed_BHTK = F.scaled_dot_product_attention(
             rotate(self.q_norm(q_BTHK), rope).transpose(1, 2),
@@ -108,7 +110,8 @@ class TaskLoss(nn.Module):
         super().__init__()
         self._task = task
         self._to_skip = 0
-        self._sums: list[Tensor] = []  # of each micro-batch: added up at once they would be part of its graph
+        # One for each micro-batch: added up at once they would be part of its graph.
+        self._sums: list[Tensor] = []
 
     def begin(self, scale: Tensor, *, dry_runs: int = 0) -> None:
         """Before the micro-batches of a step or evaluation call. scale: a scalar on the device.

@@ -81,20 +81,27 @@ def pipeline_config(config: Config, world: World, task: Task) -> dict[str, Any] 
     return {
         "transformer_layer_cls": DecoderBlock,
         "num_microbatches": world.num_micro_batches,
-        "pipeline_cuts": [f"blocks.{stage * per_stage - 1}" for stage in range(1, num_stages)],  # last of each stage
+        # The last block of each stage but the last.
+        "pipeline_cuts": [f"blocks.{stage * per_stage - 1}" for stage in range(1, num_stages)],
         "input_names": ["tokens", "labels", *_others(task).values()],
-        "leaf_module_cls": [kind.__name__ for kind in (RMSNorm, Positions, TaskLoss)],  # NxD compares names
+        # NxD compares these by name.
+        "leaf_module_cls": [kind.__name__ for kind in (RMSNorm, Positions, TaskLoss)],
         "output_loss_value_spec": True,
-        "return_mb_loss": True,  # as they are: NxD's mean over micro-batches would go by way of the host
-        "use_optimizer_wrapper": True,  # which reduces the gradients over data ranks; NxDPPModel else does, too
+        # The losses as they are: NxD's mean over micro-batches would go by way of the host.
+        "return_mb_loss": True,
+        # The wrapper reduces the gradients over data ranks; without it NxDPPModel does so, too.
+        "use_optimizer_wrapper": True,
     }
 
 
 class PipelinePasses:
-    """All micro-batches of a step through the stages, in NxD's order. See `nxd.Passes`."""
+    """All micro-batches of a step through the stages, in NxD's order. See `nxd.Passes`.
+
+    model: an NxDModel around an NxDPPModel.
+    """
 
     def __init__(self, model: Any, task: Task, *, micro_batch_size: int, num_micro_batches: int, device: torch.device):
-        self._model = model  # an NxDModel around an NxDPPModel
+        self._model = model
         self._task = task
         self._rows = micro_batch_size * num_micro_batches
         self._num_micro_batches = num_micro_batches
@@ -119,5 +126,6 @@ class PipelinePasses:
         # would make torch-xla compile a graph with collectives in which the other stages take no part.
         loss.begin(scale, dry_runs=0 if self._model.module.shape_traced else 1)
         names = {"tokens": "tokens", "labels": "labels", **_others(self._task)}
-        schedule(**{names[name]: column for name, column in batch.columns().items()})  # from the CPU: NxD moves them
+        # The columns are on the CPU: NxD moves them.
+        schedule(**{names[name]: column for name, column in batch.columns().items()})
         return loss.sums()

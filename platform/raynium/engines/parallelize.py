@@ -33,14 +33,16 @@ def apply_tensor_parallel(model: Decoder, mesh: DeviceMesh) -> None:
     """Splits parameters over the tensor axis in place. The model must be on the meta device: nothing is sent."""
     for rule in tensor_parallel_plan(model.config):
         parallelize_module(model, mesh, {rule.module: _style(rule.split)})
-    model.tie()  # embedding and head have become two parameters
+    # Embedding and head have become two parameters.
+    model.tie()
     # In the dtype and place that it has, but arrived: blocks would get a tensor that is still under way, and a compiled
     # block gives such an input no gradient (torch 2.13, AsyncCollectiveTensor).
     model.embedding.register_forward_hook(lambda module, inputs, hidden_BTD: hidden_BTD.clone())
 
 
 def _style(split: Split) -> ParallelStyle:
-    tokens = Shard(1)  # dim T of BTD
+    # Tokens are dim T of BTD.
+    tokens = Shard(1)
     match split:
         case "vocabulary":
             return RowwiseParallel(input_layouts=Replicate(), output_layouts=tokens)
@@ -53,7 +55,8 @@ def _style(split: Split) -> ParallelStyle:
         case "sequence":
             return SequenceParallel()
         case "heads":
-            return SequenceParallel(sequence_dim=2, use_local_output=True)  # dim H of BTHK
+            # Heads are dim H of BTHK.
+            return SequenceParallel(sequence_dim=2, use_local_output=True)
         case "logits":
             return ColwiseParallel(input_layouts=tokens)
 
@@ -82,7 +85,8 @@ def apply_fsdp(model: Decoder, mesh: DeviceMesh, *, compute_dtype: torch.dtype, 
     policy = MixedPrecisionPolicy(
         param_dtype=compute_dtype if compute_dtype != torch.float32 else None,
         reduce_dtype=torch.float32,
-        cast_forward_inputs=False,  # activations follow the embedding's dtype; RoPE tables stay float32
+        # Activations follow the embedding's dtype; RoPE tables stay float32.
+        cast_forward_inputs=False,
     )
     if not gathered:
         for block in model.blocks:
@@ -90,7 +94,8 @@ def apply_fsdp(model: Decoder, mesh: DeviceMesh, *, compute_dtype: torch.dtype, 
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
     for module in fsdp_modules(model):
         module.set_gradient_divide_factor(1.0)
-        module.set_force_sum_reduction_for_comms(True)  # gloo has no other
+        # gloo has no reduction but the sum.
+        module.set_force_sum_reduction_for_comms(True)
 
 
 def fsdp_modules(model: nn.Module) -> Iterator[FSDPModule]:

@@ -25,7 +25,8 @@ def shard_parameters(model: Decoder, mesh: DeviceMesh) -> None:
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             module.register_parameter(name, nn.Parameter(_shard(parameter.detach(), mesh)))
-    model.tie()  # embedding and head have become two parameters
+    # Embedding and head have become two parameters.
+    model.tie()
 
 
 def _shard(whole: Tensor, mesh: DeviceMesh) -> DTensor:

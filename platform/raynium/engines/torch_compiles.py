@@ -17,29 +17,38 @@ from torch._dynamo.callback import CallbackArgs, callback_handler
 from torch._dynamo.utils import CompilationMetrics, get_compilation_metrics, set_compilation_metrics_limit
 from torch._guards import CompileContext
 
-COMPILES_KEPT = 1000  # entries that torch keeps, of 64: one step of a large model may compile more
-INPUTS_SHOWN = 3  # of those that differ, in a sentence
+# Entries that torch keeps, in place of 64: one step of a large model may compile more.
+COMPILES_KEPT = 1000
+# A sentence names so many of the inputs that differ.
+INPUTS_SHOWN = 3
 
 Backend = Callable[..., Callable[..., Any]]
 
 
 @dataclass(frozen=True)
 class GraphInput:
-    """One input of a graph, as far as a compiled graph depends on it."""
+    """One input of a graph, as far as a compiled graph depends on it.
+
+    kind: everything else, in words: "float32 [4, 256]". wants_gradient: which `kind` says too.
+    """
 
     name: str
-    kind: str  # everything else, in words: "float32 [4, 256]"
-    wants_gradient: bool = False  # which `kind` says too
+    kind: str
+    wants_gradient: bool = False
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """One graph that was compiled, or that torch gave up compiling."""
+    """One graph that was compiled, or that torch gave up compiling.
 
-    name: str  # "forward (decoder.py:82)", or "backward of …"
+    name: "forward (decoder.py:82)", or "backward of …". why: how it differs from the graphs of this function before; ""
+    for the first. given_up: torch compiles this function no more: from now on it runs operator by operator.
+    """
+
+    name: str
     seconds: float
-    why: str  # how it differs from the graphs of this function before; "" for the first
-    given_up: bool = False  # torch compiles this function no more: from now on it runs operator by operator
+    why: str
+    given_up: bool = False
 
 
 class TorchCompiles:
@@ -48,10 +57,13 @@ class TorchCompiles:
     def __init__(self) -> None:
         set_compilation_metrics_limit(COMPILES_KEPT)
         self._last = (get_compilation_metrics() or [None])[-1]
-        self._inputs: dict[str, tuple[GraphInput, ...]] = {}  # compile id → of that graph
-        self._seen: dict[str, list[tuple[GraphInput, ...]]] = {}  # id of a function → of each of its graphs
-        self._names: dict[str, str] = {}  # id of a function → its name
-        self._whys: dict[str, str] = {}  # compile id → of its forward, which its backward shares
+        # The inputs of each graph, by compile id.
+        self._inputs: dict[str, tuple[GraphInput, ...]] = {}
+        # By the id of a function: the inputs of each of its graphs, and its name.
+        self._seen: dict[str, list[tuple[GraphInput, ...]]] = {}
+        self._names: dict[str, str] = {}
+        # By compile id: why the forward was compiled, which its backward shares.
+        self._whys: dict[str, str] = {}
         self._listeners: list[Callable[[CallbackArgs], None]] = []
 
     def on_start(self, listener: Callable[[], None]) -> None:
@@ -97,7 +109,8 @@ class TorchCompiles:
         function = compile_id.partition("/")[0]
         seconds = (entry.duration_us or 0) / 1e6
         if entry.fail_type is not None:
-            if function not in self._names:  # a graph break, or an error that ends the rank: torch tells of both
+            # A graph break, or an error that ends the rank: torch tells of both.
+            if function not in self._names:
                 return None
             why = guard_reason(entry.recompile_reason or "")
             return Compiled(self._names[function], seconds, why, given_up=True)
@@ -109,7 +122,8 @@ class TorchCompiles:
             return Compiled(
                 f"backward of {self._names.get(function, 'a function')}", seconds, self._whys.get(compile_id, "")
             )
-        return None  # a frame without a graph, or tuning while it runs
+        # A frame without a graph, or tuning while it runs.
+        return None
 
     def _explain(self, compile_id: str, function: str, reason: str | None) -> str:
         seen = self._seen.setdefault(function, [])
@@ -132,7 +146,8 @@ def graph_input(name: str, value: Any) -> GraphInput:
     words = f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
     if not value.is_contiguous():
         words += f" with strides {list(value.stride())}"
-    if (placements := getattr(value, "placements", None)) is not None:  # a DTensor
+    # Only a DTensor has placements.
+    if (placements := getattr(value, "placements", None)) is not None:
         words += f" placed {placements}"
     if value.requires_grad:
         words += " that wants a gradient"
