@@ -1,6 +1,8 @@
 """What a job takes along, what its driver reads, and clusters that do not answer. The path itself is in test_ray.py."""
 
+import getpass
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +72,9 @@ def test_a_job_takes_its_config_and_this_very_package(tmp_path: Path, monkeypatc
     assert first != second and first.startswith("raynium-first-")
     assert fake.files == {"config.yaml": "run: {name: first}"}
     assert fake.options["entrypoint"].split()[-1] in fake.files
-    assert fake.options["metadata"] == {"run": "first"}
+    metadata = fake.options["metadata"]
+    assert (metadata["run"], metadata["mlflow.user"]) == ("first", getpass.getuser())
+    assert metadata["mlflow.source.name"].startswith(Path(sys.argv[0]).name)
     (package,) = fake.options["runtime_env"]["py_modules"]
     assert Path(package, "launch", "jobs.py").samefile(jobs.__file__)
     assert not Path(fake.options["runtime_env"]["working_dir"]).exists(), "a temporary folder, and gone"
@@ -113,10 +117,11 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 def test_a_submitted_job_joins_its_cluster_and_says_where_its_code_came_from(
     calls: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    metadata = {"job_submission_id": "job-1", "run": "first", "mlflow.source.git.commit": "abc"}
+    origin = {"mlflow.source.git.commit": "abc", "mlflow.user": "anna", "mlflow.source.type": "LOCAL"}
+    metadata = {"job_submission_id": "job-1", "run": "first"} | origin
     monkeypatch.setenv(JOB_CONFIG_VARIABLE, json.dumps({"metadata": metadata}))
     main(["quickstart", "run.name=first"])
-    tags = {"mlflow.source.git.commit": "abc"}
+    tags = origin | {"mlflow.source.type": "JOB"}
     assert calls == [{"name": "first", "address": "auto", "job_id": "job-1", "tags": tags}]
     assert capsys.readouterr().out == "run first: finished at step 4 of 4\n"
 

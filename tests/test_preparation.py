@@ -3,6 +3,7 @@
 Everything is real but Ray: files, the document store, the MLflow store. Each test has a run of its own under one root.
 """
 
+import getpass
 import itertools
 import json
 import os
@@ -34,12 +35,14 @@ from raynium.errors import ConfigError, DataError, RayniumError, RunInUse, Store
 from raynium.launch import preparation
 from raynium.launch import run as run_module
 from raynium.launch.preparation import Prepared, checked, finished_record, prepare, survey_data
+from raynium.models.decoder import Decoder
 from raynium.node.compile_cache import FOLDER
 from raynium.run import record as record_module
 from raynium.run.past import Past, run_store
 from raynium.run.record import RECORD_KEY, RunRecord, claim, read_record
 from raynium.storage.checksum import UNIT_BYTES, checksum, to_text
 from raynium.storage.store import Store
+from raynium.tracking.client import mlflow_client
 from raynium.tracking.runs import TrackedRun, _artifact_location, finish_run, resolve_uri
 
 JOB = job_text({"train.steps": 6, "data.path": None})
@@ -363,7 +366,7 @@ def test_a_run_that_mlflow_knows_starts_while_it_is_away_and_opens_its_page_late
     tracked = {"tracking.uri": mlflow_server.uri}
     first = attempt(**tracked)
     first.keeper.update(state="stopped")
-    finish_run(mlflow_server.uri, first.mlflow.run_id, "KILLED")
+    finish_run(mlflow_server.uri, first.mlflow.run_id, "FAILED")
     mlflow_server.kill()
     try:
         again = attempt(**tracked, **{"optimizer.learning_rate": 1e-4})
@@ -377,6 +380,29 @@ def test_a_run_that_mlflow_knows_starts_while_it_is_away_and_opens_its_page_late
     run = MlflowClient(mlflow_server.uri).get_run(first.mlflow.run_id)
     assert run.info.status == "RUNNING"
     assert run.data.tags["changed.optimizer.learning_rate"] == "0.0001"
+
+
+def test_the_page_names_data_size_and_budget_and_has_the_file_to_go_on_with(attempt: Attempt) -> None:
+    prepared = attempt()
+    with mlflow_client(prepared.mlflow.uri, timeout_seconds=10) as client:
+        run = client.get_run(prepared.mlflow.run_id)
+    count = sum(parameter.numel() for parameter in Decoder(prepared.config.model).parameters())
+    assert run.data.params["parameters"] == str(count)
+    assert run.data.params["token_budget"] == str(6 * 4 * 32), "steps, samples, tokens of each"
+    (given,) = run.inputs.dataset_inputs
+    assert given.dataset.name == "data" and prepared.documents.manifest.identity.startswith(given.dataset.digest)
+    assert run.data.tags["mlflow.user"] == getpass.getuser()
+    # The page's last words: `raynium train <root>/<name>/config.yaml`.
+    assert checked(load_config(str(attempt.root / attempt.name / "config.yaml"))) == prepared.config
+
+
+def test_data_that_the_page_cannot_name_costs_the_page_only(attempt: Attempt, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*arguments: Any, **more: Any) -> None:
+        raise TrackingError("no answer")
+
+    monkeypatch.setattr(preparation, "log_dataset", refuse)
+    assert attempt().mlflow.is_open
+    assert "the MLflow page does not name the data: no answer" in attempt.told
 
 
 def test_a_new_run_waits_for_an_mlflow_that_is_away(attempt: Attempt, mlflow_server: Server) -> None:

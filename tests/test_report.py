@@ -26,7 +26,7 @@ RESULT = {
     "checkpoint": "file:///data/my runs/first/checkpoints/step-000002000",
     "samples": ["def main():\n    pass\n\n", "import os"],
 }
-PAGE = "http://127.0.0.1:5000/#/experiments/1/runs/m1"
+PAGE = "http://127.0.0.1:5000/#/experiments/1/runs/m1?workflowType=machine_learning"
 NOBODY = Owner("elsewhere", "boot", 1, "1")
 
 
@@ -138,7 +138,9 @@ def test_a_run_whose_driver_is_gone_was_interrupted(state: str) -> None:
 
 def test_the_page_of_a_server_needs_no_command() -> None:
     tracked = record(**TRACKED | {"mlflow_uri": "https://mlflow.example.com/"})
-    assert ui_lines(tracked) == ["MLflow page: https://mlflow.example.com/#/experiments/1/runs/m1"]
+    assert ui_lines(tracked) == [
+        "MLflow page: https://mlflow.example.com/#/experiments/1/runs/m1?workflowType=machine_learning"
+    ]
 
 
 def test_the_command_of_a_local_page_is_one_a_shell_reads_back(monkeypatch: pytest.MonkeyPatch) -> None:

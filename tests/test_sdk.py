@@ -285,8 +285,8 @@ def test_a_run_says_its_state_and_its_page_and_shows_itself_in_a_notebook(tmp_pa
     assert (run.state, run.page) == ("running", None)
     assert "running at step 3 of 6" in run._repr_html_() and "2.5" in run._repr_html_()
     keeper.update(mlflow_uri="https://mlflow.example.com", mlflow_run_id="m<1>", mlflow_experiment_id="1")
-    assert run.page == "https://mlflow.example.com/#/experiments/1/runs/m<1>"
-    assert "runs/m&lt;1&gt;</a>" in run._repr_html_()
+    assert run.page == "https://mlflow.example.com/#/experiments/1/runs/m<1>?workflowType=machine_learning"
+    assert "runs/m&lt;1&gt;?workflowType=machine_learning</a>" in run._repr_html_()
     die(keeper)
     assert run.state == "interrupted" and "ended without a word" in run._repr_html_()
     assert "no run &#x27;frist&#x27; at" in find_run("frist")._repr_html_()

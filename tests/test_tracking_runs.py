@@ -2,6 +2,7 @@
 
 import json
 import os
+import pwd
 import re
 import shutil
 import socket
@@ -21,11 +22,12 @@ from s3_server import S3Server
 from raynium.errors import ConfigError, TrackingError
 from raynium.storage.store import Store
 from raynium.tracking.client import ArtifactsAway, check_reachable, mlflow_client, redact, sqlite_path
-from raynium.tracking.provenance import flatten_config, is_secret_name, provenance_tags
+from raynium.tracking.provenance import flatten_config, is_secret_name, origin_tags, provenance_tags
 from raynium.tracking.runs import (
     TrackedRun,
     finish_run,
     log_artifact_text,
+    log_dataset,
     open_run,
     page_url,
     read_metric,
@@ -36,6 +38,7 @@ from raynium.tracking.runs import (
 )
 from raynium.tracking.sender import MlflowTracker
 
+VIEW = "?workflowType=machine_learning"
 CONFIG = {"train": {"steps": 5, "lr": 3e-4}, "sample": {"prompts": ["a", "b"]}, "tracking": {"uri": None}}
 
 
@@ -99,8 +102,8 @@ def test_sqlite_file_that_cannot_be_used_is_named_at_once(tmp_path: Path):
 
 def test_the_same_run_goes_on_over_attempts(uri: str):
     run = open_test_run(uri, host="a")
-    finish_run(uri, run.run_id, "KILLED")
-    assert stored(uri, run.run_id).info.status == "KILLED"
+    finish_run(uri, run.run_id, "FAILED")
+    assert stored(uri, run.run_id).info.status == "FAILED"
     again = open_test_run(uri, run_id=run.run_id, host="b")
     assert again == run
     data = stored(uri, run.run_id)
@@ -318,6 +321,32 @@ def test_provenance_tells_commit_and_whether_it_was_changed(tmp_path: Path):
     assert re.match(r"\d+\.\d+", tags["version.torch"]) and re.match(r"\d+\.\d+", tags["version.mlflow"])
 
 
+def test_the_page_names_user_and_command_and_no_secret_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(
+        sys, "argv", ["/x/raynium", "train", "my run.yaml", "tracking.uri=http://me:pw@h", "storage.secret_key=abc"]
+    )
+    monkeypatch.setenv("LOGNAME", "anna")
+    tags = origin_tags(tmp_path)
+    command = "raynium train 'my run.yaml' 'tracking.uri=http://***@h' 'storage.secret_key=***'"
+    assert (tags["mlflow.user"], tags["mlflow.source.name"]) == ("anna", command)
+    for name in ("LOGNAME", "USER", "LNAME", "USERNAME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", {}.__getitem__)
+    assert origin_tags(tmp_path)["mlflow.user"] == str(os.getuid()), "a container's user may have no name"
+
+
+def test_the_document_store_is_the_runs_input(uri: str):
+    run = open_test_run(uri)
+    for _ in range(2):
+        facts = {"tokens": 15}
+        log_dataset(uri, run.run_id, path="s3://bucket/stores/books/", identity="ab" * 32, facts=facts)
+    (given,) = stored(uri, run.run_id).inputs.dataset_inputs
+    dataset = given.dataset
+    assert (dataset.name, dataset.digest, dataset.source_type) == ("books", "ab" * 18, "s3")
+    assert json.loads(dataset.source) == {"uri": "s3://bucket/stores/books/"}
+    assert json.loads(dataset.profile) == {"identity": "ab" * 32, "tokens": 15}
+
+
 def test_provenance_works_without_git_and_without_a_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     from raynium.tracking import provenance
 
@@ -398,7 +427,7 @@ def test_killed_while_the_database_is_made_the_next_start_succeeds(tmp_path: Pat
 
 
 def test_page_of_a_server_is_its_own_without_credentials(monkeypatch: pytest.MonkeyPatch, uri: str):
-    assert page_url("http://127.0.0.1:5000/", "3", "ab") == "http://127.0.0.1:5000/#/experiments/3/runs/ab"
+    assert page_url("http://127.0.0.1:5000/", "3", "ab") == f"http://127.0.0.1:5000/#/experiments/3/runs/ab{VIEW}"
     with pytest.raises(TrackingError, match=r"https://\*\*\*@h:1 is not a local store"):
         ui_command("https://me:pw@h:1")
 

@@ -13,7 +13,7 @@ import raynium
 from raynium.config.proxies import astray, proxy_for, spare_loopback
 from raynium.errors import LaunchError
 from raynium.launch.ray_environment import find_token, the_named_address
-from raynium.tracking.provenance import git_tags
+from raynium.tracking.provenance import origin_tags
 
 # `ray job stop` sends SIGTERM, and SIGKILL this long after (Ray's default: 3 s): time for a checkpoint.
 STOP_WAIT_SECONDS = 600
@@ -78,8 +78,8 @@ def submit_job(client: Any, name: str, config_yaml: str) -> str:
             entrypoint="exec python -m raynium.launch.jobs config.yaml",  # exec: signals reach Python, not a shell
             submission_id=f"raynium-{name}-{secrets.token_hex(3)}",
             runtime_env=runtime_env(folder),
-            # The job's own folder is a copy without .git: say where the code came from while we know.
-            metadata={"run": name} | git_tags(Path.cwd()),
+            # The job's folder is a copy without .git, its user the cluster's: say where it came from while we know.
+            metadata={"run": name} | origin_tags(Path.cwd()),
         )
 
 
@@ -108,7 +108,9 @@ def main(arguments: list[str] | None = None) -> None:
     config, *overrides = arguments
     metadata = job_metadata()
     job_id = metadata.get("job_submission_id")
-    tags = {name: value for name, value in metadata.items() if "git." in name}
+    tags = {name: value for name, value in metadata.items() if "git." in name or name.startswith("mlflow.")}
+    if job_id:
+        tags["mlflow.source.type"] = "JOB"
     try:
         loaded = load_config(config, overrides)
         if job_id:

@@ -28,7 +28,7 @@ from raynium.run.record import RecordKeeper, RunRecord, claim
 from raynium.storage.store import Store
 from raynium.tracking.client import check_reachable, redact
 from raynium.tracking.provenance import provenance_tags
-from raynium.tracking.runs import TrackedRun, log_artifact_text, open_run, resolve_uri
+from raynium.tracking.runs import TrackedRun, log_artifact_text, log_dataset, open_run, resolve_uri
 
 # A request to S3 is tried again for about as long.
 MLFLOW_WAIT_SECONDS = 40.0
@@ -134,15 +134,15 @@ def prepare(
     try:
         with keeper.beating():
             config, documents = prepare_data(config, past, tell, surveyed)
-            open_mlflow = partial(_open_mlflow, config, keeper.record, uri, tags, tell)
+            keep_tokenizer(store, documents)
+            store.replace("config.yaml", dump_yaml(config).encode())
+            open_mlflow = partial(_open_mlflow, config, documents, keeper.record, uri, tags, tell)
             try:
                 mlflow = open_mlflow()
             except TrackingAway:
                 if not known:
                     raise
                 mlflow = _unopened(keeper.record, uri)
-            keep_tokenizer(store, documents)
-            store.replace("config.yaml", dump_yaml(config).encode())
     except (KeyboardInterrupt, SystemExit):
         keeper.update(state="stopped", stopped_by="SIGINT")
         raise
@@ -242,22 +242,41 @@ def _meet_mlflow(uri: str, *, known: bool, tell: Callable[[str], None]) -> None:
 
 
 def _open_mlflow(
-    config: Config, record: RunRecord, uri: str, tags: Mapping[str, str], tell: Callable[[str], None]
+    config: Config,
+    documents: DocumentStore,
+    record: RunRecord,
+    uri: str,
+    tags: Mapping[str, str],
+    tell: Callable[[str], None],
 ) -> TrackedRun:
     """The run's one MLflow run: opened again if it has one at this address."""
+    manifest = documents.manifest
+    token_budget = config.train.steps * config.tokens_per_step
     mlflow = open_run(
         uri,
         experiment=config.tracking.experiment,
         run_name=config.run.name,
         run_id=record.mlflow_run_id if record.mlflow_uri == _address(uri) else None,
-        params=config.model_dump(mode="json"),
+        params={"parameters": parameter_count(config.model).total, "token_budget": token_budget}
+        | config.model_dump(mode="json"),
         tags=provenance_tags(Path.cwd(), accelerator=config.cluster.accelerator)
         | {"raynium.run": config.run.name}
         | dict(tags),
     )
+    # The run is worth more than this page of it.
+    try:
+        log_dataset(
+            mlflow.uri,
+            mlflow.run_id,
+            path=config.data.path,
+            identity=manifest.identity,
+            facts={"documents": manifest.train.documents, "tokens": manifest.train.tokens}
+            | {"heldout_documents": manifest.heldout.documents, "vocab_size": manifest.vocab_size},
+        )
+    except TrackingError as error:
+        tell(f"the MLflow page does not name the data: {error}")
     try:
         log_artifact_text(mlflow.uri, mlflow.run_id, "config.yaml", dump_yaml(config))
-    # The run is worth more than this page of it.
     except TrackingError as error:
         tell(f"the MLflow page does not show config.yaml: {error}")
     return mlflow

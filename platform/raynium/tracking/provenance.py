@@ -1,10 +1,14 @@
 """What a run's page says about where the run came from, with no secret in it."""
 
+import getpass
 import importlib.metadata
+import os
 import platform
 import re
+import shlex
 import socket
 import subprocess
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -20,25 +24,31 @@ _SECRET_WORDS = re.compile(
 
 
 def provenance_tags(folder: str | Path, *, accelerator: str) -> dict[str, str]:
-    """MLflow tags for a run started from `folder`: host, accelerator, versions, and `git_tags`."""
+    """MLflow tags for a run started from `folder`: host, accelerator, versions, and `origin_tags`."""
     tags = {"host": socket.gethostname(), "accelerator": accelerator, "version.python": platform.python_version()}
     for package in PACKAGES:
         try:
             tags[f"version.{package}"] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             tags[f"version.{package}"] = "not installed"
-    return tags | git_tags(folder)
+    return tags | origin_tags(folder)
 
 
-def git_tags(folder: str | Path) -> dict[str, str]:
-    """Commit and cleanliness of the checkout that `folder` is in; empty outside one.
+def origin_tags(folder: str | Path) -> dict[str, str]:
+    """Who started it by which command, and commit and cleanliness of the checkout that `folder` is in, if it is in one.
 
-    Call it where the user's files are: a Ray job's working directory is a copy without `.git`.
+    Call it where the user is: a Ray job runs as its cluster's user, in a copy of the files without `.git`. MLflow's own
+    page shows those that begin with `mlflow.`.
     """
-    tags = {}
+    try:
+        user = getpass.getuser()
+    # In a container the uid may have no name.
+    except (KeyError, OSError):
+        user = str(os.getuid())
+    command = shlex.join([Path(sys.argv[0]).name, *map(_masked, sys.argv[1:])])
+    tags = {"mlflow.user": user, "mlflow.source.name": command, "mlflow.source.type": "LOCAL"}
     commit = _git(folder, "rev-parse", "HEAD")
     if commit:
-        # MLflow's own page shows it by this name.
         tags["mlflow.source.git.commit"] = commit
         # Untracked files count too: a new module that nobody added changes the run as much as an edit.
         tags["git.dirty"] = "true" if _git(folder, "status", "--porcelain") else "false"
@@ -66,6 +76,11 @@ def flatten_config(config: Mapping[str, object]) -> dict[str, str]:
 def is_secret_name(name: str) -> bool:
     """True if the last part of a dotted name looks like a credential (`storage.secret_key`, not `eos_token`)."""
     return _SECRET_WORDS.search(name.rpartition(".")[2].lower().replace("-", "_")) is not None
+
+
+def _masked(argument: str) -> str:
+    name, equals, _ = argument.partition("=")
+    return f"{name}={MASK}" if equals and is_secret_name(name.lstrip("-")) else redact(argument)
 
 
 def _leaves(config: Mapping[str, object], *, prefix: str) -> Iterator[tuple[str, object]]:

@@ -4,9 +4,10 @@ Called by the driver, the CLI and the SDK; blocking, but never for longer than s
 (`sender.py`).
 """
 
+import json
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -39,7 +40,10 @@ MAX_PER_REQUEST = 100
 # MLflow's SQL stores keep it in place of infinity.
 LARGEST_FLOAT = sys.float_info.max
 
-RunStatus = Literal["FINISHED", "FAILED", "KILLED"]
+# Of its two views, MLflow opens the one for calls of finished models unless told otherwise.
+TRAINING_VIEW = "workflowType=machine_learning"
+
+RunStatus = Literal["FINISHED", "FAILED"]
 
 
 @dataclass(frozen=True)
@@ -108,7 +112,7 @@ def open_run(
     """
     check_reachable(uri)
     flat_params = {name: _cut(value, MAX_PARAM_CHARACTERS) for name, value in flatten_config(params).items()}
-    all_tags = {name: _cut(redact(value), MAX_TAG_CHARACTERS) for name, value in tags.items()}
+    all_tags = _cut_tags(tags)
     with mlflow_client(uri, timeout_seconds=REQUEST_TIMEOUT_SECONDS) as client:
         if run_id is None:
             run = client.create_run(_experiment_id(client, experiment, uri=uri), run_name=run_name)
@@ -172,6 +176,10 @@ def _log(client: "MlflowClient", run_id: str, *, params: Mapping[str, str], tags
         client.log_batch(run_id, params=all_params[part], tags=all_tags[part], synchronous=True)
 
 
+def _cut_tags(tags: Mapping[str, str]) -> dict[str, str]:
+    return {name: _cut(redact(text), MAX_TAG_CHARACTERS) for name, text in tags.items()}
+
+
 def _cut(value: str, max_characters: int) -> str:
     if len(value) <= max_characters:
         return value
@@ -191,14 +199,48 @@ def log_artifact_text(uri: str, run_id: str, path: str, text: str) -> None:
 def set_tags(uri: str, run_id: str, tags: Mapping[str, str]) -> None:
     """Set tags of the run, over what they were. Raises TrackingError."""
     with mlflow_client(uri, timeout_seconds=REQUEST_TIMEOUT_SECONDS) as client:
-        cut = {name: _cut(redact(text), MAX_TAG_CHARACTERS) for name, text in tags.items()}
-        _log(client, run_id, params={}, tags=cut)
+        _log(client, run_id, params={}, tags=_cut_tags(tags))
 
 
-def finish_run(uri: str, run_id: str, status: RunStatus) -> None:
-    """Set the run's end state. A later attempt may `open_run` it again. Raises TrackingError."""
+def finish_run(uri: str, run_id: str, status: RunStatus, tags: Mapping[str, str] = {}) -> None:
+    """Set the run's end state, and tags with it. A later attempt may `open_run` it again. Raises TrackingError."""
     with mlflow_client(uri, timeout_seconds=REQUEST_TIMEOUT_SECONDS) as client:
+        _log(client, run_id, params={}, tags=_cut_tags(tags))
         client.set_terminated(run_id, status)
+
+
+def end_abandoned(uri: str, run_id: str, tags: Mapping[str, str], *, unix: float, still: Callable[[], bool]) -> None:
+    """End as failed, at that time, a run whose driver has died; one that has ended is left alone. Raises TrackingError.
+
+    still: whether nobody drives it, also asked after the write: a driver that took the run meanwhile keeps it open.
+    """
+    refuse_stranger(uri)
+    with mlflow_client(uri, timeout_seconds=REQUEST_TIMEOUT_SECONDS) as client:
+        if client.get_run(run_id).info.status != "RUNNING" or not still():
+            return
+        _log(client, run_id, params={}, tags=_cut_tags(tags))
+        client.set_terminated(run_id, "FAILED", end_time=int(unix * 1000))
+        if not still():
+            client.update_run(run_id, status="RUNNING")
+
+
+def log_dataset(uri: str, run_id: str, *, path: str, identity: str, facts: Mapping[str, int]) -> None:
+    """Name the run's document store as its input.
+
+    identity: of its manifest; MLflow takes the first 36 of its 64 digits as the digest. facts: numbers to show of it.
+    Raises TrackingError.
+    """
+    with mlflow_client(uri, timeout_seconds=REQUEST_TIMEOUT_SECONDS) as client:
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        dataset = Dataset(
+            name=path.rstrip("/").rpartition("/")[2] or path,
+            digest=identity[:36],
+            source_type="s3" if path.startswith("s3://") else "local",
+            source=json.dumps({"uri": path}),
+            profile=json.dumps({"identity": identity, **facts}),
+        )
+        client.log_inputs(run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])])
 
 
 def read_metric(uri: str, run_id: str, key: str) -> list[MetricPoint]:
@@ -225,7 +267,12 @@ def _restore_infinity(value: float) -> float:
 
 def page_url(base: str, experiment_id: str, run_id: str) -> str:
     """Address of the run's page on an MLflow UI at `base`."""
-    return f"{base.rstrip('/')}/#/experiments/{experiment_id}/runs/{run_id}"
+    return f"{base.rstrip('/')}/#/experiments/{experiment_id}/runs/{run_id}?{TRAINING_VIEW}"
+
+
+def home_url(base: str) -> str:
+    """Address of the list of experiments there."""
+    return f"{base.rstrip('/')}/#/experiments?{TRAINING_VIEW}"
 
 
 def ui_command(uri: str, *, host: str = "127.0.0.1", port: int = 5000) -> list[str]:
