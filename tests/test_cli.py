@@ -181,7 +181,7 @@ def test_runs_and_status_as_json(raynium: Callable[..., Ended], run: RecordKeepe
     (listed,) = json.loads(raynium("runs", "--json").out)
     assert (listed["name"], listed["state"], listed["step"], listed["steps"]) == ("first", "running", 4, 6)
     assert listed["metrics"] == {"train/loss": 3.25, "eval/loss": None}
-    assert listed["page"] == "http://127.0.0.1:5000/#/experiments/1/runs/m1"
+    assert listed["page"] == "http://127.0.0.1:5000/#/experiments/1/runs/m1?workflowType=machine_learning"
     shown = json.loads(raynium("status", "first", "--json").out)
     (checkpoint,) = shown.pop("checkpoints")
     assert shown.keys() == listed.keys() and checkpoint["step"] == 4 and checkpoint["kept_for"]
@@ -193,7 +193,7 @@ def test_runs_and_status_as_json(raynium: Callable[..., Ended], run: RecordKeepe
 def test_status_shows_state_numbers_checkpoints_and_page(raynium: Callable[..., Ended], run: RecordKeeper) -> None:
     out = raynium("status", "first").out
     assert out.startswith("run first: running at step 4 of 6\n")
-    assert "MLflow page: http://127.0.0.1:5000/#/experiments/1/runs/m1" in out
+    assert "MLflow page: http://127.0.0.1:5000/#/experiments/1/runs/m1?workflowType=machine_learning" in out
     assert "  train/loss                                 3.25\n" in out
     assert "  checkpoint of step 4: 0.4 MB\n" in out
     die(run)
@@ -334,8 +334,11 @@ def test_ui_serves_the_store_of_a_root_or_of_a_run(
     raynium: Callable[..., Ended], run: RecordKeeper, executed: list[tuple[list[str], dict[str, str]]]
 ) -> None:
     Path("runs/mlflow.db").write_text("")
-    assert raynium("ui", "--port", "5001").out == "MLflow: http://127.0.0.1:5001\n"
-    page = "MLflow page: http://127.0.0.1:5000/#/experiments/1/runs/m1\n"
+    assert (
+        raynium("ui", "--port", "5001").out
+        == "MLflow: http://127.0.0.1:5001/#/experiments?workflowType=machine_learning\n"
+    )
+    page = "MLflow page: http://127.0.0.1:5000/#/experiments/1/runs/m1?workflowType=machine_learning\n"
     assert raynium("ui", "first").out == page
     for command, environment in executed:
         assert command[:4] == [sys.executable, "-m", "mlflow", "ui"]
@@ -360,7 +363,10 @@ def test_ui_of_a_server_is_its_address(
     raynium: Callable[..., Ended], run: RecordKeeper, executed: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run.update(mlflow_uri="https://mlflow.example.com")
-    assert raynium("ui", "first").out == "MLflow page: https://mlflow.example.com/#/experiments/1/runs/m1\n"
+    assert (
+        raynium("ui", "first").out
+        == "MLflow page: https://mlflow.example.com/#/experiments/1/runs/m1?workflowType=machine_learning\n"
+    )
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://mlflow.example.com")
-    assert raynium("ui").out == "MLflow: https://mlflow.example.com\n"
+    assert raynium("ui").out == "MLflow: https://mlflow.example.com/#/experiments?workflowType=machine_learning\n"
     assert executed == []

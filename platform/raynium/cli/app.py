@@ -120,18 +120,21 @@ def submit(
 @app.command(epilog="Example: raynium runs --root s3://bucket/runs --json")
 def runs(root: RootOption = "runs", as_json: JsonOption = False) -> None:
     """List the runs under a root, newest first."""
+    from raynium.launch.page import end_abandoned_pages
     from raynium.sdk import list_runs
     from raynium.terminal.report import record_json, table_row
 
+    records = list_runs(root)
+    end_abandoned_pages(records)
     if as_json:
-        print_json([record_json(record, time.time()) for record in list_runs(root)])
+        print_json([record_json(record, time.time()) for record in records])
         return
     from rich.console import Console
     from rich.table import Column, Table
 
     # For grep, a run is one line.
     console = Console(width=None if sys.stdout.isatty() else 1000, highlight=False, markup=False)
-    rows = [table_row(record, time.time()) for record in list_runs(root)]
+    rows = [table_row(record, time.time()) for record in records]
     if not rows:
         _print(f"no runs under {root}")
         return
@@ -149,11 +152,13 @@ def runs(root: RootOption = "runs", as_json: JsonOption = False) -> None:
 @app.command(epilog="Example: raynium status first --json")
 def status(name: RunArgument, root: RootOption = "runs", as_json: JsonOption = False) -> None:
     """Show one run: state, metrics, checkpoints, page."""
+    from raynium.launch.page import end_abandoned_pages
     from raynium.sdk import find_run
     from raynium.terminal.report import record_json, report_lines
 
     run = find_run(name, root)
     record = run.record()
+    end_abandoned_pages([record])
     if as_json:
         facts = {"checkpoints": cli_checkpoints.summaries_json(run.checkpoints(), run.retention())}
         print_json(record_json(record, time.time()) | facts)
@@ -244,17 +249,20 @@ def ui(
     On this machine only: nothing asks who is looking.
     """
     from raynium.config.paths import absolute_root
+    from raynium.launch.page import end_abandoned_pages
     from raynium.rank.ports import is_free
-    from raynium.sdk import find_run
+    from raynium.sdk import find_run, list_runs
     from raynium.terminal.report import ui_lines, ui_port
     from raynium.tracking.client import sqlite_path
-    from raynium.tracking.runs import resolve_uri, ui_command, ui_environment
+    from raynium.tracking.runs import home_url, resolve_uri, ui_command, ui_environment
 
     record = find_run(name, root).record() if name else None
     uri = (record.mlflow_uri if record else None) or resolve_uri(None, absolute_root(root))
     page = ui_lines(record, port)[0] if record is not None else None
+    if record is not None:
+        end_abandoned_pages([record])
     if uri.startswith("http"):
-        _print(page or f"MLflow: {uri}")
+        _print(page or f"MLflow: {home_url(uri)}")
         return
     if not sqlite_path(uri).exists():
         raise StoreError(f"there is no {sqlite_path(uri)} yet: runs under {root} have tracked nothing there")
@@ -263,7 +271,9 @@ def ui(
             f"port {port} of 127.0.0.1 is in use, perhaps by another `raynium ui`: end that, or give a free port, such "
             f"as --port {ui_port()}"
         )
-    _print(page or f"MLflow: http://127.0.0.1:{port}")
+    if record is None:
+        end_abandoned_pages(list_runs(root))
+    _print(page or f"MLflow: {home_url(f'http://127.0.0.1:{port}')}")
     sys.stdout.flush()
     command = ui_command(uri, host="127.0.0.1", port=port)
     os.execve(command[0], command, ui_environment())

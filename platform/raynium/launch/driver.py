@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import ray
 import ray.exceptions
@@ -116,7 +116,10 @@ class Driver:
         coordinator.ran_before.remote(0, Before(keeper.record.ledger))
         while True:
             fitting = _InThread(lambda: self._trainer(coordinator).fit())
-            with ClusterWatch(head=ray.get_runtime_context().gcs_address, raylet=raylet_address()) as self._cluster:
+            with (
+                self._page,
+                ClusterWatch(head=ray.get_runtime_context().gcs_address, raylet=raylet_address()) as self._cluster,
+            ):
                 status = self._watch(coordinator, fitting, keeper)
             if status.ended is not None or not (
                 self._moving or self._outlives_controller(coordinator, fitting.error, status)
@@ -213,7 +216,7 @@ class Driver:
             new_faults = [fault for fault in status.node_faults if fault not in self._faults_seen]
             self._faults_seen.update(new_faults)
             self._node_faults += [fault.to_json() for fault in new_faults]
-            self._page.show(status, self._node_faults)
+            self._page.show(status, replace(keeper.record, **self._facts(status)))
             if status.ended is not None or over:
                 return status
             self._leave_bad_nodes(coordinator, status, new_faults)
@@ -330,20 +333,24 @@ class Driver:
 
     def _keep_record(self, keeper: RecordKeeper, status: Status) -> None:
         """Writes what changed at once, and else a heartbeat now and then."""
-        live: Literal["preparing", "running"] = "running" if status.running else "preparing"
-        changed = (status.generation, live, self._node_faults) != (
-            keeper.record.generation,
-            keeper.record.state,
-            keeper.record.node_faults or [],
-        )
-        (keeper.update if changed else keeper.beat)(
-            state=live,
-            generation=status.generation,
-            agents=[{"host": agent.host, "pid": agent.pid} for agent in status.agents],
-            step=status.step,
-            metrics=status.metrics,
-            node_faults=list(self._node_faults),
-        )
+        facts = self._facts(status)
+        told_at_once = ("generation", "state", "node_faults")
+        changed = any(facts[name] != getattr(keeper.record, name) for name in told_at_once)
+        (keeper.update if changed else keeper.beat)(**facts)
+
+    def _facts(self, status: Status) -> dict[str, Any]:
+        """What the record says of a run that goes on. What this coordinator does not know is as an earlier one said."""
+        record = self.prepared.keeper.record
+        return {
+            "state": "running" if status.running else "preparing",
+            "generation": status.generation,
+            "agents": [{"host": agent.host, "pid": agent.pid} for agent in status.agents],
+            "step": status.step,
+            "metrics": status.metrics,
+            "node_faults": list(self._node_faults) or None,
+            "committed_step": record.committed_step if status.committed_step is None else status.committed_step,
+            "incident": status.incident or record.incident,
+        }
 
 
 def start_coordinator(config: Config, run_url: str, last_generation: int) -> Any:

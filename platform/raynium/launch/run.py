@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from rich.console import Console
@@ -10,6 +11,7 @@ from rich.text import Text
 from raynium.config.reference import brief
 from raynium.config.schema import Config
 from raynium.errors import RunInUse, StoreError, TrackingError
+from raynium.launch.page import end_page
 from raynium.launch.preparation import Prepared, checked, finished_record, prepare, survey_data
 from raynium.launch.ray_environment import set_ray_environment
 from raynium.launch.settle import check_this_machine, settled
@@ -18,7 +20,7 @@ from raynium.run.protocol import Status
 from raynium.run.record import RunRecord
 from raynium.terminal.display import Display
 from raynium.tracking.client import ArtifactsAway
-from raynium.tracking.runs import RunStatus, finish_run, log_artifact_text
+from raynium.tracking.runs import log_artifact_text
 
 
 def run(
@@ -60,10 +62,10 @@ def run(
             except (KeyboardInterrupt, SystemExit) as error:
                 # SystemExit: a job's SIGTERM where no rank is left to hear of it.
                 by = "SIGINT" if isinstance(error, KeyboardInterrupt) else "SIGTERM"
-                _write_end(prepared, display, "KILLED", state="stopped", stopped_by=by)
+                _write_end(prepared, display, state="stopped", stopped_by=by)
                 raise
             except BaseException as error:
-                _write_end(prepared, display, "FAILED", state="failed", cause=f"{type(error).__name__}: {error}")
+                _write_end(prepared, display, state="failed", cause=f"{type(error).__name__}: {error}")
                 raise
 
 
@@ -84,11 +86,11 @@ def _run_prepared(prepared: Prepared, display: Display) -> RunRecord:
         step=status.step,
         generation=status.generation,
         metrics=status.metrics,
+        committed_step=status.committed_step or prepared.keeper.record.committed_step,
+        incident=status.incident or prepared.keeper.record.incident,
         result=result,
     )
-    _end_mlflow_run(
-        prepared, display, "FINISHED" if finished else "KILLED", samples=result["samples"] if result else []
-    )
+    _end_mlflow_run(prepared, display, prepared.keeper.record)
     return prepared.keeper.record
 
 
@@ -120,7 +122,7 @@ def _result(prepared: Prepared, status: Status) -> dict[str, Any]:
     return result
 
 
-def _write_end(prepared: Prepared, display: Display, status: RunStatus, **changes: Any) -> None:
+def _write_end(prepared: Prepared, display: Display, **changes: Any) -> None:
     """Writes down an end that is an exception. What goes wrong here must not hide that from the user."""
     try:
         prepared.keeper.update(**changes)
@@ -128,14 +130,15 @@ def _write_end(prepared: Prepared, display: Display, status: RunStatus, **change
         return  # the record and the MLflow page are another driver's by now
     except StoreError as error:
         display.line(f"the run record does not show how the run ended: {error}")
-    _end_mlflow_run(prepared, display, status, samples=[])
+    _end_mlflow_run(prepared, display, replace(prepared.keeper.record, **changes))
 
 
-def _end_mlflow_run(prepared: Prepared, display: Display, status: RunStatus, *, samples: list[str]) -> None:
+def _end_mlflow_run(prepared: Prepared, display: Display, record: RunRecord) -> None:
     """Writes the end into MLflow. A server that is away by now costs the page its end, not the run its result."""
     mlflow = prepared.mlflow
+    samples = record.result["samples"] if record.result is not None else []
     try:
-        finish_run(mlflow.uri, mlflow.run_id, status)
+        end_page(mlflow, record)
         if samples:
             log_artifact_text(mlflow.uri, mlflow.run_id, "samples.txt", "\n\n----------\n\n".join(samples))
     except ArtifactsAway as error:

@@ -208,6 +208,7 @@ class RunCoordinator:
             ended=ended,
             cause=cause,
             events=self._board.events(after=events_after),
+            incident=self._lives.incident,
             evaluation=self._board.evaluation if running else None,
             node_faults=self._lives.node_faults,
             ledger=self._book.ledger(now),

@@ -46,6 +46,8 @@ class Lives:
         self.number = last_generation
         self.ended: tuple[EndKind, str | None] | None = None
         self.stop_requested = False
+        # How the last generation that failed did so.
+        self.incident: str | None = None
         # No generation is ordered before this time.
         self.not_before = 0.0
         self._verdicts = Verdicts(fault)
@@ -123,7 +125,7 @@ class Lives:
             self._board.forget_devices()
             if (current := self.running) is not None:
                 cause = "a node agent was lost; Ray Train started the node agents again"
-                self._board.tell(f"generation {self.number} failed: {cause}")
+                self._failed(self.number, cause)
                 # It was counted when Ray Train placed the new ones.
                 self.over(current, cause)
 
@@ -142,7 +144,7 @@ class Lives:
         current = self.running
         if current is not None and self.order_for(agent) is None and agent.node_rank not in current.exits:
             cause = f"the ranks of node {agent.node_rank} ended while nobody could hear of it"
-            self._board.tell(f"generation {self.number} failed: {cause}")
+            self._failed(self.number, cause)
             self.over(current, cause)
 
     def needs_more_words(self, current: Generation) -> bool:
@@ -159,7 +161,7 @@ class Lives:
         for line in first.last_lines:
             self._board.tell(f"  rank {first.rank} | {line}")
         cause = f"rank {first.rank}: {first.cause}"
-        self._board.tell(f"generation {current.order.generation} failed: {cause}")
+        self._failed(current.order.generation, cause)
         if first.fault is not None:
             self.node_fault(current.order.generation, node_rank, first.fault)
         judgement = self._verdicts.ranks_failed(first, now=now)
@@ -172,6 +174,10 @@ class Lives:
             self.end("failed", judgement.ends)
         elif self._recovery.refuses(current.order.resume_step, images, first.error):
             self.end("failed", cause)
+
+    def _failed(self, generation: int, cause: str) -> None:
+        self.incident = f"generation {generation} failed: {cause}"
+        self._board.tell(self.incident)
 
     def node_fault(self, generation: int, node_rank: int, fault: Fault) -> None:
         """Names the node that somebody has to see to, with the line that says so."""

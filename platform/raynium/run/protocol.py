@@ -324,7 +324,8 @@ class Status:
 
     running: ranks have been ordered and have not ended. metrics: the last value of every one. agents: of the current
     generation, by node rank. cause: of a failure. evaluation: batches done and in all, while one goes on. node_faults:
-    all of this coordinator's life, oldest first. ledger: what this life of the coordinator has booked.
+    all of this coordinator's life, oldest first.
+    incident: how its last generation that failed did so. ledger: what this life of the coordinator has booked.
     """
 
     generation: int
@@ -340,4 +341,5 @@ class Status:
     events: Sequence[Event] = ()
     evaluation: tuple[int, int] | None = None
     node_faults: Sequence[NodeFault] = ()
+    incident: str | None = None
     ledger: LifeLedger = field(default_factory=LifeLedger)

@@ -70,6 +70,9 @@ class RunRecord:
     stopped_by: str | None = None
     node_faults: list[dict[str, Any]] | None = None  # nodes that a verdict named, oldest first; NodeFault.to_json
     result: dict[str, Any] | None = None  # of a finished run: evaluation, baselines, samples
+    # Of the newest checkpoint; and how the last generation that failed did so, once one has.
+    committed_step: int | None = None
+    incident: str | None = None
     # From created_unix to heartbeat_unix, without idle_seconds.
     ledger: Ledger = field(default_factory=Ledger)
     # In which it had ended, and nobody wanted it to go on.
