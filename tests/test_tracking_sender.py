@@ -21,8 +21,8 @@ from mlflow_server import Server, wait_until
 from raynium.errors import TrackingError
 from raynium.tracking import sender
 from raynium.tracking.client import mlflow_client
-from raynium.tracking.metrics import METRICS
-from raynium.tracking.runs import check_reachable, log_artifact_text, open_run, read_metric
+from raynium.tracking.metrics import METRICS, STEADY
+from raynium.tracking.runs import check_reachable, log_artifact_text, metric_names, open_run, read_metric
 from raynium.tracking.sender import MlflowTracker
 from raynium.tracking.spool import MetricSpool
 from raynium.tracking.tracker import MemoryTracker, TrackerStatus
@@ -68,6 +68,44 @@ def store(request: pytest.FixtureRequest) -> str:
     if request.param == "server":
         return request.getfixturevalue("server").uri
     return request.getfixturevalue("sqlite_uri")
+
+
+def test_a_level_line_is_no_chart_and_every_change_is_a_point(store: str, tmp_path: Path):
+    run_id = new_run(store, "steady")
+    generations, repeats, flops, loss = [1, 1, 2, 2, 3], [0.0, 0.0, 4.5, 4.5, 0.0], [9e9] * 5, [1.0, 1.0, 1.0, 2.0, 2.0]
+    tracker = make_tracker(tmp_path / "spool", store, run_id)
+    for step in range(5):
+        tracker.append({"run/generation": generations[step]}, step=step, unix_ms=step)
+        values = {"goodput/repeat_seconds": repeats[step], "goodput/ratio": 0.5, "train/loss": loss[step]}
+        tracker.append(values | {"throughput/peak_flops_per_rank": flops[step]}, step=step, unix_ms=step)
+    with pytest.raises(ValueError, match="is not a number"):
+        tracker.append({"run/generation": True}, step=5, unix_ms=5)
+    status = tracker.close(timeout_seconds=CLOSE_SECONDS)
+    assert (status.points_appended, status.points_pending, status.points_lost) == (2 + 2 + 5 + 5 + 1, 0, 0)
+
+    def points(name: str) -> list[tuple[int, float]]:
+        return [(point.step, point.value) for point in read_metric(store, run_id, name)]
+
+    assert points("run/generation") == [(2, 2), (4, 3)]
+    assert points("goodput/repeat_seconds") == [(2, 4.5), (4, 0)]
+    assert points("throughput/peak_flops_per_rank") == [(0, 9e9)]
+    assert [value for _, value in points("train/loss")] == loss, "what is learned has a point for every step"
+    assert [value for _, value in points("goodput/ratio")] == [0.5] * 5
+    assert STEADY.keys() < METRICS.keys() and not {name for name in STEADY if name.startswith(("train/", "eval/"))}
+
+
+def test_what_is_learned_and_its_speed_are_all_that_mlflow_shows_before_its_system_tab(store: str, tmp_path: Path):
+    run_id = new_run(store, "order")
+    tracker = make_tracker(tmp_path / "spool", store, run_id)
+    tracker.append(dict.fromkeys(METRICS, 7.5), step=3, unix_ms=5)
+    tracker.close(timeout_seconds=CLOSE_SECONDS)
+    with mlflow_client(store, timeout_seconds=10) as client:
+        names = client.get_run(run_id).data.metrics
+    first = {name for name in names if not name.startswith("system/")}
+    assert {name.partition("/")[0] for name in first} == {"eval", "throughput", "train"}
+    assert "system/goodput/ratio" in names and {name.removeprefix("system/") for name in names} == METRICS.keys()
+    assert metric_names(store, run_id) == sorted(METRICS), "nobody else knows these longer names"
+    assert [point.value for point in read_metric(store, run_id, "goodput/ratio")] == [7.5]
 
 
 def test_values_times_and_non_finite_numbers_arrive_as_they_were(store: str, tmp_path: Path):

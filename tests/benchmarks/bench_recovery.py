@@ -98,20 +98,24 @@ class Ours:
         return dict(enumerate(pid for pid in forked if os.getpgid(pid) == pid))
 
     def newest_step(self) -> tuple[float, int]:
-        return self._query("order by timestamp desc") or (0.0, 0)
+        done = self._query("train/loss", "order by timestamp desc")
+        return (done[0], int((self._generation("order by value desc") or (0.0, 1.0))[1])) if done else (0.0, 0)
 
     def first_step_of_another(self, generation: int) -> float | None:
-        found = self._query(f"and value > {generation} order by timestamp")
+        found = self._generation(f"and value > {generation} order by timestamp")
         return found[0] if found else None
 
-    def _query(self, rest: str) -> tuple[float, int] | None:
+    def _generation(self, rest: str) -> tuple[float, float] | None:
+        return self._query("system/run/generation", rest)
+
+    def _query(self, name: str, rest: str) -> tuple[float, float] | None:
         """Of what the run has sent to MLflow, seconds late but with the agent's own times."""
-        text = f"select timestamp, value from metrics where key = 'run/generation' {rest} limit 1"
+        text = f"select timestamp, value from metrics where key = '{name}' {rest} limit 1"
         file = f"file:{self._folder}/runs/mlflow.db?mode=ro"
         # Nothing is there until the first sender has made it.
         with contextlib.suppress(sqlite3.OperationalError), contextlib.closing(sqlite3.connect(file, uri=True)) as made:
             if row := made.execute(text).fetchone():
-                return row[0] / 1000, int(row[1])
+                return row[0] / 1000, row[1]
         return None
 
     def close(self) -> None:

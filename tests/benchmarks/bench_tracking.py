@@ -12,7 +12,7 @@ from raynium.tracking.sender import MlflowTracker
 
 NAMES = (
     *("train/loss", "train/grad_norm", "train/learning_rate", "train/tokens", "time/step_seconds"),
-    *("throughput/tokens_per_second", "throughput/mfu_6n", "run/generation"),
+    *("throughput/tokens_per_second", "throughput/mfu_6n", "time/data_seconds"),
 )
 NUM_STEPS = 10_000
 

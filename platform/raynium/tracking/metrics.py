@@ -67,6 +67,27 @@ METRICS: dict[str, str] = {
     "goodput/other_seconds": "seconds of none of these: between steps, and messages on their way",
 }
 
+# MLflow sorts charts by area, and has those that begin with `system/` behind a tab of their own: there goes what is
+# neither learned nor the speed of it. Only MLflow knows the longer names.
+FIRST_AREAS = ("train", "eval", "throughput")
+MLFLOW_TAB = "system/"
+
+# Of these a point is one where the value changes; given is the one they start from, if all do from the same. The rest
+# would be charts of a level line.
+STEADY: dict[str, float | None] = {
+    "throughput/peak_flops_per_rank": None,
+    "checkpoint/bytes": None,
+    "device/reporting_nodes": None,
+    "run/generation": 1.0,
+    **dict.fromkeys((name for name in METRICS if name.startswith("goodput/") and name != "goodput/ratio"), 0.0),
+    **dict.fromkeys((name for name in METRICS if name.startswith("compile/") or name.endswith("_errors")), 0.0),
+    **dict.fromkeys(("checkpoint/skipped_saves", "device/execution_timeouts", "device/fallback_operators"), 0.0),
+}
+
+
+def name_in_mlflow(name: str) -> str:
+    return name if name.partition("/")[0] in FIRST_AREAS else f"{MLFLOW_TAB}{name}"
+
 
 def unknown_metric(name: str) -> str | None:
     """What is wrong with a name that is not one of METRICS; None of one that is."""

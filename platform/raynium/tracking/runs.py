@@ -26,6 +26,7 @@ from raynium.tracking.client import (
     refuse_stranger,
     sqlite_path,
 )
+from raynium.tracking.metrics import MLFLOW_TAB, name_in_mlflow
 from raynium.tracking.provenance import flatten_config
 
 if TYPE_CHECKING:
@@ -249,7 +250,7 @@ def read_metric(uri: str, run_id: str, key: str) -> list[MetricPoint]:
     with mlflow_client(uri, timeout_seconds=REQUEST_TIMEOUT_SECONDS) as client:
         # The history of a run that does not exist is an empty list.
         client.get_run(run_id)
-        history = client.get_metric_history(run_id, key)
+        history = client.get_metric_history(run_id, name_in_mlflow(key))
     points = [MetricPoint(point.step, _restore_infinity(point.value), point.timestamp) for point in history]
     return sorted(points, key=lambda point: (point.step, point.unix_ms))
 
@@ -258,7 +259,7 @@ def metric_names(uri: str, run_id: str) -> list[str]:
     """The metrics that have a point, sorted. Raises TrackingError."""
     refuse_stranger(uri)
     with mlflow_client(uri, timeout_seconds=REQUEST_TIMEOUT_SECONDS) as client:
-        return sorted(client.get_run(run_id).data.metrics)
+        return sorted(name.removeprefix(MLFLOW_TAB) for name in client.get_run(run_id).data.metrics)
 
 
 def _restore_infinity(value: float) -> float:

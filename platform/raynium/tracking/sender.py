@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 from raynium.errors import TrackingError
 from raynium.tracking.client import ArtifactsAway, log_text, mlflow_client
+from raynium.tracking.metrics import STEADY, check_metrics, name_in_mlflow
 from raynium.tracking.spool import MetricSpool, SpooledStep
 from raynium.tracking.tracker import TrackerStatus
 
@@ -173,7 +174,8 @@ class MetricSender:
         num_points = 0
         for spooled in steps:
             num_points += len(spooled.metrics)
-            for name, value in spooled.metrics.items():
+            for own_name, value in spooled.metrics.items():
+                name = name_in_mlflow(own_name)
                 identity = (name, spooled.step)
                 if identity in points or self._logged.holds(client, self._run_id, name=name, step=spooled.step):
                     continue
@@ -230,6 +232,7 @@ class MlflowTracker:
         wait_seconds: float = 0.0,
     ):
         self._spool = MetricSpool(spool_folder, wait_seconds=wait_seconds)
+        self._steady = dict(STEADY)
         self._sender = MetricSender(
             self._spool,
             uri=uri,
@@ -239,7 +242,12 @@ class MlflowTracker:
         )
 
     def append(self, metrics: Mapping[str, float], *, step: int, unix_ms: int) -> None:
-        self._spool.append(metrics, step=step, unix_ms=unix_ms)
+        check_metrics(metrics)
+        # Here, not where they are sent: what the spool has accepted must arrive.
+        news = {name: value for name, value in metrics.items() if self._steady.get(name) != value}
+        self._steady |= {name: value for name, value in news.items() if name in STEADY}
+        if news:
+            self._spool.append(news, step=step, unix_ms=unix_ms)
 
     def artifact(self, path: str, text: str) -> None:
         self._spool.put_artifact(path, text)

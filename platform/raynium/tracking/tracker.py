@@ -37,7 +37,7 @@ class Tracker(Protocol):
     """Where the metrics of one run go. Only the agent of rank 0's node has one."""
 
     def append(self, metrics: Mapping[str, float], *, step: int, unix_ms: int) -> None:
-        """Accept the points of one step without waiting for any server.
+        """Accept the points of one step without waiting for any server. Those of STEADY are none while nothing changes.
 
         Raises ValueError for a name outside METRICS or a value that is no number.
         """
