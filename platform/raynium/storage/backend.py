@@ -19,18 +19,23 @@ class KeyMissing(StoreError):
 
 @dataclass(frozen=True)
 class Listing:
-    """What lies under a folder; names are relative to the store."""
+    """What lies under a folder; names are relative to the store.
 
-    sizes: Mapping[str, int] = field(default_factory=dict)  # key → bytes
-    modified_unix: Mapping[str, float] = field(default_factory=dict)  # key → by the storage's clock; S3: whole seconds
-    folders: tuple[str, ...] = ()  # one level down, without the closing slash; empty for a recursive listing
+    sizes: key → bytes. modified_unix: key → seconds by the storage's clock, on S3 whole ones. folders: one level down,
+    without the closing slash; empty for a recursive listing.
+    """
+
+    sizes: Mapping[str, int] = field(default_factory=dict)
+    modified_unix: Mapping[str, float] = field(default_factory=dict)
+    folders: tuple[str, ...] = ()
 
 
 class Backend(Protocol):
     """What a kind of storage must do. Keys are already checked and relative to the store; errors are StoreErrors."""
 
     def put(self, key: str, data: bytes, *, exclusive: bool) -> None: ...
-    def read(self, key: str, *, max_bytes: int) -> bytes: ...  # one version of it, also while it is being replaced
+    # One version of it, also while it is being replaced.
+    def read(self, key: str, *, max_bytes: int) -> bytes: ...
     def read_into(self, key: str, start: int, buffers: Sequence[memoryview]) -> None: ...
     def size(self, key: str) -> int: ...
     def stored_checksum(self, key: str) -> tuple[int, str | None]: ...

@@ -12,8 +12,10 @@ import numpy as np
 from awscrt.checksums import combine_crc64nvme, crc64nvme
 from numpy.typing import NDArray
 
-PART_BYTES = 64 * 2**20  # of one request, up or down; files begin a new part at each multiple of it
-UNIT_BYTES = 256 * 2**10  # has one checksum: whoever reads some bytes of a file reads and checks whole units
+# Of one request, up or down; files begin a new part at each multiple of it.
+PART_BYTES = 64 * 2**20
+# A unit has one checksum: whoever reads some bytes of a file reads and checks whole units.
+UNIT_BYTES = 256 * 2**10
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,8 @@ def _combine_equal(crcs: NDArray[np.uint64], length: int) -> int:
     """
     while len(crcs) > 32:
         if len(crcs) % 2:
-            crcs = np.concatenate([np.zeros(1, np.uint64), crcs])  # the checksum of nothing, which changes nothing
+            # The checksum of nothing, in front, changes nothing.
+            crcs = np.concatenate([np.zeros(1, np.uint64), crcs])
         crcs = _followed_by(crcs[0::2], length) ^ crcs[1::2]
         length *= 2
     return reduce(lambda total, crc: combine_crc64nvme(total, crc, length), crcs.tolist(), 0)

@@ -14,10 +14,12 @@ from raynium.storage.backend import KeyExists, KeyMissing, Listing, refuse_large
 from raynium.storage.checksum import PART_BYTES, FileChecksums, checksum_units
 from raynium.storage.local_files import mapped, sync_folder
 
-_TEMPORARY_PREFIX = ".tmp-"  # no key may begin with a dot, so listings tell these apart
+# No key may begin with a dot, so listings tell these apart.
+_TEMPORARY_PREFIX = ".tmp-"
 _PROBE_BYTES = 64 * 1024
 _FOLDER_ATTEMPTS = 5
-_MAX_BUFFERS = 1000  # of one system call (IOV_MAX is 1,024)
+# Of one system call; IOV_MAX is 1,024.
+_MAX_BUFFERS = 1000
 
 _REMEDIES = {
     errno.EACCES: "give this user write permission there, or set run.root to a folder it owns",
@@ -43,8 +45,10 @@ class FileBackend:
             file.write(data)
 
     def read(self, key: str, *, max_bytes: int) -> bytes:
-        self.size(key)  # a folder is not a key
-        with self._errors(key), (self.root / key).open("rb") as file:  # the one opened here, whatever replaces it
+        # A folder is not a key: `size` refuses it.
+        self.size(key)
+        # Whatever replaces the file, the one opened here is read.
+        with self._errors(key), (self.root / key).open("rb") as file:
             refuse_large(self._uri(key), os.fstat(file.fileno()).st_size, max_bytes)
             return file.read()
 
@@ -62,7 +66,8 @@ class FileBackend:
     def size(self, key: str) -> int:
         with self._errors(key):
             path = self.root / key
-            if path.is_dir():  # as in S3, a folder is not a key
+            # As in S3, a folder is not a key.
+            if path.is_dir():
                 raise KeyMissing(f"{self._uri(key)} does not exist")
             return path.stat().st_size
 
@@ -85,7 +90,8 @@ class FileBackend:
                     try:
                         stats[name] = entry.stat()
                     except FileNotFoundError:
-                        continue  # deleted since we read the folder: then it is not there
+                        # Deleted since we read the folder: then it is not there.
+                        continue
         found = sorted(stats.items())
         return Listing(
             sizes={key: stat.st_size for key, stat in found},
@@ -120,7 +126,8 @@ class FileBackend:
                         path.unlink()
                         count += 1
                 except FileNotFoundError:
-                    continue  # its writer has just finished, or another process discards too
+                    # Its writer has just finished, or another process discards too.
+                    continue
         return count
 
     def _temporary_files(self, under: Path) -> Iterator[Path]:
@@ -146,7 +153,8 @@ class FileBackend:
 
     def check_reachable(self, *, need_bytes: int) -> None:
         probe = f"probe-{uuid4().hex}"
-        self.put(probe, bytes(_PROBE_BYTES), exclusive=True)  # large enough to meet a full disk
+        # The probe is large enough to meet a full disk.
+        self.put(probe, bytes(_PROBE_BYTES), exclusive=True)
         self.delete(probe)
         with self._errors(""):
             free = shutil.disk_usage(self.root).free
@@ -165,7 +173,8 @@ class FileBackend:
                 with os.scandir(self.root / folder) as entries:
                     return list(entries)
             except FileNotFoundError:
-                return []  # as in S3: a folder is there only if a key is in it
+                # As in S3, a folder is there only if a key is in it.
+                return []
 
     @contextmanager
     def _new_file(self, key: str, *, exclusive: bool) -> Iterator[BinaryIO]:
@@ -175,13 +184,16 @@ class FileBackend:
         try:
             with _new_in_new_folder(temporary) as file:
                 yield _WholeWrites(file)  # pyright: ignore[reportReturnType]
-                os.fsync(file.fileno())  # else a crash of the machine could leave the name without its bytes
+                # Else a crash of the machine could leave the name without its bytes.
+                os.fsync(file.fileno())
             try:
                 if exclusive:
-                    os.link(temporary, target)  # fails if the name is taken, unlike rename
+                    # Unlike rename, link fails if the name is taken.
+                    os.link(temporary, target)
                 else:
                     temporary.replace(target)
-            except FileNotFoundError as error:  # not tried again: somebody took its writer for dead
+            except FileNotFoundError as error:
+                # Not tried again: somebody took its writer for dead.
                 raise StoreError(
                     f"{self._uri(key)}: its unfinished file was deleted while it was written; see who deletes there "
                     "(rm, another driver of this run), and write it again if that was not meant"
@@ -196,7 +208,8 @@ class FileBackend:
         try:
             yield
         except FileExistsError as error:
-            if error.filename2 is None:  # not from link(): a file is in the way of a folder
+            # This is not from link(): a file is in the way of a folder.
+            if error.filename2 is None:
                 raise StoreError(f"{self._uri(key)}: {error}; {_REMEDIES[errno.ENOTDIR]}") from error
             raise KeyExists(f"{self._uri(key)} exists already; another writer was first") from error
         except FileNotFoundError as error:
@@ -218,7 +231,8 @@ def _new_in_new_folder(path: Path) -> BinaryIO:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             return path.open("xb", buffering=0)  # pyright: ignore[reportReturnType]
-        except (FileNotFoundError, FileExistsError):  # mkdir says the latter of a folder that is gone when it looks
+        except (FileNotFoundError, FileExistsError):
+            # mkdir says FileExistsError of a folder that is gone when it looks.
             if attempt == _FOLDER_ATTEMPTS:
                 raise
     raise AssertionError("returned or raised above")

@@ -10,9 +10,12 @@ from aiohttp.abc import AbstractStreamWriter
 from aiohttp.http import StreamWriter
 from aiohttp.payload import Payload
 
-_SLICE_BYTES = 2**20  # encrypted at once
-_DIRECT_SLICE_BYTES = 8 * 2**20  # without TLS; each begins with a turn of the event loop
-_DIRECT_BYTES = 4 * 2**20  # bodies of so much are worth a connection of their own
+# So much is encrypted at once.
+_SLICE_BYTES = 2**20
+# Without TLS. Each slice begins with a turn of the event loop.
+_DIRECT_SLICE_BYTES = 8 * 2**20
+# Bodies of so much are worth a connection of their own.
+_DIRECT_BYTES = 4 * 2**20
 
 
 class MemoryBody(Payload):
@@ -55,12 +58,14 @@ class MemoryBody(Payload):
         view, transport = self._view[:content_length], writer.transport
         if transport is None or not view or transport.get_extra_info("ssl_object") is not None:
             for piece in _slices(view, _SLICE_BYTES):
-                await writer.write(piece)  # waits while the socket is behind
+                # Waits while the socket is behind.
+                await writer.write(piece)
                 self._moved()
             return
         # Without TLS: from our memory into the socket. asyncio's transport would copy what the socket does not take at
         # once, and it keeps its socket to itself, so this sends on a duplicate while the transport has nothing to send
-        transport.set_write_buffer_limits(0)  # else `drain` would not wait until the headers are gone
+        # Else `drain` would not wait until the headers are gone.
+        transport.set_write_buffer_limits(0)
         writer.send_headers()
         await writer.drain()
         with socket.socket(fileno=os.dup(transport.get_extra_info("socket").fileno())) as raw:
@@ -74,7 +79,8 @@ class Destination:
     """Memory to be filled from front to back: `buffers` (flat bytes), one after the other."""
 
     def __init__(self, buffers: Sequence[memoryview]):
-        self._waiting = [buffer for buffer in reversed(buffers) if len(buffer)]  # the next one last
+        # The next one is last.
+        self._waiting = [buffer for buffer in reversed(buffers) if len(buffer)]
         self.received_bytes = 0
         self.missing_bytes = sum(map(len, buffers))
 
@@ -128,7 +134,8 @@ async def _receive_directly(
     filler = _Filler(transport, destination, min(left_bytes, destination.missing_bytes))
     transport.set_protocol(filler)
     try:
-        transport.resume_reading()  # aiohttp stops the socket when it has much that nobody took
+        # aiohttp stops the socket when it has much that nobody took.
+        transport.resume_reading()
         while not filler.done.done():
             before = destination.received_bytes
             await asyncio.wait((filler.done,), timeout=silence_seconds)

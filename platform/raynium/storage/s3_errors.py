@@ -43,9 +43,11 @@ _OLD_CREDENTIALS = (
     "InvalidToken",
     "InvalidAccessKeyId",
     "SignatureDoesNotMatch",
-    "NoCredentialsError",  # the instance's metadata service did not answer the many who asked at once
+    # The instance's metadata service did not answer the many who asked at once.
+    "NoCredentialsError",
 )
-_OLD_CREDENTIALS_OF_HEAD = ("400", "403")  # whose answers have no words
+# Answers to HEAD have no words, only a status.
+_OLD_CREDENTIALS_OF_HEAD = ("400", "403")
 _PASSING = ("RequestTimeout", "SlowDown", "ServiceUnavailable", "InternalError", "Throttling", "RequestLimitExceeded")
 _PASSING_STATUS = (429, 500, 502, 503, 504)
 

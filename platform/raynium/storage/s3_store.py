@@ -1,8 +1,8 @@
 """A store in S3, through s3fs. No torch.
 
 Checksums are CRC64NVME, given by us: S3 (and SeaweedFS, and Ceph) refuse bytes that differ, part by part and whole.
-Each exclusive write stores a mark of its own with the object: when an answer is lost and the retry finds the key
-taken, the mark says whether by itself.
+Each exclusive write stores a mark of its own with the object, as x-amz-meta-raynium-write: when an answer is lost and
+the retry finds the key taken, the mark says whether by itself.
 """
 
 import asyncio
@@ -35,23 +35,26 @@ from raynium.storage.s3_errors import TAKEN, are_credentials_old, check_endpoint
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
-PARTS_IN_FLIGHT = 8  # of 64 MiB: hides S3's latency; they are sent from where they lie, so more costs no memory
-_MAX_UPLOAD_PARTS = 10_000  # S3's limit
-_DELETE_BATCH = 1000  # S3's limit
-_MAX_ATTEMPTS = 8  # per request, with growing pauses: more than half a minute of SlowDown or broken connections
-_READ_ATTEMPTS = 6  # connections that may break in a row while one range is read, each without progress
-_PAUSE_SECONDS = 0.25  # doubled each time
+# Parts of 64 MiB in flight hide S3's latency; they are sent from where they lie, so more costs no memory.
+PARTS_IN_FLIGHT = 8
+# S3's limits.
+_MAX_UPLOAD_PARTS = 10_000
+_DELETE_BATCH = 1000
+# Tries of a request: over half a minute of SlowDown or breaks. Breaks in a row of one read, without progress.
+_MAX_ATTEMPTS = 8
+_READ_ATTEMPTS = 6
+_PAUSE_SECONDS = 0.25
 _LONGEST_PAUSE_SECONDS = 20
 _READ_PROGRESS_BYTES = 64 * 1024
-_SILENCE_SECONDS = 120  # s3fs: 15 s, less than a throttled bucket may take to answer
+# s3fs waits 15 s, less than a throttled bucket may take to answer.
+_SILENCE_SECONDS = 120
 _CLEANUP_SECONDS = 20
-_MARK = "raynium-write"  # x-amz-meta-raynium-write: unique to one call of ours
-
-_BROKEN = (BotoCoreError, OSError, aiohttp.ClientError)  # what the body of an answer may raise
+_MARK = "raynium-write"
+_BROKEN = (BotoCoreError, OSError, aiohttp.ClientError)
 
 
 class S3Backend:
-    """Keys are objects under `prefix` of `bucket`."""
+    """Keys are objects under `prefix` of `bucket`. The "folders" that web consoles make are empty objects, not keys."""
 
     def __init__(self, bucket: str, prefix: str, options: dict[str, Any], *, max_attempts: int = _MAX_ATTEMPTS):
         self.bucket, self.prefix, self._options, self._max_attempts = bucket, prefix, options, max_attempts
@@ -76,7 +79,7 @@ class S3Backend:
             },
         )
         self._fs.retries = 1
-        self._left_open: list[_LeftOpen] = []  # used on s3fs's thread only
+        self._left_open: list[_LeftOpen] = []
 
     def put(self, key: str, data: bytes, *, exclusive: bool) -> None:
         with self._errors(key, "s3:PutObject"):
@@ -108,7 +111,7 @@ class S3Backend:
             with self._errors(folder, "s3:ListBucket"):
                 page = self._run(self._request("list_objects_v2", **request))
             for item in page.get("Contents", ()):
-                if not item["Key"].endswith("/"):  # "folders" made by web consoles are empty objects
+                if not item["Key"].endswith("/"):
                     sizes[item["Key"][base:]] = item["Size"]
                     modified_unix[item["Key"][base:]] = item["LastModified"].timestamp()
             folders += [item["Prefix"][base:-1] for item in page.get("CommonPrefixes", ())]
@@ -127,7 +130,8 @@ class S3Backend:
             with self._errors(folder, "s3:DeleteObject"):
                 answer = self._run(self._request("delete_objects", Delete={"Objects": batch, "Quiet": True}))
             for problem in answer.get("Errors", ()):
-                if (code := problem.get("Code", "")) != "NoSuchKey":  # another process deletes here too
+                # Another process may delete here, too.
+                if (code := problem.get("Code", "")) != "NoSuchKey":
                     remedy = remedy_for(code, "s3:DeleteObject")
                     raise StoreError(f"{self._uri(folder)}: cannot delete {problem['Key']}: {code}; {remedy}")
         return len(keys)
@@ -147,7 +151,6 @@ class S3Backend:
             raise StoreError(f"cannot upload {path} to {self._uri(key)}: {error.strerror}") from error
         with source, self._errors(key, "s3:PutObject and s3:AbortMultipartUpload"):
             view = mapped(source, size := os.fstat(source.fileno()).st_size)
-            # S3 takes at most 10,000 parts a file
             part_bytes = num_units(max(PART_BYTES, num_units(size, _MAX_UPLOAD_PARTS)), unit_bytes) * unit_bytes
             if size <= part_bytes:
                 sent = checksum_units(view, unit_bytes)
@@ -155,13 +158,13 @@ class S3Backend:
             else:
                 sent = self._run(self._upload_parts(key, view, part_bytes, unit_bytes))
         self._check_stored(key, sent)
-        if self._left_open:  # the store answers again
+        if self._left_open:
             self._run(self._clean_up_left_open())
         return sent
 
     def check_reachable(self, *, need_bytes: int) -> None:
         """Fail in seconds, not after all attempts, where the address, the credentials or a permission is wrong."""
-        del need_bytes  # a bucket has no limit
+        del need_bytes
         S3Backend(self.bucket, self.prefix, self._options, max_attempts=2)._try_requests()
 
     def _try_requests(self) -> None:
@@ -196,13 +199,14 @@ class S3Backend:
         async def send(index: int) -> tuple[FileChecksums, dict[str, Any]]:
             async with free:
                 body = view[index * part_bytes : (index + 1) * part_bytes]
-                sums = checksum_units(body, unit_bytes)  # holds up the other parts for 6 ms of the 64 MiB's 25
+                # This holds up the other parts for 6 ms of the 64 MiB's 25.
+                sums = checksum_units(body, unit_bytes)
                 part = {"PartNumber": index + 1, "ChecksumCRC64NVME": to_text(sums.crc)}
                 answer = await self._request("upload_part", **upload, **part, Body=body)
                 return sums, {**part, "ETag": answer["ETag"]}
 
         try:
-            async with asyncio.TaskGroup() as group:  # one fails: the others are cancelled
+            async with asyncio.TaskGroup() as group:
                 sends = [group.create_task(send(index)) for index in range(num_units(len(view), part_bytes))]
             sums, parts = zip(*(task.result() for task in sends), strict=True)
             whole = FileChecksums(len(view), unit_bytes, tuple(crc for some in sums for crc in some.unit_crcs))
@@ -216,12 +220,12 @@ class S3Backend:
                 ChecksumType="FULL_OBJECT",
             )
         except BaseException as error:
-            cause = error.exceptions[0] if isinstance(error, BaseExceptionGroup) else error  # the others: cancelled
+            # The first part to fail: the group has cancelled the others.
+            cause = error.exceptions[0] if isinstance(error, BaseExceptionGroup) else error
             await self._clean_up(upload, cause)
             raise cause  # noqa: B904  (`from` would replace the cause in which s3fs keeps S3's own words)
         if started["ResponseMetadata"].get("RetryAttempts"):
-            # The answer to an earlier try was lost: that try may have begun an upload of which we never learned.
-            # The key is taken now, so no open upload to it can win any more, whoever began it
+            # A lost answer may have begun an upload too; the key is taken, so no open upload to it can win any more.
             for twin in await self._open_uploads_of(key):
                 await self._abort(twin.target)
         return whole
@@ -249,11 +253,11 @@ class S3Backend:
                 raise
 
     async def _mark_of(self, key: str) -> str | None:
-        """The mark of whoever wrote `key`, "" for one without; None if there is no such key or nobody can tell."""
+        """The mark of `key`'s writer, "" for one without. None: no such key, or an error: the caller has one."""
         try:
             async with asyncio.timeout(_SILENCE_SECONDS):
                 head = await self._request("head_object", key)
-        except (OSError, BotoCoreError) as error:  # the caller is about to report the first error
+        except (OSError, BotoCoreError) as error:
             logger.debug("cannot look at %s: %s", self._uri(key), error)
             return None
         return head["Metadata"].get(_MARK, "")
@@ -287,9 +291,9 @@ class S3Backend:
         return True
 
     def _check_stored(self, key: str, sent: FileChecksums) -> None:
-        """Compare what the server says it holds with what was sent, without reading it again."""
+        """Compare what the server says it holds (an old one keeps no checksum) with what was sent; nothing is read."""
         size, stored = self.stored_checksum(key)
-        if size != sent.size or (stored or to_text(sent.crc)) != to_text(sent.crc):  # an old server may keep none
+        if size != sent.size or (stored or to_text(sent.crc)) != to_text(sent.crc):
             raise StoreError(
                 f"{self._uri(key)}: sent {sent.size:,} bytes with CRC64NVME {to_text(sent.crc)}, the server holds "
                 f"{size:,} with {stored}; the object is not used. Check the server"
@@ -451,7 +455,7 @@ class S3Backend:
             finally:
                 finished.set()
 
-        assert self._fs.loop is not None  # only an asynchronous file system has none
+        assert self._fs.loop is not None
         future = asyncio.run_coroutine_threadsafe(guarded(), self._fs.loop)
         try:
             return future.result()
@@ -477,15 +481,15 @@ class S3Backend:
 
 @dataclass(frozen=True)
 class _OpenUpload:
-    """A multipart upload that is neither completed nor aborted."""
+    """A multipart upload that is neither completed nor aborted. target: Key and UploadId, as S3 takes them."""
 
-    target: Mapping[str, str]  # Key and UploadId, as S3 takes them
+    target: Mapping[str, str]
     began: datetime
 
 
 @dataclass(frozen=True)
 class _LeftOpen:
-    """A multipart upload of ours that `cause` ended, and that could not be aborted."""
+    """A multipart upload of ours that `cause` ended, and that could not be aborted. Used on s3fs's thread only."""
 
     target: Mapping[str, str]
     cause: BaseException

@@ -142,7 +142,8 @@ class Store:
         self.write_new(probe, data)
         if self.read(probe) != data:
             raise StoreError(f"{self.url} does not give back what was written to it; use another store")
-        self.delete(probe)  # last: a role without s3:DeleteObject leaves this one key, and the error names it
+        # Last, since a role without s3:DeleteObject leaves this one key, and the error names it.
+        self.delete(probe)
 
 
 def checked_key(key: str) -> str:

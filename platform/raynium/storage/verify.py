@@ -8,7 +8,8 @@ from raynium.storage.backend import KeyMissing
 from raynium.storage.checksum import FileChecksums, checksum, num_units
 from raynium.storage.store import Store
 
-READERS = 4  # requests in flight, for the caller's pool; each holds READ_BYTES in memory
+# Requests in flight, for the caller's pool; each holds READ_BYTES in memory.
+READERS = 4
 READ_BYTES = 64 * 2**20
 
 
