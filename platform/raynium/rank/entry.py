@@ -22,9 +22,11 @@ if TYPE_CHECKING:
     from raynium.train.link import AgentLink
     from raynium.train.loop import Outcome
 
-    Program = Callable[[str, AgentLink], Outcome]  # (plan as JSON, link): what a rank runs once it is set up
+    # What a rank runs once it is set up, given the plan as JSON and the link.
+    Program = Callable[[str, AgentLink], Outcome]
 
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
+# From linux/prctl.h.
+PR_SET_PDEATHSIG = 1
 
 # The template's variable that names torch.compile's backend, if its ranks will compile; see `rank/template.py`.
 COMPILE_BACKEND_VARIABLE = "RAYNIUM_TEMPLATE_COMPILE_BACKEND"
@@ -59,7 +61,8 @@ def main(
         os.dup2(output.fileno(), descriptor)
     output.close()
     sys.stdout.reconfigure(line_buffering=True)  # pyright: ignore[reportAttributeAccessIssue]  # a kill loses no line
-    faulthandler.enable()  # a crash in native code leaves Python's stack among the last lines
+    # A crash in native code leaves Python's stack among the last lines.
+    faulthandler.enable()
     die_with_the_agent()
     # A group of its own: a compiler that this rank starts ends with it, and Ctrl-C in a terminal is for the agent
     os.setpgid(0, 0)
@@ -80,7 +83,8 @@ def main(
         link.close()
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(1)  # not sys.exit: a collective's background thread may still wait for a peer
+        # Not sys.exit: a collective's background thread may still wait for a peer.
+        os._exit(1)
     link.outcome(outcome.step, outcome.reason)
     link.close()
 

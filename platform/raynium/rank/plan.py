@@ -9,14 +9,18 @@ from raynium.config.world import World
 
 @dataclass(frozen=True)
 class RankPlan:
-    """The same for all ranks of a node and generation."""
+    """The same for all ranks of a node and generation.
+
+    run_url: the run's folder or URL. resume_step: of the checkpoint to start from; None: the initial weights.
+    data_folder: the document store, on this node's disk. image_folder: shared memory that outlives the rank.
+    """
 
     config: Config
     world: World
-    run_url: str  # the run's folder or URL
-    resume_step: int | None  # of the checkpoint to start from; None: the initial weights
-    data_folder: str  # the document store, on this node's disk
-    image_folder: str  # shared memory that outlives the rank
+    run_url: str
+    resume_step: int | None
+    data_folder: str
+    image_folder: str
     # Rank → the images its predecessor left there of `resume_step`, as checkpoint.manifest.ImageInfo in JSON: they are
     # used in place of the checkpoint. Empty: the checkpoint is read.
     resume_images: dict[int, list[str]] = field(default_factory=dict)
@@ -27,6 +31,7 @@ class RankPlan:
     @classmethod
     def from_json(cls, text: str) -> "RankPlan":
         fields = json.loads(text)
-        images = {int(rank): infos for rank, infos in fields["resume_images"].items()}  # JSON's keys are text
+        # JSON's keys are text.
+        images = {int(rank): infos for rank, infos in fields["resume_images"].items()}
         config, world = Config.model_validate(fields["config"]), World.from_json(fields["world"])
         return cls(**fields | {"config": config, "world": world, "resume_images": images})

@@ -44,7 +44,8 @@ class Snapshots:
         self._link = link
         self._if_busy = if_busy
         self._rank = dist.get_rank()
-        self._random_state = torch.get_rng_state()  # uint8 [5056], the same tensor each time: chunks hold it
+        # uint8 [5056], the same tensor each time: chunks hold it.
+        self._random_state = torch.get_rng_state()
         chunks = self._chunks()
         self._plan = plan_image(chunks)
         # What another rank saves and this one holds too is not uploaded, but a restart from memory needs it.
@@ -78,7 +79,8 @@ class Snapshots:
     def restore(self, store: Store, step: int) -> int:
         """Reads the checkpoint of `step` into the engine, in whatever layout it was written; returns the step."""
         loaded = load_checkpoint(open_checkpoint(store, step), self._chunks())
-        if not loaded.absent:  # a rank that did not exist when it was saved keeps its fresh seed
+        # A rank that did not exist when it was saved keeps its fresh seed.
+        if not loaded.absent:
             torch.set_rng_state(self._random_state)
         logger.info("resumed from the checkpoint of step %d, %.1f MB read", step, loaded.num_bytes_read / 1e6)
         return self._restored(step)

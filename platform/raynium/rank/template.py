@@ -34,12 +34,14 @@ def warm_up_compiler(backend: str) -> None:
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    tqdm.monitor_interval = 0  # torch's compiler makes bars that nobody sees, and tqdm a thread that looks after them
+    # torch's compiler makes bars that nobody sees, and tqdm a thread that looks after them.
+    tqdm.monitor_interval = 0
     with inductor_config.patch(compile_threads=1, fx_graph_cache=False):
         compiled = torch.compile(function, backend="inductor" if backend == "inductor" else "aot_eager", dynamic=False)
         x, weight = torch.ones(8, 8), torch.ones(8, 8, requires_grad=True)
         compiled(x, weight)
-        with torch.no_grad():  # evaluation's graphs go another way
+        # Evaluation's graphs go another way.
+        with torch.no_grad():
             compiled(x, weight)
     torch._dynamo.reset()
     torch.set_num_threads(threads)
@@ -48,10 +50,12 @@ def warm_up_compiler(backend: str) -> None:
 if COMPILE_BACKEND_VARIABLE in os.environ:
     try:
         warm_up_compiler(os.environ[COMPILE_BACKEND_VARIABLE])
-    except Exception as error:  # whatever it is, ranks meet it again, and their agent tells the user
+    except Exception as error:
+        # Whatever it is, ranks meet it again, and their agent tells the user.
         logger.warning("ranks will start more slowly, because the compiler does not work here: %s", error)
 
-look()  # keeps what it has read of installed packages
+# It keeps what it has read of installed packages.
+look()
 # What is here lives as long as the ranks. Else the garbage collector goes through its 300,000 objects in each of them,
 # which takes 0.15 s of a step, and 76 MB of memory that they had shared.
 gc.collect()

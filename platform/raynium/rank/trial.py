@@ -19,9 +19,12 @@ if TYPE_CHECKING:
     from raynium.train.link import Link
     from raynium.train.loop import Outcome
 
-REPEATS = 5  # the fastest counts
-NON_ZERO = 1 / 32  # of the left operand: sums stay within ±256, which bfloat16 holds exactly
-NUM_PROBES = 8  # vectors that the product is compared on; a wrong row passes all of them in one case of 256
+# The fastest counts.
+REPEATS = 5
+# This part of the left operand is not zero: sums stay within ±256, which bfloat16 holds exactly.
+NON_ZERO = 1 / 32
+# Vectors that the product is compared on; a wrong row passes all of them in one case of 256.
+NUM_PROBES = 8
 
 
 def run_trial(plan_json: str, link: "Link") -> "Outcome":
@@ -38,7 +41,8 @@ def run_trial(plan_json: str, link: "Link") -> "Outcome":
     rank, world_size, local_rank, local_world_size = (
         int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
     )
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_world_size))  # they prepare and judge side by side
+    # The ranks of a node prepare and judge side by side.
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_world_size))
     link.phase("start", 0)
     accelerator = detect(plan.accelerator)
     device = accelerator.set_device(local_rank)
@@ -76,10 +80,12 @@ def multiply(device: "torch.device", *, size: int, dtype: "torch.dtype", peak_fl
     for _ in range(1 + REPEATS):
         began = time.perf_counter()
         product = left_there @ right_there
-        product.amax().item()  # waits for the device, also for one that computes only what is read
+        # This waits for the device, also for one that computes only what is read.
+        product.amax().item()
         seconds.append(time.perf_counter() - began)
     product = (left_there @ right_there).cpu().float()
-    exact = torch.equal(product @ probes, left @ (right @ probes))  # sums below 2^24: exact in float32
+    # The sums are below 2^24: exact in float32.
+    exact = torch.equal(product @ probes, left @ (right @ probes))
     return Gemm(2 * size**3 / min(seconds[1:]), seconds[0], exact, peak_flops)
 
 
@@ -90,7 +96,8 @@ def all_reduce(device: "torch.device", num_bytes: int, rank: int, world_size: in
 
     own, expected = float(rank + 1), world_size * (world_size + 1) / 2
     seconds, exact = [], True
-    for _ in range(1 + REPEATS):  # the first makes connections, and compiles
+    # The first makes connections, and compiles.
+    for _ in range(1 + REPEATS):
         values = torch.full((num_bytes // 4,), own, dtype=torch.float32).to(device)
         began = time.perf_counter()
         dist.all_reduce(values)
