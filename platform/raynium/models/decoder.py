@@ -84,7 +84,8 @@ class Attention(nn.Module):
             rotate(k_BTGK, rope).transpose(1, 2),
             v_BTGK.transpose(1, 2),
             is_causal=True,
-            enable_gqa=q_BTHK.shape[2] != k_BTGK.shape[2],  # on CPU a third faster than repeating k and v
+            # On the CPU a third faster than repeating k and v.
+            enable_gqa=q_BTHK.shape[2] != k_BTGK.shape[2],
         )
         return self.o(mixed_BHTK.transpose(1, 2).flatten(2))
 
@@ -144,7 +145,8 @@ def rope_tables(config: ModelSection, *, num_tokens: int, device: torch.device) 
 def scale_frequencies(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
     """Llama 3.1: slow frequencies are divided by `factor`, fast ones kept, those between blended."""
     wavelengths = 2 * math.pi / frequencies
-    turns = scaling.original_max_seq_len / wavelengths  # of each frequency within the original context
+    # Of each frequency, within the original context.
+    turns = scaling.original_max_seq_len / wavelengths
     kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
     kept = kept.clamp(0, 1)
     return (1 - kept) * frequencies / scaling.factor + kept * frequencies

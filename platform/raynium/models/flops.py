@@ -25,7 +25,8 @@ def parameter_count(model: ModelSection) -> ParameterCount:
     attention = model.hidden_size * model.head_dim * (2 * model.num_heads + 2 * model.num_kv_heads)
     ffn = 3 * model.hidden_size * model.ffn_size
     of_blocks = model.num_layers * (attention + ffn + norms_per_block(model))
-    multiplied = of_blocks + model.hidden_size + table  # this table is the head
+    # This table is the head.
+    multiplied = of_blocks + model.hidden_size + table
     lookup = table if model.embeddings == "untied" else 0
     return ParameterCount(total=multiplied + lookup, multiplied=multiplied)
 

@@ -11,7 +11,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
-from numpy.random import Generator, Philox  # by name: numpy loads the module late, and a forked rank should not
+
+# By name: numpy loads the module late, and a forked rank should not.
+from numpy.random import Generator, Philox
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -21,7 +23,8 @@ from raynium.config.schema import ModelSection
 # work about it, and small enough that few lie across the edges of a rank's blocks: on 64 ranks it draws up to 3 % more
 # than it holds; on 1,024, where a rank of Llama 3 70B has 8 rows of a matrix, twice that, in 2 s.
 TILE_ROWS, TILE_COLUMNS = 32, 256
-MOST_THREADS = 8  # of a tile's 100 µs about 10 are under the interpreter's lock
+# Of a tile's 100 µs about 10 are under the interpreter's lock.
+MOST_THREADS = 8
 
 
 def init_block(
@@ -54,7 +57,8 @@ def init_block(
     if name.endswith(("attention.o.weight", "ffn.down.weight")):
         std /= math.sqrt(2 * config.num_layers)
     key = int.from_bytes(hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=16).digest(), "little")
-    bands = range(offsets[0] // TILE_ROWS, (offsets[0] + shape[0] - 1) // TILE_ROWS + 1)  # rows of tiles
+    # A band is a row of tiles.
+    bands = range(offsets[0] // TILE_ROWS, (offsets[0] + shape[0] - 1) // TILE_ROWS + 1)
     threads = min(threads, len(bands), MOST_THREADS)
 
     def fill(first: int) -> None:
@@ -63,7 +67,8 @@ def init_block(
     if threads == 1:
         fill(0)
     else:
-        with ThreadPoolExecutor(threads) as pool:  # numpy draws without the interpreter lock
+        # numpy draws without the interpreter lock.
+        with ThreadPoolExecutor(threads) as pool:
             list(pool.map(fill, range(threads)))
     return block
 
@@ -91,14 +96,16 @@ def _fill_bands(
     room = np.empty(TILE_ROWS * TILE_COLUMNS, np.float32)
     tiles = range(first_column // TILE_COLUMNS, (first_column + width - 1) // TILE_COLUMNS + 1)
     for i in bands:
-        row = i * TILE_ROWS - first_row  # of the block, where the tile begins: negative if that is above it
+        # Of the block, where the tile begins: negative if that is above it.
+        row = i * TILE_ROWS - first_row
         top, bottom = max(row, 0), min(row + TILE_ROWS, num_rows)
         for j in tiles:
             column = j * TILE_COLUMNS - first_column
             tile_width = min(TILE_COLUMNS, num_columns - j * TILE_COLUMNS)
             left, right = max(column, 0), min(column + tile_width, width)
             counter[2:] = i, j
-            philox.state = state  # 0.8 µs; another generator would take 7
+            # This takes 0.8 µs; another generator would take 7.
+            philox.state = state
             tile = room[: (bottom - row) * tile_width].reshape(bottom - row, tile_width)
             normals.standard_normal(dtype=np.float32, out=tile)
             held = tile[top - row :, left - column : right - column]

@@ -27,15 +27,20 @@ _DIM_OF_SPLIT: dict[Split, int | None] = {
 
 
 class Piece(NamedTuple):
-    """One rank's block of one of our parameters: rows `row` to `row + shape[0]` of a parameter of the NxD model."""
+    """One rank's block of one of our parameters: rows `row` to `row + shape[0]` of a parameter of the NxD model.
 
-    name: str  # ours, e.g. "blocks.0.ffn.up.weight"
-    stored: str  # in the NxD model, e.g. "blocks.0.ffn.gate_up.weight"
+    name: ours, e.g. "blocks.0.ffn.up.weight". stored: in the NxD model, e.g. "blocks.0.ffn.gate_up.weight". offsets:
+    where the block begins in our parameter. first_holder: of the tensor ranks that hold the same block this one saves
+    it.
+    """
+
+    name: str
+    stored: str
     row: int
     shape: tuple[int, ...]
     global_shape: tuple[int, ...]
-    offsets: tuple[int, ...]  # where the block begins in our parameter
-    first_holder: bool  # of the tensor ranks that hold the same block this one saves it
+    offsets: tuple[int, ...]
+    first_holder: bool
 
     def rows(self, begin: int, end: int) -> "Piece | None":
         """What rows begin..end of the stored parameter hold of this block; None if nothing."""
@@ -50,13 +55,16 @@ class Piece(NamedTuple):
 
 
 class Heads(NamedTuple):
-    """The attention heads of one tensor rank."""
+    """The attention heads of one tensor rank.
+
+    copy: which copy of its key/value heads this rank holds; 0: the one that counts.
+    """
 
     first_query: int
     num_query: int
     first_kv: int
     num_kv: int
-    copy: int  # which copy of its key/value heads this rank holds; 0: the one that counts
+    copy: int
 
 
 def kv_copies(model: ModelSection, tensor_size: int) -> int:

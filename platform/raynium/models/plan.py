@@ -9,13 +9,20 @@ from typing import Literal, NamedTuple
 from raynium.config.schema import ModelSection
 
 Split = Literal[
-    "vocabulary",  # embedding table split by vocabulary rows; output summed over ranks and split along tokens
-    "gather",  # no parameter: the module's first argument is gathered from split-along-tokens to whole
-    "column",  # linear split by output features; whole input, output stays split
-    "row",  # linear split by input features; output summed over ranks and split along tokens
-    "sequence",  # parameter whole on every rank, each works on its tokens; gradients are summed over ranks
-    "heads",  # parameter whole on every rank, each works on its heads; gradients are summed over ranks
-    "logits",  # linear split by vocabulary rows; input gathered from split-along-tokens, logits stay split
+    # The embedding table is split by vocabulary rows; its output is summed over ranks and split along tokens.
+    "vocabulary",
+    # No parameter: the module's first argument is gathered from split along tokens to whole.
+    "gather",
+    # A linear layer is split by output features; its input is whole, its output stays split.
+    "column",
+    # A linear layer is split by input features; its output is summed over ranks and split along tokens.
+    "row",
+    # The parameter is whole on every rank, each works on its tokens; gradients are summed over ranks.
+    "sequence",
+    # The parameter is whole on every rank, each works on its heads; gradients are summed over ranks.
+    "heads",
+    # A linear layer is split by vocabulary rows; its input is gathered along tokens to whole, its logits stay split.
+    "logits",
 ]
 
 
