@@ -77,7 +77,8 @@ class RunCoordinator:
                 return GoHome(self._run_ledger())
             self._lives.greet(agent)
             if (given := self._lives.order_for(agent)) is not None:
-                return given  # Ray repeats a call whose answer was lost on its way
+                # Ray repeats a call whose answer was lost on its way.
+                return given
             self._lives.rejoined(agent)
             self._roster.joins(agent)
             began, tries = time.monotonic(), 0

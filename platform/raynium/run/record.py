@@ -48,28 +48,34 @@ class Owner:
 
 @dataclass(frozen=True)
 class RunRecord:
-    """Everything the CLI, the SDK and the next driver need to know about a run."""
+    """Everything the CLI, the SDK and the next driver need to know about a run.
+
+    config: resolved; enough to run the job again. agents: host and pid of each node's agent, by node rank. metrics: the
+    last value of every metric. log_path: of the driver, on its host. job_id: Ray's job submission id, when it runs as
+    one. cause: of a failure. node_faults: nodes that a verdict named, oldest first, as NodeFault.to_json. result: of a
+    finished run: evaluation, baselines, samples.
+    """
 
     name: str
-    config: dict[str, Any]  # resolved; enough to run the job again
+    config: dict[str, Any]
     state: State
     owner: Owner
     created_unix: float
     heartbeat_unix: float
     generation: int = 0
-    agents: list[dict[str, Any]] | None = None  # host and pid of each node's agent, by node rank
+    agents: list[dict[str, Any]] | None = None
     step: int = 0
-    metrics: dict[str, float] | None = None  # the last value of every metric
+    metrics: dict[str, float] | None = None
     mlflow_uri: str | None = None
     mlflow_run_id: str | None = None
     mlflow_experiment_id: str | None = None
-    log_path: str | None = None  # of the driver, on its host
-    job_id: str | None = None  # Ray job submission id, when it runs as one
-    cause: str | None = None  # of a failure
+    log_path: str | None = None
+    job_id: str | None = None
+    cause: str | None = None
     # Of a run that somebody stopped: the name of a signal, or `raynium stop`.
     stopped_by: str | None = None
-    node_faults: list[dict[str, Any]] | None = None  # nodes that a verdict named, oldest first; NodeFault.to_json
-    result: dict[str, Any] | None = None  # of a finished run: evaluation, baselines, samples
+    node_faults: list[dict[str, Any]] | None = None
+    result: dict[str, Any] | None = None
     # Of the newest checkpoint; and how the last generation that failed did so, once one has.
     committed_step: int | None = None
     incident: str | None = None
@@ -149,7 +155,8 @@ class RecordKeeper:
 
     def __init__(self, store: Store, record: RunRecord, claim_number: int):
         """record: as of now, its ledger too."""
-        self.claim_number = claim_number  # this driver is the run's n-th
+        # This driver is the run's n-th.
+        self.claim_number = claim_number
         self._store = store
         self._writing = threading.Lock()
         self._book = RunBook(record.ledger, now=time.monotonic())
@@ -203,9 +210,11 @@ class RecordKeeper:
             while not done.wait(HEARTBEAT_SECONDS):
                 try:
                     self.update()
-                except StoreError as error:  # the next beat tries again; several may be missed before it matters
+                except StoreError as error:
+                    # The next beat tries again; several may be missed before it matters.
                     logger.warning("a heartbeat of run %s was lost: %s", self.record.name, error)
-                except RunInUse:  # raised anew where the owner next writes something down
+                except RunInUse:
+                    # It is raised anew where the owner next writes something down.
                     return
 
         thread = threading.Thread(target=beat, name="heartbeat", daemon=True)
@@ -245,7 +254,8 @@ def claim(store: Store, name: str, config: dict[str, Any]) -> RecordKeeper:
         raise RunInUse(
             f"run {name!r} at {store.url} was taken by another driver a moment ago. Give another run.name, or wait"
         ) from error
-    store.delete(STOP_KEY)  # asked of an earlier owner
+    # What was asked of an earlier owner.
+    store.delete(STOP_KEY)
     now = time.time()
     if earlier is None:
         record = RunRecord(name, config, "preparing", owner, created_unix=now, heartbeat_unix=now)

@@ -25,7 +25,8 @@ from raynium.run.last_save import pause_before_next_try
 from raynium.run.protocol import Commit, ShardSaved
 from raynium.storage.store import Store
 
-HELD_OUT_METRICS = ("eval/loss", "eval/bits_per_byte")  # a checkpoint keeps those of its step
+# A checkpoint keeps those of its step.
+HELD_OUT_METRICS = ("eval/loss", "eval/bits_per_byte")
 # Saves whose shards still come in. A rank has two images, so a generation has no more than three; what is older lacks a
 # shard that failed or whose rank died, and the checksums of a terabyte's shards take hundreds of megabytes
 MOST_COMING_IN = 8
@@ -56,12 +57,16 @@ class Saves:
         self._config = config
         self._store = store
         self._tell = tell
-        self._evaluations: dict[int, dict[str, float]] = {}  # step → eval/… metrics, until its checkpoint is committed
+        # Step → eval/… metrics, until its checkpoint is committed.
+        self._evaluations: dict[int, dict[str, float]] = {}
         # (generation, step) → rank → its shard, and how long that took
         self._shards: dict[tuple[str, int], dict[int, tuple[ShardEntry, float]]] = {}
-        self._whole: deque[tuple[str, int]] = deque(maxlen=MOST_COMING_IN)  # (generation, step) of those that came in
-        self._uncommitted: WholeSave | None = None  # the newest, of those that the store did not let us commit
-        self._causes: dict[int, str] = {}  # step → why it is not committed
+        # (generation, step) of those that came in.
+        self._whole: deque[tuple[str, int]] = deque(maxlen=MOST_COMING_IN)
+        # The newest of those that the store did not let us commit.
+        self._uncommitted: WholeSave | None = None
+        # Step → why it is not committed.
+        self._causes: dict[int, str] = {}
         self.caught_up = False
         self._sent = 0
         self.commits: list[Commit] = []
@@ -82,7 +87,8 @@ class Saves:
         """The save, if this was its last shard."""
         entry = ShardEntry.from_json(shard.entry)
         save = generation_of(entry.file.key), shard.step
-        if save in self._whole:  # told again, by an agent whose ranks start from it
+        # Told again, by an agent whose ranks start from it.
+        if save in self._whole:
             return None
         shards = self._shards.setdefault(save, {})
         shards[shard.rank] = entry, shard.upload_seconds
@@ -99,7 +105,8 @@ class Saves:
     def shard_failed(self, step: int, rank: int, cause: str) -> None:
         """Told once a step: where one shard fails, the others mostly do."""
         if self.committed_step is not None and step <= self.committed_step:
-            return  # by another generation
+            # Another generation committed it.
+            return
         told = step in self._causes
         self._causes[step] = f"rank {rank}'s shard could not be uploaded: {cause}"
         if not told:
@@ -246,7 +253,8 @@ def _newest(store: Store) -> list[CheckpointRef]:
     steps = [folder.step for folder in step_folders(store) if folder.manifest is not None][-COMMITS_TOLD_AGAIN:]
     found = []
     for step in steps:
-        with contextlib.suppress(CheckpointError):  # damaged, or deleted a moment ago: it is no point on a page
+        # One that is damaged, or was deleted a moment ago, is no point on a page.
+        with contextlib.suppress(CheckpointError):
             found.append(open_checkpoint(store, step))
     return found
 
