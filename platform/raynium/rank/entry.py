@@ -60,8 +60,8 @@ def main(
     for descriptor in (1, 2):
         os.dup2(output.fileno(), descriptor)
     output.close()
-    sys.stdout.reconfigure(line_buffering=True)  # pyright: ignore[reportAttributeAccessIssue]  # a kill loses no line
-    # A crash in native code leaves Python's stack among the last lines.
+    # A kill loses no line, and a crash in native code leaves Python's stack among the last lines.
+    sys.stdout.reconfigure(line_buffering=True)  # pyright: ignore[reportAttributeAccessIssue]
     faulthandler.enable()
     die_with_the_agent()
     # A group of its own: a compiler that this rank starts ends with it, and Ctrl-C in a terminal is for the agent

@@ -4,15 +4,20 @@ Only the template imports this (`node/ranks.py`), and importing modules is all t
 Nothing in here may start a thread or open a device: neither survives a fork.
 """
 
-import encodings.idna  # noqa: F401  # by which `socket` reads a host name
+# By this `socket` reads a host name.
+import encodings.idna  # noqa: F401
 import gc
 import logging
-import multiprocessing.popen_forkserver  # noqa: F401  # by which a rank takes over its pipes
+
+# By this a rank takes over its pipes.
+import multiprocessing.popen_forkserver  # noqa: F401
 import os
 
 import torch
 import torch._dynamo
-from torch.hub import tqdm  # pyright: ignore[reportPrivateImportUsage]  # the one that torch's compiler uses
+
+# The one that torch's compiler uses.
+from torch.hub import tqdm  # pyright: ignore[reportPrivateImportUsage]
 
 import raynium.rank.build  # noqa: F401
 from raynium.accelerators.detect import look
