@@ -8,14 +8,19 @@ from typing import TYPE_CHECKING, Any, Literal
 
 @dataclass(frozen=True)
 class Family:
-    """What no config of the family may choose."""
+    """What no config of the family may choose.
 
-    head_norms: bool  # whether each query and key head is normalised before it is turned by its position
+    head_norms: whether each query and key head is normalised before it is turned by its position. In Hugging Face's
+    config.json, default_head_dim: where the file names none; None: hidden_size / heads. own_fields: what it has beside
+    the fields of all families, in the one form that we have.
+    """
+
+    head_norms: bool
     # ---- in Hugging Face's config.json
     model_type: str
     class_name: str
-    default_head_dim: int | None  # where the file names none; None: hidden_size / heads
-    own_fields: Mapping[str, Any]  # what it has beside the fields of all families, in the one form that we have
+    default_head_dim: int | None
+    own_fields: Mapping[str, Any]
 
 
 FAMILIES: dict[str, Family] = {

@@ -25,9 +25,12 @@ SECRET = re.compile(r"://[^/@]*@|[?&][^=&]*(password|secret|token|key|signature)
 # What lies beside the runs under their root, by name and by the beginning of a name.
 OUR_NAMES = {"mlartifacts", "compile-cache", "data"}
 OUR_PREFIXES = ("mlflow.db", "probe-")
-PLACEHOLDER = "YOUR-BUCKET"  # in the presets, which cannot know it
-WORDS_FOR_SOURCE = {"python-stdlib"}  # data.source values that are no path
-WORDS_FOR_TRACKING = {"databricks"}  # tracking.uri values that MLflow knows by name
+# In the presets, which cannot know it.
+PLACEHOLDER = "YOUR-BUCKET"
+# Values of data.source that are no path.
+WORDS_FOR_SOURCE = {"python-stdlib"}
+# Values of tracking.uri that MLflow knows by name.
+WORDS_FOR_TRACKING = {"databricks"}
 
 
 def resolve(config: Config, *, base_folder: str | Path | None = None) -> Config:
@@ -156,7 +159,8 @@ def _secret_in_url(name: str, url: str) -> str:
 def _tracking_uri(uri: str, place) -> str:
     if uri in WORDS_FOR_TRACKING:
         return uri
-    prefix = "sqlite:///"  # followed by a path, which is relative unless it begins with another slash
+    # A path follows, which is relative unless it begins with another slash.
+    prefix = "sqlite:///"
     if uri.startswith(prefix):
         return prefix + place("tracking.uri", uri.removeprefix(prefix))
     return place("tracking.uri", uri)

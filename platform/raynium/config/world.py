@@ -11,13 +11,16 @@ from raynium.errors import ConfigError
 
 @dataclass(frozen=True)
 class World:
-    """Ranks are numbered node by node; the mesh is data × pipeline × tensor, tensor groups being neighbours."""
+    """Ranks are numbered node by node; the mesh is data × pipeline × tensor, tensor groups being neighbours.
+
+    tensor, pipeline: the parallel degrees. num_micro_batches: forward passes of one data-parallel rank in a step.
+    """
 
     nodes: int
     ranks_per_node: int
-    tensor: int  # parallel degrees
+    tensor: int
     pipeline: int
-    num_micro_batches: int  # forward passes of one data-parallel rank in a step
+    num_micro_batches: int
 
     @classmethod
     def of(cls, config: Config, *, nodes: int | None = None) -> "World":

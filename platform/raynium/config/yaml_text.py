@@ -16,7 +16,8 @@ from raynium.config.fields import BUILDS_ON, did_you_mean, fields_below, schema_
 
 NULLS = {"", "~", "null", "Null", "NULL"}
 BOOLEANS = {"true": True, "True": True, "TRUE": True, "false": False, "False": False, "FALSE": False}
-INTEGER = re.compile(r"[-+]?[0-9]{1,30}(_[0-9]{1,30}){0,9}")  # bounded: int() refuses thousands of digits
+# The length is bounded, since int() refuses thousands of digits.
+INTEGER = re.compile(r"[-+]?[0-9]{1,30}(_[0-9]{1,30}){0,9}")
 NUMBER = re.compile(r"[-+]?([0-9]+(_[0-9]+)*(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]+)?")
 SPECIAL_NUMBERS = {".inf": "inf", "+.inf": "inf", "-.inf": "-inf", ".nan": "nan"}
 
@@ -30,12 +31,16 @@ _NO_TEXT = re.compile("[\ud800-\udfff\0]")
 
 @dataclass
 class Reading:
-    """What was read so far: nested values, where each came from, and the problems met on the way."""
+    """What was read so far: nested values, where each came from, and the problems met on the way.
+
+    origins: dotted name → "jobs/a.yaml line 3". refused: names that were given, but in a form that was already
+    reported.
+    """
 
     values: dict[str, Any] = field(default_factory=dict)
-    origins: dict[str, str] = field(default_factory=dict)  # dotted name → "jobs/a.yaml line 3"
+    origins: dict[str, str] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
-    refused: set[str] = field(default_factory=set)  # names that were given, but in a form that was already reported
+    refused: set[str] = field(default_factory=set)
 
     def refuse(self, name: str, problem: str) -> None:
         """Note a problem of a name that the schema knows; that it is then missing is no second problem."""
