@@ -32,11 +32,15 @@ USABLE_FRACTION = 0.9
 
 @dataclass(frozen=True)
 class ParameterParts:
-    """A decoder's parameters by how they are sharded; the parts add up to `models.flops.parameter_count`."""
+    """A decoder's parameters by how they are sharded; the parts add up to `models.flops.parameter_count`.
 
-    embeddings: int  # the token embedding, and the output head where it is untied: split by tensor parallelism
-    matrices_per_block: int  # split by tensor parallelism
-    norms_per_block: int  # whole on every tensor-parallel rank
+    embeddings: the token embedding, and the output head where it is untied; they and matrices_per_block are split by
+    tensor parallelism. norms_per_block: whole on every tensor-parallel rank.
+    """
+
+    embeddings: int
+    matrices_per_block: int
+    norms_per_block: int
     final_norm: int
     num_blocks: int
 
@@ -103,7 +107,8 @@ def _parts_of_stage(config: Config) -> ParameterParts:
     whole, num_stages = parameter_parts(config.model), config.parallel.pipeline
     if num_stages == 1:
         return whole
-    one_table = config.model.vocab_size * config.model.hidden_size  # tied or not: the other is on another stage
+    # Tied or not, a stage has one: the other is on another stage.
+    one_table = config.model.vocab_size * config.model.hidden_size
     return replace(whole, embeddings=one_table, num_blocks=-(-whole.num_blocks // num_stages))
 
 
@@ -118,7 +123,8 @@ def _gathered_bytes(parts: ParameterParts, tensor: int, data_parallel: int, comp
     if data_parallel == 1 and compute_bytes == FLOAT32_BYTES:
         return 0
     block = parts.matrices_per_block // tensor + parts.norms_per_block
-    held_blocks = min(2, parts.num_blocks) + 1  # at work, fetched ahead, and the gradients of the one at work
+    # The block at work, the one fetched ahead, and the gradients of the one at work.
+    held_blocks = min(2, parts.num_blocks) + 1
     return (held_blocks * block + 2 * parts.embeddings // tensor) * compute_bytes
 
 
@@ -134,13 +140,17 @@ def _activation_bytes(config: Config, compute_bytes: int) -> int:
     if model.traits.head_norms:
         normed_elements += query_size + key_value_size
     norms = normed_elements * (FLOAT32_BYTES + compute_bytes) / tensor
-    gathered = 2 * model.hidden_size * compute_bytes  # inputs of q/k/v and of gate/up, whole on every rank
-    attention = (2 * query_size + 2 * key_value_size) * compute_bytes / tensor  # q, k, v and the output
-    feed_forward = 4 * model.ffn_size * compute_bytes / tensor  # gate, up, silu(gate), their product
+    # The inputs of q/k/v and of gate/up, whole on every rank.
+    gathered = 2 * model.hidden_size * compute_bytes
+    # q, k, v and the output.
+    attention = (2 * query_size + 2 * key_value_size) * compute_bytes / tensor
+    # gate, up, silu(gate), and their product.
+    feed_forward = 4 * model.ffn_size * compute_bytes / tensor
     block = norms + gathered + attention + feed_forward
     if config.engine.activation_checkpointing == "full":
         inputs = model.num_layers * model.hidden_size * compute_bytes / tensor
-        if config.engine.compile == "block":  # compiled blocks keep attention's output too: engines/recompute.py
+        # Compiled blocks keep attention's output too: engines/recompute.py.
+        if config.engine.compile == "block":
             inputs += model.num_layers * query_size * compute_bytes / tensor
         return int(tokens * (inputs + block))
     return int(tokens * model.num_layers * block)

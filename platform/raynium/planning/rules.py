@@ -13,7 +13,8 @@ from raynium.hardware.catalog import INSTANCES, Instance
 from raynium.models.plan import divided_sizes
 from raynium.planning.memory import GIB, USABLE_FRACTION, estimate_memory
 
-MAX_VOCAB_SIZE = 2**32  # a document store keeps token ids as uint16 or, from 65,537 ids on, uint32
+# A document store keeps token ids as uint16 or, from 65,537 ids on, uint32.
+MAX_VOCAB_SIZE = 2**32
 
 
 def check(config: Config, hardware: Mapping[str, Instance] = INSTANCES) -> list[str]:
@@ -96,7 +97,8 @@ def tensor_parallel(config: Config) -> Iterator[str]:
     tensor, per_node = config.parallel.tensor, config.cluster.ranks_per_node
     sizes = divided_sizes(config.model, seq_len=config.data.seq_len)
     if config.engine.kind == "nxd" and tensor % config.model.num_kv_heads == 0:
-        del sizes["model.num_kv_heads"]  # the nxd engine gives several ranks a copy of the same key/value head
+        # The nxd engine gives several ranks a copy of the same key/value head.
+        del sizes["model.num_kv_heads"]
     undivided = [f"{name} {size}" for name, size in sizes.items() if size % tensor]
     legal = [degree for degree in _divisors(per_node) if not any(size % degree for size in sizes.values())]
     if undivided:
