@@ -18,15 +18,19 @@ if TYPE_CHECKING:
 
     from raynium.data.evaluation import EvaluationSet
 
-Sums = dict[str, float]  # by name, over all rows that all data ranks gave; the same on every rank
+# By name, over all rows that all data ranks gave; the same on every rank.
+Sums = dict[str, float]
 
 
 class Column(NamedTuple):
-    """What a batch of a task holds beside tokens and labels."""
+    """What a batch of a task holds beside tokens and labels.
 
-    name: str  # lower case: torch.fx makes it so
+    name: lower case, since torch.fx makes it so. per: a token for shape [B, T], a row for [B].
+    """
+
+    name: str
     dtype: Literal["int64", "float32"]
-    per: Literal["token", "row"]  # shape [B, T] or [B]
+    per: Literal["token", "row"]
 
 
 class Scored(NamedTuple):
@@ -41,13 +45,18 @@ class Scored(NamedTuple):
 
 
 class Task(Protocol):
-    """What a run learns. Pure: every rank of a tensor group asks it the same and goes on with its own answer."""
+    """What a run learns. Pure: every rank of a tensor group asks it the same and goes on with its own answer.
+
+    rows_per_sample: neighbouring rows that are scored together, so that no micro-batch may part them. sums: names of
+    what `score` adds up. objective: which of them is minimised. divisor: which count its sum is divided by: "tokens",
+    or one of `counts`.
+    """
 
     columns: tuple[Column, ...]
-    rows_per_sample: int  # neighbouring rows that are scored together, so that no micro-batch may part them
-    sums: tuple[str, ...]  # names of what `score` adds up
-    objective: str  # which of them is minimised
-    divisor: str  # which count its sum is divided by: "tokens", or one of `counts`
+    rows_per_sample: int
+    sums: tuple[str, ...]
+    objective: str
+    divisor: str
     # "signed": some slope may be positive, which makes a label less likely; that costs a pass over the logits more.
     slopes: Literal["negative", "signed"]
 
