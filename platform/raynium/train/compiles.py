@@ -19,7 +19,8 @@ from raynium.train.link import Link
 # first returned or made, such as gradients and gathered parameters, then has its final layout.
 WARM_UP_CALLS = 2
 
-Call = Literal["step", "evaluate", "copy"]  # copy: of the state, for a save or a load, between two of the others
+# "copy": of the state, for a save or a load, between two of the others.
+Call = Literal["step", "evaluate", "copy"]
 
 
 class WatchedEngine:

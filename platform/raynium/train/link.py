@@ -12,7 +12,8 @@ from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
 from typing import Literal, NoReturn, Protocol
 
-IMAGE_SLOTS = 2  # images of one rank: one is being uploaded, or kept for a restart, while the other is written
+# Images of one rank: one is being uploaded, or kept for a restart, while the other is written.
+IMAGE_SLOTS = 2
 
 # An evaluation's progress is not told more often.
 EVALUATION_SECONDS = 1.0
@@ -163,11 +164,13 @@ class AgentLink:
 
     def __init__(self, connection: Connection, *, reports_steps: bool):
         self._connection = connection
-        self._reports_steps = reports_steps  # rank 0's numbers are everybody's: the others stay silent
+        # Rank 0's numbers are everybody's: the others stay silent.
+        self._reports_steps = reports_steps
         self._told_evaluation = 0.0
         self._outbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self._stop = threading.Event()
-        self._free_images: set[int] = set()  # the agent says which, since older uploads may outlive a generation
+        # The agent says which, since older uploads may outlive a generation.
+        self._free_images: set[int] = set()
         self._image_freed = threading.Condition()
         self._sender = threading.Thread(target=self._send_all, name="agent-link-send", daemon=True)
         self._sender.start()
@@ -259,7 +262,8 @@ class MemoryLink:
         self.phases: list[tuple[str, int]] = []
         self.evaluations: list[tuple[int, int]] = []
         self.images: list[str] = []
-        self.compiles: list[tuple[int, int, list[str]]] = []  # step, graphs, surprises
+        # Step, graphs, surprises.
+        self.compiles: list[tuple[int, int, list[str]]] = []
         self._stop_at = stop_at
 
     def phase(self, name: str, step: int) -> None:

@@ -53,9 +53,12 @@ class Cadence:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How one generation ended on this rank; equal on all ranks."""
+    """How one generation ended on this rank; equal on all ranks.
 
-    step: int  # the last step taken; its state is in the last checkpoint
+    step: the last one taken, whose state is in the last checkpoint.
+    """
+
+    step: int
     reason: Literal["finished", "stopped"]
 
 

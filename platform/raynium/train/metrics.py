@@ -8,15 +8,20 @@ from raynium.tasks.base import Task
 
 @dataclass(frozen=True)
 class Throughput:
-    """Turns a step's result and duration into what is reported. Arithmetic only; any rank may call it."""
+    """Turns a step's result and duration into what is reported. Arithmetic only; any rank may call it.
+
+    tokens_per_step: over all ranks. global_batch_size: sequences per step. flops_per_token_6n: 6 FLOPs per parameter
+    and token, forward and backward of the matrices; ..._with_attention: the same plus the attention scores.
+    peak_flops_per_rank: dense peak of the compute dtype; None: unknown, then no MFU is reported.
+    """
 
     task: Task
     world_size: int
-    tokens_per_step: int  # over all ranks
-    global_batch_size: int  # sequences per step
-    flops_per_token_6n: float  # 6 FLOPs per parameter and token: forward and backward of the matrices
-    flops_per_token_with_attention: float  # the same plus the attention scores
-    peak_flops_per_rank: float | None  # dense peak of the compute dtype; None: unknown, then no MFU is reported
+    tokens_per_step: int
+    global_batch_size: int
+    flops_per_token_6n: float
+    flops_per_token_with_attention: float
+    peak_flops_per_rank: float | None
 
     def metrics(self, step: int, result: StepResult, *, step_seconds: float, data_seconds: float) -> dict[str, float]:
         """Rates count the labels that count, over all ranks."""
