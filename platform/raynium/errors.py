@@ -24,7 +24,8 @@ Messages say what was given, the rule, and what to do.
 
 from collections.abc import Sequence
 
-NAMED = 5  # things named in a message, of however many
+# So many things are named in a message, of however many.
+NAMED = 5
 
 
 def some(items: Sequence[str], *, mark: str = ", ") -> str:

@@ -67,7 +67,8 @@ def open_sampler(run_url: str, step: int | None = None) -> Sampler:
     weights = {
         name.removeprefix(MODEL_PREFIX): tensor for name, tensor in read_tensors(reference, prefix=MODEL_PREFIX).items()
     }
-    if config.embeddings == "tied":  # stored once
+    # Tied weights are stored once.
+    if config.embeddings == "tied":
         weights["head.weight"] = weights["embedding.weight"]
     with torch.device("meta"):
         model = Decoder(config)

@@ -46,11 +46,14 @@ ENDED_JOBS = ("SUCCEEDED", "FAILED", "STOPPED")
 
 @dataclass(frozen=True)
 class Run:
-    """A run, by where it lives. It need not run, nor exist yet: a submitted job takes its name when it starts."""
+    """A run, by where it lives. It need not run, nor exist yet: a submitted job takes its name when it starts.
+
+    url: <root>/<name>, a folder or URL that this machine can read. client: of the cluster it was submitted to.
+    """
 
     name: str
-    url: str  # <root>/<name>: a folder or URL that this machine can read
-    client: "Client | None" = None  # of the cluster it was submitted to
+    url: str
+    client: "Client | None" = None
     job_id: str | None = None
 
     def record(self) -> "RunRecord":
@@ -93,7 +96,8 @@ class Run:
             try:
                 job_state = self.client.job_state(self.job_id) if self.client and self.job_id else None
                 record = read_record(self._store())
-            except (LaunchError, StoreError) as error:  # one lost answer must not end a wait of weeks
+            except (LaunchError, StoreError) as error:
+                # One lost answer must not end a wait of weeks.
                 if heard is None or time.monotonic() - heard > SILENCE_SECONDS:
                     raise
                 logger.warning("asked again: %s", error)
@@ -113,11 +117,13 @@ class Run:
                         f"run {self.name!r}: its driver died at step {record.step}. Start it again to go on"
                     )
             elif job_state == "SUCCEEDED" and record is not None:
-                return record  # it had finished before this job, which therefore had nothing to do
+                # It had finished before this job, which therefore had nothing to do.
+                return record
             elif job_state is not None and job_ended:
                 raise RunFailed(f"the job of run {self.name!r} ended as {job_state}. Its last lines:\n{self._tail()}")
             elif self.job_id is None:
-                self.record()  # no job will write it: raises
+                # No job will write it: this raises.
+                self.record()
             if deadline is not None and time.monotonic() > deadline:
                 raise TimeoutError(f"run {self.name!r} has not ended after {timeout_seconds:g} s")
             time.sleep(POLL_SECONDS)
@@ -353,7 +359,8 @@ class Client:
     """
 
     def __init__(self, address: str):
-        if not address.startswith(("http://", "https://")):  # Ray would take another kind of address, and wait for it
+        # Ray would take another kind of address, and wait for it.
+        if not address.startswith(("http://", "https://")):
             raise LaunchError(
                 f"{address!r} is not the address of a Ray dashboard: it begins with http:// or https://, as in "
                 f"http://127.0.0.1:8265 (`ray start --head` prints it)"
@@ -399,7 +406,8 @@ class Client:
         jobs = self._connected()
         try:
             return question(jobs)
-        except (OSError, RuntimeError) as error:  # what its HTTP library raises, and Ray for an answer other than 200
+        except (OSError, RuntimeError) as error:
+            # What its HTTP library raises, and Ray for an answer other than 200.
             raise LaunchError(f"the Ray cluster at {self.address} did not do what it was asked: {error}") from error
 
     def _connected(self) -> Any:
@@ -435,7 +443,8 @@ def list_runs(root: str = "runs") -> "list[RunRecord]":
     for folder in store.list(recursive=False).folders:
         try:
             record = read_record(store.child(folder))
-        except StoreError as error:  # one that cannot be read must not hide the others
+        except StoreError as error:
+            # One that cannot be read must not hide the others.
             logger.warning("left out: %s", error)
             continue
         if record is not None:

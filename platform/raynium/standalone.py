@@ -74,7 +74,8 @@ class StandaloneLink:
         return True
 
     def wait_free_image(self) -> int:
-        return 0  # `image` returns when the image is no longer needed
+        # `image` returns when the image is no longer needed.
+        return 0
 
     def image(self, slot: int, info: str, replicas: str) -> None:
         """Uploads this rank's shard; rank 0 commits when all are in. A rank that dies in here stops the others."""
@@ -125,7 +126,8 @@ def main() -> None:
         past.refuse_live()
         notes = past.check_resume(config)
         store.check_writable()
-        config, documents = prepare_data(config, past, logger.info)  # one rank builds, the others wait and use it
+        # One rank builds, the others wait and use it.
+        config, documents = prepare_data(config, past, logger.info)
         if os.environ["RANK"] == "0":
             for note in notes:
                 logger.info("note: %s", note)
