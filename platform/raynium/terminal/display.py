@@ -56,7 +56,8 @@ class Pace:
         if generation != self._generation or step < self._first_step:
             self._generation, self._first_step, self._counts_from = generation, step, None
         if self._counts_from is None:
-            if step > self._first_step:  # counts from the end of the first step: it may have waited and compiled
+            # It counts from the end of the first step, which may have waited and compiled.
+            if step > self._first_step:
                 self._counts_from = now, step
             return None
         began, first_step = self._counts_from
@@ -118,13 +119,15 @@ class Display:
         self._last_shown = shown
 
     def _write(self, text: str) -> None:
-        with contextlib.suppress(OSError):  # a full disk costs lines of a log, not a run of weeks
+        # A full disk costs lines of a log, not a run of weeks.
+        with contextlib.suppress(OSError):
             self._log.write(f"{datetime.now():%Y-%m-%d %H:%M:%S} {text}\n")
 
     def _show(self, call: Callable[[], None]) -> None:
         """A terminal that was closed, or a pipe that nobody reads any more, does not end the run: the log goes on."""
         try:
             call()
-        except (OSError, SystemExit):  # rich answers a broken pipe with SystemExit
+        except (OSError, SystemExit):
+            # rich answers a broken pipe with SystemExit.
             self.console = Console(quiet=True)
             self._live = None
