@@ -197,7 +197,8 @@ class CoordinatorBook:
             # The agent's word covers the time since the order, and so all of this life.
             self._closed, self._since = Ledger(), now - generation.total
             self._continued, self._found_running = generation_id, False
-        if generation.total >= self._generation.total:  # calls may overtake each other
+        # Calls may overtake each other.
+        if generation.total >= self._generation.total:
             self._generation = generation
         if self._rest == "load":
             self._rest = "other"
@@ -240,7 +241,8 @@ class RunBook:
         """What the coordinator's book holds now."""
         if self._until_first is None:
             self._until_first = max(0.0, now - self._began - newest.booked.total)
-        if self._newest.life not in ("", newest.life):  # Ray started it again, without memory
+        # Ray started it again, without memory.
+        if self._newest.life not in ("", newest.life):
             before = Before(self._before.without(self._newest), self._newest)
             known = self._until_first + before.plus(newest).total
             self._before = replace(before, silent_seconds=max(0.0, now - self._began - known))
