@@ -17,14 +17,15 @@ from ray.train.backend import Backend, BackendConfig
 from raynium.storage.arrow import arrow_place
 from raynium.storage.store import Store
 
-ATTEMPT_VARIABLE = "RAYNIUM_ATTEMPT"  # read by `driver.run_agent` in each worker
+# `driver.run_agent` reads it in each worker.
+ATTEMPT_VARIABLE = "RAYNIUM_ATTEMPT"
 
 
 @dataclass
 class NodeAgentConfig(BackendConfig):
-    """Backend of the workers that run node agents."""
+    """Backend of the workers that run node agents. coordinator: of the run, a Ray actor."""
 
-    coordinator: Any  # of the run, a Ray actor
+    coordinator: Any
 
     @property
     def backend_cls(self) -> type["NodeAgentBackend"]:
@@ -46,7 +47,8 @@ class NodeAgentBackend(Backend):
             )
         attempt = secrets.token_hex(4)
         assert isinstance(backend_config, NodeAgentConfig)
-        ray.get(backend_config.coordinator.attempt_begins.remote(attempt))  # counts those whose agents never join, too
+        # This counts those whose agents never join, too.
+        ray.get(backend_config.coordinator.attempt_begins.remote(attempt))
         worker_group.execute(_set_environment, {ATTEMPT_VARIABLE: attempt})
 
 

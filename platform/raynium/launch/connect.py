@@ -128,8 +128,9 @@ def _other_process_group() -> Iterator[None]:
         yield
         return
     mine = os.getpgrp()
-    place = subprocess.Popen(["sleep", "60"])  # keeps our group in being, should we be the last one in it
-    leader = subprocess.Popen(["sleep", "60"], process_group=0)  # the leader of one group cannot make another
+    # The first keeps our group in being, should we be the last in it; the leader of one group cannot make another.
+    place = subprocess.Popen(["sleep", "60"])
+    leader = subprocess.Popen(["sleep", "60"], process_group=0)
     os.setpgid(0, leader.pid)
     try:
         yield

@@ -52,12 +52,15 @@ logger = logging.getLogger(__name__)
 
 # Whoever stops a group of processes may signal one of them twice in a moment, and means one stop.
 SECOND_SIGNAL_SECONDS = 2.0
-STATUS_SECONDS = 0.5  # how often the display is refreshed
-STOP_POLL_SECONDS = 2.0  # how often the run's store is asked for a stop request
+# How often the display is refreshed, and the run's store is asked for a stop request.
+STATUS_SECONDS = 0.5
+STOP_POLL_SECONDS = 2.0
 # Agents call a coordinator that was started again at once; later than this, none is there to save anything.
 AGENTS_SPEAK_SECONDS = 10.0
-CLUSTER_LOST_SECONDS = 30.0  # a coordinator that died is back sooner
-AGENTS_END_SECONDS = 600.0  # after a failure, they still upload the last checkpoint before it
+# A coordinator that died is back sooner.
+CLUSTER_LOST_SECONDS = 30.0
+# After a failure, agents still upload the last checkpoint before it.
+AGENTS_END_SECONDS = 600.0
 
 
 # Placements and starts of agents that fail, before Ray Train gives up; its default is never. It counts all of a
@@ -75,20 +78,24 @@ class Driver:
         self._stop = threading.Event()
         # Who asked for it, as `RunRecord.stopped_by` has it.
         self.stopped_by: str | None = None
-        self._life = ""  # of the coordinator that was heard last
-        self._life_began = -math.inf  # unless it is the first
-        self._events_seen = 0  # of that life
-        self._told_to_stop = False  # that coordinator
+        # Of the coordinator that was heard last: its life, when that began unless it is the first, how many of its
+        # events were seen, and whether it was told to stop.
+        self._life = ""
+        self._life_began = -math.inf
+        self._events_seen = 0
+        self._told_to_stop = False
         # Of the whole run, also of earlier drivers, as the record keeps them.
         self._node_faults: list[dict[str, Any]] = list(prepared.keeper.record.node_faults or [])
-        self._faults_seen: set[NodeFault] = set()  # by this driver; a coordinator that starts again forgets its own
+        # Seen by this driver; a coordinator that starts again forgets its own.
+        self._faults_seen: set[NodeFault] = set()
         # What the coordinator was told last of the time before its life, and how many words that makes.
         self._before: tuple[str, Before] | None = None
         self._words = 0
         self._page = Page(
             prepared.mlflow, open_mlflow=prepared.open_mlflow, dtype=self.config.engine.dtype, tell=display.line
         )
-        self._excluded: list[str] = []  # ids of nodes that a preflight or a verdict named
+        # Ids of nodes that a preflight or a verdict named.
+        self._excluded: list[str] = []
         # Before the one that runs: the agents were sent home to start on other nodes, or Ray Train's controller died.
         self._trainers = 0
         # Controllers lost since a checkpoint, and the newest one then.
@@ -128,7 +135,8 @@ class Driver:
             self._moving = False
             self._trainers += 1
         keeper.finishing()
-        if status.agents:  # they still send metrics and give back memory; without any, Ray Train waits for nodes
+        # They still send metrics and give back memory; without any, Ray Train waits for nodes.
+        if status.agents:
             with keeper.beating():
                 fitting.join(AGENTS_END_SECONDS)
         if status.ended == "failed" or status.ended is None:
@@ -148,13 +156,15 @@ class Driver:
                 wait=patient(self.config, go_on=lambda: not self._asked_to_stop(), tell=self.display.line),
                 tell=self.display.line,
             )
-        if report is None:  # somebody asked the run to stop: what follows sees it too
+        # Somebody asked the run to stop: what follows sees it too.
+        if report is None:
             return []
         self.display.line(report.summary())
         mlflow = self.prepared.mlflow
         try:
             log_artifact_text(mlflow.uri, mlflow.run_id, "preflight.json", json.dumps(report.to_json(), indent=2))
-        except TrackingError as error:  # the run is worth more than this page of it
+        except TrackingError as error:
+            # The run is worth more than this page of it.
             self.display.line(f"the MLflow page does not show the preflight: {error}")
         if (refusal := report.refusal()) is not None:
             raise LaunchError(refusal)
@@ -165,7 +175,8 @@ class Driver:
         try:
             if self.prepared.keeper.stop_requested():
                 self.request_stop("raynium stop")
-        except StoreError as error:  # training does not need it: the next round tries again
+        except StoreError as error:
+            # Training does not need it: the next round tries again.
             self.display.line(f"a stop request could not be looked for: {error}")
         return self._stop.is_set()
 
@@ -187,13 +198,15 @@ class Driver:
                 num_workers=cluster.nodes,
                 resources_per_worker=node_resources(self.config),
                 placement_strategy="STRICT_SPREAD" if cluster.nodes > 1 else "PACK",
-                label_selector=label_selector(self._excluded) or None,  # also when a lost node is replaced
+                # Also when a lost node is replaced.
+                label_selector=label_selector(self._excluded) or None,
             ),
             run_config=ray.train.RunConfig(
                 # Ray would restore a run of an equal name.
                 name=f"driver-{self.prepared.keeper.claim_number:06d}-{self._trainers}",
                 failure_config=ray.train.FailureConfig(
-                    max_failures=-1,  # the coordinator counts them: see run/patience.py
+                    # The coordinator counts them: see run/patience.py.
+                    max_failures=-1,
                     controller_failure_limit=CONTROLLER_FAILURE_LIMIT,
                 ),
                 **ray_storage(store),
@@ -229,8 +242,9 @@ class Driver:
                     if keeper.stop_requested():
                         self.request_stop("raynium stop")
                     told_store = False
-            except StoreError as error:  # training does not need the record: the next round tries again
-                if not told_store:  # once for all: it may be away for hours
+            except StoreError as error:
+                # Training goes on without the record, which may be away for hours: told once, tried again next round.
+                if not told_store:
                     self.display.line(f"the run record could not be written or read: {error}")
                 told_store = True
             if self._stop.is_set() and not self._told_to_stop and self._agents_have_spoken(status):
@@ -292,7 +306,8 @@ class Driver:
         Raises ClusterLost when the cluster is gone.
         """
         status = self._ask(coordinator)
-        if status.ledger.life != self._life:  # Ray started it again: it numbers its events anew, and knows of no stop
+        # Ray started it again: it numbers its events anew, and knows of no stop.
+        if status.ledger.life != self._life:
             if self._life:
                 self._life_began = time.monotonic()
                 if self._moving:
@@ -391,7 +406,8 @@ class _InThread(threading.Thread):
     def run(self) -> None:
         try:
             self._call()
-        except Exception as error:  # shown by the driver, with the coordinator's own cause where it has one
+        except Exception as error:
+            # The driver shows it, with the coordinator's own cause where it has one.
             self.error = error
 
 
@@ -415,7 +431,8 @@ def stop_on_signals(driver: Driver) -> Iterator[None]:
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
     numbers = [signal.SIGTERM, signal.SIGINT]
-    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # `nohup`: the run is to outlive its terminal
+    # With `nohup` the run is to outlive its terminal.
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
         numbers.append(signal.SIGHUP)
     before = {number: signal.signal(number, first) for number in numbers}
     try:

@@ -75,7 +75,8 @@ def submit_job(client: Any, name: str, config_yaml: str) -> str:
     with tempfile.TemporaryDirectory(prefix="raynium-job-") as folder:
         Path(folder, "config.yaml").write_text(config_yaml)
         return client.submit_job(
-            entrypoint="exec python -m raynium.launch.jobs config.yaml",  # exec: signals reach Python, not a shell
+            # By exec, signals reach Python and not a shell.
+            entrypoint="exec python -m raynium.launch.jobs config.yaml",
             submission_id=f"raynium-{name}-{secrets.token_hex(3)}",
             runtime_env=runtime_env(folder),
             # The job's folder is a copy without .git, its user the cluster's: say where it came from while we know.
@@ -114,7 +115,8 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         loaded = load_config(config, overrides)
         if job_id:
-            os.chdir(tempfile.gettempdir())  # Ray 2.60 removes the job's folder under us when the driver connects
+            # Ray 2.60 removes the job's folder under us when the driver connects.
+            os.chdir(tempfile.gettempdir())
         record = run(loaded, address="auto" if job_id else None, job_id=job_id, tags=tags)
     except ClusterLost as error:
         sys.stderr.write(f"error: {error}\n")

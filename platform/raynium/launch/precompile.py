@@ -23,7 +23,8 @@ from raynium.run.past import Past
 from raynium.run.record import RunRecord
 from raynium.storage.store import Store
 
-STEPS = 2  # as train/compiles.py, WARM_UP_CALLS: after them every shape of training has been seen
+# As in train/compiles.py, WARM_UP_CALLS: after them every shape of training has been seen.
+STEPS = 2
 
 
 def precompile(config: Config, *, address: str | None, job_id: str | None = None) -> RunRecord:
@@ -50,7 +51,8 @@ def short_config(config: Config) -> Config:
     saved = Past.read(config).config
     dtype = config.engine.dtype
     if dtype == "auto" and saved is not None and "engine" in saved:
-        dtype = saved["engine"]["dtype"]  # what the run will go on with; see launch/settle.py
+        # What the run will go on with; see launch/settle.py.
+        dtype = saved["engine"]["dtype"]
     changes = {
         "run": {"name": f"{config.run.name[:45]}.precompile-{secrets.token_hex(3)}"},
         "engine": {"dtype": dtype},
@@ -95,7 +97,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         config = load_config(path, overrides)
         if job_id:
-            os.chdir(tempfile.gettempdir())  # Ray 2.60 removes the job's folder under us when the driver connects
+            os.chdir(tempfile.gettempdir())
         record = precompile(config, address="auto" if job_id else None, job_id=job_id)
         sys.stdout.write(summary(record) + "\n")
     except ClusterLost as error:

@@ -26,13 +26,17 @@ from raynium.launch.nodes import NODE_ID_LABEL, fitting_nodes
 from raynium.node.preflight import NodeProbe, TrialOrder
 from raynium.storage.store import Store
 
-PROBE_START_SECONDS = 60.0  # Python, Raynium and the job's runtime environment on a node
-BUSY_SECONDS = 10.0  # longer than for the nodes that had free cores: one that has not come by then has none
-GRACE_SECONDS = 15.0  # for an answer, beyond the time that the node was given
+# For Python, Raynium and the job's runtime environment on a node.
+PROBE_START_SECONDS = 60.0
+# Longer than for the nodes that had free cores: one that has not come by then has none.
+BUSY_SECONDS = 10.0
+# For an answer, beyond the time that the node was given.
+GRACE_SECONDS = 15.0
 # Of the time left, for each node's own trial, and again for that of all: a hang must leave time to find who hangs.
 TRIAL_SHARE = 0.5
 
-Level = Literal["host", "all"]  # without ranks, or with them
+# Without ranks, or with them.
+Level = Literal["host", "all"]
 
 
 @dataclass(frozen=True)
@@ -52,12 +56,13 @@ class Preflight:
         self.resources = dict(resources)
         self.level: Level = level
         self.tell = tell
-        self.deadline = 0.0  # of all that runs on nodes; set when the first are there
+        # Of all that runs on nodes; set when the first are there.
+        self.deadline = 0.0
         self._probes_folder = f"preflight-{secrets.token_hex(6)}"
         self._store = Store(config.run.root)
         self._reports: dict[str, NodeReport] = {}
         self._fit: dict[str, _Node] = {}
-        self._busy: list[str] = []  # hosts
+        self._busy: list[str] = []
         self._between: tuple[Check, ...] = ()
 
     def run(self, *, wait: Callable[[], bool]) -> Report | None:

@@ -36,17 +36,21 @@ MLFLOW_WAIT_SECONDS = 40.0
 
 @dataclass(frozen=True)
 class Prepared:
-    """A claimed run, ready for its ranks."""
+    """A claimed run, ready for its ranks.
 
-    config: Config  # resolved
-    store: Store  # the run's folder
+    config: resolved. store: the run's folder. documents: on this machine. scratch: node-local folder for spools, caches
+    and logs, the same path on every node. log_path: of the driver, on this machine.
+    """
+
+    config: Config
+    store: Store
     keeper: RecordKeeper
     mlflow: TrackedRun
     # Again, where it did not answer. Holds the address with its credentials.
     open_mlflow: Callable[[], TrackedRun] = field(repr=False)
-    documents: DocumentStore  # on this machine
-    scratch: str  # node-local folder for spools, caches and logs, the same path on every node
-    log_path: Path  # of the driver, on this machine
+    documents: DocumentStore
+    scratch: str
+    log_path: Path
 
 
 def finished_record(config: Config, past: Past) -> RunRecord | None:
@@ -190,7 +194,8 @@ def prepare_data(
             f"document store {documents.path} has {train.tokens:,} training tokens; one sample takes "
             f"data.seq_len + 1 = {config.data.seq_len + 1}. Give more text, or a shorter data.seq_len"
         )
-    if config.data.identity is None:  # the store is new: what it holds was not known when the run's past was looked at
+    # The store is new: what it holds was not known when the run's past was looked at.
+    if config.data.identity is None:
         config = identified(config, documents.manifest.identity)
         past.check_resume(config)
     return config, documents

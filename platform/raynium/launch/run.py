@@ -96,7 +96,8 @@ def _run_prepared(prepared: Prepared, display: Display) -> RunRecord:
 
 def _result(prepared: Prepared, status: Status) -> dict[str, Any]:
     """What a finished run shows: held-out bits per byte beside two baselines, and text from the model."""
-    from raynium.data.baselines import compute_baselines  # imports torch, which takes seconds
+    # Imported here, since it imports torch, which takes seconds.
+    from raynium.data.baselines import compute_baselines
 
     config = prepared.config
     baselines = compute_baselines(prepared.documents, max_documents=config.evaluate.max_documents)
@@ -127,7 +128,8 @@ def _write_end(prepared: Prepared, display: Display, **changes: Any) -> None:
     try:
         prepared.keeper.update(**changes)
     except RunInUse:
-        return  # the record and the MLflow page are another driver's by now
+        # The record and the MLflow page are another driver's by now.
+        return
     except StoreError as error:
         display.line(f"the run record does not show how the run ended: {error}")
     _end_mlflow_run(prepared, display, replace(prepared.keeper.record, **changes))

@@ -17,7 +17,8 @@ from raynium.launch.ray_environment import set_ray_environment
 from raynium.launch.settle import check_this_machine, settled
 from raynium.run.past import Past
 
-NODES_SECONDS = 600.0  # for nodes to be there: an autoscaler needs minutes
+# For nodes to be there: an autoscaler needs minutes.
+NODES_SECONDS = 600.0
 
 
 def run_preflight(config: Config, *, address: str | None, tell: Callable[[str], None]) -> Report:
@@ -80,7 +81,8 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         loaded = load_config(config, overrides)
         if is_job:
-            os.chdir(tempfile.gettempdir())  # Ray 2.60 removes the job's folder under us when the driver connects
+            # Ray 2.60 removes the job's folder under us when the driver connects.
+            os.chdir(tempfile.gettempdir())
         report = run_preflight(loaded, address="auto" if is_job else None, tell=_write)
     except RayniumError as error:
         sys.exit(f"error: {error}")
