@@ -205,7 +205,7 @@ def test_hanging_server_stalls_nobody_and_loses_nothing(server: Server, tmp_path
         wait_until(lambda: tracker.status().last_error is not None, "a hung request never ended")
         status = tracker.status()
         assert "no answer within 1 s" in str(status)
-        assert "1000 points and 0 files wait on disk" in str(status)
+        assert "1,000 point(s) on disk for it" in str(status)
         assert tracker.close(timeout_seconds=0.1).points_pending == 1000
         tracker = make_tracker(tmp_path / "spool", server.uri, run_id)  # the folder is free at once
     finally:
@@ -404,6 +404,6 @@ def test_memory_tracker_is_a_tracker_without_mlflow():
 
 
 def test_what_is_left_is_said_in_points_and_files() -> None:
-    assert str(TrackerStatus(artifacts_pending=1)) == "MLflow has all but 0 points and 1 files, which wait on disk"
+    assert str(TrackerStatus(artifacts_pending=1)) == "not yet in MLflow, on disk until it takes them: 1 file(s)"
     unreachable = str(TrackerStatus(points_pending=3, last_error="no answer", failing_seconds=9.6))
-    assert unreachable == "MLflow unreachable for 10 s: 3 points and 0 files wait on disk (no answer)"
+    assert unreachable == "MLflow unreachable for 10 s: 3 point(s) on disk for it (no answer)"

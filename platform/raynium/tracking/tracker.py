@@ -27,10 +27,11 @@ class TrackerStatus:
 
     def __str__(self) -> str:
         lost = f"; {self.points_lost} points lost: the disk was full" if self.points_lost else ""
-        waiting = f"{self.points_pending} points and {self.artifacts_pending} files"
+        left = {"point": self.points_pending, "file": self.artifacts_pending}
+        waiting = " and ".join(f"{number:,} {what}(s)" for what, number in left.items() if number) or "nothing"
         if self.last_error is None:
-            return f"MLflow has all but {waiting}, which wait on disk{lost}"
-        return f"MLflow unreachable for {self.failing_seconds:.0f} s: {waiting} wait on disk{lost} ({self.last_error})"
+            return f"not yet in MLflow, on disk until it takes them: {waiting}{lost}"
+        return f"MLflow unreachable for {self.failing_seconds:.0f} s: {waiting} on disk for it{lost} ({self.last_error})"
 
 
 class Tracker(Protocol):
