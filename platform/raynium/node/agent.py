@@ -61,8 +61,7 @@ TRACKER_CLOSE_SECONDS = 30.0
 class Node:
     """Where this agent runs.
 
-    attempt: one life of the Ray Train worker group, which has `nodes` agents. host: the address that the other nodes
-    reach this one at. node_id: Ray's.
+    attempt: one life of Ray Train's group of `nodes` agents. host: the other nodes reach it there. node_id: Ray's.
     """
 
     attempt: str
@@ -116,11 +115,11 @@ class NodeAgent:
 
     def run(self) -> None:
         """Returns when the run has ended, however it ended; the coordinator knows how."""
-        # torch is imported in there while we prepare the data.
+        # torch is imported in there while we end orphans, whose memory, cores or lock ranks need, and prepare the data.
         # On a device the template compiles nothing: autograd counts the devices in its first use, for the ranks too.
         warms_up = self.config.engine.compile != "none" and self.accelerator.device_type == "cpu"
         start_template(run_url=self.run_url, compile_backend=self.accelerator.compile_backend if warms_up else None)
-        for orphan in end_orphans():  # before any rank needs its memory, its cores or its lock
+        for orphan in end_orphans():
             self.coordinator.tell(Said(f"{self._name}: {orphan}"))
         if self._cache.sync is not None:
             self._cache.sync.start()
@@ -128,7 +127,8 @@ class NodeAgent:
         try:
             try:
                 data_folder = self._data_folder()
-            except DataError as error:  # would be the same on every node and at every try
+            except DataError as error:
+                # It would be the same on every node and at every try.
                 self.coordinator.tell(CannotGoOn(f"{self._name}: {error}")).result()
                 return
             tracker = self._open_tracker() if self.node.node_rank == 0 else None

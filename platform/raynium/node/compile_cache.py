@@ -31,26 +31,29 @@ from raynium.storage.store import Store, checked_key
 
 logger = logging.getLogger(__name__)
 
-FOLDER = "compile-cache"  # beside the runs
-FILL_SECONDS = 120.0  # that ranks wait for downloads, which then go on beside them
-CLOSE_SECONDS = 60.0  # that an agent stays for the last uploads
-SETTLE_SECONDS = 5.0  # after a compilation: more follow
-SETTLE_OTHERS_SECONDS = 60.0  # the same on other nodes than the first: by then that one has uploaded what they all made
+FOLDER = "compile-cache"
+# Ranks wait so long for downloads, which then go on beside them; an agent stays so long for the last uploads.
+FILL_SECONDS = 120.0
+CLOSE_SECONDS = 60.0
+# After a compilation more follow. Other nodes wait until the first has uploaded what they all made.
+SETTLE_SECONDS = 5.0
+SETTLE_OTHERS_SECONDS = 60.0
 DOWNLOADS_AT_ONCE = 8
-KEPT_FREE_BYTES = 2 * 2**30  # of a node's disk: the compiler needs room, and fails without (estimate)
-MAX_BYTES = 32 * 2**30  # of one key; a large model's graphs have a few GiB (estimate)
+# Estimates. The compiler needs room on a node's disk, and fails without; a large model's key has a few GiB.
+KEPT_FREE_BYTES = 2 * 2**30
+MAX_BYTES = 32 * 2**30
 
 _NAME = re.compile(r"(?P<path>.+)=(?P<crc>[0-9a-f]{16})")
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One object of the cache."""
+    """One object of the cache: its key in the store, its file's path in the folder, its bytes and their CRC64NVME."""
 
-    key: str  # in the store
-    path: str  # of the local file, relative to the folder
-    size: int  # bytes
-    crc: int  # CRC64NVME
+    key: str
+    path: str
+    size: int
+    crc: int
 
 
 class CacheSync:
@@ -66,9 +69,7 @@ class CacheSync:
         max_bytes: int = MAX_BYTES,
         options: Mapping[str, Any] | None = None,
     ):
-        """url, options: of the folder in the store, as Store's. suffix: of finished files in the local folder.
-        max_bytes: of all entries.
-        """
+        """url, options: of the store's folder, as Store's. suffix: of finished files. max_bytes: of all entries."""
         self.url = url
         self.folder = folder
         self._suffix = suffix
@@ -118,7 +119,8 @@ class CacheSync:
                 self._changed.wait()
                 self._changed.clear()
                 self._closing.wait(self._settle_seconds)
-                ending = self._closing.is_set()  # asked before the look at the folder, which then finds everything
+                # Asked before the look at the folder, which then finds everything.
+                ending = self._closing.is_set()
                 self._upload_new(store)
         except (StoreError, OSError) as error:
             logger.warning("compile cache: no longer shared through %s: %s", self.url, error)
@@ -135,7 +137,7 @@ class CacheSync:
         except StoreError as error:
             logger.warning("compile cache: %s cannot be listed, so graphs are compiled here: %s", self.url, error)
             return
-        missing = {each.path: each for each in found if not (self.folder / each.path).exists()}  # one of each path
+        missing = {each.path: each for each in found if not (self.folder / each.path).exists()}
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             space = shutil.disk_usage(self.folder).free - KEPT_FREE_BYTES
@@ -144,7 +146,8 @@ class CacheSync:
                 "compile cache: nothing can be kept in %s, so graphs are compiled here: %s", self.folder, error
             )
             return
-        for each in sorted(missing.values(), key=lambda each: each.size):  # the more of them, the smaller they are
+        # The smallest first, since so the most of them fit.
+        for each in sorted(missing.values(), key=lambda each: each.size):
             space -= each.size
             if space < 0:
                 counts = (len(missing) - waiting.qsize(), len(missing))
@@ -152,7 +155,7 @@ class CacheSync:
                 logger.warning("compile cache: %d of %d entries stay in %s, since %s", *counts, self.url, rule)
                 break
             waiting.put(each)
-        done: list[int] = []  # bytes
+        done: list[int] = []
 
         def work() -> None:
             while not self._closing.is_set():
@@ -175,7 +178,7 @@ class CacheSync:
         logger.info("compile cache: %s has %d entries; %s", self.url, len(found), came)
 
     def _download(self, store: Store, entry: Entry) -> bool:
-        """The local file appears whole and verified, or not at all. A damaged entry is removed, to be made anew."""
+        """The local file appears whole and verified or, also after a crash, not at all. A damaged entry is removed."""
         path = self.folder / entry.path
         temporary = path.with_name(f".tmp-{uuid4().hex}")
         try:
@@ -190,7 +193,7 @@ class CacheSync:
                         crc = checksum(part, crc)
                         file.write(part)
                     file.flush()
-                    os.fsync(file.fileno())  # else a crash of the machine could leave the name without its bytes
+                    os.fsync(file.fileno())
                 if crc != entry.crc:
                     store.delete(entry.key)
                     logger.warning(
@@ -212,7 +215,8 @@ class CacheSync:
     def _upload_new(self, store: Store) -> None:
         try:
             found = entries(store)
-        except StoreError as error:  # the next compilation, or the end, tries again
+        except StoreError as error:
+            # The next compilation, or the end, tries again.
             logger.warning("compile cache: nothing is uploaded now, since %s cannot be listed: %s", self.url, error)
             return
         there = {each.path for each in found}
@@ -237,7 +241,7 @@ class CacheSync:
             logger.info("compile cache: %d new entries are in %s", sent, self.url)
 
     def _upload(self, store: Store, path: str) -> bool:
-        """Whether it was us who added it."""
+        """Whether it was us who added it, and not another node, which was as quick, with the same bytes."""
         file = self.folder / path
         crc = 0
         with file.open("rb") as source:
@@ -246,15 +250,16 @@ class CacheSync:
         key = f"{path}={crc:016x}"
         try:
             sums = store.upload_file(key, file)
-        except KeyExists:  # another node was as quick, with the same bytes
+        except KeyExists:
             return False
-        if sums.crc != crc:  # another rank's result took the file's name between our two looks at it
+        # Another rank's result took the file's name between our two looks at it.
+        if sums.crc != crc:
             store.delete(key)
             return False
         return True
 
     def _finished_files(self) -> list[tuple[str, int]]:
-        """(path relative to the folder, bytes) of what may be shared."""
+        """(path relative to the folder, bytes) of what may be shared. The compiler may delete files meanwhile."""
         found = []
         for current, _, names in os.walk(self.folder):
             for name in names:
@@ -263,7 +268,7 @@ class CacheSync:
                 if name.endswith(self._suffix) and _is_key(relative) and not path.is_symlink():
                     try:
                         size = path.stat().st_size
-                    except FileNotFoundError:  # the compiler keeps its folder tidy
+                    except FileNotFoundError:
                         continue
                     if size:
                         found.append((relative, size))
@@ -312,10 +317,7 @@ class NodeCache:
 
 
 def node_cache(accelerator: Accelerator, run_url: str, *, node_rank: int, inherited: Mapping[str, str]) -> NodeCache:
-    """The cache of this node's ranks. Opens nothing.
-
-    inherited: the agent's own environment; a cache that the user has set there stays as it is.
-    """
+    """The cache of this node's ranks. Opens nothing. inherited: the agent's environment; a cache set there stays."""
     cache = accelerator.compile_cache(inherited)
     if cache is None:
         return NodeCache({}, None)

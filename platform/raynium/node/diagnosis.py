@@ -23,16 +23,17 @@ from raynium.train.link import Failed
 logger = logging.getLogger(__name__)
 
 KERNEL_LOG = Path("/dev/kmsg")
-# Where it cannot be read. Ubuntu, which AWS's images are, keeps the kernel's log from all but root; its journal may be
-# read by the group adm, to which the user of those images belongs.
+# Where it cannot be read: a container has none, and Ubuntu, which AWS's images are, keeps it from all but root; its
+# journal may be read by the group adm, to which the user of those images belongs.
 LOG_PROGRAMS = (("dmesg",), ("journalctl", "--dmesg", "--quiet", "--no-pager", "--output=short-monotonic"))
 PROGRAM_SECONDS = 10.0
-# Of a line: ranks may print whole graphs.
+# Of a line: ranks may print whole graphs. Of a rank: the runtime prints hundreds of lines after the one that counts.
 SEARCHED_CHARACTERS = 2000
-KEPT_LINES = 50  # of one rank: the runtime prints hundreds of lines after the one that counts
-SHARED_MEMORY_FULL_BYTES = 64 * 2**20  # less is left of /dev/shm than one buffer that ranks or libraries put there
+KEPT_LINES = 50
+# Less than one buffer that ranks or libraries put into /dev/shm.
+SHARED_MEMORY_FULL_BYTES = 64 * 2**20
 
-# Exceptions of torch, torch-xla and the process groups: their text is the device's or a peer's, so the tables may know
+# Exceptions of torch, torch-xla and the process groups have the text of the device or a peer, which the tables may know
 # better. All others are the program's own.
 LIBRARY_ERRORS = {
     *("RuntimeError", "XlaRuntimeError", "AcceleratorError", "OutOfMemoryError"),
@@ -40,7 +41,6 @@ LIBRARY_ERRORS = {
 }
 
 LIBRARY_SECONDS = 0.05
-
 _OOM_KILL = re.compile(r"(?:[Oo]ut of memory: Killed process |\boom-kill:.*,pid=)(\d+)")
 
 
@@ -65,12 +65,12 @@ class KernelLog:
         """path: a file of the same lines does for tests. programs: tried in order if the file cannot be read."""
         self._file: int | None = None
         self._program: Sequence[str] | None = None
-        self._last_line: str | None = None  # of the program's output, as far as it has been read
+        self._last_line: str | None = None
         why: list[str] = []
         try:
             self._file = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
             os.lseek(self._file, 0, os.SEEK_END)
-        except OSError as error:  # a container has none, and others than root may not read it
+        except OSError as error:
             why.append(f"{path}: {error.strerror}")
         for program in programs if self._file is None else ():
             lines = _printed(program)
@@ -80,7 +80,7 @@ class KernelLog:
                 self._program, self._last_line = program, lines[-1] if lines else None
                 break
         self.source = str(path) if self._file is not None else " ".join(self._program) if self._program else None
-        self.problem = "; ".join(why) if self.source is None else ""  # why there is no source
+        self.problem = "; ".join(why) if self.source is None else ""
         logger.info("kernel log: %s", self.source or f"none, so a death may stay unexplained ({self.problem})")
 
     @property
@@ -97,7 +97,8 @@ class KernelLog:
                 record = os.read(self._file, 65536)
             except BlockingIOError:
                 break
-            except BrokenPipeError:  # the kernel overwrote what we had not read; the next read goes on behind it
+            except BrokenPipeError:
+                # The kernel overwrote what we had not read; the next read goes on behind it.
                 continue
             if not record:
                 break
@@ -111,7 +112,8 @@ class KernelLog:
         if isinstance(lines, str):
             logger.warning("the kernel's log can no longer be read: %s", lines)
             return []
-        num_new = lines[::-1].index(self._last_line) if self._last_line in lines else len(lines)  # else: overwritten
+        # Without that line the log was overwritten: all of it is new.
+        num_new = lines[::-1].index(self._last_line) if self._last_line in lines else len(lines)
         self._last_line = lines[-1] if lines else None
         # [seconds since boot] message, which makes lines unlike; journalctl puts "host kernel: " between
         return [re.sub(r"^\[\s*[\d.]+\] (\S+ kernel: )?", "", line) for line in lines[len(lines) - num_new :]]
@@ -123,25 +125,25 @@ class KernelLog:
 
 
 def _printed(program: Sequence[str]) -> list[str] | str:
-    """A program's lines; or, as one string, why there are none."""
+    """A program's lines, or one string why there are none: without the right, journalctl succeeds and prints none."""
     try:
         done = subprocess.run(program, stdin=subprocess.DEVNULL, capture_output=True, timeout=PROGRAM_SECONDS)
     except (OSError, subprocess.TimeoutExpired) as error:
         return f"{program[0]}: {getattr(error, 'strerror', None) or f'no answer within {PROGRAM_SECONDS:g} s'}"
-    if done.returncode != 0 or not done.stdout:  # journalctl shows a user without the right nothing, and succeeds
+    if done.returncode != 0 or not done.stdout:
         said = done.stderr.decode(errors="replace").strip().splitlines()
         return f"{program[0]}: {said[-1] if said else f'exit code {done.returncode}, no line'}"
     return done.stdout.decode(errors="replace").splitlines()
 
 
 class Diagnosis:
-    """One node's, over the life of its agent. Used by one thread."""
+    """One node's, over the life of its agent. Used by one thread. It keeps the last symptoms of each rank."""
 
     def __init__(self, kernel_log: KernelLog, *, shared_memory: Path | None = None):
         """shared_memory: the folder that ranks and libraries keep it in; None: this machine's."""
         self._kernel_log = kernel_log
         self._shared_memory = shared_memory or shared_memory_folder()
-        self._kept: dict[int, deque[str]] = defaultdict(lambda: deque(maxlen=KEPT_LINES))  # rank → its symptoms
+        self._kept: dict[int, deque[str]] = defaultdict(lambda: deque(maxlen=KEPT_LINES))
 
     def note(self, rank: int, line: str) -> None:
         """Called with every line of a rank's output."""
@@ -193,7 +195,8 @@ class Diagnosis:
             if killed_pid == pid:
                 fault = _out_of_memory(line)
                 return replace(exit, cause=f"killed by SIGKILL: {fault}", fault=fault)
-        if kills:  # its pid may be another in the kernel's eyes, inside a container
+        # Inside a container its pid may be another in the kernel's eyes.
+        if kills:
             fault = _out_of_memory(kills[-1][1])
             cause = f"killed by SIGKILL while the kernel ended process {kills[-1][0]}: {fault}"
             return replace(exit, cause=cause, fault=fault)
@@ -216,8 +219,7 @@ class Diagnosis:
 def _rows(lines_by_rank: Iterable[Iterable[str]]) -> tuple[Row, ...]:
     """ROWS; but an execution that ends on several chips of a node at once is no sign that one of them is broken.
 
-    AWS's table has a hang of software in the same row, and there every rank reports it: of every node, which are then
-    all to be replaced.
+    AWS's table has a hang of software in the same row: every rank of every node reports it, and all would be replaced.
     """
     faults = [classify(lines) for lines in lines_by_rank]
     chips = {fault.device for fault in faults if fault is not None and fault.name == "compute-hang"}

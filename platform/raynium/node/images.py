@@ -45,13 +45,14 @@ def make_image_folder(run_name: str, parent: Path | None = None) -> Path:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """One rank's state of one step, complete in this node's memory."""
+    """One rank's state of one step, complete in this node's memory. parent_step: that its generation started from."""
 
     generation_id: str
     world: World
-    parent_step: int | None  # that this generation started from
-    info: ImageInfo  # the file that is uploaded
-    replicas: ImageInfo  # what the rank holds and others save: a restart from memory needs it
+    parent_step: int | None
+    # The file that is uploaded; and what the rank holds and others save, which a restart from memory needs.
+    info: ImageInfo
+    replicas: ImageInfo
     taken: float = field(default_factory=time.monotonic)
 
 
@@ -77,18 +78,19 @@ class SavedShard:
 
 @dataclass
 class _Slot:
+    """uploading: id of the generation for which an upload runs. offered: its rank may write it: the header tells."""
+
     snapshot: Snapshot | None = None
-    uploading: str | None = None  # id of the generation for which an upload from it runs
+    uploading: str | None = None
     saved: SavedShard | None = None
-    failure: str | None = None  # why the upload failed, if it did
-    offered: bool = False  # its rank may be writing it; the header says whether it got to the end
+    failure: str | None = None
+    offered: bool = False
 
 
 class NodeImages:
     """Which images of a node's ranks hold what, across generations. Safe to use from several threads.
 
-    An image may be written once it is uploaded and a newer one of its rank is complete: so a rank always has one to
-    start again from.
+    An image may be written once it is uploaded and its rank has a newer one: so a rank always has one to start from.
     """
 
     def __init__(self, ranks: Iterable[int]):

@@ -20,8 +20,8 @@ logger = logging.getLogger(__name__)
 # "<pid namespace>/<pid>/<start time>" of the agent. A container's pids mean nothing outside of it, so what carries
 # another namespace than ours is left alone.
 AGENT_VARIABLE = "RAYNIUM_AGENT"
-
-LEADER_SECONDS = 10.0  # within these the kernel has ended a rank whose agent is dead
+# Within these the kernel has ended a rank whose agent is dead.
+LEADER_SECONDS = 10.0
 
 
 def agent_mark() -> dict[str, str]:
@@ -48,10 +48,10 @@ def end_orphans() -> list[str]:
 
 
 def _kill(pid: int, *, orphans: dict[int, str]) -> None:
-    with contextlib.suppress(ProcessLookupError):  # it has ended by itself, or with its group
+    with contextlib.suppress(ProcessLookupError):
         group = os.getpgid(pid)
-        # A rank leads the group of all that it started, and is dead or about to die. Where the leader goes on living it
-        # is somebody else, and not ours to kill.
+        # A rank leads the group of all that it started, and dies with its agent. A leader that lives on is somebody
+        # else, and not ours to kill.
         deadline = time.monotonic() + LEADER_SECONDS
         while not (is_ours := group in orphans or not _lives(group)) and time.monotonic() < deadline:
             time.sleep(0.05)
@@ -62,7 +62,7 @@ def _kill(pid: int, *, orphans: dict[int, str]) -> None:
 
 
 def _orphans() -> Iterator[tuple[int, str]]:
-    """(pid, command line) of each."""
+    """(pid, command line) of each that has not ended, and is no other user's."""
     namespace = _pid_namespace()
     wanted = f"{AGENT_VARIABLE}={namespace}/".encode()
     for folder in Path("/proc").glob("[0-9]*"):
@@ -73,7 +73,7 @@ def _orphans() -> Iterator[tuple[int, str]]:
             mark = next(each for each in environment.split(b"\0") if each.startswith(wanted))
             agent, started = mark.removeprefix(wanted).decode().split("/")
             command = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
-        except (FileNotFoundError, ProcessLookupError, PermissionError):  # it has ended, or is another user's
+        except (FileNotFoundError, ProcessLookupError, PermissionError):
             continue
         if not (pid_started(int(agent)) == started and _lives(int(agent))):
             yield int(folder.name), command[:80]

@@ -43,21 +43,23 @@ from raynium.storage.store import Store
 from raynium.train.link import IMAGE_SLOTS, Phase
 
 POLL_SECONDS = 0.5
-SETTLE_SECONDS = 1.0  # after the first rank that failed: its peers' own reasons may follow
-NCCOM_SHARE = 0.3  # of the time left, at most, for AWS's own benchmark
-COMPILERS = ("neuronx-cc", "walrus_driver")  # of Neuron, as processes
+# After the first rank that failed: its peers' own reasons may follow.
+SETTLE_SECONDS = 1.0
+# At most so much of the time left is for AWS's own benchmark.
+NCCOM_SHARE = 0.3
+COMPILERS = ("neuronx-cc", "walrus_driver")
 
 
 @dataclass(frozen=True)
 class TrialOrder:
-    """One node's part in a trial."""
+    """One node's part in a trial. seconds: then ranks that have not ended are killed."""
 
     first_rank: int
     world_size: int
     master_host: str
     master_port: int
     gemm: bool
-    seconds: float  # then ranks that have not ended are killed
+    seconds: float
 
 
 # ---- what the run will ask of a node -------------------------------------------------------------------------------
@@ -86,9 +88,7 @@ def snapshot_bytes(config: Config) -> int:
 
 
 def cache_folder(config: Config, environment: Mapping[str, str]) -> str | None:
-    """The compile cache of a trial's ranks, if it is a folder of this node; None on accelerators without one, or if it
-    is a URL. A run's ranks have theirs in the store, or beside this one (node/compile_cache.py).
-    """
+    """The folder of this node that is the cache of a trial's ranks, if one is. A run's: see node/compile_cache.py."""
     match config.cluster.accelerator:
         case "neuron":
             folder = environment.get(neuron.NEFF_CACHE, neuron.default_cache(environment))
@@ -169,9 +169,9 @@ class NodeProbe:
         return Met(self._rendezvous.getsockname()[1], ThisHost().machine.product_name)
 
     def look(self) -> list[Check]:
-        """What shows without a rank."""
+        """What shows without a rank. Orphans are ended first, since they may hold cores."""
         config, host = self._config, ThisHost()
-        orphans = end_orphans()  # before it is looked at who holds cores
+        orphans = end_orphans()
         checks = host_checks(host, needs_of(config, os.environ))
         checks.append(kernel_log())
         if orphans:
@@ -213,7 +213,8 @@ def run_ranks(
 ) -> list[RankResult]:
     """Forks this node's ranks as a run would, and ends them at the order's time. Raises LaunchError.
 
-    rendezvous: where rank 0 will listen, if it is one of them; closed here.
+    rendezvous: where rank 0 will listen, if it is one of them; closed here. A rank that only waited for one that failed
+    has no problem of its own.
     """
     deadline = time.monotonic() + order.seconds
     with tempfile.TemporaryDirectory(prefix="raynium-preflight-") as folder:
@@ -243,7 +244,7 @@ def run_ranks(
                 results.append(RankResult.from_json(path.read_text()))
             elif rank in failed:
                 results.append(RankResult(rank, problem=f"{each.cause} (in phase {phases.get(rank, 'fork')!r})"))
-            elif failed:  # it only waited for the one that failed
+            elif failed:
                 results.append(RankResult(rank))
             else:
                 where = f"still in phase {phases.get(rank, 'fork')!r} after {order.seconds:.0f} s"

@@ -30,14 +30,12 @@ from raynium.train.link import AgentMessage, Ended, Failed, ImageFree, RankMessa
 
 logger = logging.getLogger(__name__)
 
-# What the template loads: all that a rank would, so that one that is started again imports nothing. It starts no thread
-# and opens no device.
+# All that a rank would load, so that one started again imports nothing. It starts no thread and opens no device.
 PRELOADED_MODULES = (
     "raynium.rank.entry",
     "raynium.rank.template",
     "raynium.storage.file_store",
-    # The first step's `numpy.unique` and FSDP's profiler marks import these. A torch that has no such module is passed
-    # over.
+    # The first step's `numpy.unique` and FSDP's profiler marks import these; one that torch lacks is passed over.
     "numpy.ma",
     "torch.profiler._cupti_monitor",
 )
@@ -53,18 +51,19 @@ TEMPLATE_ENVIRONMENT = {
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
 }
 
-LAST_LINES = 20  # of a dead rank's output that reach the user's terminal
-LONGEST_LINE_BYTES = 1 << 16  # of its output: a progress bar may write for weeks without ending a line
+# Of a dead rank's output, for the user's terminal; and a progress bar may write for weeks without ending a line.
+LAST_LINES = 20
+LONGEST_LINE_BYTES = 1 << 16
 
 
 @dataclass
 class RankProcess:
-    """One rank as its agent sees it."""
+    """One rank as its agent sees it. connection: messages both ways (train/link.py). output: its stdout and stderr."""
 
     rank: int
     process: ForkServerProcess
-    connection: Connection  # messages, both ways; see train/link.py
-    output: Connection  # its stdout and stderr
+    connection: Connection
+    output: Connection
     last_lines: deque[str] = field(default_factory=lambda: deque(maxlen=LAST_LINES))
     partial_line: bytes = b""
     outcome: Ended | None = None
@@ -96,11 +95,13 @@ class RankProcess:
 def _signal_name(number: int) -> str:
     try:
         return signal.Signals(number).name
-    except ValueError:  # Python names the first and the last real-time signal only
+    except ValueError:
+        # Python names the first and the last real-time signal only.
         return f"signal {number}"
 
 
-_STARTING = threading.RLock()  # what follows changes the whole process: its `__main__` and its environment
+# What follows changes the whole process: its `__main__` and its environment.
+_STARTING = threading.RLock()
 
 
 @contextlib.contextmanager
@@ -161,8 +162,7 @@ def _ensure_template() -> None:
 def start_process(process: ForkServerProcess) -> None:
     """Forks a process from the template, any thread; OSError or EOFError where this node lacks what that takes.
 
-    A template that meets an error while it forks ends, and with it all that it forked. What it was asked next then
-    fails too: it is asked of a new one.
+    A template that fails to fork ends, with all that it forked. What it is asked next fails, and a new one is asked.
     """
     with _STARTING, _main_module_hidden():
         _ensure_template()
@@ -176,17 +176,16 @@ def start_process(process: ForkServerProcess) -> None:
 
 
 def _end_template() -> None:
-    """Returns once the template is dead. The attribute is multiprocessing's own (3.11 to 3.14)."""
+    """Until the template is dead; `ensure_running` reaps it. The attribute is multiprocessing's own (3.11 to 3.14)."""
     pid = forkserver._forkserver._forkserver_pid  # pyright: ignore[reportAttributeAccessIssue]
     os.kill(pid, signal.SIGKILL)
-    os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)  # `ensure_running` wants to reap it
+    os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
 
 
 class RankGroup:
     """The ranks of one generation on this node.
 
-    `poll()` is called in a loop by one thread: it moves messages and output, and returns what arrived. Any thread may
-    `ring()` to have it return at once.
+    One thread calls `poll()` in a loop, which moves and returns messages and output; any thread may `ring()` to end it.
     """
 
     def __init__(
@@ -197,10 +196,8 @@ class RankGroup:
         program: "rank_entry.Program" = rank_entry.train_plan,
         rendezvous: socket.socket | None = None,
     ):
-        """environments: rank → all variables it needs; plan_json: a `RankPlan`, the same for all ranks.
-
-        rendezvous: where rank 0 will listen, if it is in this group. The caller closes it: peers of a dead rank 0 would
-        else wait for an answer.
+        """environments: rank → all its variables; plan_json: a `RankPlan`, the same for all ranks. rendezvous: where
+        rank 0 will listen, if it is in this group; the caller closes it, since peers of a dead rank 0 would else wait.
         """
         context = multiprocessing.get_context("forkserver")
         self.ranks: dict[int, RankProcess] = {}
@@ -239,7 +236,8 @@ class RankGroup:
             each = self._open.get(ready)
             if ready is self._bell_reader:
                 self._bell_reader.recv_bytes()
-            elif each is None:  # a sentinel: somebody ended, seen through `ended()`
+            elif each is None:
+                # A sentinel: somebody ended, seen through `ended()`.
                 continue
             elif ready is each.connection:
                 self._receive(each, messages)
@@ -279,17 +277,18 @@ class RankGroup:
         for each in self.ranks.values():
             if each.process.exitcode != 0:
                 assert each.process.pid is not None
-                with contextlib.suppress(ProcessLookupError):  # nobody of its group lives, or it has made none yet
+                # It may be that nobody of its group lives, or that it has made none yet.
+                with contextlib.suppress(ProcessLookupError):
                     os.killpg(each.process.pid, signal.SIGKILL)
                 each.process.kill()
         for each in self.ranks.values():
             each.process.join()
 
     def drain(self) -> tuple[list[tuple[int, RankMessage]], list[tuple[int, str]]]:
-        """What ended ranks left in their pipes. Call after all have ended."""
+        """What ended ranks left in their pipes; a grandchild with one of them holds up nobody. Call after all ended."""
         messages: list[tuple[int, RankMessage]] = []
         lines: list[tuple[int, str]] = []
-        deadline = time.monotonic() + 5.0  # a grandchild that inherited the pipe must not hold us
+        deadline = time.monotonic() + 5.0
         while self._open and time.monotonic() < deadline:
             for ready in multiprocessing.connection.wait(list(self._open), 0.2):
                 each = self._open.get(ready)

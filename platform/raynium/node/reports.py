@@ -192,7 +192,8 @@ class CommitLog:
         while True:
             try:
                 commits = self._coordinator.commits(sent).result()
-            except Exception as error:  # Ray's own errors, which this file must not import: the coordinator is gone
+            except Exception as error:
+                # Ray's own errors, which this file must not import: the coordinator is gone.
                 logger.warning("checkpoints are no longer written into MLflow: %s", error)
                 return
             if commits is None:
@@ -202,5 +203,6 @@ class CommitLog:
                 self._tracker.append(commit.metrics, step=commit.step, unix_ms=int(time.time() * 1000))
                 try:
                     self._tracker.artifact("checkpoints.json", commit.checkpoints)
-                except TrackingError as error:  # the disk is full: the next commit's list holds this one too
+                except TrackingError as error:
+                    # The disk is full: the next commit's list holds this one too.
                     logger.warning("the list of checkpoints does not reach MLflow: %s", error)

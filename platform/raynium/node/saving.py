@@ -1,7 +1,4 @@
-"""From a rank's written image to a shard that the coordinator knows of: offers, uploads, and what is told of them.
-
-An image may be written again once it is uploaded and a newer one of its rank is complete; its rank is then offered it.
-"""
+"""From a rank's written image to a shard that the coordinator knows of: offers, uploads, and what is told of them."""
 
 import threading
 import time
@@ -102,7 +99,8 @@ class Saving:
             entry: ShardEntry = self._uploader.upload(
                 snapshot.info, generation=snapshot.generation_id, rank=rank, again=again
             )
-        except Exception as error:  # whatever it was, this image is in memory only
+        except Exception as error:
+            # Whatever it was, this image is in memory only.
             failure = str(error) if isinstance(error, StoreError) else f"{type(error).__name__}: {error}"
             self.images.uploaded(rank, slot, failure=failure)
             self._offer_free()

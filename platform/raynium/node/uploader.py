@@ -1,7 +1,6 @@
 """Uploads snapshots in a process of its own, so that neither ranks nor agent share an interpreter lock with them.
 
-The agent's side is `Uploader`; `main` is the process. If that is killed, the agent starts another, which removes what
-the first left unfinished and uploads again.
+`Uploader` is the agent's side, `main` the process. If it is killed, another removes what it left, and uploads again.
 """
 
 import contextlib
@@ -26,9 +25,11 @@ from raynium.storage.store import Store
 
 logger = logging.getLogger(__name__)
 
-UPLOADS_AT_ONCE = 4  # shards; each has several parts in flight
-ATTEMPTS = 3  # uploads of one shard, if the process dies under it
-NICENESS = 10  # below the ranks: where they share cores, training goes first
+# Shards, each with several parts in flight; and uploads of one, if the process dies under it.
+UPLOADS_AT_ONCE = 4
+ATTEMPTS = 3
+# Below the ranks: where they share cores, training goes first.
+NICENESS = 10
 # How often it is looked whether the process still does something, and how long its end is waited for.
 WATCH_SECONDS = 5.0
 CLOSE_SECONDS = 10.0
@@ -101,7 +102,7 @@ class Uploader:
             if self._child is None or self._child.dead:
                 try:
                     self._child = _Child(self._run_url)
-                except (OSError, EOFError) as error:  # EOFError: the template's process could not fork
+                except (OSError, EOFError) as error:
                     raise StoreError(
                         f"the process that uploads checkpoints cannot be started: {error or 'it could not be forked'}; "
                         "this node lacks memory, processes or open files (ulimit -u, ulimit -n)"
@@ -177,9 +178,9 @@ class _Child:
 
 
 def main(run_url: str, connection: Connection) -> None:
-    """The uploading process: takes jobs until its agent is gone."""
+    """Takes jobs until its agent is gone. Ctrl-C reaches the whole terminal group; the agent decides."""
     rank_entry.die_with_the_agent()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole terminal group; the agent decides
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     os.nice(NICENESS)
     store = Store(run_url)
@@ -191,7 +192,8 @@ def main(run_url: str, connection: Connection) -> None:
             answer["entry"] = _save(store, job).to_json()
         except RayniumError as error:
             answer["error"] = str(error)
-        except Exception as error:  # a fault of ours must not leave the agent waiting
+        except Exception as error:
+            # A fault of ours must not leave the agent waiting.
             answer["error"] = f"{type(error).__name__}: {error}"
         with sending:
             connection.send_bytes(json.dumps(answer).encode())
@@ -201,7 +203,7 @@ def main(run_url: str, connection: Connection) -> None:
             try:
                 pool.submit(work, json.loads(connection.recv_bytes()))
             except (EOFError, OSError):
-                os._exit(0)  # nobody is left to want the uploads
+                os._exit(0)
 
 
 def _save(store: Store, job: dict[str, Any]) -> ShardEntry:
