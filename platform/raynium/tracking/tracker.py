@@ -31,7 +31,9 @@ class TrackerStatus:
         waiting = " and ".join(f"{number:,} {what}(s)" for what, number in left.items() if number) or "nothing"
         if self.last_error is None:
             return f"not yet in MLflow, on disk until it takes them: {waiting}{lost}"
-        return f"MLflow unreachable for {self.failing_seconds:.0f} s: {waiting} on disk for it{lost} ({self.last_error})"
+        return (
+            f"MLflow unreachable for {self.failing_seconds:.0f} s: {waiting} on disk for it{lost} ({self.last_error})"
+        )
 
 
 class Tracker(Protocol):
