@@ -19,8 +19,8 @@ IGNORED_LABEL = -100
 class Batch:
     """B rows, from a loader on the CPU; the label at [b, t] is the token that follows the one at [b, t].
 
-    Both int64; a position whose label is IGNORED_LABEL is not counted. others: the task's own columns, see
-    `tasks/base.py`.
+    tokens_BT, labels_BT: int64; a position whose label is IGNORED_LABEL is not counted. others: the task's own columns,
+    see `tasks/base.py`.
     """
 
     tokens_BT: "Tensor"

@@ -40,7 +40,7 @@ PARTS_IN_FLIGHT = 8
 # S3's limits.
 _MAX_UPLOAD_PARTS = 10_000
 _DELETE_BATCH = 1000
-# Tries of a request: over half a minute of SlowDown or breaks. Breaks in a row of one read, without progress.
+# Tries of a request, over half a minute of SlowDown; and breaks in a row that one read bears without progress.
 _MAX_ATTEMPTS = 8
 _READ_ATTEMPTS = 6
 _PAUSE_SECONDS = 0.25

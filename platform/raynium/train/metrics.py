@@ -11,7 +11,7 @@ class Throughput:
     """Turns a step's result and duration into what is reported. Arithmetic only; any rank may call it.
 
     tokens_per_step: over all ranks. global_batch_size: sequences per step. flops_per_token_6n: 6 FLOPs per parameter
-    and token, forward and backward of the matrices; ..._with_attention: the same plus the attention scores.
+    and token, forward and backward of the matrices. flops_per_token_with_attention: the same plus the attention scores.
     peak_flops_per_rank: dense peak of the compute dtype; None: unknown, then no MFU is reported.
     """
 
