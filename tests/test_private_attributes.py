@@ -36,7 +36,6 @@ USED = {
         "ray._private",
         "ray._private.worker",
     ),
-    "test_train_here.py::test_one_command_trains_and_samples": ("ray._private.worker._global_node",),
     "test_store.py::test_what_is_written_is_read_listed_and_deleted": ("self._fs._call_s3",),
     "test_native_engine.py::test_every_layout_trains_as_a_plain_float64_loop_does": (
         "torch._dynamo",

@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,10 @@ from waiting import wait_for
 
 from raynium.errors import ClusterLost, LaunchError
 from raynium.launch import head as head_module
-from raynium.launch import ray_environment
 from raynium.launch.head import ClusterWatch
-from raynium.launch.ray_environment import SOCKET_PATH_BYTES, session_folder
+from raynium.launch.ray_environment import session_parent
+from raynium.node.scratch import SOCKET_PATH_BYTES, sockets_parent
+from raynium.storage.own_folder import temporary_folder
 
 
 @pytest.fixture
@@ -34,46 +36,38 @@ def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 # After verl#1120 and ray#7724: job folders of Slurm.
 LONG = "slurm_jobdir_1355700_" * 4
-
-
-def test_a_session_lies_where_nobody_else_may_enter(tmp_path: Path, temporary: Any) -> None:
-    folder = Path("/tmp", f"r{os.getpid()}")
-    try:
-        temporary(folder)
-        assert session_folder() == folder / f"raynium-{os.getuid()}" / "ray"
-        assert session_folder().parent.stat().st_mode & 0o077 == 0
-    finally:
-        (folder / f"raynium-{os.getuid()}").rmdir()
-        folder.rmdir()
+LONGEST_SOCKET = "ray/session_2026-11-29_03-10-48_123456_1234567/sockets/plasma_store"
 
 
 def test_a_tmpdir_that_is_too_long_for_sockets_is_replaced(tmp_path: Path, temporary: Any) -> None:
     temporary(tmp_path / LONG)
-    folder = session_folder()
-    assert folder == Path(f"/tmp/raynium-{os.getuid()}/ray")
-    assert len(f"{folder}/{ray_environment.LONGEST_SOCKET}") <= SOCKET_PATH_BYTES
+    assert session_parent() == sockets_parent() == Path("/tmp")
+    with temporary_folder("ray", session_parent()) as folder:
+        assert len(f"{folder}/{LONGEST_SOCKET}") <= SOCKET_PATH_BYTES
 
 
-def test_where_no_folder_is_short_enough_a_line_says_so(
+def test_a_tmpdir_that_is_short_enough_stays(temporary: Any) -> None:
+    with tempfile.TemporaryDirectory(prefix="r", dir="/tmp") as short:
+        temporary(Path(short))
+        assert session_parent() == sockets_parent() == Path(short)
+
+
+def test_where_no_folder_will_do_a_line_says_so(
     tmp_path: Path, temporary: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     long = temporary(tmp_path / LONG)
     monkeypatch.setenv("RAY_TMPDIR", str(long))
-    with pytest.raises(LaunchError, match=rf"^RAY_TMPDIR is {len(str(long))} bytes long \(.*allow \d\d at most: set a"):
-        session_folder()
-    monkeypatch.setenv("RAY_TMPDIR", "/tmp/short")
-    assert session_folder() == Path("/tmp/short/ray")
+    with pytest.raises(LaunchError, match=r"^RAY_TMPDIR is /.*, and Ray's sockets need a path of at most \d\d byt"):
+        session_parent()
+    monkeypatch.setenv("RAY_TMPDIR", "/no/such")
+    with pytest.raises(LaunchError, match=r"^/no/such is no folder that can be written.*: set RAY_TMPDIR to one of"):
+        session_parent()
+    monkeypatch.setenv("RAY_TMPDIR", "/tmp")
+    assert session_parent() == Path("/tmp")
     monkeypatch.delenv("RAY_TMPDIR")
-    real = ray_environment.scratch_folder
-
-    def no_tmp(parent: str | None = None) -> Path:
-        return real(str(tmp_path / "missing" / "folder")) if parent else real()
-
-    monkeypatch.setattr(ray_environment, "scratch_folder", no_tmp)
-    with pytest.raises(
-        LaunchError, match=r"^TMPDIR is \d+ bytes long .*/tmp cannot be used instead: .* cannot be made"
-    ):
-        session_folder()
+    monkeypatch.setattr(os, "access", lambda path, how: False)
+    with pytest.raises(LaunchError, match=r"^/tmp is no folder that can be written.*: set TMPDIR to one of yours with"):
+        session_parent()
 
 
 START = """

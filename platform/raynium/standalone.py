@@ -10,7 +10,6 @@ import os
 import secrets
 import signal
 import sys
-import tempfile
 import time
 from typing import Any
 
@@ -31,6 +30,7 @@ from raynium.launch.settle import settled
 from raynium.rank.build import run
 from raynium.rank.plan import RankPlan
 from raynium.run.past import Past
+from raynium.storage.own_folder import temporary_folder
 from raynium.storage.store import Store
 
 logger = logging.getLogger(__name__)
@@ -133,14 +133,14 @@ def main() -> None:
                 logger.info("note: %s", note)
             keep_tokenizer(store, documents)
         checkpoint = resume_point(store, if_damaged=config.checkpoint.if_damaged).checkpoint
-        with tempfile.TemporaryDirectory(prefix="raynium-") as images:
+        with temporary_folder("images") as images:
             plan = RankPlan(
                 config=config,
                 world=world,
                 run_url=store.url,
                 resume_step=checkpoint.step if checkpoint else None,
                 data_folder=str(documents.path),
-                image_folder=images,
+                image_folder=str(images),
             )
             outcome = run(plan, StandaloneLink(config, world, store))
     except RayniumError as error:

@@ -14,7 +14,6 @@ Everything is verified as it is read, and nothing is unpickled: what is no tenso
 import io
 import logging
 import math
-import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -55,13 +54,13 @@ from raynium.checkpoint.ref import CheckpointRef
 from raynium.checkpoint.state import Chunk
 from raynium.checkpoint.upload import upload_shard
 from raynium.errors import CheckpointError, CheckpointMismatch
+from raynium.storage.own_folder import shared_memory_folder, temporary_folder
 from raynium.storage.store import Store
 
 logger = logging.getLogger(__name__)
 
 # In a manifest's state: name → JSON value.
 OBJECTS = "dcp_objects"
-_SHARED_MEMORY = Path("/dev/shm")
 
 
 class _Given:
@@ -178,7 +177,7 @@ class CheckpointWriter(_Given, StorageWriter):
         # On the coordinator, once it is committed.
         self.ref: CheckpointRef | None = None
         self._state = dict(state or {})
-        self._image_folder = image_folder or (_SHARED_MEMORY if _SHARED_MEMORY.is_dir() else None)
+        self._image_folder = Path(image_folder) if image_folder else shared_memory_folder()
         self._generation = ""
         self._num_ranks = 0
 
@@ -206,10 +205,10 @@ class CheckpointWriter(_Given, StorageWriter):
             else:
                 chunks.append(_chunk_of(name, item, planner))
         image_plan = plan_image(chunks)
-        with tempfile.TemporaryDirectory(prefix="raynium-dcp-", dir=self._image_folder) as folder:
-            with ImageFile(Path(folder) / "image") as image:
+        with temporary_folder("dcp", self._image_folder) as folder:
+            with ImageFile(folder / "image") as image:
                 write_image(image_plan, chunks, image.reserve(image_plan.size), step=self.step)
-            info = image_plan.info(step=self.step, path=Path(folder) / "image")
+            info = image_plan.info(step=self.step, path=folder / "image")
             entry = upload_shard(self.store, info, generation=generation, rank=rank)
         result = WriteResult(MetadataIndex(entry.file.key), entry.file.size, (entry.to_json(), objects))
         return _done([result])

@@ -13,14 +13,24 @@ from raynium.cli.names import JsonOption
 MARKS = {"ok": "ok", "warning": "warning", "failed": "FAILED", "skipped": "-"}
 
 
-def doctor(as_json: JsonOption = False) -> None:
+def doctor(
+    as_json: JsonOption = False,
+    clean: Annotated[bool, Option("--clean", help="First remove what your killed processes have left here.")] = False,
+) -> None:
     """Say what this machine can train on, and what it lacks.
 
     Ends with 1 if something is wrong.
+
+    --clean ends compilers and removes snapshots in memory, Ray's sessions and sockets of runs that were killed. Nothing
+    of a process that lives is touched.
     """
     from raynium.health.doctor import examine
     from raynium.health.host import ThisHost
+    from raynium.node.scratch import clean_up
 
+    if clean:
+        for line in clean_up():
+            _to_stderr(line)
     found = examine(ThisHost(), python=sys.version_info[:3])
     if as_json:
         typer.echo(json.dumps(found.to_json(), indent=2))

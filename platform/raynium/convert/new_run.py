@@ -1,10 +1,8 @@
 """The first checkpoint of a new run, made of tensors that were not trained here. One process, on the CPU."""
 
 import math
-import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
@@ -23,6 +21,7 @@ from raynium.config.schema import ModelSection
 from raynium.convert.description import KEPT_NAME, RunText
 from raynium.data.tokenizer import END_NAME, TOKENIZER_NAME
 from raynium.errors import CheckpointDamaged, CheckpointError
+from raynium.storage.own_folder import temporary_folder
 from raynium.storage.store import Store
 
 # What one data file will hold, and the tensor of each of its blocks.
@@ -94,8 +93,8 @@ def _upload(store: Store, part: Part, step: int, generation: str, rank: int) -> 
     chunks, tensor_of = part
     meta = {"dtype": torch.float32, "device": "meta"}
     plan = plan_image([replace(chunk, tensor=torch.empty(chunk.tensor.shape, **meta)) for chunk in chunks])
-    with tempfile.TemporaryDirectory(prefix="raynium-import-") as folder:
-        image = Path(folder) / "image"
+    with temporary_folder("import") as folder:
+        image = folder / "image"
         try:
             with image.open("xb") as file:
                 file.write(plan.header_of(step))

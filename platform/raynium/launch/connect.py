@@ -3,7 +3,6 @@
 import contextlib
 import logging
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -16,7 +15,8 @@ import ray.train
 
 from raynium.accelerators.cpu import usable_cores
 from raynium.errors import ClusterLost, LaunchError, RunFailed
-from raynium.launch.ray_environment import session_folder
+from raynium.launch.ray_environment import session_parent
+from raynium.storage.own_folder import drop_folder, own_folder
 
 logger = logging.getLogger(__name__)
 
@@ -37,14 +37,17 @@ def connect(address: str | None, *, least_cpus: int = 1) -> Iterator[Mapping[str
 
     least_cpus: CPU slots that a cluster of our own declares, also on a machine with fewer cores.
     """
+    folder = None
     if address is None:
+        folder = own_folder(session_parent(), "ray")
         num_cpus = max(least_cpus, usable_cores())
         arguments: dict[str, Any] = {
             "address": "local",
             "include_dashboard": False,
             "num_cpus": num_cpus,
             "_node_ip_address": LOOPBACK,
-            "_temp_dir": str(session_folder()),
+            # Ray opens its folder to everybody, and so gets one inside of ours.
+            "_temp_dir": str(folder / "ray"),
         }
         _start(arguments)
     else:
@@ -63,11 +66,10 @@ def connect(address: str | None, *, least_cpus: int = 1) -> Iterator[Mapping[str
     except BaseException:
         ray.shutdown()
         raise
-    node = ray._private.worker._global_node
     ray.shutdown()
-    if address is None and node is not None:
-        # After a failure its logs stay, for whoever asks why.
-        shutil.rmtree(node.get_session_dir_path(), ignore_errors=True)
+    if folder is not None:
+        # After a failure its logs stay until the next cluster is started here, for whoever asks why.
+        drop_folder(folder)
 
 
 def _start(arguments: Mapping[str, Any]) -> None:

@@ -13,6 +13,7 @@ import raynium
 from raynium.config.proxies import astray, proxy_for, spare_loopback
 from raynium.errors import LaunchError
 from raynium.launch.ray_environment import find_token, the_named_address
+from raynium.storage.own_folder import temporary_folder
 from raynium.tracking.provenance import origin_tags
 
 # `ray job stop` sends SIGTERM, and SIGKILL this long after (Ray's default: 3 s): time for a checkpoint.
@@ -72,13 +73,13 @@ def runtime_env(working_dir: str) -> dict[str, Any]:
 
 def submit_job(client: Any, name: str, config_yaml: str) -> str:
     """Starts a resolved config as a job; returns its submission id."""
-    with tempfile.TemporaryDirectory(prefix="raynium-job-") as folder:
-        Path(folder, "config.yaml").write_text(config_yaml)
+    with temporary_folder("job") as folder:
+        (folder / "config.yaml").write_text(config_yaml)
         return client.submit_job(
             # By exec, signals reach Python and not a shell.
             entrypoint="exec python -m raynium.launch.jobs config.yaml",
             submission_id=f"raynium-{name}-{secrets.token_hex(3)}",
-            runtime_env=runtime_env(folder),
+            runtime_env=runtime_env(str(folder)),
             # The job's folder is a copy without .git, its user the cluster's: say where it came from while we know.
             metadata={"run": name} | origin_tags(Path.cwd()),
         )

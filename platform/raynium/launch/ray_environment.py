@@ -4,12 +4,11 @@ import contextlib
 import os
 import secrets
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from raynium.errors import LaunchError, StoreError
-from raynium.node.scratch import scratch_folder
+from raynium.errors import LaunchError
+from raynium.node.scratch import LIMIT, allows_sockets, sockets_parent
 
 # Where the user has set one of these it stays.
 RAY_DEFAULTS = {
@@ -39,10 +38,6 @@ ADDRESS_VARIABLES = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")
 # And these what it is told of a cluster that it starts.
 CLUSTER_VARIABLES = (*ADDRESS_VARIABLES, "RAY_OVERRIDE_RESOURCES", "RAY_OVERRIDE_LABELS", "RAY_REDIS_ADDRESS")
 
-# Linux allows no longer path for a socket. Ray's lie this deep in its folder.
-SOCKET_PATH_BYTES = 107
-LONGEST_SOCKET = "session_2026-11-29_03-10-48_123456_1234567/sockets/plasma_store"
-
 
 def set_ray_environment(*, starts_cluster: bool) -> None:
     """starts_cluster: this process will start a cluster of its own on this machine; what names another is dropped."""
@@ -70,38 +65,22 @@ def the_named_address() -> Iterator[None]:
         os.environ.update(hidden)
 
 
-def session_folder() -> Path:
-    """Where a cluster that we start keeps its sockets and logs: in a folder that nobody else may enter.
+def session_parent() -> Path:
+    """Where a cluster that we start gets a folder of its own for its sockets and logs, which nobody else may enter.
 
-    That is /tmp's where TMPDIR is too long for sockets, as job folders of Slurm are. Raises LaunchError where there is
-    none, or RAY_TMPDIR names one that is too long; StoreError if others may write ours.
+    That is /tmp where TMPDIR is too long for sockets, as job folders of Slurm are. Raises LaunchError where it cannot
+    be.
     """
-    if given := os.environ.get("RAY_TMPDIR"):
-        folder = Path(given).absolute() / "ray"
-        if _fits_sockets(folder):
-            return folder
-        raise LaunchError(_too_long("RAY_TMPDIR", given))
-    folder = scratch_folder() / "ray"
-    if _fits_sockets(folder):
-        return folder
-    try:
-        return scratch_folder("/tmp") / "ray"
-    except StoreError as error:
+    given = os.environ.get("RAY_TMPDIR")
+    folder = Path(given).absolute() if given else sockets_parent()
+    if not allows_sockets(folder):
+        raise LaunchError(f"RAY_TMPDIR is {folder}, and Ray's sockets need {LIMIT}: set a shorter one")
+    if not os.access(folder, os.W_OK | os.X_OK):
         raise LaunchError(
-            f"{_too_long('TMPDIR', tempfile.gettempdir())}. /tmp cannot be used instead: {error}"
-        ) from error
-
-
-def _fits_sockets(folder: Path) -> bool:
-    return len(os.fsencode(folder / LONGEST_SOCKET)) <= SOCKET_PATH_BYTES
-
-
-def _too_long(variable: str, value: str) -> str:
-    most = SOCKET_PATH_BYTES - len(f"/raynium-{os.getuid()}/ray/{LONGEST_SOCKET}")
-    return (
-        f"{variable} is {len(os.fsencode(value))} bytes long ({value}), and Ray's sockets under it allow {most} at "
-        "most: set a shorter one"
-    )
+            f"{folder} is no folder that can be written, and a Ray cluster needs one for its sockets: set "
+            f"{'RAY_TMPDIR' if given else 'TMPDIR'} to one of yours with {LIMIT}"
+        )
+    return folder
 
 
 def find_token() -> str | None:

@@ -7,7 +7,7 @@ from raynium.accelerators import detect, native_dtype, native_fsdp
 from raynium.config.schema import Config
 from raynium.errors import LaunchError
 from raynium.hardware.catalog import INSTANCES
-from raynium.launch.ray_environment import session_folder
+from raynium.launch.ray_environment import session_parent
 
 
 def settled(
@@ -36,7 +36,7 @@ def check_this_machine(config: Config) -> None:
 
     config: settled. Raises LaunchError.
     """
-    session_folder()
+    session_parent()
     if config.cluster.nodes > 1:
         raise LaunchError(
             f"cluster.nodes is {config.cluster.nodes}, and a Ray cluster that is started here has one node: name one "

@@ -1,9 +1,6 @@
 """What Ray Train runs on each node: the node agent, and how it reaches the coordinator."""
 
-import multiprocessing
 import os
-import shutil
-import tempfile
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
@@ -15,9 +12,9 @@ import ray.train
 from raynium.accelerators.detect import detect
 from raynium.config.schema import Config
 from raynium.launch.backend import ATTEMPT_VARIABLE
-from raynium.launch.ray_environment import session_folder
 from raynium.node.agent import Node, NodeAgent
 from raynium.node.node_log import log_to_file
+from raynium.node.ranks import drop_sockets
 from raynium.run.protocol import AgentEvent, AgentInfo, Commit, GoHome, News, NodeEnded, Order, Said, Verdict
 
 # A driver that is killed leaves an agent that Ray has yet to end, while the next driver's may start beside it: they may
@@ -56,9 +53,6 @@ def run_agent(settings: dict[str, Any]) -> None:
     context = ray.train.get_context()
     scratch = settings["scratch"]
     log_to_file(settings["run_url"], context.get_node_rank())
-    # The ranks' template listens in a socket's file, for which TMPDIR may be too long a path.
-    folder = tempfile.mkdtemp(prefix="pymp-", dir=session_folder().parent)
-    multiprocessing.current_process()._config["tempdir"] = folder  # pyright: ignore[reportAttributeAccessIssue]
     coordinator = RayCoordinator(settings["coordinator"])
     agent = NodeAgent(
         config=config,
@@ -88,4 +82,5 @@ def run_agent(settings: dict[str, Any]) -> None:
         coordinator.tell(Said(f"node {context.get_node_rank()}: the agent failed: {type(error).__name__}: {words}"))
         raise
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        # Ray ends this process as it likes, without what Python does at its end.
+        drop_sockets()

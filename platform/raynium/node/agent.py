@@ -6,7 +6,6 @@ no ray: `launch/worker.py` runs it inside a Ray Train worker and hands it the co
 
 import logging
 import os
-import shutil
 import socket
 import time
 from collections.abc import Callable, Sequence
@@ -22,7 +21,7 @@ from raynium.errors import DataError
 from raynium.health.neuron_monitor import DeviceMonitor, DeviceSample, has_devices
 from raynium.node.compile_cache import node_cache
 from raynium.node.diagnosis import KERNEL_LOG, Diagnosis, KernelLog, seconds_for_others
-from raynium.node.images import Snapshot, make_image_folder
+from raynium.node.images import Snapshot
 from raynium.node.orphans import end_orphans
 from raynium.node.ranks import RankGroup, start_template
 from raynium.node.recovery_clock import AGREE, DRAIN, FORK
@@ -44,6 +43,7 @@ from raynium.run.protocol import (
     Said,
     Verdict,
 )
+from raynium.storage.own_folder import drop_folder, own_folder, shared_memory_folder
 from raynium.tracking.tracker import Tracker
 from raynium.train.link import Compiled, ImageWritten, RankMessage, Stop
 
@@ -123,7 +123,7 @@ class NodeAgent:
             self.coordinator.tell(Said(f"{self._name}: {orphan}"))
         if self._cache.sync is not None:
             self._cache.sync.start()
-        image_folder = make_image_folder(self.config.run.name)
+        image_folder = own_folder(shared_memory_folder(), self.config.run.name)
         try:
             try:
                 data_folder = self._data_folder()
@@ -144,7 +144,7 @@ class NodeAgent:
                 self._cache.sync.close()
             self._saving.close()
             self._kernel_log.close()
-            shutil.rmtree(image_folder)
+            drop_folder(image_folder)
 
     def rank_pids(self) -> list[int]:
         """Pids of the ranks that run now, in the order of their local ranks: for py-spy, gdb and tests."""

@@ -16,8 +16,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from raynium.health.faults import ROWS, RUNTIME_ERROR, WAITING, Fault, Row, classify, classify_exception, is_symptom
-from raynium.node.images import shared_memory_folder
 from raynium.run.protocol import PEER_WORD_SECONDS, RankExit
+from raynium.storage.own_folder import shared_memory_folder
 from raynium.train.link import Failed
 
 logger = logging.getLogger(__name__)

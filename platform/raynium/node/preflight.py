@@ -39,6 +39,7 @@ from raynium.planning.memory import estimate_memory
 from raynium.rank.ports import rendezvous_socket
 from raynium.rank.trial import run_trial
 from raynium.storage.backend import KeyMissing
+from raynium.storage.own_folder import temporary_folder
 from raynium.storage.store import Store
 from raynium.train.link import IMAGE_SLOTS, Phase
 
@@ -217,8 +218,8 @@ def run_ranks(
     has no problem of its own.
     """
     deadline = time.monotonic() + order.seconds
-    with tempfile.TemporaryDirectory(prefix="raynium-preflight-") as folder:
-        plan = trial_plan(accelerator, folder=folder, seconds=order.seconds, gemm=order.gemm)
+    with temporary_folder("preflight") as folder:
+        plan = trial_plan(accelerator, folder=str(folder), seconds=order.seconds, gemm=order.gemm)
         environments = _environments(accelerator, config, order)
         group = RankGroup(environments, plan.to_json(), program=run_trial, rendezvous=rendezvous)
         if rendezvous is not None:

@@ -9,6 +9,7 @@ import contextlib
 import logging
 import multiprocessing
 import multiprocessing.connection
+import multiprocessing.util
 import os
 import signal
 import socket
@@ -21,11 +22,14 @@ from dataclasses import dataclass, field
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerProcess
+from pathlib import Path
 from typing import Any
 
 from raynium.node.orphans import agent_mark
+from raynium.node.scratch import sockets_parent
 from raynium.rank import entry as rank_entry
 from raynium.run.protocol import Outcome, RankExit
+from raynium.storage.own_folder import drop_folder, own_folder
 from raynium.train.link import AgentMessage, Ended, Failed, ImageFree, RankMessage, Stop, from_bytes, to_bytes
 
 logger = logging.getLogger(__name__)
@@ -146,6 +150,11 @@ def start_template(*, run_url: str, compile_backend: str | None) -> None:
 
 def _ensure_template() -> None:
     with _STARTING, _main_module_hidden():
+        # The template listens in a socket's file. multiprocessing's own folder for it may have too long a path, and
+        # stays when this process is killed.
+        if "tempdir" not in _process_config():
+            _process_config()["tempdir"] = str(own_folder(sockets_parent(), "ranks"))
+            multiprocessing.util.Finalize(None, drop_sockets, exitpriority=-100)
         multiprocessing.set_forkserver_preload(_template.modules)
         before = {name: os.environ.get(name) for name in _template.environment}
         os.environ.update(_template.environment)
@@ -157,6 +166,16 @@ def _ensure_template() -> None:
                     del os.environ[name]
                 else:
                     os.environ[name] = value
+
+
+def drop_sockets() -> None:
+    """Removes where the template listens: this process starts no rank any more."""
+    if (folder := _process_config().pop("tempdir", None)) is not None:
+        drop_folder(Path(folder))
+
+
+def _process_config() -> dict[str, str]:
+    return multiprocessing.current_process()._config  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def start_process(process: ForkServerProcess) -> None:

@@ -7,11 +7,29 @@ import tempfile
 from pathlib import Path
 
 from raynium.errors import StoreError
+from raynium.node.orphans import end_orphans
+from raynium.storage.own_folder import remove_left, shared_memory_folder
+
+# Linux allows no longer path for a socket. The deepest of ours are Ray's, in a folder of its own.
+SOCKET_PATH_BYTES = 107
+_DEEPEST = f"/raynium-{os.getuid()}.ray-12345678/ray/session_2026-11-29_03-10-48_123456_1234567/sockets/plasma_store"
+LIMIT = f"a path of at most {SOCKET_PATH_BYTES - len(_DEEPEST)} bytes"
 
 
-def scratch_folder(parent: str | None = None) -> Path:
+def allows_sockets(folder: Path) -> bool:
+    """Whether sockets below it, in folders of our own, have paths that Linux takes."""
+    return len(os.fsencode(folder)) + len(_DEEPEST) <= SOCKET_PATH_BYTES
+
+
+def sockets_parent() -> Path:
+    """The temporary folder, or /tmp where that is too long a path for sockets, as Slurm's job folders are."""
+    folder = Path(tempfile.gettempdir())
+    return folder if allows_sockets(folder) else Path("/tmp")
+
+
+def scratch_folder() -> Path:
     """`<temporary folder>/raynium-<uid>`, the same on every node. Raises StoreError if others may write it."""
-    folder = Path(parent or tempfile.gettempdir(), f"raynium-{os.getuid()}")
+    folder = Path(tempfile.gettempdir(), f"raynium-{os.getuid()}")
     remedy = "Remove it, or set TMPDIR to a folder of yours"
     try:
         folder.mkdir(mode=0o700, exist_ok=True)
@@ -25,6 +43,13 @@ def scratch_folder(parent: str | None = None) -> Path:
             f"and mode {stat.filemode(found.st_mode)}. {remedy}"
         )
     return folder
+
+
+def clean_up() -> list[str]:
+    """Ends and removes what this user's killed processes have left on this machine; a line for each."""
+    folders = {tempfile.gettempdir(), "/tmp", os.environ.get("RAY_TMPDIR", "/tmp"), str(shared_memory_folder())}
+    left = [each for folder in sorted(folders) for each in remove_left(Path(folder))]
+    return [*end_orphans(), *(f"removed {each}" for each in left)]
 
 
 def log_folder(run_url: str) -> Path:
