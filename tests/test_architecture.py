@@ -5,9 +5,11 @@ Rules are read from the syntax tree, so a forbidden import is found wherever it 
 
 import ast
 import importlib.metadata
+import io
 import re
 import subprocess
 import sys
+import tokenize
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -310,6 +312,47 @@ def test_files_and_functions_stay_readable():
                 if length > MAX_FUNCTION_LINES and f"{file}:{node.name}" not in TOO_LONG_ALLOWED:
                     wrong.append(f"{file}:{node.lineno}: {node.name} has {length} lines, over {MAX_FUNCTION_LINES}")
     assert wrong == []
+
+
+# What a comment after code may be: words to a tool, about that line.
+TO_A_TOOL = re.compile(r"# ?(noqa|pyright:|type:|fmt:)")
+
+
+def trailing_comments(source: str) -> Iterator[tuple[int, str]]:
+    """(line number, comment) of each that stands after code and is for people."""
+    lines = source.splitlines()
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        number, column = token.start
+        if token.type != tokenize.COMMENT or not lines[number - 1][:column].strip():
+            continue
+        if not all(TO_A_TOOL.match(part) for part in re.findall("#[^#]*", token.string)):
+            yield number, token.string
+
+
+def test_comments_stand_above_the_line():
+    wrong = [
+        f"{path.relative_to(ROOT)}:{number} {comment}"
+        for path in SOURCES
+        for number, comment in trailing_comments(path.read_text())
+    ]
+    assert wrong == [], "make it a sentence above the line or in a docstring, or let the names say it"
+
+
+@pytest.mark.parametrize(
+    ("source", "numbers"),
+    [
+        ("# Of that life.\nseen = 0", []),
+        ("seen = 0  # of that life", [1]),
+        ("call(\n    # The first.\n    1,\n    2,  # the second\n)", [4]),
+        ("mark = '# of that life'", []),
+        ('"""\ntext\n"""  # of that life', [3]),
+        ("import torch  # noqa: F401", []),
+        ("import torch  # noqa: F401  # pyright: ignore", []),
+        ("import torch  # noqa: F401  # to have it warm", [1]),
+    ],
+)
+def test_comments_after_code_are_told_from_others(source, numbers):
+    assert [number for number, _ in trailing_comments(source)] == numbers
 
 
 def test_no_room_outgrows_the_others():
