@@ -153,3 +153,22 @@ def test_a_part_of_ray_that_is_gone_for_a_while_is_lost_and_one_that_comes_back_
         with socket.create_server(("127.0.0.1", int(lost.rpartition(":")[2]))):
             time.sleep(0.2)
             watch.check()
+
+
+NO_HOME = """
+import os, pwd
+def nobody(uid): raise KeyError(uid)
+pwd.getpwuid = nobody
+del os.environ["HOME"]
+from raynium.launch.ray_environment import set_ray_environment
+set_ray_environment(starts_cluster=True)
+import ray.train
+assert os.environ["HOME"] == f"{os.environ['TMPDIR']}/raynium-{os.getuid()}", os.environ["HOME"]
+"""
+
+
+def test_a_uid_that_no_user_has_and_no_home_folder_can_start_ray(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", NO_HOME], env=os.environ | {"TMPDIR": str(tmp_path)}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from raynium.errors import LaunchError
-from raynium.node.scratch import LIMIT, allows_sockets, sockets_parent
+from raynium.node.scratch import LIMIT, allows_sockets, scratch_folder, sockets_parent
 
 # Where the user has set one of these it stays.
 RAY_DEFAULTS = {
@@ -41,6 +41,9 @@ CLUSTER_VARIABLES = (*ADDRESS_VARIABLES, "RAY_OVERRIDE_RESOURCES", "RAY_OVERRIDE
 
 def set_ray_environment(*, starts_cluster: bool) -> None:
     """starts_cluster: this process will start a cluster of its own on this machine; what names another is dropped."""
+    if not os.path.isabs(os.path.expanduser("~")):
+        # Of a uid without an entry among the users, as in containers. Ray and MLflow need one as they are imported.
+        os.environ["HOME"] = str(scratch_folder())
     for name, value in RAY_DEFAULTS.items():
         os.environ.setdefault(name, value)
     os.environ.update(RAY_MUST_BE)
