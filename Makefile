@@ -3,6 +3,7 @@
 # make quick        only those of pure Python: under a minute
 # make slow         only what `make test` leaves out: Ray clusters, Neuron's twins, long schedules of faults
 # make check        format, lint, types, every test once: all that CI runs
+# make picture      README's pictures of the MLflow page, anew; needs Chromium
 # make bench        the benchmarks, an hour or so: the tables of tests/benchmarks/RESULTS.md
 
 PYTHON ?= python3
@@ -12,7 +13,7 @@ BIN := $(VENV)/bin
 # Several hundred processes of the tests import the package: it is compiled once.
 TESTS := PYTHONDONTWRITEBYTECODE= $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=25
 
-.PHONY: quickstart quick test slow check format lint types bench clean
+.PHONY: quickstart quick test slow check format lint types bench picture clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/raynium train quickstart
@@ -40,6 +41,9 @@ types: $(VENV)/.installed-dev
 
 bench: $(VENV)/.installed-dev
 	$(BIN)/python tests/benchmarks/run.py
+
+picture: $(VENV)/.installed-dev
+	$(BIN)/python tests/mlflow_picture.py
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Raynium needs Python 3.11 or newer; this is " + sys.version.split()[0] + ". Set PYTHON=<a newer one>")'

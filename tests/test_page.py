@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from chromium import CHROMIUM, look
 from commands import Ended, run_command
 from mlflow import MlflowClient
 from mlflow_server import Server
@@ -21,7 +22,9 @@ from raynium.run.protocol import Status
 from raynium.run.record import Owner, RecordKeeper, RunRecord, claim
 from raynium.storage.store import Store
 from raynium.tracking.ledger import Ledger
-from raynium.tracking.runs import TrackedRun, end_abandoned, open_run
+from raynium.tracking.metrics import METRICS
+from raynium.tracking.runs import TrackedRun, end_abandoned, open_run, page_url
+from raynium.tracking.sender import MlflowTracker
 
 NOBODY = Owner("elsewhere", "boot", 7, "1")
 CAUSE = "rank 1: killed by <b>SIGKILL</b> `now`\nand **then** nothing"
@@ -206,3 +209,25 @@ def test_a_run_is_ended_by_who_may_not_write_its_store_too(
     monkeypatch.setattr(Store, "replace", refuse)
     end_abandoned_pages([record])
     assert shown(mlflow).data.tags[STATE] == "interrupted"
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium on PATH")
+def test_a_browser_shows_the_verdict_in_the_training_view_and_the_charts_of_learning_first(
+    keeper: RecordKeeper, mlflow: TrackedRun, tmp_path: Path
+) -> None:
+    keeper.update(state="stopped", stopped_by="raynium stop")
+    end_page(mlflow, keeper.record)
+    tracker = MlflowTracker(tmp_path / "spool", uri=mlflow.uri, run_id=mlflow.run_id)
+    for step in (1, 2):
+        tracker.append(dict.fromkeys(METRICS, step / 7), step=step, unix_ms=step)
+    tracker.close(timeout_seconds=60)
+    page = page_url(mlflow.uri, mlflow.experiment_id, mlflow.run_id)
+    assert "first" in (text := look(page, until="document.body.innerText.includes('Registered models')"))
+    assert "Model registry" in text and "Evaluation runs" not in text, "the training view"
+    assert "stopped at step 4,000 of 6,000" in text and "cause: stopped by raynium stop" in text
+    assert "Finished" in text and "to go on: raynium train" in text
+    words = "document.body.innerText.includes('vitals/time')"
+    lines = look(page.replace("?", "/model-metrics?"), until=words).splitlines()
+    areas = {name.rpartition("/")[0] for name in METRICS}
+    shown_areas = [line.removeprefix("vitals/") for line in lines if line.removeprefix("vitals/") in areas]
+    assert shown_areas[:3] == ["eval", "throughput", "train"] and {*shown_areas} == areas

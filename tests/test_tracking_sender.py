@@ -94,16 +94,17 @@ def test_a_level_line_is_no_chart_and_every_change_is_a_point(store: str, tmp_pa
     assert STEADY.keys() < METRICS.keys() and not {name for name in STEADY if name.startswith(("train/", "eval/"))}
 
 
-def test_what_is_learned_and_its_speed_are_all_that_mlflow_shows_before_its_system_tab(store: str, tmp_path: Path):
+def test_what_is_learned_and_its_speed_are_what_mlflow_charts_first(store: str, tmp_path: Path):
     run_id = new_run(store, "order")
     tracker = make_tracker(tmp_path / "spool", store, run_id)
     tracker.append(dict.fromkeys(METRICS, 7.5), step=3, unix_ms=5)
     tracker.close(timeout_seconds=CLOSE_SECONDS)
     with mlflow_client(store, timeout_seconds=10) as client:
         names = client.get_run(run_id).data.metrics
-    first = {name for name in names if not name.startswith("system/")}
+    first = {name for name in names if not name.startswith("vitals/")}
     assert {name.partition("/")[0] for name in first} == {"eval", "throughput", "train"}
-    assert "system/goodput/ratio" in names and {name.removeprefix("system/") for name in names} == METRICS.keys()
+    assert max(first) < min(names.keys() - first), "its charts are sorted"
+    assert "vitals/goodput/ratio" in names and {name.removeprefix("vitals/") for name in names} == METRICS.keys()
     assert metric_names(store, run_id) == sorted(METRICS), "nobody else knows these longer names"
     assert [point.value for point in read_metric(store, run_id, "goodput/ratio")] == [7.5]
 

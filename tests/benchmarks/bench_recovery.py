@@ -106,7 +106,7 @@ class Ours:
         return found[0] if found else None
 
     def _generation(self, rest: str) -> tuple[float, float] | None:
-        return self._query("system/run/generation", rest)
+        return self._query("vitals/run/generation", rest)
 
     def _query(self, name: str, rest: str) -> tuple[float, float] | None:
         """Of what the run has sent to MLflow, seconds late but with the agent's own times."""

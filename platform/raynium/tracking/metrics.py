@@ -67,10 +67,10 @@ METRICS: dict[str, str] = {
     "goodput/other_seconds": "seconds of none of these: between steps, and messages on their way",
 }
 
-# MLflow sorts charts by area, and has those that begin with `system/` behind a tab of their own: there goes what is
-# neither learned nor the speed of it. Only MLflow knows the longer names.
+# MLflow sorts charts by area. What is neither learned nor the speed of it comes after these by a word that sorts later.
+# Only MLflow knows the longer names.
 FIRST_AREAS = ("train", "eval", "throughput")
-MLFLOW_TAB = "system/"
+LAST_IN_MLFLOW = "vitals/"
 
 # Of these a point is one where the value changes; given is the one they start from, if all do from the same. The rest
 # would be charts of a level line.
@@ -86,7 +86,7 @@ STEADY: dict[str, float | None] = {
 
 
 def name_in_mlflow(name: str) -> str:
-    return name if name.partition("/")[0] in FIRST_AREAS else f"{MLFLOW_TAB}{name}"
+    return name if name.partition("/")[0] in FIRST_AREAS else f"{LAST_IN_MLFLOW}{name}"
 
 
 def unknown_metric(name: str) -> str | None:

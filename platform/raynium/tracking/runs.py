@@ -26,7 +26,7 @@ from raynium.tracking.client import (
     refuse_stranger,
     sqlite_path,
 )
-from raynium.tracking.metrics import MLFLOW_TAB, name_in_mlflow
+from raynium.tracking.metrics import LAST_IN_MLFLOW, name_in_mlflow
 from raynium.tracking.provenance import flatten_config
 
 if TYPE_CHECKING:
@@ -259,7 +259,7 @@ def metric_names(uri: str, run_id: str) -> list[str]:
     """The metrics that have a point, sorted. Raises TrackingError."""
     refuse_stranger(uri)
     with mlflow_client(uri, timeout_seconds=REQUEST_TIMEOUT_SECONDS) as client:
-        return sorted(name.removeprefix(MLFLOW_TAB) for name in client.get_run(run_id).data.metrics)
+        return sorted(name.removeprefix(LAST_IN_MLFLOW) for name in client.get_run(run_id).data.metrics)
 
 
 def _restore_infinity(value: float) -> float:
