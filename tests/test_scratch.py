@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from raynium.config.local_folders import cache_home, ignored_tmpdir, scratch_folder, temporary_parent
 from raynium.errors import StoreError
-from raynium.node.scratch import log_folder, scratch_folder
+from raynium.node.scratch import log_folder
 
 pytestmark = pytest.mark.quick
 
@@ -62,3 +63,50 @@ def test_runs_of_one_name_in_two_roots_have_two_log_folders() -> None:
     assert first != second
     assert first.name.startswith("first-") and second.name.startswith("first-")
     assert first.parent == second.parent == scratch_folder() / "logs"
+
+
+def test_a_machine_without_a_temporary_folder_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none_found() -> str:
+        raise FileNotFoundError(2, "No usable temporary directory found in ['/tmp']")
+
+    monkeypatch.setattr(tempfile, "gettempdir", none_found)
+    with pytest.raises(StoreError, match=r"^there is no temporary folder .* found in \['/tmp'\]\): set TMPDIR to one$"):
+        temporary_parent()
+
+
+def test_a_temporary_folder_that_no_text_can_name_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", "/tmp/\udcff")
+    with pytest.raises(StoreError, match=r"^the temporary folder '/tmp/\\udcff' holds what is no UTF-8.*: set TMPDIR"):
+        scratch_folder()
+
+
+def test_a_tmpdir_that_python_cannot_use_is_named(temporary_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TMPDIR", "/nonexistent")
+    assert ignored_tmpdir() == [
+        f"TMPDIR is /nonexistent, which is no folder that can be written: {temporary_folder} is used. Make it, or set "
+        "TMPDIR to another"
+    ]
+    for fine in ("", f"{temporary_folder}/"):
+        monkeypatch.setenv("TMPDIR", fine)
+        assert ignored_tmpdir() == []
+
+
+@pytest.mark.parametrize("home", [None, "/proc/no/such", "/proc"])
+def test_caches_lie_in_the_scratch_folder_where_no_home_folder_can_be_written(
+    home: str | None, temporary_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def nobody(uid: int) -> None:
+        raise KeyError(uid)
+
+    monkeypatch.setattr("pwd.getpwuid", nobody)
+    monkeypatch.setattr(os, "access", lambda path, how: not str(path).startswith("/proc"))
+    if home is None:
+        monkeypatch.delenv("HOME")
+    else:
+        monkeypatch.setenv("HOME", home)
+    assert cache_home() == scratch_folder() / "cache"
+
+
+def test_caches_lie_in_a_home_folder_that_can_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "new"))
+    assert cache_home() == tmp_path / "new/.cache/raynium"

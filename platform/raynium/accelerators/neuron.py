@@ -20,6 +20,7 @@ from raynium.accelerators.base import CompileCache, Place
 from raynium.accelerators.cores import VISIBLE_CORES, rank_cores
 from raynium.accelerators.cpu import is_loopback
 from raynium.accelerators.timeouts import EXECUTION_TIMEOUT_SECONDS
+from raynium.config.local_folders import cache_home
 from raynium.errors import LaunchError
 from raynium.hardware.catalog import Instance
 
@@ -123,7 +124,7 @@ def default_cache(inherited: Mapping[str, str]) -> str:
     torch-neuronx names them after the graph and the compiler's flags, of which the size of a logical core is none; the
     runtime loads none of another size.
     """
-    return str(Path.home() / ".cache/raynium/neff" / f"lnc-{inherited.get(LNC, DEFAULT_LNC)}")
+    return str(cache_home() / "neff" / f"lnc-{inherited.get(LNC, DEFAULT_LNC)}")
 
 
 def compile_key(instance: Instance, inherited: Mapping[str, str]) -> str:
@@ -168,7 +169,7 @@ def interface_towards(host: str, routes: str | None = None) -> str | None:
     routes: the text of /proc/net/route; None: this machine's. Interfaces that only carry EFA have no route.
     """
     if routes is None:
-        routes = ROUTES.read_text() if ROUTES.is_file() else ""
+        routes = ROUTES.read_text(encoding="utf-8") if ROUTES.is_file() else ""
     try:
         address = int(ipaddress.IPv4Address(host))
     # IPv6, whose routes are elsewhere, or a name.

@@ -6,7 +6,6 @@ place from the environment when it is imported, and only if it believes that tor
 
 import logging
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from raynium.accelerators.base import CompileCache, Place
@@ -19,6 +18,7 @@ from raynium.accelerators.neuron import (
     peak_flops_of,
     runtime_environment,
 )
+from raynium.config.local_folders import cache_home
 from raynium.errors import LaunchError
 from raynium.hardware.catalog import Instance
 
@@ -118,7 +118,7 @@ class NeuronXlaAccelerator:
 
 def default_cache() -> str:
     """Where executables are kept if nobody says so; in a run node/compile_cache.py does."""
-    return str(Path.home() / ".cache/raynium/neuron-compile-cache")
+    return str(cache_home() / "neuron-compile-cache")
 
 
 def _clear_cache_locks() -> None:

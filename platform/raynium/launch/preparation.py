@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 
 from raynium.config.load import dump_yaml
+from raynium.config.local_folders import ignored_tmpdir, scratch_folder
 from raynium.config.paths import collisions, placeholders, resolve
 from raynium.config.resume import resume_conflicts
 from raynium.config.schema import Config
@@ -21,7 +22,7 @@ from raynium.data.survey import Survey
 from raynium.data.tokenizer import Tokenizer
 from raynium.errors import ConfigError, DataError, TrackingAway, TrackingError
 from raynium.models.flops import parameter_count
-from raynium.node.scratch import log_folder, scratch_folder
+from raynium.node.scratch import log_folder
 from raynium.planning.rules import check, doubts
 from raynium.run.past import Past
 from raynium.run.record import RecordKeeper, RunRecord, claim
@@ -123,7 +124,7 @@ def prepare(
     config = identified(config)
     uri = resolve_uri(config.tracking.uri, config.run.root)
     past.refuse_live()
-    notes = [*past.check_resume(config), *doubts(config)]
+    notes = [*past.check_resume(config), *doubts(config), *ignored_tmpdir()]
     # One more than is kept: the oldest is deleted only once the newest is whole. (keep_every_steps may keep many more)
     to_keep = config.checkpoint.keep_last + config.checkpoint.keep_best
     checkpoints_to_come = max(1, to_keep + 1 - past.num_checkpoints)

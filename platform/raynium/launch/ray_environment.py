@@ -7,8 +7,9 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from raynium.config.local_folders import scratch_folder
 from raynium.errors import LaunchError
-from raynium.node.scratch import LIMIT, allows_sockets, scratch_folder, sockets_parent
+from raynium.node.scratch import LIMIT, allows_sockets, sockets_parent
 
 # Where the user has set one of these it stays.
 RAY_DEFAULTS = {

@@ -22,6 +22,7 @@ from typing import Any
 from uuid import uuid4
 
 from raynium.accelerators.base import Accelerator, CompileCache
+from raynium.config.local_folders import cache_home
 from raynium.errors import StoreError
 from raynium.health.faults import BROKEN_GRAPH
 from raynium.run.protocol import RankExit
@@ -328,7 +329,7 @@ def node_cache(accelerator: Accelerator, run_url: str, *, node_rank: int, inheri
     if cache.kind == "url":
         # libneuronxla reads and writes s3:// itself, or a folder that all nodes see.
         return NodeCache({cache.variable: url.removeprefix("file://")}, None, (url,))
-    folder = Path.home() / ".cache/raynium" / FOLDER / cache.key
+    folder = cache_home() / FOLDER / cache.key
     sync = CacheSync(url, folder, suffix=cache.suffix, node_rank=node_rank)
     return NodeCache({cache.variable: str(folder)}, sync, (str(folder), url))
 

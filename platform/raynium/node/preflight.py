@@ -17,6 +17,7 @@ from typing import Any
 from raynium.accelerators import neuron, neuron_xla
 from raynium.accelerators.base import Accelerator, Place
 from raynium.accelerators.detect import detect
+from raynium.config.local_folders import scratch_folder
 from raynium.config.schema import Config
 from raynium.config.world import World
 from raynium.errors import LaunchError, StoreError
@@ -34,7 +35,6 @@ from raynium.health.trial_checks import (
 from raynium.node.diagnosis import KernelLog
 from raynium.node.orphans import end_orphans
 from raynium.node.ranks import RankGroup
-from raynium.node.scratch import scratch_folder
 from raynium.planning.memory import estimate_memory
 from raynium.rank.ports import rendezvous_socket
 from raynium.rank.trial import run_trial
@@ -242,7 +242,7 @@ def run_ranks(
         for rank, each in exits.items():
             path = Path(folder, f"rank-{rank:05d}.json")
             if path.is_file():
-                results.append(RankResult.from_json(path.read_text()))
+                results.append(RankResult.from_json(path.read_text(encoding="utf-8")))
             elif rank in failed:
                 results.append(RankResult(rank, problem=f"{each.cause} (in phase {phases.get(rank, 'fork')!r})"))
             elif failed:

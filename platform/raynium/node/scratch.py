@@ -2,11 +2,10 @@
 
 import hashlib
 import os
-import stat
 import tempfile
 from pathlib import Path
 
-from raynium.errors import StoreError
+from raynium.config.local_folders import scratch_folder, temporary_parent
 from raynium.node.orphans import end_orphans
 from raynium.storage.own_folder import remove_left, shared_memory_folder
 
@@ -23,26 +22,8 @@ def allows_sockets(folder: Path) -> bool:
 
 def sockets_parent() -> Path:
     """The temporary folder, or /tmp where that is too long a path for sockets, as Slurm's job folders are."""
-    folder = Path(tempfile.gettempdir())
+    folder = temporary_parent()
     return folder if allows_sockets(folder) else Path("/tmp")
-
-
-def scratch_folder() -> Path:
-    """`<temporary folder>/raynium-<uid>`, the same on every node. Raises StoreError if others may write it."""
-    folder = Path(tempfile.gettempdir(), f"raynium-{os.getuid()}")
-    remedy = "Remove it, or set TMPDIR to a folder of yours"
-    try:
-        folder.mkdir(mode=0o700, exist_ok=True)
-    except OSError as error:
-        raise StoreError(f"{folder} cannot be made: {error.strerror}. {remedy}") from error
-    # Anybody may make folders and links in /tmp; what a stranger can write or point elsewhere we do not use.
-    found = folder.lstat()
-    if found.st_uid != os.getuid() or not stat.S_ISDIR(found.st_mode) or found.st_mode & 0o022:
-        raise StoreError(
-            f"{folder} must be a folder of user {os.getuid()} that nobody else may write; it has owner {found.st_uid} "
-            f"and mode {stat.filemode(found.st_mode)}. {remedy}"
-        )
-    return folder
 
 
 def clean_up() -> list[str]:
