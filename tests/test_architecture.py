@@ -288,6 +288,25 @@ def test_nothing_that_runs_code_is_read_from_storage():
     assert wrong == []
 
 
+def test_text_is_utf8_whatever_the_locale():
+    wrong = []
+    for path, tree in TREES.items():
+        for name, node in calls_of(tree):
+            said = {keyword.arg for keyword in node.keywords}
+            last, modes = name.rpartition(".")[2], node.args[1:2] if name == "open" else node.args[:1]
+            mode = modes[0].value if modes and isinstance(modes[0], ast.Constant) else None if modes else "r"
+            opens_text = last == "open" and name != "os.open" and isinstance(mode, str) and "b" not in mode
+            if (
+                opens_text
+                or last in ("fdopen", "TextIOWrapper", "NamedTemporaryFile")
+                or name.endswith((".read_text", ".write_text"))
+                or last.endswith("FileHandler")
+                or (said & {"text", "universal_newlines"} and name.startswith("subprocess."))
+            ) and "encoding" not in said:
+                wrong.append(f"{where(path, node)} calls {name}")
+    assert wrong == [], 'say encoding="utf-8": Python takes that of the locale'
+
+
 def test_only_the_command_line_prints():
     wrong = [
         where(path, node)

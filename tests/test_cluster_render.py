@@ -160,12 +160,18 @@ def test_a_wrong_site_is_refused_with_the_rule(tmp_path: Path, change: dict[str,
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [(None, "cannot be read"), ("a: [", "is not YAML"), ("- x", "must hold fields"), ("{}", "region is missing; give")],
+    [
+        (None, "cannot be read"),
+        ("region: \udcff", "cannot be read (it is no UTF-8 text)"),
+        ("a: [", "is not YAML"),
+        ("- x", "must hold fields"),
+        ("{}", "region is missing; give"),
+    ],
 )
 def test_a_site_file_that_is_none_is_refused(tmp_path: Path, text: str | None, message: str):
     path = tmp_path / "site.yaml"
     if text is not None:
-        path.write_text(text)
+        path.write_text(text, encoding="utf-8", errors="surrogateescape")
     with pytest.raises(ConfigError, match=re.escape(message)):
         load_site(path)
 

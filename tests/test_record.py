@@ -66,6 +66,14 @@ def test_an_owner_that_nobody_has_asked_how_it_ended_is_dead(tmp_path: Path) -> 
     ended.wait()
 
 
+def test_a_process_may_have_a_name_that_is_no_text(tmp_path: Path) -> None:
+    name_it = r"open('/proc/self/comm', 'wb').write(b'\xff) (x'); print(flush=True); input()"
+    with subprocess.Popen([sys.executable, "-c", name_it], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as named:
+        assert named.stdout is not None and named.stdout.readline()
+        assert pid_started(named.pid).isdecimal()
+        named.kill()
+
+
 def test_the_ledger_of_a_run_goes_on_with_each_driver_and_names_the_time_without_one(tmp_path: Path) -> None:
     first = claim(Store(tmp_path), "first", CONFIG)
     before = first.hear_ledger(LifeLedger("a", Ledger(train=1e-9, step=7)))

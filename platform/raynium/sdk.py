@@ -248,7 +248,7 @@ class Run:
             if not paths:
                 folder = log_folder(self._store().url)
                 raise StoreError(f"no rank of run {self.name!r} has run on this host: there are no logs in {folder}")
-            return "".join(path.read_text(errors="replace") for path in paths)
+            return "".join(path.read_text(encoding="utf-8", errors="replace") for path in paths)
         if self.client is not None and self.job_id is not None:
             try:
                 return self.client.job_logs(self.job_id)
@@ -256,8 +256,8 @@ class Run:
                 # The cluster is gone. Its driver's own log outlives it, where that disk is here.
                 if (path := self._log_path()) is None:
                     raise
-                return path.read_text(errors="replace")
-        return self._driver_log().read_text(errors="replace")
+                return path.read_text(encoding="utf-8", errors="replace")
+        return self._driver_log().read_text(encoding="utf-8", errors="replace")
 
     def follow(self) -> Iterator[str]:
         """What the driver prints, in pieces as it comes: all of it until now, then more until the run has ended.

@@ -65,7 +65,7 @@ def multiplies_bfloat16(cpu_info: Path = Path("/proc/cpuinfo")) -> bool:
     Measured on one core with torch 2.13, 2048×384 by 384×1024, GFLOP/s: float32 143; bfloat16 1330 with AMX, 100 with
     AVX512_BF16 alone, 34 with AVX-512, 2 with AVX2 (one machine, lesser ones by ONEDNN_MAX_CPU_ISA).
     """
-    return cpu_info.is_file() and "amx_bf16" in cpu_info.read_text()
+    return cpu_info.is_file() and "amx_bf16" in cpu_info.read_text(encoding="utf-8")
 
 
 def usable_cores() -> int:
@@ -78,7 +78,7 @@ def usable_cores() -> int:
 def machine_memory_bytes() -> int:
     """Physical memory, or the container's limit where that is less."""
     physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if _CGROUP_LIMIT.exists() and (limit := _CGROUP_LIMIT.read_text().strip()) != "max":
+    if _CGROUP_LIMIT.exists() and (limit := _CGROUP_LIMIT.read_text(encoding="utf-8").strip()) != "max":
         return min(physical, int(limit))
     return physical
 

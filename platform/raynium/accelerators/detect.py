@@ -69,7 +69,7 @@ def look() -> Machine:
     return Machine(
         gpus=len(list(DEVICE_FOLDER.glob("nvidia[0-9]*"))),
         neuron_devices=len(list(DEVICE_FOLDER.glob("neuron[0-9]*"))),
-        product_name=PRODUCT_NAME.read_text().strip() if PRODUCT_NAME.is_file() else None,
+        product_name=PRODUCT_NAME.read_text(encoding="utf-8").strip() if PRODUCT_NAME.is_file() else None,
         packages=_installed(),
     )
 

@@ -58,5 +58,5 @@ def _write(text: str, output: Path | None) -> None:
         typer.echo(text, nl=False)
         return
     output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(text)
+    output.write_text(text, encoding="utf-8")
     typer.echo(f"wrote {output}")

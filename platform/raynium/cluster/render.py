@@ -46,7 +46,7 @@ def render_cluster(site: Site, workers: Workers) -> str:
     instance = _node_type(workers.instance_type)
     image = workers.image or (_IMAGES[instance.chip] if isinstance(instance, Instance) else _UBUNTU)
     block = workers.market == "capacity-block"
-    template = Template((files("raynium.cluster") / "template.yaml").read_text())
+    template = Template((files("raynium.cluster") / "template.yaml").read_text(encoding="utf-8"))
     return template.substitute(
         site.model_dump(),
         title=_title(instance, workers),

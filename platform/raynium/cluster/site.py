@@ -50,9 +50,10 @@ class Site(BaseModel):
 def load_site(path: Path) -> Site:
     """Reads a site file. Raises ConfigError with every problem it has."""
     try:
-        values = yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise ConfigError([f"the site file {path} cannot be read ({error.strerror}): copy cluster/site.yaml"]) from None
+        values = yaml.safe_load(path.read_bytes().decode())
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "it is no UTF-8 text"
+        raise ConfigError([f"the site file {path} cannot be read ({why}): copy cluster/site.yaml"]) from None
     except yaml.YAMLError as error:
         raise ConfigError([f"the site file {path} is not YAML: {error}"]) from None
     if not isinstance(values, dict):

@@ -103,7 +103,7 @@ class ThisHost:
 
     def read(self, path: str) -> str | None:
         try:
-            return Path(path).read_text(errors="replace")
+            return Path(path).read_text(encoding="utf-8", errors="replace")
         except OSError:
             return None
 

@@ -162,7 +162,7 @@ def read_sysfs(folder: Path = SYSFS) -> DeviceSample:
 
 
 def _number(path: Path) -> int:
-    return int(path.read_text().strip())
+    return int(path.read_text(encoding="utf-8").strip())
 
 
 def has_devices(folder: Path = DEVICE_FOLDER) -> bool:
@@ -222,7 +222,7 @@ class DeviceMonitor:
         nowhere = subprocess.DEVNULL
         try:
             self._process = subprocess.Popen(
-                [executable], stdin=nowhere, stdout=subprocess.PIPE, stderr=nowhere, text=True
+                [executable], stdin=nowhere, stdout=subprocess.PIPE, stderr=nowhere, encoding="utf-8"
             )
         except OSError as error:
             logger.warning("%s cannot be started (%s): device metrics come from %s", executable, error, self._sysfs)

@@ -15,7 +15,9 @@ def log_to_file(run_url: str, node_rank: int) -> None:
     """This process's log goes to the run's folder on this node, from here on."""
     path = log_folder(run_url) / f"node-{node_rank:05d}.log"
     path.parent.mkdir(parents=True, exist_ok=True)
-    handler = RotatingFileHandler(path, maxBytes=FILE_BYTES, backupCount=OLDER_FILES)
+    handler = RotatingFileHandler(
+        path, maxBytes=FILE_BYTES, backupCount=OLDER_FILES, encoding="utf-8", errors="replace"
+    )
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
     ours = logging.getLogger("raynium")
     ours.setLevel(logging.INFO)

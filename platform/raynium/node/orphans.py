@@ -53,7 +53,7 @@ def _kill(pid: int, *, orphans: dict[int, str]) -> None:
         # A rank leads the group of all that it started, and dies with its agent. A leader that lives on is somebody
         # else, and not ours to kill.
         deadline = time.monotonic() + LEADER_SECONDS
-        while not (is_ours := group in orphans or not _lives(group)) and time.monotonic() < deadline:
+        while not (is_ours := group in orphans or not pid_started(group)) and time.monotonic() < deadline:
             time.sleep(0.05)
         if is_ours:
             os.killpg(group, signal.SIGKILL)
@@ -68,23 +68,15 @@ def _orphans() -> Iterator[tuple[int, str]]:
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             environment = (folder / "environ").read_bytes()
-            if wanted not in environment or not _lives(int(folder.name)):
+            if wanted not in environment or not pid_started(int(folder.name)):
                 continue
             mark = next(each for each in environment.split(b"\0") if each.startswith(wanted))
             agent, started = mark.removeprefix(wanted).decode().split("/")
             command = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
         except (FileNotFoundError, ProcessLookupError, PermissionError):
             continue
-        if not (pid_started(int(agent)) == started and _lives(int(agent))):
+        if pid_started(int(agent)) != started:
             yield int(folder.name), command[:80]
-
-
-def _lives(pid: int) -> bool:
-    """False for a zombie too: in a container nobody may collect it."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in ("Z", "X")
-    except (FileNotFoundError, ProcessLookupError):
-        return False
 
 
 def _pid_namespace() -> str:

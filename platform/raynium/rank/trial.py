@@ -59,7 +59,7 @@ def run_trial(plan_json: str, link: "Link") -> "Outcome":
         link.phase("all-reduce", 0)
         reduced = tuple(all_reduce(device, num_bytes, rank, world_size) for num_bytes in plan.reduce_bytes)
     link.phase("end", 0)
-    Path(plan.folder, f"rank-{rank:05d}.json").write_text(RankResult(rank, gemm, reduced).to_json())
+    Path(plan.folder, f"rank-{rank:05d}.json").write_text(RankResult(rank, gemm, reduced).to_json(), encoding="utf-8")
     dist.destroy_process_group()
     return Outcome(step=0, reason="finished")
 

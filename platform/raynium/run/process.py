@@ -8,7 +8,7 @@ def boot_id() -> str:
     """Differs after each boot, so that a pid of an earlier one is nobody's."""
     if platform.system() != "Linux":
         return ""
-    with open("/proc/sys/kernel/random/boot_id") as file:
+    with open("/proc/sys/kernel/random/boot_id", encoding="utf-8") as file:
         return file.read().strip()
 
 
@@ -40,7 +40,7 @@ def pid_started(pid: int) -> str:
 def _stat(pid: int) -> list[str]:
     """Fields of /proc/PID/stat from the third on, since the second is a name that may hold spaces; [] if none."""
     try:
-        with open(f"/proc/{pid}/stat") as file:
+        with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
             return file.read().rpartition(")")[2].split()
     except (FileNotFoundError, ProcessLookupError):
         return []

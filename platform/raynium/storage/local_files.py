@@ -21,7 +21,7 @@ def exclusive(lock_path: Path, what: str) -> Iterator[None]:
     The kernel lets go of it when the holder dies, so a lock is never stale; the empty file stays.
     """
     lock_path.parent.mkdir(parents=True, exist_ok=True)
-    with lock_path.open("w") as file:
+    with lock_path.open("wb") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -80,7 +80,7 @@ class Display:
 
     def __enter__(self) -> "Display":
         self._log_path.parent.mkdir(parents=True, exist_ok=True)
-        self._log = self._log_path.open("a", buffering=1)
+        self._log = self._log_path.open("a", buffering=1, encoding="utf-8", errors="replace")
         if self._live is not None:
             self._live.start()
         return self

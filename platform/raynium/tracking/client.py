@@ -199,7 +199,7 @@ def _make_sqlite(path: Path, client_class: "type[MlflowClient]") -> None:
     """
     if path.exists() and path.stat().st_size > 0:
         return
-    with open(f"{path}.lock", "w") as lock:
+    with open(f"{path}.lock", "wb") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if path.exists() and path.stat().st_size > 0:
             return

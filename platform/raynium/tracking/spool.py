@@ -80,7 +80,7 @@ class MetricSpool:
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             with ExitStack() as undo:
-                self._lock = undo.enter_context(open(self._folder / "lock", "a+"))
+                self._lock = undo.enter_context(open(self._folder / "lock", "a+", encoding="utf-8"))
                 self._take_lock(wait_seconds)
                 self._database = self._open()
                 undo.pop_all()
