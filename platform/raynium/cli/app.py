@@ -27,6 +27,7 @@ from raynium.cli.names import (
     split_name,
 )
 from raynium.errors import ClusterLost, ConfigError, LaunchError, RayniumError, StoreError
+from raynium.terminal.streams import print_in_any_locale
 
 if TYPE_CHECKING:
     from raynium.sdk import Run
@@ -291,6 +292,7 @@ app.add_typer(cli_cluster.app, name="cluster")
 
 def main() -> None:
     """Runs the command line. A mistake of the user's ends in one message, not in a traceback."""
+    print_in_any_locale()
     try:
         app(prog_name="raynium")
     except ConfigError as error:

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from raynium.config.local_folders import nameless
 from raynium.config.schema import Config
 from raynium.errors import ConfigError
 
@@ -45,7 +46,7 @@ def resolve(config: Config, *, base_folder: str | Path | None = None) -> Config:
     home = relative_paths_begin_at(os.environ, Path(base_folder) if base_folder is not None else Path.cwd(), problems)
 
     def place(name: str, text: str) -> str:
-        placed = _absolute(name, text, home, problems)
+        placed = _placed(name, text, home, problems)
         if URL.match(placed) and SECRET.search(placed):
             problems.append(_secret_in_url(name, placed))
         return placed
@@ -122,6 +123,14 @@ def in_ray_job(environment: Mapping[str, str], current_folder: Path) -> bool:
     return RAY_JOB_VARIABLE in environment or RAY_UNPACKED in current_folder.as_posix() + "/"
 
 
+def _placed(name: str, text: str, home: str, problems: list[str]) -> str:
+    place = _absolute(name, text, home, problems)
+    is_local = place.startswith("file://") or not URL.match(place)
+    if is_local and (problem := nameless(place)):
+        problems.append(f"{name} is {place!a}, which {problem}")
+    return place
+
+
 def _absolute(name: str, text: str, home: str, problems: list[str]) -> str:
     if URL.match(text):
         return text
@@ -175,7 +184,7 @@ def absolute_path(name: str, text: str) -> str:
     """A path or URL given on the command line as `name`, placed as `resolve` places those of a config."""
     problems: list[str] = []
     home = relative_paths_begin_at(os.environ, Path.cwd(), problems)
-    place = _absolute(name, text, home, problems)
+    place = _placed(name, text, home, problems)
     if problems:
         raise ConfigError(problems)
     return place

@@ -4,16 +4,17 @@ import json
 import os
 import secrets
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import raynium
+from raynium.config.local_folders import temporary_parent
 from raynium.config.proxies import astray, proxy_for, spare_loopback
 from raynium.errors import LaunchError
 from raynium.launch.ray_environment import find_token, the_named_address
 from raynium.storage.own_folder import temporary_folder
+from raynium.terminal.streams import print_in_any_locale
 from raynium.tracking.provenance import origin_tags
 
 # `ray job stop` sends SIGTERM, and SIGKILL this long after (Ray's default: 3 s): time for a checkpoint.
@@ -74,7 +75,7 @@ def runtime_env(working_dir: str) -> dict[str, Any]:
 def submit_job(client: Any, name: str, config_yaml: str) -> str:
     """Starts a resolved config as a job; returns its submission id."""
     with temporary_folder("job") as folder:
-        (folder / "config.yaml").write_text(config_yaml)
+        (folder / "config.yaml").write_text(config_yaml, encoding="utf-8")
         return client.submit_job(
             # By exec, signals reach Python and not a shell.
             entrypoint="exec python -m raynium.launch.jobs config.yaml",
@@ -102,6 +103,7 @@ def main(arguments: list[str] | None = None) -> None:
     from raynium.launch.run import run
     from raynium.terminal.report import exit_code, report_lines
 
+    print_in_any_locale()
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     if arguments is None:
         arguments = sys.argv[1:]
@@ -117,7 +119,7 @@ def main(arguments: list[str] | None = None) -> None:
         loaded = load_config(config, overrides)
         if job_id:
             # Ray 2.60 removes the job's folder under us when the driver connects.
-            os.chdir(tempfile.gettempdir())
+            os.chdir(temporary_parent())
         record = run(loaded, address="auto" if job_id else None, job_id=job_id, tags=tags)
     except ClusterLost as error:
         sys.stderr.write(f"error: {error}\n")

@@ -10,9 +10,9 @@ import logging
 import os
 import secrets
 import sys
-import tempfile
 
 from raynium.config.load import load_config
+from raynium.config.local_folders import temporary_parent
 from raynium.config.schema import Config
 from raynium.errors import ClusterLost, RayniumError, StoreError
 from raynium.launch.jobs import job_metadata
@@ -22,6 +22,7 @@ from raynium.node.compile_cache import FOLDER
 from raynium.run.past import Past
 from raynium.run.record import RunRecord
 from raynium.storage.store import Store
+from raynium.terminal.streams import print_in_any_locale
 
 # As in train/compiles.py, WARM_UP_CALLS: after them every shape of training has been seen.
 STEPS = 2
@@ -87,6 +88,7 @@ def summary(record: RunRecord) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     """A job's driver: `CONFIG [key=value …]`, as `jobs.main`. Exits with 1 and the reason on failure."""
+    print_in_any_locale()
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     if arguments is None:
         arguments = sys.argv[1:]
@@ -97,7 +99,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         config = load_config(path, overrides)
         if job_id:
-            os.chdir(tempfile.gettempdir())
+            os.chdir(temporary_parent())
         record = precompile(config, address="auto" if job_id else None, job_id=job_id)
         sys.stdout.write(summary(record) + "\n")
     except ClusterLost as error:

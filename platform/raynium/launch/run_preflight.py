@@ -4,11 +4,11 @@ import contextlib
 import json
 import os
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from raynium.config.local_folders import temporary_parent
 from raynium.config.schema import Config
 from raynium.errors import LaunchError
 from raynium.health.report import Report
@@ -16,6 +16,7 @@ from raynium.launch.preparation import checked
 from raynium.launch.ray_environment import set_ray_environment
 from raynium.launch.settle import check_this_machine, settled
 from raynium.run.past import Past
+from raynium.terminal.streams import print_in_any_locale
 
 # For nodes to be there: an autoscaler needs minutes.
 NODES_SECONDS = 600.0
@@ -73,6 +74,7 @@ def main(arguments: list[str] | None = None) -> None:
     from raynium.errors import RayniumError
     from raynium.launch.jobs import job_metadata
 
+    print_in_any_locale()
     arguments = sys.argv[1:] if arguments is None else arguments
     if not arguments:
         sys.exit("error: no config given: name a YAML job file or a preset, then overrides such as cluster.nodes=4")
@@ -82,7 +84,7 @@ def main(arguments: list[str] | None = None) -> None:
         loaded = load_config(config, overrides)
         if is_job:
             # Ray 2.60 removes the job's folder under us when the driver connects.
-            os.chdir(tempfile.gettempdir())
+            os.chdir(temporary_parent())
         report = run_preflight(loaded, address="auto" if is_job else None, tell=_write)
     except RayniumError as error:
         sys.exit(f"error: {error}")

@@ -46,6 +46,8 @@ def origin_tags(folder: str | Path) -> dict[str, str]:
     except (KeyError, OSError):
         user = str(os.getuid())
     command = shlex.join([Path(sys.argv[0]).name, *map(_masked, sys.argv[1:])])
+    # Both may hold bytes that are no UTF-8, which no server takes.
+    user, command = (each.encode(errors="backslashreplace").decode() for each in (user, command))
     tags = {"mlflow.user": user, "mlflow.source.name": command, "mlflow.source.type": "LOCAL"}
     commit = _git(folder, "rev-parse", "HEAD")
     if commit:
@@ -59,7 +61,7 @@ def _git(folder: str | Path, *arguments: str) -> str | None:
     """Output of a git command, or None where git or a checkout with a commit is missing."""
     command = ["git", "--no-optional-locks", "-C", str(folder), *arguments]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+        done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", timeout=10, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() if done.returncode == 0 else None
