@@ -283,6 +283,18 @@ def test_artifacts_wait_on_disk_and_survive(open_spool):
     assert (spool.read_artifacts(), spool.artifacts_pending) == ([second], 1)
 
 
+@pytest.mark.parametrize("opened_again", [False, True])
+def test_an_artifact_that_comes_once_all_others_have_gone_waits_too(open_spool, opened_again):
+    spool = open_spool()
+    for text in ("1", "2", "3"):
+        spool.put_artifact("checkpoints.json", text)
+        (waiting,) = spool.read_artifacts()
+        assert waiting.text == text
+        spool.acknowledge_artifact(waiting)
+        assert (spool.read_artifacts(), spool.artifacts_pending) == ([], 0)
+        spool = open_spool() if opened_again else spool
+
+
 def test_one_process_at_a_time(tmp_path: Path):
     holder = "import sys; from raynium.tracking.spool import MetricSpool; s = MetricSpool(sys.argv[1]); input()"
     other = subprocess.Popen([sys.executable, "-c", holder, str(tmp_path)], stdin=subprocess.PIPE)
