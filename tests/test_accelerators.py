@@ -10,7 +10,7 @@ import torch
 
 from raynium.accelerators import detect
 from raynium.accelerators.base import Place
-from raynium.accelerators.cpu import CpuAccelerator, is_loopback, machine_memory_bytes
+from raynium.accelerators.cpu import CpuAccelerator, is_loopback, machine_memory_bytes, multiplies_bfloat16
 from raynium.accelerators.cuda import CudaAccelerator, peak_flops_of
 from raynium.accelerators.detect import Machine, look
 from raynium.errors import LaunchError
@@ -24,6 +24,27 @@ def devices(folder: Path, *names: str) -> Path:
 
 def place(*, ranks: int = 1, host: str = "10.0.0.1") -> Place:
     return Place(0, ranks, 0, ranks, master_host=host, master_port=1234, run_name="run", inherited={})
+
+
+@pytest.mark.parametrize(
+    ("flags", "most", "is_worth_it"),
+    [
+        ("avx2 amx_bf16", None, True),
+        ("avx2 amx_bf16", "ALL", True),
+        ("avx2 amx_bf16", "avx512_core_amx", True),
+        ("avx2 amx_bf16", "AVX512_CORE", False),
+        ("avx2 avx512_bf16", None, False),
+        ("avx2 avx512_bf16", "ALL", False),
+    ],
+)
+def test_bfloat16_is_worth_it_where_matrix_units_are_there_and_may_be_used(
+    flags: str, most: str | None, is_worth_it: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "cpuinfo").write_text(f"flags : {flags}\n")
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
+    if most is not None:
+        monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", most)
+    assert multiplies_bfloat16(tmp_path / "cpuinfo") is is_worth_it
 
 
 def test_this_machines_devices_are_those_that_the_kernel_lists(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

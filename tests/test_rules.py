@@ -152,7 +152,7 @@ def test_the_warm_up_ends_before_training_does():
 
 
 def test_the_quickstart_can_be_cut_short_as_the_readme_does():
-    assert problems("quickstart", "train.steps=50") == []
+    assert problems("quickstart", "train.steps=200") == []
 
 
 def test_warm_up_and_decay_do_not_overlap():

@@ -140,3 +140,22 @@ def test_a_run_without_a_checkpoint_or_tokenizer_says_so(save_run: Callable[...,
     store.delete(TOKENIZER_NAME)
     with pytest.raises(StoreError, match=r"tokenizer\.json does not exist"):
         open_sampler(store.url)
+
+
+def test_a_small_model_runs_on_one_thread_and_gives_the_others_back(
+    save_run: Callable[..., Store], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = parse_config(JOB)
+    sampler = open_sampler(save_run(model_of(config), config).url)
+    given = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        seen: list[int] = []
+        hook = sampler.model.register_forward_hook(lambda *_: seen.append(torch.get_num_threads()))
+        sampler.text("def ", max_new_tokens=2)
+        monkeypatch.setattr("raynium.sampling.SMALL_MODEL", 0)
+        sampler.text("def ", max_new_tokens=2)
+        hook.remove()
+        assert (seen, torch.get_num_threads()) == ([1, 1, 2, 2], 2)
+    finally:
+        torch.set_num_threads(given)

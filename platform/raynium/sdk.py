@@ -2,7 +2,7 @@
 
 from raynium import Client
 
-run = Client("http://127.0.0.1:8265").submit("jobs/configs/quickstart.yaml", overrides={"train.steps": 50})
+run = Client("http://127.0.0.1:8265").submit("jobs/configs/quickstart.yaml", overrides={"train.steps": 200})
 for text in run.follow():
     print(text, end="")
 run.wait()

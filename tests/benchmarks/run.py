@@ -13,6 +13,7 @@ FOLDER = Path(__file__).parent
 # Script, options → minutes at most.
 BENCHMARKS = {
     ("bench_cli.py",): 2,
+    ("bench_quickstart.py",): 20,
     ("bench_loop.py",): 15,
     ("bench_loader.py",): 4,
     ("bench_tracking.py",): 5,

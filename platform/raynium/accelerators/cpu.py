@@ -63,8 +63,12 @@ def multiplies_bfloat16(cpu_info: Path = Path("/proc/cpuinfo")) -> bool:
     """Whether bfloat16 is worth it: only with matrix units (Intel AMX).
 
     Measured on one core with torch 2.13, 2048×384 by 384×1024, GFLOP/s: float32 143; bfloat16 1330 with AMX, 100 with
-    AVX512_BF16 alone, 34 with AVX-512, 2 with AVX2 (one machine, lesser ones by ONEDNN_MAX_CPU_ISA).
+    AVX512_BF16 alone, 34 with AVX-512, 2 with AVX2 (one machine, lesser ones by ONEDNN_MAX_CPU_ISA, which torch's
+    products keep to).
     """
+    most = os.environ.get("ONEDNN_MAX_CPU_ISA", "ALL").upper()
+    if most not in ("ALL", "DEFAULT") and "AMX" not in most:
+        return False
     return cpu_info.is_file() and "amx_bf16" in cpu_info.read_text(encoding="utf-8")
 
 

@@ -32,8 +32,8 @@ from raynium.tracking.metrics import check_metrics
 logger = logging.getLogger(__name__)
 
 LOCK_POLL_SECONDS = 0.1
-# The number of a row orders its table. The oldest are read first and deleted when MLflow has them; no number comes twice,
-# also once a table is empty, since what is at or below the last acknowledged one is not read again.
+# The number of a row orders its table. The oldest are read first and deleted when MLflow has them. No number comes
+# twice, also once a table is empty: what is at or below the last acknowledged one is not read again.
 TABLES = """
     CREATE TABLE IF NOT EXISTS steps (number INTEGER PRIMARY KEY, step INT, unix_ms INT, num_points INT, metrics TEXT);
     CREATE TABLE IF NOT EXISTS artifacts (number INTEGER PRIMARY KEY AUTOINCREMENT, path TEXT, text TEXT);
