@@ -19,18 +19,7 @@ from raynium.run import protocol
 from raynium.run.board import Board
 from raynium.run.last_save import pause_before_next_try
 from raynium.run.lives import Lives
-from raynium.run.protocol import (
-    PEER_WORD_SECONDS,
-    AgentEvent,
-    AgentInfo,
-    Commit,
-    GoHome,
-    News,
-    NodeEnded,
-    Order,
-    Status,
-    Verdict,
-)
+from raynium.run.protocol import AgentInfo, GoHome, Order, Status, Verdict
 from raynium.run.recovery import Recovery
 from raynium.run.roster import Roster
 from raynium.run.saves import Saves, WholeSave
@@ -104,7 +93,7 @@ class RunCoordinator:
                 return Verdict("stop")
             return Verdict("over", current.cause)
 
-    async def exited(self, agent: AgentInfo, order: Order, ended: NodeEnded) -> None:
+    async def exited(self, agent: AgentInfo, order: Order, ended: protocol.NodeEnded) -> None:
         """One rank that should not have ended takes the generation down."""
         now, first = time.monotonic(), blamed(ended.exits)
         async with self._changing():
@@ -114,7 +103,7 @@ class RunCoordinator:
             if ended.exits and current.state == "running":
                 current.exits[agent.node_rank] = ended.exits
             if first is not None:
-                await self._wait(lambda: not self._lives.needs_more_words(current), PEER_WORD_SECONDS)
+                await self._wait(lambda: not self._lives.needs_more_words(current), protocol.PEER_WORD_SECONDS)
                 if current.state == "running":
                     self._lives.ranks_failed(current, now=time.monotonic())
             finishes = first is None and current.state == "running" and current.all_have_ended()
@@ -130,7 +119,7 @@ class RunCoordinator:
                 problem = self._saves.problem(outcome.step)
                 self._lives.finished(current, outcome.step, outcome.reason, problem)
 
-    async def commits(self, sent: Commit | None) -> list[Commit] | None:
+    async def commits(self, sent: protocol.Commit | None) -> list[protocol.Commit] | None:
         async with self._changed:
             if sent is not None:
                 self._saves.sent(sent)
@@ -138,7 +127,7 @@ class RunCoordinator:
             await self._wait(lambda: bool(saves.unsent()) or lives.ended is not None or self._roster.is_left)
             return saves.unsent() or None
 
-    async def tell(self, event: AgentEvent) -> News:
+    async def tell(self, event: protocol.AgentEvent) -> protocol.News:
         now, device_metrics = time.monotonic(), dict[str, float]()
         match event:
             case protocol.Said(text):
@@ -165,7 +154,7 @@ class RunCoordinator:
             case protocol.CannotGoOn(cause):
                 async with self._changing():
                     self._lives.end("failed", cause)
-        return News(self._run_ledger(), device_metrics)
+        return protocol.News(self._run_ledger(), device_metrics)
 
     # ---- driver ----------------------------------------------------------------------------------------------------
 
