@@ -398,13 +398,13 @@ def test_nobody_is_waited_for_where_all_nodes_have_spoken(tmp_path: Path) -> Non
     async def play() -> None:
         run = coordinator(tmp_path, **{"cluster.nodes": 1})
         await run.join(ALONE)
-        coordinator_module.PEER_WORD_SECONDS = 3600
+        coordinator_module.protocol.PEER_WORD_SECONDS = 3600
         await asyncio.wait_for(ended(run, 1, 0, [missed]), 60)
 
     try:
         asyncio.run(play())
     finally:
-        coordinator_module.PEER_WORD_SECONDS = 0.5
+        coordinator_module.protocol.PEER_WORD_SECONDS = 0.5
 
 
 def test_agents_of_an_attempt_that_is_gone_bring_no_generation_back(tmp_path: Path) -> None:
