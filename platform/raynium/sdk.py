@@ -324,10 +324,11 @@ class Run:
     def _log_path(self) -> Path | None:
         """The driver's log, if it is on a disk of this machine."""
         from raynium.run.record import read_record
+        from raynium.storage.local_files import look
 
         record = read_record(self._store())
         path = Path(record.log_path) if record is not None and record.log_path is not None else None
-        return path if path is not None and path.is_file() else None
+        return path if path is not None and look(path.is_file) else None
 
     def _repr_html_(self) -> str:
         """For notebooks: state, step, losses and the page."""
@@ -430,11 +431,12 @@ def list_runs(root: str = "runs") -> "list[RunRecord]":
     """The records of all runs under `root`, newest first. Raises StoreError if there is no such folder or bucket."""
     from raynium.config.paths import absolute_root
     from raynium.run.record import read_record
+    from raynium.storage.local_files import look
     from raynium.storage.store import Store
 
     store = Store(absolute_root(root))
     folder = store.url.removeprefix("file://")
-    if "://" not in folder and not Path(folder).is_dir():
+    if "://" not in folder and not look(Path(folder).is_dir):
         raise StoreError(
             f"there is no folder {folder}: runs are where their run.root says, which the first `raynium train` makes. "
             "Name it by --root or RAYNIUM_ROOT"

@@ -34,7 +34,7 @@ from raynium.convert.description import RunText
 from raynium.convert.parameters import check_shapes, parameter_shapes
 from raynium.errors import CheckpointError
 from raynium.models.names import hugging_face_names
-from raynium.storage.local_files import sync_folder
+from raynium.storage.local_files import look, sync_folder
 
 logger = logging.getLogger(__name__)
 
@@ -98,7 +98,7 @@ def _new_folder(folder: str | Path) -> Path:
     if "://" in str(folder):
         raise CheckpointError(f"{folder} is a URL: export to a folder of this machine, and copy that one")
     path = Path(folder).expanduser().absolute()
-    if path.exists() or path.is_symlink():
+    if look(path.exists) or path.is_symlink():
         raise CheckpointError(f"{path} exists: give a folder that does not, or remove it first")
     return path
 

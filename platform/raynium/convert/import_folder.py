@@ -24,6 +24,7 @@ from raynium.convert.parameters import Shapes, check_shapes, parameter_shapes
 from raynium.data.store import TOKENIZER_NAME
 from raynium.errors import CheckpointDamaged, CheckpointError, CheckpointMismatch, some
 from raynium.models.names import hugging_face_names
+from raynium.storage.local_files import look
 from raynium.storage.store import Store
 
 logger = logging.getLogger(__name__)
@@ -76,7 +77,7 @@ def import_folder(folder: str | Path, store: Store, *, tokenizer: str | Path | N
 
 def _existing_folder(folder: str | Path) -> Path:
     path = Path(folder).expanduser().absolute()
-    if "://" in str(folder) or not path.is_dir():
+    if "://" in str(folder) or not look(path.is_dir):
         raise CheckpointError(f"{folder} is no folder of this machine: give one with config.json and *.safetensors")
     return path
 

@@ -12,6 +12,7 @@ from raynium.hardware.catalog import peak_note
 from raynium.run.protocol import Status
 from raynium.run.record import LIVE_STATES, RunRecord, read_record
 from raynium.storage.backend import KeyMissing
+from raynium.storage.local_files import look
 from raynium.storage.store import Store
 from raynium.terminal.display import Pace, clock
 from raynium.terminal.report import goodput_line
@@ -185,7 +186,7 @@ def _end_abandoned_page(record: RunRecord) -> None:
     if uri is None or run_id is None or record.shown_state(now) != "interrupted":
         return
     # A database of another machine.
-    if uri.startswith("sqlite") and not sqlite_path(uri).exists():
+    if uri.startswith("sqlite") and not look(sqlite_path(uri).exists):
         return
     store = Store(record.config["run"]["root"]).child(record.name)
     heartbeat = repr(record.heartbeat_unix).encode()

@@ -88,9 +88,16 @@ def session_parent() -> Path:
 
 
 def find_token() -> str | None:
-    """A cluster's token, from where Ray itself looks, in Ray's order."""
+    """A cluster's token, from where Ray itself looks, in Ray's order. LaunchError if a named file cannot be read."""
     if token := os.environ.get("RAY_AUTH_TOKEN"):
         return token
+    given = os.environ.get("RAY_AUTH_TOKEN_PATH")
     # Of a user without a home folder, `expanduser` gives "~" back.
-    path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or os.path.expanduser("~/.ray/auth_token"))
-    return path.read_text(encoding="utf-8").strip() if path.is_absolute() and path.is_file() else None
+    path = Path(given or os.path.expanduser("~/.ray/auth_token"))
+    try:
+        return path.read_text(encoding="utf-8").strip() if path.is_absolute() and path.is_file() else None
+    except OSError as error:
+        if given:
+            raise LaunchError(f"RAY_AUTH_TOKEN_PATH is {given}, which cannot be read: {error.strerror}") from error
+        # HOME is another user's, as `sudo` leaves it.
+        return None

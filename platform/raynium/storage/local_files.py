@@ -4,14 +4,23 @@ import fcntl
 import logging
 import mmap
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+from raynium.errors import StoreError
 from raynium.storage.checksum import FileChecksums, checksum_units
 
 logger = logging.getLogger(__name__)
+
+
+def look(question: Callable[[], bool]) -> bool:
+    """The answer of `path.exists` and its like. StoreError where pathlib has none: this user may not look there."""
+    try:
+        return question()
+    except OSError as error:
+        raise StoreError(f"{error.filename}: {error.strerror}; give a path that this user may look at") from error
 
 
 @contextmanager

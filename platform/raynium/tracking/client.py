@@ -174,8 +174,12 @@ def check_reachable(uri: str, *, timeout_seconds: float = 5.0) -> None:
 
 def _check_sqlite(path: Path) -> None:
     """mlflow itself tries for a minute before it says that it cannot open a file."""
-    if not path.parent.is_dir():
-        raise TrackingError(f"tracking store {path}: folder {path.parent} does not exist. Make it, or set tracking.uri")
+    # Not pathlib's, which raises where this user may not look.
+    if not os.path.isdir(path.parent):
+        raise TrackingError(
+            f"tracking store {path}: folder {path.parent} does not exist, or this user may not look into it. Make "
+            "it, or set tracking.uri"
+        )
     try:
         connection = sqlite3.connect(path, timeout=20)
         try:
