@@ -2,6 +2,7 @@
 
 import getpass
 import json
+import logging
 import sys
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,17 @@ def test_a_token_is_found_where_ray_looks_in_rays_order(token_places: Path, monk
     assert find_token() == "itself"
 
 
+def test_a_home_of_somebody_else_has_no_token_and_a_named_file_must_be_readable(
+    token_places: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As root, no permission is missing; but no name may be so long.
+    monkeypatch.setenv("HOME", f"{token_places}/{'x' * 300}")
+    assert find_token() is None
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", f"{token_places}/{'x' * 300}")
+    with pytest.raises(LaunchError, match=r"RAY_AUTH_TOKEN_PATH is .* cannot be read: File name too long"):
+        find_token()
+
+
 def test_the_variable_of_a_jobs_driver_has_one_name() -> None:
     assert JOB_CONFIG_VARIABLE == RAY_JOB_VARIABLE  # which test_config_paths.py compares with Ray's own
 
@@ -78,6 +90,30 @@ def test_a_job_takes_its_config_and_this_very_package(tmp_path: Path, monkeypatc
     (package,) = fake.options["runtime_env"]["py_modules"]
     assert Path(package, "launch", "jobs.py").samefile(jobs.__file__)
     assert not Path(fake.options["runtime_env"]["working_dir"]).exists(), "a temporary folder, and gone"
+
+
+def test_rays_notes_of_an_upload_stay_off_the_terminal_and_its_warnings_do_not(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    # It sets up its handlers.
+    import ray
+
+    assert ray.__version__
+    words = logging.getLogger("ray.dashboard.modules.dashboard_sdk")
+    words.setLevel(logging.INFO)
+
+    class Client:
+        def submit_job(self, **options: Any) -> str:
+            words.info("Uploading package")
+            words.warning("too large")
+            return "job-1"
+
+    handlers = logging.getLogger("ray").handlers
+    before = [handler.level for handler in handlers]
+    submit_job(Client(), "first", "run: {name: first}")
+    assert handlers and [handler.level for handler in handlers] == before
+    err = capfd.readouterr().err
+    assert "too large" in err and "Uploading" not in err
 
 
 def test_the_runtime_env_of_the_sdk_is_that_of_the_checkout() -> None:

@@ -1,9 +1,12 @@
 """Ray jobs: how a run reaches a cluster, and what runs there."""
 
+import contextlib
 import json
+import logging
 import os
 import secrets
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -72,9 +75,22 @@ def runtime_env(working_dir: str) -> dict[str, Any]:
     }
 
 
+@contextlib.contextmanager
+def _without_rays_notes() -> Iterator[None]:
+    """Ray notes each upload on the terminal, in its own form and colours; its warnings are let through."""
+    levels = {handler: handler.level for handler in logging.getLogger("ray").handlers}
+    for handler, level in levels.items():
+        handler.setLevel(max(level, logging.WARNING))
+    try:
+        yield
+    finally:
+        for handler, level in levels.items():
+            handler.setLevel(level)
+
+
 def submit_job(client: Any, name: str, config_yaml: str) -> str:
     """Starts a resolved config as a job; returns its submission id."""
-    with temporary_folder("job") as folder:
+    with _without_rays_notes(), temporary_folder("job") as folder:
         (folder / "config.yaml").write_text(config_yaml, encoding="utf-8")
         return client.submit_job(
             # By exec, signals reach Python and not a shell.
@@ -96,8 +112,6 @@ def main(arguments: list[str] | None = None) -> None:
 
     A job whose run was stopped did as it was asked: a success. Outside a job it exits as `raynium train` does.
     """
-    import logging
-
     from raynium.config.load import load_config
     from raynium.errors import ClusterLost, RayniumError
     from raynium.launch.run import run
