@@ -167,7 +167,7 @@ def test_a_run_stops_at_damage_and_is_told_what_it_can_do(store: Store, tmp_path
     text = str(error.value)
     assert text.startswith(f"the newest checkpoint of {store.url}, of step 20, is damaged. That of step 10 is whole: ")
     assert "set checkpoint.if_damaged=use_older, or remove the damaged one with" in text
-    assert "`raynium checkpoints rm run --step 20 --force`" in text
+    assert "`raynium checkpoints rm run@20 --force`" in text
     assert ("manifest.json is damaged" if harm is damage else "shard-00000.safetensors is missing") in text
     assert store.list().sizes == before
 

@@ -176,6 +176,24 @@ def test_without_runs_it_says_so_and_without_their_folder_it_is_a_mistake(rayniu
     assert raynium("runs", "--json") == Ended(0, "[]\n", "")
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        *(["runs", "--root", "PATH"], ["ui", "--root", "PATH"], ["status", "a", "--root", "PATH"]),
+        *(["train", "PATH"], ["train", "./PATH"], ["config", "--diff", "PATH.yaml"], ["data", "verify", "PATH"]),
+        *(["checkpoints", "import", "PATH", "base"], ["checkpoints", "ls", "PATH"]),
+        *(["checkpoints", "export", "first", "PATH"], ["checkpoints", "import", "x", "y", "--tokenizer", "PATH"]),
+    ],
+    ids=" ".join,
+)
+def test_a_path_that_the_system_does_not_look_at_is_one_message(
+    raynium: Callable[..., Ended], run: RecordKeeper, command: list[str]
+) -> None:
+    # As root, no permission is missing; but no name may be so long.
+    ended = raynium(*(word.replace("PATH", "x" * 300) for word in command))
+    assert ended.code in (1, 2) and ended.err.startswith("error: ") and ended.err.count("\n") == 1
+
+
 def test_runs_and_status_as_json(raynium: Callable[..., Ended], run: RecordKeeper) -> None:
     run.update(metrics={"train/loss": 3.25, "eval/loss": float("nan")})
     (listed,) = json.loads(raynium("runs", "--json").out)
@@ -209,6 +227,8 @@ def test_logs_are_the_drivers_or_the_ranks(
     assert raynium("logs", "first") == Ended(0, "generation 1: 1 rank\n", "")
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     assert "no rank of run 'first' has run on this host" in raynium("logs", "first", "--ranks").err
+    ended = raynium("logs", "first", "--ranks", "--follow")
+    assert ended.code == 2 and "--follow is for the driver's log" in ended.err
 
 
 def test_logs_of_a_job_come_from_its_cluster(

@@ -38,6 +38,32 @@ def test_config_diff_shows_what_a_file_changes(raynium: Callable[..., Ended]) ->
     lines = raynium("config", "--diff", "mine.yaml").out.splitlines()
     assert "optimizer.eps: 1e-06  (default 1e-08)" in lines and "run.name: mine  (required)" in lines
     assert raynium("config", "--diff", "nothing.yaml").code == 2
+    assert raynium("config", "run", "--diff", "mine.yaml").out == "run.name: mine  (required)\n"
+    assert raynium("config", "optimizer.eps", "--diff", "mine.yaml").out == "optimizer.eps: 1e-06  (default 1e-08)\n"
+    assert raynium("config", "parallel", "--diff", "mine.yaml").out == "parallel is as by default\n"
+    ended = raynium("config", "optimiser", "--diff", "mine.yaml")
+    assert (ended.code, ended.err) == (2, "error: optimiser is not a field: did you mean optimizer?\n")
+
+
+def test_what_somebody_gave_is_cut_in_a_message(raynium: Callable[..., Ended]) -> None:
+    word = "x" * 50_000
+    Path("long.yaml").write_text(word)
+    Path("longer.yaml").write_text(f"extends: {word}")
+    values = [word, f"run.name={word}", f"train.steps={word}", f"{word}=1", f"model.preset={word}", f"extends={word}"]
+    values += [f"cluster.accelerator={word}", f"sample.prompts={word}"]
+    ends = [
+        raynium("config", "--diff", "long.yaml"),
+        raynium("config", "--diff", "longer.yaml"),
+        raynium("train", word),
+    ]
+    for ended in [*ends, *(raynium("train", "quickstart", value) for value in values)]:
+        assert ended.code == 2 and "error: " in ended.err and len(ended.err) < 2000, ended.err[:3000]
+
+
+def test_extends_is_refused_as_an_override(raynium: Callable[..., Ended]) -> None:
+    ended = raynium("train", "quickstart", "extends=llama3-8b")
+    rule = "extends is not for an override: it stands in a job file, as `extends: llama3-8b`"
+    assert (ended.code, ended.err) == (2, f"error: {rule}\n")
 
 
 def test_init_writes_a_file_that_loads_and_never_over_another(

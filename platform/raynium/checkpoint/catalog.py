@@ -200,7 +200,7 @@ def _refusal(store: Store, choice: _Choice) -> str:
     run = store.url.rpartition("/")[2]
     (newest, problem), *others = choice.damaged
     also = f", and so is that of {' and '.join(f'step {step}' for step, _ in others)}" if others else ""
-    remove = f"`raynium checkpoints rm {run} --step {newest} --force`"
+    remove = f"`raynium checkpoints rm {run}@{newest} --force`"
     if choice.ref is None:
         remedy = f"There is no older whole one: put its files back, or remove it with {remove} to begin again."
     else:

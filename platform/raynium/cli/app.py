@@ -185,6 +185,8 @@ def logs(
     """
     from raynium.sdk import Client, Run, find_run
 
+    if ranks and follow:
+        raise typer.BadParameter("--follow is for the driver's log: leave out --ranks, or look at these again later")
     run = find_run(name, root)
     job_id = run.record().job_id
     if ranks:
@@ -253,6 +255,7 @@ def ui(
     from raynium.launch.page import end_abandoned_pages
     from raynium.rank.ports import is_free
     from raynium.sdk import find_run, list_runs
+    from raynium.storage.local_files import look
     from raynium.terminal.report import ui_lines, ui_port
     from raynium.tracking.client import sqlite_path
     from raynium.tracking.runs import home_url, resolve_uri, ui_command, ui_environment
@@ -265,7 +268,7 @@ def ui(
     if uri.startswith("http"):
         _print(page or f"MLflow: {home_url(uri)}")
         return
-    if not sqlite_path(uri).exists():
+    if not look(sqlite_path(uri).exists):
         raise StoreError(f"there is no {sqlite_path(uri)} yet: runs under {root} have tracked nothing there")
     if not is_free("127.0.0.1", port):
         raise LaunchError(

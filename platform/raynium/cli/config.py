@@ -70,7 +70,8 @@ def config(
     from raynium.config.reference import difference_lines, reference, reference_markdown
 
     if diff is not None:
-        typer.echo("\n".join(difference_lines(load_config(diff))))
+        lines = difference_lines(load_config(diff), name)
+        typer.echo("\n".join(lines) or f"{name or diff} is as by default")
     else:
         typer.echo(reference_markdown() if markdown else reference(name), nl=not markdown)
 

@@ -19,7 +19,7 @@ from pydantic import ValidationError
 from raynium.config.fields import BUILDS_ON, did_you_mean, fields_below, schema_fields
 from raynium.config.plain_file import read_plain
 from raynium.config.schema import Config, Section
-from raynium.config.yaml_text import Reading, compose, place_of, read_field, read_section, shown
+from raynium.config.yaml_text import Reading, compose, cut, place_of, read_field, read_section, shown
 from raynium.errors import ConfigError
 
 Overrides = Sequence[str] | Mapping[str, Any]
@@ -106,9 +106,12 @@ class Files:
         is_preset = isinstance(given, str) and not re.search(r"[/\\]|\.ya?ml$", text)
         candidates = [each / f"{text}.yaml" for each in _preset_folders(self.base)] if is_preset else [folder / text]
         for path in candidates:
-            # What is there and no file is refused where it is read.
-            if path.exists():
-                return path
+            try:
+                # What is there and no file is refused where it is read.
+                if path.exists():
+                    return path
+            except OSError as error:
+                raise ConfigError([f"job file {cut(repr(text))} cannot be looked for: {error.strerror}"]) from error
         presets = preset_names(self.base)
         near = difflib.get_close_matches(Path(text).stem, presets, n=1)
         hint = f"did you mean the preset {near[0]}? " if near else ""
@@ -116,7 +119,7 @@ class Files:
         kind = "preset" if is_preset else "job file"
         raise ConfigError(
             [
-                f"there is no {kind} {text!r}{place}: {hint}"
+                f"there is no {kind} {cut(repr(text))}{place}: {hint}"
                 f"Give the path of a YAML file, or a preset: {', '.join(presets) or 'none found here'}"
             ]
         )
@@ -195,7 +198,7 @@ def _read_base(key: str, given: yaml.Node, source: str, reading: Reading, files:
             raise ConfigError([problem])
         _read_file(path, given.value, reading, files)
     except ConfigError as error:
-        reading.refuse("", f"{key} is {given.value!r} ({place}): {error.problems[0]}")
+        reading.refuse("", f"{key} is {shown(given)} ({place}): {error.problems[0]}")
 
 
 def _member(node: yaml.Node, key: str) -> yaml.Node | None:
@@ -213,7 +216,8 @@ def _split_overrides(overrides: Overrides, reading: Reading) -> Iterator[tuple[s
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals:
-            reading.problems.append(f"override {override!r} has no '=': write {key.strip() or 'train.steps'}=VALUE")
+            name = key.strip() or "train.steps"
+            reading.problems.append(cut(f"override {override!r} has no '='") + f": write {cut(name)}=VALUE")
             continue
         yield key.strip(), value.strip()
 
@@ -227,8 +231,15 @@ def _apply_override(key: str, value: Any, reading: Reading, files: Files, *, quo
         _take_preset(yaml.ScalarNode("tag:yaml.org,2002:str", str(value)), f"override {key}", reading, files)
         return
     known = schema_fields().get(key)
+    if key == "extends":
+        reading.problems.append(
+            f"extends is not for an override: it stands in a job file, as `extends: {cut(str(value))}`"
+        )
+        return
     if known is None:
-        reading.problems.append(f"{key or 'an override without a name'} is not a field (override): {did_you_mean(key)}")
+        reading.problems.append(
+            f"{cut(key) or 'an override without a name'} is not a field (override): {did_you_mean(key)}"
+        )
         return
     origin = f"override {key}"
     is_bare_text = isinstance(value, str) and known.type is str and not value.startswith(quotes)
@@ -285,7 +296,7 @@ def _problem_in_words(item: Any, reading: Reading) -> str | None:
         value = value[part]
     near = difflib.get_close_matches(str(value), re.findall(r"[\w.-]+", known.accepted), n=1, cutoff=0.75)
     hint = f"; did you mean {near[0]}?" if near and known.accepted.startswith("one of") else ""
-    return f"{name} is {json.dumps(value)} ({reading.origins[name]}): it must be {known.accepted}{hint}"
+    return f"{name} is {cut(json.dumps(value))} ({reading.origins[name]}): it must be {known.accepted}{hint}"
 
 
 def _required_in_words(section: str) -> str:

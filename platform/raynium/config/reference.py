@@ -115,9 +115,18 @@ def differences(config: Config) -> Iterator[tuple[SchemaField, Any]]:
                 yield field, value
 
 
-def difference_lines(config: Config) -> list[str]:
-    """What differs from the defaults, a line each with the default beside it."""
-    return [f"{field.name}: {_shown(value)}  ({_default(field)})" for field, value in differences(config)]
+def difference_lines(config: Config, name: str = "") -> list[str]:
+    """What differs from the defaults, a line each with the default beside it.
+
+    name: of a section or field, whose alone are told. Raises ConfigError if it is neither.
+    """
+    if name and name not in schema_fields():
+        raise ConfigError([f"{name} is not a field: {did_you_mean(name)}"])
+    return [
+        f"{field.name}: {_shown(value)}  ({_default(field)})"
+        for field, value in differences(config)
+        if f"{field.name}.".startswith(f"{name}." if name else "") or name.startswith(f"{field.name}.")
+    ]
 
 
 def brief(config: Config) -> str:

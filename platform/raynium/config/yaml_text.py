@@ -25,6 +25,8 @@ SPECIAL_NUMBERS = {".inf": "inf", "+.inf": "inf", "-.inf": "-inf", ".nan": "nan"
 # Bounds on what is parsed at all: YAML's own parser takes seconds for a megabyte, or for thousands of open brackets.
 MAX_CHARACTERS = 2**16
 MAX_NESTING = 200
+# Of a value in a message.
+MAX_SHOWN = 200
 # Half a surrogate pair: how Python spells bytes that are no UTF-8, and what no file, name or server can hold.
 _NO_TEXT = re.compile("[\ud800-\udfff\0]")
 
@@ -125,8 +127,13 @@ def read_field(node: yaml.Node, name: str, source: str, reading: Reading) -> Non
 def shown(node: yaml.Node) -> str:
     """A node as a message shows it."""
     if isinstance(node, yaml.ScalarNode):
-        return "empty" if _is_null(node) else repr(node.value)
+        return "empty" if _is_null(node) else cut(repr(node.value))
     return "a list" if isinstance(node, yaml.SequenceNode) else "a section"
+
+
+def cut(text: str) -> str:
+    """What somebody gave, no longer than a message shows: it may be a whole file."""
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}… ({len(text):,} characters)"
 
 
 def place_of(node: yaml.Node, source: str) -> str:

@@ -35,7 +35,7 @@ def check_removable(store: Store, step: int, *, force: bool) -> None:
         run = store.url.rpartition("/")[2]
         raise CheckpointError(
             f"step {step:,} of {store.url} is tagged {', '.join(found.tags)}, so somebody wants to keep it: remove the "
-            f"tag with `raynium checkpoints tag {run} {step} {found.tags[0]} --remove`, or use --force"
+            f"tag with `raynium checkpoints tag {run}@{step} {found.tags[0]} --remove`, or use --force"
         )
     later = [each for each in checkpoints if each.step > step]
     if any(_is_whole(store, each) for each in reversed(later)):
