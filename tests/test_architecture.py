@@ -307,6 +307,16 @@ def test_text_is_utf8_whatever_the_locale():
     assert wrong == [], 'say encoding="utf-8": Python takes that of the locale'
 
 
+def test_a_home_folder_that_may_not_be_there_is_not_taken_for_granted():
+    wrong = [
+        where(path, node)
+        for path, tree in TREES.items()
+        for name, node in calls_of(tree)
+        if name.endswith((".expanduser", "Path.home")) and name != "os.path.expanduser"
+    ]
+    assert wrong == [], "those of pathlib raise RuntimeError where there is none: config/local_folders.py has others"
+
+
 def test_only_the_command_line_prints():
     wrong = [
         where(path, node)

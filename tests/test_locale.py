@@ -54,7 +54,10 @@ def test_what_an_encoding_does_not_have_is_printed_as_a_question_mark() -> None:
 
 
 def test_a_place_that_the_locale_cannot_name_is_refused_whoever_wrote_it(tmp_path: Path) -> None:
-    rule = "which holds what is no UTF-8, or no ascii as this locale has it; LC_ALL=C.UTF-8 is right everywhere"
+    rule = (
+        "which holds bytes that are no UTF-8, or characters that the locale's encoding, ascii, does not have; "
+        "LC_ALL=C.UTF-8 is right everywhere"
+    )
     job = tmp_path / "job.yaml"
     job.write_text(job_text({"run.root": "/tmp/ü"}), encoding="utf-8")
     for arguments, problem in [
@@ -80,7 +83,7 @@ def test_a_folder_that_is_no_utf8_is_refused_as_the_place_of_runs(tmp_path: Path
         capture_output=True,
         encoding="utf-8",
     )
-    assert ended.returncode == 2 and r"\udcff/runs', which holds what is no UTF-8" in ended.stderr, ended.stderr
+    assert ended.returncode == 2 and r"\udcff/runs', which holds bytes that are no UTF-8" in ended.stderr, ended.stderr
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from raynium.config.load import parse_config
 from raynium.config.schema import Config
 from raynium.data.store import TOKENIZER_NAME
 from raynium.data.tokenizer import Tokenizer
-from raynium.errors import CheckpointError, StoreError
+from raynium.errors import CheckpointError, ConfigError, StoreError
 from raynium.models.decoder import Decoder
 from raynium.sampling import open_sampler
 from raynium.storage.store import Store
@@ -130,6 +130,13 @@ def test_an_earlier_step_can_be_asked_for(save_run: Callable[..., Store]) -> Non
     assert torch.equal(open_sampler(store.url).model.head.weight, late.head.weight)
     with pytest.raises(CheckpointError, match="no checkpoint of step 3"):
         open_sampler(store.url, 3)
+
+
+def test_a_prompt_that_is_no_text_is_refused(save_run: Callable[..., Store]) -> None:
+    config = parse_config(JOB)
+    sampler = open_sampler(save_run(model_of(config), config).url)
+    with pytest.raises(ConfigError, match=r"^the prompt 'd\\udcff' holds bytes that are no UTF-8; check the locale"):
+        sampler.text("d\udcff")
 
 
 def test_a_run_without_a_checkpoint_or_tokenizer_says_so(save_run: Callable[..., Store], tmp_path: Path) -> None:

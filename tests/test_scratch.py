@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from raynium.config.local_folders import cache_home, ignored_tmpdir, scratch_folder, temporary_parent
-from raynium.errors import StoreError
+from raynium.config.local_folders import cache_home, ignored_tmpdir, local_path, scratch_folder, temporary_parent
+from raynium.errors import ConfigError, StoreError
 from raynium.node.scratch import log_folder
 
 pytestmark = pytest.mark.quick
@@ -76,8 +76,15 @@ def test_a_machine_without_a_temporary_folder_is_told_so(monkeypatch: pytest.Mon
 
 def test_a_temporary_folder_that_no_text_can_name_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", "/tmp/\udcff")
-    with pytest.raises(StoreError, match=r"^the temporary folder '/tmp/\\udcff' holds what is no UTF-8.*: set TMPDIR"):
+    with pytest.raises(StoreError, match=r"^the temporary folder '/tmp/\\udcff' holds bytes .*: set TMPDIR"):
         scratch_folder()
+
+
+def test_a_home_folder_that_nobody_has_is_refused_in_a_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match=r"^~nosuch/x begins with a home folder that is not known here: give an abs"):
+        local_path("~nosuch/x")
+    monkeypatch.setenv("HOME", "/h")
+    assert [str(local_path(each)) for each in ("~/x", "x", Path("/a/x"))] == ["/h/x", f"{Path.cwd()}/x", "/a/x"]
 
 
 def test_a_tmpdir_that_python_cannot_use_is_named(temporary_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from raynium.errors import StoreError
+from raynium.errors import ConfigError, StoreError
 
 
 def nameless(path: str) -> str | None:
@@ -19,8 +19,19 @@ def nameless(path: str) -> str | None:
         os.fsencode(path)
     except UnicodeEncodeError:
         encoding = sys.getfilesystemencoding()
-        return f"holds what is no UTF-8, or no {encoding} as this locale has it; LC_ALL=C.UTF-8 is right everywhere"
+        return (
+            f"holds bytes that are no UTF-8, or characters that the locale's encoding, {encoding}, does not have; "
+            "LC_ALL=C.UTF-8 is right everywhere"
+        )
     return None
+
+
+def local_path(given: str | Path) -> Path:
+    """Absolute, with `~` as a home folder. Raises ConfigError where there is no such home."""
+    path = os.path.expanduser(given)
+    if path.startswith("~"):
+        raise ConfigError([f"{path} begins with a home folder that is not known here: give an absolute path"])
+    return Path(path).absolute()
 
 
 def temporary_parent() -> Path:

@@ -14,11 +14,12 @@ from typing import Any, Self
 
 import tokenizers
 
+from raynium.config.local_folders import local_path
 from raynium.config.plain_file import plain_size, read_plain
 from raynium.config.schema import ModelSection
 from raynium.convert.config_json import Dtype, config_from_model, model_from_config
 from raynium.data.tokenizer import TOKENIZER_NAME, Tokenizer
-from raynium.errors import CheckpointDamaged, CheckpointError, CheckpointMismatch
+from raynium.errors import CheckpointDamaged, CheckpointError, CheckpointMismatch, ConfigError
 from raynium.storage.store import Store
 
 # Of the run: an imported model's small files by name.
@@ -83,7 +84,16 @@ class RunText:
         return self.tokenizer.end_of_document_id
 
     def prompt(self, text: str) -> list[int]:
-        """Token ids of a text to go on with, as the exported tokenizer gives them. Special tokens in it are meant."""
+        """Token ids of a text to go on with, as the exported tokenizer gives them. Special tokens in it are meant.
+
+        ConfigError for bytes that are no UTF-8.
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ConfigError(
+                [f"the prompt {text!a} holds bytes that are no UTF-8; check the locale (LC_ALL=C.UTF-8 is right)"]
+            ) from error
         return self._exported.encode(text).ids
 
     @property
@@ -172,7 +182,7 @@ def described_model(folder: Path, tokenizer: str | Path | None) -> tuple[ModelSe
     """
     model = model_from_config(read_json(folder / _CONFIG), where=str(folder / _CONFIG))
     described = Described.of_folder(folder, vocab_size=model.vocab_size)
-    path = Path(folder / TOKENIZER_NAME if tokenizer is None else tokenizer).expanduser().absolute()
+    path = local_path(folder / TOKENIZER_NAME if tokenizer is None else tokenizer)
     if tokenizer is not None and path.is_dir():
         path /= TOKENIZER_NAME
     try:

@@ -28,6 +28,7 @@ from raynium.checkpoint.format.manifest import DTYPES, TensorEntry
 from raynium.checkpoint.load import read_batch
 from raynium.checkpoint.ref import CheckpointRef
 from raynium.checkpoint.state import MODEL_PREFIX
+from raynium.config.local_folders import local_path
 from raynium.config.schema import ModelSection
 from raynium.convert.config_json import Dtype, saved_model
 from raynium.convert.description import RunText
@@ -97,7 +98,7 @@ def _new_folder(folder: str | Path) -> Path:
     """The absolute path to write. CheckpointError if it exists or is a URL."""
     if "://" in str(folder):
         raise CheckpointError(f"{folder} is a URL: export to a folder of this machine, and copy that one")
-    path = Path(folder).expanduser().absolute()
+    path = local_path(folder)
     if look(path.exists) or path.is_symlink():
         raise CheckpointError(f"{path} exists: give a folder that does not, or remove it first")
     return path

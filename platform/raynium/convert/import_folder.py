@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from raynium.checkpoint.state import MODEL_PREFIX, Chunk
+from raynium.config.local_folders import local_path
 from raynium.config.plain_file import plain_size
 from raynium.config.schema import ModelSection
 from raynium.convert.description import described_model, read_json
@@ -76,7 +77,7 @@ def import_folder(folder: str | Path, store: Store, *, tokenizer: str | Path | N
 
 
 def _existing_folder(folder: str | Path) -> Path:
-    path = Path(folder).expanduser().absolute()
+    path = local_path(folder)
     if "://" in str(folder) or not look(path.is_dir):
         raise CheckpointError(f"{folder} is no folder of this machine: give one with config.json and *.safetensors")
     return path

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from raynium.checkpoint.state import Chunk
+from raynium.config.local_folders import local_path
 from raynium.config.schema import ModelSection
 from raynium.convert.description import described_model
 from raynium.convert.new_run import Imported, Part, refuse_used, write_first_checkpoint
@@ -43,7 +44,7 @@ def import_nxd_folder(
     DataError for the tokenizer, StoreError; nothing is kept of an import that fails.
     """
     refuse_used(store)
-    described = Path(model_folder).expanduser().absolute()
+    described = local_path(model_folder)
     model, tokenizer_path, text = described_model(described, tokenizer)
     tag = _finished_tag(folder)
     files = NxdFiles(tag, with_optimizer=with_optimizer)
@@ -65,7 +66,7 @@ def import_nxd_folder(
 
 
 def _finished_tag(folder: str | Path) -> Path:
-    path = Path(folder).expanduser().absolute()
+    path = local_path(folder)
     if (path / "model").is_dir():
         if not (path / DONE).exists():
             raise CheckpointError(f"{path} has no file {DONE!r}: neuronx-distributed did not finish saving it")

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+from raynium.config.local_folders import local_path
 from raynium.errors import StoreError
 from raynium.storage.backend import Backend, KeyMissing, Listing
 from raynium.storage.checksum import UNIT_BYTES, FileChecksums
@@ -163,7 +164,7 @@ def _open(url: str, options: dict[str, Any]) -> tuple[str, Backend]:
     `#` and `?` begin nothing.
     """
     if "://" not in url:
-        url = f"file://{Path(url).expanduser().absolute()}"
+        url = f"file://{local_path(url)}"
     scheme, _, place = url.partition("://")
     bucket, _, folder = place.partition("/")
     scheme, folder = scheme.lower(), folder.rstrip("/")
