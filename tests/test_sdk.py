@@ -94,6 +94,7 @@ def test_a_run_is_found_below_the_current_folder_or_any_root(tmp_path: Path, mon
     a_run(tmp_path / "runs", step=3)
     assert find_run("first").record().step == 3
     assert find_run("first", str(tmp_path / "runs")).url == find_run("first", "runs/").url == find_run("first").url
+    assert find_run("first", tmp_path / "runs").url == find_run("first").url
     assert find_run("first", "s3://bucket/runs").url == "s3://bucket/runs/first"
     with pytest.raises(StoreError, match=r"no run 'frist' at .* Check the name with `raynium runs`"):
         find_run("frist").record()
@@ -108,7 +109,7 @@ def test_runs_are_listed_newest_first_and_what_is_no_run_is_left_out(
     with pytest.raises(StoreError, match=r"there is no folder .*/runs: runs are where their run.root says"):
         list_runs("runs")
     root.mkdir()
-    assert list_runs("runs") == []
+    assert list_runs("runs") == list_runs(Path("runs")) == []
     for number, name in enumerate(("old", "new", "middle")):
         a_run(root, name, created_unix=float({"old": 1, "middle": 2, "new": 3}[name]), step=number)
     (root / "data").mkdir()

@@ -419,22 +419,21 @@ class Client:
         return self._jobs
 
 
-def find_run(name: str, root: str = "runs") -> Run:
+def find_run(name: str, root: "str | os.PathLike[str]" = "runs") -> Run:
     """The run of this name under `root` (a folder or URL; relative ones as in a config's run.root)."""
     from raynium.config.paths import absolute_root
 
-    root = absolute_root(root)
-    return Run(name, f"{root.rstrip('/')}/{name}")
+    return Run(name, f"{absolute_root(os.fspath(root)).rstrip('/')}/{name}")
 
 
-def list_runs(root: str = "runs") -> "list[RunRecord]":
+def list_runs(root: "str | os.PathLike[str]" = "runs") -> "list[RunRecord]":
     """The records of all runs under `root`, newest first. Raises StoreError if there is no such folder or bucket."""
     from raynium.config.paths import absolute_root
     from raynium.run.record import read_record
     from raynium.storage.local_files import look
     from raynium.storage.store import Store
 
-    store = Store(absolute_root(root))
+    store = Store(absolute_root(os.fspath(root)))
     folder = store.url.removeprefix("file://")
     if "://" not in folder and not look(Path(folder).is_dir):
         raise StoreError(
