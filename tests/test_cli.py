@@ -194,6 +194,21 @@ def test_a_path_that_the_system_does_not_look_at_is_one_message(
     assert ended.code in (1, 2) and ended.err.startswith("error: ") and ended.err.count("\n") == 1
 
 
+def test_a_record_that_is_none_hides_no_other_run(raynium: Callable[..., Ended], run: RecordKeeper) -> None:
+    for name, text in {"deep": "[" * 100_000, "list": "[]", "null": "null", "empty": "{}"}.items():
+        Path("runs", name).mkdir()
+        Path("runs", name, "run.json").write_text(text)
+        ended = raynium("status", name)
+        assert ended.code == 1 and "run.json is not a run record" in ended.err
+    assert "first" in raynium("runs").out
+
+
+@pytest.mark.parametrize("port", ["0", "-1", "65536"])
+def test_what_is_no_port_is_refused(raynium: Callable[..., Ended], run: RecordKeeper, port: str) -> None:
+    ended = raynium("ui", "--port", port)
+    assert ended.code == 2 and "Invalid value for '--port'" in ended.err
+
+
 def test_runs_and_status_as_json(raynium: Callable[..., Ended], run: RecordKeeper) -> None:
     run.update(metrics={"train/loss": 3.25, "eval/loss": float("nan")})
     (listed,) = json.loads(raynium("runs", "--json").out)

@@ -245,7 +245,7 @@ def sample(
 def ui(
     name: Annotated[str | None, Argument(help="A run to print the page of.")] = None,
     root: RootOption = "runs",
-    port: Annotated[int, Option(help="Port of the MLflow UI.")] = 5000,
+    port: Annotated[int, Option(min=1, max=65535, help="Port of the MLflow UI.")] = 5000,
 ) -> None:
     """Serve the MLflow UI of the runs under a root.
 

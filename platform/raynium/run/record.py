@@ -144,7 +144,7 @@ def read_record(store: Store) -> RunRecord | None:
         return RunRecord.from_json(store.read(RECORD_KEY))
     except KeyMissing:
         return None
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise StoreError(
             f"{store.uri(RECORD_KEY)} is not a run record ({error}). Give another run.name, or move the folder away"
         ) from error
