@@ -46,7 +46,8 @@ def commands(*, dev: bool, locked: bool, cpu_index: bool, uv: str | None) -> lis
     if uv and (cpu_index or not locked):
         install = [uv, "pip", "install", "--python", sys.executable, *(["--torch-backend", "cpu"] if cpu_index else [])]
     else:
-        install = [*PIP, "install", "--quiet", *(["--extra-index-url", CPU_INDEX] if cpu_index else [])]
+        # As uv: what is never imported need not be compiled, and what is compiles itself then.
+        install = [*PIP, "install", "--quiet", "--no-compile", *(["--extra-index-url", CPU_INDEX] if cpu_index else [])]
     if not locked:
         return [[*install, *(part for lock in locks for part in ("-c", lock)), "-e", package]]
     return [
