@@ -164,7 +164,7 @@ def test_names_in_the_list_are_whole(raynium: Callable[..., Ended], monkeypatch:
     monkeypatch.setenv("COLUMNS", "80")
     names = [f"{'llama3-8b-long-' * 3}{number:018d}" for number in range(2)]
     for name in names:
-        claim(Store(Path("runs", name).absolute()), name, {"train": {"steps": 6}})
+        claim(Store(Path("runs", name).absolute()), name, {"run": {"root": "runs"}, "train": {"steps": 6}})
     assert sorted(line.split()[0] for line in raynium("runs").out.splitlines()[1:]) == names
 
 

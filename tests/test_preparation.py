@@ -45,6 +45,8 @@ from raynium.storage.store import Store
 from raynium.tracking.client import mlflow_client
 from raynium.tracking.runs import TrackedRun, _artifact_location, finish_run, resolve_uri
 
+# What a run record's config has at least.
+LEAST = {"run": {"root": "runs"}, "train": {"steps": 1}}
 JOB = job_text({"train.steps": 6, "data.path": None})
 run_numbers = itertools.count(1)
 
@@ -93,7 +95,7 @@ class Attempt:
         found = read_record(store)
         assert found is None or found.state == "failed"
         assert not [key for key in store.list().sizes if "probe" in key]
-        claim(store, self.name, {}).update(state="failed")  # the next try gets the name
+        claim(store, self.name, LEAST).update(state="failed")  # the next try gets the name
         return str(caught.value)
 
 
@@ -632,7 +634,7 @@ def test_ctrl_c_while_data_is_made_is_no_failure(attempt: Attempt, monkeypatch: 
 def test_a_heartbeat_that_is_lost_is_logged_and_tried_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    keeper = claim(Store(tmp_path / "run"), "test", {})
+    keeper = claim(Store(tmp_path / "run"), "test", LEAST)
     monkeypatch.setattr(record_module, "HEARTBEAT_SECONDS", 0.01)
     write = keeper._store.replace
     fails = iter([True, True, False])

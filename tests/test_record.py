@@ -1,5 +1,7 @@
 """Who owns a run: exactly one live driver, whatever died before it."""
 
+import json
+import math
 import socket
 import subprocess
 import sys
@@ -29,7 +31,7 @@ from raynium.tracking.ledger import Ledger, LifeLedger
 
 pytestmark = pytest.mark.quick
 
-CONFIG = {"train": {"steps": 4}}
+CONFIG = {"run": {"root": "runs"}, "train": {"steps": 4}}
 
 
 def test_a_record_survives_the_store(tmp_path: Path) -> None:
@@ -48,7 +50,7 @@ def test_a_live_owner_keeps_its_run(tmp_path: Path) -> None:
 def test_a_dead_owner_loses_its_run_at_once_and_the_mlflow_run_stays(tmp_path: Path) -> None:
     script = (
         "import sys; from raynium.storage.store import Store; from raynium.run.record import claim;"
-        "claim(Store(sys.argv[1]), 'first', {}).update(state='running', mlflow_run_id='m1', generation=2);"
+        f"claim(Store(sys.argv[1]), 'first', {CONFIG}).update(state='running', mlflow_run_id='m1', generation=2);"
         "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
     )
     subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=False)
@@ -106,12 +108,12 @@ HOUR = 3600.0
     ("ended", "config", "down"),
     [
         ({"state": "finished"}, CONFIG, False),
-        ({"state": "finished"}, {"train": {"steps": 8}}, False),
+        ({"state": "finished"}, CONFIG | {"train": {"steps": 8}}, False),
         ({"state": "stopped"}, CONFIG, False),
-        ({"state": "failed"}, {"train": {"steps": 8}}, False),
+        ({"state": "failed"}, CONFIG | {"train": {"steps": 8}}, False),
         ({"state": "failed"}, CONFIG, True),
         ({"state": "failed"}, CONFIG | {"data": {"identity": "found meanwhile"}}, True),
-        ({"state": "running", "owner": Owner("elsewhere", "boot", 1, "1")}, {"train": {"steps": 8}}, True),
+        ({"state": "running", "owner": Owner("elsewhere", "boot", 1, "1")}, CONFIG | {"train": {"steps": 8}}, True),
     ],
 )
 def test_time_in_which_nobody_wanted_the_run_is_not_down(
@@ -213,10 +215,34 @@ def test_a_stop_asked_of_an_earlier_owner_does_not_stop_the_next(tmp_path: Path)
     assert keeper.stop_requested()
 
 
-def test_a_foreign_file_in_the_records_place_is_named(tmp_path: Path) -> None:
-    Store(tmp_path).replace("run.json", b"[]")
-    with pytest.raises(StoreError, match=r"run\.json is not a run record"):
-        read_record(Store(tmp_path))
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        (None, "the text: Input should be an object"),
+        ({"step": "x"}, "step: Input should be a valid integer"),
+        ({"metrics": {"train/loss": "low"}}, "metrics.train/loss: Input should be a valid number"),
+        ({"owner": {"host": "here"}}, "owner.boot_id: Field required"),
+        ({"state": "asleep"}, "state: Input should be 'preparing'"),
+        ({"config": {}}, "its config has run.root = None and train.steps = None"),
+        ({"config": {"run": "here", "train": {"steps": 4}}}, "'str' object has no attribute 'get'"),
+        ({"config": {"run": {"root": "runs"}, "train": {"steps": "4"}}}, "train.steps = '4'"),
+    ],
+)
+def test_a_foreign_file_in_the_records_place_is_named(tmp_path: Path, changes: Any, problem: str) -> None:
+    store = Store(tmp_path)
+    record = json.loads(claim(store, "first", CONFIG).record.to_json())
+    store.replace("run.json", json.dumps([] if changes is None else record | changes).encode())
+    with pytest.raises(StoreError, match=r"run\.json is not a run record") as caught:
+        read_record(store)
+    assert problem in str(caught.value)
+
+
+def test_a_record_reads_back_whatever_its_numbers(tmp_path: Path) -> None:
+    keeper = claim(Store(tmp_path), "first", CONFIG)
+    keeper.update(state="running", metrics={"train/loss": math.nan, "train/tokens": 3, "eval/loss": math.inf})
+    read = read_record(Store(tmp_path))
+    # By their words, since NaN is not NaN.
+    assert repr(read) == repr(keeper.record).replace("'train/tokens': 3,", "'train/tokens': 3.0,")
 
 
 def test_a_driver_that_was_taken_for_dead_notices_and_does_not_write(

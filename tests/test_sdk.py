@@ -26,7 +26,7 @@ from raynium.tracking.runs import MetricPoint, open_run
 pytestmark = pytest.mark.quick
 
 JOB = job_text({"run.name": None, "cluster.ranks_per_node": None, "data.path": "data", "train.steps": 6})
-CONFIG = {"train": {"steps": 6}}
+CONFIG = {"run": {"root": "runs"}, "train": {"steps": 6}}
 DEAD = Owner("elsewhere", "boot", 1, "1")
 
 

@@ -18,6 +18,8 @@ from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from typing import Any, Literal
 
+from pydantic import TypeAdapter, ValidationError
+
 from raynium.errors import RunInUse, StoreError
 from raynium.run.process import boot_id, pid_started
 from raynium.storage.backend import KeyExists, KeyMissing
@@ -89,8 +91,14 @@ class RunRecord:
 
     @classmethod
     def from_json(cls, text: bytes) -> "RunRecord":
-        fields = json.loads(text)
-        return cls(**fields | {"owner": Owner(**fields["owner"]), "ledger": Ledger(**fields.get("ledger", {}))})
+        """Raises ValueError for text that is no record, fields of another kind included."""
+        record = TypeAdapter(cls).validate_json(text, strict=True)
+        # What is read of any run.
+        root = record.config.get("run", {}).get("root")
+        steps = record.config.get("train", {}).get("steps")
+        if not isinstance(root, str) or not isinstance(steps, int):
+            raise ValueError(f"its config has run.root = {root!r} and train.steps = {steps!r}")
+        return record
 
     def owner_is_alive(self, now_unix: float) -> bool:
         """False once the owner has ended, cleanly or not."""
@@ -144,10 +152,18 @@ def read_record(store: Store) -> RunRecord | None:
         return RunRecord.from_json(store.read(RECORD_KEY))
     except KeyMissing:
         return None
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
+    except (ValueError, AttributeError) as error:
         raise StoreError(
-            f"{store.uri(RECORD_KEY)} is not a run record ({error}). Give another run.name, or move the folder away"
+            f"{store.uri(RECORD_KEY)} is not a run record ({_first_line(error)}). Give another run.name, or move the "
+            "folder away"
         ) from error
+
+
+def _first_line(error: ValueError | AttributeError) -> str:
+    if isinstance(error, ValidationError):
+        first = error.errors(include_url=False, include_input=False)[0]
+        return f"{'.'.join(map(str, first['loc'])) or 'the text'}: {first['msg']}"
+    return str(error)
 
 
 class RecordKeeper:
