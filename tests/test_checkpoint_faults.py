@@ -270,7 +270,9 @@ def test_a_rank_killed_while_it_copies_leaves_no_image_and_the_older_one_is_used
     life = start(str(tmp_path / "run"), {}, changes=LARGE)
 
     def both_images() -> list[Path]:
-        images = list(Path("/dev/shm").glob(f"raynium-*-{life.pid('agent')}-*/rank-00000.?.safetensors"))
+        # The agent holds the lock of its folder.
+        held = [descriptor.resolve() for descriptor in Path(f"/proc/{life.pid('agent')}/fd").glob("*")]
+        images = [image for folder in held for image in folder.glob("rank-00000.?.safetensors") if folder.is_dir()]
         return images if len(images) == 2 and all(map(has_header, images)) else []
 
     images = wait_for(both_images)
