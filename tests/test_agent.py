@@ -17,6 +17,7 @@ from typing import Any
 
 import psutil
 import pytest
+from held_images import held_images
 from tiny import job_text
 from waiting import stop, wait_for
 
@@ -28,7 +29,6 @@ from raynium.config.world import World
 from raynium.errors import DataError, TrackingError
 from raynium.node import orphans
 from raynium.node.agent import Node, NodeAgent
-from raynium.node.images import shared_memory_folder
 from raynium.node.ranks import RankGroup
 from raynium.node.reports import CommitLog, Reports
 from raynium.run.coordinator import RunCoordinator
@@ -148,11 +148,6 @@ def play(tmp_path: Path, document_folder: Path) -> Iterator[Callable[..., Played
         run.thread.join(60)
 
 
-def images_in_memory() -> list[str]:
-    """Files of snapshots that this process's agent holds."""
-    return [path.name for path in shared_memory_folder().glob(f"raynium-*-{os.getpid()}-*-test/*")]
-
-
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory, document_folder: Path) -> Played:
     run = Played(parse_config(JOB), tmp_path_factory.mktemp("reference") / "run", document_folder)
@@ -173,7 +168,7 @@ def test_a_run_ends_with_its_checkpoints_and_metrics(uninterrupted: Played) -> N
     listed = json.loads(uninterrupted.tracker.artifacts["checkpoints.json"])
     assert [(each["step"], each["world_size"]) for each in listed] == [(8, 2), (12, 2)]
     assert listed[1]["metrics"].keys() == {"eval/loss", "eval/bits_per_byte"}
-    assert not images_in_memory()
+    assert not held_images(os.getpid())
     uninterrupted.check_goodput()
     assert uninterrupted.tracker.values("goodput/restart_seconds")[-1][1] == 0
 
@@ -217,7 +212,7 @@ def test_a_killed_rank_costs_one_generation_and_changes_no_bit(
     wait_for(lambda: run.status().generation == 2)
     run.let_uploads_go()
     assert any("from the snapshot of step" in each.text for each in run.status().events)
-    assert len(images_in_memory()) == 8, "two images and two of replicas for each rank, in every generation"
+    assert len(held_images(os.getpid())) == 8, "two images and two of replicas for each rank, in every generation"
     status = run.finish()
     assert (status.ended, status.generation) == ("finished", 2)
     told = "\n".join(each.text for each in status.events)
@@ -424,7 +419,7 @@ def test_nobody_tries_to_save_for_a_run_that_is_over(play: Callable[..., Played]
     run.coordinator.tell(CannotGoOn("node 1 cannot go on")).result()
     status = run.finish()
     assert (status.ended, status.cause) == ("failed", "node 1 cannot go on") and blocked_step.is_file()
-    assert not images_in_memory()
+    assert not held_images(os.getpid())
 
 
 def test_a_rank_that_cannot_start_is_quoted_and_not_tried_again(play: Callable[..., Played], tmp_path: Path) -> None:
@@ -466,7 +461,7 @@ def test_too_little_memory_for_snapshots_is_told_before_the_first_step_and_not_t
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", memory], capture_output=True).returncode:
         pytest.skip("mounting needs root")
     try:
-        monkeypatch.setattr("raynium.node.images.shared_memory_folder", lambda: memory)
+        monkeypatch.setattr("raynium.node.agent.shared_memory_folder", lambda: memory)
         run = play()
         status = run.finish()
     finally:

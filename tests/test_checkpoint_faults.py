@@ -19,6 +19,7 @@ from uuid import uuid4
 import boto3
 import pytest
 from flaky_s3 import FlakyS3, cut, delay, hold, refuse, swallow
+from held_images import held_images
 from tiny import job_text
 from waiting import wait_for
 
@@ -270,9 +271,7 @@ def test_a_rank_killed_while_it_copies_leaves_no_image_and_the_older_one_is_used
     life = start(str(tmp_path / "run"), {}, changes=LARGE)
 
     def both_images() -> list[Path]:
-        # The agent holds the lock of its folder.
-        held = [descriptor.resolve() for descriptor in Path(f"/proc/{life.pid('agent')}/fd").glob("*")]
-        images = [image for folder in held for image in folder.glob("rank-00000.?.safetensors") if folder.is_dir()]
+        images = [image for image in held_images(life.pid("agent") or 0) if image.match("rank-00000.?.safetensors")]
         return images if len(images) == 2 and all(map(has_header, images)) else []
 
     images = wait_for(both_images)
