@@ -32,7 +32,9 @@ def fail_in_a_step(plan_json: str, link: Any) -> NoReturn:
     import torch
     import torch.distributed as dist
 
-    dist.init_process_group("gloo")
+    from raynium.rank.group import join_group
+
+    join_group("gloo", rank=int(os.environ["RANK"]), world_size=2, timeout_seconds=60)
     numbers = torch.ones(4)
     dist.all_reduce(numbers)
     if os.environ["RANK"] == "1":

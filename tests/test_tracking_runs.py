@@ -87,7 +87,7 @@ def test_stores_that_repeat_or_forget_points_are_refused(address: str, monkeypat
 
 
 def test_sqlite_file_that_cannot_be_used_is_named_at_once(tmp_path: Path):
-    with pytest.raises(TrackingError, match=r"nowhere does not exist\. Make it, or set tracking\.uri"):
+    with pytest.raises(TrackingError, match=r"nowhere does not exist"):
         check_reachable(f"sqlite:///{tmp_path}/nowhere/mlflow.db")
     (tmp_path / "text.db").write_text("not a database " * 100)
     with pytest.raises(TrackingError, match=r"text\.db: file is not a database"):
