@@ -63,6 +63,17 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
         yield server
 
 
+@pytest.fixture(scope="module")
+def mlflow_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """A real MLflow server, a `mlflow_server.Server`."""
+    from mlflow_server import Server
+
+    server = Server(tmp_path_factory.mktemp("mlflow"))
+    server.start()
+    yield server
+    server.kill()
+
+
 @pytest.fixture(scope="session")
 def document_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny job's document store; nobody writes into it."""

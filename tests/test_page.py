@@ -1,7 +1,7 @@
 """The run's page on a real MLflow server: the verdict first, kept current, and the end of a run that nobody drives."""
 
 import shlex
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -30,17 +30,11 @@ NOBODY = Owner("elsewhere", "boot", 7, "1")
 CAUSE = "rank 1: killed by <b>SIGKILL</b> `now`\nand **then** nothing"
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    server = Server(tmp_path_factory.mktemp("mlflow"))
-    server.start()
-    yield server
-    server.kill()
-
-
 @pytest.fixture
-def mlflow(server: Server, request: pytest.FixtureRequest) -> TrackedRun:
-    return open_run(server.uri, experiment="raynium", run_name=request.node.name[:60], run_id=None, params={}, tags={})
+def mlflow(mlflow_server: Server, request: pytest.FixtureRequest) -> TrackedRun:
+    return open_run(
+        mlflow_server.uri, experiment="raynium", run_name=request.node.name[:60], run_id=None, params={}, tags={}
+    )
 
 
 @pytest.fixture
@@ -181,15 +175,15 @@ def test_a_page_that_ended_by_itself_is_left_as_it_is(keeper: RecordKeeper, mlfl
 
 
 def test_a_server_that_is_away_is_asked_once_and_the_next_look_writes(
-    keeper: RecordKeeper, mlflow: TrackedRun, server: Server, caplog: pytest.LogCaptureFixture
+    keeper: RecordKeeper, mlflow: TrackedRun, mlflow_server: Server, caplog: pytest.LogCaptureFixture
 ) -> None:
     record = die(keeper)
     local = replace(record, mlflow_uri="sqlite:////nowhere/mlflow.db")
-    server.kill()
+    mlflow_server.kill()
     try:
         end_abandoned_pages([local, record, replace(record, name="second"), replace(record, mlflow_run_id=None)])
     finally:
-        server.start()
+        mlflow_server.start()
     assert len(caplog.messages) == 1
     assert "page of run first does not show that it was interrupted: MLflow at" in caplog.text
     end_abandoned_pages([record])

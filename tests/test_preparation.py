@@ -13,7 +13,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -352,14 +351,6 @@ def test_a_full_disk_is_told_before_anything_is_started(attempt: Attempt, tmp_pa
         attempt.refused(StoreError, "[Nn]o space left", **{"run.root": str(disk)})
     finally:
         subprocess.run(["umount", str(disk)], check=True)
-
-
-@pytest.fixture(scope="module")
-def mlflow_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    server = Server(tmp_path_factory.mktemp("mlflow"))
-    server.start()
-    yield server
-    server.kill()
 
 
 def test_a_run_that_mlflow_knows_starts_while_it_is_away_and_opens_its_page_later(

@@ -48,11 +48,10 @@ def train(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str | None]]:
     def pretend(end: Status | BaseException | Callable[[], Status]) -> list[str | None]:
         addresses: list[str | None] = []
 
-        class Driver:
+        class Driver(driver_module.Driver):
             def __init__(self, *arguments: Any):
-                pass
-
-            stopped_by = "SIGTERM"
+                super().__init__(*arguments)
+                self.stopped_by = "SIGTERM"
 
             def request_stop(self, by: str) -> None:
                 pass

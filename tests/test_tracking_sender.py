@@ -11,7 +11,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
@@ -28,14 +27,6 @@ from raynium.tracking.spool import MetricSpool
 from raynium.tracking.tracker import MemoryTracker, TrackerStatus
 
 CLOSE_SECONDS = 60.0
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    server = Server(tmp_path_factory.mktemp("mlflow"))
-    server.start()
-    yield server
-    server.kill()
 
 
 def new_run(uri: str, name: str) -> str:
@@ -66,7 +57,7 @@ def sqlite_uri(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(params=["server", "sqlite"])
 def store(request: pytest.FixtureRequest) -> str:
     if request.param == "server":
-        return request.getfixturevalue("server").uri
+        return request.getfixturevalue("mlflow_server").uri
     return request.getfixturevalue("sqlite_uri")
 
 
@@ -192,13 +183,13 @@ def test_many_points_go_in_full_batches(store: str, tmp_path: Path):
     assert_each_step_once(store, run_id, range(1250))
 
 
-def test_hanging_server_stalls_nobody_and_loses_nothing(server: Server, tmp_path: Path):
-    run_id = new_run(server.uri, "hanging")
-    tracker = make_tracker(tmp_path / "spool", server.uri, run_id)
+def test_hanging_server_stalls_nobody_and_loses_nothing(mlflow_server: Server, tmp_path: Path):
+    run_id = new_run(mlflow_server.uri, "hanging")
+    tracker = make_tracker(tmp_path / "spool", mlflow_server.uri, run_id)
     append(tracker, 0)
     assert tracker.close(timeout_seconds=CLOSE_SECONDS).points_sent == 2
-    tracker = make_tracker(tmp_path / "spool", server.uri, run_id, seconds=1)
-    server.signal(signal.SIGSTOP)
+    tracker = make_tracker(tmp_path / "spool", mlflow_server.uri, run_id, seconds=1)
+    mlflow_server.signal(signal.SIGSTOP)
     try:
         for step in range(1, 501):  # returns although the server is stopped until after the loop
             append(tracker, step)
@@ -208,30 +199,30 @@ def test_hanging_server_stalls_nobody_and_loses_nothing(server: Server, tmp_path
         assert "no answer within 1 s" in str(status)
         assert "1,000 point(s) on disk for it" in str(status)
         assert tracker.close(timeout_seconds=0.1).points_pending == 1000
-        tracker = make_tracker(tmp_path / "spool", server.uri, run_id)  # the folder is free at once
+        tracker = make_tracker(tmp_path / "spool", mlflow_server.uri, run_id)  # the folder is free at once
     finally:
-        server.signal(signal.SIGCONT)
+        mlflow_server.signal(signal.SIGCONT)
     # The stopped server had accepted requests that their sender gave up; it now answers those as well.
     status = tracker.close(timeout_seconds=CLOSE_SECONDS)
     assert (status.points_pending, status.last_error) == (0, None)
-    assert_each_step_once(server.uri, run_id, range(501))
+    assert_each_step_once(mlflow_server.uri, run_id, range(501))
 
 
 @pytest.mark.slow
-def test_server_killed_and_started_again(server: Server, tmp_path: Path):
-    run_id = new_run(server.uri, "killed")
-    tracker = make_tracker(tmp_path / "spool", server.uri, run_id)
+def test_server_killed_and_started_again(mlflow_server: Server, tmp_path: Path):
+    run_id = new_run(mlflow_server.uri, "killed")
+    tracker = make_tracker(tmp_path / "spool", mlflow_server.uri, run_id)
     for step in range(400):
         append(tracker, step)
         if step == 200:
-            server.kill()
+            mlflow_server.kill()
             wait_until(lambda: "Connection refused" in str(tracker.status()), "the loss of the server went unseen")
-    server.start()
+    mlflow_server.start()
     # The sender forgets its last error a moment after the last point is acknowledged.
     wait_until(lambda: tracker.status().points_pending == 0, "the points were not sent after the restart")
     wait_until(lambda: tracker.status().last_error is None, "the error outlived what it was about")
     tracker.close(timeout_seconds=CLOSE_SECONDS)
-    assert_each_step_once(server.uri, run_id, range(400))
+    assert_each_step_once(mlflow_server.uri, run_id, range(400))
 
 
 LIVES = """
@@ -374,19 +365,19 @@ def test_listening_but_silent_server_is_named_within_seconds():
             silent.accept()
 
 
-def test_request_limits_are_put_back(server: Server, monkeypatch: pytest.MonkeyPatch):
+def test_request_limits_are_put_back(mlflow_server: Server, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "77")
     monkeypatch.delenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", raising=False)
-    check_reachable(server.uri)
+    check_reachable(mlflow_server.uri)
     assert os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "77"
     assert "MLFLOW_HTTP_REQUEST_MAX_RETRIES" not in os.environ
 
 
-def test_artifact_through_the_server(server: Server, tmp_path: Path):
-    run_id = new_run(server.uri, "artifact")
-    log_artifact_text(server.uri, run_id, "config.yaml", "first")
-    log_artifact_text(server.uri, run_id, "config.yaml", "second")
-    with mlflow_client(server.uri, timeout_seconds=10) as client:
+def test_artifact_through_the_server(mlflow_server: Server, tmp_path: Path):
+    run_id = new_run(mlflow_server.uri, "artifact")
+    log_artifact_text(mlflow_server.uri, run_id, "config.yaml", "first")
+    log_artifact_text(mlflow_server.uri, run_id, "config.yaml", "second")
+    with mlflow_client(mlflow_server.uri, timeout_seconds=10) as client:
         assert Path(client.download_artifacts(run_id, "config.yaml", str(tmp_path))).read_text() == "second"
 
 

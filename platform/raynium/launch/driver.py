@@ -229,7 +229,7 @@ class Driver:
             new_faults = [fault for fault in status.node_faults if fault not in self._faults_seen]
             self._faults_seen.update(new_faults)
             self._node_faults += [fault.to_json() for fault in new_faults]
-            self._page.show(status, replace(keeper.record, **self._facts(status)))
+            self._page.show(status, replace(keeper.record, **self.facts(status)))
             if status.ended is not None or over:
                 return status
             self._leave_bad_nodes(coordinator, status, new_faults)
@@ -348,12 +348,12 @@ class Driver:
 
     def _keep_record(self, keeper: RecordKeeper, status: Status) -> None:
         """Writes what changed at once, and else a heartbeat now and then."""
-        facts = self._facts(status)
+        facts = self.facts(status)
         told_at_once = ("generation", "state", "node_faults")
         changed = any(facts[name] != getattr(keeper.record, name) for name in told_at_once)
         (keeper.update if changed else keeper.beat)(**facts)
 
-    def _facts(self, status: Status) -> dict[str, Any]:
+    def facts(self, status: Status) -> dict[str, Any]:
         """What the record says of a run that goes on. What this coordinator does not know is as an earlier one said."""
         record = self.prepared.keeper.record
         return {

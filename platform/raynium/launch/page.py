@@ -190,11 +190,8 @@ def _end_abandoned_page(record: RunRecord) -> None:
         return
     store = Store(record.config["run"]["root"]).child(record.name)
     heartbeat = repr(record.heartbeat_unix).encode()
-    try:
-        if store.read(ENDED_KEY) == heartbeat:
-            return
-    except KeyMissing:
-        pass
+    if _read(store, ENDED_KEY) == heartbeat:
+        return
 
     def still() -> bool:
         stored = read_record(store)
@@ -206,3 +203,10 @@ def _end_abandoned_page(record: RunRecord) -> None:
     except StoreError as error:
         # Who may only read asks MLflow again.
         logger.info("%s", error)
+
+
+def _read(store: Store, key: str) -> bytes | None:
+    try:
+        return store.read(key)
+    except KeyMissing:
+        return None

@@ -80,16 +80,8 @@ def _run_prepared(prepared: Prepared, display: Display) -> RunRecord:
     finished = status.ended == "finished"
     with prepared.keeper.beating():
         result = _result(prepared, status) if finished else None
-    prepared.keeper.update(
-        state=status.ended,
-        stopped_by=None if finished else driver.stopped_by,
-        step=status.step,
-        generation=status.generation,
-        metrics=status.metrics,
-        committed_step=status.committed_step or prepared.keeper.record.committed_step,
-        incident=status.incident or prepared.keeper.record.incident,
-        result=result,
-    )
+    end = {"state": status.ended, "stopped_by": None if finished else driver.stopped_by, "result": result}
+    prepared.keeper.update(**driver.facts(status) | end)
     _end_mlflow_run(prepared, display, prepared.keeper.record)
     return prepared.keeper.record
 
