@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from first_weights import initialise
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.random import Generator
@@ -16,7 +17,7 @@ from raynium.config.schema import ModelSection
 from raynium.models import init
 from raynium.models.decoder import Decoder, rope_tables
 from raynium.models.flops import flops_per_token, parameter_count
-from raynium.models.init import TILE_COLUMNS, TILE_ROWS, init_block, init_parameter, initialise
+from raynium.models.init import TILE_COLUMNS, TILE_ROWS, init_block, init_parameter
 from raynium.models.names import hugging_face_names
 from raynium.models.plan import divided_sizes, tensor_parallel_plan
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from _engine_ranks import extent
+from first_weights import initialise
 from pair_task import pair_columns
 from torch.multiprocessing.reductions import StorageWeakRef
 
@@ -23,7 +24,6 @@ from raynium.engines.log_probs import ROWS_AT_ONCE, label_log_probs, turn_into_g
 from raynium.engines.native import build_native_engine
 from raynium.engines.optim import decays, learning_rate
 from raynium.models.decoder import Decoder
-from raynium.models.init import initialise
 from raynium.tasks.pretraining import Pretraining
 
 STEPS, ROWS, SEQ_LEN, VOCAB = 20, 12, 16, 64

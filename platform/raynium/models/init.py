@@ -15,7 +15,7 @@ import torch
 # By name: numpy loads the module late, and a forked rank should not.
 from numpy.random import Generator, Philox
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from raynium.config.schema import ModelSection
 
@@ -115,10 +115,3 @@ def _fill_bands(
 def init_parameter(name: str, *, shape: tuple[int, ...], seed: int, config: ModelSection) -> Tensor:
     """The whole parameter `name`: `init_block` of everything."""
     return init_block(name, global_shape=shape, offsets=(0,) * len(shape), shape=shape, seed=seed, config=config)
-
-
-@torch.no_grad()
-def initialise(model: nn.Module, *, seed: int, config: ModelSection) -> None:
-    """Fill a whole, unsharded model in place; for one process without an engine (sampling, tests, benchmarks)."""
-    for name, parameter in model.named_parameters():
-        parameter.copy_(init_parameter(name, shape=tuple(parameter.shape), seed=seed, config=config))
