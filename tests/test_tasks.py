@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from first_weights import initialise
 from pair_task import PairTask, plain_sums
 from test_native_engine import LLAMA3, QWEN3, ROWS, STEPS, Run, config, run, samples
 from test_nxd import LIBRARIES, needs_xla, nxd_config, start_worker
@@ -22,7 +23,6 @@ from raynium.engines.nxd import build_nxd_engine
 from raynium.engines.optim import decays, learning_rate
 from raynium.errors import ConfigError
 from raynium.models.decoder import Decoder
-from raynium.models.init import initialise
 from raynium.tasks.base import Task, counts_of, loss_of
 from raynium.tasks.pretraining import Pretraining
 from raynium.train.metrics import Throughput

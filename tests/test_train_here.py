@@ -249,7 +249,8 @@ def test_ctrl_c_to_the_whole_group_saves_and_kill_9_leaves_nothing_behind(
     # Further than it came: each of the four threads that wait for an upload may wait for a commit, two more saves for
     # a thread, and a third one for memory.
     end = saved + 80
-    assert left(temporary) == kept
+    # The template may have taken its sockets' folder with it, if it saw its agent die before it was killed itself.
+    assert left(temporary) <= kept
     third = start(folder, *places, f"train.steps={end}")
     output, _ = third.communicate(timeout=120)
     assert third.returncode == 0, output

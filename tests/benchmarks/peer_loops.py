@@ -7,8 +7,10 @@ number, as ours has.
 
 import importlib.util
 import logging
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,10 +19,12 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from first_weights import initialise
+
 from raynium.config.schema import Config
 from raynium.engines.optim import decays
 from raynium.models.decoder import Decoder
-from raynium.models.init import initialise
 
 StepDone = Callable[[], None]
 
