@@ -26,9 +26,9 @@ from raynium.config.schema import Config
 from raynium.convert import new_run
 from raynium.convert.export import export_checkpoint
 from raynium.convert.import_folder import import_folder as import_from
+from raynium.data.build.store_build import build_store
 from raynium.data.loader import Loader
 from raynium.data.store import TOKENIZER_NAME, open_store
-from raynium.data.store_build import build_store
 from raynium.data.tokenizer import Tokenizer
 from raynium.errors import CheckpointDamaged, CheckpointError, CheckpointMismatch, DataError, StoreError
 from raynium.launch.preparation import keep_tokenizer

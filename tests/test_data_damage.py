@@ -18,11 +18,11 @@ from hypothesis import strategies as st
 
 from raynium.data import tokens
 from raynium.data.baselines import compute_baselines
+from raynium.data.build.store_build import build_store
 from raynium.data.evaluation import evaluation_set
 from raynium.data.loader import Loader
 from raynium.data.manifest import StoreManifest
 from raynium.data.store import DocumentStore, open_store
-from raynium.data.store_build import build_store
 from raynium.data.verify import verify_store
 from raynium.errors import DataError
 

@@ -12,9 +12,9 @@ from raynium.config.load import load_config
 from raynium.config.world import World
 from raynium.data.baselines import compute_baselines
 from raynium.data.batch import IGNORED_LABEL, Batch
+from raynium.data.build.store_build import build_store
 from raynium.data.evaluation import EvaluationSet, bits_per_byte, evaluation_set
 from raynium.data.store import DocumentStore
-from raynium.data.store_build import build_store
 from raynium.engines.base import FakeEngine
 from raynium.rank.build import Evaluation
 from raynium.tasks.base import Sums

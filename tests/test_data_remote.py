@@ -14,9 +14,10 @@ import s3fs
 
 from raynium.config.schema import DataSection
 from raynium.data import remote
-from raynium.data.remote import find_identity, localize, prepare_store, publish
+from raynium.data.build.prepare import prepare_store
+from raynium.data.build.store_build import build_store
+from raynium.data.remote import find_identity, localize, publish
 from raynium.data.store import DocumentStore, open_store
-from raynium.data.store_build import build_store
 from raynium.data.verify import verify_store
 from raynium.errors import DataError, StoreError
 from raynium.storage.store import Store

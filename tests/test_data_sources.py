@@ -13,12 +13,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from raynium.data import sources
-from raynium.data.left_out import LeftOut, Tally
-from raynium.data.sources import PIECE_BYTES, PYTHON_STDLIB, Document, is_held_out, name_hash, open_source
+from raynium.data.build.store_build import build_store
+from raynium.data.build.survey import Survey, survey
 from raynium.data.store import open_store
-from raynium.data.store_build import build_store
-from raynium.data.survey import Survey, survey
+from raynium.data.text import sources
+from raynium.data.text.left_out import LeftOut, Tally
+from raynium.data.text.sources import PIECE_BYTES, PYTHON_STDLIB, Document, is_held_out, name_hash, open_source
 from raynium.errors import DataError
 
 pytestmark = pytest.mark.quick

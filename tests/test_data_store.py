@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from raynium.data import store_build
+from raynium.data.build import store_build
+from raynium.data.build.store_build import build_store
 from raynium.data.manifest import StoreManifest, token_dtype_for
-from raynium.data.sources import Document, is_held_out, name_hash, open_source
 from raynium.data.store import DocumentStore, open_store, refuse_other_tokenizer
-from raynium.data.store_build import build_store
+from raynium.data.text.sources import Document, is_held_out, name_hash, open_source
 from raynium.data.tokenizer import END_OF_DOCUMENT, Tokenizer
 from raynium.data.verify import verify_store
 from raynium.errors import DataError
@@ -174,7 +174,7 @@ def test_killed_build_leaves_no_store_and_the_next_one_succeeds(
     path = tmp_path / "store"
     script = (
         "import os, signal, sys\n"
-        "from raynium.data.store_build import build_store\n"
+        "from raynium.data.build.store_build import build_store\n"
         "def kill(event, arguments):\n"
         "    if event == 'open' and arguments[1] == 'w':\n"
         f"        if os.path.basename(str(arguments[0])).startswith({dies_at!r}):\n"
@@ -397,5 +397,5 @@ def test_path_without_a_store_is_refused(tmp_path: Path):
 
 def test_building_and_reading_stores_loads_no_torch():
     """The driver and the CLI do it, and torch takes seconds to import."""
-    script = "import sys, raynium.data.remote, raynium.data.store_build; sys.exit('torch' in sys.modules)"
+    script = "import sys, raynium.data.remote, raynium.data.build.store_build; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script]).returncode == 0

@@ -9,10 +9,10 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from raynium.data.build.store_build import build_store
 from raynium.data.loader import BLOCK_SAMPLES, Loader
 from raynium.data.permutation import shuffled
 from raynium.data.store import DocumentStore
-from raynium.data.store_build import build_store
 from raynium.errors import DataError
 
 SEQ_LEN = 16

@@ -21,7 +21,7 @@ from raynium.checkpoint.upload import upload_shard
 from raynium.config.load import parse_config
 from raynium.config.schema import Config
 from raynium.config.world import World
-from raynium.data.store_build import build_store
+from raynium.data.build.store_build import build_store
 from raynium.node import ranks
 from raynium.node.ranks import RankGroup, start_process, start_template
 from raynium.rank.entry import COMPILE_BACKEND_VARIABLE

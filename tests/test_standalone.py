@@ -12,8 +12,8 @@ from tiny import build_documents, job_text
 from raynium import standalone
 from raynium.checkpoint.catalog import latest, list_checkpoints
 from raynium.config.load import parse_config
+from raynium.data.build.store_build import build_store
 from raynium.data.store import TOKENIZER_NAME, open_store
-from raynium.data.store_build import build_store
 from raynium.rank.ports import free_port
 from raynium.run.record import claim
 from raynium.sampling import open_sampler

@@ -13,7 +13,7 @@ from raynium.checkpoint.catalog import open_checkpoint
 from raynium.checkpoint.compare import differences
 from raynium.checkpoint.ref import CheckpointRef
 from raynium.config.schema import Config
-from raynium.data.store_build import build_store
+from raynium.data.build.store_build import build_store
 from raynium.storage.store import Store
 
 WORKER = Path(__file__).with_name("_world_size_ranks.py")

@@ -33,7 +33,7 @@ def job_text(changes: Mapping[str, Any] = {}, *, root: Path | None = None) -> st
 
 def build_documents(root: Path, *, num_files: int = 40) -> Path:
     """Builds a document store of made-up functions in root/data, and returns that path. About half a second."""
-    from raynium.data.store_build import build_store
+    from raynium.data.build.store_build import build_store
 
     (root / "text").mkdir()
     for number in range(num_files):

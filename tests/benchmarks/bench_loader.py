@@ -19,9 +19,9 @@ from benchmark import heading, parser, verdict
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from tiny import build_documents
 
+from raynium.data.build.store_build import build_store
 from raynium.data.loader import Loader
 from raynium.data.store import DocumentStore, open_store
-from raynium.data.store_build import build_store
 
 LEAST_RATIO = 0.7
 NUM_STEPS = 6000

@@ -35,9 +35,9 @@ from raynium.accelerators.detect import detect
 from raynium.config.load import load_config
 from raynium.config.schema import Config
 from raynium.config.world import World
+from raynium.data.build.store_build import build_store
 from raynium.data.loader import Loader
 from raynium.data.store import open_store
-from raynium.data.store_build import build_store
 from raynium.engines.native import build_native_engine
 from raynium.models.flops import parameter_count
 from raynium.rank.ports import free_port

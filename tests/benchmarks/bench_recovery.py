@@ -34,7 +34,7 @@ from tiny import build_documents
 
 from raynium.config.load import load_config
 from raynium.config.schema import Config
-from raynium.data.store_build import build_store
+from raynium.data.build.store_build import build_store
 from raynium.rank.ports import free_port
 
 FOLDER = Path(__file__).parent

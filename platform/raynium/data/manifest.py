@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, Self
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from raynium.data.left_out import LeftOutGroup
+from raynium.data.text.left_out import LeftOutGroup
 from raynium.errors import DataError
 from raynium.storage.checksum import FileChecksums, checksum, list_to_text, to_text
 

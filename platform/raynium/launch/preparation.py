@@ -15,10 +15,11 @@ from raynium.config.local_folders import ignored_tmpdir, scratch_folder
 from raynium.config.paths import collisions, placeholders, resolve
 from raynium.config.resume import resume_conflicts
 from raynium.config.schema import Config
-from raynium.data.left_out import left_out_in_words
-from raynium.data.remote import check_data, find_identity, prepare_store
+from raynium.data.build.prepare import check_data, prepare_store
+from raynium.data.build.survey import Survey
+from raynium.data.remote import find_identity
 from raynium.data.store import TOKENIZER_NAME, DocumentStore
-from raynium.data.survey import Survey
+from raynium.data.text.left_out import left_out_in_words
 from raynium.data.tokenizer import Tokenizer
 from raynium.errors import ConfigError, DataError, TrackingAway, TrackingError
 from raynium.models.flops import parameter_count

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from raynium.config.plain_file import plain_size
-from raynium.data.left_out import LeftOut
+from raynium.data.text.left_out import LeftOut
 from raynium.errors import DataError
 
 PYTHON_STDLIB = "python-stdlib"
