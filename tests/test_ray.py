@@ -170,7 +170,7 @@ class ByScript:
 def by_script(cluster: Cluster) -> ByScript:
     command = [
         *(str(Path(sys.executable).parent / "ray"), "job", "submit", "--address", cluster.address),
-        *("--runtime-env", "cluster/runtime_env.yaml", "--", "python", "jobs/pretrain.py", str(cluster.job_file)),
+        *("--runtime-env", "cluster/runtime_env.yaml", "--", "python", "jobs/train.py", str(cluster.job_file)),
         *(f"train.steps={LONG}", "run.name=uninterrupted"),
     ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)

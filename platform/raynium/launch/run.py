@@ -1,4 +1,4 @@
-"""Runs one config to its end and writes down the result: what `raynium train` and `jobs/pretrain.py` call."""
+"""Runs one config to its end and writes down the result: what `raynium train` and `jobs/train.py` call."""
 
 import contextlib
 from collections.abc import Mapping
