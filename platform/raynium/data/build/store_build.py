@@ -16,8 +16,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from raynium.data.build.survey import Progress, Survey, Tell, survey
 from raynium.data.manifest import MANIFEST_NAME, Split, StoredFile, StoreManifest, shard_dtype, token_dtype_for
-from raynium.data.text.sources import Document, Item, is_held_out, name_hash
 from raynium.data.store import (
     HELDOUT_INDEX_NAME,
     TOKEN_COUNT_DTYPE,
@@ -30,7 +30,7 @@ from raynium.data.store import (
     refuse_other_tokenizer,
     refuse_small_vocabulary,
 )
-from raynium.data.build.survey import Progress, Survey, Tell, survey
+from raynium.data.text.sources import Document, Item, is_held_out, name_hash
 from raynium.data.tokenizer import Tokenizer
 from raynium.errors import DataError
 from raynium.storage.checksum import UNIT_BYTES

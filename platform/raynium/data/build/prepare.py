@@ -1,0 +1,103 @@
+"""The document store that a config asks for: checked before a run is started, and made where there is none."""
+
+import logging
+from pathlib import Path
+
+from raynium.config.schema import DataSection
+from raynium.data.build.store_build import build_store
+from raynium.data.build.survey import Survey, Tell, survey
+from raynium.data.manifest import StoreManifest
+from raynium.data.remote import cache_folder, find_manifest, local_path, localize, publish
+from raynium.data.store import (
+    DocumentStore,
+    no_store,
+    open_store,
+    refuse_other_data,
+    refuse_other_recipe,
+    refuse_other_tokenizer,
+    refuse_small_vocabulary,
+)
+from raynium.data.tokenizer import Tokenizer, check_vocab_size
+from raynium.errors import DataError
+
+logger = logging.getLogger(__name__)
+
+
+def check_data(data: DataSection, *, model_vocab_size: int, tell: Tell) -> Survey | None:
+    """All that can be known of the data before anything is written: the store's manifest if there is one, else the
+    tokenizer and every document of the source, of which it returns the survey for `prepare_store`.
+
+    Raises DataError if there is neither store nor source, or if they do not fit the config.
+    """
+    if data.end_of_document is not None and data.tokenizer is None:
+        raise DataError(
+            f"data.end_of_document = {data.end_of_document!r} names a token of data.tokenizer, which is not set; set "
+            "both, or neither: a tokenizer that is trained here has its own"
+        )
+    manifest = find_manifest(data.path)
+    if manifest is not None:
+        _refuse_unfit(manifest, data, model_vocab_size=model_vocab_size)
+        return None
+    if data.source is None:
+        raise no_store(data.path)
+    if data.tokenizer is not None:
+        tokenizer = Tokenizer.load(data.tokenizer, end_of_document=data.end_of_document)
+        refuse_small_vocabulary(model_vocab_size, tokenizer.vocab_size, f"tokenizer {data.tokenizer!r}")
+    else:
+        check_vocab_size(model_vocab_size)
+    found = survey(data.source, heldout_fraction=data.heldout_fraction, max_left_out=data.max_left_out, tell=tell)
+    # No tokenizer makes more of a document than a token of each byte, one before it and one after it.
+    most_tokens = found.num_train_bytes + 2 * len(found.train_bytes)
+    if most_tokens <= data.seq_len:
+        raise DataError(
+            f"data.source = {data.source!r} has at most {most_tokens:,} training tokens; one sample takes "
+            f"data.seq_len + 1 = {data.seq_len + 1}. Give more text, or a shorter data.seq_len"
+        )
+    return found
+
+
+def prepare_store(
+    data: DataSection,
+    *,
+    model_vocab_size: int,
+    cache_dir: str | Path,
+    surveyed: Survey | None = None,
+    tell: Tell = logger.info,
+) -> DocumentStore:
+    """What the driver calls before training: the config's store, built first if it is missing and `source` is given.
+
+    A store at a URL is built in `cache_dir` and then uploaded. surveyed: from `check_data`. Raises DataError if there
+    is neither store nor source, or if the store does not fit the config.
+    """
+    path = local_path(data.path)
+    if data.source is not None and (path is not None or find_manifest(data.path) is None):
+        store = build_store(
+            path or cache_folder(data.path, cache_dir, "build"),
+            source=data.source,
+            vocab_size=model_vocab_size,
+            tokenizer_path=data.tokenizer,
+            end_of_document=data.end_of_document,
+            heldout_fraction=data.heldout_fraction,
+            max_left_out=data.max_left_out,
+            surveyed=surveyed,
+            tell=tell,
+        )
+        if path is None:
+            publish(store, data.path)
+    store = open_store(localize(data.path, cache_dir), identity=data.identity)
+    _refuse_unfit(store.manifest, data, model_vocab_size=model_vocab_size)
+    return store
+
+
+def _refuse_unfit(manifest: StoreManifest, data: DataSection, *, model_vocab_size: int) -> None:
+    """Raises DataError if the store is not the one that the config means."""
+    refuse_other_data(manifest, data.identity, where=data.path)
+    if data.source is not None:
+        refuse_other_recipe(manifest, source=data.source, heldout_fraction=data.heldout_fraction, where=data.path)
+    refuse_other_tokenizer(
+        manifest,
+        model_vocab_size=model_vocab_size,
+        path=data.tokenizer,
+        end_of_document=data.end_of_document,
+        where=data.path,
+    )
