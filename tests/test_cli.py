@@ -405,3 +405,12 @@ def test_ui_of_a_server_is_its_address(
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://mlflow.example.com")
     assert raynium("ui").out == "MLflow: https://mlflow.example.com/#/experiments?workflowType=machine_learning\n"
     assert executed == []
+
+
+@pytest.mark.parametrize("command", [["--help"], ["config", "--markdown"]])
+def test_output_that_finds_no_space_is_one_message(command: list[str]) -> None:
+    with Path("/dev/full").open("w") as full:
+        ended = subprocess.run(
+            [sys.executable, "-m", "raynium.cli.app", *command], stdout=full, stderr=subprocess.PIPE, text=True
+        )
+    assert (ended.returncode, ended.stderr) == (1, "error: no space is left where the output goes\n")

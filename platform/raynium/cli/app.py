@@ -3,6 +3,7 @@
 `raynium --help` must answer in 0.3 s, so everything heavy is imported inside the commands.
 """
 
+import errno
 import os
 import sys
 import time
@@ -307,6 +308,13 @@ def main() -> None:
     except RayniumError as error:
         typer.secho(f"error: {error}", fg="red", err=True)
         sys.exit(1)
+    except OSError as error:
+        # A file says its name; the standard output has none. (A pipe that nobody reads any more is click's.)
+        if error.errno != errno.ENOSPC or error.filename is not None:
+            raise
+        typer.secho("error: no space is left where the output goes", fg="red", err=True)
+        # Not sys.exit: what is still in the buffer would fail once more.
+        os._exit(1)
 
 
 def _problem(problem: str | None) -> str:
