@@ -21,7 +21,7 @@ from raynium.checkpoint.load import load_checkpoint
 from raynium.checkpoint.upload import upload_shard
 from raynium.config.schema import Config
 from raynium.config.world import World
-from raynium.data.loader import Loader
+from raynium.data.loader import open_loader
 from raynium.data.store import open_store
 from raynium.engines.base import Engine, Votes
 from raynium.engines.native import build_native_engine
@@ -38,14 +38,8 @@ def run_rank(rank: int, folder: Path, scenario: dict[str, Any]) -> None:
     store = dist.FileStore(str(folder / "rendezvous"), World.of(config).size)  # pyright: ignore[reportPrivateImportUsage]
     dist.init_process_group("gloo", store=store, rank=rank, world_size=World.of(config).size)
     engine = build_native_engine(config, World.of(config), detect("cpu"), Pretraining())
-    loader = Loader(
-        open_store(config.data.path),
-        seq_len=config.data.seq_len,
-        global_batch_size=config.train.global_batch_size,
-        data_rank=engine.data_rank,
-        data_size=engine.data_size,
-        seed=config.run.seed,
-    )
+    stores = [open_store(config.data.path)]
+    loader = open_loader(config, stores, data_rank=engine.data_rank, data_size=engine.data_size)
     first, last = scenario["first_step"], scenario["last_step"]
     if scenario["load_from"] is not None:
         load_checkpoint(open_checkpoint(Store(scenario["load_from"]), first - 1), engine.state())
@@ -54,7 +48,7 @@ def run_rank(rank: int, folder: Path, scenario: dict[str, Any]) -> None:
     losses, sample_ids = [], []
     for step in range(first, last + 1):
         losses.append(engine.step(loader.batch(step), step=step, votes=Votes()).loss)
-        sample_ids.append(loader.sample_ids(step).tolist())
+        sample_ids.append(loader.samples(step).rows.tolist())
         if step in scenario["save_steps"]:
             save(engine, Store(folder / "run"), step, folder)
     result = {"losses": losses, "sample_ids": sample_ids, "data_rank": engine.data_rank}

@@ -14,6 +14,7 @@ import torch
 import yaml
 from conversions import JOB, MODELS, config_of, same_tensors, weights_in
 from safetensors.torch import save_file
+from tiny import loader_of
 
 from raynium.accelerators import native_dtype
 from raynium.checkpoint import load
@@ -27,7 +28,6 @@ from raynium.convert import new_run
 from raynium.convert.export import export_checkpoint
 from raynium.convert.import_folder import import_folder as import_from
 from raynium.data.build.store_build import build_store
-from raynium.data.loader import Loader
 from raynium.data.store import TOKENIZER_NAME, open_store
 from raynium.data.tokenizer import Tokenizer
 from raynium.errors import CheckpointDamaged, CheckpointError, CheckpointMismatch, DataError, StoreError
@@ -353,7 +353,7 @@ def test_training_goes_on_from_imported_weights(transformers: Any, documents: Pa
     losses = {int(step): float(loss) for step, loss in re.findall(r"step (\d+): train/loss ([\d.]+)", done.stderr)}
     assert sorted(losses) == [1, 2]
 
-    batch = Loader(open_store(documents), seq_len=16, global_batch_size=4, data_rank=0, data_size=1, seed=0).batch(1)
+    batch = loader_of(open_store(documents), seq_len=16, global_batch_size=4).batch(1)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hugging-face", dtype=torch.float32)
     with torch.no_grad():
         logits_BTV = theirs(batch.tokens_BT).logits

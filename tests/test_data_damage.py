@@ -15,13 +15,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import loader_of
 
 from raynium.data import tokens
 from raynium.data.baselines import compute_baselines
 from raynium.data.build.store_build import build_store
 from raynium.data.evaluation import evaluation_set
-from raynium.data.loader import Loader
 from raynium.data.manifest import StoreManifest
+from raynium.data.rows import StreamRows
 from raynium.data.store import DocumentStore, open_store
 from raynium.data.verify import verify_store
 from raynium.errors import DataError
@@ -63,10 +64,10 @@ def uses(folder: Path) -> list[Callable[[DocumentStore], Any]]:
     """All that a run does with a store, one after the other."""
 
     def train(store: DocumentStore) -> list[torch.Tensor]:
-        loader = Loader(store, seq_len=SEQ_LEN, global_batch_size=2, data_rank=0, data_size=1, seed=0)
+        loader = loader_of(store, seq_len=SEQ_LEN, global_batch_size=2)
         batches = []
         try:
-            for step in range(1, loader.samples_per_epoch + 1):
+            for step in range(1, len(StreamRows(store, SEQ_LEN)) + 1):
                 batches.append(loader.batch(step).tokens_BT)
         except DataError as error:
             raise DataError(f"after {len(batches)}: {error}") from error
@@ -128,19 +129,16 @@ def same(one: Any, other: Any) -> bool:
 def test_batches_before_the_damage_are_those_of_the_whole_store(whole: DocumentStore, copy: Path):
     shards = whole.manifest.train.shards
     flip(copy / shards[len(shards) // 2], 8 * 300)
-    damaged, good = (
-        Loader(open_store(path), seq_len=SEQ_LEN, global_batch_size=1, data_rank=0, data_size=1, seed=0)
-        for path in (copy, whole.path)
-    )
-    given_out = 0
-    for step in range(1, good.samples_per_epoch + 1):
+    damaged, good = (loader_of(open_store(path), seq_len=SEQ_LEN, global_batch_size=1) for path in (copy, whole.path))
+    given_out, num_rows = 0, len(StreamRows(whole, SEQ_LEN))
+    for step in range(1, num_rows + 1):
         try:
             batch = damaged.batch(step)
         except DataError:
             continue
         given_out += 1
         assert torch.equal(batch.tokens_BT, good.batch(step).tokens_BT)
-    assert 0 < given_out < good.samples_per_epoch
+    assert 0 < given_out < num_rows
 
 
 def test_each_unit_is_verified_once_by_however_many_streams_and_threads(

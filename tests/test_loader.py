@@ -5,13 +5,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from raynium.data.build.store_build import build_store
 from raynium.data.loader import BLOCK_SAMPLES, Loader
+from raynium.data.order import Order, RowShuffle
 from raynium.data.permutation import shuffled
+from raynium.data.rows import StreamRows
 from raynium.data.store import DocumentStore
 from raynium.errors import DataError
 
@@ -31,8 +34,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> DocumentStore:
 
 
 def loader_of(store: DocumentStore, **changes: int) -> Loader:
-    arguments = {"seq_len": SEQ_LEN, "global_batch_size": 12, "data_rank": 0, "data_size": 1, "seed": 3, **changes}
-    return Loader(store, **arguments)
+    return tiny.loader_of(store, **{"seq_len": SEQ_LEN, "global_batch_size": 12, "seed": 3, **changes})
 
 
 @settings(max_examples=150, deadline=None)
@@ -88,12 +90,12 @@ def test_shuffle_is_frozen():
 def test_each_token_is_a_label_exactly_once_per_epoch(store: DocumentStore):
     loader = loader_of(store, global_batch_size=1)
     stream = store.train_stream().read(0, store.manifest.train.tokens)
-    n = loader.samples_per_epoch
+    n = len(StreamRows(store, SEQ_LEN))
     assert n == (len(stream) - 1) // SEQ_LEN and len(store.manifest.train.shards) > 10
     for epoch in range(2):
         label_counts = np.zeros(len(stream), dtype=int)
         for step in range(epoch * n + 1, (epoch + 1) * n + 1):
-            first = int(loader.sample_ids(step)[0]) * SEQ_LEN
+            first = int(loader.samples(step).rows[0]) * SEQ_LEN
             batch = loader.batch(step)
             assert np.array_equal(batch.tokens_BT[0], stream[first : first + SEQ_LEN])
             assert np.array_equal(batch.labels_BT[0], stream[first + 1 : first + SEQ_LEN + 1])
@@ -112,35 +114,35 @@ def test_batches_are_int64_cpu_tensors(store: DocumentStore):
 def test_global_batch_is_the_same_at_every_world_size(store: DocumentStore, data_size: int):
     alone = loader_of(store)
     ranks = [loader_of(store, data_rank=rank, data_size=data_size) for rank in range(data_size)]
-    epoch_end = alone.samples_per_epoch // 12 + 1  # a step with samples of two epochs
+    epoch_end = len(StreamRows(store, SEQ_LEN)) // 12 + 1  # a step with samples of two epochs
     for step in (1, 2, epoch_end, epoch_end + 1, 3 * epoch_end):
         together = torch.cat([rank.batch(step).tokens_BT for rank in ranks])
         assert torch.equal(together, alone.batch(step).tokens_BT)
-        assert np.array_equal(np.concatenate([rank.sample_ids(step) for rank in ranks]), alone.sample_ids(step))
+        assert np.array_equal(np.concatenate([rank.samples(step).rows for rank in ranks]), alone.samples(step).rows)
 
 
 def test_steps_can_be_asked_for_in_any_order_by_a_fresh_loader(store: DocumentStore):
     first = loader_of(store)
     # more steps than a block of samples, so that batches cross the blocks' borders
     num_steps = 3 * BLOCK_SAMPLES // 12
-    in_order = [first.sample_ids(step) for step in range(1, num_steps + 1)]
+    in_order = [first.samples(step).rows for step in range(1, num_steps + 1)]
     resumed = loader_of(store)
     for step in (num_steps, 1, BLOCK_SAMPLES // 12, BLOCK_SAMPLES // 12 + 1, 2, 2 * BLOCK_SAMPLES // 12 + 1):
-        assert np.array_equal(resumed.sample_ids(step), in_order[step - 1])
+        assert np.array_equal(resumed.samples(step).rows, in_order[step - 1])
         assert torch.equal(resumed.batch(step).labels_BT, first.batch(step).labels_BT)
 
 
 def test_batch_size_does_not_change_the_order_of_samples(store: DocumentStore):
     small, large = loader_of(store, global_batch_size=4), loader_of(store, global_batch_size=12)
-    assert np.array_equal(np.concatenate([small.sample_ids(step) for step in (4, 5, 6)]), large.sample_ids(2))
+    assert np.array_equal(np.concatenate([small.samples(step).rows for step in (4, 5, 6)]), large.samples(2).rows)
 
 
 def test_epochs_and_seeds_give_other_orders(store: DocumentStore):
     loader = loader_of(store, global_batch_size=1)
-    n = loader.samples_per_epoch
-    epochs = [np.concatenate([loader.sample_ids(e * n + i + 1) for i in range(n)]) for e in range(2)]
+    n = len(StreamRows(store, SEQ_LEN))
+    epochs = [np.concatenate([loader.samples(e * n + i + 1).rows for i in range(n)]) for e in range(2)]
     assert (epochs[0] == epochs[1]).mean() < 0.1
-    assert not np.array_equal(loader_of(store, seed=1).sample_ids(1), loader_of(store, seed=2).sample_ids(1))
+    assert not np.array_equal(loader_of(store, seed=1).samples(1).rows, loader_of(store, seed=2).samples(1).rows)
 
 
 def test_one_shard_and_many_hold_the_same_rows(store: DocumentStore, tmp_path: Path):
@@ -159,6 +161,16 @@ def test_one_shard_and_many_hold_the_same_rows(store: DocumentStore, tmp_path: P
 
 def test_sequence_longer_than_the_stream_is_refused(store: DocumentStore):
     tokens = store.manifest.train.tokens
-    assert loader_of(store, seq_len=tokens - 1).samples_per_epoch == 1
+    assert len(StreamRows(store, tokens - 1)) == 1
     with pytest.raises(DataError, match=f"data.seq_len = {tokens}: .* set data.seq_len to {tokens - 1} or less"):
         loader_of(store, seq_len=tokens)
+
+
+def test_one_store_alone_is_gone_through_by_its_shuffle(store: DocumentStore):
+    """Another order would silently change what a resumed run trains on."""
+    num_rows = len(StreamRows(store, SEQ_LEN))
+    expected = [shuffled(np.arange(num_rows), length=num_rows, seed=3, epoch=epoch) for epoch in range(3)]
+    samples = Order([RowShuffle(num_rows, seed=3)]).samples(0, 3 * num_rows)
+    assert np.array_equal(samples.rows, np.concatenate(expected))
+    assert np.array_equal(samples.epochs, np.repeat([0, 1, 2], num_rows)) and not samples.stores.any()
+    assert loader_of(store).samples(2).rows.tolist() == expected[0][12:24].tolist()

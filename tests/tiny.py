@@ -2,9 +2,13 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
+
+if TYPE_CHECKING:
+    from raynium.data.loader import Loader
+    from raynium.data.store import DocumentStore
 
 JOB = """
 run: {name: test}
@@ -41,3 +45,22 @@ def build_documents(root: Path, *, num_files: int = 40) -> Path:
         (root / f"text/{number}.py").write_text(text)
     build_store(root / "data", source=str(root / "text"), vocab_size=512, heldout_fraction=0.2)
     return root / "data"
+
+
+def loader_of(
+    store: "DocumentStore",
+    *,
+    seq_len: int,
+    global_batch_size: int,
+    data_rank: int = 0,
+    data_size: int = 1,
+    seed: int = 0,
+) -> "Loader":
+    """Of one store alone, without a config."""
+    from raynium.data.loader import Loader
+    from raynium.data.order import Order, RowShuffle
+    from raynium.data.rows import StreamRows
+
+    rows = StreamRows(store, seq_len)
+    order = Order([RowShuffle(len(rows), seed=seed)])
+    return Loader([rows], order, global_batch_size=global_batch_size, data_rank=data_rank, data_size=data_size)

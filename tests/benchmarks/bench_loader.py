@@ -17,10 +17,9 @@ import numpy as np
 from benchmark import heading, parser, verdict
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from tiny import build_documents
+from tiny import build_documents, loader_of
 
 from raynium.data.build.store_build import build_store
-from raynium.data.loader import Loader
 from raynium.data.store import DocumentStore, open_store
 
 LEAST_RATIO = 0.7
@@ -61,14 +60,11 @@ def compare(store: DocumentStore, batch_size: int, seq_len: int, num_steps: int)
     """Print one row of the table; returns loader speed / bare speed."""
     fresh, checked = open_store(store.path), open_store(store.path)
     checked.train_stream().read(0, store.manifest.train.tokens)
-    loader, unchecked = (
-        Loader(each, seq_len=seq_len, global_batch_size=batch_size, data_rank=0, data_size=1, seed=0)
-        for each in (fresh, checked)
-    )
+    loader, unchecked = (loader_of(each, seq_len=seq_len, global_batch_size=batch_size) for each in (fresh, checked))
     [shard] = store.manifest.train.shards
     tokens = np.memmap(store.path / shard, dtype=store.manifest.numpy_dtype, mode="r")
     offsets = np.arange(seq_len + 1)
-    starts_of_step = [loader.sample_ids(step) * seq_len for step in range(1, num_steps + 1)]
+    starts_of_step = [loader.samples(step).rows * seq_len for step in range(1, num_steps + 1)]
 
     def bare(step: int) -> np.ndarray:
         return tokens[starts_of_step[step - 1][:, None] + offsets].astype(np.int64)

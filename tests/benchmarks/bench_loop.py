@@ -36,7 +36,7 @@ from raynium.config.load import load_config
 from raynium.config.schema import Config
 from raynium.config.world import World
 from raynium.data.build.store_build import build_store
-from raynium.data.loader import Loader
+from raynium.data.loader import Loader, open_loader
 from raynium.data.store import open_store
 from raynium.engines.native import build_native_engine
 from raynium.models.flops import parameter_count
@@ -175,14 +175,7 @@ def samples_of(config: Config, num_steps: int) -> torch.Tensor:
 
 
 def _loader(config: Config, *, data_rank: int, data_size: int) -> Loader:
-    return Loader(
-        open_store(config.data.path),
-        seq_len=config.data.seq_len,
-        global_batch_size=config.train.global_batch_size,
-        data_rank=data_rank,
-        data_size=data_size,
-        seed=config.run.seed,
-    )
+    return open_loader(config, [open_store(config.data.path)], data_rank=data_rank, data_size=data_size)
 
 
 def ours(task: Task, step_done: StepDone) -> None:

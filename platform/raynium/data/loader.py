@@ -1,21 +1,20 @@
-"""Training batches: what sample i holds is a pure function of (manifest, seed, i), so the whole state is the step.
+"""Training batches: the samples of a step by the order, read from their stores, so that the whole state is the step.
 
-The training stream is cut into windows of seq_len + 1 tokens, each beginning on the last token of the one before: every
-token but the first is a label once per epoch (fewer than seq_len tokens at the stream's end are left out). Epoch e is
-samples [e·n, (e+1)·n) of the n windows, in a shuffle of its own. Step s, counted from 1, takes samples [(s-1)·B, s·B).
-
-B: sequences per step over all ranks, T: seq_len.
+Step s, counted from 1, takes samples [(s-1)·B, s·B). B: sequences per step over all ranks, T: `data.seq_len`.
 """
+
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 
+from raynium.config.schema import Config
 from raynium.data.batch import Batch
-from raynium.data.permutation import shuffled
+from raynium.data.order import Order, RowShuffle, Samples
+from raynium.data.rows import Rows, StreamRows
 from raynium.data.store import DocumentStore
-from raynium.errors import DataError
 
-# Window numbers are computed in blocks: one numpy call costs the same for 1 as for 1,000 samples.
+# The order is computed in blocks: one numpy call costs the same for 1 as for 1,000 samples.
 BLOCK_SAMPLES = 4096
 
 
@@ -25,64 +24,55 @@ class Loader:
     The global batch is the ranks' batches in rank order, the same at every `data_size`. Not thread-safe; no collective.
     """
 
-    def __init__(
-        self,
-        store: DocumentStore,
-        *,
-        seq_len: int,
-        global_batch_size: int,
-        data_rank: int,
-        data_size: int,
-        seed: int,
-    ):
-        """Raises DataError if the training stream is shorter than one window."""
+    def __init__(self, rows: Sequence[Rows], order: Order, *, global_batch_size: int, data_rank: int, data_size: int):
+        """rows: of each store, by the order's numbers of them."""
         assert 0 <= data_rank < data_size and global_batch_size % data_size == 0
-        self._stream = store.train_stream()
-        if len(self._stream) < seq_len + 1:
-            raise DataError(
-                f"data.seq_len = {seq_len}: document store {store.path} holds {len(self._stream)} training tokens, "
-                f"and one sample takes seq_len + 1; set data.seq_len to {len(self._stream) - 1} or less, or add text"
-            )
-        self.samples_per_epoch = (len(self._stream) - 1) // seq_len
-        self._seq_len, self._seed = seq_len, seed
+        self._rows, self._order = rows, order
         self._global_batch_size, self._rank_batch_size = global_batch_size, global_batch_size // data_size
         self._data_rank = data_rank
-        self._block, self._block_windows = -1, np.empty(0, dtype=np.int64)
+        self._block, self._block_samples = -1, order.samples(0, 0)
 
     def batch(self, step: int) -> Batch:
-        """This rank's share of a step: contiguous int64 tensors [B / data_size, T] on the CPU."""
-        starts = self.sample_ids(step) * self._seq_len
-        rows = self._stream.gather(starts, self._seq_len + 1)
-        return Batch(
-            tokens_BT=torch.from_numpy(rows[:, :-1].astype(np.int64)),
-            labels_BT=torch.from_numpy(rows[:, 1:].astype(np.int64)),
-        )
+        """This rank's share of a step: contiguous tensors on the CPU, tokens and labels int64 [B / data_size, T].
 
-    def sample_ids(self, step: int) -> np.ndarray:
-        """int64 [B / data_size]: the windows of this rank's rows, by their place in the stream."""
+        DataError if a store is damaged there.
+        """
+        samples = self.samples(step)
+        columns = self._read(samples)
+        tensors = {name: torch.from_numpy(column) for name, column in columns.items()}
+        return Batch(tensors.pop("tokens"), tensors.pop("labels"), tensors)
+
+    def samples(self, step: int) -> Samples:
+        """Where this rank's rows of a step lie, each int64 [B / data_size]."""
         assert step >= 1
         first = (step - 1) * self._global_batch_size + self._data_rank * self._rank_batch_size
-        return self._windows(first, first + self._rank_batch_size)
-
-    def _windows(self, begin: int, end: int) -> np.ndarray:
-        """Windows of samples [begin, end), counted over all epochs."""
-        pieces = []
-        while begin < end:
-            block, offset = divmod(begin, BLOCK_SAMPLES)
+        end, pieces = first + self._rank_batch_size, []
+        while first < end:
+            block, offset = divmod(first, BLOCK_SAMPLES)
             if block != self._block:
-                self._block_windows = self._compute_block(block)
-                self._block = block
-            pieces.append(self._block_windows[offset : offset + end - begin])
-            begin += len(pieces[-1])
-        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+                self._block, self._block_samples = block, self._order.samples(block * BLOCK_SAMPLES, BLOCK_SAMPLES)
+            pieces.append(Samples(*(each[offset : offset + end - first] for each in self._block_samples)))
+            first += len(pieces[-1].rows)
+        return pieces[0] if len(pieces) == 1 else Samples(*map(np.concatenate, zip(*pieces, strict=True)))
 
-    def _compute_block(self, block: int) -> np.ndarray:
-        samples = np.arange(block * BLOCK_SAMPLES, (block + 1) * BLOCK_SAMPLES)
-        epochs, positions = np.divmod(samples, self.samples_per_epoch)
-        windows = np.empty_like(samples)
-        for epoch in np.unique(epochs):
-            chosen = epochs == epoch
-            windows[chosen] = shuffled(
-                positions[chosen], length=self.samples_per_epoch, seed=self._seed, epoch=int(epoch)
-            )
-        return windows
+    def _read(self, samples: Samples) -> dict[str, np.ndarray]:
+        """Each store's rows in one call, put where their samples are."""
+        if len(self._rows) == 1:
+            return self._rows[0].read(samples.rows)
+        columns: dict[str, np.ndarray] = {}
+        for store in np.unique(samples.stores).tolist():
+            chosen = samples.stores == store
+            for name, values in self._rows[store].read(samples.rows[chosen]).items():
+                if name not in columns:
+                    columns[name] = np.empty((len(chosen), *values.shape[1:]), values.dtype)
+                columns[name][chosen] = values
+        return columns
+
+
+def open_loader(config: Config, stores: Sequence[DocumentStore], *, data_rank: int, data_size: int) -> Loader:
+    """The loader of a run. Raises DataError if a store has not as much as one row."""
+    rows = [StreamRows(store, config.data.seq_len) for store in stores]
+    order = Order([RowShuffle(len(each), seed=config.run.seed) for each in rows])
+    return Loader(
+        rows, order, global_batch_size=config.train.global_batch_size, data_rank=data_rank, data_size=data_size
+    )

@@ -19,7 +19,7 @@ from raynium.checkpoint.format.manifest import ImageInfo
 from raynium.config.schema import Config
 from raynium.config.world import World
 from raynium.data.evaluation import evaluation_set
-from raynium.data.loader import Loader
+from raynium.data.loader import open_loader
 from raynium.data.store import DocumentStore, open_store
 from raynium.engines.base import Engine
 from raynium.engines.native import build_native_engine
@@ -85,14 +85,7 @@ def run(plan: RankPlan, link: Link) -> Outcome:
     # ---- data ------------------------------------------------------------------------------------------------------
     link.phase("data", start_step)
     documents = open_store(plan.data_folder, identity=config.data.identity)
-    loader = Loader(
-        documents,
-        seq_len=config.data.seq_len,
-        global_batch_size=config.train.global_batch_size,
-        data_rank=engine.data_rank,
-        data_size=engine.data_size,
-        seed=config.run.seed,
-    )
+    loader = open_loader(config, [documents], data_rank=engine.data_rank, data_size=engine.data_size)
     evaluation = Evaluation(engine, task, documents, config, plan.world)
 
     # ---- train -----------------------------------------------------------------------------------------------------

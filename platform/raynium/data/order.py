@@ -1,0 +1,63 @@
+"""Which row of which store sample i is: a pure function of what the run was given and i.
+
+A sample's store comes from the mixture; the m-th sample of a store is a row of it by that store's shuffle. Nothing is
+drawn and nothing is remembered, so any sample can be asked for alone, at any world size.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+from raynium.data.permutation import shuffled
+
+
+class Samples(NamedTuple):
+    """Where samples lie, in their order; each is int64 [n].
+
+    stores: the store's number. rows: of that store. epochs: how often that store was gone through before.
+    """
+
+    stores: np.ndarray
+    rows: np.ndarray
+    epochs: np.ndarray
+
+
+class Shuffle(Protocol):
+    """The order of one store's rows. Each row comes once in every epoch of so many samples of that store as it has
+    rows.
+    """
+
+    def rows(self, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(row, epoch) of a store's samples by their places among the samples of that store, all int64 [n]."""
+        ...
+
+
+class RowShuffle:
+    """All rows anew in every epoch: `data.permutation`."""
+
+    def __init__(self, num_rows: int, *, seed: int):
+        self._num_rows, self._seed = num_rows, seed
+
+    def rows(self, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        epochs, positions = np.divmod(places, self._num_rows)
+        rows = np.empty_like(places)
+        for epoch in np.unique(epochs):
+            chosen = epochs == epoch
+            rows[chosen] = shuffled(positions[chosen], length=self._num_rows, seed=self._seed, epoch=int(epoch))
+        return rows, epochs
+
+
+class Order:
+    """The samples of a run, counted from 0 over all steps."""
+
+    def __init__(self, shuffles: Sequence[Shuffle]):
+        """shuffles: of each store, by its number."""
+        assert len(shuffles) == 1
+        self._shuffles = shuffles
+
+    def samples(self, first: int, number: int) -> Samples:
+        """Samples [first, first + number)."""
+        places = np.arange(first, first + number)
+        rows, epochs = self._shuffles[0].rows(places)
+        return Samples(np.zeros_like(places), rows, epochs)
