@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import pickle
 import re
 import sysconfig
 import tempfile
@@ -16,9 +17,12 @@ from hypothesis import strategies as st
 from raynium.data.build.store_build import build_store
 from raynium.data.build.survey import Survey, survey
 from raynium.data.store import open_store
-from raynium.data.text import sources
+from raynium.data.text import readers
+from raynium.data.text.documents import Document, is_held_out, name_hash
 from raynium.data.text.left_out import LeftOut, Tally
-from raynium.data.text.sources import PIECE_BYTES, PYTHON_STDLIB, Document, is_held_out, name_hash, open_source
+from raynium.data.text.listing import PYTHON_STDLIB
+from raynium.data.text.readers import PIECE_BYTES
+from raynium.data.text.sources import open_source, plan_splits, read_split
 from raynium.errors import DataError
 
 pytestmark = pytest.mark.quick
@@ -66,12 +70,12 @@ def test_jsonl_lines_are_documents_of_their_own(tmp_path: Path):
     ]
     (tmp_path / "d.jsonl").write_bytes(b"\n".join(lines))
     assert list(open_source(str(tmp_path)).items()) == [
-        Document("d.jsonl:1", "first"),
-        LeftOut("d.jsonl:2", "empty"),
-        Document("d.jsonl:3", "dritte, überall"),
-        LeftOut("d.jsonl:4", "not utf-8", 32),
-        LeftOut("d.jsonl:5", "not utf-8", 14),
-        LeftOut("d.jsonl:6", "empty"),
+        Document("d.jsonl:0", "first"),
+        LeftOut("d.jsonl:27", "empty"),
+        Document("d.jsonl:28", "dritte, überall"),
+        LeftOut("d.jsonl:57", "not utf-8", 32),
+        LeftOut("d.jsonl:89", "not utf-8", 14),
+        LeftOut("d.jsonl:103", "empty"),
     ]
 
 
@@ -79,9 +83,10 @@ def test_jsonl_lines_are_documents_of_their_own(tmp_path: Path):
     ("line", "message"),
     [
         ('{"text": "cut', r"d\.jsonl, line 2: not JSON"),
-        ('{"content": "x"}', r'd\.jsonl, line 2: no "text" string'),
-        ('{"text": 5}', r'line 2: no "text" string'),
-        ('["x"]', r'line 2: no "text" string'),
+        ('{"content": "x", "id": 1}', r"d\.jsonl, line 2: no field 'text'; there are: 'content', 'id'"),
+        ('{"text": 5}', r"line 2: 'text' is a number, not a text"),
+        ('{"text": [true]}', r"line 2: 'text' is a list, not a text"),
+        ('["x"]', r"line 2: a list, and a document is an object with its text in 'text'"),
     ],
 )
 def test_malformed_jsonl_is_refused_with_its_line(tmp_path: Path, line: str, message: str):
@@ -94,7 +99,7 @@ def test_missing_and_empty_folders_are_refused(tmp_path: Path):
     with pytest.raises(DataError, match=r"no such folder or file.*give an existing folder"):
         open_source(str(tmp_path / "absent"))
     (tmp_path / "image.png").write_bytes(b"x")
-    with pytest.raises(DataError, match=r"no \.txt, \.py, \.md, \.jsonl file under"):
+    with pytest.raises(DataError, match=r"no \.txt, \.md, \.py, \.jsonl, \.ndjson file under"):
         open_source(str(tmp_path))
 
 
@@ -178,9 +183,9 @@ def test_lines_whose_text_is_null_are_counted_and_only_many_are_refused(tmp_path
     good = "".join(json.dumps({"text": f"document {n} says hello again and again"}) + "\n" for n in range(40))
     (tmp_path / "a.jsonl").write_text(good + '{"text": null}\n')
     [group] = surveyed(tmp_path).left_out
-    assert (group.reason, group.number, group.num_bytes, group.first) == ("null", 1, 15, "a.jsonl:41")
+    assert (group.reason, group.number, group.num_bytes, group.first) == ("null", 1, 15, "a.jsonl:2030")
     (tmp_path / "a.jsonl").write_text(good + '{"text": null, "content": "lost"}\n' * 40)
-    with pytest.raises(DataError, match=r"""40 whose "text" is null \(first: a\.jsonl:41\)"""):
+    with pytest.raises(DataError, match=r"40 whose text is null \(first: a\.jsonl:2030\)"):
         surveyed(tmp_path)
 
 
@@ -209,11 +214,11 @@ def test_one_file_is_a_source(tmp_path: Path):
     text = tmp_path / "book.txt"
     text.write_text("".join(f"Line {n} of a book, dear reader.\n" for n in range(10_000)))
     pieces = [item for item in open_source(str(text)).items() if isinstance(item, Document)]
-    assert [piece.name for piece in pieces[:2]] == ["book.txt:1", "book.txt:2"]
+    assert [piece.name for piece in pieces[:2]] == ["book.txt:0", f"book.txt:{len(pieces[0].text)}"]
     assert "".join(piece.text for piece in pieces) == text.read_text()
     assert all(piece.text.endswith("\n") and len(piece.text) < PIECE_BYTES + 100 for piece in pieces)
     (tmp_path / "a.parquet").write_bytes(b"PAR1")
-    with pytest.raises(DataError, match=r"a file that ends in \.parquet is not read; give one of \.txt, \.py, \.md"):
+    with pytest.raises(DataError, match=r"a file that ends in \.parquet is not read; give one of \.txt, \.md, \.py"):
         open_source(str(tmp_path / "a.parquet"))
 
 
@@ -225,13 +230,13 @@ def test_what_is_no_file_is_no_source(tmp_path: Path):
 
 
 def test_a_document_that_is_too_long_is_left_out_and_never_read_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(sources, "MAX_DOCUMENT_BYTES", 100)
+    monkeypatch.setattr(readers, "MAX_DOCUMENT_BYTES", 100)
     (tmp_path / "a.txt").write_text("x" * 101)
     (tmp_path / "b.jsonl").write_text('{"text": "' + "x" * 300 + '"}\n{"text": "fine"}\n')
     assert list(open_source(str(tmp_path)).items()) == [
         LeftOut("a.txt", "too long", 101),
-        LeftOut("b.jsonl:1", "too long", 313),
-        Document("b.jsonl:2", "fine"),
+        LeftOut("b.jsonl:0", "too long", 313),
+        Document("b.jsonl:313", "fine"),
     ]
 
 
@@ -288,6 +293,96 @@ def test_whatever_a_file_holds_it_gives_documents_counts_or_one_error(changes: A
     if ending != ".jsonl" and not alone:
         [item] = items
         assert not isinstance(item, Document) or item.text.encode() == content.removeprefix(b"\xef\xbb\xbf")
+
+
+# ---- splits ----------------------------------------------------------------------------------------------------------
+
+# Pieces so small that a few hundred bytes have many, and lines as long as several of them.
+SMALL_PIECES = 16
+CONTENTS = st.lists(
+    st.sampled_from(
+        [b"", b"x", "\u00e9\U0001f600".encode() * 9, b"a line of some words", b"\xff\xfd", b"\xef\xbb\xbf"]
+    ),
+    max_size=20,
+).map(b"\n".join)
+RECORDS = st.lists(
+    st.sampled_from(
+        [b"", b'{"text": "x"}', b'{"text": null}', b'{"text": "%s"}' % ("\u00e9" * 70).encode(), b'{"text": "\xff"}']
+    ),
+    max_size=20,
+).map(b"\n".join)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    files=st.lists(
+        st.tuples(CONTENTS | RECORDS | st.sampled_from([b"\xff\xfea\0"]), st.booleans()), min_size=1, max_size=4
+    ),
+    alone=st.booleans(),
+    most_bytes=st.sampled_from([1, 2, 7, 16, 17, 50, 1000]),
+)
+def test_splits_of_any_size_give_each_document_once_in_the_order_of_the_source(
+    files: Any, alone: bool, most_bytes: int
+):
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(readers, "PIECE_BYTES", SMALL_PIECES)
+        for number, (content, small) in enumerate(files[:1] if alone else files):
+            records = all(line.startswith(b"{") or not line for line in content.split(b"\n"))
+            path = Path(folder, f"{number}{'.jsonl' if records and small else '.txt'}")
+            path.write_bytes(content)
+        source = open_source(str(path) if alone else folder)
+        whole = [item for split in plan_splits(source) for item in read_split(split)]
+        splits = plan_splits(source, most_bytes=most_bytes)
+        assert [item for split in splits for item in read_split(split)] == whole
+        assert len({item.name for item in whole}) == len(whole)
+        if alone and path.suffix == ".txt" and all(isinstance(item, Document) for item in whole):
+            text = "".join(item.text for item in whole if isinstance(item, Document))
+            assert text.replace("\ufeff", "") == content.decode().replace("\ufeff", "")
+        assert pickle.loads(pickle.dumps(splits)) == splits
+
+
+def test_small_files_share_splits_and_large_ones_are_cut_into_equal_parts(tmp_path: Path):
+    for number in range(10):
+        (tmp_path / f"{number}.txt").write_text("x" * 100)
+    (tmp_path / "5.jsonl").write_text('{"text": "a line"}\n' * 100)
+    planned = plan_splits(open_source(str(tmp_path)), most_bytes=500)
+    shape = [[(part.file.name, part.end - part.begin) for part in split.parts] for split in planned]
+    assert shape == [
+        [(f"{number}.txt", 100) for number in range(5)],
+        *([("5.jsonl", 475)] for _ in range(4)),
+        [(f"{number}.txt", 100) for number in range(5, 10)],
+    ]
+
+
+def test_a_file_that_changed_since_it_was_listed_is_refused(tmp_path: Path):
+    (tmp_path / "a.txt").write_text("x")
+    opened = open_source(str(tmp_path))
+    (tmp_path / "a.txt").write_text("xy")
+    with pytest.raises(DataError, match=r"a\.txt has 2 bytes, and had 1 when its folder was listed: let nothing write"):
+        list(opened.items())
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"a": {"text": "x"}}', r"line 3: no field 'b' in 'a'; there are: 'text'"),
+        ('{"a": "x"}', r"line 3: 'a' is a text, and holds no field 'b'"),
+        ('{"text": "x"}', r"line 3: no field 'a'; there are: 'text'"),
+        ("{}", r"line 3: no field 'a'; there are: none"),
+    ],
+)
+def test_a_field_by_dotted_name_is_read_and_its_absence_told(tmp_path: Path, line: str, message: str):
+    path = tmp_path / "d.jsonl"
+    path.write_text('{"a": {"b": "first"}}\n{"a": null}\n')
+    assert list(open_source(str(path), text_field="a.b").items()) == [
+        Document("d.jsonl:0", "first"),
+        LeftOut("d.jsonl:22", "null", 12),
+    ]
+    path.write_text(path.read_text() + line)
+    with pytest.raises(DataError, match=message):
+        list(open_source(str(path), text_field="a.b").items())
+    path.write_text('{"a.b": "a name with a dot"}\n')
+    assert list(open_source(str(path), text_field="a.b").items()) == [Document("d.jsonl:0", "a name with a dot")]
 
 
 @given(

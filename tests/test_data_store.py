@@ -19,7 +19,8 @@ from raynium.data.build import store_build
 from raynium.data.build.store_build import build_store
 from raynium.data.manifest import StoreManifest, token_dtype_for
 from raynium.data.store import DocumentStore, open_store, refuse_other_tokenizer
-from raynium.data.text.sources import Document, is_held_out, name_hash, open_source
+from raynium.data.text.documents import Document, is_held_out, name_hash
+from raynium.data.text.sources import open_source
 from raynium.data.tokenizer import END_OF_DOCUMENT, Tokenizer
 from raynium.data.verify import verify_store
 from raynium.errors import DataError

@@ -30,7 +30,7 @@ from raynium.data.store import (
     refuse_other_tokenizer,
     refuse_small_vocabulary,
 )
-from raynium.data.text.sources import Document, Item, is_held_out, name_hash
+from raynium.data.text.documents import Document, Item, is_held_out, name_hash
 from raynium.data.tokenizer import Tokenizer
 from raynium.errors import DataError
 from raynium.storage.checksum import UNIT_BYTES

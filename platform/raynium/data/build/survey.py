@@ -4,8 +4,9 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from raynium.data.text.documents import is_held_out, name_hash
 from raynium.data.text.left_out import LeftOut, LeftOutGroup, Tally, left_out_in_words, share_left_out
-from raynium.data.text.sources import Source, is_held_out, name_hash, open_source
+from raynium.data.text.sources import Source, open_source
 from raynium.errors import DataError
 
 Tell = Callable[[str], None]

@@ -22,7 +22,7 @@ _WORDS: dict[Reason, str] = {
     "not utf-8": "not UTF-8",
     "utf-16": "UTF-16, not UTF-8",
     "empty": "empty",
-    "null": 'whose "text" is null',
+    "null": "whose text is null",
     "too long": "longer than a document may be",
     "unread kind": "{kind}, which is not read",
     "other kind": "of other kinds",

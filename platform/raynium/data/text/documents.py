@@ -1,0 +1,71 @@
+"""What a source is made of: files, the parts of files that one task reads, and the documents in them."""
+
+import hashlib
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from raynium.data.text.left_out import LeftOut
+
+# pieces: a text that is the whole source, cut into documents.
+Kind = Literal["text", "pieces", "jsonl"]
+
+
+class Document(NamedTuple):
+    """One text to train or evaluate on.
+
+    name: the file's path relative to the source, "/"-separated. Where a file holds several, with ":<offset>", the byte
+    of the (uncompressed) file at which this one begins. text: not empty, and encodable as UTF-8.
+    """
+
+    name: str
+    text: str
+
+
+Item = Document | LeftOut
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """As it was listed. place: its path or URL. modified_unix: by the clock of where it lies."""
+
+    name: str
+    place: str
+    num_bytes: int
+    kind: Kind
+    modified_unix: float
+
+
+@dataclass(frozen=True)
+class Part:
+    """Those documents of a file that begin in its bytes [begin, end)."""
+
+    file: SourceFile
+    begin: int
+    end: int
+
+    @property
+    def is_whole(self) -> bool:
+        return self.end - self.begin == self.file.num_bytes
+
+
+@dataclass(frozen=True)
+class Split:
+    """What one task reads: all that it needs to know, on any node that sees the files. Pickles small."""
+
+    parts: tuple[Part, ...]
+    text_field: str
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(part.end - part.begin for part in self.parts)
+
+
+def is_held_out(name: str, fraction: float) -> bool:
+    """Whether the document of this name is held out. A larger fraction holds out the same documents and more."""
+    return name_hash(name) < fraction * 2**64
+
+
+def name_hash(name: str) -> int:
+    """A document's place among all possible names, uniform in [0, 2**64)."""
+    # Linux allows names that are no UTF-8; Python spells their bytes as half surrogate pairs.
+    return int.from_bytes(hashlib.blake2b(name.encode(errors="surrogateescape"), digest_size=8).digest(), "big")

@@ -1,0 +1,170 @@
+"""Readers of files of text: each gives the documents that begin in a range of bytes, and what is none as `LeftOut`.
+
+They read a stream forward, in bounded memory. What they give does not depend on where a file is cut into parts.
+"""
+
+import codecs
+import json
+from collections.abc import Iterator
+from io import BufferedReader
+from typing import Any
+
+from raynium.data.text.documents import Document, Item, Part
+from raynium.data.text.left_out import LeftOut
+
+# One text is in memory as a whole, and its tokens take about 30 times as much.
+MAX_DOCUMENT_BYTES = 128 * 2**20
+# A text file that is the whole source is cut after lines into pieces of about this size, so that some can be held out.
+PIECE_BYTES = 16_384
+_UTF_16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+
+
+class BadRecord(Exception):
+    """A record that is no document and should be one. offset: the byte of the file where it begins."""
+
+    def __init__(self, offset: int, problem: str):
+        super().__init__(problem)
+        self.offset, self.problem = offset, problem
+
+
+def whole_text(stream: BufferedReader, part: Part) -> Iterator[Item]:
+    # Bytes, not text: line ends stay as they are.
+    content = stream.read(MAX_DOCUMENT_BYTES + 1)
+    if len(content) > MAX_DOCUMENT_BYTES:
+        yield LeftOut(part.file.name, "too long", part.file.num_bytes)
+    else:
+        yield _document(part.file.name, content)
+
+
+def text_pieces(stream: BufferedReader, part: Part) -> Iterator[Item]:
+    """One piece for each multiple of PIECE_BYTES in the part; it begins with the next line after that."""
+    if _is_utf_16(stream):
+        yield from _left_out_as_utf_16(part)
+        return
+    grid = -(-part.begin // PIECE_BYTES) * PIECE_BYTES
+    if grid:
+        # From the byte before the first place at which a piece may begin: it may be the end of a line.
+        position = stream.seek(grid - 1)
+        held = stream.read(PIECE_BYTES + 1)
+        begins = _piece_begins(held, 1)
+        held, position = held[begins:], position + begins
+    else:
+        held, position = stream.read(PIECE_BYTES), 0
+    while held and grid < part.end:
+        grid += PIECE_BYTES
+        held += stream.read(max(0, grid + PIECE_BYTES - position - len(held)))
+        ends = _piece_begins(held, grid - position)
+        yield _document(f"{part.file.name}:{position}", held[:ends])
+        held, position = held[ends:], position + ends
+
+
+def _piece_begins(held: bytes, grid: int) -> int:
+    """Where in these bytes the piece of that multiple begins. Where no line ends soon, a character stays whole."""
+    line_end = held.find(b"\n", grid - 1, grid + PIECE_BYTES - 1)
+    if line_end >= 0 or grid >= len(held):
+        return line_end + 1 or len(held)
+    # None has more than 3 bytes after its first.
+    begins = grid
+    while begins < min(grid + 3, len(held)) and 0x80 <= held[begins] < 0xC0:
+        begins += 1
+    return begins
+
+
+def json_lines(stream: BufferedReader, part: Part, text_field: str) -> Iterator[Item]:
+    """Raises BadRecord for a line that holds no such field of text."""
+    if _is_utf_16(stream):
+        yield from _left_out_as_utf_16(part)
+        return
+    offset = 0
+    if part.begin:
+        # To the end of a line that begins in the part before.
+        offset = stream.seek(part.begin - 1)
+        offset += _skip_line(stream, part.end - offset)
+    while offset < part.end and (line := stream.readline(MAX_DOCUMENT_BYTES + 1)):
+        name, num_bytes = f"{part.file.name}:{offset}", len(line)
+        if num_bytes > MAX_DOCUMENT_BYTES:
+            num_bytes += 0 if line.endswith(b"\n") else _skip_line(stream)
+            yield LeftOut(name, "too long", num_bytes)
+        else:
+            yield _json_document(name, line, text_field, offset)
+        offset += num_bytes
+
+
+def _skip_line(stream: BufferedReader, most_bytes: int | None = None) -> int:
+    """Read to the end of the line, or to the first end of a buffer after `most_bytes`. Returns how many bytes."""
+    num_bytes = 0
+    while (most_bytes is None or num_bytes < most_bytes) and (some := stream.readline(MAX_DOCUMENT_BYTES)):
+        num_bytes += len(some)
+        if some.endswith(b"\n"):
+            break
+    return num_bytes
+
+
+def _json_document(name: str, line: bytes, text_field: str, offset: int) -> Item:
+    if not line.strip():
+        return LeftOut(name, "empty")
+    try:
+        record = json.loads(line.decode("utf-8-sig"))
+    except UnicodeDecodeError:
+        return LeftOut(name, "not utf-8", len(line))
+    except (ValueError, RecursionError) as error:
+        raise BadRecord(offset, f"not JSON ({error}); each line must be a JSON object") from error
+    return _document_of(name, _field(record, text_field, offset), len(line))
+
+
+def _field(record: Any, text_field: str, offset: int) -> str | None:
+    """The text at a dotted name, None where it or what should hold it is null. Raises BadRecord."""
+    if not isinstance(record, dict):
+        raise BadRecord(offset, f"{_kind_of(record)}, and a document is an object with its text in {text_field!r}")
+    value, holder = record, ""
+    for part in [text_field] if text_field in record else text_field.split("."):
+        if value is None:
+            return None
+        if not isinstance(value, dict):
+            raise BadRecord(offset, f"{holder!r} is {_kind_of(value)}, and holds no field {part!r}")
+        if part not in value:
+            inside = f" in {holder!r}" if holder else ""
+            there = ", ".join(map(repr, list(value)[:20])) or "none"
+            raise BadRecord(offset, f"no field {part!r}{inside}; there are: {there}")
+        value, holder = value[part], f"{holder}.{part}".lstrip(".")
+    if value is not None and not isinstance(value, str):
+        raise BadRecord(offset, f"{text_field!r} is {_kind_of(value)}, not a text")
+    return value
+
+
+def _kind_of(value: Any) -> str:
+    kinds = {dict: "an object", list: "a list", str: "a text", bool: "true or false", type(None): "null"}
+    return kinds.get(type(value), "a number")
+
+
+def _document_of(name: str, text: str | None, num_bytes: int) -> Item:
+    if text is None:
+        return LeftOut(name, "null", num_bytes)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        # JSON can spell half a surrogate pair, which is no character.
+        return LeftOut(name, "not utf-8", num_bytes)
+    return Document(name, text) if text else LeftOut(name, "empty")
+
+
+def _document(name: str, content: bytes) -> Item:
+    if content.startswith(_UTF_16_MARKS):
+        return LeftOut(name, "utf-16", len(content))
+    try:
+        # A byte order mark at the beginning is no text.
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        return LeftOut(name, "not utf-8", len(content))
+    return Document(name, text) if text else LeftOut(name, "empty")
+
+
+def _is_utf_16(stream: BufferedReader) -> bool:
+    """Asked at the beginning of a file, where it stays."""
+    return stream.peek(2)[:2] in _UTF_16_MARKS
+
+
+def _left_out_as_utf_16(part: Part) -> Iterator[Item]:
+    """The file as a whole, told once: by the part in which it begins."""
+    if part.begin == 0:
+        yield LeftOut(part.file.name, "utf-16", part.file.num_bytes)
