@@ -49,7 +49,10 @@ def _round_keys(seed: int, epoch: int) -> np.ndarray:
 
 
 def _feistel(values: np.ndarray, bits: int, keys: np.ndarray) -> np.ndarray:
-    """uint64 [m] -> uint64 [m], with keys as in `_walked`. The halves differ by one bit when `bits` is odd, so each round changes one in place."""
+    """uint64 [m] -> uint64 [m], with keys as in `_walked`.
+
+    The halves differ by one bit when `bits` is odd, so each round changes one in place.
+    """
     low_bits = np.uint64(bits // 2)
     low_mask = np.uint64(2 ** (bits // 2) - 1)
     high_mask = np.uint64(2 ** (bits - bits // 2) - 1)
