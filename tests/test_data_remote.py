@@ -128,7 +128,8 @@ def test_manifest_is_uploaded_last(local: DocumentStore, url: str, monkeypatch: 
     monkeypatch.setattr(Store, "upload_file", recording(Store.upload_file))
     monkeypatch.setattr(Store, "write_new", recording(Store.write_new))
     publish(local, url)
-    assert uploaded == [*(file.name for file in local.manifest.files), "manifest.json"]
+    names = [name for file in local.manifest.files for name in (file.name, file.units_name)]
+    assert uploaded == [*names, "manifest.json"]
 
 
 def test_what_an_upload_that_died_left_is_used_or_replaced(local: DocumentStore, url: str, tmp_path: Path):

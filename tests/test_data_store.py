@@ -17,6 +17,7 @@ import pytest
 
 from raynium.data.build import store_build
 from raynium.data.build.store_build import build_store
+from raynium.data.lengths import LengthCounts
 from raynium.data.manifest import StoreManifest, token_dtype_for
 from raynium.data.store import DocumentStore, open_store, refuse_other_tokenizer
 from raynium.data.text.documents import Document, is_held_out, name_hash
@@ -66,13 +67,20 @@ def edit_manifest(store: DocumentStore, **fields: Any) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
 
 
+def with_shards(subset: dict[str, Any], **fields: Any) -> dict[str, Any]:
+    return {**subset, "shards": {**subset["shards"], **fields}}
+
+
+SMALL = {"name": "x.json", "size_bytes": 1, "crc64nvme": "AAAAAAAAAAA="}
+
+
 def test_store_holds_every_document_once(finished: DocumentStore, source: Path):
     tokenizer, manifest = finished.tokenizer(), finished.manifest
     texts = {item.name: item.text for item in open_source(str(source)).items() if isinstance(item, Document)}
     stream = finished.train_stream().read(0, manifest.train.tokens)
     ends = np.flatnonzero(stream == tokenizer.end_of_document_id)
     train_texts = [tokenizer.decode(piece[:-1]) for piece in np.split(stream, ends + 1)[:-1]]
-    assert ends[-1] == len(stream) - 1 and len(manifest.train.shards) > 2
+    assert ends[-1] == len(stream) - 1 and len(manifest.train_shards) > 2
 
     heldout_stream = finished.heldout_stream()
     heldout = {
@@ -105,7 +113,7 @@ def test_heldout_documents_come_by_hash_of_name_with_their_sizes(finished: Docum
 
 def test_equal_documents_give_equal_bytes(finished: DocumentStore, source: Path, tmp_path: Path):
     again = build(source, tmp_path / "again")
-    for name in [*(file.name for file in finished.manifest.files), "manifest.json"]:
+    for name in os.listdir(finished.path):
         assert (again.path / name).read_bytes() == (finished.path / name).read_bytes(), name
 
 
@@ -191,7 +199,8 @@ def test_killed_build_leaves_no_store_and_the_next_one_succeeds(
     verify_store(store.path)
     assert store.manifest == finished.manifest
     on_disk = {file.name for file in path.iterdir()} - {"manifest.json", ".build.lock"}
-    assert on_disk - {f"{dies_at}.partial"} == {file.name for file in store.manifest.files}
+    files = store.manifest.files
+    assert on_disk - {f"{dies_at}.partial"} == {name for file in files for name in (file.name, file.units_name)}
 
 
 def build_and_report(source: Path, path: Path, barrier: Any, results: Any) -> None:
@@ -313,6 +322,35 @@ def test_truncated_and_missing_files_are_named_when_opening(store: DocumentStore
     assert "train-00000.bin" not in str(caught.value)
 
 
+def test_checksums_of_units_that_are_not_those_of_the_file_are_not_used(store: DocumentStore):
+    units = store.path / "train-00001.crc"
+    content = units.read_bytes()
+    for damaged in (content[:-8], content[1:] + content[:1], None):
+        units.unlink() if damaged is None else units.write_bytes(damaged)
+        message = (
+            r"train-00001\.crc is damaged: its checksums do not combine to that of train-00001\.bin in manifest\.json"
+        )
+        with pytest.raises(DataError, match=message):
+            open_store(store.path).train_stream().read(600, 1)
+        with pytest.raises(
+            DataError, match=r"train-00001\.crc is missing or damaged: train-00001\.bin cannot be verified"
+        ):
+            verify_store(store.path)
+
+
+def test_lengths_are_counted_to_two_percent_and_add_up():
+    counts, whole = [LengthCounts(), LengthCounts()], LengthCounts()
+    lengths = [int(1.01**i) for i in range(2000)]
+    for i, length in enumerate(lengths):
+        counts[i % 2].add(length)
+    for part in counts:
+        whole.update(LengthCounts(part.pairs()))
+    found = whole.quantiles()
+    exact = {"least": 0, "p10": 199, "p50": 999, "p90": 1799, "p99": 1979, "most": 1999}
+    for name, place in exact.items():
+        assert lengths[place] <= getattr(found, name) <= 1.02 * lengths[place] + 1e-9, name
+
+
 def test_flipped_bit_is_found_by_verify(store: DocumentStore):
     for name in ("heldout-00000.bin", "train-00002.bin"):
         content = bytearray((store.path / name).read_bytes())
@@ -326,11 +364,11 @@ def test_flipped_bit_is_found_by_verify(store: DocumentStore):
 
 
 def test_manifest_of_another_format_is_refused_as_such(store: DocumentStore):
-    edit_manifest(store, format_version=4, something_new=[])
-    with pytest.raises(DataError, match="has format 4, this Raynium reads 3; upgrade Raynium"):
+    edit_manifest(store, format_version=5, something_new=[])
+    with pytest.raises(DataError, match="has format 5, this Raynium reads 4; upgrade Raynium"):
         open_store(store.path)
     edit_manifest(store, format_version=1)
-    with pytest.raises(DataError, match=r"has format 1, of an older Raynium, .* build the store again \(from the same"):
+    with pytest.raises(DataError, match=r"has format 1, of an older Raynium, .* build the store again \(a run"):
         open_store(store.path)
 
 
@@ -345,23 +383,32 @@ def test_manifest_that_is_none_is_refused(store: DocumentStore, content: str):
     ("fields", "message"),
     [
         ({"vocab_size": "400"}, "vocab_size: Input should be a valid integer"),
-        ({"format_version": "2"}, "format_version: Input should be 3"),
+        ({"format_version": "2"}, "format_version: Input should be 4"),
         ({"token_dtype": "int64"}, "token_dtype: Input should be 'uint16' or 'uint32'"),
-        ({"token_dtype": "uint32"}, "do not add up to"),
+        ({"train": lambda train: {**train, "tokens": 7}}, r"train\.shards\.tokens do not add up to 7"),
         ({"vocab_size": 65_537}, "vocab_size 65537 does not fit token_dtype uint16"),
         ({"end_of_document_id": 400}, "end_of_document_id 400 is outside the vocabulary"),
-        ({"files": []}, r"train\.shards names 'train-00000\.bin', which is not in files"),
+        ({"train": lambda train: with_shards(train, numbers=train["shards"]["numbers"][::-1])}, "numbers do not rise"),
+        (
+            {"train": lambda train: with_shards(train, numbers=[0])},
+            r"columns of train\.shards are 1, \d+ and \d+ long",
+        ),
+        (
+            {"train": lambda train: with_shards(train, crc64nvme="AAAA")},
+            "is not the base64 of a list of 8-byte numbers",
+        ),
         ({"train": {"documents": 1}}, r"train\.tokens: Field required"),
         ({"surprise": 1}, "surprise: Extra inputs are not permitted"),
-        ({"files": [{"name": "../x", "size_bytes": 1, "unit_crc64nvme": ""}]}, r"files\.0\.name: String should match"),
-        ({"files": [{"name": "x", "size_bytes": 1, "unit_crc64nvme": ""}]}, "files: 0 unit checksums for 1 bytes"),
-        ({"files": [{"name": "x", "size_bytes": 0, "unit_crc64nvme": ""}] * 2}, "files: two have the same name"),
+        ({"small_files": [{**SMALL, "name": "../x"}]}, r"small_files\.0\.name: String should match"),
+        ({"small_files": [{**SMALL, "crc64nvme": ""}]}, r"small_files\.0\.crc64nvme: String should match"),
+        ({"small_files": [SMALL] * 2}, "two files have the same name"),
         ({"unit_bytes": 262_142}, "unit_bytes: Input should be a multiple of 8"),
-        ({"source": "elsewhere"}, "its crc64nvme does not match its contents"),
+        ({"recipe": lambda recipe: {**recipe, "sources": ["elsewhere"]}}, "its crc64nvme does not match its contents"),
     ],
 )
 def test_manifest_with_wrong_fields_is_refused_by_name(store: DocumentStore, fields: dict[str, Any], message: str):
-    edit_manifest(store, **fields)
+    now = json.loads((store.path / "manifest.json").read_text())
+    edit_manifest(store, **{name: value(now[name]) if callable(value) else value for name, value in fields.items()})
     with pytest.raises(DataError, match=message):
         open_store(store.path)
 
@@ -372,7 +419,7 @@ def test_identity_ignores_where_the_data_lies_but_no_token_and_no_tokenizer(
     changed = tmp_path / "changed"
     shutil.copytree(source, changed)
     copy = build(changed, tmp_path / "copy", unit_bytes=64).manifest
-    assert copy.identity == finished.manifest.identity and copy.source != finished.manifest.source
+    assert copy.identity == finished.manifest.identity and copy.recipe != finished.manifest.recipe
     tokenizer_path = str(finished.path / "tokenizer.json")
     identities = {copy.identity}
     for held_out in (False, True):
@@ -383,6 +430,12 @@ def test_identity_ignores_where_the_data_lies_but_no_token_and_no_tokenizer(
     (tmp_path / "other.json").write_text(json.dumps({**fields, "normalizer": {"type": "Lowercase"}}))
     lossy = build(source, tmp_path / "lossy", tokenizer_path=str(tmp_path / "other.json"))
     assert len(identities | {lossy.manifest.identity}) == 4
+
+
+def test_identity_ignores_how_the_tokens_are_cut_into_shards(finished: DocumentStore, source: Path, tmp_path: Path):
+    other = build(source, tmp_path / "other", shard_tokens=10**6).manifest
+    assert len(other.train_shards) == 1 < len(finished.manifest.train_shards)
+    assert other.identity == finished.manifest.identity
 
 
 def test_manifest_survives_its_own_json(finished: DocumentStore):

@@ -91,7 +91,7 @@ def test_each_token_is_a_label_exactly_once_per_epoch(store: DocumentStore):
     loader = loader_of(store, global_batch_size=1)
     stream = store.train_stream().read(0, store.manifest.train.tokens)
     n = len(StreamRows(store, SEQ_LEN))
-    assert n == (len(stream) - 1) // SEQ_LEN and len(store.manifest.train.shards) > 10
+    assert n == (len(stream) - 1) // SEQ_LEN and len(store.manifest.train_shards) > 10
     for epoch in range(2):
         label_counts = np.zeros(len(stream), dtype=int)
         for step in range(epoch * n + 1, (epoch + 1) * n + 1):
@@ -148,7 +148,7 @@ def test_epochs_and_seeds_give_other_orders(store: DocumentStore):
 def test_one_shard_and_many_hold_the_same_rows(store: DocumentStore, tmp_path: Path):
     many = store.train_stream()
     one = build_store(
-        tmp_path / "one", source=store.manifest.source, vocab_size=300, heldout_fraction=0.1
+        tmp_path / "one", source=store.manifest.recipe.sources[0], vocab_size=300, heldout_fraction=0.1
     ).train_stream()
     assert np.array_equal(one.read(0, len(one)), many.read(0, len(many)))
     starts = np.arange(0, len(many) - SEQ_LEN, 13)

@@ -61,8 +61,8 @@ def compare(store: DocumentStore, batch_size: int, seq_len: int, num_steps: int)
     fresh, checked = open_store(store.path), open_store(store.path)
     checked.train_stream().read(0, store.manifest.train.tokens)
     loader, unchecked = (loader_of(each, seq_len=seq_len, global_batch_size=batch_size) for each in (fresh, checked))
-    [shard] = store.manifest.train.shards
-    tokens = np.memmap(store.path / shard, dtype=store.manifest.numpy_dtype, mode="r")
+    [shard] = store.manifest.train_shards
+    tokens = np.memmap(store.path / shard.name, dtype=store.manifest.numpy_dtype, mode="r")
     offsets = np.arange(seq_len + 1)
     starts_of_step = [loader.samples(step).rows * seq_len for step in range(1, num_steps + 1)]
 

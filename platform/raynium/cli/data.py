@@ -27,7 +27,8 @@ def verify(
     from raynium.data.verify import verify_store
 
     manifest = verify_store(absolute_path("PATH_OR_URL", place))
+    num_bytes = sum(file.size_bytes for file in manifest.files)
     typer.echo(
-        f"{place} is whole: {len(manifest.files)} files, {manifest.num_bytes / 1e6:,.1f} MB, all checksums right; "
+        f"{place} is whole: {len(manifest.files)} files, {num_bytes / 1e6:,.1f} MB, all checksums right; "
         f"identity {manifest.identity}"
     )

@@ -3,6 +3,7 @@
 A local folder is used in place.
 """
 
+import contextlib
 import hashlib
 import logging
 import os
@@ -12,16 +13,17 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from raynium.config.schema import DataSection
-from raynium.data.manifest import MANIFEST_NAME, StoreManifest
+from raynium.data.manifest import MANIFEST_NAME, StoredFile, StoreManifest
 from raynium.data.store import (
     DocumentStore,
     local_manifest,
     no_store,
     refuse_other_data,
 )
+from raynium.data.tokens import unit_checksums
 from raynium.errors import DataError, StoreError
 from raynium.storage.backend import KeyExists, KeyMissing
-from raynium.storage.checksum import FileChecksums, to_text
+from raynium.storage.checksum import FileChecksums, checksum, to_text
 from raynium.storage.local_files import exclusive, file_checksums, sync_folder, write_atomically
 from raynium.storage.store import Store
 from raynium.storage.verify import wrong_units
@@ -76,9 +78,10 @@ def localize(path: str | Path, cache_dir: str | Path) -> Path:
         with exclusive(folder / ".copy.lock", f"copy of {url}"):
             # An earlier call verified the contents before it wrote the manifest: then sizes are enough.
             contents_verified = (folder / MANIFEST_NAME).exists()
-            for name, expected in manifest.checksums.items():
-                if not _is_there(folder / name, expected, contents_verified):
-                    _fetch_file(url, name, expected, folder / name)
+            for file in manifest.files:
+                expected = _fetch_units(url, file, manifest.unit_bytes, folder)
+                if not _is_there(folder / file.name, expected, contents_verified):
+                    _fetch_file(url, file.name, expected, folder / file.name)
             write_atomically(folder / MANIFEST_NAME, content)
     except OSError as error:
         raise DataError(
@@ -95,13 +98,18 @@ def publish(store: DocumentStore, url: str) -> None:
     """
     with _errors(url, "written"):
         target = Store(url)
-        for name, expected in store.manifest.checksums.items():
-            try:
-                target.upload_file(name, store.path / name)
-            except KeyExists:
-                if target.stored_checksum(name) != (expected.size, to_text(expected.crc)):
-                    target.delete(name)
+        for file in store.manifest.files:
+            units = (store.path / file.units_name).read_bytes()
+            for name, known in (
+                (file.name, (file.size_bytes, to_text(file.crc))),
+                (file.units_name, (len(units), to_text(checksum(units)))),
+            ):
+                try:
                     target.upload_file(name, store.path / name)
+                except KeyExists:
+                    if target.stored_checksum(name) != known:
+                        target.delete(name)
+                        target.upload_file(name, store.path / name)
         try:
             target.write_new(MANIFEST_NAME, store.manifest.to_json())
         except KeyExists as error:
@@ -126,6 +134,20 @@ def _fetch_manifest(url: str) -> bytes | None:
             return Store(url).read(MANIFEST_NAME)
         except KeyMissing:
             return None
+
+
+def _fetch_units(url: str, file: StoredFile, unit_bytes: int, folder: Path) -> FileChecksums:
+    """Those that are in the folder, if they are right; else they are copied there."""
+    with contextlib.suppress(DataError):
+        return unit_checksums(folder, file, unit_bytes)
+    with _errors(url, "read"):
+        try:
+            content = Store(url).read(file.units_name)
+        except KeyMissing:
+            content = b""
+    expected = file.units(content, unit_bytes, where=url)
+    write_atomically(folder / file.units_name, content)
+    return expected
 
 
 def _is_there(path: Path, expected: FileChecksums, contents_verified: bool) -> bool:

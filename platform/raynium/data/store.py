@@ -5,13 +5,16 @@
     heldout-00000.bin …     held-out documents one after the other, nothing between
     heldout-documents.json  where each begins and ends, in the order of the hash of their names
     tokenizer.json
+    *.crc                   beside each of these files: the checksums of its units
     manifest.json           written last: without it the folder is no store
 
-`store_build.py` writes it; what is here reads it, and compares each unit (256 KiB) of a file with its checksum before
-its first use. Any number of processes may have one store open.
+`build/` writes it; what is here reads it, and compares each unit (256 KiB) of a file with its checksum before its first
+use. Opening one maps no file: a shard is opened when something of it is first read. Any number of processes may have
+one store open.
 """
 
 import json
+import os
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,9 +23,9 @@ from typing import NamedTuple
 import numpy as np
 
 from raynium.config.plain_file import read_plain
-from raynium.data.manifest import MANIFEST_NAME, StoreManifest
+from raynium.data.manifest import MANIFEST_NAME, StoredFile, StoreManifest
 from raynium.data.tokenizer import TOKENIZER_NAME, Tokenizer
-from raynium.data.tokens import Shard, TokenStream, check_unit
+from raynium.data.tokens import Shard, TokenStream, check_unit, unit_checksums
 from raynium.errors import DataError
 
 TOKEN_COUNTS_NAME = "train-token-counts.bin"
@@ -53,10 +56,10 @@ class DocumentStore:
 
     def train_stream(self) -> TokenStream:
         """All training tokens, in the order of the source."""
-        return TokenStream([self._shards[name] for name in self.manifest.train.shards])
+        return TokenStream(self._train_shards)
 
     def heldout_stream(self) -> TokenStream:
-        return TokenStream([self._shards[name] for name in self.manifest.heldout.shards])
+        return TokenStream(self._heldout_shards)
 
     def heldout_documents(self, max_documents: int | None = None) -> list[HeldoutDocument]:
         """The held-out documents by hash of name, or the first `max_documents` of them. DataError for damage."""
@@ -78,8 +81,10 @@ class DocumentStore:
         """Raises DataError that names every file that is missing or of another size than the manifest says."""
         damaged = []
         for file in self.manifest.files:
-            path = self.path / file.name
-            size_bytes = path.stat().st_size if path.is_file() else None
+            try:
+                size_bytes = os.stat(f"{self.path}/{file.name}").st_size
+            except (FileNotFoundError, NotADirectoryError):
+                size_bytes = None
             if size_bytes != file.size_bytes:
                 found = "missing" if size_bytes is None else f"{size_bytes} bytes"
                 damaged.append(f"{file.name} ({found}, expected {file.size_bytes} bytes)")
@@ -91,17 +96,25 @@ class DocumentStore:
 
     def _read(self, name: str) -> bytes:
         """A file's whole content, verified."""
-        content, expected = (self.path / name).read_bytes(), self.manifest.checksums[name]
+        [file] = [file for file in self.manifest.files if file.name == name]
+        content, expected = (self.path / name).read_bytes(), unit_checksums(self.path, file, self.manifest.unit_bytes)
         for unit in range(len(expected.unit_crcs)):
             check_unit(self.path / name, memoryview(content), expected, unit)
         return content
 
+    # All streams share the shards, so that each unit is verified once.
+
     @cached_property
-    def _shards(self) -> dict[str, Shard]:
-        """By name. All streams share them, so that each unit is verified once."""
-        dtype, checksums = self.manifest.numpy_dtype, self.manifest.checksums
-        names = [*self.manifest.train.shards, *self.manifest.heldout.shards]
-        return {name: Shard(self.path / name, dtype, checksums[name]) for name in names}
+    def _train_shards(self) -> list[Shard]:
+        return self._opened(self.manifest.train_shards)
+
+    @cached_property
+    def _heldout_shards(self) -> list[Shard]:
+        return self._opened(self.manifest.heldout_shards)
+
+    def _opened(self, files: list[StoredFile]) -> list[Shard]:
+        dtype, unit_bytes = self.manifest.numpy_dtype, self.manifest.unit_bytes
+        return [Shard(self.path, file, dtype, unit_bytes) for file in files]
 
 
 def open_store(path: str | Path, *, identity: str | None = None) -> DocumentStore:
@@ -143,9 +156,11 @@ def no_store(place: str | Path) -> DataError:
 
 def refuse_other_recipe(manifest: StoreManifest, *, source: str, heldout_fraction: float, where: str) -> None:
     """Raises DataError if the store was built from something else than the config asks for now."""
+    recipe = manifest.recipe
+    built_from = recipe.sources[0] if len(recipe.sources) == 1 else recipe.sources
     for name, built_with, asked_for in (
-        ("source", manifest.source, source),
-        ("heldout_fraction", manifest.heldout_fraction, heldout_fraction),
+        ("source", built_from, source),
+        ("heldout_fraction", recipe.heldout_fraction, heldout_fraction),
     ):
         if built_with != asked_for:
             raise DataError(

@@ -2,45 +2,62 @@
 
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from raynium.data.manifest import StoredFile
 from raynium.errors import DataError
-from raynium.storage.checksum import FileChecksums, checksum, to_text
+from raynium.storage.checksum import FileChecksums, checksum, num_units, to_text
 from raynium.storage.local_files import mapped
 
 
 class Shard:
     """The tokens of one file. `check` before every use: each unit's checksum is computed once in a process's life.
 
-    Threads may share it. Two that come to a unit at once may both compute it, which does no harm.
+    Nothing is opened before the first use. Threads may share it. Two that come to a unit at once may both compute it,
+    which does no harm.
     """
 
-    def __init__(self, path: Path, dtype: np.dtype[Any], expected: FileChecksums):
-        """expected.unit_bytes is a multiple of the dtype's size."""
-        with path.open("rb") as file:
-            self._bytes = mapped(file, expected.size)
-        self.tokens = np.frombuffer(self._bytes, dtype)
-        self._path, self._expected = path, expected
-        self._unit_tokens = expected.unit_bytes // dtype.itemsize
-        # A unit that was found right has a 1.
-        self._seen = bytearray(len(expected.unit_crcs))
+    def __init__(self, folder: Path, file: StoredFile, dtype: np.dtype[Any], unit_bytes: int):
+        """unit_bytes is a multiple of the dtype's size."""
+        self.num_tokens = file.size_bytes // dtype.itemsize
+        self.dtype = dtype
+        self._folder, self._file, self._unit_bytes = folder, file, unit_bytes
         self._all_seen = False
+
+    @cached_property
+    def tokens(self) -> np.ndarray:
+        return np.frombuffer(self._bytes, self.dtype)
 
     def check(self, starts: Iterable[int], length: int) -> None:
         """Of tokens [start, start + length) for each start. DataError names the first unit that is damaged."""
         if self._all_seen:
             return
-        seen, unit_tokens = self._seen, self._unit_tokens
+        seen, unit_tokens = self._seen, self._unit_bytes // self.dtype.itemsize
         for start in starts:
             first, end = start // unit_tokens, (start + length - 1) // unit_tokens + 1
             while (unit := seen.find(0, first, end)) >= 0:
-                check_unit(self._path, self._bytes, self._expected, unit)
+                check_unit(self._folder / self._file.name, self._bytes, self._expected, unit)
                 seen[unit] = 1
                 self._all_seen = 0 not in seen
+
+    @cached_property
+    def _bytes(self) -> memoryview:
+        with (self._folder / self._file.name).open("rb") as file:
+            return mapped(file, self._file.size_bytes)
+
+    @cached_property
+    def _expected(self) -> FileChecksums:
+        return unit_checksums(self._folder, self._file, self._unit_bytes)
+
+    @cached_property
+    def _seen(self) -> bytearray:
+        """A unit that was found right has a 1."""
+        return bytearray(num_units(self._file.size_bytes, self._unit_bytes))
 
 
 class TokenStream:
@@ -48,7 +65,7 @@ class TokenStream:
 
     def __init__(self, shards: Sequence[Shard]):
         self._shards = shards
-        self._begins = [0, *accumulate(len(shard.tokens) for shard in shards)]
+        self._begins = [0, *accumulate(shard.num_tokens for shard in shards)]
 
     def __len__(self) -> int:
         return self._begins[-1]
@@ -60,12 +77,14 @@ class TokenStream:
         """
         assert 0 <= start < start + length <= len(self)
         index = bisect_right(self._begins, start) - 1
-        shard, begin = self._shards[index], start - self._begins[index]
-        piece = shard.tokens[begin : begin + length]
-        shard.check((begin,), len(piece))
-        if len(piece) == length:
-            return piece
-        return np.concatenate([piece, self.read(start + len(piece), length - len(piece))])
+        pieces: list[np.ndarray] = []
+        while length:
+            shard, begin = self._shards[index], start - self._begins[index]
+            pieces.append(shard.tokens[begin : begin + length])
+            taken = len(pieces[-1])
+            shard.check((begin,), taken)
+            index, start, length = index + 1, start + taken, length - taken
+        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
     def gather(self, starts: np.ndarray, length: int) -> np.ndarray:
         """[rows, length] in the shards' dtype: row r holds tokens [starts[r], starts[r] + length).
@@ -82,10 +101,19 @@ class TokenStream:
                 (len(tokens) - length + 1, length), tokens.dtype, buffer=tokens, strides=2 * tokens.strides
             )
             return all_windows[starts]
-        rows = np.empty((len(starts), length), dtype=self._shards[0].tokens.dtype)
+        rows = np.empty((len(starts), length), dtype=self._shards[0].dtype)
         for row, start in enumerate(starts.tolist()):
             rows[row] = self.read(start, length)
         return rows
+
+
+def unit_checksums(folder: Path, file: StoredFile, unit_bytes: int) -> FileChecksums:
+    """Of a file in a local folder. DataError if what stands beside it is missing or damaged."""
+    try:
+        content = (folder / file.units_name).read_bytes()
+    except FileNotFoundError:
+        content = b""
+    return file.units(content, unit_bytes, where=str(folder))
 
 
 def check_unit(path: Path, content: memoryview, expected: FileChecksums, unit: int) -> None:

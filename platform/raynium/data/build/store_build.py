@@ -17,7 +17,18 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from raynium.data.build.survey import Progress, Survey, Tell, survey
-from raynium.data.manifest import MANIFEST_NAME, Split, StoredFile, StoreManifest, shard_dtype, token_dtype_for
+from raynium.data.lengths import LengthCounts
+from raynium.data.manifest import (
+    MANIFEST_NAME,
+    Recipe,
+    Shards,
+    SmallFile,
+    StoreManifest,
+    Subset,
+    shard_dtype,
+    token_dtype_for,
+    units_content,
+)
 from raynium.data.store import (
     HELDOUT_INDEX_NAME,
     TOKEN_COUNT_DTYPE,
@@ -33,7 +44,7 @@ from raynium.data.store import (
 from raynium.data.text.documents import Document, Item, is_held_out, name_hash
 from raynium.data.tokenizer import Tokenizer
 from raynium.errors import DataError
-from raynium.storage.checksum import UNIT_BYTES
+from raynium.storage.checksum import UNIT_BYTES, FileChecksums, list_to_text
 from raynium.storage.local_files import exclusive, file_checksums, write_atomically
 
 logger = logging.getLogger(__name__)
@@ -135,7 +146,7 @@ def _build(folder: Path, recipe: _Recipe, tokenizer: Tokenizer) -> StoreManifest
     """All but the manifest, which is returned. The caller holds the lock."""
     started = time.monotonic()
     # A build that died may have cut more shards than this one will.
-    for stale in [*folder.glob("train-?????.bin"), *folder.glob("heldout-?????.bin")]:
+    for stale in [*folder.glob("train-?????.*"), *folder.glob("heldout-?????.*")]:
         stale.unlink()
     manifest = _write_files(folder, recipe, tokenizer)
     logger.info(
@@ -185,8 +196,11 @@ class _Tokenised:
     heldout_documents: in the order of their tokens. train_token_counts: int64 [vocab_size].
     """
 
-    train: Split
-    heldout: Split
+    train: list[str]
+    heldout: list[str]
+    # Documents, and bytes of their text.
+    train_text: tuple[int, int]
+    lengths: LengthCounts
     heldout_documents: list[HeldoutDocument]
     train_token_counts: np.ndarray
 
@@ -200,23 +214,48 @@ def _write_files(folder: Path, recipe: _Recipe, tokenizer: Tokenizer) -> StoreMa
     write_atomically(folder / HELDOUT_INDEX_NAME, index.encode())
     write_atomically(folder / TOKEN_COUNTS_NAME, tokenised.train_token_counts.astype(TOKEN_COUNT_DTYPE).tobytes())
     write_atomically(folder / TOKENIZER_NAME, tokenizer.file_text.encode())
-    shards = [*tokenised.train.shards, *tokenised.heldout.shards]
+    files = {
+        name: _with_units(folder, name, recipe.unit_bytes)
+        for name in [*tokenised.train, *tokenised.heldout, HELDOUT_INDEX_NAME, TOKEN_COUNTS_NAME, TOKENIZER_NAME]
+    }
+    token_bytes = shard_dtype(token_dtype).itemsize
+    num_train_documents, train_bytes = tokenised.train_text
     return StoreManifest.of(
-        source=recipe.source,
-        heldout_fraction=recipe.heldout_fraction,
+        recipe=Recipe(
+            sources=[recipe.source], text_field="text", heldout_fraction=recipe.heldout_fraction, dedup="none"
+        ),
         left_out=recipe.surveyed.left_out,
         tokenizer_sha256=tokenizer.sha256,
         vocab_size=tokenizer.vocab_size,
         end_of_document_id=tokenizer.end_of_document_id,
         token_dtype=token_dtype,
-        train=tokenised.train,
-        heldout=tokenised.heldout,
+        train=_subset([files[name] for name in tokenised.train], token_bytes, num_train_documents, train_bytes),
+        heldout=_subset(
+            [files[name] for name in tokenised.heldout],
+            token_bytes,
+            len(by_hash),
+            sum(document.utf8_bytes for document in by_hash),
+        ),
+        lengths=tokenised.lengths.quantiles(),
         unit_bytes=recipe.unit_bytes,
-        files=[
-            StoredFile.of(name, file_checksums(folder / name, recipe.unit_bytes))
-            for name in [*shards, HELDOUT_INDEX_NAME, TOKEN_COUNTS_NAME, TOKENIZER_NAME]
+        small_files=[
+            SmallFile.of(name, files[name]) for name in (HELDOUT_INDEX_NAME, TOKEN_COUNTS_NAME, TOKENIZER_NAME)
         ],
     )
+
+
+def _with_units(folder: Path, name: str, unit_bytes: int) -> FileChecksums:
+    checksums = file_checksums(folder / name, unit_bytes)
+    write_atomically((folder / name).with_suffix(".crc"), units_content(checksums))
+    return checksums
+
+
+def _subset(files: list[FileChecksums], token_bytes: int, documents: int, utf8_bytes: int) -> Subset:
+    tokens = [file.size // token_bytes for file in files]
+    shards = Shards(
+        numbers=list(range(len(files))), tokens=tokens, crc64nvme=list_to_text([file.crc for file in files])
+    )
+    return Subset(documents=documents, tokens=sum(tokens), utf8_bytes=utf8_bytes, shards=shards)
 
 
 def _tokenise(folder: Path, recipe: _Recipe, tokenizer: Tokenizer, dtype: np.dtype[Any]) -> _Tokenised:
@@ -224,7 +263,7 @@ def _tokenise(folder: Path, recipe: _Recipe, tokenizer: Tokenizer, dtype: np.dty
     total_bytes = recipe.surveyed.num_train_bytes
     end_of_document = np.array([tokenizer.end_of_document_id])
     token_counts = np.zeros(tokenizer.vocab_size, dtype=np.int64)
-    progress = Progress(recipe.tell)
+    progress, lengths = Progress(recipe.tell), LengthCounts()
     num_train_documents = train_bytes = num_altered = 0
     heldout_documents: list[HeldoutDocument] = []
     with (
@@ -242,6 +281,7 @@ def _tokenise(folder: Path, recipe: _Recipe, tokenizer: Tokenizer, dtype: np.dty
                 else:
                     num_train_documents += 1
                     train_bytes += len(document.text.encode())
+                    lengths.add(len(tokens))
                     train_tokens += [tokens, end_of_document]
             # The empty slice is for a batch that holds held-out documents only.
             stream = np.concatenate([*train_tokens, end_of_document[:0]])
@@ -255,18 +295,10 @@ def _tokenise(folder: Path, recipe: _Recipe, tokenizer: Tokenizer, dtype: np.dty
             len(heldout_documents),
         )
     return _Tokenised(
-        train=Split(
-            documents=num_train_documents,
-            tokens=train_writer.num_tokens,
-            utf8_bytes=train_bytes,
-            shards=train_writer.names,
-        ),
-        heldout=Split(
-            documents=len(heldout_documents),
-            tokens=heldout_writer.num_tokens,
-            utf8_bytes=sum(document.utf8_bytes for document in heldout_documents),
-            shards=heldout_writer.names,
-        ),
+        train=train_writer.names,
+        heldout=heldout_writer.names,
+        train_text=(num_train_documents, train_bytes),
+        lengths=lengths,
         heldout_documents=heldout_documents,
         train_token_counts=token_counts,
     )
