@@ -54,8 +54,9 @@ def run_rank(rank: int, folder: Path, scenario: dict) -> None:
     mine = slice(engine.data_rank * rows, (engine.data_rank + 1) * rows)
 
     def batch(step: int) -> Batch:
-        others = {column.name: samples[column.name][step - 1, mine] for column in task.columns}
-        return Batch(samples["tokens"][step - 1, mine], samples["labels"][step - 1, mine], others)
+        of_rank = {name: column[step - 1, mine] for name, column in samples.items()}
+        others = {column.name: of_rank[column.name] for column in task.columns}
+        return Batch(of_rank["tokens"], of_rank["labels"], others, of_rank.get("documents"))
 
     pointers = [chunk.tensor.data_ptr() for chunk in engine.state()]
     evaluations = []

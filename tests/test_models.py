@@ -15,7 +15,8 @@ from numpy.random import Generator
 from raynium.config.families import FAMILIES
 from raynium.config.schema import ModelSection
 from raynium.models import init
-from raynium.models.decoder import Decoder, rope_tables
+from raynium.models.attention import rope_tables
+from raynium.models.decoder import Decoder
 from raynium.models.flops import flops_per_token, parameter_count
 from raynium.models.init import TILE_COLUMNS, TILE_ROWS, init_block, init_parameter
 from raynium.models.names import hugging_face_names

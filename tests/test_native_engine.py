@@ -116,10 +116,14 @@ def run(
     last_step: int = STEPS,
     load_from: Path | None = None,
     stop: tuple[int, int] | None = None,
+    data: Mapping[str, torch.Tensor] | None = None,
 ) -> Run:
-    """All ranks of `config` take the steps; stop: the (rank, step) that asks to stop. memory_bytes: of each rank."""
+    """All ranks of `config` take the steps; stop: the (rank, step) that asks to stop. memory_bytes: of each rank.
+
+    data: instead of `samples()`.
+    """
     folder.mkdir()
-    torch.save(samples(), folder / "batches.pt")
+    torch.save(dict(data or samples()), folder / "batches.pt")
     scenario = {
         "config": config.model_dump(mode="json"),
         "task": task,

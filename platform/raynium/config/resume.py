@@ -37,6 +37,8 @@ FIXED: Mapping[str, str] = {
     "data.identity": "the data position counts samples of that tokenizer and those tokens",
     "data.heldout_fraction": "documents would move between training and evaluation",
     "data.seq_len": _POSITION,
+    "data.packing": _POSITION,
+    "data.too_long": _POSITION,
     "optimizer.betas": _MOMENTS,
     "optimizer.eps": _MOMENTS,
     "train.global_batch_size": _POSITION,

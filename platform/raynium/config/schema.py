@@ -166,7 +166,12 @@ class DataSection(Section):
     heldout_fraction: FractionBelowOne = 0.05
     """Share of the documents that only evaluation sees, chosen by a hash of their names."""
     seq_len: Tokens = 1024
-    """Length of one sequence of the batch; documents follow one another in it."""
+    """Length of one sequence of the batch."""
+    packing: Literal["stream", "documents"] = "stream"
+    """How sequences are made. stream: windows over the text, whose documents follow one another and see those before
+    them. documents: whole documents packed side by side; a token sees only its own."""
+    too_long: Literal["split", "leave_out"] = "split"
+    """With packing documents, what becomes of one that is longer than seq_len; what is left out is counted."""
 
 
 class ParallelSection(Section):

@@ -20,16 +20,19 @@ class Batch:
     """B rows, from a loader on the CPU; the label at [b, t] is the token that follows the one at [b, t].
 
     tokens_BT, labels_BT: int64; a position whose label is IGNORED_LABEL is not counted. others: the task's own columns,
-    see `tasks/base.py`.
+    see `tasks/base.py`. documents_BT: int64, the document that each position belongs to, rising from 0 along a row;
+    None: each row is one document. Positions that fill a row up are a document of their own, without a label.
     """
 
     tokens_BT: "Tensor"
     labels_BT: "Tensor"
     others: "Mapping[str, Tensor]" = field(default_factory=dict)
+    documents_BT: "Tensor | None" = None
 
     def columns(self) -> "dict[str, Tensor]":
         """All by name."""
-        return {"tokens": self.tokens_BT, "labels": self.labels_BT, **self.others}
+        packed = {} if self.documents_BT is None else {"documents": self.documents_BT}
+        return {"tokens": self.tokens_BT, "labels": self.labels_BT, **packed, **self.others}
 
     def split(self, rows: int) -> "list[Batch]":
         """Views of `rows` rows each."""
@@ -42,4 +45,5 @@ class Batch:
 
 
 def _batch(columns: "dict[str, Tensor]") -> Batch:
-    return Batch(columns.pop("tokens"), columns.pop("labels"), columns)
+    documents_BT = columns.pop("documents", None)
+    return Batch(columns.pop("tokens"), columns.pop("labels"), columns, documents_BT)

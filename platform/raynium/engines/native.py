@@ -189,7 +189,7 @@ class NativeEngine:
                 self._model.set_requires_gradient_sync(last)
                 self._model.set_reshard_after_backward(last)
                 self._model.set_is_last_backward(last)
-            logits_BTV = self._model(micro_batch.tokens_BT)
+            logits_BTV = self._logits(micro_batch)
             # `.data`, since autograd must not learn that the logits become their own gradient: no backward reads them.
             sums += self._score(logits_BTV.data, micro_batch, want_gradient=True)
             logits_BTV.backward(logits_BTV.data)
@@ -233,7 +233,9 @@ class NativeEngine:
         counts = counts_of(self._task, batch)
         sums = torch.zeros(len(self._task.sums), dtype=self._sum_dtype, device=self._device)
         for micro_batch in self._micro_batches(batch):
-            sums += self._score(self._model(micro_batch.tokens_BT), micro_batch, want_gradient=False)
+            sums += self._score(
+                self._model(micro_batch.tokens_BT, micro_batch.documents_BT), micro_batch, want_gradient=False
+            )
         # No backward will reshard: the whole parameters would outlive a load of new ones.
         for module in fsdp_modules(self._model):
             module.reshard()
@@ -242,6 +244,9 @@ class NativeEngine:
 
     def _micro_batches(self, batch: Batch) -> list[Batch]:
         return batch.to(self._device).split(self._config.train.micro_batch_size)
+
+    def _logits(self, batch: Batch) -> Tensor:
+        return self._model(batch.tokens_BT, batch.documents_BT)
 
     def _score(self, logits_BTV: Tensor, batch: Batch, *, want_gradient: bool) -> Tensor:
         """The task's sums over a micro-batch. With `want_gradient` the logits end up as the objective's gradient."""

@@ -216,8 +216,8 @@ class WholePasses:
         return self._loss.sums()
 
     def _forward(self, batch: Batch) -> Tensor:
-        tokens_BT, *others = batch.columns().values()
-        return self._loss(self._model(tokens_BT), tokens_BT, *others)
+        logits_TBV = self._model(batch.tokens_BT, batch.documents_BT)
+        return self._loss(logits_TBV, batch.tokens_BT, batch.labels_BT, *batch.others.values())
 
     def _micro_batches(self, batch: Batch) -> list[Batch]:
         return [micro_batch.to(self._device) for micro_batch in batch.split(self._micro_batch_size)]
@@ -249,9 +249,7 @@ class NxdEngine:
         self._passes: Passes
         micro_batch_size = config.train.micro_batch_size
         if place.num_stages > 1:
-            self._passes = PipelinePasses(
-                model, task, micro_batch_size=micro_batch_size, num_micro_batches=world.num_micro_batches, device=device
-            )
+            self._passes = PipelinePasses(model, task, config, num_micro_batches=world.num_micro_batches, device=device)
         else:
             self._passes = WholePasses(model, task, micro_batch_size=micro_batch_size, device=device)
         self._optimizer = optimizer

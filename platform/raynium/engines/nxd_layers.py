@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from raynium.config.schema import ModelSection
 from raynium.data.batch import IGNORED_LABEL, Batch
-from raynium.models.decoder import Attention, Decoder, Rope, rotate
+from raynium.models.attention import Places, attend
+from raynium.models.decoder import Attention, Decoder
 from raynium.models.nxd_layout import kv_copies
 from raynium.models.plan import tensor_parallel_plan
 from raynium.tasks.base import Task
@@ -69,20 +70,14 @@ class NxdAttention(nn.Module):
         self.o = _row(width, config.hidden_size, tensor_size=tensor_size, dtype=dtype)
         self.q_norm, self.k_norm = plain.q_norm, plain.k_norm
 
-    def forward(self, hidden_TBD: Tensor, *, rope: Rope) -> Tensor:
+    def forward(self, hidden_TBD: Tensor, *, places: Places) -> Tensor:
         projected_TBX = self.qkv(hidden_TBD)
         for each in projected_TBX:
             if each.requires_grad:
                 # NxD's layer views its gradients as rows.
                 each.register_hook(torch.Tensor.contiguous)
         q_BTHK, k_BTGK, v_BTGK = (each.unflatten(-1, (-1, self.head_dim)).transpose(0, 1) for each in projected_TBX)
-        mixed_BHTK = F.scaled_dot_product_attention(
-            rotate(self.q_norm(q_BTHK), rope).transpose(1, 2),
-            rotate(self.k_norm(k_BTGK), rope).transpose(1, 2),
-            v_BTGK.transpose(1, 2),
-            is_causal=True,
-            enable_gqa=q_BTHK.shape[2] != k_BTGK.shape[2],
-        )
+        mixed_BHTK = attend(self.q_norm(q_BTHK), self.k_norm(k_BTGK), v_BTGK, places)
         return self.o(mixed_BHTK.permute(2, 0, 1, 3).flatten(2).contiguous())
 
 
@@ -123,7 +118,10 @@ class TaskLoss(nn.Module):
         self._sums = []
 
     def forward(self, logits_TBV: Tensor, tokens_BT: Tensor, labels_BT: Tensor, *others: Tensor) -> Tensor:
-        """others: the task's columns, in its order. The ranks of a tensor group get the same, each from its logits."""
+        """others: the task's columns, in its order. The ranks of a tensor group get the same, each from its logits.
+
+        Which documents rows hold is the model's matter: no task gets to see it here.
+        """
         names = (column.name for column in self._task.columns)
         batch = Batch(tokens_BT, labels_BT, dict(zip(names, others, strict=True)))
         log_probs_BT = _label_log_probs(logits_TBV, labels_BT)

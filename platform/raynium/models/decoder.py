@@ -10,14 +10,12 @@ given (tensor parallelism leaves H / tp of them), and RoPE tables are arguments,
 the meta device, to cast to bfloat16, or to store in a checkpoint).
 """
 
-import math
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from raynium.config.schema import ModelSection, RopeScaling
+from raynium.config.schema import ModelSection
+from raynium.models.attention import Places, at_least_float32, attend, places
 
 
 class Decoder(nn.Module):
@@ -37,12 +35,15 @@ class Decoder(nn.Module):
         if self.config.embeddings == "tied":
             self.head.weight = self.embedding.weight
 
-    def forward(self, tokens_BT: Tensor) -> Tensor:
-        """tokens_BT: integers below V, T <= max_seq_len. Returns logits_BTV in the dtype of the parameters."""
-        rope = rope_tables(self.config, num_tokens=tokens_BT.shape[1], device=tokens_BT.device)
+    def forward(self, tokens_BT: Tensor, documents_BT: Tensor | None = None) -> Tensor:
+        """tokens_BT: integers below V, T <= max_seq_len. documents_BT: as in `data/batch.py`.
+
+        Returns logits_BTV in the dtype of the parameters.
+        """
         hidden_BTD = self.embedding(tokens_BT)
+        where = places(self.config, tokens_BT, documents_BT, dtype=hidden_BTD.dtype)
         for block in self.blocks:
-            hidden_BTD = block(hidden_BTD, rope=rope)
+            hidden_BTD = block(hidden_BTD, places=where)
         return self.head(self.final_norm(hidden_BTD))
 
 
@@ -56,8 +57,8 @@ class DecoderBlock(nn.Module):
         self.ffn_norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.ffn = SwiGLU(config)
 
-    def forward(self, hidden_BTD: Tensor, *, rope: "Rope") -> Tensor:
-        hidden_BTD = hidden_BTD + self.attention(self.attention_norm(hidden_BTD), rope=rope)
+    def forward(self, hidden_BTD: Tensor, *, places: Places) -> Tensor:
+        hidden_BTD = hidden_BTD + self.attention(self.attention_norm(hidden_BTD), places=places)
         return hidden_BTD + self.ffn(self.ffn_norm(hidden_BTD))
 
 
@@ -75,18 +76,11 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(config.head_dim, config.norm_eps) if head_norms else nn.Identity()
         self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if head_norms else nn.Identity()
 
-    def forward(self, hidden_BTD: Tensor, *, rope: "Rope") -> Tensor:
+    def forward(self, hidden_BTD: Tensor, *, places: Places) -> Tensor:
         q_BTHK = self.q_norm(self.q(hidden_BTD).unflatten(-1, (-1, self.head_dim)))
         k_BTGK = self.k_norm(self.k(hidden_BTD).unflatten(-1, (-1, self.head_dim)))
         v_BTGK = self.v(hidden_BTD).unflatten(-1, (-1, self.head_dim))
-        mixed_BHTK = F.scaled_dot_product_attention(
-            rotate(q_BTHK, rope).transpose(1, 2),
-            rotate(k_BTGK, rope).transpose(1, 2),
-            v_BTGK.transpose(1, 2),
-            is_causal=True,
-            # On the CPU a third faster than repeating k and v.
-            enable_gqa=q_BTHK.shape[2] != k_BTGK.shape[2],
-        )
+        mixed_BHTK = attend(q_BTHK, k_BTGK, v_BTGK, places)
         return self.o(mixed_BHTK.transpose(1, 2).flatten(2))
 
 
@@ -118,49 +112,3 @@ class RMSNorm(nn.Module):
         wide = x.to(at_least_float32(x.dtype))
         normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
         return self.weight * normed.to(x.dtype)
-
-
-# ---- Rotary positions ------------------------------------------------------------------------------------------------
-
-
-class Rope(NamedTuple):
-    """Cosine and sine of each position's angles, float32, the halves of a head repeated side by side."""
-
-    cos_TK: Tensor
-    sin_TK: Tensor
-
-
-def rope_tables(config: ModelSection, *, num_tokens: int, device: torch.device) -> Rope:
-    """The tables of positions 0 .. num_tokens - 1. Made anew each forward: 20 µs for 256 tokens on a CPU core."""
-    assert num_tokens <= config.max_seq_len, f"{num_tokens} tokens, but RoPE is valid for {config.max_seq_len}"
-    steps = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device) / config.head_dim
-    frequencies = 1.0 / config.rope_theta**steps
-    if config.rope_scaling is not None:
-        frequencies = scale_frequencies(frequencies, config.rope_scaling)
-    angles = torch.outer(torch.arange(num_tokens, dtype=torch.float32, device=device), frequencies)
-    angles_TK = torch.cat((angles, angles), dim=-1)
-    return Rope(angles_TK.cos(), angles_TK.sin())
-
-
-def scale_frequencies(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
-    """Llama 3.1: slow frequencies are divided by `factor`, fast ones kept, those between blended."""
-    wavelengths = 2 * math.pi / frequencies
-    # Of each frequency, within the original context.
-    turns = scaling.original_max_seq_len / wavelengths
-    kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-    kept = kept.clamp(0, 1)
-    return (1 - kept) * frequencies / scaling.factor + kept * frequencies
-
-
-def rotate(x_BTHK: Tensor, rope: Rope) -> Tensor:
-    """Turn each pair (i, i + K/2) of a head by its position's angle, in float32 or wider; returns the input's dtype."""
-    wide = x_BTHK.to(at_least_float32(x_BTHK.dtype))
-    first, second = wide.chunk(2, dim=-1)
-    turned = torch.cat((-second, first), dim=-1)
-    cos_T1K, sin_T1K = rope.cos_TK.unsqueeze(1), rope.sin_TK.unsqueeze(1)
-    return (wide * cos_T1K + turned * sin_T1K).to(x_BTHK.dtype)
-
-
-def at_least_float32(dtype: torch.dtype) -> torch.dtype:
-    """float64 stays (the reference of the tests runs in it); everything narrower becomes float32."""
-    return torch.promote_types(dtype, torch.float32)
