@@ -10,8 +10,9 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from raynium.data.block_shuffle import BlockShuffle
 from raynium.data.build.store_build import build_store
-from raynium.data.loader import BLOCK_SAMPLES, Loader
+from raynium.data.loader import SAMPLES_AT_ONCE, Loader
 from raynium.data.order import Order, RowShuffle
 from raynium.data.permutation import shuffled
 from raynium.data.rows import StreamRows
@@ -121,13 +122,39 @@ def test_global_batch_is_the_same_at_every_world_size(store: DocumentStore, data
         assert np.array_equal(np.concatenate([rank.samples(step).rows for rank in ranks]), alone.samples(step).rows)
 
 
+@pytest.mark.parametrize("data_size", [2, 3, 4, 6])
+def test_ranks_keep_their_lanes_and_the_samples_of_a_step_are_the_same_at_every_world_size(
+    store: DocumentStore, data_size: int
+):
+    rows = StreamRows(store, SEQ_LEN)
+    shuffle = BlockShuffle(len(rows), seed=3, block_rows=8, lanes=6)
+
+    def block_loader(data_rank: int, data_size: int) -> Loader:
+        return Loader([rows], Order([shuffle]), global_batch_size=12, data_rank=data_rank, data_size=data_size)
+
+    alone, ranks = block_loader(0, 1), [block_loader(rank, data_size) for rank in range(data_size)]
+    steps = range(1, 2 * len(rows) // 12)
+    for step in steps:
+        samples = alone.samples(step)
+        in_order, _ = shuffle.rows(np.arange(12 * (step - 1), 12 * step))
+        assert sorted(samples.rows) == sorted(in_order) and (np.diff(samples.lanes) >= 0).all()
+        together = np.concatenate([rank.samples(step).rows for rank in ranks])
+        assert np.array_equal(together, samples.rows)
+        assert torch.equal(torch.cat([rank.batch(step).tokens_BT for rank in ranks]), alone.batch(step).tokens_BT)
+    # An epoch's end moves the lanes by what its rows do not fill a step.
+    in_first_epoch = steps[: len(rows) // 12]
+    if 6 % data_size == 0:
+        for rank in ranks:
+            assert len({lane for step in in_first_epoch for lane in rank.samples(step).lanes}) == 6 // data_size
+
+
 def test_steps_can_be_asked_for_in_any_order_by_a_fresh_loader(store: DocumentStore):
     first = loader_of(store)
     # more steps than a block of samples, so that batches cross the blocks' borders
-    num_steps = 3 * BLOCK_SAMPLES // 12
+    num_steps = 3 * SAMPLES_AT_ONCE // 12
     in_order = [first.samples(step).rows for step in range(1, num_steps + 1)]
     resumed = loader_of(store)
-    for step in (num_steps, 1, BLOCK_SAMPLES // 12, BLOCK_SAMPLES // 12 + 1, 2, 2 * BLOCK_SAMPLES // 12 + 1):
+    for step in (num_steps, 1, SAMPLES_AT_ONCE // 12, SAMPLES_AT_ONCE // 12 + 1, 2, 2 * SAMPLES_AT_ONCE // 12 + 1):
         assert np.array_equal(resumed.samples(step).rows, in_order[step - 1])
         assert torch.equal(resumed.batch(step).labels_BT, first.batch(step).labels_BT)
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from raynium.data.evaluation import bits_per_byte
-from raynium.data.store import DocumentStore
+from raynium.data.store import OpenStore
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Baselines:
     num_bytes: int
 
 
-def compute_baselines(store: DocumentStore, *, max_documents: int | None = None) -> Baselines:
+def compute_baselines(store: OpenStore, *, max_documents: int | None = None) -> Baselines:
     """On the documents of `evaluation_set` with the same `max_documents`; quick, for the store has the counts."""
     documents = store.heldout_documents(max_documents)
     num_bytes = sum(document.utf8_bytes for document in documents)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from raynium.data.batch import IGNORED_LABEL, Batch
-from raynium.data.store import DocumentStore
+from raynium.data.store import OpenStore
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class EvaluationSet:
 
 
 def evaluation_set(
-    store: DocumentStore,
+    store: OpenStore,
     *,
     seq_len: int,
     batch_size: int,

@@ -1,9 +1,12 @@
 """Training batches: the samples of a step by the order, read from their stores, so that the whole state is the step.
 
-Step s, counted from 1, takes samples [(s-1)·B, s·B). B: sequences per step over all ranks, T: `data.seq_len`.
+Step s, counted from 1, takes samples [(s-1)·B, s·B). Within a step they are put in the order of their stores and lanes
+where the shuffle has lanes, so that each rank reads the same few blocks for long, whatever the world size.
+B: sequences per step over all ranks, T: `data.seq_len`.
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -12,10 +15,10 @@ from raynium.config.schema import Config
 from raynium.data.batch import Batch
 from raynium.data.order import Order, RowShuffle, Samples
 from raynium.data.rows import Rows, StreamRows
-from raynium.data.store import DocumentStore
+from raynium.data.store import OpenStore
 
-# The order is computed in blocks: one numpy call costs the same for 1 as for 1,000 samples.
-BLOCK_SAMPLES = 4096
+# The order is computed for many steps at once: one numpy call costs the same for 1 as for 1,000 samples.
+SAMPLES_AT_ONCE = 4096
 
 
 class Loader:
@@ -30,7 +33,9 @@ class Loader:
         self._rows, self._order = rows, order
         self._global_batch_size, self._rank_batch_size = global_batch_size, global_batch_size // data_size
         self._data_rank = data_rank
-        self._block, self._block_samples = -1, order.samples(0, 0)
+        self._steps_at_once = max(1, SAMPLES_AT_ONCE // global_batch_size)
+        # One is read from, another is looked ahead in.
+        self._of_steps = lru_cache(4)(self._compute)
 
     def batch(self, step: int) -> Batch:
         """This rank's share of a step: contiguous tensors on the CPU, tokens and labels int64 [B / data_size, T].
@@ -45,15 +50,19 @@ class Loader:
     def samples(self, step: int) -> Samples:
         """Where this rank's rows of a step lie, each int64 [B / data_size]."""
         assert step >= 1
-        first = (step - 1) * self._global_batch_size + self._data_rank * self._rank_batch_size
-        end, pieces = first + self._rank_batch_size, []
-        while first < end:
-            block, offset = divmod(first, BLOCK_SAMPLES)
-            if block != self._block:
-                self._block, self._block_samples = block, self._order.samples(block * BLOCK_SAMPLES, BLOCK_SAMPLES)
-            pieces.append(Samples(*(each[offset : offset + end - first] for each in self._block_samples)))
-            first += len(pieces[-1].rows)
-        return pieces[0] if len(pieces) == 1 else Samples(*map(np.concatenate, zip(*pieces, strict=True)))
+        part, number = divmod(step - 1, self._steps_at_once)
+        first = number * self._global_batch_size + self._data_rank * self._rank_batch_size
+        return Samples(*(column[first : first + self._rank_batch_size] for column in self._of_steps(part)))
+
+    def _compute(self, part: int) -> Samples:
+        """Of all ranks, for `steps_at_once` steps."""
+        number = self._steps_at_once * self._global_batch_size
+        samples = self._order.samples(part * number, number)
+        if not samples.lanes.any():
+            return samples
+        steps = np.arange(number) // self._global_batch_size
+        sorted_places = np.lexsort((samples.lanes, samples.stores, steps))
+        return Samples(*(column[sorted_places] for column in samples))
 
     def _read(self, samples: Samples) -> dict[str, np.ndarray]:
         """Each store's rows in one call, put where their samples are."""
@@ -69,7 +78,7 @@ class Loader:
         return columns
 
 
-def open_loader(config: Config, stores: Sequence[DocumentStore], *, data_rank: int, data_size: int) -> Loader:
+def open_loader(config: Config, stores: Sequence[OpenStore], *, data_rank: int, data_size: int) -> Loader:
     """The loader of a run. Raises DataError if a store has not as much as one row."""
     rows = [StreamRows(store, config.data.seq_len) for store in stores]
     order = Order([RowShuffle(len(each), seed=config.run.seed) for each in rows])

@@ -216,6 +216,11 @@ class StoreManifest(_JsonObject):
         small = [StoredFile(file.name, file.size_bytes, from_text(file.crc64nvme)) for file in self.small_files]
         return [*self.train_shards, *self.heldout_shards, *small]
 
+    def file(self, name: str) -> StoredFile:
+        """One of `files`."""
+        [found] = [file for file in self.files if file.name == name]
+        return found
+
     def _shards(self, subset_name: str, subset: Subset) -> list[StoredFile]:
         columns, token_bytes = subset.shards, self.numpy_dtype.itemsize
         rows = zip(columns.numbers, columns.tokens, list_from_text(columns.crc64nvme), strict=True)

@@ -15,12 +15,14 @@ from raynium.data.permutation import shuffled
 class Samples(NamedTuple):
     """Where samples lie, in their order; each is int64 [n].
 
-    stores: the store's number. rows: of that store. epochs: how often that store was gone through before.
+    stores: the store's number. rows: of that store. epochs: how often that store was gone through before. lanes: of
+    that store's shuffle; samples of one lane lie near each other.
     """
 
     stores: np.ndarray
     rows: np.ndarray
     epochs: np.ndarray
+    lanes: np.ndarray
 
 
 class Shuffle(Protocol):
@@ -30,6 +32,10 @@ class Shuffle(Protocol):
 
     def rows(self, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(row, epoch) of a store's samples by their places among the samples of that store, all int64 [n]."""
+        ...
+
+    def lanes(self, places: np.ndarray) -> np.ndarray:
+        """int64 [n]: rows of samples that have the same one lie near each other. All zero where that is of no use."""
         ...
 
 
@@ -47,6 +53,9 @@ class RowShuffle:
             rows[chosen] = shuffled(positions[chosen], length=self._num_rows, seed=self._seed, epoch=int(epoch))
         return rows, epochs
 
+    def lanes(self, places: np.ndarray) -> np.ndarray:
+        return np.zeros_like(places)
+
 
 class Order:
     """The samples of a run, counted from 0 over all steps."""
@@ -60,4 +69,4 @@ class Order:
         """Samples [first, first + number)."""
         places = np.arange(first, first + number)
         rows, epochs = self._shuffles[0].rows(places)
-        return Samples(np.zeros_like(places), rows, epochs)
+        return Samples(np.zeros_like(places), rows, epochs, self._shuffles[0].lanes(places))

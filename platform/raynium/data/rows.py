@@ -7,7 +7,7 @@ from typing import Protocol
 
 import numpy as np
 
-from raynium.data.store import DocumentStore
+from raynium.data.store import OpenStore
 from raynium.errors import DataError
 
 
@@ -33,13 +33,13 @@ class StreamRows:
     So every token but the first is a label once; fewer than T tokens at the stream's end are left out.
     """
 
-    def __init__(self, store: DocumentStore, seq_len: int):
+    def __init__(self, store: OpenStore, seq_len: int):
         """Raises DataError if the training stream is shorter than one window."""
         self._stream = store.train_stream()
         self._seq_len = seq_len
         if len(self._stream) < seq_len + 1:
             raise DataError(
-                f"data.seq_len = {seq_len}: document store {store.path} holds {len(self._stream)} training tokens, "
+                f"data.seq_len = {seq_len}: document store {store.place} holds {len(self._stream)} training tokens, "
                 f"and one sample takes seq_len + 1; set data.seq_len to {len(self._stream) - 1} or less, or add text"
             )
 

@@ -15,6 +15,7 @@ one store open.
 
 import json
 import os
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -25,7 +26,7 @@ import numpy as np
 from raynium.config.plain_file import read_plain
 from raynium.data.manifest import MANIFEST_NAME, StoredFile, StoreManifest
 from raynium.data.tokenizer import TOKENIZER_NAME, Tokenizer
-from raynium.data.tokens import Shard, TokenStream, check_unit, unit_checksums
+from raynium.data.tokens import Shard, Tokens, TokenStream, check_unit, unit_checksums
 from raynium.errors import DataError
 
 TOKEN_COUNTS_NAME = "train-token-counts.bin"
@@ -47,35 +48,66 @@ class HeldoutDocument(NamedTuple):
     zlib_bytes: int
 
 
+class OpenStore(ABC):
+    """A store that can be read, wherever its files lie. `place`: of it, for people."""
+
+    manifest: StoreManifest
+
+    @property
+    @abstractmethod
+    def place(self) -> str: ...
+
+    @abstractmethod
+    def train_stream(self) -> Tokens:
+        """All training tokens, in the order of the source."""
+
+    @abstractmethod
+    def heldout_stream(self) -> Tokens: ...
+
+    @abstractmethod
+    def read_file(self, name: str) -> bytes:
+        """A file's whole content, verified."""
+
+    def heldout_documents(self, max_documents: int | None = None) -> list[HeldoutDocument]:
+        """The held-out documents by hash of name, or the first `max_documents` of them. DataError for damage."""
+        documents = json.loads(self.read_file(HELDOUT_INDEX_NAME))
+        return [HeldoutDocument(**document) for document in documents[:max_documents]]
+
+    def train_token_counts(self) -> np.ndarray:
+        """int64 [vocab_size]: occurrences in the training stream. DataError for damage."""
+        return np.frombuffer(self.read_file(TOKEN_COUNTS_NAME), dtype=TOKEN_COUNT_DTYPE).astype(np.int64)
+
+    def tokenizer(self) -> Tokenizer:
+        return Tokenizer(
+            self.read_file(TOKENIZER_NAME).decode(),
+            f"{self.place}/{TOKENIZER_NAME}",
+            end_of_document=self.manifest.end_of_document_id,
+        )
+
+
 @dataclass(frozen=True)
-class DocumentStore:
-    """An open store; `open_store` makes one."""
+class DocumentStore(OpenStore):
+    """A store in a folder; `open_store` opens one."""
 
     path: Path
     manifest: StoreManifest
 
+    @property
+    def place(self) -> str:
+        return str(self.path)
+
     def train_stream(self) -> TokenStream:
-        """All training tokens, in the order of the source."""
         return TokenStream(self._train_shards)
 
     def heldout_stream(self) -> TokenStream:
         return TokenStream(self._heldout_shards)
 
-    def heldout_documents(self, max_documents: int | None = None) -> list[HeldoutDocument]:
-        """The held-out documents by hash of name, or the first `max_documents` of them. DataError for damage."""
-        documents = json.loads(self._read(HELDOUT_INDEX_NAME))
-        return [HeldoutDocument(**document) for document in documents[:max_documents]]
-
-    def train_token_counts(self) -> np.ndarray:
-        """int64 [vocab_size]: occurrences in the training stream. DataError for damage."""
-        return np.frombuffer(self._read(TOKEN_COUNTS_NAME), dtype=TOKEN_COUNT_DTYPE).astype(np.int64)
-
-    def tokenizer(self) -> Tokenizer:
-        return Tokenizer(
-            self._read(TOKENIZER_NAME).decode(),
-            str(self.path / TOKENIZER_NAME),
-            end_of_document=self.manifest.end_of_document_id,
-        )
+    def read_file(self, name: str) -> bytes:
+        file = self.manifest.file(name)
+        content, expected = (self.path / name).read_bytes(), unit_checksums(self.path, file, self.manifest.unit_bytes)
+        for unit in range(len(expected.unit_crcs)):
+            check_unit(self.path / name, memoryview(content), expected, unit)
+        return content
 
     def check_sizes(self) -> None:
         """Raises DataError that names every file that is missing or of another size than the manifest says."""
@@ -93,14 +125,6 @@ class DocumentStore:
                 f"document store {self.path} is damaged: {', '.join(damaged)}; "
                 "delete the folder and build or copy the store again"
             )
-
-    def _read(self, name: str) -> bytes:
-        """A file's whole content, verified."""
-        [file] = [file for file in self.manifest.files if file.name == name]
-        content, expected = (self.path / name).read_bytes(), unit_checksums(self.path, file, self.manifest.unit_bytes)
-        for unit in range(len(expected.unit_crcs)):
-            check_unit(self.path / name, memoryview(content), expected, unit)
-        return content
 
     # All streams share the shards, so that each unit is verified once.
 

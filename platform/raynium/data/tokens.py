@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -13,6 +13,20 @@ from raynium.data.manifest import StoredFile
 from raynium.errors import DataError
 from raynium.storage.checksum import FileChecksums, checksum, num_units, to_text
 from raynium.storage.local_files import mapped
+
+
+class Tokens(Protocol):
+    """One long sequence of tokens. What is read was verified; DataError if it is damaged."""
+
+    def __len__(self) -> int: ...
+
+    def read(self, start: int, length: int) -> np.ndarray:
+        """Tokens [start, start + length), in the shards' dtype. Nobody writes into them."""
+        ...
+
+    def gather(self, starts: np.ndarray, length: int) -> np.ndarray:
+        """[rows, length] in the shards' dtype: row r holds tokens [starts[r], starts[r] + length)."""
+        ...
 
 
 class Shard:
