@@ -37,28 +37,35 @@ class BlockShuffle:
     def lanes(self, places: np.ndarray) -> np.ndarray:
         """int64 [n], each in [0, L): samples of one lane read the same block until it is used up.
 
-        Of the last part of an epoch too, where a sample may read any block that is left.
+        Of what makes no whole round, each block has a lane.
         """
-        return places % self._num_rows % self._lanes
+        epochs, positions = np.divmod(places, self._num_rows)
+        lanes = positions % self._lanes
+        left = positions >= self._in_rounds
+        for epoch in np.unique(epochs[left]).tolist():
+            chosen = left & (epochs == epoch)
+            lanes[chosen] = self._left(positions[chosen], epoch) // self._block_rows
+        return lanes
 
     def _rows_of(self, positions: np.ndarray, epoch: int) -> np.ndarray:
-        rows = np.empty_like(positions)
-        whole = positions < self._in_rounds
-        turns, lanes = np.divmod(positions[whole], self._lanes)
+        left = positions >= self._in_rounds
+        turns, lanes = np.divmod(positions, self._lanes)
         rounds, offsets = np.divmod(turns, self._block_rows)
-        rows[whole] = self._row(rounds * self._lanes + lanes, offsets, epoch)
-
-        rest = positions[~whole] - self._in_rounds
-        if rest.size:
-            left = self._num_rows - self._in_rounds
-            rest = shuffled(rest, length=left, seed=self._seed, epoch=epoch)
-            # Blocks that are left come first among these, then the short one, which is the last of the store.
-            in_blocks = rest < self._full_blocks * self._block_rows - self._in_rounds
-            numbers, offsets = np.divmod(self._in_rounds + rest, self._block_rows)
-            rows[~whole] = np.where(in_blocks, 0, self._in_rounds + rest)
-            at = np.flatnonzero(~whole)[in_blocks]
-            rows[at] = self._row(numbers[in_blocks], offsets[in_blocks], epoch)
+        numbers = rounds * self._lanes + lanes
+        if left.any():
+            # Whole blocks that are left come first among these, then the short one.
+            numbers[left], offsets[left] = np.divmod(
+                self._in_rounds + self._left(positions[left], epoch), self._block_rows
+            )
+        short = numbers == self._full_blocks
+        rows = numbers * self._block_rows + offsets
+        rows[~short] = self._row(numbers[~short], offsets[~short], epoch)
         return rows
+
+    def _left(self, positions: np.ndarray, epoch: int) -> np.ndarray:
+        """Of positions behind the whole rounds: which of the rows that are left, int64 [n]."""
+        length = self._num_rows - self._in_rounds
+        return shuffled(positions - self._in_rounds, length=length, seed=self._seed, epoch=epoch)
 
     def _row(self, turns: np.ndarray, offsets: np.ndarray, epoch: int) -> np.ndarray:
         """Of the `turns`-th block of an epoch, the `offsets`-th row in that block's own order."""

@@ -26,6 +26,10 @@ class Rows(Protocol):
         """
         ...
 
+    def span(self, first: int, end: int) -> tuple[int, int]:
+        """(begin, end) in the training stream of all tokens that rows [first, end) are read from."""
+        ...
+
 
 class StreamRows:
     """Windows of T + 1 tokens of the training stream, each beginning on the last token of the one before.
@@ -49,3 +53,6 @@ class StreamRows:
     def read(self, rows: np.ndarray) -> dict[str, np.ndarray]:
         windows = self._stream.gather(rows * self._seq_len, self._seq_len + 1)
         return {"tokens": windows[:, :-1].astype(np.int64), "labels": windows[:, 1:].astype(np.int64)}
+
+    def span(self, first: int, end: int) -> tuple[int, int]:
+        return first * self._seq_len, end * self._seq_len + 1

@@ -1,0 +1,248 @@
+"""Rows of a store that stays in S3: the same as of a copy, fetched ahead of time, within the cache's bound."""
+
+import itertools
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import s3fs
+import torch
+from cache_folders import bytes_in_cache
+from flaky_s3 import FlakyS3, refuse
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from raynium.data import ahead
+from raynium.data.ahead import FetchAhead, StreamedRows
+from raynium.data.block_shuffle import BlockShuffle
+from raynium.data.build.store_build import build_store
+from raynium.data.loader import Loader
+from raynium.data.order import Order
+from raynium.data.range_cache import RangeCache
+from raynium.data.remote import publish
+from raynium.data.rows import StreamRows
+from raynium.data.store import DocumentStore
+from raynium.data.streamed import StreamedStore, open_streamed
+from raynium.errors import DataError, StoreError
+from raynium.storage.store import Store
+
+pytestmark = pytest.mark.s3
+numbers = itertools.count(1)
+SEQ_LEN, BLOCK_ROWS, LANES, UNIT_BYTES = 16, 8, 4, 64
+
+
+@pytest.fixture(scope="module")
+def local(tmp_path_factory: pytest.TempPathFactory) -> DocumentStore:
+    """Some 6,000 tokens in shards of 501, so that blocks cross shards, and units that no block ends with."""
+    folder = tmp_path_factory.mktemp("streaming")
+    (folder / "source").mkdir()
+    for i in range(60):
+        (folder / "source" / f"{i}.txt").write_text(f"document {i} says {i * i} and then {i**3}\n" * (i % 7 + 4))
+    return build_store(
+        folder / "store",
+        source=str(folder / "source"),
+        vocab_size=300,
+        heldout_fraction=0.2,
+        shard_tokens=501,
+        unit_bytes=UNIT_BYTES,
+    )
+
+
+@pytest.fixture(scope="module")
+def bucket(s3_server: Any) -> str:
+    return s3_server.create_bucket("streaming")
+
+
+@pytest.fixture
+def url(bucket: str, local: DocumentStore, s3_server: Any, monkeypatch: pytest.MonkeyPatch) -> str:
+    for name, value in s3_server.env.items():
+        monkeypatch.setenv(name, value)
+    url = f"{bucket}/{next(numbers)}"
+    publish(local, url)
+    return url
+
+
+@pytest.fixture
+def stream(url: str, tmp_path: Path) -> Callable[..., "Streaming"]:
+    def make(**fields: Any) -> Streaming:
+        cache = RangeCache(tmp_path / "cache", max_bytes=fields.pop("max_bytes", 2**20))
+        return Streaming(open_streamed(url, cache), **fields)
+
+    return make
+
+
+class Streaming:
+    """A loader whose rows are streamed."""
+
+    def __init__(self, store: StreamedStore, *, data_rank: int = 0, data_size: int = 1, ahead_bytes: int = 2**20):
+        inner = StreamRows(store, SEQ_LEN)
+        self.store = store
+        self.rows = StreamedRows(inner, store.train_stream(), block_rows=BLOCK_ROWS)
+        self.loader = block_loader(self.rows, data_rank=data_rank, data_size=data_size)
+        self.ahead = FetchAhead([self.rows], self.loader.samples, total_steps=10_000, max_bytes=ahead_bytes)
+
+    def batch(self, step: int) -> Any:
+        self.ahead.hold(step)
+        return self.loader.batch(step)
+
+
+def block_loader(rows: Any, *, data_rank: int = 0, data_size: int = 1) -> Loader:
+    order = Order([BlockShuffle(len(rows), seed=3, block_rows=BLOCK_ROWS, lanes=LANES)])
+    return Loader([rows], order, global_batch_size=12, data_rank=data_rank, data_size=data_size)
+
+
+def threads_of_fetching() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("data-fetch")]
+
+
+@pytest.mark.parametrize("data_size", [1, 2, 3])
+def test_streamed_batches_are_those_of_a_copy_to_the_bit(
+    local: DocumentStore, stream: Callable[..., Streaming], data_size: int
+):
+    rows = StreamRows(local, SEQ_LEN)
+    steps = range(1, 3 * len(rows) // 12)
+    for rank in range(data_size):
+        copied = block_loader(rows, data_rank=rank, data_size=data_size)
+        streamed = stream(data_rank=rank, data_size=data_size)
+        for step in steps:
+            ours, theirs = streamed.batch(step), copied.batch(step)
+            assert torch.equal(ours.tokens_BT, theirs.tokens_BT) and torch.equal(ours.labels_BT, theirs.labels_BT)
+        streamed.ahead.close()
+
+
+def test_each_block_is_fetched_once_an_epoch_and_little_more_than_is_used(
+    local: DocumentStore, stream: Callable[..., Streaming]
+):
+    streamed = stream()
+    steps = range(1, len(streamed.rows) // 12 + 1)
+    for step in steps:
+        streamed.batch(step)
+    streamed.ahead.close()
+    blocks = -(-len(streamed.rows) // BLOCK_ROWS)
+    traffic, files = streamed.store.traffic, local.manifest.train_shards
+    # A block of 257 bytes takes two units more at most, and as many requests as it has shards.
+    assert traffic.fetched_bytes <= sum(file.size_bytes for file in files) + blocks * 3 * UNIT_BYTES * 2
+    assert traffic.requests <= blocks + 3 * len(files)
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(steps=st.lists(st.integers(1, 200), min_size=1, max_size=8), ahead_bytes=st.sampled_from([1, 2000, 2**20]))
+def test_any_step_can_come_next_and_any_budget_will_do(
+    local: DocumentStore, stream: Callable[..., Streaming], steps: list[int], ahead_bytes: int
+):
+    streamed, copied = stream(ahead_bytes=ahead_bytes), block_loader(StreamRows(local, SEQ_LEN))
+    for step in steps:
+        assert torch.equal(streamed.batch(step).tokens_BT, copied.batch(step).tokens_BT)
+    streamed.ahead.close()
+
+
+def test_the_cache_keeps_its_bound_while_blocks_come_and_go(stream: Callable[..., Streaming], tmp_path: Path):
+    # Blocks of at most 6 units and shard ends of another 2; four in use, and four that come.
+    bound = 2 * LANES * 8 * UNIT_BYTES
+    streamed = stream(max_bytes=bound, ahead_bytes=bound)
+    done, most = threading.Event(), [0]
+
+    def watch() -> None:
+        while not done.is_set():
+            most[0] = max(most[0], bytes_in_cache(tmp_path / "cache"))
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    for step in range(1, 2 * len(streamed.rows) // 12):
+        streamed.batch(step)
+    done.set()
+    watcher.join()
+    streamed.ahead.close()
+    assert bound // 2 < most[0] <= bound
+
+
+def test_threads_fetch_all_blocks_in_the_order_in_which_they_are_needed(
+    stream: Callable[..., Streaming], monkeypatch: pytest.MonkeyPatch
+):
+    threads: set[str] = set()
+    read_into = Store.read_into
+
+    def recording(self: Store, key: str, start: int, *buffers: memoryview) -> None:
+        threads.add(threading.current_thread().name.partition("_")[0])
+        read_into(self, key, start, *buffers)
+
+    monkeypatch.setattr(Store, "read_into", recording)
+    order: list[int] = []
+    fetch = StreamedRows.fetch
+    monkeypatch.setattr(StreamedRows, "fetch", lambda self, block: (order.append(block), fetch(self, block)))
+    monkeypatch.setattr(ahead, "FETCHERS", 1)
+    streamed = stream()
+    read_all(streamed)
+    assert threads == {"data-fetch"}
+    needed = [row // BLOCK_ROWS for step in range(1, 20) for row in streamed.loader.samples(step).rows.tolist()]
+    assert order[:20] == list(dict.fromkeys(needed))[:20]
+
+
+def test_held_out_documents_are_read_without_a_copy_too(local: DocumentStore, stream: Callable[..., Streaming]):
+    from raynium.data.evaluation import evaluation_set
+
+    fields = {"seq_len": SEQ_LEN, "batch_size": 4, "data_rank": 0, "data_size": 1}
+    ours, theirs = (evaluation_set(store, **fields) for store in (stream().store, local))
+    assert ours.num_tokens == theirs.num_tokens and len(ours.batches) == len(theirs.batches)
+    for mine, other in zip(ours.batches, theirs.batches, strict=True):
+        assert torch.equal(mine.tokens_BT, other.tokens_BT) and torch.equal(mine.labels_BT, other.labels_BT)
+    assert np.array_equal(stream().store.train_token_counts(), local.train_token_counts())
+    assert stream().store.tokenizer().sha256s == local.tokenizer().sha256s
+
+
+def damage(url: str, name: str, at: int) -> None:
+    content = bytearray(Store(url).read(name))
+    content[at] ^= 1
+    Store(url).replace(name, bytes(content))
+
+
+def read_all(streamed: Streaming) -> None:
+    try:
+        for step in range(1, len(streamed.rows) // 12 + 1):
+            streamed.batch(step)
+    finally:
+        streamed.ahead.close()
+        assert not threads_of_fetching()
+
+
+def test_damage_reaches_the_caller_with_store_shard_and_range(url: str, stream: Callable[..., Streaming]):
+    damage(url, "train-00003.bin", 200)
+    with pytest.raises(DataError, match=rf"{url}/train-00003\.bin is damaged in unit 3, bytes 192 to 256 .*`raynium"):
+        read_all(stream())
+
+
+def test_damaged_checksums_are_told_from_damaged_tokens(url: str, stream: Callable[..., Streaming]):
+    damage(url, "train-00002.crc", 5)
+    with pytest.raises(DataError, match=rf"{url}/train-00002\.crc is damaged"):
+        read_all(stream())
+
+
+def test_a_file_that_is_gone_is_damage(url: str, stream: Callable[..., Streaming]):
+    Store(url).delete("train-00001.bin")
+    with pytest.raises(DataError, match=r"bytes [\d,]+ to [\d,]+ of .*/train-00001\.bin: there is no such file"):
+        read_all(stream())
+
+
+def test_storage_that_fails_is_no_damage_and_may_be_tried_again(
+    url: str, s3_server: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+):
+    # fsspec keeps one for all of a process, with the endpoint of before.
+    s3fs.S3FileSystem.clear_instance_cache()
+    request.addfinalizer(s3fs.S3FileSystem.clear_instance_cache)
+    with FlakyS3(s3_server.endpoint) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+        streamed = Streaming(open_streamed(url, RangeCache(tmp_path / "cache", max_bytes=2**20)))
+        proxy.set(refuse(403, "AccessDenied", of=["GetObject"]))
+        with pytest.raises(StoreError, match=rf"{url}/train-\d+\.\w+ cannot be read: .*"):
+            read_all(streamed)
+
+
+def test_a_store_that_is_not_there_or_another_one_is_refused(url: str, tmp_path: Path):
+    cache = RangeCache(tmp_path, max_bytes=2**20)
+    with pytest.raises(DataError, match="is no document store"):
+        open_streamed(f"{url}-none", cache)
+    with pytest.raises(DataError, match=r"holds other data .* than data.identity = '0{64}'"):
+        open_streamed(url, cache, identity="0" * 64)
