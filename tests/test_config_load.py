@@ -460,7 +460,10 @@ def test_a_presets_model_takes_the_place_of_the_one_below_it(write):
         ("source: python-stdlib", "runs/data/python-stdlib"),
         ("source: /texts/my novels/", "runs/data/my novels"),
         ("source: s3://bucket/texts", "runs/data/texts"),
+        ("source: s3://bucket/web/*.jsonl.zst", "runs/data/web"),
+        ("source: '/web/**/part-[0-9].txt'", "runs/data/web"),
         ("source: ..", "runs/data/tiny"),
+        ("source: '*.txt'", "runs/data/tiny"),
         ("source: a, path: b", "b"),
     ],
 )

@@ -80,7 +80,8 @@ def _name_the_store(reading: Reading) -> None:
     if isinstance(run, dict) and isinstance(data, dict) and "data.path" not in reading.refused:
         source, root = data.get("source"), run.get("root", "runs")
         if isinstance(source, str) and isinstance(root, str) and data.get("path") is None:
-            name = source.rstrip("/").rpartition("/")[2]
+            # Of a glob, the folder that it begins at.
+            name = re.split(r"(?:^|/)[^/]*[*?\[]", source)[0].rstrip("/").rpartition("/")[2]
             name = name if name.strip(".~") else run.get("name")
             reading.put("data.path", f"{root.rstrip('/')}/data/{name}", "from run.root and data.source")
 

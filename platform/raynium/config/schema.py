@@ -154,7 +154,8 @@ class DataSection(Section):
     """Of the content that must be there (`identity` in its manifest.json). null: whatever is; the driver fills it
     in, so that a run goes on with the same content only, wherever it lies."""
     source: Location | None = None
-    """Text to make the store of: a folder of .txt, .md, .py or .jsonl files, one such file, or `python-stdlib`."""
+    """Text to make the store of: a folder, a file or a glob, also at s3://, of .txt, .md, .py, .jsonl, .json (each also
+    .gz or .zst), .parquet or .arrow files; a dataset that `datasets` saved to disk; or `python-stdlib`."""
     tokenizer: Location | None = None
     """The tokenizer.json to use, a path or an s3:// URL. null: a byte-level BPE is trained on the source."""
     end_of_document: Annotated[str, Field(min_length=1)] | None = None

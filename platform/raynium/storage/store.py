@@ -38,7 +38,7 @@ class Store:
     """
 
     def __init__(self, url: str | Path, *, options: Mapping[str, Any] | None = None):
-        self.url, self._backend = _open(str(url), dict(options or {}))
+        self.url, self._backend = open_backend(str(url), options or {})
         self._options = options
 
     def __repr__(self) -> str:
@@ -157,7 +157,7 @@ def checked_key(key: str) -> str:
     return key
 
 
-def _open(url: str, options: dict[str, Any]) -> tuple[str, Backend]:
+def open_backend(url: str, options: Mapping[str, Any]) -> tuple[str, Backend]:
     """The normalised address (never with credentials, so it can be logged) and the backend for `url`.
 
     What follows the scheme is taken character for character, as AWS's own tools do with a key: `%20` is no space, and
@@ -179,7 +179,7 @@ def _open(url: str, options: dict[str, Any]) -> tuple[str, Backend]:
     if scheme == "file":
         return _open_file(url, bucket, folder)
     if scheme == "s3":
-        return _open_s3(url, bucket, folder, options)
+        return _open_s3(url, bucket, folder, dict(options))
     raise StoreError(f"{url!r} has the scheme {scheme!r}: use a path, file:// or s3://")
 
 

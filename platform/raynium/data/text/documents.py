@@ -7,14 +7,16 @@ from typing import Literal, NamedTuple
 from raynium.data.text.left_out import LeftOut
 
 # pieces: a text that is the whole source, cut into documents.
-Kind = Literal["text", "pieces", "jsonl"]
+Kind = Literal["text", "pieces", "jsonl", "json", "parquet", "arrow"]
+Compression = Literal["", "gz", "zst"]
 
 
 class Document(NamedTuple):
     """One text to train or evaluate on.
 
-    name: the file's path relative to the source, "/"-separated. Where a file holds several, with ":<offset>", the byte
-    of the (uncompressed) file at which this one begins. text: not empty, and encodable as UTF-8.
+    name: the file's path relative to the source, "/"-separated. Where a file holds several, with ":<number>" besides:
+    of lines and pieces the byte of the (uncompressed) file at which it begins, else the row, from 0. text: not empty,
+    and encodable as UTF-8.
     """
 
     name: str
@@ -26,12 +28,15 @@ Item = Document | LeftOut
 
 @dataclass(frozen=True)
 class SourceFile:
-    """As it was listed. place: its path or URL. modified_unix: by the clock of where it lies."""
+    """As it was listed. place: its path or URL. num_bytes: as it lies there, packed or not. modified_unix: by the clock
+    of where it lies.
+    """
 
     name: str
     place: str
     num_bytes: int
     kind: Kind
+    compression: Compression
     modified_unix: float
 
 
@@ -50,10 +55,14 @@ class Part:
 
 @dataclass(frozen=True)
 class Split:
-    """What one task reads: all that it needs to know, on any node that sees the files. Pickles small."""
+    """What one task reads: all that it needs to know, on any node that sees the files. Pickles small.
+
+    profile: see `sources.open_source`.
+    """
 
     parts: tuple[Part, ...]
     text_field: str
+    profile: str | None
 
     @property
     def num_bytes(self) -> int:

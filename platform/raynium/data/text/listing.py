@@ -1,100 +1,264 @@
-"""What a source holds, found without opening a file of it."""
+"""What a source holds, found without opening a file of text."""
 
+import json
 import os
+import re
 import sysconfig
-from collections.abc import Set as AbstractSet
-from pathlib import Path
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path, PurePosixPath
 
 from raynium.config.plain_file import plain_size
-from raynium.data.text.documents import Kind, SourceFile
+from raynium.data.text.documents import Compression, Kind, SourceFile
 from raynium.data.text.left_out import LeftOut
-from raynium.errors import DataError
+from raynium.errors import DataError, StoreError, some
+from raynium.storage.backend import KeyMissing
+from raynium.storage.reading import Found, find_object, list_objects, open_reading
 
 PYTHON_STDLIB = "python-stdlib"
 # These lie inside the standard library's folder.
 THIRD_PARTY_FOLDERS = frozenset({"site-packages", "dist-packages"})
 # By ending; capital letters do not matter.
-KINDS: dict[str, Kind] = {".txt": "text", ".md": "text", ".py": "text", ".jsonl": "jsonl", ".ndjson": "jsonl"}
+KINDS: dict[str, Kind] = {
+    **{".txt": "text", ".md": "text", ".py": "text"},
+    **{".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".parquet": "parquet", ".arrow": "arrow"},
+}
+COMPRESSIONS: dict[str, Compression] = {".gz": "gz", ".zst": "zst"}
+# These pack their columns themselves, and are read from the end.
+NEVER_PACKED = frozenset({"parquet", "arrow"})
 # Kinds that hold text as a rule, but not for our readers: a user who gives such files must hear that they are not read.
 COMPRESSED_ENDINGS = frozenset({".gz", ".zst", ".bz2", ".xz", ".lz4", ".zip", ".tar", ".tgz", ".7z"})
 UNREAD_ENDINGS = COMPRESSED_ENDINGS | {
-    *(".json", ".parquet", ".arrow", ".feather", ".orc", ".avro", ".csv", ".tsv", ".xml", ".html", ".htm"),
-    *(".tex", ".rst", ".epub", ".pdf", ".doc", ".docx", ".odt", ".warc", ".db", ".sqlite", ".npy", ".npz", ".tfrecord"),
+    *(".feather", ".orc", ".avro", ".csv", ".tsv", ".xml", ".html", ".htm", ".tex", ".rst", ".epub", ".pdf", ".doc"),
+    *(".docx", ".odt", ".warc", ".db", ".sqlite", ".npy", ".npz", ".tfrecord"),
 }
-_ENDINGS = ", ".join(KINDS)
+ENDINGS = f"{', '.join(KINDS)}, and all but the last two also .gz and .zst"
+# What `datasets` writes beside a saved dataset's files, which state.json names.
+HUGGING_FACE = frozenset({"state.json", "dataset_info.json"})
+HUGGING_FACE_SPLITS = "dataset_dict.json"
+_MAX_STATE_BYTES = 2**24
+_WILDCARD = re.compile(r"[*?\[]")
+_HUB_ID = re.compile(r"(?:^|/)([\w.-]+)/([\w-][\w.-]*)/?$", re.ASCII)
 
-Listed = tuple[list[SourceFile], list[LeftOut]]
+
+@dataclass(frozen=True)
+class Listing:
+    """The files of a source, and what is none, both by name."""
+
+    files: list[SourceFile]
+    left_out: list[LeftOut]
 
 
-def list_source(source: str) -> Listed:
-    """All files of a source, and what is none, both by name. Raises DataError; see `sources.open_source`."""
+def list_source(source: str, *, profile: str | None) -> Listing:
+    """See `sources.open_source`. Raises DataError."""
     if source == PYTHON_STDLIB:
-        root = Path(sysconfig.get_paths()["stdlib"])
+        found = _of_folder(_Folder(str(sysconfig.get_paths()["stdlib"]), source, profile), without=THIRD_PARTY_FOLDERS)
+        files = [file for file in found.files if file.name.endswith(".py")]
         # What is not meant to be in it is not left out of it.
-        return _folder(root, {".py"}, without=THIRD_PARTY_FOLDERS, given=source)[0], []
-    path = Path(source.removeprefix("file://"))
+        return Listing(files, [])
     try:
-        if path.is_dir():
-            return _folder(path, KINDS.keys(), without=frozenset(), given=source)
-        num_bytes = plain_size(path)
+        if source.startswith("s3://"):
+            return _in_s3(source, profile)
+        return _on_disk(source, source.removeprefix("file://"))
+    except StoreError as error:
+        raise DataError(f"data.source = {source!r}: {error}") from error
     except (OSError, ValueError) as error:
-        missing = isinstance(error, (FileNotFoundError, NotADirectoryError))
-        problem = "there is no such folder or file on this machine" if missing else getattr(error, "strerror", error)
-        raise DataError(
-            f"data.source = {source!r}: {problem}; give an existing folder of {_ENDINGS} files, one such file, or "
-            f"{PYTHON_STDLIB!r}"
-        ) from error
-    kind = KINDS.get(path.suffix.lower())
-    if kind is None:
-        raise DataError(
-            f"data.source = {source!r}: a file that ends in {path.suffix or 'nothing'} is not read; give one of "
-            f"{_ENDINGS}"
-        )
-    kind = "pieces" if kind == "text" else kind
-    return [SourceFile(path.name, str(path), num_bytes, kind, path.stat().st_mtime)], []
+        problem = error.strerror or str(error) if isinstance(error, OSError) else str(error)
+        raise DataError(f"data.source = {source!r}: {problem}; {_what_to_give(source)}") from error
 
 
-def _folder(root: Path, endings: AbstractSet[str], *, without: frozenset[str], given: str) -> Listed:
-    files: list[SourceFile] = []
+def _on_disk(source: str, place: str) -> Listing:
+    path = Path(place)
+    if path.is_dir():
+        return _of_folder(_Folder(place.rstrip("/") or "/", source, None))
+    # A file whose name has an asterisk in it is a file.
+    if _WILDCARD.search(place) and not os.path.lexists(path):
+        root, pattern = _cut_at_wildcard(place)
+        return _of_folder(_Folder(root or ".", source, None), pattern=pattern)
+    try:
+        return _of_file(Found(path.name, plain_size(path), path.stat().st_mtime), place, source)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise FileNotFoundError(error.errno, "there is no such folder or file on this machine") from error
+
+
+def _in_s3(source: str, profile: str | None) -> Listing:
+    if _WILDCARD.search(source):
+        root, pattern = _cut_at_wildcard(source)
+        return _of_folder(_Folder(root, source, profile), pattern=pattern)
+    if _kind(PurePosixPath(source).name) is not None:
+        try:
+            return _of_file(find_object(source, profile=profile), source, source)
+        except KeyMissing:
+            # A folder may have such a name, too.
+            pass
+    return _of_folder(_Folder(source.rstrip("/"), source, profile))
+
+
+def _cut_at_wildcard(place: str) -> tuple[str, str]:
+    """A glob's last folder without a wildcard, and the rest."""
+    folder = place[: _WILDCARD.search(place).start()].rpartition("/")[0]  # pyright: ignore[reportOptionalMemberAccess]
+    return folder, place[len(folder) :].lstrip("/")
+
+
+def _what_to_give(source: str) -> str:
+    given = f"give an existing folder of files ({ENDINGS}), one such file, a glob, or {PYTHON_STDLIB!r}"
+    hub = _HUB_ID.search(source)
+    if hub is None or "://" in source or Path(source).parent.exists() or _kind(hub[2]) is not None:
+        return given
+    return (
+        f"{given}. If {hub[1]}/{hub[2]} is a dataset of the Hugging Face hub, download it first: `hf download "
+        f"{hub[1]}/{hub[2]} --repo-type dataset --local-dir {hub[2]}`, then data.source='{hub[2]}/**/*.parquet'"
+    )
+
+
+# ---- folders ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Folder:
+    """place: its path or URL, without a slash at its end. source: as the user gave it."""
+
+    place: str
+    source: str
+    profile: str | None
+
+    def entries(self, *, recursive: bool, without: frozenset[str]) -> Iterator[Found | LeftOut]:
+        if self.place.startswith("s3://"):
+            for found in list_objects(self.place, recursive=recursive, profile=self.profile):
+                hidden = any(part.startswith(".") for part in found.name.split("/"))
+                yield LeftOut(found.name, "hidden") if hidden else found
+        else:
+            yield from _walk(Path(self.place), recursive, without, self.source)
+
+    def read_json(self, name: str) -> dict[str, object]:
+        with open_reading(f"{self.place}/{name}", profile=self.profile) as stream:
+            record = json.loads(stream.read(_MAX_STATE_BYTES))
+        if not isinstance(record, dict):
+            raise ValueError(f"{self.place}/{name} holds no JSON object")
+        return record
+
+
+def _of_folder(folder: _Folder, *, pattern: str = "", without: frozenset[str] = frozenset()) -> Listing:
+    recursive = not pattern or "/" in pattern or "**" in pattern
+    found: list[Found] = []
     left_out: list[LeftOut] = []
+    for entry in folder.entries(recursive=recursive, without=without):
+        if pattern and not _matches(entry.name.split("/"), pattern.split("/")):
+            continue
+        if isinstance(entry, LeftOut):
+            # A glob takes no hidden files, as in a shell.
+            left_out += [] if pattern else [entry]
+        else:
+            found.append(entry)
+    if not pattern:
+        found = _of_saved_dataset(folder, found)
+    files: list[SourceFile] = []
+    for entry in found:
+        item = _source_file(entry, f"{folder.place}/{entry.name}")
+        files += [item] if isinstance(item, SourceFile) else []
+        left_out += [item] if isinstance(item, LeftOut) else []
+    if not files:
+        raise DataError(_nothing(folder, pattern, sorted(left_out)))
+    return Listing(sorted(files, key=lambda file: file.name), sorted(left_out))
 
+
+def _nothing(folder: _Folder, pattern: str, left_out: list[LeftOut]) -> str:
+    there = f"; there is {left_out[0].name} ({left_out[0].reason})" if left_out else ""
+    if pattern:
+        return (
+            f"data.source = {folder.source!r}: no file under {folder.place} matches {pattern!r} and is of a kind that "
+            f"is read ({ENDINGS}){there}; * stands for characters other than /, and **/ for folders, any number of them"
+        )
+    return (
+        f"data.source = {folder.source!r}: no file of a kind that is read ({ENDINGS}) under {folder.place}{there}; "
+        f"give a folder that holds some, or {PYTHON_STDLIB!r}"
+    )
+
+
+def _walk(root: Path, recursive: bool, without: frozenset[str], source: str) -> Iterator[Found | LeftOut]:
     def refuse(error: OSError) -> None:
         raise DataError(
-            f"data.source = {given!r}: {error.filename} cannot be read: {error.strerror}; give this user permission to "
-            "read it, or move it elsewhere"
+            f"data.source = {source!r}: {error.filename} cannot be read: {error.strerror}; give this user permission "
+            "to read it, or move it elsewhere"
         ) from error
 
     for folder, folders, names in os.walk(root, onerror=refuse):
         inside = Path(folder).relative_to(root)
-        hidden = [name for name in [*folders, *names] if name.startswith(".")]
-        left_out += [LeftOut((inside / name).as_posix(), "hidden") for name in hidden]
+        for name in [*folders, *names]:
+            if name.startswith("."):
+                yield LeftOut((inside / name).as_posix(), "hidden")
         folders[:] = [name for name in folders if not name.startswith(".") and name not in without]
-        linked = [name for name in folders if os.path.islink(os.path.join(folder, name))]
-        left_out += [LeftOut((inside / name).as_posix(), "linked folder") for name in linked]
+        for name in folders:
+            if os.path.islink(os.path.join(folder, name)):
+                yield LeftOut((inside / name).as_posix(), "linked folder")
+        if not recursive:
+            folders.clear()
         for name in names:
             if not name.startswith("."):
-                item = _file(Path(folder, name), (inside / name).as_posix(), endings)
-                files += [item] if isinstance(item, SourceFile) else []
-                left_out += [item] if isinstance(item, LeftOut) else []
-    if not files:
-        found = f"; it has {left_out[0].name} ({left_out[0].reason})" if left_out else ""
+                path, relative = Path(folder, name), (inside / name).as_posix()
+                try:
+                    yield Found(relative, plain_size(path), path.stat().st_mtime)
+                except OSError:
+                    yield LeftOut(relative, "no file")
+
+
+def _matches(name: list[str], pattern: list[str]) -> bool:
+    """Of a path's parts: each fits its own as in a shell, and "**" any number of folders, also none."""
+    if not name or not pattern:
+        return name == pattern
+    if pattern[0] == "**":
+        return pattern[1:] == [] or any(_matches(name[depth:], pattern[1:]) for depth in range(len(name)))
+    return fnmatchcase(name[0], pattern[0]) and _matches(name[1:], pattern[1:])
+
+
+def _of_saved_dataset(folder: _Folder, found: list[Found]) -> list[Found]:
+    """Of what `datasets.save_to_disk` wrote, the files that hold its rows; anything else as it is."""
+    names = {entry.name for entry in found}
+    if HUGGING_FACE_SPLITS in names:
+        splits = folder.read_json(HUGGING_FACE_SPLITS).get("splits")
+        listed = [f"{folder.place}/{name}" for name in splits] if isinstance(splits, list) else []
         raise DataError(
-            f"data.source = {given!r}: no {', '.join(KINDS)} file under {root}{found}; "
-            f"give a folder that holds some, or {PYTHON_STDLIB!r}"
+            f"data.source = {folder.source!r} is a Hugging Face dataset of several splits: give one of them, "
+            f"{some(listed)}"
         )
-    return sorted(files, key=lambda file: file.name), sorted(left_out)
+    if not names >= HUGGING_FACE:
+        return found
+    state = folder.read_json("state.json").get("_data_files")
+    held = [str(file.get("filename")) for file in state if isinstance(file, dict)] if isinstance(state, list) else []
+    if lacking := sorted({*held} - names):
+        raise DataError(
+            f"data.source = {folder.source!r} lacks {some(lacking)}, which its state.json names: copy the dataset again"
+        )
+    return [entry for entry in found if entry.name in held]
 
 
-def _file(path: Path, name: str, endings: AbstractSet[str]) -> SourceFile | LeftOut:
-    try:
-        num_bytes = plain_size(path)
-        modified_unix = path.stat().st_mtime
-    except OSError:
-        return LeftOut(name, "no file")
-    ending = path.suffix.lower()
-    if ending in endings:
-        return SourceFile(name, str(path), num_bytes, KINDS[ending], modified_unix)
-    if ending in UNREAD_ENDINGS:
-        inner = Path(path.stem).suffix.lower() if ending in COMPRESSED_ENDINGS else ""
-        return LeftOut(name, "unread kind", num_bytes, f"{inner[:20]}{ending}")
-    return LeftOut(name, "other kind", num_bytes)
+# ---- files -----------------------------------------------------------------------------------------------------------
+
+
+def _kind(name: str) -> tuple[Kind, Compression] | None:
+    path = PurePosixPath(name.lower())
+    compression = COMPRESSIONS.get(path.suffix, "")
+    kind = KINDS.get(PurePosixPath(path.stem).suffix if compression else path.suffix)
+    return None if kind is None or (compression and kind in NEVER_PACKED) else (kind, compression)
+
+
+def _source_file(found: Found, place: str) -> SourceFile | LeftOut:
+    known = _kind(found.name)
+    if known is not None:
+        return SourceFile(found.name, place, found.num_bytes, *known, found.modified_unix)
+    path = PurePosixPath(found.name.lower())
+    if path.suffix in UNREAD_ENDINGS:
+        inner = PurePosixPath(path.stem).suffix if path.suffix in COMPRESSED_ENDINGS else ""
+        return LeftOut(found.name, "unread kind", found.num_bytes, f"{inner[:20]}{path.suffix}")
+    return LeftOut(found.name, "other kind", found.num_bytes)
+
+
+def _of_file(found: Found, place: str, source: str) -> Listing:
+    known = _kind(found.name)
+    if known is None:
+        ending = PurePosixPath(found.name).suffix or "nothing"
+        raise DataError(f"data.source = {source!r}: a file that ends in {ending} is not read; give one of {ENDINGS}")
+    kind, compression = known
+    kind = "pieces" if kind == "text" else kind
+    return Listing([SourceFile(found.name, place, found.num_bytes, kind, compression, found.modified_unix)], [])

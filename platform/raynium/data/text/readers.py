@@ -5,6 +5,7 @@ They read a stream forward, in bounded memory. What they give does not depend on
 
 import codecs
 import json
+import re
 from collections.abc import Iterator
 from io import BufferedReader
 from typing import Any
@@ -16,15 +17,18 @@ from raynium.data.text.left_out import LeftOut
 MAX_DOCUMENT_BYTES = 128 * 2**20
 # A text file that is the whole source is cut after lines into pieces of about this size, so that some can be held out.
 PIECE_BYTES = 16_384
+_JSON_BYTES = 65_536
+# Between objects, and between those in an array.
+_BETWEEN_VALUES = (re.compile(r"[ \t\r\n]*"), re.compile(r"[ \t\r\n,]*"))
 _UTF_16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
 class BadRecord(Exception):
-    """A record that is no document and should be one. offset: the byte of the file where it begins."""
+    """A record that is no document and should be one. at: the byte of the file where it begins, or its row, from 0."""
 
-    def __init__(self, offset: int, problem: str):
+    def __init__(self, at: int, problem: str):
         super().__init__(problem)
-        self.offset, self.problem = offset, problem
+        self.at, self.problem = at, problem
 
 
 def whole_text(stream: BufferedReader, part: Part) -> Iterator[Item]:
@@ -33,7 +37,7 @@ def whole_text(stream: BufferedReader, part: Part) -> Iterator[Item]:
     if len(content) > MAX_DOCUMENT_BYTES:
         yield LeftOut(part.file.name, "too long", part.file.num_bytes)
     else:
-        yield _document(part.file.name, content)
+        yield document_of_bytes(part.file.name, content)
 
 
 def text_pieces(stream: BufferedReader, part: Part) -> Iterator[Item]:
@@ -54,7 +58,7 @@ def text_pieces(stream: BufferedReader, part: Part) -> Iterator[Item]:
         grid += PIECE_BYTES
         held += stream.read(max(0, grid + PIECE_BYTES - position - len(held)))
         ends = _piece_begins(held, grid - position)
-        yield _document(f"{part.file.name}:{position}", held[:ends])
+        yield document_of_bytes(f"{part.file.name}:{position}", held[:ends])
         held, position = held[ends:], position + ends
 
 
@@ -100,7 +104,7 @@ def _skip_line(stream: BufferedReader, most_bytes: int | None = None) -> int:
     return num_bytes
 
 
-def _json_document(name: str, line: bytes, text_field: str, offset: int) -> Item:
+def _json_document(name: str, line: bytes, text_field: str, at: int) -> Item:
     if not line.strip():
         return LeftOut(name, "empty")
     try:
@@ -108,27 +112,66 @@ def _json_document(name: str, line: bytes, text_field: str, offset: int) -> Item
     except UnicodeDecodeError:
         return LeftOut(name, "not utf-8", len(line))
     except (ValueError, RecursionError) as error:
-        raise BadRecord(offset, f"not JSON ({error}); each line must be a JSON object") from error
-    return _document_of(name, _field(record, text_field, offset), len(line))
+        raise BadRecord(at, f"not JSON ({error}); each line must be a JSON object") from error
+    return _document_of(name, _field(record, text_field, at), len(line))
 
 
-def _field(record: Any, text_field: str, offset: int) -> str | None:
+def json_values(stream: BufferedReader, part: Part, text_field: str) -> Iterator[Item]:
+    """Objects one after the other (often there is one), or in an array. Raises BadRecord, as `json_lines`."""
+    if _is_utf_16(stream):
+        yield from _left_out_as_utf_16(part)
+        return
+    # Bytes that are no UTF-8 become half surrogate pairs, so that they cost the one document that they are in.
+    decode = codecs.getincrementaldecoder("utf-8-sig")("surrogateescape").decode
+    read_value = json.JSONDecoder().raw_decode
+    held, at, row, in_array = "", 0, 0, None
+    while True:
+        at = _BETWEEN_VALUES[in_array is True].match(held, at).end()  # pyright: ignore[reportOptionalMemberAccess]
+        if in_array is None and at < len(held):
+            in_array = held[at] == "["
+            at += in_array
+            continue
+        if in_array and held[at : at + 1] == "]":
+            break
+        try:
+            value, ends = read_value(held, at)
+        except (ValueError, RecursionError) as error:
+            tried = len(held) - at
+            if tried > MAX_DOCUMENT_BYTES:
+                problem = f"{getattr(error, 'msg', error)}, or longer than {MAX_DOCUMENT_BYTES:,} bytes"
+                raise BadRecord(row, f"not JSON ({problem})") from error
+            # As much again as is held, so that a long value is not tried at every step.
+            more = stream.read(max(_JSON_BYTES, tried))
+            held, at = held[at:] + decode(more, final=not more), 0
+            if not more and not held and not in_array:
+                return
+            if not more:
+                problem = f"not JSON ({getattr(error, 'msg', error)})" if held else "the file ends within an array"
+                raise BadRecord(row, problem) from error
+        else:
+            yield _document_of(f"{part.file.name}:{row}", _field(value, text_field, row), ends - at)
+            at, row = ends, row + 1
+    if held[at + 1 :].strip() or stream.read(1):
+        raise BadRecord(row, "text after the array's end")
+
+
+def _field(record: Any, text_field: str, at: int) -> str | None:
     """The text at a dotted name, None where it or what should hold it is null. Raises BadRecord."""
     if not isinstance(record, dict):
-        raise BadRecord(offset, f"{_kind_of(record)}, and a document is an object with its text in {text_field!r}")
+        raise BadRecord(at, f"{_kind_of(record)}, and a document is an object with its text in {text_field!r}")
     value, holder = record, ""
     for part in [text_field] if text_field in record else text_field.split("."):
         if value is None:
             return None
         if not isinstance(value, dict):
-            raise BadRecord(offset, f"{holder!r} is {_kind_of(value)}, and holds no field {part!r}")
+            raise BadRecord(at, f"{holder!r} is {_kind_of(value)}, and holds no field {part!r}")
         if part not in value:
             inside = f" in {holder!r}" if holder else ""
             there = ", ".join(map(repr, list(value)[:20])) or "none"
-            raise BadRecord(offset, f"no field {part!r}{inside}; there are: {there}")
+            raise BadRecord(at, f"no field {part!r}{inside}; there are: {there}")
         value, holder = value[part], f"{holder}.{part}".lstrip(".")
     if value is not None and not isinstance(value, str):
-        raise BadRecord(offset, f"{text_field!r} is {_kind_of(value)}, not a text")
+        raise BadRecord(at, f"{text_field!r} is {_kind_of(value)}, not a text")
     return value
 
 
@@ -148,7 +191,9 @@ def _document_of(name: str, text: str | None, num_bytes: int) -> Item:
     return Document(name, text) if text else LeftOut(name, "empty")
 
 
-def _document(name: str, content: bytes) -> Item:
+def document_of_bytes(name: str, content: bytes) -> Item:
+    if len(content) > MAX_DOCUMENT_BYTES:
+        return LeftOut(name, "too long", len(content))
     if content.startswith(_UTF_16_MARKS):
         return LeftOut(name, "utf-16", len(content))
     try:

@@ -6,19 +6,23 @@ reader. Nothing here tokenises or writes. A document's name decides whether it i
 depend on which other documents exist, on their order, on how the source is cut, or on the machine.
 """
 
-import os
+import sys
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from io import BufferedReader, FileIO
-from itertools import pairwise
+from io import SEEK_END, BufferedReader
+from itertools import islice, pairwise
 from typing import Any
 
-from raynium.data.text.documents import Item, Part, SourceFile, Split
+from raynium.data.text.documents import Compression, Item, Kind, Part, SourceFile, Split
 from raynium.data.text.left_out import LeftOut
 from raynium.data.text.listing import list_source
-from raynium.data.text.readers import BadRecord, json_lines, text_pieces, whole_text
+from raynium.data.text.readers import BadRecord, json_lines, json_values, text_pieces, whole_text
+from raynium.data.text.tables import arrow_rows, parquet_rows
 from raynium.errors import DataError
+from raynium.storage.backend import KeyMissing
+from raynium.storage.reading import open_reading
 
 # So that a small source still has parts for many tasks, and a large one's tasks end within minutes.
 LEAST_SPLIT_BYTES = 8 * 10**6
@@ -26,6 +30,9 @@ MOST_SPLIT_BYTES = 256 * 10**6
 SPLITS = 64
 # So that a split of tiny files stays small itself.
 MOST_PARTS = 4096
+# Kinds whose files may be read in parts, where they are not packed.
+_CUT = frozenset({"pieces", "jsonl", "parquet"})
+PROBED_FILES, PROBED_DOCUMENTS = 2, 8
 _BUFFER_BYTES = 2**20
 
 
@@ -36,6 +43,7 @@ class Source:
     files: list[SourceFile]
     left_out: list[LeftOut]
     text_field: str
+    profile: str | None
 
     def items(self) -> Iterator[Item]:
         """All documents by file name, and what is none; can be called again for another pass. Raises DataError."""
@@ -44,19 +52,37 @@ class Source:
             yield from read_split(split)
 
 
-def open_source(source: str, *, text_field: str = "text") -> Source:
+def open_source(source: str, *, text_field: str = "text", profile: str | None = None) -> Source:
     """List a source: "python-stdlib" (this Python's standard library, one document per .py file, without installed
-    packages), a folder, or one file.
+    packages), a folder, one file, a glob of files (`web/**/*.parquet`), or a dataset that `datasets` saved to disk; on
+    this machine or at s3://.
 
-    A .txt, .py or .md file is one document (one that is itself the source is cut into pieces), a line of a .jsonl or
-    .ndjson file another; capital letters do not matter. Sub-folders are read, linked ones are not followed.
+    A .txt, .py or .md file is one document (one that is itself the source is cut into pieces). Of the others, each line
+    of .jsonl and .ndjson, each object of .json (one, an array of them, or one after the other) and each row of .parquet
+    and .arrow holds one. All but the last two may be packed (.gz, .zst). Capital letters do not matter. Sub-folders are
+    read, linked ones are not followed.
 
-    text_field: where a record's text is; "a.b" is the field b of the object in its field a.
+    text_field: where a record's text is; "a.b" is the field b of the object in its field a. profile: of the AWS
+    configuration of each machine that reads, for a source at s3:// that the environment's credentials do not open.
 
-    Raises DataError for what is not there, and a folder without such files.
+    Raises DataError for what is not there or cannot be listed, and where no such file is found.
     """
-    files, left_out = list_source(source)
-    return Source(files, left_out, text_field)
+    listing = list_source(source, profile=profile)
+    return Source(listing.files, listing.left_out, text_field, profile)
+
+
+def probe(source: Source) -> None:
+    """Read the first documents of the first files of each kind: a wrong field is told before anything starts.
+
+    Raises DataError, as `read_split`.
+    """
+    probed: Counter[tuple[Kind, Compression]] = Counter()
+    for file in source.files:
+        probed[file.kind, file.compression] += 1
+        if probed[file.kind, file.compression] <= PROBED_FILES:
+            split = Split((Part(file, 0, file.num_bytes),), source.text_field, source.profile)
+            for _ in islice(read_split(split), PROBED_DOCUMENTS):
+                pass
 
 
 def plan_splits(source: Source, *, most_bytes: int = MOST_SPLIT_BYTES) -> list[Split]:
@@ -71,7 +97,7 @@ def plan_splits(source: Source, *, most_bytes: int = MOST_SPLIT_BYTES) -> list[S
 
     def close() -> None:
         if waiting:
-            splits.append(Split(tuple(waiting), source.text_field))
+            splits.append(Split(tuple(waiting), source.text_field, source.profile))
             waiting.clear()
 
     waiting_bytes = 0
@@ -88,7 +114,7 @@ def plan_splits(source: Source, *, most_bytes: int = MOST_SPLIT_BYTES) -> list[S
 
 def _cut(file: SourceFile, limit: int) -> list[Part]:
     """Its parts, of about equal size; one where only the whole file can be read."""
-    number = -(-file.num_bytes // limit) if file.kind in ("pieces", "jsonl") else 1
+    number = -(-file.num_bytes // limit) if file.kind in _CUT and not file.compression else 1
     if number <= 1:
         return [Part(file, 0, file.num_bytes)]
     places = [file.num_bytes * index // number for index in range(number + 1)]
@@ -96,46 +122,105 @@ def _cut(file: SourceFile, limit: int) -> list[Part]:
 
 
 def read_split(split: Split) -> Iterator[Item]:
-    """Its documents, and what is none, in order; memory is bounded by the longest document.
+    """Its documents, and what is none, in order. Memory is bounded: by the longest document, or some rows of a table.
 
-    Raises DataError for a file that is missing, cannot be read or has changed since it was listed, and for a record
-    that holds no text where it should.
+    Raises DataError for a file that is missing, damaged, cannot be read or has changed since it was listed, and for a
+    record that holds no text where it should; StoreError where S3 fails.
     """
     for part in split.parts:
         file = part.file
-        try:
-            with _opened(file) as stream:
-                if file.kind == "text":
-                    yield from whole_text(stream, part)
-                elif file.kind == "pieces":
-                    yield from text_pieces(stream, part)
-                else:
-                    yield from json_lines(stream, part, split.text_field)
-        except BadRecord as error:
-            raise DataError(f"{file.place}, line {_line(file, error.offset)}: {error.problem}") from error
-        except OSError as error:
-            raise DataError(
-                f"{file.place} cannot be read: {error.strerror or error}; give this user permission to read it, or "
-                "take it out of data.source"
-            ) from error
+        if file.compression:
+            # Nobody knows how many bytes come out; all of them are this part's.
+            part = Part(file, 0, sys.maxsize)
+        with (
+            _opened(file, split.profile) as stream,
+            _unpacked(stream, file) as content,
+            _problems(file, split.profile, stream),
+        ):
+            yield from _read(content, part, split.text_field)
+
+
+def _read(stream: BufferedReader, part: Part, text_field: str) -> Iterator[Item]:
+    match part.file.kind:
+        case "text":
+            return whole_text(stream, part)
+        case "pieces":
+            return text_pieces(stream, part)
+        case "jsonl":
+            return json_lines(stream, part, text_field)
+        case "json":
+            return json_values(stream, part, text_field)
+        case "parquet":
+            return parquet_rows(stream, part, text_field)
+        case "arrow":
+            return arrow_rows(stream, part, text_field)
 
 
 @contextmanager
-def _opened(file: SourceFile) -> "Iterator[BufferedReader[Any]]":
-    with BufferedReader(FileIO(file.place), _BUFFER_BYTES) as stream:
-        num_bytes = os.fstat(stream.fileno()).st_size
+def _opened(file: SourceFile, profile: str | None) -> "Iterator[BufferedReader[Any]]":
+    try:
+        stream = open_reading(file.place, profile=profile)
+    except (OSError, KeyMissing) as error:
+        raise DataError(_unreadable(file, error)) from error
+    with stream:
+        num_bytes = stream.seek(0, SEEK_END)
         if num_bytes != file.num_bytes:
             raise DataError(
                 f"{file.place} has {num_bytes:,} bytes, and had {file.num_bytes:,} when its folder was listed: let "
                 "nothing write to a source while it is read, then try again"
             )
+        stream.seek(0)
         yield stream
 
 
-def _line(file: SourceFile, offset: int) -> int:
-    """The number of the line that begins at this byte, from 1."""
+def _unpacked(stream: "BufferedReader[Any]", file: SourceFile) -> "BufferedReader[Any]":
+    """What is in it, to read from its beginning to its end; an unpacked file itself."""
+    if not file.compression:
+        return stream
+    if file.num_bytes == 0:
+        raise DataError(_damaged(file, "it is empty", stream))
+    import pyarrow as pa
+
+    codec = {"gz": "gzip", "zst": "zstd"}[file.compression]
+    return BufferedReader(pa.CompressedInputStream(pa.PythonFile(stream, "r"), codec), _BUFFER_BYTES)
+
+
+@contextmanager
+def _problems(file: SourceFile, profile: str | None, stream: BufferedReader) -> Iterator[None]:
+    """Turn what goes wrong inside a file into DataErrors that say where."""
+    try:
+        yield
+    except BadRecord as error:
+        where = f"row {error.at} (from 0)"
+        if file.kind == "jsonl":
+            where = f"line {_line(file, profile, error.at)}"
+        raise DataError(f"{file.place}, {where}: {error.problem}") from error
+    except OSError as error:
+        if error.errno is not None:
+            raise DataError(_unreadable(file, error)) from error
+        raise DataError(_damaged(file, error, stream)) from error
+    except ValueError as error:
+        raise DataError(_damaged(file, error, stream)) from error
+
+
+def _unreadable(file: SourceFile, error: Exception) -> str:
+    problem = error.strerror or error if isinstance(error, OSError) else error
+    return (
+        f"{file.place} cannot be read: {problem}; give this user permission to read it, or take it out of data.source"
+    )
+
+
+def _damaged(file: SourceFile, error: Exception | str, stream: BufferedReader) -> str:
+    return (
+        f"{file.place} is cut off or damaged ({error}), before byte {stream.tell():,} of {file.num_bytes:,}: copy it "
+        "again, or take it out of data.source"
+    )
+
+
+def _line(file: SourceFile, profile: str | None, offset: int) -> int:
+    """The number of the line that begins at this byte of what is unpacked, from 1."""
     number = 1
-    with _opened(file) as stream:
+    with _opened(file, profile) as packed, _unpacked(packed, file) as stream:
         while offset > 0 and (some := stream.read(min(_BUFFER_BYTES, offset))):
             number += some.count(b"\n")
             offset -= len(some)

@@ -1,0 +1,120 @@
+"""Readers of tables: one column of text, batch by batch. Their messages name the columns that there are."""
+
+from collections.abc import Iterator
+from io import BufferedReader
+from typing import TYPE_CHECKING, Any
+
+from raynium.data.text.documents import Item, Part
+from raynium.data.text.left_out import LeftOut
+from raynium.data.text.readers import document_of_bytes
+from raynium.errors import DataError, some
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+# Rows and bytes that are in memory at once, of a column that may be a gigabyte.
+BATCH_ROWS = 256
+READ_BYTES = 2**20
+# How an Arrow stream ends, and an Arrow file, which holds a stream after 8 bytes.
+_END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
+_ARROW_FILE = b"ARROW1"
+
+
+def parquet_rows(stream: BufferedReader, part: Part, text_field: str) -> Iterator[Item]:
+    """The rows of those row groups that begin in the part. Raises DataError, ArrowException for damage."""
+    import pyarrow.parquet as pq
+
+    table = pq.ParquetFile(stream, buffer_size=READ_BYTES, pre_buffer=False)
+    column = _text_column(table.schema_arrow, text_field, part.file.place)
+    row = 0
+    for number in range(table.num_row_groups):
+        group = table.metadata.row_group(number)
+        if part.is_whole or part.begin <= min(_begin(group.column(0)), part.file.num_bytes - 1) < part.end:
+            first = row
+            batches = table.iter_batches(BATCH_ROWS, row_groups=[number], columns=[".".join(column)], use_threads=False)
+            for batch in batches:
+                yield from _items(_values(batch, column), part.file.name, first)
+                first += batch.num_rows
+        row += group.num_rows
+
+
+def _begin(column: Any) -> int:
+    """The byte at which a column of a row group begins."""
+    offsets = (column.dictionary_page_offset, column.data_page_offset)
+    return max(0, min(offset for offset in offsets if offset is not None))
+
+
+def arrow_rows(stream: BufferedReader, part: Part, text_field: str) -> Iterator[Item]:
+    """The rows of an Arrow stream, or of an Arrow file. Raises DataError, ArrowException for damage."""
+    import pyarrow as pa
+
+    stream.seek(max(0, part.file.num_bytes - len(_END_OF_STREAM)))
+    if not (end := stream.read()).endswith(_ARROW_FILE) and end != _END_OF_STREAM:
+        raise DataError(
+            f"{part.file.place} has no end of an Arrow stream: it is cut off, or was not closed; copy it or save the "
+            "dataset again"
+        )
+    stream.seek(0)
+    stream.seek(8 if stream.peek(6)[:6] == _ARROW_FILE else 0)
+    row = 0
+    with pa.ipc.open_stream(stream) as batches:
+        column = _text_column(batches.schema, text_field, part.file.place)
+        for batch in batches:
+            for begin in range(0, batch.num_rows, BATCH_ROWS):
+                some_rows = batch.slice(begin, BATCH_ROWS)
+                yield from _items(_values(some_rows, column), part.file.name, row)
+                row += some_rows.num_rows
+
+
+def _text_column(schema: "pa.Schema", text_field: str, place: str) -> list[str]:
+    """The names that lead to it, from the outermost. Raises DataError."""
+    import pyarrow as pa
+
+    names = [text_field] if text_field in schema.names else text_field.split(".")
+    fields: Any = schema
+    for depth, name in enumerate(names):
+        if fields.get_field_index(name) < 0:
+            inside = f" in {'.'.join(names[:depth])!r}" if depth else ""
+            raise DataError(
+                f"{place}: there is no column {name!r}{inside}; the columns of text are {_texts(schema)}, of all "
+                f"{some([repr(each.name) for each in fields]) or 'none'}"
+            )
+        fields = fields.field(name).type
+        if depth + 1 < len(names) and not pa.types.is_struct(fields):
+            raise DataError(f"{place}: column {'.'.join(names[: depth + 1])!r} is {fields}, and holds no columns")
+    if not _is_text(fields):
+        raise DataError(
+            f"{place}: column {text_field!r} is {fields}, not text; the columns of text are {_texts(schema)}"
+        )
+    return names
+
+
+def _texts(schema: "pa.Schema") -> str:
+    return some([repr(field.name) for field in schema if _is_text(field.type)]) or "none"
+
+
+def _is_text(kind: "pa.DataType") -> bool:
+    """Also where all is null."""
+    import pyarrow as pa
+
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    is_text = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view, pa.types.is_null)
+    return any(matches(kind) for matches in is_text)
+
+
+def _values(batch: "pa.RecordBatch", column: list[str]) -> Iterator[bytes | None]:
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    values: Any = batch.column(column[0])
+    for name in column[1:]:
+        values = pc.struct_field(values, name)  # pyright: ignore[reportAttributeAccessIssue]
+    if pa.types.is_dictionary(values.type):
+        values = values.dictionary_decode()
+    # As bytes, since nothing has looked whether they are UTF-8.
+    return values.cast(pa.large_binary()).to_pylist()
+
+
+def _items(values: Iterator[bytes | None], name: str, first: int) -> Iterator[Item]:
+    for row, value in enumerate(values, first):
+        yield LeftOut(f"{name}:{row}", "null") if value is None else document_of_bytes(f"{name}:{row}", value)

@@ -1,0 +1,181 @@
+"""Sources in S3: listed, read in ranges and ahead of use, with credentials of their own. Against a real server."""
+
+import json
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import boto3
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from raynium.data.text.documents import Document
+from raynium.data.text.left_out import LeftOut
+from raynium.data.text.sources import open_source, plan_splits, read_split
+from raynium.errors import DataError
+from raynium.storage import reading
+from raynium.storage.reading import open_reading
+
+pytestmark = pytest.mark.s3
+
+
+@pytest.fixture
+def bucket(s3_server: Any, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[str]:
+    """A bucket of this test's own; the environment says where it is."""
+    for name, value in s3_server.env.items():
+        monkeypatch.setenv(name, value)
+    reading._bucket.cache_clear()
+    yield s3_server.create_bucket(f"sources-{abs(hash(request.node.nodeid)) % 10**9}")
+    reading._bucket.cache_clear()
+
+
+def put(bucket: str, key: str, content: bytes) -> None:
+    boto3.client("s3").put_object(Bucket=bucket.removeprefix("s3://"), Key=key, Body=content)
+
+
+def lines(first: int, number: int) -> bytes:
+    texts = (f"document {n}: " + "word " * (n % 50) for n in range(first, first + number))
+    return b"".join(json.dumps({"text": text}).encode() + b"\n" for text in texts)
+
+
+def test_a_folder_a_glob_and_one_object_are_sources_whatever_their_names(bucket: str):
+    for key in (
+        "web/a b&c+é.jsonl",
+        "web/_part/1.txt",
+        "web/2.csv",
+        "web/.x/3.txt",
+        "web/",
+        "website/4.txt",
+        "a.jsonl/5.txt",
+    ):
+        put(bucket, key, b'{"text": "x"}' if "jsonl" in key else b"y")
+    source = open_source(f"{bucket}/web")
+    assert [file.name for file in source.files] == ["_part/1.txt", "a b&c+é.jsonl"]
+    assert list(source.items()) == [
+        LeftOut(".x/3.txt", "hidden"),
+        LeftOut("2.csv", "unread kind", 1, ".csv"),
+        Document("_part/1.txt", "y"),
+        Document("a b&c+é.jsonl:0", "x"),
+    ]
+    for given, names in (
+        (f"{bucket}/web/", ["_part/1.txt", "a b&c+é.jsonl"]),
+        (f"{bucket}/web/*.jsonl", ["a b&c+é.jsonl"]),
+        (f"{bucket}/web*/*.txt", ["website/4.txt"]),
+        (f"{bucket}/**/*.txt", ["a.jsonl/5.txt", "web/_part/1.txt", "website/4.txt"]),
+        (f"{bucket}/web/a b&c+é.jsonl", ["a b&c+é.jsonl"]),
+        (f"{bucket}/a.jsonl", ["5.txt"]),
+    ):
+        assert [file.name for file in open_source(given).files] == names
+
+
+def test_splits_of_large_objects_give_what_the_same_files_give_on_disk(bucket: str, tmp_path: Path):
+    content = lines(0, 20_000)
+    table = pa.table({"text": [json.loads(line)["text"] for line in content.splitlines()]})
+    pq.write_table(table, tmp_path / "b.parquet", row_group_size=1_500)
+    (tmp_path / "a.jsonl").write_bytes(content)
+    sink = pa.BufferOutputStream()
+    with pa.CompressedOutputStream(sink, "zstd") as stream:
+        stream.write(content)
+    (tmp_path / "c.jsonl.zst").write_bytes(sink.getvalue().to_pybytes())
+    for path in tmp_path.iterdir():
+        put(bucket, f"d/{path.name}", path.read_bytes())
+    expected = list(open_source(str(tmp_path)).items())
+    source = open_source(f"{bucket}/d")
+    splits = plan_splits(source, most_bytes=300_000)
+    assert len(splits) > 8 and len(expected) == 60_000
+    assert [item for split in splits for item in read_split(split)] == expected
+
+
+def test_any_reads_and_seeks_give_the_bytes_of_the_object(bucket: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(reading, "FIRST_WINDOW_BYTES", 1_000)
+    monkeypatch.setattr(reading, "MOST_WINDOW_BYTES", 4_000)
+    content = random.Random(0).randbytes(60_000)
+    put(bucket, "a.bin", content)
+    dice = random.Random(1)
+    with open_reading(f"{bucket}/a.bin") as stream:
+        position = 0
+        for _ in range(300):
+            if dice.random() < 0.2:
+                position = stream.seek(*dice.choice([(dice.randrange(70_000), 0), (-dice.randrange(60_000), 2)]))
+            number = dice.choice([1, 10, 500, 3_000, 20_000])
+            assert stream.read(number) == content[position : position + number]
+            position = stream.tell()
+        stream.seek(0)
+        assert b"".join(iter(lambda: stream.read(777), b"")) == content
+
+
+def test_reading_on_fetches_windows_that_grow_ahead_of_use(bucket: str, monkeypatch: pytest.MonkeyPatch):
+    put(bucket, "a.bin", bytes(40 * 2**20))
+    asked: list[tuple[int, int]] = []
+    backend = reading._bucket(bucket.removeprefix("s3://"), None)
+    read_into = backend.read_into
+
+    def counted(key: str, start: int, buffers: Any) -> None:
+        asked.append((start, sum(map(len, buffers))))
+        read_into(key, start, buffers)
+
+    monkeypatch.setattr(backend, "read_into", counted)
+    with open_reading(f"{bucket}/a.bin") as stream:
+        while stream.read(100_000):
+            pass
+    sizes = [size for _, size in asked]
+    assert sizes[:6] == [2**18, 2**19, 2**20, 2**21, 2**22, 2**23] and max(sizes) == 2**23 and len(sizes) <= 12
+    assert sum(sizes) == 40 * 2**20
+    asked.clear()
+    with open_reading(f"{bucket}/a.bin") as stream:
+        stream.seek(30 * 2**20)
+        stream.read(10)
+        stream.seek(2**20)
+        stream.read(10)
+    assert asked == [(30 * 2**20, 2**18), (2**20, 2**18)]
+
+
+def test_a_profile_has_the_credentials_and_the_place_of_a_source(
+    bucket: str, s3_server: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    put(bucket, "web/a.txt", b"x")
+    place = f"region = us-east-1\nendpoint_url = {s3_server.endpoint}\n"
+    (tmp_path / "config").write_text(f"[profile research]\n{place}[profile wrong]\n{place}")
+    keys = {name.lower(): value for name, value in s3_server.env.items() if name.startswith("AWS_") and "KEY" in name}
+    research = "".join(f"{key} = {value}\n" for key, value in keys.items())
+    wrong = research.replace(s3_server.env["AWS_SECRET_ACCESS_KEY"], "wrong")
+    (tmp_path / "credentials").write_text(f"[research]\n{research}[wrong]\n{wrong}")
+    for name in s3_server.env:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "credentials"))
+    source = open_source(f"{bucket}/web", profile="research")
+    assert list(source.items()) == [Document("a.txt", "x")]
+    assert all(secret not in repr(plan_splits(source)) for secret in keys.values())
+    with pytest.raises(DataError, match=r"data\.source = 's3://.*profile .*absent.*could not be found"):
+        open_source(f"{bucket}/web", profile="absent")
+    for given in (f"{bucket}/web", f"{bucket}/web/a.txt", f"{bucket}/web/*"):
+        with pytest.raises(DataError, match=r"data\.source = 's3://.*(secret key is wrong|allow s3:GetObject)"):
+            open_source(given, profile="wrong")
+
+
+def test_what_is_not_there_is_told(bucket: str):
+    put(bucket, "web/a.csv", b"x")
+    for given, message in (
+        (f"{bucket}/nothing", r"no file of a kind that is read \(.*\) under s3://.*/nothing; give a folder"),
+        (f"{bucket}/nothing/a.jsonl", r"no file of a kind that is read \(.*\) under s3://.*/nothing/a\.jsonl;"),
+        (f"{bucket}/web/*.jsonl", r"no file under s3://.*/web matches '\*\.jsonl'"),
+        (f"{bucket}/web", r"there is a\.csv \(unread kind\)"),
+        ("s3://no-such-bucket-here/web", r"data\.source = 's3://no-such.*: .*bucket"),
+    ):
+        with pytest.raises(DataError, match=message):
+            open_source(given)
+
+
+def test_an_object_that_changed_or_went_since_it_was_listed_is_refused(bucket: str):
+    put(bucket, "a.txt", b"x")
+    source = open_source(bucket)
+    put(bucket, "a.txt", b"xy")
+    with pytest.raises(DataError, match=r"a\.txt has 2 bytes, and had 1 when its folder was listed"):
+        list(source.items())
+    boto3.client("s3").delete_object(Bucket=bucket.removeprefix("s3://"), Key="a.txt")
+    with pytest.raises(DataError, match=r"a\.txt cannot be read: .* does not exist"):
+        list(source.items())
