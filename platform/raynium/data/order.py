@@ -4,11 +4,13 @@ A sample's store comes from the mixture; the m-th sample of a store is a row of 
 drawn and nothing is remembered, so any sample can be asked for alone, at any world size.
 """
 
+import hashlib
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from raynium.data.mixture import ONE_STORE, Mixture
 from raynium.data.permutation import shuffled
 
 
@@ -60,13 +62,24 @@ class RowShuffle:
 class Order:
     """The samples of a run, counted from 0 over all steps."""
 
-    def __init__(self, shuffles: Sequence[Shuffle]):
-        """shuffles: of each store, by its number."""
-        assert len(shuffles) == 1
-        self._shuffles = shuffles
+    def __init__(self, shuffles: Sequence[Shuffle], mixture: Mixture = ONE_STORE):
+        """shuffles: of each store of the mixture, by its number."""
+        assert len(shuffles) == mixture.num_stores
+        self._shuffles, self._mixture = shuffles, mixture
 
     def samples(self, first: int, number: int) -> Samples:
         """Samples [first, first + number)."""
-        places = np.arange(first, first + number)
-        rows, epochs = self._shuffles[0].rows(places)
-        return Samples(np.zeros_like(places), rows, epochs, self._shuffles[0].lanes(places))
+        stores, places = self._mixture.deal(first, number)
+        rows, epochs, lanes = np.empty_like(places), np.empty_like(places), np.empty_like(places)
+        for store, shuffle in enumerate(self._shuffles):
+            chosen = np.flatnonzero(stores == store)
+            rows[chosen], epochs[chosen] = shuffle.rows(places[chosen])
+            lanes[chosen] = shuffle.lanes(places[chosen])
+        return Samples(stores, rows, epochs, lanes)
+
+
+def seed_of_store(seed: int, number: int) -> int:
+    """Of a store's shuffle, by its number in the mixture. The first has the run's: alone it keeps its order."""
+    if number == 0:
+        return seed
+    return int.from_bytes(hashlib.blake2b(f"raynium store {seed} {number}".encode(), digest_size=8).digest(), "little")

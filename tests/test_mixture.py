@@ -1,0 +1,184 @@
+"""Which store a sample comes from: by weight within two samples, over all stages, and any sample by itself."""
+
+from collections.abc import Sequence
+from fractions import Fraction
+
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from raynium.data.mixture import SAMPLES_AT_ONCE, Mixture, Weighting
+from raynium.data.order import Order, RowShuffle, seed_of_store
+
+FAR = 10**12
+NUM_SAMPLES = 3000
+
+# Decimals over twelve orders of magnitude, token counts, and equal ones.
+decimals = st.builds(
+    lambda digits, power: Fraction(digits) * Fraction(10) ** power, st.integers(1, 999), st.integers(-6, 3)
+)
+weights_of_one_kind = st.sampled_from([decimals, st.integers(1, 10**13).map(Fraction), st.just(Fraction(1))])
+
+
+@st.composite
+def mixtures(draw: st.DrawFn, *, most_stores: int = 64, most_stages: int = 8) -> list[Weighting]:
+    num_stores = draw(st.integers(1, most_stores))
+    lengths = [0, *draw(st.lists(st.integers(1, 400), max_size=most_stages - 1))]
+    stages = []
+    for first in np.cumsum(lengths).tolist():
+        weights = draw(st.lists(draw(weights_of_one_kind), min_size=num_stores, max_size=num_stores))
+        if first > 0:
+            present = draw(st.lists(st.booleans(), min_size=num_stores, max_size=num_stores))
+            if any(present):
+                weights = [weight * here for weight, here in zip(weights, present, strict=True)]
+        stages.append(Weighting(first, tuple(weights)))
+    return stages
+
+
+def mixture_of(*weights: float | str) -> Mixture:
+    return Mixture([Weighting(0, tuple(Fraction(str(each)) for each in weights))])
+
+
+def expected(stages: Sequence[Weighting], samples: int) -> list[Fraction]:
+    """Of each store in the first `samples`: its weights, summed exactly."""
+    sums = [Fraction(0)] * len(stages[0].weights)
+    ends = [*(stage.first_sample for stage in stages[1:]), None]
+    for stage, end in zip(stages, ends, strict=True):
+        length = max(0, (samples if end is None else min(end, samples)) - stage.first_sample)
+        total = sum(stage.weights)
+        sums = [each + length * weight / total for each, weight in zip(sums, stage.weights, strict=True)]
+    return sums
+
+
+def shares_in(stage: Weighting) -> list[float]:
+    total = sum(stage.weights)
+    return [float(weight / total) for weight in stage.weights]
+
+
+def most_astray(stages: Sequence[Weighting], stores: np.ndarray) -> float:
+    """The farthest that any store is from its weights in any beginning of the order."""
+    num_stores = len(stages[0].weights)
+    counts = np.cumsum(stores[:, None] == np.arange(num_stores), axis=0)
+    shares = np.empty((len(stores), num_stores))
+    for stage in stages:
+        shares[stage.first_sample :] = shares_in(stage)
+    return float(np.abs(counts - np.cumsum(shares, axis=0)).max())
+
+
+@settings(max_examples=120, deadline=None)
+@given(stages=mixtures())
+@example(stages=[Weighting(0, (Fraction(1),) * 64)])
+@example(stages=[Weighting(0, tuple(Fraction(2) ** -k for k in range(64)))])
+@example(stages=[Weighting(0, tuple(Fraction(k) for k in (1, 1, 2, 3, 5, 8, 13, 21, 34, 55, 89, 144)))])
+def test_every_beginning_holds_each_store_by_its_weights_within_two_samples(stages: list[Weighting]):
+    mixture = Mixture(stages)
+    stores, places = mixture.deal(0, NUM_SAMPLES)
+    assert most_astray(stages, stores) < 2
+    for store in range(mixture.num_stores):
+        assert np.array_equal(places[stores == store], np.arange((stores == store).sum()))
+    # A trillion samples on: exact counts there, and from there sample by sample.
+    counts = np.array(mixture.counts(FAR))
+    astray = np.array([float(count - share) for count, share in zip(counts, expected(stages, FAR), strict=True)])
+    far_stores, far_places = mixture.deal(FAR, 200)
+    steps = (far_stores[:, None] == np.arange(mixture.num_stores)) - shares_in(stages[-1])
+    assert np.abs(astray + np.cumsum(steps, axis=0)).max() < 2 and np.abs(astray).max() < 2
+    for store in range(mixture.num_stores):
+        found = far_places[far_stores == store]
+        assert np.array_equal(found, counts[store] + np.arange(len(found)))
+    assert mixture.counts(FAR + 200) == (counts + np.bincount(far_stores, minlength=len(counts))).tolist()
+
+
+@settings(max_examples=100, deadline=None)
+@given(stages=mixtures(most_stores=6), starts=st.lists(st.integers(0, NUM_SAMPLES - 1), min_size=1, max_size=20))
+def test_any_sample_can_be_asked_for_alone(stages: list[Weighting], starts: list[int]):
+    stores, places = Mixture(stages).deal(0, NUM_SAMPLES)
+    resumed = Mixture(stages)
+    for start in starts:
+        for number in (0, 1, 7):
+            number = min(number, NUM_SAMPLES - start)
+            found = resumed.deal(start, number)
+            assert np.array_equal(found[0], stores[start : start + number])
+            assert np.array_equal(found[1], places[start : start + number])
+        assert resumed.counts(start) == np.bincount(stores[:start], minlength=resumed.num_stores).tolist()
+
+
+def test_more_samples_than_are_dealt_at_once_are_the_same_ones():
+    mixture = mixture_of(0.7, 0.2, 0.1)
+    number = 3 * SAMPLES_AT_ONCE + 5
+    stores, places = mixture.deal(11, number)
+    halves = [mixture.deal(11, number // 2), mixture.deal(11 + number // 2, number - number // 2)]
+    assert np.array_equal(stores, np.concatenate([half[0] for half in halves]))
+    assert np.array_equal(places, np.concatenate([half[1] for half in halves]))
+
+
+@settings(max_examples=60, deadline=None)
+@given(stages=mixtures(), later=mixtures())
+def test_a_later_stage_changes_nothing_before_it(stages: list[Weighting], later: list[Weighting]):
+    begins = stages[-1].first_sample + 300
+    weights = (later[0].weights * 64)[: len(stages[0].weights)]
+    before, after = Mixture(stages), Mixture([*stages, Weighting(begins, weights)])
+    assert np.array_equal(before.deal(0, begins), after.deal(0, begins))
+
+
+@settings(max_examples=60, deadline=None)
+@given(stages=mixtures())
+def test_a_store_without_weight_is_absent(stages: list[Weighting]):
+    stores, _ = Mixture(stages).deal(0, NUM_SAMPLES)
+    ends = [*(stage.first_sample for stage in stages[1:]), NUM_SAMPLES]
+    for stage, end in zip(stages, ends, strict=True):
+        absent = [store for store, weight in enumerate(stage.weights) if weight == 0]
+        assert not np.isin(stores[stage.first_sample : end], absent).any()
+
+
+def test_weights_are_exact_however_large_they_are():
+    """1 sample in 10^12 + 1, where a weight rounded to 30 bits would have none or a thousand."""
+    mixture = mixture_of(10**12, 1)
+    assert mixture.counts(10**15) == [10**15 - 1000, 1000]
+    assert mixture.counts((10**12 + 1) * 10**6) == [10**18, 10**6]
+
+
+@pytest.mark.parametrize("scale", [1, 10, Fraction(1, 7)])
+def test_only_the_ratio_of_weights_counts(scale: Fraction):
+    weights = [Fraction(3), Fraction(2), Fraction(1, 3)]
+    one = Mixture([Weighting(0, tuple(weights))])
+    other = Mixture([Weighting(0, tuple(weight * scale for weight in weights))])
+    assert np.array_equal(one.deal(0, 1000), other.deal(0, 1000))
+
+
+def test_the_order_of_stores_is_frozen():
+    """Another order would silently change what a resumed run trains on."""
+    stages = [
+        Weighting(0, (Fraction(5), Fraction(3), Fraction(2))),
+        Weighting(20, (Fraction(1), Fraction(0), Fraction(3))),
+    ]
+    mixture = Mixture(stages)
+    expected = "010201020101020102012022202220"
+    assert "".join(map(str, mixture.deal(0, 30)[0])) == expected
+    assert mixture.counts(10**9) == [250_000_005, 6, 749_999_989]
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    stages=mixtures(most_stores=8),
+    seed=st.integers(0, 2**40),
+    lengths=st.lists(st.integers(1, 50), min_size=8, max_size=8),
+)
+def test_each_row_comes_once_in_an_epoch_of_its_store(stages: list[Weighting], seed: int, lengths: tuple[int, ...]):
+    lengths = lengths[: len(stages[0].weights)]
+    order = Order([RowShuffle(rows, seed=seed_of_store(seed, k)) for k, rows in enumerate(lengths)], Mixture(stages))
+    samples = order.samples(0, NUM_SAMPLES)
+    for store, length in enumerate(lengths):
+        rows, epochs = samples.rows[samples.stores == store], samples.epochs[samples.stores == store]
+        for epoch in range(len(rows) // length):
+            assert np.array_equal(np.sort(rows[epoch * length : (epoch + 1) * length]), np.arange(length))
+        assert np.array_equal(epochs, np.arange(len(rows)) // length)
+
+
+def test_stores_of_one_size_are_shuffled_each_on_its_own():
+    order = Order([RowShuffle(1000, seed=seed_of_store(7, store)) for store in range(3)], mixture_of(1, 1, 1))
+    samples = order.samples(0, 3000)
+    rows = [samples.rows[samples.stores == store] for store in range(3)]
+    for one, other in ((0, 1), (0, 2), (1, 2)):
+        assert (rows[one] == rows[other]).mean() < 0.02
+    assert np.array_equal(rows[0], RowShuffle(1000, seed=7).rows(np.arange(1000))[0])
