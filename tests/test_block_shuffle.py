@@ -7,8 +7,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from raynium.data.block_shuffle import BlockShuffle
-from raynium.data.permutation import shuffled, shuffled_within
+from raynium.data.order.block_shuffle import BlockShuffle
+from raynium.data.order.permutation import shuffled, shuffled_within
 
 pytestmark = pytest.mark.quick
 

@@ -10,11 +10,11 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from raynium.data.block_shuffle import BlockShuffle
 from raynium.data.build.store_build import build_store
 from raynium.data.loader import SAMPLES_AT_ONCE, Loader
 from raynium.data.order import Order, RowShuffle
-from raynium.data.permutation import shuffled
+from raynium.data.order.block_shuffle import BlockShuffle
+from raynium.data.order.permutation import shuffled
 from raynium.data.rows import StreamRows
 from raynium.data.store import DocumentStore
 from raynium.errors import DataError

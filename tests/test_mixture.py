@@ -8,8 +8,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from raynium.data.mixture import SAMPLES_AT_ONCE, Mixture, Weighting
 from raynium.data.order import Order, RowShuffle, seed_of_store
+from raynium.data.order.mixture import SAMPLES_AT_ONCE, Mixture, Weighting
 
 FAR = 10**12
 NUM_SAMPLES = 3000

@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 
 from raynium.data import ahead
 from raynium.data.ahead import FetchAhead, StreamedRows
-from raynium.data.block_shuffle import BlockShuffle
 from raynium.data.build.store_build import build_store
 from raynium.data.loader import Loader
 from raynium.data.order import Order
+from raynium.data.order.block_shuffle import BlockShuffle
 from raynium.data.range_cache import RangeCache
 from raynium.data.remote import publish
 from raynium.data.rows import StreamRows

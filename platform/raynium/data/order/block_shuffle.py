@@ -6,16 +6,16 @@ come in a shuffle of their own. So at any time at most L blocks are in use, neig
 or more, and each row comes once an epoch. What makes no whole round, fewer than L blocks and the short one, comes last,
 as one shuffle of its rows; a store of fewer than L blocks is nothing else.
 
-Everything is computed from (seed, epoch, p): see `data/permutation.py`.
+Everything is computed from (seed, epoch, p): see `permutation.py`.
 """
 
 import numpy as np
 
-from raynium.data.permutation import shuffled, shuffled_within
+from raynium.data.order.permutation import shuffled, shuffled_within
 
 
 class BlockShuffle:
-    """The order of one store's rows, for `data.order.Order`. R: block_rows. L: lanes."""
+    """The order of one store's rows, for `Order`. R: block_rows. L: lanes."""
 
     def __init__(self, num_rows: int, *, seed: int, block_rows: int, lanes: int):
         assert num_rows >= 1 and block_rows >= 1 and lanes >= 1

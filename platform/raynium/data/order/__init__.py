@@ -10,8 +10,8 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from raynium.data.mixture import ONE_STORE, Mixture
-from raynium.data.permutation import shuffled
+from raynium.data.order.mixture import ONE_STORE, Mixture
+from raynium.data.order.permutation import shuffled
 
 
 class Samples(NamedTuple):
@@ -42,7 +42,7 @@ class Shuffle(Protocol):
 
 
 class RowShuffle:
-    """All rows anew in every epoch: `data.permutation`."""
+    """All rows anew in every epoch: `permutation`."""
 
     def __init__(self, num_rows: int, *, seed: int):
         self._num_rows, self._seed = num_rows, seed
