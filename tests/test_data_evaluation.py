@@ -37,7 +37,7 @@ def store(source: Path, tmp_path_factory: pytest.TempPathFactory) -> DocumentSto
         source=str(source),
         vocab_size=300,
         heldout_fraction=0.25,
-        shard_tokens=100,
+        split_bytes=300,
     )
 
 

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import zlib
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,11 @@ import numpy as np
 import pytest
 
 from raynium.data.build import store_build
+from raynium.data.build.fit import refuse_other_tokenizer
+from raynium.data.build.lengths import LengthCounts
 from raynium.data.build.store_build import build_store
-from raynium.data.lengths import LengthCounts
 from raynium.data.manifest import StoreManifest, token_dtype_for
-from raynium.data.store import DocumentStore, open_store, refuse_other_tokenizer
+from raynium.data.store import DocumentStore, open_store
 from raynium.data.text.documents import Document, is_held_out, name_hash
 from raynium.data.text.sources import open_source
 from raynium.data.tokenizer import END_OF_DOCUMENT, Tokenizer
@@ -27,6 +29,9 @@ from raynium.data.verify import verify_store
 from raynium.errors import DataError
 
 pytestmark = pytest.mark.quick
+
+# The source of most tests is cut into as many splits.
+SPLIT_BYTES, NUM_SPLITS = 1200, 8
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +57,13 @@ def store(finished: DocumentStore, tmp_path: Path) -> DocumentStore:
 
 
 def build(source: Path, path: Path, **changes: Any) -> DocumentStore:
-    arguments = {"source": str(source), "vocab_size": 400, "heldout_fraction": 0.2, "shard_tokens": 500, **changes}
+    arguments = {
+        "source": str(source),
+        "vocab_size": 400,
+        "heldout_fraction": 0.2,
+        "split_bytes": SPLIT_BYTES,
+        **changes,
+    }
     return build_store(path, **arguments)
 
 
@@ -175,38 +186,67 @@ def test_finished_store_is_used_not_built(finished: DocumentStore, source: Path,
     assert build(source, finished.path, vocab_size=4000).manifest == finished.manifest  # spare rows do no harm
 
 
-@pytest.mark.parametrize("dies_at", ["train-00002.bin", "heldout-00000.bin", "tokenizer.json", "manifest.json"])
-def test_killed_build_leaves_no_store_and_the_next_one_succeeds(
-    finished: DocumentStore, source: Path, tmp_path: Path, dies_at: str
+@pytest.mark.parametrize("dies_at", ["train-00002.bin", "train-00001.crc", "00003-", "tokenizer.json", "manifest.json"])
+def test_killed_build_leaves_no_store_and_the_next_one_goes_on(
+    finished: DocumentStore, source: Path, tmp_path: Path, dies_at: str, monkeypatch: pytest.MonkeyPatch
 ):
-    """SIGKILL at the moment the named file is opened for writing."""
+    """SIGKILL at the moment the named file, or the part of split 3, is opened for writing."""
     path = tmp_path / "store"
     script = (
         "import os, signal, sys\n"
         "from raynium.data.build.store_build import build_store\n"
         "def kill(event, arguments):\n"
-        "    if event == 'open' and arguments[1] == 'w':\n"
-        f"        if os.path.basename(str(arguments[0])).startswith({dies_at!r}):\n"
+        "    if event == 'open' and arguments[1] == 'x':\n"
+        f"        if {dies_at!r} in os.path.basename(str(arguments[0])):\n"
         "            os.kill(os.getpid(), signal.SIGKILL)\n"
         "sys.addaudithook(kill)\n"
-        f"build_store({str(path)!r}, source={str(source)!r}, vocab_size=400, heldout_fraction=0.2, shard_tokens=100)\n"
+        f"build_store({str(path)!r}, source={str(source)!r}, vocab_size=400, heldout_fraction=0.2, "
+        f"split_bytes={SPLIT_BYTES})\n"
     )
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert result.returncode == -signal.SIGKILL, result.stderr
     with pytest.raises(DataError, match=r"no document store: it has no manifest\.json; set data\.source"):
         open_store(path)
-    store = build(source, path)  # with fewer, larger shards than the one that died
+    before = {file.name for file in (path / "building/parts").glob("*.json")}
+    done: list[int] = []
+    tokenise_split = store_build.tokenise_split
+    monkeypatch.setattr(
+        store_build, "tokenise_split", lambda work, each: done.append(each.number) or tokenise_split(work, each)
+    )
+    store = build(source, path)
     verify_store(store.path)
     assert store.manifest == finished.manifest
-    on_disk = {file.name for file in path.iterdir()} - {"manifest.json", ".build.lock"}
+    assert done == [
+        number for number in range(NUM_SPLITS) if not any(part.startswith(f"{number:05d}") for part in before)
+    ]
+    assert len(before) == {"train-00002.bin": 2, "train-00001.crc": 1, "00003-": 3}.get(dies_at, NUM_SPLITS)
     files = store.manifest.files
-    assert on_disk - {f"{dies_at}.partial"} == {name for file in files for name in (file.name, file.units_name)}
+    on_disk = {file.name for file in path.iterdir() if not file.name.startswith(".")}
+    assert on_disk == {name for file in files for name in (file.name, file.units_name)} | {"manifest.json"}
+
+
+def test_what_a_build_of_other_text_has_left_is_not_used(finished: DocumentStore, source: Path, tmp_path: Path):
+    """Neither its parts nor its shards: a source that changed between two runs is not mixed into the old parts."""
+    path, changed = tmp_path / "store", tmp_path / "changed"
+    shutil.copytree(source, changed)
+    (changed / "7.txt").write_text("another text, of another length\n")
+    build_from = partial(build, tokenizer_path=str(finished.path / "tokenizer.json"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(store_build, "finish", lambda *_, **__: 1 / 0)
+        for text, fewer in ((source, 300), (changed, SPLIT_BYTES)):
+            with pytest.raises(ZeroDivisionError):
+                build_from(text, path, split_bytes=fewer)
+    (changed / "7.txt").write_bytes((source / "7.txt").read_bytes())
+    store = build_from(changed, path)
+    expected = build_from(changed, tmp_path / "expected")
+    assert store.manifest == expected.manifest and store.manifest.identity == finished.manifest.identity
+    verify_store(store.path)
 
 
 def build_and_report(source: Path, path: Path, barrier: Any, results: Any) -> None:
     built = []
     build_for_real = store_build._build
-    store_build._build = lambda *arguments: built.append(1) or build_for_real(*arguments)
+    store_build._build = lambda *arguments, **more: built.append(1) or build_for_real(*arguments, **more)
     barrier.wait()
     store = build(source, path)
     verify_store(store.path)
@@ -255,7 +295,7 @@ def test_full_disk_is_refused(source: Path, tmp_path: Path, monkeypatch: pytest.
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(DataError, match="No space left on device; check permissions and free space"):
+    with pytest.raises(DataError, match=r"cannot be built: .*No space left on device"):
         build(source, tmp_path / "store")
     assert not (tmp_path / "store" / "manifest.json").exists()
 
@@ -312,12 +352,12 @@ def test_model_vocabulary_smaller_than_the_tokenizers_is_refused(finished: Docum
 
 
 def test_truncated_and_missing_files_are_named_when_opening(store: DocumentStore):
-    shard = store.path / "train-00001.bin"
-    os.truncate(shard, 998)
+    shard = store.manifest.train_shards[1]
+    os.truncate(store.path / shard.name, 98)
     (store.path / "tokenizer.json").unlink()
     with pytest.raises(DataError, match=r"is damaged: .*; delete the folder") as caught:
         open_store(store.path)
-    assert "train-00001.bin (998 bytes, expected 1000 bytes)" in str(caught.value)
+    assert f"train-00001.bin (98 bytes, expected {shard.size_bytes} bytes)" in str(caught.value)
     assert "tokenizer.json (missing, expected" in str(caught.value)
     assert "train-00000.bin" not in str(caught.value)
 
@@ -331,7 +371,7 @@ def test_checksums_of_units_that_are_not_those_of_the_file_are_not_used(store: D
             r"train-00001\.crc is damaged: its checksums do not combine to that of train-00001\.bin in manifest\.json"
         )
         with pytest.raises(DataError, match=message):
-            open_store(store.path).train_stream().read(600, 1)
+            open_store(store.path).train_stream().read(0, store.manifest.train.tokens)
         with pytest.raises(
             DataError, match=r"train-00001\.crc is missing or damaged: train-00001\.bin cannot be verified"
         ):
@@ -433,7 +473,7 @@ def test_identity_ignores_where_the_data_lies_but_no_token_and_no_tokenizer(
 
 
 def test_identity_ignores_how_the_tokens_are_cut_into_shards(finished: DocumentStore, source: Path, tmp_path: Path):
-    other = build(source, tmp_path / "other", shard_tokens=10**6).manifest
+    other = build(source, tmp_path / "other", split_bytes=10**6).manifest
     assert len(other.train_shards) == 1 < len(finished.manifest.train_shards)
     assert other.identity == finished.manifest.identity
 

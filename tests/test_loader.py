@@ -30,7 +30,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> DocumentStore:
     for i in range(60):
         (folder / "source" / f"{i}.txt").write_text(f"document {i} says {i * i} and then {i**3}\n" * (i % 7 + 1))
     return build_store(
-        folder / "store", source=str(folder / "source"), vocab_size=300, heldout_fraction=0.1, shard_tokens=101
+        folder / "store", source=str(folder / "source"), vocab_size=300, heldout_fraction=0.1, split_bytes=300
     )
 
 

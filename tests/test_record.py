@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 
 from raynium.errors import RunInUse, StoreError
-from raynium.run.process import pid_started
 from raynium.run.record import (
     OWNER_LOST_SECONDS,
     STOP_KEY,
@@ -26,6 +25,7 @@ from raynium.run.record import (
     request_stop,
     this_process,
 )
+from raynium.storage.process import pid_started
 from raynium.storage.store import Store
 from raynium.tracking.ledger import Ledger, LifeLedger
 

@@ -15,15 +15,14 @@ from pathlib import Path
 from raynium.config.schema import DataSection
 from raynium.data.manifest import MANIFEST_NAME, StoredFile, StoreManifest
 from raynium.data.store import (
-    DocumentStore,
     local_manifest,
     no_store,
     refuse_other_data,
 )
 from raynium.data.tokens import unit_checksums
 from raynium.errors import DataError, StoreError
-from raynium.storage.backend import KeyExists, KeyMissing
-from raynium.storage.checksum import FileChecksums, checksum, to_text
+from raynium.storage.backend import KeyMissing
+from raynium.storage.checksum import FileChecksums
 from raynium.storage.local_files import exclusive, file_checksums, sync_folder, write_atomically
 from raynium.storage.store import Store
 from raynium.storage.verify import wrong_units
@@ -88,37 +87,6 @@ def localize(path: str | Path, cache_dir: str | Path) -> Path:
             f"{url} cannot be copied to {folder}: {error}; check permissions and free space there"
         ) from error
     return folder
-
-
-def publish(store: DocumentStore, url: str) -> None:
-    """Upload a store, manifest last, so that nobody sees half of it.
-
-    What an upload that died left there is used or replaced. Raises DataError if the URL cannot be written, or has
-    another store by now.
-    """
-    with _errors(url, "written"):
-        target = Store(url)
-        for file in store.manifest.files:
-            units = (store.path / file.units_name).read_bytes()
-            for name, known in (
-                (file.name, (file.size_bytes, to_text(file.crc))),
-                (file.units_name, (len(units), to_text(checksum(units)))),
-            ):
-                try:
-                    target.upload_file(name, store.path / name)
-                except KeyExists:
-                    if target.stored_checksum(name) != known:
-                        target.delete(name)
-                        target.upload_file(name, store.path / name)
-        try:
-            target.write_new(MANIFEST_NAME, store.manifest.to_json())
-        except KeyExists as error:
-            if find_manifest(url) != store.manifest:
-                raise DataError(
-                    f"document store {store.path} cannot be uploaded to {url}: another one was put there meanwhile; "
-                    "give another data.path"
-                ) from error
-    logger.info("uploaded document store %s to %s", store.path, url)
 
 
 def local_path(path: str | Path) -> Path | None:

@@ -30,7 +30,6 @@ from raynium.node.saving import Saving
 from raynium.node.uploader import Uploader
 from raynium.rank.plan import RankPlan
 from raynium.rank.ports import rendezvous_socket
-from raynium.run.process import is_halted
 from raynium.run.protocol import (
     PEER_WORD_SECONDS,
     AgentInfo,
@@ -44,6 +43,7 @@ from raynium.run.protocol import (
     Verdict,
 )
 from raynium.storage.own_folder import drop_folder, own_folder, shared_memory_folder
+from raynium.storage.process import is_halted
 from raynium.tracking.tracker import Tracker
 from raynium.train.link import Compiled, ImageWritten, RankMessage, Stop
 

@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from raynium.run.process import pid_started
+from raynium.storage.process import pid_started
 
 logger = logging.getLogger(__name__)
 

@@ -20,7 +20,7 @@ from raynium.checkpoint.upload import upload_shard
 from raynium.errors import RayniumError, StoreError
 from raynium.node.ranks import start_process
 from raynium.rank import entry as rank_entry
-from raynium.run.process import cpu_ticks
+from raynium.storage.process import cpu_ticks
 from raynium.storage.store import Store
 
 logger = logging.getLogger(__name__)

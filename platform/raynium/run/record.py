@@ -8,8 +8,6 @@
 
 import json
 import logging
-import os
-import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -21,8 +19,8 @@ from typing import Any, Literal
 from pydantic import TypeAdapter, ValidationError
 
 from raynium.errors import RunInUse, StoreError
-from raynium.run.process import boot_id, pid_started
 from raynium.storage.backend import KeyExists, KeyMissing
+from raynium.storage.process import Owner, this_process
 from raynium.storage.store import Store
 from raynium.tracking.ledger import Before, Ledger, LifeLedger, RunBook
 
@@ -36,16 +34,6 @@ OWNER_LOST_SECONDS = 60.0
 
 State = Literal["preparing", "running", "finished", "stopped", "failed"]
 LIVE_STATES = ("preparing", "running")
-
-
-@dataclass(frozen=True)
-class Owner:
-    """A process, told apart from a later one with the same pid."""
-
-    host: str
-    boot_id: str
-    pid: int
-    pid_started: str
 
 
 @dataclass(frozen=True)
@@ -104,8 +92,8 @@ class RunRecord:
         """False once the owner has ended, cleanly or not."""
         if self.state not in LIVE_STATES:
             return False
-        if self.owner.host == socket.gethostname() and self.owner.boot_id == boot_id():
-            return pid_started(self.owner.pid) == self.owner.pid_started
+        if (lives := self.owner.lives_here()) is not None:
+            return lives
         return now_unix - self.heartbeat_unix < OWNER_LOST_SECONDS
 
     def shown_state(self, now_unix: float) -> str:
@@ -140,10 +128,6 @@ class RunRecord:
 def _asked(config: dict[str, Any]) -> dict[str, Any]:
     """Without what the run itself finds out, and writes into it."""
     return config | {"data": {**config.get("data", {}), "identity": None}}
-
-
-def this_process() -> Owner:
-    return Owner(socket.gethostname(), boot_id(), os.getpid(), pid_started(os.getpid()))
 
 
 def read_record(store: Store) -> RunRecord | None:

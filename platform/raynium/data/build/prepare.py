@@ -4,19 +4,12 @@ import logging
 from pathlib import Path
 
 from raynium.config.schema import DataSection
-from raynium.data.build.store_build import build_store
+from raynium.data.build.fit import refuse_other_recipe, refuse_other_tokenizer, refuse_small_vocabulary
+from raynium.data.build.store_build import build_from_source
 from raynium.data.build.survey import Survey, Tell, survey
 from raynium.data.manifest import StoreManifest
-from raynium.data.remote import cache_folder, find_manifest, local_path, localize, publish
-from raynium.data.store import (
-    DocumentStore,
-    no_store,
-    open_store,
-    refuse_other_data,
-    refuse_other_recipe,
-    refuse_other_tokenizer,
-    refuse_small_vocabulary,
-)
+from raynium.data.remote import find_manifest, localize
+from raynium.data.store import DocumentStore, no_store, open_store, refuse_other_data
 from raynium.data.tokenizer import Tokenizer, check_vocab_size
 from raynium.errors import DataError
 
@@ -66,13 +59,12 @@ def prepare_store(
 ) -> DocumentStore:
     """What the driver calls before training: the config's store, built first if it is missing and `source` is given.
 
-    A store at a URL is built in `cache_dir` and then uploaded. surveyed: from `check_data`. Raises DataError if there
-    is neither store nor source, or if the store does not fit the config.
+    A store at a URL is built there, and then copied to `cache_dir`. surveyed: from `check_data`. Raises DataError if
+    there is neither store nor source, or if the store does not fit the config.
     """
-    path = local_path(data.path)
-    if data.source is not None and (path is not None or find_manifest(data.path) is None):
-        store = build_store(
-            path or cache_folder(data.path, cache_dir, "build"),
+    if data.source is not None:
+        build_from_source(
+            data.path,
             source=data.source,
             vocab_size=model_vocab_size,
             tokenizer_path=data.tokenizer,
@@ -82,8 +74,6 @@ def prepare_store(
             surveyed=surveyed,
             tell=tell,
         )
-        if path is None:
-            publish(store, data.path)
     store = open_store(localize(data.path, cache_dir), identity=data.identity)
     _refuse_unfit(store.manifest, data, model_vocab_size=model_vocab_size)
     return store

@@ -65,20 +65,42 @@ def survey(source: str, *, heldout_fraction: float, max_left_out: float, tell: T
             train_bytes[item.name] = num_bytes
         progress(f"data: {read_bytes / 1e6:,.0f} MB of {source} read")
     found = Survey(opened, train_bytes, heldout_documents, heldout_bytes, tally.groups())
-    _refuse_large_share(source, found, max_left_out)
-    if not train_bytes or not heldout_documents:
-        left_out = f", and leaves out {left_out_in_words(found.left_out, kept_bytes=0)}" if not read_bytes else ""
-        raise DataError(
-            f"data.source = {source!r} gives {len(train_bytes)} training and {heldout_documents} held-out documents "
-            f"with data.heldout_fraction = {heldout_fraction}{left_out}. Both need at least one: give more documents "
-            "(a file or a .jsonl line is one) or change the fraction"
-        )
+    refuse_unusable(
+        source,
+        found.left_out,
+        documents=(len(train_bytes), heldout_documents),
+        kept_bytes=read_bytes,
+        heldout_fraction=heldout_fraction,
+        max_left_out=max_left_out,
+    )
     return found
 
 
-def _refuse_large_share(source: str, found: Survey, max_left_out: float) -> None:
-    kept_bytes = found.num_train_bytes + found.heldout_bytes
-    share = share_left_out(found.left_out, kept_bytes=kept_bytes)
+def refuse_unusable(
+    source: str,
+    left_out: list[LeftOutGroup],
+    *,
+    documents: tuple[int, int],
+    kept_bytes: int,
+    heldout_fraction: float,
+    max_left_out: float,
+) -> None:
+    """Raises DataError if too much is left out, or if not both of training and held-out documents are there.
+
+    documents: training and held-out ones. kept_bytes: of both together.
+    """
+    _refuse_large_share(source, left_out, kept_bytes, max_left_out)
+    if not all(documents):
+        also = f", and leaves out {left_out_in_words(left_out, kept_bytes=0)}" if not kept_bytes else ""
+        raise DataError(
+            f"data.source = {source!r} gives {documents[0]} training and {documents[1]} held-out documents "
+            f"with data.heldout_fraction = {heldout_fraction}{also}. Both need at least one: give more documents "
+            "(a file or a .jsonl line is one) or change the fraction"
+        )
+
+
+def _refuse_large_share(source: str, left_out: list[LeftOutGroup], kept_bytes: int, max_left_out: float) -> None:
+    share = share_left_out(left_out, kept_bytes=kept_bytes)
     if share <= max_left_out:
         return
     remedies = [
@@ -89,12 +111,12 @@ def _refuse_large_share(source: str, found: Survey, max_left_out: float) -> None
             ({"unread kind"}, "unpack or convert files of kinds that are not read"),
             ({"too long"}, "split long documents"),
         )
-        if reasons & {group.reason for group in found.left_out}
+        if reasons & {group.reason for group in left_out}
     ]
     # So much is enough: rounded up to a whole percent.
     enough = min(1.0, (int(100 * share) + 1) / 100)
     raise DataError(
-        f"data.source = {source!r} would lose {left_out_in_words(found.left_out, kept_bytes=kept_bytes)}. That is more "
+        f"data.source = {source!r} would lose {left_out_in_words(left_out, kept_bytes=kept_bytes)}. That is more "
         f"than data.max_left_out = {max_left_out:g}: {'; '.join(remedies) or 'mend the source'}; or set "
         f"data.max_left_out={enough:g} to train without it"
     )

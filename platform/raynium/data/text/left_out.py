@@ -16,6 +16,7 @@ Reason = Literal[
     "linked folder",
     "no file",
     "hidden",
+    "duplicate",
 ]
 # In words, after the number of them.
 _WORDS: dict[Reason, str] = {
@@ -29,6 +30,7 @@ _WORDS: dict[Reason, str] = {
     "linked folder": "linked folders, which are not followed",
     "no file": "pipes, sockets, devices or broken links",
     "hidden": "hidden",
+    "duplicate": "equal to an earlier document",
 }
 # Text that a user will miss. Of the rest nobody knows whether it is text, or it holds none.
 _TEXT: frozenset[Reason] = frozenset({"not utf-8", "utf-16", "null", "too long", "unread kind"})

@@ -2,6 +2,28 @@
 
 import os
 import platform
+import socket
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Owner:
+    """A process, told apart from a later one with the same pid."""
+
+    host: str
+    boot_id: str
+    pid: int
+    pid_started: str
+
+    def lives_here(self) -> bool | None:
+        """Whether it lives, if it is of this host; None where only what it writes can tell."""
+        if self.host != socket.gethostname() or self.boot_id != boot_id():
+            return None
+        return pid_started(self.pid) == self.pid_started
+
+
+def this_process() -> Owner:
+    return Owner(socket.gethostname(), boot_id(), os.getpid(), pid_started(os.getpid()))
 
 
 def boot_id() -> str:

@@ -1,0 +1,50 @@
+"""Whether the store that is there is the one that is asked for."""
+
+from raynium.data.manifest import StoreManifest
+from raynium.data.tokenizer import Tokenizer
+from raynium.errors import DataError
+
+
+def refuse_other_recipe(manifest: StoreManifest, *, source: str, heldout_fraction: float, where: str) -> None:
+    """Raises DataError if the store was built from something else than the config asks for now."""
+    recipe = manifest.recipe
+    built_from = recipe.sources[0] if len(recipe.sources) == 1 else recipe.sources
+    for name, built_with, asked_for in (
+        ("source", built_from, source),
+        ("heldout_fraction", recipe.heldout_fraction, heldout_fraction),
+    ):
+        if built_with != asked_for:
+            raise DataError(
+                f"document store {where} was built with data.{name} = {built_with!r}, the config says "
+                f"{asked_for!r}; set it back, give another data.path, or delete the folder to build it anew"
+            )
+
+
+def refuse_other_tokenizer(
+    manifest: StoreManifest, *, model_vocab_size: int, path: str | None, end_of_document: str | None, where: str
+) -> None:
+    """Raises DataError if the model's vocabulary is too small, or the config names another tokenizer or end."""
+    if path is not None:
+        wanted = Tokenizer.load(path, end_of_document=end_of_document)
+        if manifest.tokenizer_sha256 not in wanted.sha256s:
+            raise DataError(
+                f"document store {where} was tokenised with another tokenizer (sha256 {manifest.tokenizer_sha256}) "
+                f"than data.tokenizer = {path!r} (sha256 {wanted.sha256}); remove data.tokenizer to use the store's "
+                "own, or give another data.path to build a new store"
+            )
+        if end_of_document is not None and wanted.end_of_document_id != manifest.end_of_document_id:
+            raise DataError(
+                f"data.end_of_document = {end_of_document!r} (id {wanted.end_of_document_id}): in document store "
+                f"{where} documents end with id {manifest.end_of_document_id}; remove the setting, or give another "
+                "data.path to build a new store"
+            )
+    refuse_small_vocabulary(model_vocab_size, manifest.vocab_size, f"document store {where}")
+
+
+def refuse_small_vocabulary(model_vocab_size: int, vocab_size: int, holder: str) -> None:
+    """Raises DataError if the model lacks tokens that `holder` has; spare ones do no harm."""
+    if model_vocab_size < vocab_size:
+        raise DataError(
+            f"model.vocab_size = {model_vocab_size}: {holder} has token ids up to {vocab_size - 1}; "
+            f"set model.vocab_size to {vocab_size} or more"
+        )

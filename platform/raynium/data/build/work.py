@@ -1,0 +1,118 @@
+"""What the tasks of a build are given, and who runs them: here one after the other, or Ray on many nodes."""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Protocol, TypeVar
+
+from raynium.data.manifest import Recipe
+from raynium.data.text.documents import Split
+from raynium.data.tokenizer import Tokenizer
+from raynium.storage.checksum import UNIT_BYTES
+from raynium.storage.store import Store
+
+T = TypeVar("T")
+Item = TypeVar("Item", contravariant=True)
+Result = TypeVar("Result", covariant=True)
+
+
+@dataclass(frozen=True)
+class Work:
+    """The same for all tasks of a build. target: the store's place; a folder must be one that every node sees."""
+
+    target: str
+    recipe: Recipe
+    tokenizer_text: str
+    end_of_document: str
+    unit_bytes: int
+    splits_digest: str
+    num_splits: int
+    # By which duplicates are looked for; 1 where they are not.
+    partitions: int
+
+    @classmethod
+    def of(
+        cls,
+        target: Store,
+        recipe: Recipe,
+        tokenizer: Tokenizer,
+        splits: Sequence[Split],
+        *,
+        unit_bytes: int = UNIT_BYTES,
+        partitions: int = 1,
+    ) -> "Work":
+        return cls(
+            target=target.url,
+            recipe=recipe,
+            tokenizer_text=tokenizer.file_text,
+            end_of_document=tokenizer.end_of_document,
+            unit_bytes=unit_bytes,
+            splits_digest=_digest([repr(split) for split in splits]),
+            num_splits=len(splits),
+            partitions=partitions,
+        )
+
+    def store(self) -> Store:
+        return Store(self.target)
+
+    def tokenizer(self) -> Tokenizer:
+        return _tokenizer(self.tokenizer_text, self.end_of_document)
+
+    def digest(self, split: Split) -> str:
+        """Of all that decides the tokens of a split; of its files the sizes and times, which a changed file differs in.
+
+        Which documents are duplicates depends on all splits.
+        """
+        others = self.splits_digest if self.recipe.dedup == "exact" else ""
+        return _digest(
+            [
+                *(repr(split), others, self.recipe.dedup, repr(self.recipe.heldout_fraction)),
+                *(self.tokenizer_text, self.end_of_document, str(self.unit_bytes)),
+            ]
+        )
+
+
+@dataclass(frozen=True)
+class NumberedSplit:
+    """number: its place among all splits of the build, and so that of its shards."""
+
+    number: int
+    split: Split
+
+
+class Runner(Protocol):
+    """The results of `task(work, item)` for all items, in any order, each as it comes.
+
+    A task is a function of a module, may be run again after a death, and then does nothing else. What one raises is
+    raised here.
+    """
+
+    def __call__(self, task: Callable[[Work, Item], Result], work: Work, items: Sequence[Item]) -> Iterator[Result]: ...
+
+
+def in_this_process(task: Callable[[Work, Item], Result], work: Work, items: Sequence[Item]) -> Iterator[Result]:
+    """A `Runner` without any other process; the tokenizer itself uses all cores."""
+    return (task(work, item) for item in items)
+
+
+def ahead(items: Iterable[T]) -> Iterator[T]:
+    """The same items, each made in a thread while the one before it is used."""
+    iterator, end = iter(items), object()
+    with ThreadPoolExecutor(1, thread_name_prefix="read-ahead") as pool:
+        coming = pool.submit(next, iterator, end)
+        while (item := coming.result()) is not end:
+            coming = pool.submit(next, iterator, end)
+            yield item  # pyright: ignore[reportReturnType]
+
+
+@lru_cache(maxsize=1)
+def _tokenizer(file_text: str, end_of_document: str) -> Tokenizer:
+    # The largest files take seconds to read, and a worker has many splits.
+    return Tokenizer(file_text, "the tokenizer of this build", end_of_document=end_of_document)
+
+
+def _digest(facts: list[str]) -> str:
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
