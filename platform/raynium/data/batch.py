@@ -20,14 +20,22 @@ class Batch:
     """B rows, from a loader on the CPU; the label at [b, t] is the token that follows the one at [b, t].
 
     tokens_BT, labels_BT: int64; a position whose label is IGNORED_LABEL is not counted. others: the task's own columns,
-    see `tasks/base.py`. documents_BT: int64, the document that each position belongs to, rising from 0 along a row;
-    None: each row is one document. Positions that fill a row up are a document of their own, without a label.
+    see `tasks/base.py`. documents_BT: int32 or int64, the document that each position belongs to, rising from 0 along
+    a row; None: each row is one document. Positions that fill a row up are a document of their own, without a label.
     """
 
     tokens_BT: "Tensor"
     labels_BT: "Tensor"
     others: "Mapping[str, Tensor]" = field(default_factory=dict)
     documents_BT: "Tensor | None" = None
+
+    @classmethod
+    def of(cls, columns: "Mapping[str, Tensor]") -> "Batch":
+        """Inverse of `columns`."""
+        others = dict(columns)
+        tokens_BT, labels_BT = others.pop("tokens"), others.pop("labels")
+        documents_BT = others.pop("documents", None)
+        return cls(tokens_BT, labels_BT, others, documents_BT)
 
     def columns(self) -> "dict[str, Tensor]":
         """All by name."""
@@ -38,12 +46,7 @@ class Batch:
         """Views of `rows` rows each."""
         assert len(self.tokens_BT) % rows == 0, f"{len(self.tokens_BT)} rows do not make whole parts of {rows}"
         parts = {name: column.split(rows) for name, column in self.columns().items()}
-        return [_batch(dict(zip(parts, part, strict=True))) for part in zip(*parts.values(), strict=True)]
+        return [Batch.of(dict(zip(parts, part, strict=True))) for part in zip(*parts.values(), strict=True)]
 
     def to(self, device: "torch.device") -> "Batch":
-        return _batch({name: column.to(device, non_blocking=True) for name, column in self.columns().items()})
-
-
-def _batch(columns: "dict[str, Tensor]") -> Batch:
-    documents_BT = columns.pop("documents", None)
-    return Batch(columns.pop("tokens"), columns.pop("labels"), columns, documents_BT)
+        return Batch.of({name: column.to(device, non_blocking=True) for name, column in self.columns().items()})

@@ -14,7 +14,7 @@ import torch
 from raynium.config.schema import Config
 from raynium.data.batch import Batch
 from raynium.data.order import Order, RowShuffle, Samples
-from raynium.data.rows import Rows, StreamRows
+from raynium.data.rows import Rows, open_rows
 from raynium.data.store import OpenStore
 
 # The order is computed for many steps at once: one numpy call costs the same for 1 as for 1,000 samples.
@@ -38,14 +38,12 @@ class Loader:
         self._of_steps = lru_cache(4)(self._compute)
 
     def batch(self, step: int) -> Batch:
-        """This rank's share of a step: contiguous tensors on the CPU, tokens and labels int64 [B / data_size, T].
+        """This rank's share of a step: contiguous tensors on the CPU, [B / data_size, T].
 
         DataError if a store is damaged there.
         """
         samples = self.samples(step)
-        columns = self._read(samples)
-        tensors = {name: torch.from_numpy(column) for name, column in columns.items()}
-        return Batch(tensors.pop("tokens"), tensors.pop("labels"), tensors)
+        return Batch.of({name: torch.from_numpy(column) for name, column in self._read(samples).items()})
 
     def samples(self, step: int) -> Samples:
         """Where this rank's rows of a step lie, each int64 [B / data_size]."""
@@ -80,7 +78,7 @@ class Loader:
 
 def open_loader(config: Config, stores: Sequence[OpenStore], *, data_rank: int, data_size: int) -> Loader:
     """The loader of a run. Raises DataError if a store has not as much as one row."""
-    rows = [StreamRows(store, config.data.seq_len) for store in stores]
+    rows = [open_rows(store, config.data) for store in stores]
     order = Order([RowShuffle(len(each), seed=config.run.seed) for each in rows])
     return Loader(
         rows, order, global_batch_size=config.train.global_batch_size, data_rank=data_rank, data_size=data_size

@@ -7,7 +7,10 @@ from typing import Protocol
 
 import numpy as np
 
-from raynium.data.store import OpenStore
+from raynium.config.schema import DataSection
+from raynium.data.packing.index import Packable
+from raynium.data.packing.rows import PackedRows
+from raynium.data.store import DocumentStore, OpenStore
 from raynium.errors import DataError
 
 
@@ -56,3 +59,21 @@ class StreamRows:
 
     def span(self, first: int, end: int) -> tuple[int, int]:
         return first * self._seq_len, end * self._seq_len + 1
+
+
+def open_rows(store: OpenStore, data: DataSection) -> Rows:
+    """A store's rows as data.packing says. Raises DataError if there is none.
+
+    Any process of a node may call it: one makes the index of packed rows, where it is missing, and others wait.
+    """
+    return PackedRows(packable(store), data) if data.packing == "documents" else StreamRows(store, data.seq_len)
+
+
+def packable(store: OpenStore) -> Packable:
+    return Packable(
+        stream=store.train_stream(),
+        end_of_document=store.manifest.end_of_document_id,
+        identity=store.manifest.identity,
+        place=store.place,
+        folder=store.path if isinstance(store, DocumentStore) else None,
+    )

@@ -17,7 +17,9 @@ from raynium.config.resume import resume_conflicts
 from raynium.config.schema import Config
 from raynium.data.build.prepare import check_data, prepare_store
 from raynium.data.build.survey import Survey
+from raynium.data.packing.index import ensure_index
 from raynium.data.remote import find_identity
+from raynium.data.rows import packable
 from raynium.data.store import TOKENIZER_NAME, DocumentStore
 from raynium.data.text.left_out import left_out_in_words
 from raynium.data.tokenizer import Tokenizer
@@ -158,6 +160,7 @@ def prepare(
     log_path = log_folder(store.url) / "driver.log"
     keeper.update(
         config=config.model_dump(mode="json"),
+        packing=_packing_facts(config, documents),
         mlflow_uri=_address(mlflow.uri),
         mlflow_run_id=mlflow.run_id,
         mlflow_experiment_id=mlflow.experiment_id,
@@ -191,7 +194,9 @@ def prepare_data(
     if left_out := documents.manifest.left_out:
         kept_bytes = train.utf8_bytes + heldout.utf8_bytes
         tell(f"data: left out {left_out_in_words(left_out, kept_bytes=kept_bytes)}")
-    if train.tokens < config.data.seq_len + 1:
+    if config.data.packing == "documents":
+        tell(f"data: {ensure_index(packable(documents), config.data, tell)[1].in_words()}")
+    elif train.tokens < config.data.seq_len + 1:
         raise DataError(
             f"document store {documents.path} has {train.tokens:,} training tokens; one sample takes "
             f"data.seq_len + 1 = {config.data.seq_len + 1}. Give more text, or a shorter data.seq_len"
@@ -201,6 +206,13 @@ def prepare_data(
         config = identified(config, documents.manifest.identity)
         past.check_resume(config)
     return config, documents
+
+
+def _packing_facts(config: Config, documents: DocumentStore) -> dict[str, int | float] | None:
+    """Of the index that `prepare_data` made."""
+    if config.data.packing != "documents":
+        return None
+    return ensure_index(packable(documents), config.data)[1].facts()
 
 
 def _address(uri: str) -> str:
@@ -278,7 +290,8 @@ def _open_mlflow(
             path=config.data.path,
             identity=manifest.identity,
             facts={"documents": manifest.train.documents, "tokens": manifest.train.tokens}
-            | {"heldout_documents": manifest.heldout.documents, "vocab_size": manifest.vocab_size},
+            | {"heldout_documents": manifest.heldout.documents, "vocab_size": manifest.vocab_size}
+            | {f"packed_{name}": value for name, value in (_packing_facts(config, documents) or {}).items()},
         )
     except TrackingError as error:
         tell(f"the MLflow page does not name the data: {error}")

@@ -66,6 +66,8 @@ class RunRecord:
     stopped_by: str | None = None
     node_faults: list[dict[str, Any]] | None = None
     result: dict[str, Any] | None = None
+    # Under data.packing documents, what became of them: rows, efficiency (the share of positions filled), …
+    packing: dict[str, int | float] | None = None
     # Of the newest checkpoint; and how the last generation that failed did so, once one has.
     committed_step: int | None = None
     incident: str | None = None

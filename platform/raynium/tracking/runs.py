@@ -225,7 +225,7 @@ def end_abandoned(uri: str, run_id: str, tags: Mapping[str, str], *, unix: float
             client.update_run(run_id, status="RUNNING")
 
 
-def log_dataset(uri: str, run_id: str, *, path: str, identity: str, facts: Mapping[str, int]) -> None:
+def log_dataset(uri: str, run_id: str, *, path: str, identity: str, facts: Mapping[str, int | float]) -> None:
     """Name the run's document store as its input.
 
     identity: of its manifest; MLflow takes the first 36 of its 64 digits as the digest. facts: numbers to show of it.

@@ -24,7 +24,10 @@ class Throughput:
     peak_flops_per_rank: float | None
 
     def metrics(self, step: int, result: StepResult, *, step_seconds: float, data_seconds: float) -> dict[str, float]:
-        """Rates count the labels that count, over all ranks."""
+        """Rates count the labels that count, over all ranks, and not what fills rows up.
+
+        train/tokens is of all positions, and so known at any step without those before it.
+        """
         tokens_per_second = result.tokens / step_seconds
         values = {
             "train/loss": result.loss,

@@ -41,7 +41,7 @@ def check_data(data: DataSection, *, model_vocab_size: int, tell: Tell) -> Surve
     found = survey(data.source, heldout_fraction=data.heldout_fraction, max_left_out=data.max_left_out, tell=tell)
     # No tokenizer makes more of a document than a token of each byte, one before it and one after it.
     most_tokens = found.num_train_bytes + 2 * len(found.train_bytes)
-    if most_tokens <= data.seq_len:
+    if data.packing == "stream" and most_tokens <= data.seq_len:
         raise DataError(
             f"data.source = {data.source!r} has at most {most_tokens:,} training tokens; one sample takes "
             f"data.seq_len + 1 = {data.seq_len + 1}. Give more text, or a shorter data.seq_len"

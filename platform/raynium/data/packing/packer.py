@@ -1,0 +1,156 @@
+"""Which documents lie together in a row: a pure function of the stream of tokens, the row's length and the policy.
+
+Documents that begin within one window of the stream are packed together, the longest first, each into the row with the
+least space that still holds it (best fit, decreasing). Windows are places in the stream, so rows do not depend on how
+it is cut into files, windows have nothing to do with each other, and a row's documents lie near each other. What lies
+in a row stands in the order of the stream, and so do the rows of a window, by what they begin with.
+
+A document is its tokens and the one that ends it, all of which are labels. T: tokens of a row, `data.seq_len`.
+"""
+
+from bisect import bisect_left, insort
+from collections.abc import Iterator
+from typing import Literal, NamedTuple, Protocol
+
+import numpy as np
+
+# Part of an index's name: another number where the same stream would be packed otherwise.
+PACKER_VERSION = 1
+# Windows are a part, which is packed at once and is one file of the index: about so many tokens.
+PART_TOKENS = 2**26
+# Read at once in search of ends of documents.
+_CHUNK_TOKENS = 2**22
+
+TooLong = Literal["split", "leave_out"]
+
+
+class Stream(Protocol):
+    """A store's training tokens: `data.tokens.Tokens`."""
+
+    def __len__(self) -> int: ...
+
+    def read(self, start: int, length: int) -> np.ndarray: ...
+
+
+class PackedPart(NamedTuple):
+    """The rows of some windows, and what became of the documents that begin there.
+
+    row_begins: int64 [rows + 1], where the pieces of each row begin. pieces: int64 [pieces, 2], (place of the first
+    label in the stream, number of labels), row by row. shortest: tokens of the shortest document; 0 where none begins.
+    """
+
+    row_begins: np.ndarray
+    pieces: np.ndarray
+    documents: int
+    split: int
+    left_out: int
+    left_out_tokens: int
+    shortest: int
+
+
+def window_tokens(seq_len: int) -> int:
+    """A stretch that is small beside what a node streams at once, and holds 128 rows at least: larger ones would fill
+    them better by less than 1 %.
+    """
+    return max(2**19, 128 * seq_len)
+
+
+def num_parts(num_tokens: int, seq_len: int) -> int:
+    return -(-num_tokens // _part_tokens(seq_len))
+
+
+def pack_part(stream: Stream, part: int, *, seq_len: int, too_long: TooLong, end_of_document: int) -> PackedPart:
+    """The part that begins at token `part` times its length. Reads on to where its last document ends.
+
+    DataError if the store is damaged there.
+    """
+    begin = part * _part_tokens(seq_len)
+    end = min(begin + _part_tokens(seq_len), len(stream))
+    begins = np.concatenate([np.empty(0, np.int64), *_document_begins(stream, begin, end, end_of_document)])
+    if len(begins) == 0:
+        return PackedPart(np.zeros(1, np.int64), np.empty((0, 2), np.int64), 0, 0, 0, 0, 0)
+    after = next((found[0] for found in _document_begins(stream, end, len(stream), end_of_document)), len(stream))
+    lengths = np.diff(begins, append=after)
+
+    long = lengths > seq_len
+    left_out = long if too_long == "leave_out" else np.zeros_like(long)
+    kept_begins, kept_lengths = begins[~left_out], lengths[~left_out]
+    pieces = _cut(kept_begins, kept_lengths, seq_len)
+    # Pieces follow their document's beginning, wherever they lie.
+    counts = -(-kept_lengths // seq_len)
+    windows = np.repeat(kept_begins // window_tokens(seq_len), counts)
+    row_begins, order = [np.zeros(1, np.int64)], [np.empty(0, np.int64)]
+    for first, last in _runs(windows):
+        rows = _best_fit(pieces[first:last, 1], seq_len)
+        order.append(first + np.argsort(rows, kind="stable"))
+        row_begins.append(first + np.cumsum(np.bincount(rows)))
+    return PackedPart(
+        row_begins=np.concatenate(row_begins),
+        pieces=pieces[np.concatenate(order)],
+        documents=len(kept_begins),
+        split=int((kept_lengths > seq_len).sum()),
+        left_out=int(left_out.sum()),
+        left_out_tokens=int(lengths[left_out].sum()),
+        shortest=int(lengths.min()),
+    )
+
+
+def _part_tokens(seq_len: int) -> int:
+    window = window_tokens(seq_len)
+    return max(1, PART_TOKENS // window) * window
+
+
+def _document_begins(stream: Stream, begin: int, end: int, end_of_document: int) -> Iterator[np.ndarray]:
+    """Where documents begin in [begin, end), in rising arrays, none of them empty."""
+    if begin == 0 < end:
+        yield np.zeros(1, np.int64)
+    # A document begins behind the end of the one before.
+    for first in range(max(begin, 1), end, _CHUNK_TOKENS):
+        found = np.flatnonzero(stream.read(first - 1, min(_CHUNK_TOKENS, end - first)) == end_of_document)
+        if len(found):
+            yield found + first
+
+
+def _cut(begins: np.ndarray, lengths: np.ndarray, seq_len: int) -> np.ndarray:
+    """int64 [pieces, 2]: documents in pieces of seq_len and what remains, in the order of the stream."""
+    counts = -(-lengths // seq_len)
+    numbers = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+    done = numbers * seq_len
+    return np.stack((np.repeat(begins, counts) + done, np.minimum(np.repeat(lengths, counts) - done, seq_len)), axis=1)
+
+
+def _runs(values: np.ndarray) -> Iterator[tuple[int, int]]:
+    """[first, last) of each run of equal values."""
+    edges = np.flatnonzero(np.diff(values)) + 1
+    yield from zip([0, *edges.tolist()], [*edges.tolist(), len(values)], strict=True) if len(values) else ()
+
+
+def _best_fit(lengths: np.ndarray, seq_len: int) -> np.ndarray:
+    """int64, the row of each piece, rows counted in the order of their first pieces."""
+    rows = np.empty(len(lengths), np.int64)
+    # Space left → the rows that have it; the spaces that some row has, rising.
+    having: dict[int, list[int]] = {}
+    spaces: list[int] = []
+    num_rows = 0
+    order = np.argsort(-lengths, kind="stable")
+    for piece, length in zip(order.tolist(), lengths[order].tolist(), strict=True):
+        at = bisect_left(spaces, length)
+        if at == len(spaces):
+            row, space = num_rows, seq_len
+            num_rows += 1
+        else:
+            space = spaces[at]
+            row = having[space].pop()
+            if not having[space]:
+                del spaces[at]
+        rows[piece] = row
+        space -= length
+        if space:
+            waiting = having.setdefault(space, [])
+            if not waiting:
+                insort(spaces, space)
+            waiting.append(row)
+    _, firsts, rows = np.unique(rows, return_index=True, return_inverse=True)
+    ranks = np.empty_like(firsts)
+    ranks[np.argsort(firsts)] = np.arange(len(firsts))
+    return ranks[rows]

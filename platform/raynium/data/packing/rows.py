@@ -1,0 +1,109 @@
+"""Rows of whole documents, by the index that says what lies in each. T: `data.seq_len`."""
+
+from array import array
+from functools import cached_property
+
+import numpy as np
+
+from raynium.config.schema import DataSection
+from raynium.data.batch import IGNORED_LABEL
+from raynium.data.packing.index import Packable, ensure_index, read_part
+from raynium.storage.checksum import list_from_text
+
+# Of a row's documents in the stream: read at once where they lie within so many tokens.
+_SPAN_TOKENS = 2**21
+
+
+class PackedRows:
+    """Rows of whole documents, with a column "documents": int32 [n, T], rising from 0 in each row. See `rows.Rows`.
+
+    Positions that fill a row up are a document of their own, without a label. A document begins on the end of the one
+    before it in the store, so that every token of it is a label; a later piece of a long one on the token before it.
+    """
+
+    def __init__(self, store: Packable, data: DataSection):
+        """Opens the index, which is made first where there is none. DataError if no document fits a row."""
+        self._stream, self._end_of_document = store.stream, store.end_of_document
+        self._folder, self.index = ensure_index(store, data)
+        self._seq_len = data.seq_len
+        self._parts: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        # What rows are filled up with.
+        self._filler = np.full(data.seq_len, self._end_of_document)
+
+    def __len__(self) -> int:
+        return self.index.num_rows
+
+    def read(self, rows: np.ndarray) -> dict[str, np.ndarray]:
+        pieces: list[np.ndarray] = []
+        contexts: list[int] = []
+        numbers: list[int] = []
+        fillers: list[tuple[int, int]] = []
+        parts = np.searchsorted(self._part_ends, rows, side="right")
+        for at, (part, row) in enumerate(zip(parts.tolist(), (rows - self._part_begins[parts]).tolist(), strict=True)):
+            row_begins, found = self._part(part)
+            in_row = found[row_begins[row] : row_begins[row + 1]].tolist()
+            self._read_row(in_row, pieces, contexts)
+            filled, number = sum(length for _, length in in_row), len(in_row)
+            if filled < self._seq_len:
+                pieces.append(self._filler[filled:])
+                contexts.append(self._end_of_document)
+                fillers.append((at * self._seq_len + filled, (at + 1) * self._seq_len))
+                number += 1
+            numbers += range(number)
+        labels = np.concatenate(pieces, dtype=np.int64)
+        lengths = np.array([len(piece) for piece in pieces])
+        # Each label is the next one's context, but where a piece begins.
+        tokens = np.empty_like(labels)
+        tokens[1:] = labels[:-1]
+        tokens[lengths.cumsum() - lengths] = contexts
+        for begin, end in fillers:
+            labels[begin:end] = IGNORED_LABEL
+        documents = np.array(numbers, np.int32).repeat(lengths)
+        shape = (len(rows), self._seq_len)
+        return {"tokens": tokens.reshape(shape), "labels": labels.reshape(shape), "documents": documents.reshape(shape)}
+
+    def span(self, first: int, end: int) -> tuple[int, int]:
+        """Documents of one window lie in each other's way: it may be the whole window's."""
+        spans: list[tuple[int, int]] = []
+        first_part, last_part = np.searchsorted(self._part_ends, (first, end - 1), side="right").tolist()
+        for part in range(first_part, last_part + 1):
+            row_begins, pieces = self._part(part)
+            of_part = np.array((first, end)) - self._part_begins[part]
+            piece, piece_end = row_begins[of_part.clip(0, len(row_begins) - 1)].tolist()
+            found = pieces[piece:piece_end]
+            spans.append((int(found[:, 0].min()), int(found.sum(axis=1).max())))
+        return max(min(begin for begin, _ in spans) - 1, 0), max(end for _, end in spans)
+
+    def _read_row(self, in_row: list[list[int]], pieces: list[np.ndarray], contexts: list[int]) -> None:
+        """Adds the labels of each piece, and the token before them."""
+        # A row is not empty, and its pieces are in the order of the stream.
+        begin = max(in_row[0][0] - 1, 0)
+        length = in_row[-1][0] + in_row[-1][1] - begin
+        near = self._stream.read(begin, length) if length <= _SPAN_TOKENS else None
+        for place, count in in_row:
+            first = max(place - 1, 0)
+            span = (
+                near[first - begin : place + count - begin]
+                if near is not None
+                else self._stream.read(first, place + count - first)
+            )
+            contexts.append(int(span[0]) if place else self._end_of_document)
+            pieces.append(span[place - first :])
+
+    @cached_property
+    def _part_ends(self) -> np.ndarray:
+        return np.cumsum(self.index.rows)
+
+    @cached_property
+    def _part_begins(self) -> np.ndarray:
+        return self._part_ends - self.index.rows
+
+    @cached_property
+    def _crcs(self) -> "array[int]":
+        return list_from_text(self.index.crc64nvme_of_parts)
+
+    def _part(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """Verified when it is first used."""
+        if number not in self._parts:
+            self._parts[number] = read_part(self._folder, self.index, number, self._crcs[number])
+        return self._parts[number]
