@@ -190,7 +190,40 @@ def test_a_dotted_key_in_a_file_is_told_how_to_nest():
         ("sample.prompts=[{a: b}]", "sample.prompts is [{}] (override sample.prompts): it must be a list, each text"),
         ("sample.prompts=&a [*a]", "sample.prompts is [{}] (override sample.prompts): it must be a list, each text"),
         ("run.name=Two Words", "run.name is \"Two Words\" (override run.name): it must be 1 to 63 of a-z, 0-9, '.', "),
-        ("data.path=", 'data.path is "" (override data.path): it must be a folder, a file or a URL'),
+        ("data.path=", "data.path is missing: give a folder or a URL, or data.source or data.mixture"),
+        (
+            "data.mixture=[{store: a, weight: 0}]",
+            "data.mixture[0].weight is 0 (override data.mixture): it must be a number above 0",
+        ),
+        (
+            "data.mixture=[{store: a}]",
+            "data.mixture[0].weight is missing (override data.mixture): give a number above 0",
+        ),
+        (
+            "data.mixture=[{store: a, weight: 1, wieght: 2}]",
+            "data.mixture[0].wieght is not a field (override data.mixture): there must be a section with store, "
+            "weight, identity",
+        ),
+        (
+            "data.mixture=[a]",
+            'data.mixture[0] is "a" (override data.mixture): it must be a section with store, weight, identity',
+        ),
+        (
+            "data.mixture=[{store: a, weight: 1, weight: 2}]",
+            "data.mixture[0].weight is given twice (override data.mixture, first on line 1): keep one of them",
+        ),
+        (
+            "data.stages=[{from_step: 0, weights: {a: 1}}]",
+            "data.stages[0].from_step is 0 (override data.stages): it must be a whole number of at least 1",
+        ),
+        (
+            "data.stages=[{from_step: 2, weights: {a: -1}}]",
+            "data.stages[0].weights.a is -1 (override data.stages): it must be a number of at least 0",
+        ),
+        (
+            "data.stages=[{from_step: 2, weights: [1]}]",
+            'data.stages[0].weights is ["1"] (override data.stages): it must be names, each with a number of at least',
+        ),
         ("engine.kind=nativ", 'engine.kind is "nativ" (override engine.kind): it must be one of native, nxd; did you'),
         ("data.heldout_fraction=1", "data.heldout_fraction is 1 (override data.heldout_fraction): it must be a numbe"),
         ("train.steps=[1", "override train.steps line 1, column 3 is not valid YAML: "),
@@ -225,8 +258,8 @@ def test_missing_fields_and_sections_say_what_to_give():
         "model is '3' (the config line 3): it must be a section with family, vocab_size, hidden_size, num_layers, "
         "num_heads, num_kv_heads, head_dim, ffn_size, max_seq_len, rope_theta, rope_scaling, norm_eps, "
         "embeddings, init_std",
+        "data.path is missing: give a folder or a URL, or data.source or data.mixture",
         "run.name is missing: give 1 to 63 of a-z, 0-9, '.', '_' and '-', a letter or digit first",
-        "data.path is missing: give a folder, a file or a URL",
         "train is missing: it must hold train.steps, train.global_batch_size",
     ]
 

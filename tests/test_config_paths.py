@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from raynium.config.load import load_config
-from raynium.config.paths import RAY_JOB_VARIABLE, resolve
+from raynium.config.paths import RAY_JOB_VARIABLE, collisions, resolve
 from raynium.errors import ConfigError
 
 pytestmark = pytest.mark.quick
@@ -124,3 +124,18 @@ def test_all_bad_paths_are_reported_at_once():
         "run.root is 's3:/bucket': a URL has two slashes and a name after its scheme, as s3://bucket/folder",
         "data.path is '~nobody-of-that-name/x': there is no user of that name; give an absolute path",
     ]
+
+
+def test_a_store_of_a_mixture_is_a_name_under_the_root_a_path_or_a_url(tmp_path):
+    stores = "[{store: web, weight: 1}, {store: ./code, weight: 1}, {store: s3://bucket/books, weight: 1}]"
+    resolved = resolve(config("run.root=s3://bucket/runs/", "data.source=null", f"data.mixture={stores}"))
+    places = [store.store for store in resolved.data.mixture]
+    assert places == ["s3://bucket/runs/data/web", str(tmp_path / "here/code"), "s3://bucket/books"]
+    assert [store.name for store in resolved.data.mixture] == ["web", "code", "books"]
+    assert resolve(resolved) == resolved
+
+
+def test_a_store_of_a_mixture_lies_outside_the_run():
+    stores = "[{store: runs/quickstart/web, weight: 1}]"
+    found = collisions(resolve(config("data.source=null", f"data.mixture={stores}")))
+    assert len(found) == 1 and found[0].startswith("data.mixture[0].store is '")

@@ -348,3 +348,80 @@ def test_all_problems_of_all_parts_come_at_once():
     starts = ["data.seq_len", "parallel.tensor", "train.global_batch_size", "optimizer.warmup_steps", "engine.kind",
               "cluster.accelerator", "cluster.ranks_per_node", "memory:"]  # fmt: skip
     assert [problem.split(" ")[0] for problem in found] == starts
+
+
+# ------------------------------------------------------------------------------------------------- mixtures
+
+ALONE = ("data.source=null", "data.path=null")
+TWO = (*ALONE, "data.mixture=[{store: web, weight: 3}, {store: s3://bucket/code, weight: 1}]")
+
+
+def stages(text: str) -> list[str]:
+    return problems("quickstart", *TWO, f"data.stages={text}")
+
+
+def test_a_mixture_and_its_stages_are_accepted():
+    assert problems("quickstart", *TWO) == []
+    text = "[{from_step: 10, weights: {web: 0, code: 1}}, {from_step: 11, weights: {code: 0.5, web: 3e6}}]"
+    assert stages(text) == []
+
+
+def test_a_mixture_takes_the_place_of_one_store():
+    given = [f"data.identity={'ab' * 32}", "data.source=corpus", "data.path=s3://bucket/store"]
+    found = problems("quickstart", *TWO, *given)
+    assert [message.split(":")[0] for message in found] == [
+        "data.path is 's3",
+        "data.source is 'corpus', with data.mixture",
+        f"data.identity is '{'ab' * 32}', with data.mixture",
+    ]
+    assert found[1] == (
+        "data.source is 'corpus', with data.mixture: it is for one store alone, and a mixture's are built before; take "
+        "out data.source (null, where a preset gives it), or data.mixture"
+    )
+
+
+def test_a_store_is_in_a_mixture_once():
+    mixture = "data.mixture=[{store: web, weight: 3}, {store: s3://bucket/web/, weight: 1}]"
+    assert only_problem("quickstart", *ALONE, mixture) == (
+        "data.mixture[1].store is 's3://bucket/web/', and data.mixture[0].store 'web': stages and metrics know both as "
+        "'web'; give a store once, with the weights added, or rename one of two"
+    )
+
+
+def test_the_name_of_a_store_fits_a_metric():
+    assert only_problem("quickstart", *ALONE, "data.mixture=[{store: a b, weight: 3}]") == (
+        "data.mixture[0].store is 'a b': stages and metrics know it by the last part, 'a b', which must be 1 to 64 of "
+        "letters, digits, '.', '_' and '-'; rename the store"
+    )
+
+
+def test_stages_need_a_mixture():
+    assert only_problem("quickstart", "data.stages=[{from_step: 1, weights: {web: 1}}]") == (
+        "data.stages is given without data.mixture: it changes a mixture's weights; give one, or leave it out"
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "[{from_step: 9, weights: {web: 1, code: 1}}, {from_step: 9, weights: {web: 0, code: 1}}]",
+            "data.stages[1].from_step is 9, and the stage before it begins at 9: put stages in the order of their "
+            "steps, one for each",
+        ),
+        (
+            "[{from_step: 9, weights: {web: 1, cod: 1}}]",
+            "data.stages[0].weights names 'cod', no store of data.mixture: did you mean 'code'? They are web, code",
+        ),
+        (
+            "[{from_step: 9, weights: {web: 1}}]",
+            "data.stages[0].weights leaves out code: give each store of data.mixture one, 0 for none",
+        ),
+        (
+            "[{from_step: 9, weights: {web: 0, code: 0}}]",
+            "data.stages[0].weights are all 0: nothing would be trained on; give one store or more a weight above 0",
+        ),
+    ],
+)
+def test_stages_name_the_stores_of_the_mixture_in_the_order_of_steps(text: str, message: str):
+    assert stages(text) == [message]

@@ -41,6 +41,10 @@ class SchemaField:
         return isinstance(self.type, type) and issubclass(self.type, Section)
 
     @property
+    def lists_sections(self) -> bool:
+        return get_origin(self.type) is tuple and bool(getattr(get_args(self.type)[0], "model_fields", None))
+
+    @property
     def accepted(self) -> str:
         """What may be given here, in words a user reads."""
         if self.is_section:
@@ -105,6 +109,19 @@ def did_you_mean(name: str) -> str:
     return f"the {'fields of ' + section if section else 'sections'} are {members}"
 
 
+def accepted_within(wanted: Any, parts: typing.Sequence[str]) -> str:
+    """What may be given at a place inside a list of sections, in words; parts: the way there, as ["0", "weight"]."""
+    marks, nullable = (), False
+    for part in parts:
+        if get_origin(wanted) in (tuple, dict):
+            wanted, marks, nullable = split_annotation(get_args(wanted)[0 if get_origin(wanted) is tuple else 1])
+        elif part in wanted.model_fields:
+            info = wanted.model_fields[part]
+            wanted, marks, nullable = split_annotation(info.annotation)
+            marks = (*info.metadata, *marks)
+    return _in_words(wanted, marks) + (", or null" if nullable else "")
+
+
 def split_annotation(annotation: Any) -> tuple[Any, tuple[Any, ...], bool]:
     """(type, marks, nullable) of an annotation such as `Annotated[int, Field(ge=1), Unit("steps")] | None`."""
     marks: list[Any] = []
@@ -154,6 +171,10 @@ def _in_words(bare_type: Any, marks: tuple[Any, ...]) -> str:
         member_type, member_marks, _ = split_annotation(members[0])
         length = "" if members[-1] is Ellipsis else f" of {len(members)}"
         return f"a list{length}, each {_in_words(member_type, member_marks)}"
+    if get_origin(bare_type) is dict:
+        return f"names, each with {_in_words(*split_annotation(get_args(bare_type)[1])[:2])}"
+    if isinstance(bare_type, type) and issubclass(bare_type, Section):
+        return "a section with " + ", ".join(bare_type.model_fields)
     nouns = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
     return " ".join(filter(None, [nouns[bare_type], " and ".join(filter(None, map(_limit_in_words, marks)))]))
 

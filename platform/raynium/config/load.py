@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from raynium.config.fields import BUILDS_ON, did_you_mean, fields_below, schema_fields
+from raynium.config.fields import BUILDS_ON, accepted_within, did_you_mean, fields_below, schema_fields
 from raynium.config.plain_file import read_plain
 from raynium.config.schema import Config, Section
 from raynium.config.yaml_text import Reading, compose, cut, place_of, read_field, read_section, shown
@@ -75,9 +75,16 @@ def _finish(reading: Reading, overrides: Overrides, files: "Files") -> Config:
 
 
 def _name_the_store(reading: Reading) -> None:
-    """data.path where only data.source is given: runs with the same source share a store."""
+    """data.path where only data.source is given: runs with the same source share a store.
+
+    Refuses data without either, and without a mixture.
+    """
     run, data = reading.values.get("run"), reading.values.get("data")
-    if isinstance(run, dict) and isinstance(data, dict) and "data.path" not in reading.refused:
+    if not isinstance(data, dict) or reading.refused & {"", "data", "data.path", "data.source", "data.mixture"}:
+        return
+    if not (data.get("path") or data.get("source") or data.get("mixture")):
+        reading.refuse("data.path", "data.path is missing: give a folder or a URL, or data.source or data.mixture")
+    if isinstance(run, dict) and not data.get("mixture"):
         source, root = data.get("source"), run.get("root", "runs")
         if isinstance(source, str) and isinstance(root, str) and data.get("path") is None:
             # Of a glob, the folder that it begins at.
@@ -286,6 +293,8 @@ def _problem_in_words(item: Any, reading: Reading) -> str | None:
         return f"the config cannot be read: {item['msg']}"
     name = ".".join(parts)
     known = schema_fields()[name]
+    if known.lists_sections and len(item["loc"]) > len(parts):
+        return _member_in_words(item, name, [str(part) for part in item["loc"][len(parts) :]], reading)
     if item["type"] == "missing" and parts == [str(part) for part in item["loc"]]:
         if reading.refused & {"", *(".".join(parts[:depth]) for depth in range(1, len(parts) + 1))}:
             return None
@@ -300,8 +309,21 @@ def _problem_in_words(item: Any, reading: Reading) -> str | None:
     return f"{name} is {cut(json.dumps(value))} ({reading.origins[name]}): it must be {known.accepted}{hint}"
 
 
+def _member_in_words(item: Any, name: str, parts: list[str], reading: Reading) -> str:
+    """The same of what is inside a list of sections; parts: the way from the list, as ["0", "weight"]."""
+    label = name + "".join(f"[{part}]" if part.isdigit() else f".{part}" for part in parts)
+    accepted, origin = accepted_within(schema_fields()[name].type, parts), reading.origins[name]
+    if item["type"] == "missing":
+        return f"{label} is missing ({origin}): give {accepted}"
+    if item["type"] == "extra_forbidden":
+        return f"{label} is not a field ({origin}): there must be {accepted}"
+    return f"{label} is {cut(json.dumps(item['input']))} ({origin}): it must be {accepted}"
+
+
 def _required_in_words(section: str) -> str:
-    return ", ".join(field.name for field in fields_below(section) if field.required)
+    # Data needs one of several.
+    required = ", ".join(field.name for field in fields_below(section) if field.required)
+    return required or "data.path, data.source or data.mixture"
 
 
 # ------------------------------------------------------------------------------------------------- writing

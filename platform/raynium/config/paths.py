@@ -11,7 +11,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from raynium.config.local_folders import nameless
-from raynium.config.schema import Config
+from raynium.config.schema import Config, MixedStore
 from raynium.errors import ConfigError
 
 HOME_VARIABLE = "RAYNIUM_HOME"
@@ -35,7 +35,7 @@ WORDS_FOR_TRACKING = {"databricks"}
 
 
 def resolve(config: Config, *, base_folder: str | Path | None = None) -> Config:
-    """The same config with run.root, data.path, data.source, data.tokenizer and tracking.uri absolute or URLs.
+    """The same config with run.root, all places of its data and tracking.uri absolute or URLs.
 
     Relative paths begin at $RAYNIUM_HOME where it is set (a folder or a URL); else, inside a Ray job, at the user's
     home folder, because the current folder is Ray's unpacked copy and is deleted; else at `base_folder` (None: the
@@ -52,12 +52,21 @@ def resolve(config: Config, *, base_folder: str | Path | None = None) -> Config:
         return placed
 
     data, tracking = config.data, config.tracking
+    root = place("run.root", config.run.root)
+
+    def of_store(number: int, store: MixedStore) -> MixedStore:
+        by_name = f"{root.rstrip('/')}/data/{store.store}"
+        is_name = "/" not in store.store and store.store not in (".", "..", "~")
+        placed = by_name if is_name else place(f"data.mixture[{number}].store", store.store)
+        return store.model_copy(update={"store": placed})
+
     resolved = config.model_copy(
         update={
-            "run": config.run.model_copy(update={"root": place("run.root", config.run.root)}),
+            "run": config.run.model_copy(update={"root": root}),
             "data": data.model_copy(
                 update={
-                    "path": place("data.path", data.path),
+                    "path": data.path and place("data.path", data.path),
+                    "mixture": tuple(of_store(number, store) for number, store in enumerate(data.mixture)),
                     "source": data.source
                     if data.source is None or data.source in WORDS_FOR_SOURCE
                     else place("data.source", data.source),
@@ -77,6 +86,7 @@ def placeholders(config: Config) -> list[str]:
     places = {
         "run.root": config.run.root,
         "data.path": config.data.path,
+        **{f"data.mixture[{number}].store": each.store for number, each in enumerate(config.data.mixture)},
         "data.source": config.data.source,
         "data.tokenizer": config.data.tokenizer,
         "tracking.uri": config.tracking.uri,
@@ -97,12 +107,14 @@ def collisions(config: Config) -> list[str]:
             "cache, document stores); give the run another name"
         )
     run = f"{config.run.root.removeprefix('file://').rstrip('/')}/{name}"
-    data = config.data.path.removeprefix("file://").rstrip("/")
-    if data == run or data.startswith(f"{run}/"):
-        problems.append(
-            f"data.path is {config.data.path!r}, in the folder of run {name!r}: a run's folder holds what the run "
-            "writes; give the document store another place, or the run another name"
-        )
+    for number, store in enumerate(config.data.stores):
+        data = store.store.removeprefix("file://").rstrip("/")
+        if data == run or data.startswith(f"{run}/"):
+            field = f"data.mixture[{number}].store" if config.data.mixture else "data.path"
+            problems.append(
+                f"{field} is {store.store!r}, in the folder of run {name!r}: a run's folder holds what the run "
+                "writes; give the document store another place, or the run another name"
+            )
     return problems
 
 

@@ -14,7 +14,7 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from raynium.config.schema import Config
+from raynium.config.schema import Config, MixedStore
 
 _WEIGHTS = "the checkpoint's weights have this shape or meaning"
 _POSITION = "the data position counts samples of this kind and order"
@@ -34,6 +34,7 @@ FIXED: Mapping[str, str] = {
     "model.rope_scaling": _WEIGHTS,
     "model.norm_eps": _WEIGHTS,
     "model.embeddings": _WEIGHTS,
+    "data.mixture": "the data position counts samples of these stores, by these weights",
     "data.identity": "the data position counts samples of that tokenizer and those tokens",
     "data.heldout_fraction": "documents would move between training and evaluation",
     "data.seq_len": _POSITION,
@@ -45,6 +46,7 @@ FIXED: Mapping[str, str] = {
 }
 
 NOTED: Mapping[str, str] = {
+    "data.stages": "what begins after the checkpoint; what begins before may not change",
     "train.steps": "the learning-rate schedule now ends at another step, so the rate changes from here on",
     "engine.kind": "another engine rounds differently",
     "engine.dtype": "the loss is computed in another precision from here on",
@@ -62,6 +64,7 @@ NOTED: Mapping[str, str] = {
 FREE = (
     *("run.name", "run.root", "cluster", "model.max_seq_len", "model.init_std"),
     *("data.path", "data.source", "data.tokenizer", "data.end_of_document", "data.max_left_out"),
+    "data.max_epochs",
     "parallel",
     "engine.activation_checkpointing",
     "engine.compile",
@@ -79,19 +82,65 @@ FREE = (
 _REMEDIES = {"data.identity": "Give the data.path of a store with the data of then, wherever it lies"}
 
 
-def resume_conflicts(saved: Mapping[str, Any], now: Config) -> list[str]:
+def resume_conflicts(saved: Mapping[str, Any], now: Config, *, step: int) -> list[str]:
     """Why the checkpoint of the config `saved` cannot go on with the config `now`; [] when it can.
 
     saved: the resolved config of the checkpoint in its stored form (`model_dump(mode="json")`). Fields it lacks,
         because an older Raynium wrote it, are not compared.
-    now: resolved too, so that paths compare.
+    now: resolved too, so that paths compare. step: of the checkpoint.
     """
     return [
-        f"{name} is {_shown(after)}, but the checkpoint was trained with {_shown(before)}: {reason}. "
-        f"{_REMEDIES.get(name, f'Set {name} back to {_shown(before)}')}, or give the run another run.name to start anew"
-        for name, before, after, reason in _changes_in(FIXED, saved, now)
+        *_mixture_conflicts(saved.get("data", {}), now, step),
+        *_field_conflicts(saved, now),
+    ]
+
+
+def _field_conflicts(saved: Mapping[str, Any], now: Config) -> Iterator[str]:
+    for name, before, after, reason in _changes_in(FIXED, saved, now):
         # Before the data was looked at, or by an older Raynium that did not: there is nothing to compare.
-        if not (name == "data.identity" and None in (before, after))
+        if name != "data.mixture" and not (name == "data.identity" and None in (before, after)):
+            yield (
+                f"{name} is {_shown(after)}, but the checkpoint was trained with {_shown(before)}: {reason}. "
+                f"{_REMEDIES.get(name, f'Set {name} back to {_shown(before)}')}, or give the run another run.name "
+                "to start anew"
+            )
+
+
+def _mixture_conflicts(saved: Mapping[str, Any], now: Config, step: int) -> Iterator[str]:
+    """Stores are compared by weight and identity, wherever they lie; stages, if they begin by `step`."""
+    mixture = now.data.model_dump(mode="json")["mixture"]
+    before = saved.get("mixture", [])
+    weights = [[store["weight"] for store in stores] for stores in (before, mixture)]
+    if weights[0] != weights[1]:
+        yield (
+            f"data.mixture has the weights {weights[1]}, but the checkpoint was trained with {weights[0]}: "
+            f"{FIXED['data.mixture']}. Set them back, and give the weights from step {step + 1} on as a stage in "
+            "data.stages; or give the run another run.name to start anew"
+        )
+    else:
+        for old, new in zip(before, mixture, strict=True):
+            if None not in (old["identity"], new["identity"]) and old["identity"] != new["identity"]:
+                yield (
+                    f"data.mixture has {new['store']} with the identity {new['identity']}, but the checkpoint was "
+                    f"trained with {old['identity']} from {old['store']}: {FIXED['data.identity']}. Give the store "
+                    "with the data of then, wherever it lies, or give the run another run.name to start anew"
+                )
+    begun = [_stages_by(step, data) for data in (saved, now.data.model_dump(mode="json"))]
+    if begun[0] != begun[1]:
+        yield (
+            f"data.stages has {_shown(begun[1])} up to step {step} ([from_step, weights] of each), but the checkpoint "
+            f"was trained with {_shown(begun[0])}: {_POSITION}. Set these back (stages that begin after step {step} "
+            "may change), or give the run another run.name to start anew"
+        )
+
+
+def _stages_by(step: int, data: Mapping[str, Any]) -> list[list[Any]]:
+    """[from_step, weights in the order of the mixture] of the stages that begin by `step`."""
+    names = [MixedStore.model_validate(store).name for store in data.get("mixture", [])]
+    return [
+        [stage["from_step"], [stage["weights"].get(name) for name in names]]
+        for stage in data.get("stages", [])
+        if stage["from_step"] <= step
     ]
 
 

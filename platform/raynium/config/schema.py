@@ -139,18 +139,53 @@ class ModelSection(Section):
         return FAMILIES[self.family]
 
 
+Identity = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$"), Accepts("a store's identity, 64 hex digits")]
+
+
+class MixedStore(Section):
+    """One store of a mixture."""
+
+    store: Location
+    """Its folder or s3:// URL, or its name: of `<run.root>/data/<name>`."""
+    weight: PositiveFloat
+    """Its share is this, of the sum of all."""
+    identity: Identity | None = None
+    """As data.identity."""
+
+    @property
+    def name(self) -> str:
+        """By which stages and metrics know it: the last part of its place."""
+        return self.store.rstrip("/").rpartition("/")[2]
+
+
+class MixtureStage(Section):
+    """Weights from a step on."""
+
+    from_step: Steps
+    """The first step with these weights."""
+    weights: dict[str, NonNegativeFloat]
+    """Of every store, by the last part of its place."""
+
+
 class DataSection(Section):
-    """A document store: token shards and a manifest under `path`.
+    """A document store, token shards and a manifest, under `path`; or several, in a `mixture`.
 
     If `path` holds no store yet and `source` is given, the driver makes one before training.
     """
 
-    path: Location
+    path: Location | None = None
     """Folder or s3:// URL of the document store. Where only a source is given: `<run.root>/data/<its last part>`,
-    so that runs share it."""
-    identity: Annotated[str | None, Field(pattern=r"^[0-9a-f]{64}$"), Accepts("a store's identity, 64 hex digits")] = (
-        None
-    )
+    so that runs share it. null: there is a mixture."""
+    mixture: tuple[MixedStore, ...] = ()
+    """In place of path: several stores, each with a weight, any positive number: its share of the samples is that of
+    the weights' sum. A store is a folder, an s3:// URL, or a name without a slash: `<run.root>/data/<name>`. Every
+    beginning of the run holds each store in proportion to within two samples. identity: as data.identity."""
+    stages: tuple[MixtureStage, ...] = ()
+    """Other weights from a step on, until the next stage: each names all stores of the mixture, by the last part of
+    their places, and 0 takes one out."""
+    max_epochs: PositiveFloat | None = None
+    """How often a store may be gone through, at most; checked before anything starts. null: as often as it takes."""
+    identity: Identity | None = None
     """Of the content that must be there (`identity` in its manifest.json). null: whatever is; the driver fills it
     in, so that a run goes on with the same content only, wherever it lies."""
     source: Location | None = None
@@ -173,6 +208,30 @@ class DataSection(Section):
     them. documents: whole documents packed side by side; a token sees only its own."""
     too_long: Literal["split", "leave_out"] = "split"
     """With packing documents, what becomes of one that is longer than seq_len; what is left out is counted."""
+
+    @property
+    def stores(self) -> tuple[MixedStore, ...]:
+        """Of the mixture, or the one under `path`."""
+        return self.mixture or (MixedStore(store=self.place, weight=1.0, identity=self.identity),)
+
+    @property
+    def place(self) -> str:
+        """Of the one store, where there is no mixture."""
+        assert self.path is not None, "neither data.path nor data.mixture: reading a config refuses that"
+        return self.path
+
+    def of_each_store(self) -> "list[DataSection]":
+        """The same settings for each store alone."""
+        alone = {"mixture": (), "stages": ()}
+        return [self.model_copy(update=alone | {"path": s.store, "identity": s.identity}) for s in self.stores]
+
+    def identified(self, identities: "list[str | None]") -> "DataSection":
+        """With the identities of the stores, in their order."""
+        if not self.mixture:
+            return self.model_copy(update={"identity": identities[0]})
+        stores = zip(self.mixture, identities, strict=True)
+        mixture = tuple(store.model_copy(update={"identity": identity}) for store, identity in stores)
+        return self.model_copy(update={"mixture": mixture})
 
 
 class ParallelSection(Section):

@@ -51,9 +51,9 @@ class Reading:
 
     def put(self, name: str, value: Any, origin: str) -> None:
         """Set the value of a dotted name, in place of what it had; {} opens a section, and leaves what is in it."""
-        value = [_whole(each) for each in value] if isinstance(value, list) else _whole(value)
-        for text in value if isinstance(value, list) else [value]:
-            if isinstance(text, str) and _NO_TEXT.search(text):
+        value = _whole(value)
+        for text in _texts_in(value):
+            if _NO_TEXT.search(text):
                 self.refuse(
                     name,
                     f"{name} is {text!a} ({origin}), which is not valid text: it holds bytes that are no UTF-8, or "
@@ -121,7 +121,7 @@ def read_field(node: yaml.Node, name: str, source: str, reading: Reading) -> Non
     elif isinstance(node, yaml.MappingNode):
         reading.refuse(name, f"{name} is a section here ({place_of(node, source)}): it must be {known.accepted}")
     else:
-        reading.put(name, _value(node, known.type), place_of(node, source))
+        reading.put(name, _value(node, known.type, name, source, reading), place_of(node, source))
 
 
 def shown(node: yaml.Node) -> str:
@@ -173,20 +173,42 @@ def _is_null(node: yaml.Node) -> bool:
     return isinstance(node, yaml.ScalarNode) and node.style is None and node.value in NULLS
 
 
-def _value(node: yaml.Node, wanted: Any) -> Any:
-    """A plain value of a node that is not a mapping. What does not fit `wanted` stays as it is: pydantic refuses it."""
+def _value(node: yaml.Node, wanted: Any, name: str, source: str, reading: Reading) -> Any:
+    """A plain value of a node. What does not fit `wanted` stays as it is, and is refused by pydantic.
+
+    name: of the value, in messages. `wanted` bounds how deep this goes: a YAML alias may point back to its own list.
+    """
     if isinstance(node, yaml.SequenceNode):
-        members = get_args(wanted) if get_origin(wanted) is tuple else ()
-        member_type = split_annotation(members[0])[0] if members else str
-        # No list of the schema holds lists or sections: an empty dict stands for one, and is refused. (Following it
-        # would not end where a YAML alias points back to its own list.)
-        return [_value(child, member_type) if isinstance(child, yaml.ScalarNode) else {} for child in node.value]
+        if get_origin(wanted) is not tuple:
+            return [child.value if isinstance(child, yaml.ScalarNode) else {} for child in node.value]
+        member = split_annotation(get_args(wanted)[0])[0]
+        return [
+            _value(child, member, f"{name}[{at}]", source, reading)
+            if isinstance(child, yaml.ScalarNode) or _types_below(member)
+            else {}
+            for at, child in enumerate(node.value)
+        ]
+    if isinstance(node, yaml.MappingNode):
+        types = _types_below(wanted)
+        members = _members(node, name, source, reading) if types else ()
+        return {
+            key.value: _value(child, types.get(key.value, types.get("")), f"{name}.{key.value}", source, reading)
+            for key, child in members
+        }
     assert isinstance(node, yaml.ScalarNode)
     if _is_null(node):
         return None
     if node.style is not None or wanted not in (int, float, bool):
         return node.value
     return _number(node.value, wanted)
+
+
+def _types_below(wanted: Any) -> dict[str, Any]:
+    """The types of a mapping's values by key, "" for any key; {} where no mapping is wanted."""
+    if get_origin(wanted) is dict:
+        return {"": split_annotation(get_args(wanted)[1])[0]}
+    fields = getattr(wanted, "model_fields", {})
+    return {key: split_annotation(info.annotation)[0] for key, info in fields.items()}
 
 
 def _number(text: str, wanted: type) -> Any:
@@ -205,6 +227,18 @@ def _number(text: str, wanted: type) -> Any:
 
 def _whole(value: Any) -> Any:
     """JSON escapes a character above U+FFFF as two surrogates, each of which YAML reads as a character."""
+    if isinstance(value, list):
+        return [_whole(each) for each in value]
+    if isinstance(value, dict):
+        return {_whole(key): _whole(each) for key, each in value.items()}
     return (
         value.encode("utf-16", "surrogatepass").decode("utf-16", "surrogatepass") if isinstance(value, str) else value
     )
+
+
+def _texts_in(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, list | dict):
+        for each in value if isinstance(value, list) else [*value.keys(), *value.values()]:
+            yield from _texts_in(each)

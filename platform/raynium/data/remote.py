@@ -40,10 +40,10 @@ def find_identity(data: DataSection) -> str | None:
 
     Raises DataError if what is there cannot be read, or is not the data.identity that the config asks for.
     """
-    manifest = find_manifest(data.path)
+    manifest = find_manifest(data.place)
     if manifest is None:
         return None
-    refuse_other_data(manifest, data.identity, where=data.path)
+    refuse_other_data(manifest, data.identity, where=data.place)
     return manifest.identity
 
 

@@ -65,7 +65,7 @@ def finished_record(config: Config, past: Past) -> RunRecord | None:
     record = past.record
     if record is None or record.state != "finished" or record.step != config.train.steps:
         return None
-    if conflicts := resume_conflicts(record.config, identified(config)):
+    if conflicts := resume_conflicts(record.config, identified(config), step=record.step):
         raise ConfigError(conflicts)
     return record
 
@@ -287,7 +287,7 @@ def _open_mlflow(
         log_dataset(
             mlflow.uri,
             mlflow.run_id,
-            path=config.data.path,
+            path=config.data.place,
             identity=manifest.identity,
             facts={"documents": manifest.train.documents, "tokens": manifest.train.tokens}
             | {"heldout_documents": manifest.heldout.documents, "vocab_size": manifest.vocab_size}

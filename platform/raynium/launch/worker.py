@@ -72,7 +72,7 @@ def run_agent(settings: dict[str, Any]) -> None:
             run_id=settings["mlflow_run_id"],
             wait_seconds=AGENT_BEFORE_SECONDS,
         ),
-        data_folder=lambda: str(localize(config.data.path, f"{scratch}/data")),
+        data_folder=lambda: str(localize(config.data.place, f"{scratch}/data")),
     )
     try:
         agent.run()

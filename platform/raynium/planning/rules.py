@@ -6,6 +6,7 @@ earlier one (memory needs a whole data-parallel size) yields nothing where that 
 """
 
 import difflib
+import re
 from collections.abc import Iterator, Mapping
 
 from raynium.config.schema import Config
@@ -15,6 +16,8 @@ from raynium.planning.memory import GIB, USABLE_FRACTION, estimate_memory
 
 # A document store keeps token ids as uint16 or, from 65,537 ids on, uint32.
 MAX_VOCAB_SIZE = 2**32
+# Part of the names of metrics, and of a folder.
+STORE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
 def check(config: Config, hardware: Mapping[str, Instance] = INSTANCES) -> list[str]:
@@ -66,6 +69,53 @@ def head_counts(config: Config) -> Iterator[str]:
             f"model.head_dim is {model.head_dim}: rotary embeddings turn pairs of its elements, so it must be even; "
             f"set {_choices(sorted({max(2, model.head_dim - 1), model.head_dim + 1}))}"
         )
+
+
+def mixture(config: Config) -> Iterator[str]:
+    data = config.data
+    if not data.mixture:
+        if data.stages:
+            yield "data.stages is given without data.mixture: it changes a mixture's weights; give one, or leave it out"
+        return
+    for name, value in (("path", data.path), ("source", data.source), ("identity", data.identity)):
+        if value is not None:
+            yield (
+                f"data.{name} is {value!r}, with data.mixture: it is for one store alone, and a mixture's are built "
+                f"before; take out data.{name} (null, where a preset gives it), or data.mixture"
+            )
+    names = [store.name for store in data.mixture]
+    for number, (store, name) in enumerate(zip(data.mixture, names, strict=True)):
+        if not STORE_NAME.fullmatch(name):
+            yield (
+                f"data.mixture[{number}].store is {store.store!r}: stages and metrics know it by the last part, "
+                f"{name!r}, which must be 1 to 64 of letters, digits, '.', '_' and '-'; rename the store"
+            )
+        if (first := names.index(name)) < number:
+            yield (
+                f"data.mixture[{number}].store is {store.store!r}, and data.mixture[{first}].store "
+                f"{data.mixture[first].store!r}: stages and metrics know both as {name!r}; give a store once, with the "
+                "weights added, or rename one of two"
+            )
+
+
+def stages(config: Config) -> Iterator[str]:
+    names, last = [store.name for store in config.data.mixture], 0
+    for number, stage in enumerate(config.data.stages if names else ()):
+        label = f"data.stages[{number}]"
+        if stage.from_step <= last:
+            yield (
+                f"{label}.from_step is {stage.from_step}, and the stage before it begins at {last}: put stages in the "
+                "order of their steps, one for each"
+            )
+        last = stage.from_step
+        if unknown := [name for name in stage.weights if name not in names]:
+            near = difflib.get_close_matches(unknown[0], names, n=1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            yield f"{label}.weights names {unknown[0]!r}, no store of data.mixture: {hint}They are {', '.join(names)}"
+        elif absent := [name for name in names if name not in stage.weights]:
+            yield f"{label}.weights leaves out {', '.join(absent)}: give each store of data.mixture one, 0 for none"
+        elif not any(stage.weights.values()):
+            yield f"{label}.weights are all 0: nothing would be trained on; give one store or more a weight above 0"
 
 
 def sequence_length(config: Config) -> Iterator[str]:
@@ -300,7 +350,10 @@ def _memory_remedies(config: Config) -> str:
     return "; or ".join(remedies)
 
 
-RULES = (head_counts, sequence_length, vocabulary, tensor_parallel, pipeline_parallel, batch_size, schedule, engine)
+RULES = (
+    *(head_counts, mixture, stages, sequence_length, vocabulary, tensor_parallel, pipeline_parallel, batch_size),
+    *(schedule, engine),
+)
 HARDWARE_RULES = (accelerator_of_instance, core_count, tensor_groups, memory_fit)
 
 

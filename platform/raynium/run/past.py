@@ -59,7 +59,7 @@ class Past:
         """
         if self.newest is None or self.config is None:
             return []
-        problems = resume_conflicts(self.config, config)
+        problems = resume_conflicts(self.config, config, step=self.newest.step)
         if self.newest.step > config.train.steps:
             problems.append(
                 f"train.steps is {config.train.steps}, but run {config.run.name!r} has a checkpoint of step "

@@ -27,12 +27,12 @@ def check_data(data: DataSection, *, model_vocab_size: int, tell: Tell) -> Surve
             f"data.end_of_document = {data.end_of_document!r} names a token of data.tokenizer, which is not set; set "
             "both, or neither: a tokenizer that is trained here has its own"
         )
-    manifest = find_manifest(data.path)
+    manifest = find_manifest(data.place)
     if manifest is not None:
         _refuse_unfit(manifest, data, model_vocab_size=model_vocab_size)
         return None
     if data.source is None:
-        raise no_store(data.path)
+        raise no_store(data.place)
     if data.tokenizer is not None:
         tokenizer = Tokenizer.load(data.tokenizer, end_of_document=data.end_of_document)
         refuse_small_vocabulary(model_vocab_size, tokenizer.vocab_size, f"tokenizer {data.tokenizer!r}")
@@ -64,7 +64,7 @@ def prepare_store(
     """
     if data.source is not None:
         build_from_source(
-            data.path,
+            data.place,
             source=data.source,
             vocab_size=model_vocab_size,
             tokenizer_path=data.tokenizer,
@@ -74,20 +74,20 @@ def prepare_store(
             surveyed=surveyed,
             tell=tell,
         )
-    store = open_store(localize(data.path, cache_dir), identity=data.identity)
+    store = open_store(localize(data.place, cache_dir), identity=data.identity)
     _refuse_unfit(store.manifest, data, model_vocab_size=model_vocab_size)
     return store
 
 
 def _refuse_unfit(manifest: StoreManifest, data: DataSection, *, model_vocab_size: int) -> None:
     """Raises DataError if the store is not the one that the config means."""
-    refuse_other_data(manifest, data.identity, where=data.path)
+    refuse_other_data(manifest, data.identity, where=data.place)
     if data.source is not None:
-        refuse_other_recipe(manifest, source=data.source, heldout_fraction=data.heldout_fraction, where=data.path)
+        refuse_other_recipe(manifest, source=data.source, heldout_fraction=data.heldout_fraction, where=data.place)
     refuse_other_tokenizer(
         manifest,
         model_vocab_size=model_vocab_size,
         path=data.tokenizer,
         end_of_document=data.end_of_document,
-        where=data.path,
+        where=data.place,
     )
