@@ -42,6 +42,7 @@ def test_a_contradiction_names_field_values_and_remedy():
 @pytest.mark.parametrize(
     "override",
     ["run.seed=1", "data.heldout_fraction=0.2",
+     "data.shuffle=blocks", "data.shuffle_lanes=32", "data.shuffle_block_bytes=1048576",
      "train.global_batch_size=64",
      "optimizer.betas=[0.9, 0.99]", "optimizer.eps=1e-7", "model.rope_scaling=null", "model.rope_scaling.factor=9",
      "model.embeddings=tied", "model.norm_eps=1e-6"],

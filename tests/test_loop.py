@@ -36,6 +36,9 @@ class Batches:
     def __init__(self, tell: Callable[[str], None]):
         self._tell = tell
 
+    def metrics(self) -> dict[str, float]:
+        return dict.fromkeys(("data/requests", "data/fetched_bytes", "data/used_bytes"), 3.0)
+
     def batch(self, step: int) -> Batch:
         self._tell(f"fetch {step}")
         tokens_BT = torch.arange(step, step + 8).reshape(2, 4)
@@ -126,8 +129,8 @@ def plain(step: int) -> list[str]:
     return [f"fetch {step}", f"step {step}"]
 
 
-REPORT = "throughput, time, train"
-EVALUATED = "eval, throughput, time, train"
+REPORT = "data, throughput, time, train"
+EVALUATED = "data, eval, throughput, time, train"
 
 
 def saved(step: int) -> list[str]:

@@ -16,8 +16,8 @@ import pytest
 from cache_folders import bytes_in_cache
 from waiting import wait_for
 
-from raynium.data.range_cache import CachedRange, NoRoom, RangeCache
 from raynium.errors import DataError, StoreError
+from raynium.storage.range_cache import CachedRange, NoRoom, RangeCache
 from raynium.storage.store import Store
 
 SIZE = 100_000

@@ -48,6 +48,14 @@ def test_the_sequence_is_no_longer_than_rope_allows():
     )
 
 
+def test_streaming_takes_blocks_of_rows():
+    assert problems("quickstart", "data.access=stream", "data.shuffle=blocks") == []
+    assert only_problem("quickstart", "data.access=stream") == (
+        "data.access is stream and data.shuffle rows: a row alone is not worth a request, so streaming takes blocks of "
+        "rows: set data.shuffle to blocks, or data.access to copy"
+    )
+
+
 def test_rope_scaling_has_low_below_high():
     assert only_problem(EIGHT_B, "model.rope_scaling.low_freq_factor=4") == (
         "model.rope_scaling.low_freq_factor is 4 and high_freq_factor 4: low must be below high, as Llama 3.1's 1 and 4"

@@ -16,17 +16,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from raynium.data import ahead
-from raynium.data.ahead import FetchAhead, StreamedRows
+from raynium.data.ahead import Ahead, StreamedRows
 from raynium.data.build.store_build import build_store
 from raynium.data.loader import Loader
 from raynium.data.order import Order
 from raynium.data.order.block_shuffle import BlockShuffle
-from raynium.data.range_cache import RangeCache
-from raynium.data.remote import publish
 from raynium.data.rows import StreamRows
 from raynium.data.store import DocumentStore
 from raynium.data.streamed import StreamedStore, open_streamed
 from raynium.errors import DataError, StoreError
+from raynium.storage.range_cache import RangeCache
 from raynium.storage.store import Store
 
 pytestmark = pytest.mark.s3
@@ -36,7 +35,7 @@ SEQ_LEN, BLOCK_ROWS, LANES, UNIT_BYTES = 16, 8, 4, 64
 
 @pytest.fixture(scope="module")
 def local(tmp_path_factory: pytest.TempPathFactory) -> DocumentStore:
-    """Some 6,000 tokens in shards of 501, so that blocks cross shards, and units that no block ends with."""
+    """Some 6,000 tokens in a dozen shards, so that blocks cross shards, and units that no block ends with."""
     folder = tmp_path_factory.mktemp("streaming")
     (folder / "source").mkdir()
     for i in range(60):
@@ -46,7 +45,7 @@ def local(tmp_path_factory: pytest.TempPathFactory) -> DocumentStore:
         source=str(folder / "source"),
         vocab_size=300,
         heldout_fraction=0.2,
-        shard_tokens=501,
+        split_bytes=4000,
         unit_bytes=UNIT_BYTES,
     )
 
@@ -61,7 +60,9 @@ def url(bucket: str, local: DocumentStore, s3_server: Any, monkeypatch: pytest.M
     for name, value in s3_server.env.items():
         monkeypatch.setenv(name, value)
     url = f"{bucket}/{next(numbers)}"
-    publish(local, url)
+    for path in local.path.iterdir():
+        if path.is_file():
+            Store(url).upload_file(path.name, path)
     return url
 
 
@@ -80,18 +81,16 @@ class Streaming:
     def __init__(self, store: StreamedStore, *, data_rank: int = 0, data_size: int = 1, ahead_bytes: int = 2**20):
         inner = StreamRows(store, SEQ_LEN)
         self.store = store
-        self.rows = StreamedRows(inner, store.train_stream(), block_rows=BLOCK_ROWS)
-        self.loader = block_loader(self.rows, data_rank=data_rank, data_size=data_size)
-        self.ahead = FetchAhead([self.rows], self.loader.samples, total_steps=10_000, max_bytes=ahead_bytes)
-
-    def batch(self, step: int) -> Any:
-        self.ahead.hold(step)
-        return self.loader.batch(step)
+        row_bytes = SEQ_LEN * store.manifest.numpy_dtype.itemsize
+        self.rows = StreamedRows(inner, store, block_rows=BLOCK_ROWS, row_bytes=row_bytes)
+        ahead = Ahead(total_steps=10_000, max_bytes=ahead_bytes)
+        self.loader = block_loader(self.rows, data_rank=data_rank, data_size=data_size, ahead=ahead)
+        self.batch, self.close = self.loader.batch, self.loader.close
 
 
-def block_loader(rows: Any, *, data_rank: int = 0, data_size: int = 1) -> Loader:
+def block_loader(rows: Any, *, data_rank: int = 0, data_size: int = 1, ahead: Ahead | None = None) -> Loader:
     order = Order([BlockShuffle(len(rows), seed=3, block_rows=BLOCK_ROWS, lanes=LANES)])
-    return Loader([rows], order, global_batch_size=12, data_rank=data_rank, data_size=data_size)
+    return Loader([rows], order, global_batch_size=12, data_rank=data_rank, data_size=data_size, ahead=ahead)
 
 
 def threads_of_fetching() -> list[str]:
@@ -110,7 +109,7 @@ def test_streamed_batches_are_those_of_a_copy_to_the_bit(
         for step in steps:
             ours, theirs = streamed.batch(step), copied.batch(step)
             assert torch.equal(ours.tokens_BT, theirs.tokens_BT) and torch.equal(ours.labels_BT, theirs.labels_BT)
-        streamed.ahead.close()
+        streamed.close()
 
 
 def test_each_block_is_fetched_once_an_epoch_and_little_more_than_is_used(
@@ -120,7 +119,7 @@ def test_each_block_is_fetched_once_an_epoch_and_little_more_than_is_used(
     steps = range(1, len(streamed.rows) // 12 + 1)
     for step in steps:
         streamed.batch(step)
-    streamed.ahead.close()
+    streamed.close()
     blocks = -(-len(streamed.rows) // BLOCK_ROWS)
     traffic, files = streamed.store.traffic, local.manifest.train_shards
     # A block of 257 bytes takes two units more at most, and as many requests as it has shards.
@@ -136,7 +135,7 @@ def test_any_step_can_come_next_and_any_budget_will_do(
     streamed, copied = stream(ahead_bytes=ahead_bytes), block_loader(StreamRows(local, SEQ_LEN))
     for step in steps:
         assert torch.equal(streamed.batch(step).tokens_BT, copied.batch(step).tokens_BT)
-    streamed.ahead.close()
+    streamed.close()
 
 
 def test_the_cache_keeps_its_bound_while_blocks_come_and_go(stream: Callable[..., Streaming], tmp_path: Path):
@@ -155,7 +154,7 @@ def test_the_cache_keeps_its_bound_while_blocks_come_and_go(stream: Callable[...
         streamed.batch(step)
     done.set()
     watcher.join()
-    streamed.ahead.close()
+    streamed.close()
     assert bound // 2 < most[0] <= bound
 
 
@@ -204,7 +203,7 @@ def read_all(streamed: Streaming) -> None:
         for step in range(1, len(streamed.rows) // 12 + 1):
             streamed.batch(step)
     finally:
-        streamed.ahead.close()
+        streamed.close()
         assert not threads_of_fetching()
 
 

@@ -139,7 +139,7 @@ def main() -> None:
                 world=world,
                 run_url=store.url,
                 resume_step=checkpoint.step if checkpoint else None,
-                data_folder=str(documents.path),
+                data_folder=documents.place,
                 image_folder=str(images),
             )
             outcome = run(plan, StandaloneLink(config, world, store))

@@ -38,6 +38,9 @@ FIXED: Mapping[str, str] = {
     "data.identity": "the data position counts samples of that tokenizer and those tokens",
     "data.heldout_fraction": "documents would move between training and evaluation",
     "data.seq_len": _POSITION,
+    "data.shuffle": _POSITION,
+    "data.shuffle_lanes": _POSITION,
+    "data.shuffle_block_bytes": _POSITION,
     "data.packing": _POSITION,
     "data.too_long": _POSITION,
     "optimizer.betas": _MOMENTS,
@@ -64,7 +67,7 @@ NOTED: Mapping[str, str] = {
 FREE = (
     *("run.name", "run.root", "cluster", "model.max_seq_len", "model.init_std"),
     *("data.path", "data.source", "data.tokenizer", "data.end_of_document", "data.max_left_out"),
-    "data.max_epochs",
+    *("data.max_epochs", "data.access", "data.cache_bytes"),
     "parallel",
     "engine.activation_checkpointing",
     "engine.compile",

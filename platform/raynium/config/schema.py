@@ -48,6 +48,7 @@ Features = Annotated[PositiveInt, Unit("features")]
 Checkpoints = Annotated[PositiveInt, Unit("checkpoints")]
 Failures = Annotated[NonNegativeInt, Unit("failures")]
 Seconds = Annotated[PositiveFloat, Unit("seconds")]
+Bytes = Annotated[PositiveInt, Unit("bytes")]
 
 
 class Section(BaseModel):
@@ -208,6 +209,19 @@ class DataSection(Section):
     them. documents: whole documents packed side by side; a token sees only its own."""
     too_long: Literal["split", "leave_out"] = "split"
     """With packing documents, what becomes of one that is longer than seq_len; what is left out is counted."""
+    shuffle: Literal["rows", "blocks"] = "rows"
+    """The order of a store's rows; each comes once an epoch. rows: any row may follow any other. blocks: neighbours in
+    the text stay in blocks, of which shuffle_lanes are read at a time, so that one request to S3 serves many rows."""
+    shuffle_lanes: Annotated[PositiveInt, Unit("blocks")] = 64
+    """With shuffle blocks: the blocks that samples are taken from by turns, a row each."""
+    shuffle_block_bytes: Bytes = 4 * 2**20
+    """With shuffle blocks: the tokens of one, as they are stored."""
+    access: Literal["auto", "copy", "stream"] = "auto"
+    """copy: every node copies the store to its disk first. stream: it fetches what the coming steps read, which takes
+    shuffle blocks. auto: a local folder is used in place, a URL is copied unless shuffle is blocks and it is larger
+    than cache_bytes. The samples and their order are the same."""
+    cache_bytes: Bytes = 16 * 2**30
+    """With access stream: the most that a node keeps of all stores, what is just being fetched included."""
 
     @property
     def stores(self) -> tuple[MixedStore, ...]:

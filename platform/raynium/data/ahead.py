@@ -7,12 +7,13 @@ then go. How far ahead threads fetch is bounded by this rank's share of the cach
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
 from raynium.data.order import Samples
 from raynium.data.rows import Rows
-from raynium.data.streamed import StreamedTokens
+from raynium.data.streamed import StreamedStore
 
 # Requests in flight: they hide S3's latency, and a block is late only if all of them are.
 FETCHERS = 8
@@ -26,15 +27,16 @@ STALE_STEPS = 1024
 class StreamedRows:
     """Rows whose tokens are streamed in blocks of R neighbouring rows. Those of a block are read while it is held."""
 
-    def __init__(self, rows: Rows, tokens: StreamedTokens, *, block_rows: int):
-        """rows: reads from `tokens`."""
-        self.block_rows = block_rows
-        self._rows, self._tokens = rows, tokens
+    def __init__(self, rows: Rows, store: StreamedStore, *, block_rows: int, row_bytes: int):
+        """rows: of the store's training stream. row_bytes: of a row's tokens, as they are stored."""
+        self.block_rows, self.traffic, self.used_bytes = block_rows, store.traffic, 0
+        self._rows, self._tokens, self._row_bytes = rows, store.train_stream(), row_bytes
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def read(self, rows: np.ndarray) -> dict[str, np.ndarray]:
+        self.used_bytes += len(rows) * self._row_bytes
         return self._rows.read(rows)
 
     def span(self, first: int, end: int) -> tuple[int, int]:
@@ -70,13 +72,20 @@ class _Block:
     is_last: bool = True
 
 
+class Ahead(NamedTuple):
+    """How far a rank looks: to the last step, and to so many bytes of blocks that it holds or has fetched."""
+
+    total_steps: int
+    max_bytes: int
+
+
 class FetchAhead:
     """Of one rank. Not thread-safe; `close` ends its threads."""
 
-    def __init__(self, rows: Sequence[Rows], samples: Callable[[int], Samples], *, total_steps: int, max_bytes: int):
-        """rows: of each store, streamed or not. samples: this rank's of a step. max_bytes: of blocks held or coming."""
+    def __init__(self, rows: Sequence[Rows], samples: Callable[[int], Samples], ahead: Ahead):
+        """rows: of each store, streamed or not. samples: this rank's of a step."""
         self._rows = {number: each for number, each in enumerate(rows) if isinstance(each, StreamedRows)}
-        self._samples, self._total_steps, self._max_bytes = samples, total_steps, max_bytes
+        self._samples, self._total_steps, self._max_bytes = samples, *ahead
         self._pool = ThreadPoolExecutor(FETCHERS, thread_name_prefix="data-fetch")
         self._blocks: dict[tuple[int, int], _Block] = {}
         self._of_lanes: dict[tuple[int, int], tuple[int, int]] = {}
@@ -89,6 +98,8 @@ class FetchAhead:
 
         Raises what fetching a block raised, DataError or StoreError: it names the store, the file and the bytes.
         """
+        if not self._rows:
+            return
         if step not in self._of_steps:
             self._of_steps.clear()
             self._looked_through = step - 1
@@ -105,6 +116,17 @@ class FetchAhead:
             if not block.is_held:
                 self._rows[key[0]].hold(key[1])
                 block.is_held = True
+
+    def metrics(self) -> dict[str, float]:
+        """Of this rank, since it started; none where nothing is streamed."""
+        if not self._rows:
+            return {}
+        stores = self._rows.values()
+        return {
+            "data/requests": float(sum(each.traffic.requests for each in stores)),
+            "data/fetched_bytes": float(sum(each.traffic.fetched_bytes for each in stores)),
+            "data/used_bytes": float(sum(each.used_bytes for each in stores)),
+        }
 
     def close(self) -> None:
         """Returns when no thread is left: those that are in a request end with it."""

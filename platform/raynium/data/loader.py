@@ -12,10 +12,14 @@ import numpy as np
 import torch
 
 from raynium.config.schema import Config
+from raynium.data.access import block_rows, row_bytes
+from raynium.data.ahead import Ahead, FetchAhead, StreamedRows
 from raynium.data.batch import Batch
-from raynium.data.order import Order, RowShuffle, Samples
+from raynium.data.order import Order, RowShuffle, Samples, Shuffle
+from raynium.data.order.block_shuffle import BlockShuffle
 from raynium.data.rows import Rows, open_rows
 from raynium.data.store import OpenStore
+from raynium.data.streamed import StreamedStore
 
 # The order is computed for many steps at once: one numpy call costs the same for 1 as for 1,000 samples.
 SAMPLES_AT_ONCE = 4096
@@ -27,8 +31,17 @@ class Loader:
     The global batch is the ranks' batches in rank order, the same at every `data_size`. Not thread-safe; no collective.
     """
 
-    def __init__(self, rows: Sequence[Rows], order: Order, *, global_batch_size: int, data_rank: int, data_size: int):
-        """rows: of each store, by the order's numbers of them."""
+    def __init__(
+        self,
+        rows: Sequence[Rows],
+        order: Order,
+        *,
+        global_batch_size: int,
+        data_rank: int,
+        data_size: int,
+        ahead: Ahead | None = None,
+    ):
+        """rows: of each store, by the order's numbers of them. ahead: where some are streamed."""
         assert 0 <= data_rank < data_size and global_batch_size % data_size == 0
         self._rows, self._order = rows, order
         self._global_batch_size, self._rank_batch_size = global_batch_size, global_batch_size // data_size
@@ -36,12 +49,15 @@ class Loader:
         self._steps_at_once = max(1, SAMPLES_AT_ONCE // global_batch_size)
         # One is read from, another is looked ahead in.
         self._of_steps = lru_cache(4)(self._compute)
+        self._fetching = FetchAhead(rows, self.samples, ahead) if ahead else None
 
     def batch(self, step: int) -> Batch:
         """This rank's share of a step: contiguous tensors on the CPU, [B / data_size, T].
 
-        DataError if a store is damaged there.
+        DataError if a store is damaged there; StoreError if it is streamed and cannot be read.
         """
+        if self._fetching:
+            self._fetching.hold(step)
         samples = self.samples(step)
         return Batch.of({name: torch.from_numpy(column) for name, column in self._read(samples).items()})
 
@@ -51,6 +67,15 @@ class Loader:
         part, number = divmod(step - 1, self._steps_at_once)
         first = number * self._global_batch_size + self._data_rank * self._rank_batch_size
         return Samples(*(column[first : first + self._rank_batch_size] for column in self._of_steps(part)))
+
+    def metrics(self) -> dict[str, float]:
+        """What this rank fetched, if its rows are streamed."""
+        return self._fetching.metrics() if self._fetching else {}
+
+    def close(self) -> None:
+        """Ends the threads that fetch."""
+        if self._fetching:
+            self._fetching.close()
 
     def _compute(self, part: int) -> Samples:
         """Of all ranks, for `steps_at_once` steps."""
@@ -76,10 +101,36 @@ class Loader:
         return columns
 
 
-def open_loader(config: Config, stores: Sequence[OpenStore], *, data_rank: int, data_size: int) -> Loader:
-    """The loader of a run. Raises DataError if a store has not as much as one row."""
-    rows = [open_rows(store, config.data) for store in stores]
-    order = Order([RowShuffle(len(each), seed=config.run.seed) for each in rows])
+def open_loader(
+    config: Config, stores: Sequence[OpenStore], *, data_rank: int, data_size: int, cache_sharers: int
+) -> Loader:
+    """The loader of a run. Raises DataError if a store has not as much as one row.
+
+    cache_sharers: how many of the node's ranks fetch into its cache and read different samples.
+    """
+    data, train = config.data, config.train
+    rows: list[Rows] = [open_rows(store, data) for store in stores]
+    order = Order([_shuffle(config, store, len(each)) for store, each in zip(stores, rows, strict=True)])
+    for number, store in enumerate(stores):
+        if isinstance(store, StreamedStore):
+            rows[number] = StreamedRows(
+                rows[number],
+                store,
+                block_rows=block_rows(data, store.manifest),
+                row_bytes=row_bytes(data, store.manifest),
+            )
     return Loader(
-        rows, order, global_batch_size=config.train.global_batch_size, data_rank=data_rank, data_size=data_size
+        rows,
+        order,
+        global_batch_size=train.global_batch_size,
+        data_rank=data_rank,
+        data_size=data_size,
+        ahead=Ahead(total_steps=train.steps, max_bytes=data.cache_bytes // cache_sharers),
     )
+
+
+def _shuffle(config: Config, store: OpenStore, num_rows: int) -> Shuffle:
+    data, seed = config.data, config.run.seed
+    if data.shuffle == "rows":
+        return RowShuffle(num_rows, seed=seed)
+    return BlockShuffle(num_rows, seed=seed, block_rows=block_rows(data, store.manifest), lanes=data.shuffle_lanes)

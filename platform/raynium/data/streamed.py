@@ -15,12 +15,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from raynium.data.manifest import StoredFile, StoreManifest
-from raynium.data.range_cache import CachedRange, NoRoom, RangeCache
 from raynium.data.remote import find_manifest
 from raynium.data.store import OpenStore, no_store, refuse_other_data
 from raynium.errors import DataError, StoreError
 from raynium.storage.backend import KeyMissing
 from raynium.storage.checksum import FileChecksums
+from raynium.storage.range_cache import CachedRange, NoRoom, RangeCache
 from raynium.storage.store import Store
 from raynium.storage.verify import wrong_units
 
@@ -227,12 +227,13 @@ class StreamedTokens:
 
 class StreamedStore(OpenStore):
     """A store at a URL that is read where it lies; `open_streamed` opens one. Its streams are one each, so that rows
-    read what was held of them.
+    read what was held of them. traffic: of training tokens.
     """
 
     def __init__(self, store: Store, manifest: StoreManifest, cache: RangeCache):
         self.manifest, self.traffic = manifest, Traffic()
-        self._files = RemoteFiles(store, unit_bytes=manifest.unit_bytes, cache=cache, traffic=self.traffic)
+        self._files = RemoteFiles(store, unit_bytes=manifest.unit_bytes, cache=cache, traffic=Traffic())
+        self._train_files = RemoteFiles(store, unit_bytes=manifest.unit_bytes, cache=cache, traffic=self.traffic)
 
     @property
     def place(self) -> str:
@@ -249,7 +250,7 @@ class StreamedStore(OpenStore):
 
     @cached_property
     def _train(self) -> StreamedTokens:
-        return StreamedTokens(self._files, self.manifest.train_shards, self.manifest.numpy_dtype)
+        return StreamedTokens(self._train_files, self.manifest.train_shards, self.manifest.numpy_dtype)
 
     @cached_property
     def _heldout(self) -> StreamedTokens:

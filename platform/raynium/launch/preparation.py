@@ -20,7 +20,7 @@ from raynium.data.build.survey import Survey
 from raynium.data.packing.index import ensure_index
 from raynium.data.remote import find_identity
 from raynium.data.rows import packable
-from raynium.data.store import TOKENIZER_NAME, DocumentStore
+from raynium.data.store import TOKENIZER_NAME, OpenStore
 from raynium.data.text.left_out import left_out_in_words
 from raynium.data.tokenizer import Tokenizer
 from raynium.errors import ConfigError, DataError, TrackingAway, TrackingError
@@ -42,8 +42,8 @@ MLFLOW_WAIT_SECONDS = 40.0
 class Prepared:
     """A claimed run, ready for its ranks.
 
-    config: resolved. store: the run's folder. documents: on this machine. scratch: node-local folder for spools, caches
-    and logs, the same path on every node. log_path: of the driver, on this machine.
+    config: resolved. store: the run's folder. documents: open on this machine. scratch: node-local folder for spools,
+    caches and logs, the same path on every node. log_path: of the driver, on this machine.
     """
 
     config: Config
@@ -52,7 +52,7 @@ class Prepared:
     mlflow: TrackedRun
     # Again, where it did not answer. Holds the address with its credentials.
     open_mlflow: Callable[[], TrackedRun] = field(repr=False)
-    documents: DocumentStore
+    documents: OpenStore
     scratch: str
     log_path: Path
 
@@ -172,7 +172,7 @@ def prepare(
 
 def prepare_data(
     config: Config, past: Past, tell: Callable[[str], None], surveyed: Survey | None = None
-) -> tuple[Config, DocumentStore]:
+) -> tuple[Config, OpenStore]:
     """The document store on this machine, built first if the config names a source and there is none.
 
     Returns the config with its identity, too. past: of the run, which must be able to go on with this data.
@@ -198,7 +198,7 @@ def prepare_data(
         tell(f"data: {ensure_index(packable(documents), config.data, tell)[1].in_words()}")
     elif train.tokens < config.data.seq_len + 1:
         raise DataError(
-            f"document store {documents.path} has {train.tokens:,} training tokens; one sample takes "
+            f"document store {documents.place} has {train.tokens:,} training tokens; one sample takes "
             f"data.seq_len + 1 = {config.data.seq_len + 1}. Give more text, or a shorter data.seq_len"
         )
     # The store is new: what it holds was not known when the run's past was looked at.
@@ -208,7 +208,7 @@ def prepare_data(
     return config, documents
 
 
-def _packing_facts(config: Config, documents: DocumentStore) -> dict[str, int | float] | None:
+def _packing_facts(config: Config, documents: OpenStore) -> dict[str, int | float] | None:
     """Of the index that `prepare_data` made."""
     if config.data.packing != "documents":
         return None
@@ -220,7 +220,7 @@ def _address(uri: str) -> str:
     return redact(uri).replace("***@", "")
 
 
-def keep_tokenizer(store: Store, documents: DocumentStore) -> None:
+def keep_tokenizer(store: Store, documents: OpenStore) -> None:
     """The run keeps its own tokenizer, so that it can be sampled without the data.
 
     An imported model brought one along: DataError if the documents were tokenised with another.
@@ -231,7 +231,7 @@ def keep_tokenizer(store: Store, documents: DocumentStore) -> None:
     kept = Tokenizer.kept(store)
     if documents.manifest.tokenizer_sha256 not in kept.sha256s:
         raise DataError(
-            f"document store {documents.path} was tokenised with another tokenizer (sha256 "
+            f"document store {documents.place} was tokenised with another tokenizer (sha256 "
             f"{documents.manifest.tokenizer_sha256}) than the run's own, {store.uri(TOKENIZER_NAME)} (sha256 "
             f"{kept.sha256}): token ids would mean other text. Give another data.path, and that file as "
             "data.tokenizer, to make a store for this model"
@@ -262,7 +262,7 @@ def _meet_mlflow(uri: str, *, known: bool, tell: Callable[[str], None]) -> None:
 
 def _open_mlflow(
     config: Config,
-    documents: DocumentStore,
+    documents: OpenStore,
     record: RunRecord,
     uri: str,
     tags: Mapping[str, str],

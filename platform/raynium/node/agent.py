@@ -87,7 +87,7 @@ class NodeAgent:
         kernel_log: Path = KERNEL_LOG,
         neuron_monitor: str | None = None,
     ):
-        """open_tracker is called on rank 0's node only; data_folder fills this node's cache and returns its path.
+        """open_tracker is called on rank 0's node only; data_folder makes the data ready and returns its place.
 
         kernel_log: a file like Linux's /dev/kmsg. neuron_monitor: the program that is asked about Neuron devices; None:
         AWS's, if this job trains on them.

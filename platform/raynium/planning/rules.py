@@ -118,6 +118,15 @@ def stages(config: Config) -> Iterator[str]:
             yield f"{label}.weights are all 0: nothing would be trained on; give one store or more a weight above 0"
 
 
+def streaming(config: Config) -> Iterator[str]:
+    data = config.data
+    if data.access == "stream" and data.shuffle != "blocks":
+        yield (
+            f"data.access is stream and data.shuffle {data.shuffle}: a row alone is not worth a request, so streaming "
+            "takes blocks of rows: set data.shuffle to blocks, or data.access to copy"
+        )
+
+
 def sequence_length(config: Config) -> Iterator[str]:
     if config.data.seq_len > config.model.max_seq_len:
         yield (
@@ -351,8 +360,8 @@ def _memory_remedies(config: Config) -> str:
 
 
 RULES = (
-    *(head_counts, mixture, stages, sequence_length, vocabulary, tensor_parallel, pipeline_parallel, batch_size),
-    *(schedule, engine),
+    *(head_counts, mixture, stages, sequence_length, streaming, vocabulary, tensor_parallel, pipeline_parallel),
+    *(batch_size, schedule, engine),
 )
 HARDWARE_RULES = (accelerator_of_instance, core_count, tensor_groups, memory_fit)
 

@@ -18,9 +18,10 @@ from raynium.accelerators.timeouts import PROCESS_GROUP_TIMEOUT_SECONDS
 from raynium.checkpoint.format.manifest import ImageInfo
 from raynium.config.schema import Config
 from raynium.config.world import World
+from raynium.data.access import open_fetched
 from raynium.data.evaluation import evaluation_set
 from raynium.data.loader import open_loader
-from raynium.data.store import DocumentStore, open_store
+from raynium.data.store import OpenStore
 from raynium.engines.base import Engine
 from raynium.engines.native import build_native_engine
 from raynium.engines.nxd import build_nxd_engine
@@ -84,8 +85,12 @@ def run(plan: RankPlan, link: Link) -> Outcome:
 
     # ---- data ------------------------------------------------------------------------------------------------------
     link.phase("data", start_step)
-    documents = open_store(plan.data_folder, identity=config.data.identity)
-    loader = open_loader(config, [documents], data_rank=engine.data_rank, data_size=engine.data_size)
+    documents = open_fetched(config.data, plan.data_folder, identity=config.data.identity)
+    # Ranks that see the same samples read the same blocks.
+    sharers = max(1, plan.world.ranks_per_node // (plan.world.tensor * plan.world.pipeline))
+    loader = open_loader(
+        config, [documents], data_rank=engine.data_rank, data_size=engine.data_size, cache_sharers=sharers
+    )
     evaluation = Evaluation(engine, task, documents, config, plan.world)
 
     # ---- train -----------------------------------------------------------------------------------------------------
@@ -100,6 +105,7 @@ def run(plan: RankPlan, link: Link) -> Outcome:
         throughput=_throughput(config, plan.world, accelerator, task),
         link=link,
     )
+    loader.close()
     engine.close()
     dist.destroy_process_group()
     return outcome
@@ -108,7 +114,7 @@ def run(plan: RankPlan, link: Link) -> Outcome:
 class Evaluation:
     """The task's sums over held-out rows. Every rank calls `metrics()` at the same step; all get the same numbers."""
 
-    def __init__(self, engine: Engine, task: Task, documents: DocumentStore, config: Config, world: World):
+    def __init__(self, engine: Engine, task: Task, documents: OpenStore, config: Config, world: World):
         self._engine = engine
         self._task = task
         # A pipeline takes as many micro-batches as a step has; without one a single one needs the least memory.

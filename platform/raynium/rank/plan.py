@@ -12,7 +12,8 @@ class RankPlan:
     """The same for all ranks of a node and generation.
 
     run_url: the run's folder or URL. resume_step: of the checkpoint to start from; None: the initial weights.
-    data_folder: the document store, on this node's disk. image_folder: shared memory that outlives the rank.
+    data_folder: the document store, on this node's disk, or where it is streamed from. image_folder: shared memory that
+    outlives the rank.
     """
 
     config: Config

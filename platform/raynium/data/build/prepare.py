@@ -4,12 +4,13 @@ import logging
 from pathlib import Path
 
 from raynium.config.schema import DataSection
+from raynium.data.access import fetch_store, open_fetched, refuse_small_cache
 from raynium.data.build.fit import refuse_other_recipe, refuse_other_tokenizer, refuse_small_vocabulary
 from raynium.data.build.store_build import build_from_source
 from raynium.data.build.survey import Survey, Tell, survey
 from raynium.data.manifest import StoreManifest
-from raynium.data.remote import find_manifest, localize
-from raynium.data.store import DocumentStore, no_store, open_store, refuse_other_data
+from raynium.data.remote import find_manifest
+from raynium.data.store import OpenStore, no_store, refuse_other_data
 from raynium.data.tokenizer import Tokenizer, check_vocab_size
 from raynium.errors import DataError
 
@@ -56,11 +57,11 @@ def prepare_store(
     cache_dir: str | Path,
     surveyed: Survey | None = None,
     tell: Tell = logger.info,
-) -> DocumentStore:
+) -> OpenStore:
     """What the driver calls before training: the config's store, built first if it is missing and `source` is given.
 
-    A store at a URL is built there, and then copied to `cache_dir`. surveyed: from `check_data`. Raises DataError if
-    there is neither store nor source, or if the store does not fit the config.
+    A store at a URL is built there, and then copied to `cache_dir` unless it is streamed. surveyed: from `check_data`.
+    Raises DataError if there is neither store nor source, or if the store does not fit the config.
     """
     if data.source is not None:
         build_from_source(
@@ -74,7 +75,7 @@ def prepare_store(
             surveyed=surveyed,
             tell=tell,
         )
-    store = open_store(localize(data.place, cache_dir), identity=data.identity)
+    store = open_fetched(data, fetch_store(data, data.place, cache_dir), identity=data.identity)
     _refuse_unfit(store.manifest, data, model_vocab_size=model_vocab_size)
     return store
 
@@ -82,6 +83,7 @@ def prepare_store(
 def _refuse_unfit(manifest: StoreManifest, data: DataSection, *, model_vocab_size: int) -> None:
     """Raises DataError if the store is not the one that the config means."""
     refuse_other_data(manifest, data.identity, where=data.place)
+    refuse_small_cache(data, {data.place: manifest})
     if data.source is not None:
         refuse_other_recipe(manifest, source=data.source, heldout_fraction=data.heldout_fraction, where=data.place)
     refuse_other_tokenizer(

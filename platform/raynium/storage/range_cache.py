@@ -3,7 +3,7 @@
     <key>           a range that is whole
     <key>.partial   one that is being fetched; it has its whole size from the beginning, so that it counts
     <key>.lock      held by whoever fetches it; the others wait, so that a node fetches a range once
-    .room           held while room is made and taken
+    .room           held while room is made and taken, and while a name changes
 
 All locks are the kernel's, which lets go of them when their holder dies. A range that somebody reads is locked for as
 long as it is mapped, and is never removed: what is counted is all that takes up space.
@@ -106,7 +106,9 @@ class RangeCache:
         try:
             wanted.fill(view)
             os.utime(partial)
-            partial.rename(path)
+            # Whoever counts what is there may not meet it under neither name.
+            with _locked(self._folder / ".room"):
+                partial.rename(path)
         except BaseException:
             partial.unlink(missing_ok=True)
             raise

@@ -1,0 +1,68 @@
+"""Whether nodes copy a store or stream it (`data.access`), and what either needs of them."""
+
+from pathlib import Path
+
+from raynium.config.local_folders import scratch_folder
+from raynium.config.schema import DataSection
+from raynium.data.manifest import StoreManifest
+from raynium.data.remote import find_manifest, local_path, localize
+from raynium.data.store import OpenStore, no_store, open_store
+from raynium.data.streamed import open_streamed
+from raynium.errors import DataError
+from raynium.storage.range_cache import RangeCache
+
+
+def is_streamed(data: DataSection, path: str, manifest: StoreManifest) -> bool:
+    """Whether the store at this path is read where it lies. The same on every node."""
+    if data.access != "auto":
+        return data.access == "stream"
+    return data.shuffle == "blocks" and local_path(path) is None and manifest.num_bytes > data.cache_bytes
+
+
+def fetch_store(data: DataSection, path: str, cache_dir: str | Path) -> str:
+    """Makes the store ready on this node: a copy of it under `cache_dir` where it takes one. Returns the place to open.
+
+    Raises DataError.
+    """
+    manifest = find_manifest(path)
+    if manifest is None:
+        raise no_store(path)
+    return path if is_streamed(data, path, manifest) else str(localize(path, cache_dir))
+
+
+def open_fetched(data: DataSection, place: str, *, identity: str | None) -> OpenStore:
+    """What `fetch_store` made ready. Ranks of a node share the cache of what they stream. Raises DataError."""
+    if local_path(place) is not None and data.access != "stream":
+        return open_store(place, identity=identity)
+    cache = RangeCache(scratch_folder() / "stream", max_bytes=data.cache_bytes)
+    return open_streamed(place, cache, identity=identity)
+
+
+def block_rows(data: DataSection, manifest: StoreManifest) -> int:
+    """Rows of one block under `data.shuffle: blocks`."""
+    return max(1, data.shuffle_block_bytes // row_bytes(data, manifest))
+
+
+def row_bytes(data: DataSection, manifest: StoreManifest) -> int:
+    """Of a row's tokens, as they are stored."""
+    return data.seq_len * manifest.numpy_dtype.itemsize
+
+
+def refuse_small_cache(data: DataSection, manifests: dict[str, StoreManifest]) -> None:
+    """Raises DataError if a node cannot keep the blocks that it reads, and of each lane the one that comes next.
+
+    manifests: of all stores, by their paths.
+    """
+    need = 0
+    for path, manifest in manifests.items():
+        if is_streamed(data, path, manifest):
+            # A block begins and ends within units, and may lie in two shards.
+            of_block = block_rows(data, manifest) * row_bytes(data, manifest) + 4 * manifest.unit_bytes
+            blocks = -(-manifest.train.tokens // (block_rows(data, manifest) * data.seq_len))
+            need += min(2 * data.shuffle_lanes, blocks) * of_block
+    if need > data.cache_bytes:
+        raise DataError(
+            f"data.cache_bytes = {data.cache_bytes:,}: a node that streams needs {need:,} bytes, for "
+            f"data.shuffle_lanes = {data.shuffle_lanes} blocks of each store and as many that come next; set "
+            f"data.cache_bytes to {need} or more, or data.shuffle_lanes or data.shuffle_block_bytes lower"
+        )
