@@ -54,9 +54,10 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "sampling": ("convert",),
     "terminal": ("run", "rank"),
     "launch": ("node", "sampling", "terminal", "data.build"),
+    "launch.data": ("launch",),
     "standalone": ("launch",),
     "cluster": (),
-    "sdk": ("launch",),
+    "sdk": ("launch.data",),
     "cli": ("sdk", "cluster"),
     "": ("cli",),
 }
@@ -72,7 +73,7 @@ MAY_IMPORT = {room: _reachable(room) for room in ROOMS}
 # Library → the rooms that may import it. The Neuron libraries load device runtimes, so only inside functions.
 NEURON_LIBRARIES = {"torch_neuronx", "torch_xla", "neuronx_distributed", "libneuronxla"}
 HOMES = {
-    "ray": {"launch"},
+    "ray": {"launch", "launch.data"},
     "mlflow": {"tracking"},
     "s3fs": {"storage"},
     "fsspec": {"storage"},

@@ -4,6 +4,6 @@ Importing it loads none of torch, ray and mlflow.
 """
 
 from raynium.errors import RayniumError
-from raynium.sdk import Client, Run, find_run, list_runs
+from raynium.sdk import Client, Run, build_data, find_run, list_runs
 
-__all__ = ["Client", "RayniumError", "Run", "find_run", "list_runs"]
+__all__ = ["Client", "RayniumError", "Run", "build_data", "find_run", "list_runs"]

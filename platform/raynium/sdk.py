@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from raynium.config.schema import Config
     from raynium.convert.config_json import Dtype
     from raynium.convert.export import Exported
+    from raynium.data.manifest import StoreManifest
     from raynium.run.record import RunRecord
     from raynium.storage.store import Store
     from raynium.tracking.runs import MetricPoint
@@ -417,6 +418,19 @@ class Client:
 
             self._jobs = connect_jobs(self.address)
         return self._jobs
+
+
+def build_data(
+    store: str, sources: Sequence[str], *, tokenizer: str, root: str | Path = "runs", **options: Any
+) -> "StoreManifest":
+    """Tokenises text into the document store of this name, path or URL, and waits for it.
+
+    options: those of `raynium data build` (text_field, end_of_document, dedup, heldout_fraction, max_left_out, address).
+    Raises ConfigError, DataError, LaunchError.
+    """
+    from raynium.launch.data.build import build_data
+
+    return build_data(store, sources=sources, tokenizer=tokenizer, root=str(root), tell=logger.info, **options)
 
 
 def find_run(name: str, root: "str | os.PathLike[str]" = "runs") -> Run:

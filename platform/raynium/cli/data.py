@@ -1,16 +1,84 @@
 """The `raynium data` commands. Thin, and everything heavy is imported inside, as in `cli/app.py`."""
 
+from enum import StrEnum
 from typing import Annotated
 
 import typer
-from typer import Argument
+from typer import Argument, Option
 
-app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Check document stores.")
+from raynium.cli.names import RootOption
+
+app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Build document stores, and look at them.")
 
 
-@app.callback()
-def _group() -> None:
-    """With one command only, typer would leave out its name."""
+class Dedup(StrEnum):
+    none = "none"
+    exact = "exact"
+
+
+StoreArgument = Annotated[
+    str, Argument(metavar="STORE", help="A path or URL, or a name: of what lies at <root>/data/<name>.")
+]
+
+
+@app.command()
+def build(
+    store: StoreArgument,
+    sources: Annotated[
+        list[str], Option("--from", help="Folder, file, glob or s3:// URL of text; as in data.source. May be repeated.")
+    ],
+    tokenizer: Annotated[str | None, Option(help="A tokenizer.json, or a model's folder that holds one.")] = None,
+    text_field: Annotated[str, Option(help="Where a record has its text; a.b is b in the object a.")] = "text",
+    end_of_document: Annotated[
+        str | None, Option(help="The token that ends a document, where the tokenizer's files do not say.")
+    ] = None,
+    dedup: Annotated[Dedup, Option(help="exact: of equal documents keep the first alone.")] = Dedup.none,
+    heldout_fraction: Annotated[float, Option(min=0, max=1, help="Share of documents to evaluate on.")] = 0.05,
+    max_left_out: Annotated[float, Option(min=0, max=1, help="Largest share of text that may be unreadable.")] = 0.1,
+    root: RootOption = "runs",
+    address: Annotated[str | None, Option(help="Ray cluster, e.g. auto. Default: one started here.")] = None,
+) -> None:
+    """Tokenise text into a document store, on all CPUs of a Ray cluster.
+
+    Whatever ends it, the same command goes on where it was. The store's bytes do not depend on the number of CPUs. For
+    example:
+
+    raynium data build web --from 's3://bucket/web/*.jsonl.zst' --tokenizer ./qwen3
+    """
+    from raynium.data.build.show import describe
+    from raynium.launch.data.build import build_data, store_place
+
+    build_data(
+        store,
+        sources=sources,
+        tokenizer=tokenizer,
+        text_field=text_field,
+        end_of_document=end_of_document,
+        dedup=dedup.value,
+        heldout_fraction=heldout_fraction,
+        max_left_out=max_left_out,
+        root=root,
+        address=address,
+        tell=typer.echo,
+    )
+    _print_rows([("store", store_place(store, root)), *describe(store_place(store, root))])
+
+
+@app.command()
+def show(store: StoreArgument, root: RootOption = "runs") -> None:
+    """Say what a document store holds: documents, tokens, lengths, what was left out, and how some documents begin.
+
+    For example: raynium data show web
+    """
+    from raynium.data.build.show import describe
+    from raynium.launch.data.build import store_place
+
+    _print_rows(describe(store_place(store, root)))
+
+
+def _print_rows(rows: list[tuple[str, str]]) -> None:
+    for name, value in rows:
+        typer.echo(f"{name:16} {value}")
 
 
 @app.command()

@@ -1,0 +1,82 @@
+"""`raynium data build`: the tasks of a build on all nodes of a Ray cluster, or of one started on this machine."""
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+from pydantic import ValidationError
+
+from raynium.config.local_folders import temporary_parent
+from raynium.config.paths import WORDS_FOR_SOURCE, absolute_path, absolute_root
+from raynium.data.build.store_build import build_from_recipe
+from raynium.data.build.work import in_this_process
+from raynium.data.manifest import Recipe, StoreManifest
+from raynium.data.remote import find_manifest
+from raynium.data.tokenizer import TOKENIZER_NAME, Tokenizer
+from raynium.errors import ConfigError
+from raynium.launch.jobs import job_metadata
+from raynium.launch.ray_environment import set_ray_environment
+
+
+def store_place(store: str, root: str) -> str:
+    """The folder or URL of a store: a name lies at `<root>/data/<name>`, a path or URL is where it says."""
+    if "/" in store or store in (".", "..", "~"):
+        return absolute_path("the store", store)
+    return f"{absolute_root(root).rstrip('/')}/data/{store}"
+
+
+def build_data(
+    store: str,
+    *,
+    sources: Sequence[str],
+    tokenizer: str | None,
+    text_field: str = "text",
+    end_of_document: str | None = None,
+    dedup: Literal["none", "exact"] = "none",
+    heldout_fraction: float = 0.05,
+    max_left_out: float = 0.1,
+    root: str = "runs",
+    address: str | None = None,
+    tell: Callable[[str], None],
+) -> StoreManifest:
+    """Makes the store of these sources, or finds it made; goes on where an earlier call broke off.
+
+    store: as in `store_place`. tokenizer: a tokenizer.json, or the folder of one. max_left_out: the largest share of
+    the text that may be left out. address: of the Ray cluster; None starts one here, but in a job takes the job's.
+    Raises ConfigError, DataError, LaunchError.
+    """
+    place = store_place(store, root)
+    if tokenizer is None:
+        raise ConfigError(
+            [
+                "no tokenizer is given, and a store is for models of one: name its tokenizer.json, or the folder of a "
+                "model (--tokenizer). To train one on the text, let `raynium train` build the store (data.source)"
+            ]
+        )
+    tokenizer_place = absolute_path("the tokenizer", tokenizer)
+    if not tokenizer_place.endswith(".json"):
+        tokenizer_place = f"{tokenizer_place.rstrip('/')}/{TOKENIZER_NAME}"
+    try:
+        recipe = Recipe(
+            sources=[each if each in WORDS_FOR_SOURCE else absolute_path("the source", each) for each in sources],
+            text_field=text_field,
+            heldout_fraction=heldout_fraction,
+            dedup=dedup,
+        )
+    except ValidationError as error:
+        raise ConfigError([f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors()]) from error
+    loaded = Tokenizer.load(tokenizer_place, end_of_document=end_of_document)
+    if find_manifest(place) is not None:
+        tell(f"data: {place} is there already")
+        return build_from_recipe(place, recipe, loaded, runner=in_this_process, tell=tell)
+    if address is None and job_metadata():
+        address = "auto"
+        # Ray 2.60 removes the job's folder under us when the driver connects.
+        os.chdir(temporary_parent())
+    set_ray_environment(starts_cluster=address is None)
+    tell("starting a Ray cluster on this machine" if address is None else f"joining the Ray cluster at {address}")
+    from raynium.launch.connect import connect
+    from raynium.launch.data.ray_tasks import on_ray
+
+    with connect(address):
+        return build_from_recipe(place, recipe, loaded, runner=on_ray, tell=tell, max_left_out=max_left_out)

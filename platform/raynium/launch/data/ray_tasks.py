@@ -1,0 +1,63 @@
+"""Runs the tasks of a build on a Ray cluster: one CPU each, as many at once as the cluster has."""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
+from typing import Any, TypeVar
+
+import ray
+from ray.exceptions import RayError, RayTaskError
+
+from raynium.data.build.work import Work
+from raynium.errors import LaunchError, RayniumError
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+# Of a task whose process or node dies. What it had written is written again.
+RETRIES = 4
+# Tasks given to Ray for each CPU, so that none of them waits for the driver.
+TASKS_PER_CPU = 2
+
+
+def on_ray(task: Callable[[Work, Item], Result], work: Work, items: Sequence[Item]) -> Iterator[Result]:
+    """A `Runner` (see `data/build/work.py`). Raises LaunchError where a task's process dies again and again."""
+    # The tokenizer is in it, which may have 35 MB: once for each node.
+    shared = ray.put(work)
+    remote = ray.remote(num_cpus=1, max_retries=RETRIES)(_on_one_cpu)
+    waiting, running = iter(items), set[Any]()
+    try:
+        while True:
+            # Nodes may come and go meanwhile.
+            limit = TASKS_PER_CPU * max(1, int(ray.cluster_resources().get("CPU", 1)))
+            running.update(remote.remote(task, shared, item) for item in islice(waiting, limit - len(running)))
+            if not running:
+                return
+            done, _ = ray.wait(list(running), num_returns=1)
+            running.difference_update(done)
+            for each in done:
+                yield _result(each)
+    finally:
+        for each in running:
+            ray.cancel(each, force=True)
+
+
+def _result(reference: Any) -> Any:
+    try:
+        return ray.get(reference)
+    except RayTaskError as error:
+        # Ray's error is one of the task's own kind too, with a traceback in its text.
+        if isinstance(error.cause, RayniumError):
+            raise error.cause from None
+        raise
+    except RayError as error:
+        raise LaunchError(
+            f"a task of the build was lost {RETRIES + 1} times: {' '.join(str(error).split())[:600]}. See whether its "
+            "nodes run out of memory (a task takes up to 1 GB); then start the build again: it goes on"
+        ) from error
+
+
+def _on_one_cpu(task: Callable[[Work, Item], Result], work: Work, item: Item) -> Result:
+    # Read by the `tokenizers` library at each call: Ray has given this task one CPU.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    return task(work, item)

@@ -1,0 +1,339 @@
+"""Building a store: by one of several, straight into its place, without duplicates if asked, and what is said of it."""
+
+import itertools
+import json
+import re
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from raynium.data.build import dedup, lease, store_build
+from raynium.data.build.lease import only_builder
+from raynium.data.build.show import describe
+from raynium.data.build.store_build import build_from_recipe
+from raynium.data.build.tokenise import Part
+from raynium.data.build.work import ahead, in_this_process
+from raynium.data.manifest import Recipe, StoreManifest
+from raynium.data.store import open_store
+from raynium.data.tokenizer import Tokenizer
+from raynium.data.verify import verify_store
+from raynium.errors import ConfigError, DataError, StoreError
+from raynium.launch.data.build import build_data, store_place
+from raynium.storage.process import Owner
+from raynium.storage.store import Store
+
+numbers = itertools.count(1)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
+    path.write_text(Tokenizer.train(["document number 17 says this and that\n" * 30], vocab_size=300).file_text)
+    return path
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """Sixty different documents in two files, and copies of some in both."""
+    lines = [f"document number {i} says {i * i} " * (i % 7 + 1) for i in range(60)]
+    folder = tmp_path / "source"
+    folder.mkdir()
+    for name, texts in (("a", lines[:30] + lines[5:10]), ("b", lines[20:60] + lines[58:])):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return folder
+
+
+def recipe(*sources: Path, **fields: Any) -> Recipe:
+    given = {"text_field": "text", "heldout_fraction": 0.2, "dedup": "none", **fields}
+    return Recipe(sources=[str(each) for each in sources], **given)
+
+
+def build(place: str | Path, recipe: Recipe, tokenizer: Path, **how: Any) -> StoreManifest:
+    how = {"runner": in_this_process, "tell": lambda line: None, "split_bytes": 900, **how}
+    return build_from_recipe(place, recipe, Tokenizer.load(tokenizer), **how)
+
+
+def texts_of(path: Path) -> Sequence[str]:
+    """Of all documents, held-out ones last."""
+    store = open_store(path)
+    train = store.train_stream().read(0, store.manifest.train.tokens).tolist()
+    end, tokenizer = store.manifest.end_of_document_id, store.tokenizer()
+    documents = [
+        tokenizer.decode(list(group))
+        for is_end, group in itertools.groupby(train, lambda token: token == end)
+        if not is_end
+    ]
+    held_out = store.heldout_stream()
+    return documents + [
+        tokenizer.decode(held_out.read(each.offset, each.num_tokens)) for each in store.heldout_documents()
+    ]
+
+
+# ---- duplicates ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("partition_bytes", [10**9, 1000])
+def test_of_equal_documents_the_first_in_the_order_of_the_source_stays(
+    source: Path, tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, partition_bytes: int
+):
+    monkeypatch.setattr(dedup, "PARTITION_BYTES", partition_bytes)
+    all_of_them = build(tmp_path / "all", recipe(source), tokenizer)
+    manifest = build(tmp_path / "once", recipe(source, dedup="exact"), tokenizer)
+    lines = [json.loads(line)["text"] for name in "ab" for line in (source / f"{name}.jsonl").read_text().splitlines()]
+    assert sorted(texts_of(tmp_path / "all")) == sorted(lines)
+    assert sorted(texts_of(tmp_path / "once")) == sorted(set(lines))
+    kept_in_order = texts_of(tmp_path / "once")[: manifest.train.documents]
+    assert kept_in_order == [text for text in dict.fromkeys(lines) if text in set(kept_in_order)]
+    [group] = manifest.left_out
+    assert (group.reason, group.number) == ("duplicate", len(lines) - len(set(lines)))
+    assert group.first.startswith("a.jsonl:") and all_of_them.left_out == []
+    assert not Store(tmp_path / "once").list("building").sizes
+
+
+def test_duplicates_are_looked_for_across_sources(source: Path, tokenizer: Path, tmp_path: Path):
+    once = build(tmp_path / "once", recipe(source, dedup="exact"), tokenizer)
+    twice = build(tmp_path / "twice", recipe(source, source, dedup="exact"), tokenizer)
+    assert twice.train == once.train and twice.identity == once.identity
+    assert twice.left_out[0].number == 2 * once.left_out[0].number + once.train.documents + once.heldout.documents
+
+
+# ---- in S3 -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def url(s3_server: Any, monkeypatch: pytest.MonkeyPatch) -> str:
+    for name, value in s3_server.env.items():
+        monkeypatch.setenv(name, value)
+    return f"{s3_server.create_bucket(f'build-{next(numbers)}')}/data/web"
+
+
+@pytest.mark.s3
+def test_a_store_is_built_straight_into_s3_and_goes_on_there(
+    source: Path, tokenizer: Path, tmp_path: Path, url: str, monkeypatch: pytest.MonkeyPatch
+):
+    local = build(tmp_path / "local", recipe(source, dedup="exact"), tokenizer)
+    done: list[int] = []
+
+    def dying(task: Any, work: Any, items: Sequence[Any]) -> Iterator[Any]:
+        for item in items:
+            if task is store_build.tokenise_split:
+                done.append(item.number)
+                if done == [0, 1, 2]:
+                    # As a task that died when its shard was there, and its part was not.
+                    Store(url).write_new("train-00002.bin", b"half")
+                    raise InterruptedError
+            yield task(work, item)
+
+    with pytest.raises(InterruptedError):
+        build(url, recipe(source, dedup="exact"), tokenizer, runner=dying)
+    with pytest.raises(DataError, match="no document store"):
+        verify_store(url)
+    assert build(url, recipe(source, dedup="exact"), tokenizer, runner=dying) == local
+    assert done == [0, 1, 2, 2, *range(3, local.train.shards.numbers[-1] + 1)]
+    assert verify_store(url) == local
+    names = {name for file in local.files for name in (file.name, file.units_name)}
+    assert set(Store(url).list().sizes) == names | {"manifest.json"}
+
+
+@pytest.mark.s3
+def test_of_two_builders_of_one_url_one_builds(
+    source: Path, tokenizer: Path, url: str, monkeypatch: pytest.MonkeyPatch
+):
+    built: list[int] = []
+    finish = store_build.finish
+    monkeypatch.setattr(store_build, "finish", lambda *given, **more: built.append(1) or finish(*given, **more))
+    manifests: list[StoreManifest] = []
+    threads = [
+        threading.Thread(target=lambda: manifests.append(build(url, recipe(source), tokenizer))) for _ in range(3)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert built == [1] and len(manifests) == 3 and manifests[0] == manifests[1] == manifests[2]
+
+
+# ---- one builder at a time -------------------------------------------------------------------------------------------
+
+
+def test_a_builder_is_waited_for_and_told_of(tmp_path: Path):
+    store, told, order = Store(tmp_path), [], []
+
+    def second() -> None:
+        with only_builder(store, told.append):
+            order.append("second")
+
+    with only_builder(store, told.append):
+        thread = threading.Thread(target=second)
+        thread.start()
+        time.sleep(3 * lease.LOOK_SECONDS)
+        order.append("first")
+    thread.join()
+    assert order == ["first", "second"] and told == [f"data: another process builds {store.url}, and is waited for"]
+    assert not store.list().sizes
+
+
+def test_a_dead_builder_is_taken_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Of this host at once; of another host once its heart has been silent for long enough."""
+    store = Store(tmp_path)
+    script = (
+        "import os, signal, sys\n"
+        "from raynium.data.build.lease import only_builder\n"
+        "from raynium.storage.store import Store\n"
+        "with only_builder(Store(sys.argv[1]), print):\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    subprocess.run([sys.executable, "-c", script, str(tmp_path)])
+    assert list(store.list().sizes) == ["building/claims/000001.json"]
+    monkeypatch.setattr(lease, "LOST_SECONDS", 60.0)
+    with only_builder(store, print) as check:
+        check()
+        assert "building/claims/000002.json" in store.list().sizes
+    far = Owner("another-host", "its-boot", 7, "99")
+    store.write_new("building/claims/000001.json", json.dumps(far.__dict__).encode())
+    monkeypatch.setattr(lease, "LOST_SECONDS", 2.0)
+    beats, done = itertools.count(), threading.Event()
+
+    def beat() -> None:
+        while not done.wait(0.2):
+            store.replace("building/beats/000001", str(next(beats)).encode())
+
+    heart = threading.Thread(target=beat)
+    heart.start()
+    threading.Timer(4.0, done.set).start()
+    began = time.monotonic()
+    with only_builder(store, print) as check:
+        assert done.is_set() and time.monotonic() - began > 4.0
+    heart.join()
+
+
+def test_a_builder_that_was_taken_for_dead_does_not_commit(tmp_path: Path):
+    store = Store(tmp_path)
+    with only_builder(store, print) as check:
+        store.write_new("building/claims/000002.json", b"{}")
+        with pytest.raises(DataError, match="was taken over by another builder while this one could not be heard"):
+            check()
+    assert list(store.list("building/claims").sizes) == ["building/claims/000002.json"]
+
+
+def test_what_was_put_there_meanwhile_is_refused(
+    source: Path, tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    other = build(tmp_path / "other", recipe(source, heldout_fraction=0.5), tokenizer)
+    finish = store_build.finish
+
+    def meanwhile(*given: Any, **more: Any) -> StoreManifest:
+        Store(tmp_path / "store").write_new("manifest.json", other.to_json())
+        return finish(*given, **more)
+
+    monkeypatch.setattr(store_build, "finish", meanwhile)
+    with pytest.raises(DataError, match="another one was put there meanwhile"):
+        build(tmp_path / "store", recipe(source), tokenizer)
+
+
+# ---- refused ---------------------------------------------------------------------------------------------------------
+
+
+def test_another_recipe_or_tokenizer_than_the_stores_is_refused(source: Path, tokenizer: Path, tmp_path: Path):
+    build(tmp_path / "store", recipe(source), tokenizer)
+    with pytest.raises(DataError, match=r"built with dedup = 'none', and is asked for with 'exact': give the new one"):
+        build(tmp_path / "store", recipe(source, dedup="exact"), tokenizer)
+    other = tmp_path / "other.json"
+    other.write_text(Tokenizer.train(["quite another text"], vocab_size=270).file_text)
+    with pytest.raises(DataError, match="tokenised with another tokenizer"):
+        build(tmp_path / "store", recipe(source), other)
+
+
+def test_what_is_left_out_is_judged_when_all_is_tokenised(source: Path, tokenizer: Path, tmp_path: Path):
+    (source / "c.txt").write_bytes(b"\xff\xff" * 5000)
+    with pytest.raises(DataError, match=r"more than data\.max_left_out = 0\.1"):
+        build(tmp_path / "store", recipe(source), tokenizer)
+    assert not (tmp_path / "store/manifest.json").exists()
+    assert build(tmp_path / "store", recipe(source), tokenizer, max_left_out=0.9).left_out[0].reason == "not utf-8"
+
+
+def test_more_held_out_text_than_a_run_can_use_is_refused_at_once(
+    source: Path, tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(store_build, "MOST_HELDOUT_BYTES", 500)
+    with pytest.raises(
+        DataError, match=r"heldout_fraction = 0\.2 would hold out more than .* set it to 0\.0\d+ or less"
+    ):
+        build(tmp_path / "store", recipe(source), tokenizer)
+
+
+def test_a_shard_that_is_not_there_at_the_end_is_missed(source: Path, tokenizer: Path, tmp_path: Path):
+    """As where each node has a folder of its own at the store's path."""
+
+    def elsewhere(task: Any, work: Any, items: Sequence[Any]) -> Iterator[Any]:
+        for item in items:
+            yield task(work, item)
+        (tmp_path / "store/train-00001.bin").unlink()
+
+    with pytest.raises(DataError, match=r"train-00001\.bin is not what its task wrote there .*file system that all of"):
+        build(tmp_path / "store", recipe(source), tokenizer, runner=elsewhere)
+
+
+def test_a_damaged_part_is_not_used():
+    text = b"AAAAAAAAAAA=\n{}"
+    with pytest.raises(DataError, match=r"parts/x\.json is damaged: its checksum is another; delete it"):
+        Part.parse(text, "parts/x.json")
+
+
+def test_a_mistake_in_the_command_is_said_before_anything_starts(source: Path, tokenizer: Path, tmp_path: Path):
+    def ask(**fields: Any) -> None:
+        given = {"sources": [str(source)], "tokenizer": str(tokenizer), "root": str(tmp_path), **fields}
+        build_data("web", tell=print, **given)
+
+    with pytest.raises(ConfigError, match=r"no tokenizer is given.*--tokenizer.*let `raynium train` build the store"):
+        ask(tokenizer=None)
+    with pytest.raises(ConfigError, match="heldout_fraction: Input should be less than or equal to 1"):
+        ask(heldout_fraction=2.0)
+    with pytest.raises(DataError, match=r"tokenizer '.*/source/tokenizer\.json' cannot be read"):
+        ask(tokenizer=str(source))
+    assert not (tmp_path / "data").exists()
+
+
+# ---- names and words -------------------------------------------------------------------------------------------------
+
+
+def test_a_name_lies_under_the_root_and_a_path_where_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("RAYNIUM_HOME", raising=False)
+    monkeypatch.chdir(tmp_path)
+    assert store_place("web", "runs") == f"{tmp_path}/runs/data/web"
+    assert store_place("web", "s3://bucket/runs/") == "s3://bucket/runs/data/web"
+    assert store_place("./web", "s3://bucket/runs") == f"{tmp_path}/web"
+    assert store_place("s3://bucket/web", "runs") == "s3://bucket/web"
+
+
+def test_a_store_says_what_it_holds(source: Path, tokenizer: Path, tmp_path: Path):
+    with pytest.raises(DataError, match="is no document store"):
+        describe(str(tmp_path / "store"))
+    build(tmp_path / "store", recipe(source, dedup="exact"), tokenizer)
+    rows = describe(str(tmp_path / "store"))
+    words = dict(rows)
+    assert re.fullmatch(r"\d+ to train on, \d+ held out", words["documents"])
+    assert "duplicates dropped" in words["recipe"] and "equal to an earlier document" in words["left out"]
+    samples = [value for name, value in rows if name == "sample"]
+    assert len(samples) == 3 and all(sample.startswith("'document number ") for sample in samples)
+    shard = tmp_path / "store/train-00000.bin"
+    shard.write_bytes(shard.read_bytes()[:-1] + b"\x07")
+    with pytest.raises(DataError, match=r"train-00000\.bin is damaged in unit 0 of .*so it is not shown"):
+        describe(str(tmp_path / "store"))
+
+
+def test_reading_ahead_keeps_order_and_passes_on_what_is_raised():
+    def failing() -> Iterator[int]:
+        yield from range(3)
+        raise StoreError("gone")
+
+    seen: list[int] = []
+    with pytest.raises(StoreError, match="gone"):
+        seen.extend(ahead(failing()))
+    assert list(ahead(iter(range(5)))) == list(range(5)) and seen == [0, 1, 2]
