@@ -16,7 +16,7 @@ from raynium.data.text.left_out import LeftOut
 from raynium.data.text.sources import open_source, plan_splits, read_split
 from raynium.errors import DataError
 from raynium.storage import reading
-from raynium.storage.reading import open_reading
+from raynium.storage.reading import open_reading, will_read
 
 pytestmark = pytest.mark.s3
 
@@ -89,6 +89,7 @@ def test_splits_of_large_objects_give_what_the_same_files_give_on_disk(bucket: s
 
 
 def test_any_reads_and_seeks_give_the_bytes_of_the_object(bucket: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(reading, "LONE_WINDOW_BYTES", 700)
     monkeypatch.setattr(reading, "FIRST_WINDOW_BYTES", 1_000)
     monkeypatch.setattr(reading, "MOST_WINDOW_BYTES", 4_000)
     content = random.Random(0).randbytes(60_000)
@@ -97,6 +98,8 @@ def test_any_reads_and_seeks_give_the_bytes_of_the_object(bucket: str, monkeypat
     with open_reading(f"{bucket}/a.bin") as stream:
         position = 0
         for _ in range(300):
+            if dice.random() < 0.1:
+                will_read(stream, dice.randrange(70_000), dice.randrange(70_000))
             if dice.random() < 0.2:
                 position = stream.seek(*dice.choice([(dice.randrange(70_000), 0), (-dice.randrange(60_000), 2)]))
             number = dice.choice([1, 10, 500, 3_000, 20_000])
@@ -106,30 +109,74 @@ def test_any_reads_and_seeks_give_the_bytes_of_the_object(bucket: str, monkeypat
         assert b"".join(iter(lambda: stream.read(777), b"")) == content
 
 
-def test_reading_on_fetches_windows_that_grow_ahead_of_use(bucket: str, monkeypatch: pytest.MonkeyPatch):
-    put(bucket, "a.bin", bytes(40 * 2**20))
-    asked: list[tuple[int, int]] = []
+@pytest.fixture
+def asked(bucket: str, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """The first byte and the number of bytes of every request for them."""
+    found: list[tuple[int, int]] = []
     backend = reading._bucket(bucket.removeprefix("s3://"), None)
     read_into = backend.read_into
 
-    def counted(key: str, start: int, buffers: Any) -> None:
-        asked.append((start, sum(map(len, buffers))))
+    def noted(key: str, start: int, buffers: Any) -> None:
+        found.append((start, sum(map(len, buffers))))
         read_into(key, start, buffers)
 
-    monkeypatch.setattr(backend, "read_into", counted)
+    monkeypatch.setattr(backend, "read_into", noted)
+    return found
+
+
+def test_what_will_be_read_comes_in_windows_that_grow_ahead_of_use_and_nothing_else(bucket: str, asked: Any):
+    put(bucket, "a.bin", bytes(40 * 2**20))
     with open_reading(f"{bucket}/a.bin") as stream:
-        while stream.read(100_000):
-            pass
-    sizes = [size for _, size in asked]
-    assert sizes[:6] == [2**18, 2**19, 2**20, 2**21, 2**22, 2**23] and max(sizes) == 2**23 and len(sizes) <= 12
-    assert sum(sizes) == 40 * 2**20
-    asked.clear()
-    with open_reading(f"{bucket}/a.bin") as stream:
-        stream.seek(30 * 2**20)
+        stream.seek(3 * 2**20)
         stream.read(10)
+        assert asked == [(3 * 2**20, reading.LONE_WINDOW_BYTES)]
+        asked.clear()
+        will_read(stream, 2**20, 21 * 2**20)
         stream.seek(2**20)
         stream.read(10)
-    assert asked == [(30 * 2**20, 2**18), (2**20, 2**18)]
+        # The first is being read, the second is on its way.
+        assert asked == [(2**20, 2**19), (2**20 + 2**19, 2**21)]
+        while stream.tell() < 21 * 2**20:
+            stream.read(100_000)
+    sizes = [size for _, size in sorted(asked)]
+    assert sizes[:4] == [2**19, 2**21, 2**23, 2**23] and sum(sizes[:5]) == 20 * 2**20
+    assert sizes[5:] in ([], [reading.LONE_WINDOW_BYTES])
+
+
+def test_of_a_table_only_the_footer_and_the_column_of_text_are_fetched(bucket: str, asked: Any):
+    dice = random.Random(0)
+    texts = [f"row {n}" + "x" * 400 for n in range(40_000)]
+    rows = {"text": texts, "other": [dice.randbytes(200) for _ in texts]}
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.table(rows), sink, row_group_size=10_000, compression="none", use_dictionary=False)
+    put(bucket, "a.parquet", sink.getvalue().to_pybytes())
+    assert len(list(open_source(f"{bucket}/a.parquet").items())) == 40_000
+    assert sum(size for _, size in asked) < 40_000 * 420 + 6 * reading.LONE_WINDOW_BYTES < 40_000 * 600
+
+
+def test_small_objects_are_opened_ahead_of_use_and_fetched_in_one_piece(bucket: str, monkeypatch: pytest.MonkeyPatch):
+    for number in range(40):
+        put(bucket, f"d/{number:02}.txt", f"text {number}".encode())
+    backend = reading._bucket(bucket.removeprefix("s3://"), None)
+    size, asked = backend.size, set[str]()
+
+    def noted(key: str) -> int:
+        asked.add(key)
+        return size(key)
+
+    monkeypatch.setattr(backend, "size", noted)
+    [split] = plan_splits(open_source(f"{bucket}/d"))
+    items = read_split(split)
+    assert next(items) == Document("00.txt", "text 0")
+    # All but those that were waiting for a place, also where nobody reads on.
+    items.close()
+    assert 1 <= len(asked) <= reading.OPEN_AHEAD
+    assert list(read_split(split)) == [Document(f"{number:02}.txt", f"text {number}") for number in range(40)]
+    boto3.client("s3").delete_object(Bucket=bucket.removeprefix("s3://"), Key="d/20.txt")
+    items = read_split(split)
+    assert [next(items)[1] for _ in range(20)] == [f"text {number}" for number in range(20)]
+    with pytest.raises(DataError, match=r"d/20\.txt cannot be read: .* does not exist"):
+        next(items)
 
 
 def test_a_profile_has_the_credentials_and_the_place_of_a_source(

@@ -7,18 +7,25 @@ Their names are as their writers liked; `Store` has rules for what we write.
 """
 
 import io
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import islice
+from typing import Any
 
 from raynium.storage.backend import Backend
 from raynium.storage.store import open_backend
 
-# A window of a file, which doubles while reading goes on where the last one ended. The largest hides S3's latency: the
-# next is fetched while one is read.
-FIRST_WINDOW_BYTES = 256 * 1024
+# What is fetched at once of an object: little where nobody has said what will be read (a table's footer); of what
+# `will_read` says, from a first window to the largest, each with the next one on its way. That hides S3's latency.
+LONE_WINDOW_BYTES = 64 * 1024
+FIRST_WINDOW_BYTES = 512 * 1024
 MOST_WINDOW_BYTES = 8 * 2**20
+_GROWTH = 4
+# So many files are opened before they are wanted.
+OPEN_AHEAD = 16
 
 
 @dataclass(frozen=True)
@@ -50,9 +57,48 @@ def open_reading(place: str, *, profile: str | None = None) -> "io.BufferedReade
     OSError for a path, KeyMissing and StoreError for a URL, also while it is read.
     """
     if not place.startswith("s3://"):
-        return io.BufferedReader(io.FileIO(place), MOST_WINDOW_BYTES // 8)
+        return io.BufferedReader(io.FileIO(place), FIRST_WINDOW_BYTES)
     bucket, key = _bucket_and_key(place)
-    return io.BufferedReader(_Object(_bucket(bucket, profile), key), FIRST_WINDOW_BYTES)
+    return io.BufferedReader(_Object(_bucket(bucket, profile), key), LONE_WINDOW_BYTES)
+
+
+def will_read(stream: "io.BufferedReader[Any]", begin: int, end: int) -> None:
+    """Say that these bytes of a file will be read forward: of an object they are fetched ahead of use."""
+    if isinstance(stream.raw, _Object):
+        stream.raw.will_read(begin, end)
+
+
+def open_each(places: Sequence[str], *, profile: str | None = None) -> "Generator[io.BufferedReader[Any], None, None]":
+    """Each in its turn, as `open_reading`, and closed when the next is asked for.
+
+    Objects in S3 are opened ahead of use, several at once: small ones cost little beside the waits for the server.
+    """
+    if not any(place.startswith("s3://") for place in places):
+        for place in places:
+            with open_reading(place) as stream:
+                yield stream
+        return
+    coming = iter(places)
+    waiting: deque[Future[io.BufferedReader[Any]]] = deque()
+    pool = ThreadPoolExecutor(OPEN_AHEAD, thread_name_prefix="open-ahead")
+    try:
+        while True:
+            for place in islice(coming, OPEN_AHEAD - len(waiting)):
+                waiting.append(pool.submit(open_reading, place, profile=profile))
+            if not waiting:
+                return
+            with waiting.popleft().result() as stream:
+                yield stream
+    finally:
+        for future in waiting:
+            future.cancel()
+            future.add_done_callback(_close_opened)
+        pool.shutdown(wait=False)
+
+
+def _close_opened(future: "Future[io.BufferedReader[Any]]") -> None:
+    if not future.cancelled() and future.exception() is None:
+        future.result().close()
 
 
 class _Object(io.RawIOBase):
@@ -63,10 +109,13 @@ class _Object(io.RawIOBase):
         self._num_bytes = backend.size(key)
         self._position = 0
         self._begin, self._window = 0, memoryview(b"")
-        # Of the window after this one, which is being fetched: None until reading went on over the end of a window.
-        self._ahead: Future[memoryview] | None = None
-        self._ahead_begin = 0
+        # Of what was said to be read: the bytes, and how many the next window has.
+        self._wanted, self._next_bytes = range(0), FIRST_WINDOW_BYTES
+        # Its begin, its bytes, and it, on its way.
+        self._ahead: tuple[int, int, Future[memoryview]] | None = None
         self._pool: ThreadPoolExecutor | None = None
+        if self._num_bytes <= FIRST_WINDOW_BYTES:
+            self._window = self._fetch(0, self._num_bytes)
 
     def readable(self) -> bool:
         return True
@@ -82,6 +131,9 @@ class _Object(io.RawIOBase):
         self._position = max(0, base + offset)
         return self._position
 
+    def will_read(self, begin: int, end: int) -> None:
+        self._wanted, self._next_bytes = range(begin, min(end, self._num_bytes)), FIRST_WINDOW_BYTES
+
     def readinto(self, buffer: "memoryview") -> int:
         target = memoryview(buffer).cast("B")
         target = target[: max(0, self._num_bytes - self._position)]
@@ -89,11 +141,6 @@ class _Object(io.RawIOBase):
             return 0
         inside = self._position - self._begin
         if not 0 <= inside < len(self._window):
-            if len(target) > MOST_WINDOW_BYTES:
-                # Straight to where it is wanted.
-                self._backend.read_into(self._key, self._position, [target])
-                self._position += len(target)
-                return len(target)
             self._move_window()
             inside = 0
         some = self._window[inside : inside + len(target)]
@@ -109,19 +156,22 @@ class _Object(io.RawIOBase):
 
     def _move_window(self) -> None:
         """To where reading stands."""
-        goes_on = self._position == self._begin + len(self._window) and len(self._window) > 0
-        num_bytes = min(2 * len(self._window), MOST_WINDOW_BYTES) if goes_on else FIRST_WINDOW_BYTES
-        fetched, self._ahead = self._ahead, None
-        if fetched is not None and self._ahead_begin == self._position:
-            self._window = fetched.result()
-        else:
-            self._window = self._fetch(self._position, num_bytes)
         self._begin = self._position
-        ends = self._begin + len(self._window)
-        if goes_on and ends < self._num_bytes:
-            self._pool = self._pool or ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
-            self._ahead_begin = ends
-            self._ahead = self._pool.submit(self._fetch, ends, min(2 * len(self._window), MOST_WINDOW_BYTES))
+        if self._begin not in self._wanted:
+            self._window = self._fetch(self._begin, LONE_WINDOW_BYTES)
+            return
+        if self._ahead is None or self._ahead[0] != self._begin:
+            self._ahead = self._start_fetch(self._begin)
+        begin, num_bytes, window = self._ahead
+        # The next is on its way before this one is waited for.
+        self._ahead = self._start_fetch(begin + num_bytes) if begin + num_bytes in self._wanted else None
+        self._window = window.result()
+
+    def _start_fetch(self, begin: int) -> tuple[int, int, "Future[memoryview]"]:
+        self._pool = self._pool or ThreadPoolExecutor(2, thread_name_prefix="read-ahead")
+        num_bytes = min(self._next_bytes, self._wanted.stop - begin)
+        self._next_bytes = min(_GROWTH * self._next_bytes, MOST_WINDOW_BYTES)
+        return begin, num_bytes, self._pool.submit(self._fetch, begin, num_bytes)
 
     def _fetch(self, begin: int, num_bytes: int) -> memoryview:
         window = memoryview(bytearray(min(num_bytes, self._num_bytes - begin)))

@@ -9,7 +9,7 @@ depend on which other documents exist, on their order, on how the source is cut,
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from io import SEEK_END, BufferedReader
 from itertools import islice, pairwise
@@ -19,10 +19,10 @@ from raynium.data.text.documents import Compression, Item, Kind, Part, SourceFil
 from raynium.data.text.left_out import LeftOut
 from raynium.data.text.listing import list_source
 from raynium.data.text.readers import BadRecord, json_lines, json_values, text_pieces, whole_text
-from raynium.data.text.tables import arrow_rows, parquet_rows
+from raynium.data.text.tables import table_rows
 from raynium.errors import DataError
 from raynium.storage.backend import KeyMissing
-from raynium.storage.reading import open_reading
+from raynium.storage.reading import open_each, open_reading, will_read
 
 # So that a small source still has parts for many tasks, and a large one's tasks end within minutes.
 LEAST_SPLIT_BYTES = 8 * 10**6
@@ -32,6 +32,10 @@ SPLITS = 64
 MOST_PARTS = 4096
 # Kinds whose files may be read in parts, where they are not packed.
 _CUT = frozenset({"pieces", "jsonl", "parquet"})
+# Few records are longer.
+RECORD_BYTES = 2**16
+# A bad line so far into a file is told by its number, which is counted then; one beyond that by its byte.
+COUNTED_BYTES = 2**30
 PROBED_FILES, PROBED_DOCUMENTS = 2, 8
 _BUFFER_BYTES = 2**20
 
@@ -60,7 +64,7 @@ def open_source(source: str, *, text_field: str = "text", profile: str | None = 
     A .txt, .py or .md file is one document (one that is itself the source is cut into pieces). Of the others, each line
     of .jsonl and .ndjson, each object of .json (one, an array of them, or one after the other) and each row of .parquet
     and .arrow holds one. All but the last two may be packed (.gz, .zst). Capital letters do not matter. Sub-folders are
-    read, linked ones are not followed.
+    read, linked ones are not followed; a .json file beside files of text is left out, unless a glob names it.
 
     text_field: where a record's text is; "a.b" is the field b of the object in its field a. profile: of the AWS
     configuration of each machine that reads, for a source at s3:// that the environment's credentials do not open.
@@ -127,17 +131,19 @@ def read_split(split: Split) -> Iterator[Item]:
     Raises DataError for a file that is missing, damaged, cannot be read or has changed since it was listed, and for a
     record that holds no text where it should; StoreError where S3 fails.
     """
-    for part in split.parts:
-        file = part.file
-        if file.compression:
-            # Nobody knows how many bytes come out; all of them are this part's.
-            part = Part(file, 0, sys.maxsize)
-        with (
-            _opened(file, split.profile) as stream,
-            _unpacked(stream, file) as content,
-            _problems(file, split.profile, stream),
-        ):
-            yield from _read(content, part, split.text_field)
+    places = [part.file.place for part in split.parts]
+    with closing(open_each(places, profile=split.profile)) as streams:
+        for part in split.parts:
+            file = part.file
+            stream = _next_opened(streams, file)
+            if file.kind != "parquet":
+                # Also the byte before the first, which may be the end of a line, and the end of the last record.
+                will_read(stream, max(part.begin - 1, 0), part.end + RECORD_BYTES)
+            if file.compression:
+                # Nobody knows how many bytes come out; all of them are this part's.
+                part = Part(file, 0, sys.maxsize)
+            with _unpacked(stream, file) as content, _problems(file, split.profile, stream):
+                yield from _read(content, part, split.text_field)
 
 
 def _read(stream: BufferedReader, part: Part, text_field: str) -> Iterator[Item]:
@@ -150,27 +156,23 @@ def _read(stream: BufferedReader, part: Part, text_field: str) -> Iterator[Item]
             return json_lines(stream, part, text_field)
         case "json":
             return json_values(stream, part, text_field)
-        case "parquet":
-            return parquet_rows(stream, part, text_field)
-        case "arrow":
-            return arrow_rows(stream, part, text_field)
+        case "parquet" | "arrow":
+            return table_rows(stream, part, text_field)
 
 
-@contextmanager
-def _opened(file: SourceFile, profile: str | None) -> "Iterator[BufferedReader[Any]]":
+def _next_opened(streams: "Iterator[BufferedReader[Any]]", file: SourceFile) -> "BufferedReader[Any]":
     try:
-        stream = open_reading(file.place, profile=profile)
+        stream = next(streams)
     except (OSError, KeyMissing) as error:
         raise DataError(_unreadable(file, error)) from error
-    with stream:
-        num_bytes = stream.seek(0, SEEK_END)
-        if num_bytes != file.num_bytes:
-            raise DataError(
-                f"{file.place} has {num_bytes:,} bytes, and had {file.num_bytes:,} when its folder was listed: let "
-                "nothing write to a source while it is read, then try again"
-            )
-        stream.seek(0)
-        yield stream
+    num_bytes = stream.seek(0, SEEK_END)
+    if num_bytes != file.num_bytes:
+        raise DataError(
+            f"{file.place} has {num_bytes:,} bytes, and had {file.num_bytes:,} when its folder was listed: let nothing "
+            "write to a source while it is read, then try again"
+        )
+    stream.seek(0)
+    return stream
 
 
 def _unpacked(stream: "BufferedReader[Any]", file: SourceFile) -> "BufferedReader[Any]":
@@ -193,7 +195,8 @@ def _problems(file: SourceFile, profile: str | None, stream: BufferedReader) -> 
     except BadRecord as error:
         where = f"row {error.at} (from 0)"
         if file.kind == "jsonl":
-            where = f"line {_line(file, profile, error.at)}"
+            is_near = error.at <= COUNTED_BYTES
+            where = f"line {_line(file, profile, error.at)}" if is_near else f"the line at byte {error.at:,}"
         raise DataError(f"{file.place}, {where}: {error.problem}") from error
     except OSError as error:
         if error.errno is not None:
@@ -220,7 +223,7 @@ def _damaged(file: SourceFile, error: Exception | str, stream: BufferedReader) -
 def _line(file: SourceFile, profile: str | None, offset: int) -> int:
     """The number of the line that begins at this byte of what is unpacked, from 1."""
     number = 1
-    with _opened(file, profile) as packed, _unpacked(packed, file) as stream:
+    with open_reading(file.place, profile=profile) as packed, _unpacked(packed, file) as stream:
         while offset > 0 and (some := stream.read(min(_BUFFER_BYTES, offset))):
             number += some.count(b"\n")
             offset -= len(some)

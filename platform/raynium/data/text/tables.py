@@ -8,6 +8,7 @@ from raynium.data.text.documents import Item, Part
 from raynium.data.text.left_out import LeftOut
 from raynium.data.text.readers import document_of_bytes
 from raynium.errors import DataError, some
+from raynium.storage.reading import will_read
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -20,8 +21,24 @@ _END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
 _ARROW_FILE = b"ARROW1"
 
 
-def parquet_rows(stream: BufferedReader, part: Part, text_field: str) -> Iterator[Item]:
-    """The rows of those row groups that begin in the part. Raises DataError, ArrowException for damage."""
+def table_rows(stream: BufferedReader, part: Part, text_field: str) -> Iterator[Item]:
+    """The rows of an Arrow stream or file, or of those Parquet row groups that begin in the part.
+
+    Raises DataError for a column that is not there or no text, and ValueError or OSError for damage.
+    """
+    import pyarrow as pa
+
+    rows = _parquet_rows if part.file.kind == "parquet" else _arrow_rows
+    try:
+        yield from rows(stream, part, text_field)
+    except pa.ArrowException as error:
+        # Of many kinds; its OSErrors go on as they are.
+        raise ValueError(str(error)) from error
+    except MemoryError as error:
+        raise ValueError("it says to hold more than this machine's memory") from error
+
+
+def _parquet_rows(stream: BufferedReader, part: Part, text_field: str) -> Iterator[Item]:
     import pyarrow.parquet as pq
 
     table = pq.ParquetFile(stream, buffer_size=READ_BYTES, pre_buffer=False)
@@ -29,23 +46,24 @@ def parquet_rows(stream: BufferedReader, part: Part, text_field: str) -> Iterato
     row = 0
     for number in range(table.num_row_groups):
         group = table.metadata.row_group(number)
+        chunks = {group.column(index).path_in_schema: group.column(index) for index in range(group.num_columns)}
         if part.is_whole or part.begin <= min(_begin(group.column(0)), part.file.num_bytes - 1) < part.end:
             first = row
-            batches = table.iter_batches(BATCH_ROWS, row_groups=[number], columns=[".".join(column)], use_threads=False)
-            for batch in batches:
+            chunk = chunks[".".join(column)]
+            will_read(stream, _begin(chunk), _begin(chunk) + chunk.total_compressed_size)
+            for batch in table.iter_batches(BATCH_ROWS, [number], [chunk.path_in_schema], use_threads=False):
                 yield from _items(_values(batch, column), part.file.name, first)
                 first += batch.num_rows
         row += group.num_rows
 
 
-def _begin(column: Any) -> int:
+def _begin(chunk: Any) -> int:
     """The byte at which a column of a row group begins."""
-    offsets = (column.dictionary_page_offset, column.data_page_offset)
+    offsets = (chunk.dictionary_page_offset, chunk.data_page_offset)
     return max(0, min(offset for offset in offsets if offset is not None))
 
 
-def arrow_rows(stream: BufferedReader, part: Part, text_field: str) -> Iterator[Item]:
-    """The rows of an Arrow stream, or of an Arrow file. Raises DataError, ArrowException for damage."""
+def _arrow_rows(stream: BufferedReader, part: Part, text_field: str) -> Iterator[Item]:
     import pyarrow as pa
 
     stream.seek(max(0, part.file.num_bytes - len(_END_OF_STREAM)))
@@ -102,19 +120,25 @@ def _is_text(kind: "pa.DataType") -> bool:
     return any(matches(kind) for matches in is_text)
 
 
-def _values(batch: "pa.RecordBatch", column: list[str]) -> Iterator[bytes | None]:
+def _values(batch: "pa.RecordBatch", column: list[str]) -> list[bytes | None]:
     import pyarrow as pa
     import pyarrow.compute as pc
 
+    # Arrow trusts what it reads: a damaged length would have it read beyond the file's bytes, and die.
+    batch.validate()
     values: Any = batch.column(column[0])
     for name in column[1:]:
         values = pc.struct_field(values, name)  # pyright: ignore[reportAttributeAccessIssue]
     if pa.types.is_dictionary(values.type):
+        values.validate(full=True)
         values = values.dictionary_decode()
-    # As bytes, since nothing has looked whether they are UTF-8.
-    return values.cast(pa.large_binary()).to_pylist()
+    # As bytes, since text that is no UTF-8 is left out and no damage.
+    bytes_of = {pa.string(): pa.binary(), pa.large_string(): pa.large_binary(), pa.string_view(): pa.binary_view()}
+    values = values.view(bytes_of.get(values.type, values.type))
+    values.validate(full=True)
+    return values.to_pylist()
 
 
-def _items(values: Iterator[bytes | None], name: str, first: int) -> Iterator[Item]:
+def _items(values: list[bytes | None], name: str, first: int) -> Iterator[Item]:
     for row, value in enumerate(values, first):
         yield LeftOut(f"{name}:{row}", "null") if value is None else document_of_bytes(f"{name}:{row}", value)
