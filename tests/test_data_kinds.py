@@ -1,6 +1,7 @@
 """Every kind of file, packed or not, gives its documents once however it is cut; and damage is named."""
 
 import json
+import random
 import re
 import tempfile
 from collections.abc import Callable
@@ -13,7 +14,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from raynium.data.text import readers
+from raynium.data.build.survey import survey
+from raynium.data.text import readers, sources
 from raynium.data.text.documents import Document
 from raynium.data.text.left_out import LeftOut
 from raynium.data.text.sources import open_source, plan_splits, probe, read_split
@@ -247,6 +249,34 @@ def test_a_bad_line_of_a_packed_file_is_told_with_its_number(tmp_path: Path):
         list(open_source(str(tmp_path)).items())
 
 
+def test_a_bad_line_far_into_a_file_is_told_by_its_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sources, "COUNTED_BYTES", 20)
+    (tmp_path / "a.jsonl").write_bytes(lines(["one", "two"]) + b"{}\n")
+    with pytest.raises(DataError, match=r"a\.jsonl, the line at byte 50: no field 'text'"):
+        list(open_source(str(tmp_path)).items())
+
+
+@pytest.mark.parametrize(
+    ("ending", "write"), [(".parquet", parquet), (".arrow", arrow), (".arrow", arrow_file), (".jsonl.gz", lines)]
+)
+def test_damaged_bytes_give_other_documents_or_one_error_and_end_no_process(tmp_path: Path, ending: str, write: Any):
+    dice = random.Random(0)
+    texts = [*(f"document {n}" for n in range(40)), None, ""]
+    whole = packed(write(texts), re.sub(r"^\.[a-z]+", "", ending))
+    path, refused = tmp_path / f"a{ending}", 0
+    for _ in range(250):
+        content = bytearray(whole)
+        for _ in range(dice.randint(1, 4)):
+            content[dice.randrange(len(content))] = dice.randrange(256)
+        path.write_bytes(content)
+        try:
+            list(open_source(str(tmp_path)).items())
+        except DataError as error:
+            assert str(path) in str(error)
+            refused += 1
+    assert refused > 100
+
+
 def test_a_probe_reads_the_first_documents_of_each_kind_only(tmp_path: Path):
     good = [f"document {n}" for n in range(100)]
     (tmp_path / "a.jsonl").write_bytes(lines(good) + b"not JSON\n")
@@ -256,6 +286,19 @@ def test_a_probe_reads_the_first_documents_of_each_kind_only(tmp_path: Path):
     (tmp_path / "z.jsonl.gz").write_bytes(packed(b'{"content": "x"}\n', ".gz"))
     with pytest.raises(DataError, match=r"z\.jsonl\.gz, line 1: no field 'text'"):
         probe(open_source(str(tmp_path)))
+
+
+def test_json_beside_text_is_settings_unless_a_glob_names_it(tmp_path: Path):
+    (tmp_path / "main.py").write_text("print()")
+    (tmp_path / "package.json").write_text('{"name": "x"}')
+    assert open_source(str(tmp_path)).left_out == [LeftOut("package.json", "beside text", 13, ".json")]
+    assert names(f"{tmp_path}/*.json") == ["package.json"]
+    with pytest.raises(
+        DataError, match=r"1 \.json beside files of text, read only where a glob .*: give a glob, such as"
+    ):
+        survey(str(tmp_path), heldout_fraction=0.5, max_left_out=0.1, tell=lambda line: None)
+    (tmp_path / "main.py").unlink()
+    assert names(str(tmp_path)) == ["package.json"]
 
 
 # ---- globs and saved datasets ----------------------------------------------------------------------------------------

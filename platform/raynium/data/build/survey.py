@@ -95,7 +95,7 @@ def refuse_unusable(
         raise DataError(
             f"data.source = {source!r} gives {documents[0]} training and {documents[1]} held-out documents "
             f"with data.heldout_fraction = {heldout_fraction}{also}. Both need at least one: give more documents "
-            "(a file or a .jsonl line is one) or change the fraction"
+            "(a file of text, a line or a row is one) or change the fraction"
         )
 
 
@@ -109,6 +109,7 @@ def _refuse_large_share(source: str, left_out: list[LeftOutGroup], kept_bytes: i
             ({"utf-16"}, "convert UTF-16 with `iconv -f UTF-16 -t UTF-8`"),
             ({"not utf-8"}, "convert what is not UTF-8 with `iconv -f LATIN1 -t UTF-8`, or whatever it is in"),
             ({"unread kind"}, "unpack or convert files of kinds that are not read"),
+            ({"beside text"}, "give a glob, such as folder/**/*.json, of the files that are documents"),
             ({"too long"}, "split long documents"),
         )
         if reasons & {group.reason for group in left_out}

@@ -12,6 +12,7 @@ Reason = Literal[
     "null",
     "too long",
     "unread kind",
+    "beside text",
     "other kind",
     "linked folder",
     "no file",
@@ -26,6 +27,7 @@ _WORDS: dict[Reason, str] = {
     "null": "whose text is null",
     "too long": "longer than a document may be",
     "unread kind": "{kind}, which is not read",
+    "beside text": "{kind} beside files of text, read only where a glob names it",
     "other kind": "of other kinds",
     "linked folder": "linked folders, which are not followed",
     "no file": "pipes, sockets, devices or broken links",
@@ -33,13 +35,13 @@ _WORDS: dict[Reason, str] = {
     "duplicate": "equal to an earlier document",
 }
 # Text that a user will miss. Of the rest nobody knows whether it is text, or it holds none.
-_TEXT: frozenset[Reason] = frozenset({"not utf-8", "utf-16", "null", "too long", "unread kind"})
+_TEXT: frozenset[Reason] = frozenset({"not utf-8", "utf-16", "null", "too long", "unread kind", "beside text"})
 
 
 class LeftOut(NamedTuple):
     """A file, a line or a folder of a source that is not a document.
 
-    name: as a document's. kind: the ending of a file of an unread kind.
+    name: as a document's. kind: the ending of a file that is not read.
     """
 
     name: str

@@ -158,6 +158,12 @@ def _of_folder(folder: _Folder, *, pattern: str = "", without: frozenset[str] = 
         item = _source_file(entry, f"{folder.place}/{entry.name}")
         files += [item] if isinstance(item, SourceFile) else []
         left_out += [item] if isinstance(item, LeftOut) else []
+    if not pattern and any(file.kind == "text" for file in files):
+        # Code has its settings in such files; a dataset is not mixed with text.
+        left_out += [
+            LeftOut(file.name, "beside text", file.num_bytes, ".json") for file in files if file.kind == "json"
+        ]
+        files = [file for file in files if file.kind != "json"]
     if not files:
         raise DataError(_nothing(folder, pattern, sorted(left_out)))
     return Listing(sorted(files, key=lambda file: file.name), sorted(left_out))
