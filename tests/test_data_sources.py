@@ -197,12 +197,14 @@ def test_lines_that_only_python_cannot_read_are_refused_with_file_and_line(tmp_p
 
 
 def test_a_name_that_is_no_utf_8_names_a_document(tmp_path: Path):
+    text = tmp_path / "text"
+    text.mkdir()
     for number in range(9):
-        (tmp_path / f"{number}.txt").write_text(f"text {number}")
+        (text / f"{number}.txt").write_text(f"text {number}")
     name = os.fsdecode(b"caf\xe9.txt")
-    (tmp_path / name).write_text("hello")
-    (tmp_path / os.fsdecode(b"\xe9.txt")).write_text("")
-    store = build_store(tmp_path / "store", source=str(tmp_path), vocab_size=300, heldout_fraction=0.9)
+    (text / name).write_text("hello")
+    (text / os.fsdecode(b"\xe9.txt")).write_text("")
+    store = build_store(tmp_path / "store", source=str(text), vocab_size=300, heldout_fraction=0.9)
     assert name in {document.name for document in store.heldout_documents()}
     assert [each.first for each in open_store(store.path).manifest.left_out if each.reason == "empty"] == [r"\xe9.txt"]
 
