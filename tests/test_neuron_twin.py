@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from neuron_twin import RECORD_VARIABLE
+from test_packed_runs import build_short_documents
 from tiny import job_text
 from twin_runs import run_agent
 
@@ -72,6 +73,19 @@ def test_the_unchanged_path_learns_what_the_cpu_learns(
         str(rank) for rank in range(len(environments))
     ]
     assert len(environments) == LAYOUTS[layout].get("cluster.ranks_per_node", 1)
+
+
+@pytest.mark.parametrize("layout", [*LAYOUTS, "tp 2, compiled blocks"])
+def test_rows_of_several_documents_learn_what_they_do_on_the_cpu(
+    layout: str, site: dict[str, str], tmp_path: Path
+) -> None:
+    documents, packed = build_short_documents(tmp_path), {"data.packing": "documents"}
+    compiled = {"cluster.ranks_per_node": 2, "parallel.tensor": 2, "engine.compile": "block"}
+    expected = play(tmp_path / "cpu", documents, {}, **{"cluster.accelerator": "cpu"} | packed)
+    twin = play(tmp_path / "twin", documents, site, **LAYOUTS.get(layout, compiled) | packed)
+    for name in ("train/loss", "eval/loss"):
+        assert values(twin, name) == pytest.approx(values(expected, name), rel=1e-5), name
+    assert values(twin, "device/fallback_operators") == [0, 0], "an operation that Neuron lacks"
 
 
 @pytest.mark.parametrize("tensor", [1, 2])

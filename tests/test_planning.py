@@ -69,6 +69,11 @@ def test_activations_and_logits_follow_the_tokens_of_a_micro_batch():
     assert (half.activations, half.logits) == (one.activations // 2, one.logits // 2)
 
 
+def test_rows_of_several_documents_have_one_mask_for_all_layers():
+    one, packed = estimate("llama3-8b"), estimate("llama3-8b", "data.packing=documents")
+    assert packed.activations - one.activations == 2 * 8192 * 8192
+
+
 def test_float32_takes_twice_the_bytes_of_compute_but_not_of_state():
     half, full = estimate("llama3-8b"), estimate("llama3-8b", "engine.dtype=float32")
     assert full.logits == 2 * half.logits

@@ -43,13 +43,13 @@ class Runs(NamedTuple):
     one: Run  # 1 rank, steps 16 to 20
 
 
-def config(documents: Path, *, ranks: int, tensor: int) -> dict[str, Any]:
+def config(documents: Path, *, ranks: int, tensor: int, packing: str) -> dict[str, Any]:
     sizes = {"vocab_size": 512, "hidden_size": 32, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "head_dim": 16}
     fields = {
         "run": {"name": "test", "seed": 5},
         "cluster": {"accelerator": "cpu", "ranks_per_node": ranks},
         "model": {**sizes, "ffn_size": 56, "max_seq_len": 32},
-        "data": {"path": str(documents), "seq_len": 32},
+        "data": {"path": str(documents), "seq_len": 32, "packing": packing},
         "parallel": {"tensor": tensor},
         "engine": {"dtype": "float32"},
         "optimizer": {"learning_rate": 3e-3, "warmup_steps": 3},
@@ -58,8 +58,9 @@ def config(documents: Path, *, ranks: int, tensor: int) -> dict[str, Any]:
     return Config.model_validate(fields).model_dump(mode="json")
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+@pytest.fixture(scope="module", params=["stream", "documents"])
+def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    """By each way of making rows."""
     folder = tmp_path_factory.mktemp("world-size")
     documents, text = folder / "documents", folder / "text"
     text.mkdir()
@@ -75,7 +76,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
         def run(name: str, *, ranks: int, tensor: int = 1, after: Run | None = None, **steps: Any) -> Run:
             here = folder / name
             here.mkdir()
-            scenario = {"config": config(documents, ranks=ranks, tensor=tensor), **steps}
+            scenario = {"config": config(documents, ranks=ranks, tensor=tensor, packing=request.param), **steps}
             scenario["load_from"] = str(after.folder / "run") if after else None
             (here / "scenario.json").write_text(json.dumps(scenario))
             assert it.stdin is not None and it.stdout is not None

@@ -147,13 +147,15 @@ def _activation_bytes(config: Config, compute_bytes: int) -> int:
     # gate, up, silu(gate), and their product.
     feed_forward = 4 * model.ffn_size * compute_bytes / tensor
     block = norms + gathered + attention + feed_forward
+    # Rows of several documents have a mask, one for all layers (models/attention.py; not on CUDA).
+    mask = tokens * config.data.seq_len * compute_bytes if config.data.packing == "documents" else 0
     if config.engine.activation_checkpointing == "full":
         inputs = model.num_layers * model.hidden_size * compute_bytes / tensor
         # Compiled blocks keep attention's output too: engines/recompute.py.
         if config.engine.compile == "block":
             inputs += model.num_layers * query_size * compute_bytes / tensor
-        return int(tokens * (inputs + block))
-    return int(tokens * model.num_layers * block)
+        return int(tokens * (inputs + block)) + mask
+    return int(tokens * model.num_layers * block) + mask
 
 
 def _logit_bytes(config: Config, compute_bytes: int) -> int:
