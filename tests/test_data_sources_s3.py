@@ -14,7 +14,7 @@ import pytest
 from raynium.data.text.documents import Document
 from raynium.data.text.left_out import LeftOut
 from raynium.data.text.sources import open_source, plan_splits, read_split
-from raynium.errors import DataError
+from raynium.errors import DataError, StoreError
 from raynium.storage import reading
 from raynium.storage.reading import open_reading, will_read
 
@@ -215,6 +215,20 @@ def test_what_is_not_there_is_told(bucket: str):
     ):
         with pytest.raises(DataError, match=message):
             open_source(given)
+
+
+def test_what_s3_refuses_while_it_is_read_is_told(bucket: str, monkeypatch: pytest.MonkeyPatch):
+    put(bucket, "a.jsonl", lines(0, 10_000))
+    [split] = plan_splits(open_source(bucket))
+    backend = reading._bucket(bucket.removeprefix("s3://"), None)
+
+    def denied(*_: Any) -> None:
+        raise StoreError(f"{bucket}/a.jsonl: denied; allow s3:GetObject on it to this role")
+
+    for method in ("read_into", "size"):
+        monkeypatch.setattr(backend, method, denied)
+        with pytest.raises(DataError, match=r"a\.jsonl: denied; allow s3:GetObject"):
+            list(read_split(split))
 
 
 def test_an_object_that_changed_or_went_since_it_was_listed_is_refused(bucket: str):

@@ -20,7 +20,7 @@ from raynium.data.text.left_out import LeftOut
 from raynium.data.text.listing import list_source
 from raynium.data.text.readers import BadRecord, json_lines, json_values, text_pieces, whole_text
 from raynium.data.text.tables import table_rows
-from raynium.errors import DataError
+from raynium.errors import DataError, StoreError
 from raynium.storage.backend import KeyMissing
 from raynium.storage.reading import open_each, open_reading, will_read
 
@@ -129,7 +129,7 @@ def read_split(split: Split) -> Iterator[Item]:
     """Its documents, and what is none, in order. Memory is bounded: by the longest document, or some rows of a table.
 
     Raises DataError for a file that is missing, damaged, cannot be read or has changed since it was listed, and for a
-    record that holds no text where it should; StoreError where S3 fails.
+    record that holds no text where it should.
     """
     places = [part.file.place for part in split.parts]
     with closing(open_each(places, profile=split.profile)) as streams:
@@ -165,6 +165,9 @@ def _next_opened(streams: "Iterator[BufferedReader[Any]]", file: SourceFile) -> 
         stream = next(streams)
     except (OSError, KeyMissing) as error:
         raise DataError(_unreadable(file, error)) from error
+    except StoreError as error:
+        # It says which object, why, and what to do.
+        raise DataError(str(error)) from error
     num_bytes = stream.seek(0, SEEK_END)
     if num_bytes != file.num_bytes:
         raise DataError(
@@ -204,6 +207,8 @@ def _problems(file: SourceFile, profile: str | None, stream: BufferedReader) -> 
         raise DataError(_damaged(file, error, stream)) from error
     except ValueError as error:
         raise DataError(_damaged(file, error, stream)) from error
+    except StoreError as error:
+        raise DataError(str(error)) from error
 
 
 def _unreadable(file: SourceFile, error: Exception) -> str:
