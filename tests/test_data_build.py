@@ -250,6 +250,16 @@ def test_another_recipe_or_tokenizer_than_the_stores_is_refused(source: Path, to
         build(tmp_path / "store", recipe(source), other)
 
 
+def test_a_field_that_is_missing_is_told_before_a_task_runs(source: Path, tokenizer: Path, tmp_path: Path):
+    (source / "z.json").write_text('[{"content": "x"}]')
+
+    def none_runs(*_: Any) -> Iterator[Any]:
+        raise AssertionError("a task was given out")
+
+    with pytest.raises(DataError, match=r"z\.json, row 0 \(from 0\): no field 'text'; there are: 'content'"):
+        build(tmp_path / "store", recipe(source), tokenizer, runner=none_runs)
+
+
 def test_what_is_left_out_is_judged_when_all_is_tokenised(source: Path, tokenizer: Path, tmp_path: Path):
     (source / "c.txt").write_bytes(b"\xff\xff" * 5000)
     with pytest.raises(DataError, match=r"more than data\.max_left_out = 0\.1"):

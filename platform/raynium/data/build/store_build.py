@@ -22,7 +22,7 @@ from raynium.data.remote import find_manifest
 from raynium.data.store import DocumentStore, open_store
 from raynium.data.text.documents import Document
 from raynium.data.text.left_out import LeftOut
-from raynium.data.text.sources import MOST_SPLIT_BYTES, Source, open_source, plan_splits
+from raynium.data.text.sources import MOST_SPLIT_BYTES, Source, open_source, plan_splits, probe
 from raynium.data.tokenizer import Tokenizer
 from raynium.errors import DataError, StoreError
 from raynium.storage.backend import KeyExists
@@ -122,6 +122,8 @@ def build_from_recipe(
 
     def build(check: Callable[[], None]) -> None:
         sources = [open_source(source, text_field=recipe.text_field) for source in recipe.sources]
+        for source in sources:
+            probe(source)
         num_bytes = sum(file.num_bytes for source in sources for file in source.files)
         if num_bytes * recipe.heldout_fraction > MOST_HELDOUT_BYTES:
             enough = MOST_HELDOUT_BYTES / num_bytes

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from raynium.data.text.documents import is_held_out, name_hash
 from raynium.data.text.left_out import LeftOut, LeftOutGroup, Tally, left_out_in_words, share_left_out
-from raynium.data.text.sources import Source, open_source
+from raynium.data.text.sources import Source, open_source, probe
 from raynium.errors import DataError
 
 Tell = Callable[[str], None]
@@ -49,6 +49,7 @@ def survey(source: str, *, heldout_fraction: float, max_left_out: float, tell: T
     documents.
     """
     opened, tally = open_source(source), Tally()
+    probe(opened)
     progress = Progress(tell)
     train_bytes: dict[str, int] = {}
     heldout_documents = heldout_bytes = read_bytes = 0
