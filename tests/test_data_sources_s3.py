@@ -10,10 +10,15 @@ import boto3
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import s3fs
 
+from raynium.data.build.store_build import build_from_recipe
+from raynium.data.build.work import in_this_process
+from raynium.data.manifest import Recipe
 from raynium.data.text.documents import Document
 from raynium.data.text.left_out import LeftOut
 from raynium.data.text.sources import open_source, plan_splits, read_split
+from raynium.data.tokenizer import Tokenizer
 from raynium.errors import DataError, StoreError
 from raynium.storage import reading
 from raynium.storage.reading import open_reading, will_read
@@ -179,10 +184,8 @@ def test_small_objects_are_opened_ahead_of_use_and_fetched_in_one_piece(bucket: 
         next(items)
 
 
-def test_a_profile_has_the_credentials_and_the_place_of_a_source(
-    bucket: str, s3_server: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    put(bucket, "web/a.txt", b"x")
+def use_profile(s3_server: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """The profiles "research" and "wrong" instead of the environment. Returns the keys of the former."""
     place = f"region = us-east-1\nendpoint_url = {s3_server.endpoint}\n"
     (tmp_path / "config").write_text(f"[profile research]\n{place}[profile wrong]\n{place}")
     keys = {name.lower(): value for name, value in s3_server.env.items() if name.startswith("AWS_") and "KEY" in name}
@@ -194,6 +197,16 @@ def test_a_profile_has_the_credentials_and_the_place_of_a_source(
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "credentials"))
+    # s3fs keeps clients, with what they found.
+    s3fs.S3FileSystem.clear_instance_cache()
+    return keys
+
+
+def test_a_profile_has_the_credentials_and_the_place_of_a_source(
+    bucket: str, s3_server: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    put(bucket, "web/a.txt", b"x")
+    keys = use_profile(s3_server, tmp_path, monkeypatch)
     source = open_source(f"{bucket}/web", profile="research")
     assert list(source.items()) == [Document("a.txt", "x")]
     assert all(secret not in repr(plan_splits(source)) for secret in keys.values())
@@ -202,6 +215,21 @@ def test_a_profile_has_the_credentials_and_the_place_of_a_source(
     for given in (f"{bucket}/web", f"{bucket}/web/a.txt", f"{bucket}/web/*"):
         with pytest.raises(DataError, match=r"data\.source = 's3://.*(secret key is wrong|allow s3:GetObject)"):
             open_source(given, profile="wrong")
+
+
+def test_a_store_is_built_with_the_profile_and_does_not_name_it(
+    bucket: str, s3_server: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    put(bucket, "web/a.jsonl", lines(0, 200))
+    tokenizer = Tokenizer.train((f"document {n}" for n in range(9)), vocab_size=300)
+    use_profile(s3_server, tmp_path, monkeypatch)
+    recipe = Recipe(sources=[f"{bucket}/web"], text_field="text", heldout_fraction=0.1, dedup="none")
+    how = {"runner": in_this_process, "tell": lambda line: None}
+    with pytest.raises(DataError, match="set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"):
+        build_from_recipe(tmp_path / "store", recipe, tokenizer, **how)
+    manifest = build_from_recipe(tmp_path / "store", recipe, tokenizer, profile="research", **how)
+    assert manifest.train.documents + manifest.heldout.documents == 200
+    assert "research" not in (tmp_path / "store/manifest.json").read_text()
 
 
 def test_what_is_not_there_is_told(bucket: str):

@@ -29,6 +29,9 @@ def build(
     ],
     tokenizer: Annotated[str | None, Option(help="A tokenizer.json, or a model's folder that holds one.")] = None,
     text_field: Annotated[str, Option(help="Where a record has its text; a.b is b in the object a.")] = "text",
+    aws_profile: Annotated[
+        str | None, Option(help="Of the AWS configuration on each node, for text in another account.")
+    ] = None,
     end_of_document: Annotated[
         str | None, Option(help="The token that ends a document, where the tokenizer's files do not say.")
     ] = None,
@@ -53,6 +56,7 @@ def build(
         sources=sources,
         tokenizer=tokenizer,
         text_field=text_field,
+        aws_profile=aws_profile,
         end_of_document=end_of_document,
         dedup=dedup.value,
         heldout_fraction=heldout_fraction,

@@ -110,18 +110,19 @@ def build_from_recipe(
     *,
     runner: Runner,
     tell: Tell,
+    profile: str | None = None,
     max_left_out: float = 0.1,
     split_bytes: int = MOST_SPLIT_BYTES,
     unit_bytes: int = UNIT_BYTES,
 ) -> StoreManifest:
     """Build the store of a recipe at `place`, or find it there; the texts are read once, by the tasks.
 
-    runner: of the tasks; any gives the same bytes. Raises DataError as `build_store`, and as `read_split` from a task;
-    what is left out is judged once all is tokenised.
+    runner: of the tasks; any gives the same bytes. profile: see `sources.open_source`. Raises DataError as
+    `build_store`, and as `read_split` from a task; what is left out is judged once all is tokenised.
     """
 
     def build(check: Callable[[], None]) -> None:
-        sources = [open_source(source, text_field=recipe.text_field) for source in recipe.sources]
+        sources = [open_source(each, text_field=recipe.text_field, profile=profile) for each in recipe.sources]
         for source in sources:
             probe(source)
         num_bytes = sum(file.num_bytes for source in sources for file in source.files)

@@ -31,6 +31,7 @@ def build_data(
     sources: Sequence[str],
     tokenizer: str | None,
     text_field: str = "text",
+    aws_profile: str | None = None,
     end_of_document: str | None = None,
     dedup: Literal["none", "exact"] = "none",
     heldout_fraction: float = 0.05,
@@ -42,8 +43,8 @@ def build_data(
     """Makes the store of these sources, or finds it made; goes on where an earlier call broke off.
 
     store: as in `store_place`. tokenizer: a tokenizer.json, or the folder of one. max_left_out: the largest share of
-    the text that may be left out. address: of the Ray cluster; None starts one here, but in a job takes the job's.
-    Raises ConfigError, DataError, LaunchError.
+    the text that may be left out. aws_profile: `profile` in `sources.open_source`. address: of the Ray cluster; None
+    starts one here, but in a job takes the job's. Raises ConfigError, DataError, LaunchError.
     """
     place = store_place(store, root)
     if tokenizer is None:
@@ -79,4 +80,6 @@ def build_data(
     from raynium.launch.data.ray_tasks import on_ray
 
     with connect(address):
-        return build_from_recipe(place, recipe, loaded, runner=on_ray, tell=tell, max_left_out=max_left_out)
+        return build_from_recipe(
+            place, recipe, loaded, runner=on_ray, tell=tell, profile=aws_profile, max_left_out=max_left_out
+        )
