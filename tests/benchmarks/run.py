@@ -17,6 +17,7 @@ BENCHMARKS = {
     ("bench_loop.py",): 15,
     ("bench_loader.py",): 4,
     ("bench_packed_attention.py",): 4,
+    ("bench_streaming.py",): 10,
     ("bench_tracking.py",): 5,
     ("bench_recovery.py",): 15,
     ("bench_init.py",): 5,

@@ -102,7 +102,7 @@ class Loader:
 
 
 def open_loader(
-    config: Config, stores: Sequence[OpenStore], *, data_rank: int, data_size: int, cache_sharers: int
+    config: Config, stores: Sequence[OpenStore], *, data_rank: int, data_size: int, cache_sharers: int = 1
 ) -> Loader:
     """The loader of a run. Raises DataError if a store has not as much as one row.
 

@@ -1,0 +1,166 @@
+"""A run that streams its data is the run that copies it, to the last bit, also after a kill."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import build_documents, job_text
+from waiting import wait_for
+
+from raynium.checkpoint.catalog import list_checkpoints, open_checkpoint
+from raynium.config.load import parse_config
+from raynium.data.access import fetch_store, is_streamed, open_fetched
+from raynium.data.build.prepare import check_data
+from raynium.data.loader import open_loader
+from raynium.data.store import DocumentStore, open_store
+from raynium.data.streamed import StreamedStore
+from raynium.errors import DataError
+from raynium.rank.ports import free_port
+from raynium.storage.store import Store
+
+pytestmark = [pytest.mark.s3, pytest.mark.timeout(600)]
+
+STEPS = 120
+CHANGES = {
+    "engine.dtype": "float32",
+    "data.shuffle": "blocks",
+    "data.shuffle_lanes": 4,
+    "data.shuffle_block_bytes": 2048,
+    "train.steps": STEPS,
+    "checkpoint.every_steps": STEPS // 3,
+    "checkpoint.keep_last": 3,
+    "evaluate.every_steps": STEPS,
+    "evaluate.max_documents": 4,
+}
+
+
+@pytest.fixture(scope="module")
+def url(s3_server: Any, tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = build_documents(tmp_path_factory.mktemp("documents"))
+    store = Store(f"{s3_server.create_bucket('streaming-run')}/data", options=s3_server.options)
+    for path in folder.iterdir():
+        if path.is_file():
+            store.upload_file(path.name, path)
+    return store.url
+
+
+def started(job: Path, scratch: Path, env: dict[str, str]) -> "subprocess.Popen[bytes]":
+    """Two ranks."""
+    scratch.mkdir(exist_ok=True)
+    with job.with_suffix(".log").open("ab") as log:
+        return subprocess.Popen(
+            [
+                *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-addr", "127.0.0.1"),
+                *("--master-port", str(free_port("127.0.0.1")), "-m", "raynium.standalone", str(job)),
+            ],
+            env=os.environ | env | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "TMPDIR": str(scratch)},
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+
+
+def trained(job: Path, scratch: Path, env: dict[str, str]) -> None:
+    assert started(job, scratch, env).wait(300) == 0, job.with_suffix(".log").read_text()
+
+
+def checksums(run: Path) -> list[str]:
+    """Of the files of the last checkpoint: weights and moments of each rank."""
+    return [file.crc64nvme for file in open_checkpoint(Store(run), STEPS).manifest.shards]
+
+
+def test_copied_streamed_and_killed_runs_end_with_the_same_bits(url: str, s3_server: Any, tmp_path: Path):
+    jobs = {}
+    for name, access in (("copied", "copy"), ("streamed", "stream"), ("killed", "stream")):
+        changes = CHANGES | {"run.name": name, "data.path": url, "data.access": access}
+        jobs[name] = tmp_path / f"{name}.yaml"
+        jobs[name].write_text(job_text(changes, root=tmp_path))
+    for name in ("copied", "streamed"):
+        trained(jobs[name], tmp_path / f"scratch-{name}", s3_server.env)
+
+    process = started(jobs["killed"], tmp_path / "scratch-killed", s3_server.env)
+    wait_for(lambda: process.poll() is not None or list_checkpoints(Store(tmp_path / "killed")))
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert [each.step for each in list_checkpoints(Store(tmp_path / "killed"))] != [40, 80, 120]
+    trained(jobs["killed"], tmp_path / "scratch-killed", s3_server.env)
+    assert "resumed from the checkpoint" in jobs["killed"].with_suffix(".log").read_text()
+
+    same = checksums(tmp_path / "copied")
+    assert same and checksums(tmp_path / "streamed") == checksums(tmp_path / "killed") == same
+    [scratch] = (tmp_path / "scratch-streamed").glob("raynium-*")
+    assert not (scratch / "data").exists(), "the store was copied all the same"
+    assert any((scratch / "stream").iterdir())
+
+
+def section(url: str, **changes: Any) -> Any:
+    own = {f"data.{name}": value for name, value in changes.items()} | {"data.path": url}
+    return parse_config(job_text({key: value for key, value in (CHANGES | own).items()})).data
+
+
+@pytest.fixture
+def here(url: str, s3_server: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
+    for name, value in s3_server.env.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    return url
+
+
+def test_auto_copies_what_fits_the_cache_and_streams_what_does_not(here: str, tmp_path: Path):
+    for data, kind in (
+        (section(here), DocumentStore),
+        (section(here, cache_bytes=1000), StreamedStore),
+        (section(here, cache_bytes=1000, shuffle="rows"), DocumentStore),
+        (section(here, access="stream"), StreamedStore),
+        (section(here, access="copy", cache_bytes=1000), DocumentStore),
+    ):
+        place = fetch_store(data, here, tmp_path / "copies")
+        store = open_fetched(data, place, identity=None)
+        assert type(store) is kind and is_streamed(data, here, store.manifest) == (kind is StreamedStore)
+
+
+@pytest.mark.parametrize("packing", ["stream", "documents"])
+def test_the_loader_of_a_config_streams_what_the_copy_holds(here: str, tmp_path: Path, packing: str):
+    batches = []
+    for access in ("copy", "stream"):
+        config = parse_config(job_text(CHANGES | {"data.path": here, "data.access": access, "data.packing": packing}))
+        store = open_fetched(config.data, fetch_store(config.data, here, tmp_path / "copies"), identity=None)
+        loader = open_loader(config, [store], data_rank=1, data_size=2)
+        batches.append([loader.batch(step).columns() for step in range(1, 400)])
+        assert set(loader.metrics()) == (
+            {"data/requests", "data/fetched_bytes", "data/used_bytes"} if access == "stream" else set()
+        )
+        loader.close()
+    for ours, theirs in zip(*batches, strict=True):
+        assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_a_folder_is_used_in_place_and_may_be_streamed_as_one_that_is_far_away(here: str, tmp_path: Path):
+    folder = build_documents(tmp_path)
+    data = section(str(folder), cache_bytes=1000)
+    assert fetch_store(data, str(folder), tmp_path / "copies") == str(folder)
+    assert isinstance(open_fetched(data, str(folder), identity=None), DocumentStore)
+    streamed = open_fetched(section(str(folder), access="stream"), str(folder), identity=None)
+    local = open_store(folder)
+    assert isinstance(streamed, StreamedStore)
+    length = local.manifest.train.tokens
+    assert (streamed.train_stream().read(0, length) == local.train_stream().read(0, length)).all()
+
+
+def test_a_cache_that_is_too_small_is_refused_before_anything_starts(here: str):
+    data = section(here, access="stream", cache_bytes=100_000)
+    with pytest.raises(DataError, match=r"data.cache_bytes = 100,000: a node that streams needs [\d,]+ bytes") as error:
+        check_data(data, model_vocab_size=512, tell=lambda _: None)
+    need = int(str(error.value).partition("data.cache_bytes to ")[2].partition(" ")[0])
+    check_data(section(here, access="stream", cache_bytes=need), model_vocab_size=512, tell=lambda _: None)
+
+
+def test_a_store_that_is_nowhere_is_refused(here: str, tmp_path: Path):
+    with pytest.raises(DataError, match="is no document store"):
+        fetch_store(section(here, access="stream"), f"{here}-none", tmp_path)
