@@ -127,6 +127,37 @@ def test_each_block_is_fetched_once_an_epoch_and_little_more_than_is_used(
     assert traffic.requests <= blocks + 3 * len(files)
 
 
+def test_ranks_of_a_node_fetch_each_block_once(stream: Callable[..., Streaming], monkeypatch: pytest.MonkeyPatch):
+    requests: list[tuple[str, int, int]] = []
+    read_into = Store.read_into
+
+    def recording(self: Store, key: str, start: int, *buffers: memoryview) -> None:
+        requests.append((key, start, len(buffers[0])))
+        read_into(self, key, start, *buffers)
+
+    monkeypatch.setattr(Store, "read_into", recording)
+    ranks = [stream(data_rank=rank, data_size=2) for rank in range(2)]
+    steps = range(1, len(ranks[0].rows) // 12 + 1)
+    for step in steps:
+        for rank in ranks:
+            rank.batch(step)
+    for rank in ranks:
+        rank.close()
+    of_tokens = [request for request in requests if request[0].endswith(".bin")]
+    assert len(of_tokens) == len(set(of_tokens)) >= len(ranks[0].rows) // BLOCK_ROWS
+    assert ranks[0].rows.used_bytes == ranks[1].rows.used_bytes == len(steps) * 6 * SEQ_LEN * 2
+
+
+def test_a_jump_lets_go_of_what_was_held(stream: Callable[..., Streaming], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(ahead, "STEPS_AT_ONCE", 1)
+    streamed = stream()
+    for step in (20, 3, 7):
+        streamed.batch(step)
+    in_use = {row // BLOCK_ROWS for row in streamed.loader.samples(7).rows.tolist()}
+    assert len(streamed.store.train_stream()._windows) == len(in_use)
+    streamed.close()
+
+
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(steps=st.lists(st.integers(1, 200), min_size=1, max_size=8), ahead_bytes=st.sampled_from([1, 2000, 2**20]))
 def test_any_step_can_come_next_and_any_budget_will_do(

@@ -101,6 +101,9 @@ class FetchAhead:
         if not self._rows:
             return
         if step not in self._of_steps:
+            for key in list(self._blocks):
+                self._let_go(key)
+            self._of_lanes.clear()
             self._of_steps.clear()
             self._looked_through = step - 1
         until = min(self._total_steps, step + MOST_STEPS_AHEAD, self._looked_through + STEPS_AT_ONCE)
