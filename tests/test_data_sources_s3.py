@@ -148,6 +148,31 @@ def test_what_will_be_read_comes_in_windows_that_grow_ahead_of_use_and_nothing_e
     assert sizes[5:] in ([], [reading.LONE_WINDOW_BYTES])
 
 
+def test_a_read_that_failed_gives_the_right_bytes_when_tried_again(bucket: str, monkeypatch: pytest.MonkeyPatch):
+    content = random.Random(0).randbytes(3 * 2**20)
+    put(bucket, "a.bin", content)
+    backend = reading._bucket(bucket.removeprefix("s3://"), None)
+    read_into, fails = backend.read_into, False
+
+    def sometimes(*request: Any) -> None:
+        if fails:
+            raise StoreError("the network is away")
+        read_into(*request)
+
+    monkeypatch.setattr(backend, "read_into", sometimes)
+    with open_reading(f"{bucket}/a.bin") as stream:
+        for begin, end in ((0, 0), (2**20, 2**21)):
+            will_read(stream, begin, end)
+            assert stream.read(10) == content[:10]
+            fails = True
+            stream.seek(2**20)
+            with pytest.raises(StoreError, match="away"):
+                stream.read(10)
+            fails = False
+            assert stream.read(10) == content[2**20 : 2**20 + 10]
+            stream.seek(0)
+
+
 def test_of_a_table_only_the_footer_and_the_column_of_text_are_fetched(bucket: str, asked: Any):
     dice = random.Random(0)
     texts = [f"row {n}" + "x" * 400 for n in range(40_000)]
@@ -215,6 +240,18 @@ def test_a_profile_has_the_credentials_and_the_place_of_a_source(
     for given in (f"{bucket}/web", f"{bucket}/web/a.txt", f"{bucket}/web/*"):
         with pytest.raises(DataError, match=r"data\.source = 's3://.*(secret key is wrong|allow s3:GetObject)"):
             open_source(given, profile="wrong")
+
+
+def test_a_saved_dataset_in_s3_is_the_files_that_its_state_names(bucket: str):
+    table = pa.table({"text": ["one", "two"]})
+    for name in ("data-00000-of-00001", "cache-0123"):
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_stream(sink, table.schema) as writer:
+            writer.write_table(table)
+        put(bucket, f"d/{name}.arrow", sink.getvalue().to_pybytes())
+    put(bucket, "d/dataset_info.json", b"{}")
+    put(bucket, "d/state.json", b'{"_data_files": [{"filename": "data-00000-of-00001.arrow"}]}')
+    assert [item[1] for item in open_source(f"{bucket}/d").items()] == ["one", "two"]
 
 
 def test_a_store_is_built_with_the_profile_and_does_not_name_it(

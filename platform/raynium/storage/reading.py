@@ -155,17 +155,17 @@ class _Object(io.RawIOBase):
         super().close()
 
     def _move_window(self) -> None:
-        """To where reading stands."""
-        self._begin = self._position
-        if self._begin not in self._wanted:
-            self._window = self._fetch(self._begin, LONE_WINDOW_BYTES)
-            return
-        if self._ahead is None or self._ahead[0] != self._begin:
-            self._ahead = self._start_fetch(self._begin)
-        begin, num_bytes, window = self._ahead
-        # The next is on its way before this one is waited for.
-        self._ahead = self._start_fetch(begin + num_bytes) if begin + num_bytes in self._wanted else None
-        self._window = window.result()
+        """To where reading stands; it stays where it is if that fails."""
+        if self._position not in self._wanted:
+            window = self._fetch(self._position, LONE_WINDOW_BYTES)
+        else:
+            if self._ahead is None or self._ahead[0] != self._position:
+                self._ahead = self._start_fetch(self._position)
+            begin, num_bytes, coming = self._ahead
+            # The next is on its way before this one is waited for.
+            self._ahead = self._start_fetch(begin + num_bytes) if begin + num_bytes in self._wanted else None
+            window = coming.result()
+        self._begin, self._window = self._position, window
 
     def _start_fetch(self, begin: int) -> tuple[int, int, "Future[memoryview]"]:
         self._pool = self._pool or ThreadPoolExecutor(2, thread_name_prefix="read-ahead")
