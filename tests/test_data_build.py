@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -120,7 +120,7 @@ def test_a_store_is_built_straight_into_s3_and_goes_on_there(
     local = build(tmp_path / "local", recipe(source, dedup="exact"), tokenizer)
     done: list[int] = []
 
-    def dying(task: Any, work: Any, items: Sequence[Any]) -> Iterator[Any]:
+    def dying(task: Any, work: Any, items: Sequence[Any]) -> Generator[Any]:
         for item in items:
             if task is store_build.tokenise_split:
                 done.append(item.number)
@@ -281,7 +281,7 @@ def test_more_held_out_text_than_a_run_can_use_is_refused_at_once(
 def test_a_shard_that_is_not_there_at_the_end_is_missed(source: Path, tokenizer: Path, tmp_path: Path):
     """As where each node has a folder of its own at the store's path."""
 
-    def elsewhere(task: Any, work: Any, items: Sequence[Any]) -> Iterator[Any]:
+    def elsewhere(task: Any, work: Any, items: Sequence[Any]) -> Generator[Any]:
         for item in items:
             yield task(work, item)
         (tmp_path / "store/train-00001.bin").unlink()

@@ -425,7 +425,7 @@ def build_data(
 ) -> "StoreManifest":
     """Tokenises text into the document store of this name, path or URL, and waits for it.
 
-    options: those of `raynium data build` (text_field, end_of_document, dedup, heldout_fraction, max_left_out, address).
+    options: of `raynium data build` (text_field, end_of_document, dedup, heldout_fraction, max_left_out, address).
     Raises ConfigError, DataError, LaunchError.
     """
     from raynium.launch.data.build import build_data

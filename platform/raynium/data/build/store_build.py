@@ -7,6 +7,7 @@ died has finished of its splits is used by the next one of the same text, recipe
 import logging
 import time
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -208,7 +209,7 @@ def _build(
     missing = [each for key, each in keys.items() if key not in there]
     if recipe.dedup == "exact":
         num_bytes = sum(split.num_bytes for split in splits)
-        tell(f"data: looking for duplicates in {num_bytes / 1e6:,.0f} MB")
+        tell(f"data: looking for duplicates in {num_bytes / 1e6:,.1f} MB")
         mark_duplicates(work, numbered, runner)
     if len(missing) < len(numbered):
         tell(f"data: going on with {len(numbered) - len(missing)} of {len(numbered)} splits tokenised before")
@@ -239,18 +240,19 @@ def _tokenise(work: Work, missing: Sequence[NumberedSplit], runner: Runner, tell
     """Tells every ten seconds how far it is, how fast, and how long it will take."""
     began, told = time.monotonic(), time.monotonic()
     total_bytes, sum_of = sum(each.split.num_bytes for each in missing), Done(0, 0, 0)
-    for done in runner(tokenise_split, work, missing):
-        sum_of = sum_of.plus(done)
-        now = time.monotonic()
-        if now - told < TELL_SECONDS or not sum_of.source_bytes:
-            continue
-        told, seconds = now, now - began
-        left = seconds * (total_bytes / sum_of.source_bytes - 1)
-        tell(
-            f"data: {sum_of.source_bytes / 1e6:,.0f} MB of {total_bytes / 1e6:,.0f} MB tokenised: "
-            f"{sum_of.documents:,} documents, {sum_of.tokens / 1e6:,.1f} million tokens, "
-            f"{sum_of.tokens / seconds:,.0f} tokens/s; about {_duration(left)} left"
-        )
+    with closing(runner(tokenise_split, work, missing)) as results:
+        for done in results:
+            sum_of = sum_of.plus(done)
+            now = time.monotonic()
+            if now - told < TELL_SECONDS or not sum_of.source_bytes:
+                continue
+            told, seconds = now, now - began
+            left = seconds * (total_bytes / sum_of.source_bytes - 1)
+            tell(
+                f"data: {sum_of.source_bytes / 1e6:,.0f} MB of {total_bytes / 1e6:,.0f} MB tokenised: "
+                f"{sum_of.documents:,} documents, {sum_of.tokens / 1e6:,.1f} million tokens, "
+                f"{sum_of.tokens / seconds:,.0f} tokens/s; about {_duration(left)} left"
+            )
 
 
 def _duration(seconds: float) -> str:

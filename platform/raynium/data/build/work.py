@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -87,13 +87,15 @@ class Runner(Protocol):
     """The results of `task(work, item)` for all items, in any order, each as it comes.
 
     A task is a function of a module, may be run again after a death, and then does nothing else. What one raises is
-    raised here.
+    raised here. Closing what is returned ends what runs.
     """
 
-    def __call__(self, task: Callable[[Work, Item], Result], work: Work, items: Sequence[Item]) -> Iterator[Result]: ...
+    def __call__(
+        self, task: Callable[[Work, Item], Result], work: Work, items: Sequence[Item]
+    ) -> Generator[Result]: ...
 
 
-def in_this_process(task: Callable[[Work, Item], Result], work: Work, items: Sequence[Item]) -> Iterator[Result]:
+def in_this_process(task: Callable[[Work, Item], Result], work: Work, items: Sequence[Item]) -> Generator[Result]:
     """A `Runner` without any other process; the tokenizer itself uses all cores."""
     return (task(work, item) for item in items)
 

@@ -1,7 +1,7 @@
 """Runs the tasks of a build on a Ray cluster: one CPU each, as many at once as the cluster has."""
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from itertools import islice
 from typing import Any, TypeVar
 
@@ -20,7 +20,7 @@ RETRIES = 4
 TASKS_PER_CPU = 2
 
 
-def on_ray(task: Callable[[Work, Item], Result], work: Work, items: Sequence[Item]) -> Iterator[Result]:
+def on_ray(task: Callable[[Work, Item], Result], work: Work, items: Sequence[Item]) -> Generator[Result]:
     """A `Runner` (see `data/build/work.py`). Raises LaunchError where a task's process dies again and again."""
     # The tokenizer is in it, which may have 35 MB: once for each node.
     shared = ray.put(work)
@@ -38,7 +38,8 @@ def on_ray(task: Callable[[Work, Item], Result], work: Work, items: Sequence[Ite
             for each in done:
                 yield _result(each)
     finally:
-        for each in running:
+        # Once the driver has left the cluster its tasks are gone, and to cancel one would start another cluster.
+        for each in running if ray.is_initialized() else ():
             ray.cancel(each, force=True)
 
 
