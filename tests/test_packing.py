@@ -208,13 +208,13 @@ def test_rows_do_not_depend_on_how_a_store_is_cut_into_files(
 ) -> None:
     """Nor on how many of its tokens are read at once."""
     cut = build_store(
-        tmp_path / "store", source=source(tmp_path), vocab_size=300, heldout_fraction=0.1, shard_tokens=101
+        tmp_path / "store", source=source(tmp_path), vocab_size=300, heldout_fraction=0.1, split_bytes=300
     )
     assert cut.manifest.identity == store.manifest.identity and len(cut.manifest.train_shards) > 10
     whole = PackedRows(packable(store), section(store))
     expected = whole.read(np.arange(len(whole)))
-    for span in (0, 2**21):
-        monkeypatch.setattr(packed_rows, "_SPAN_TOKENS", span)
+    for few_pieces in (0, 2, 100):
+        monkeypatch.setattr(packed_rows, "_FEW_PIECES", few_pieces)
         rows = PackedRows(packable(cut), section(cut))
         assert len(rows) == len(whole)
         for name, column in rows.read(np.arange(len(rows))).items():

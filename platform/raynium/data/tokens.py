@@ -89,8 +89,12 @@ class TokenStream:
 
         DataError if the file is damaged there.
         """
-        assert 0 <= start < start + length <= len(self)
+        assert 0 <= start < start + length <= self._begins[-1]
         index = bisect_right(self._begins, start) - 1
+        shard, begin = self._shards[index], start - self._begins[index]
+        if begin + length <= shard.num_tokens:
+            shard.check((begin,), length)
+            return shard.tokens[begin : begin + length]
         pieces: list[np.ndarray] = []
         while length:
             shard, begin = self._shards[index], start - self._begins[index]
@@ -98,7 +102,7 @@ class TokenStream:
             taken = len(pieces[-1])
             shard.check((begin,), taken)
             index, start, length = index + 1, start + taken, length - taken
-        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+        return np.concatenate(pieces)
 
     def gather(self, starts: np.ndarray, length: int) -> np.ndarray:
         """[rows, length] in the shards' dtype: row r holds tokens [starts[r], starts[r] + length).

@@ -1,6 +1,7 @@
 """Rows of whole documents, by the index that says what lies in each. T: `data.seq_len`."""
 
 from array import array
+from collections.abc import Iterator
 from functools import cached_property
 
 import numpy as np
@@ -10,8 +11,8 @@ from raynium.data.batch import IGNORED_LABEL
 from raynium.data.packing.index import Packable, ensure_index, read_part
 from raynium.storage.checksum import list_from_text
 
-# Of a row's documents in the stream: read at once where they lie within so many tokens.
-_SPAN_TOKENS = 2**21
+# More pieces of a row than these are read at once, with what lies between them, where that is so many tokens at most.
+_FEW_PIECES, _SPAN_TOKENS = 4, 2**21
 
 
 class PackedRows:
@@ -38,12 +39,10 @@ class PackedRows:
         contexts: list[int] = []
         numbers: list[int] = []
         fillers: list[tuple[int, int]] = []
-        parts = np.searchsorted(self._part_ends, rows, side="right")
-        for at, (part, row) in enumerate(zip(parts.tolist(), (rows - self._part_begins[parts]).tolist(), strict=True)):
-            row_begins, found = self._part(part)
-            in_row = found[row_begins[row] : row_begins[row + 1]].tolist()
+        for at, in_row in enumerate(self._look_up(rows)):
             self._read_row(in_row, pieces, contexts)
-            filled, number = sum(length for _, length in in_row), len(in_row)
+            number = len(in_row)
+            filled = in_row[0][1] if number == 1 else sum([length for _, length in in_row])
             if filled < self._seq_len:
                 pieces.append(self._filler[filled:])
                 contexts.append(self._end_of_document)
@@ -62,6 +61,18 @@ class PackedRows:
         shape = (len(rows), self._seq_len)
         return {"tokens": tokens.reshape(shape), "labels": labels.reshape(shape), "documents": documents.reshape(shape)}
 
+    def _look_up(self, rows: np.ndarray) -> Iterator[list[list[int]]]:
+        """The pieces of each row."""
+        if len(self.index.rows) == 1:
+            row_begins, pieces = self._part(0)
+            for begin, end in zip(row_begins[rows].tolist(), row_begins[rows + 1].tolist(), strict=True):
+                yield pieces[begin:end].tolist()
+            return
+        parts = np.searchsorted(self._part_ends, rows, side="right")
+        for part, row in zip(parts.tolist(), (rows - self._part_begins[parts]).tolist(), strict=True):
+            row_begins, pieces = self._part(part)
+            yield pieces[row_begins[row] : row_begins[row + 1]].tolist()
+
     def span(self, first: int, end: int) -> tuple[int, int]:
         """Documents of one window lie in each other's way: it may be the whole window's."""
         spans: list[tuple[int, int]] = []
@@ -78,17 +89,19 @@ class PackedRows:
         """Adds the labels of each piece, and the token before them."""
         # A row is not empty, and its pieces are in the order of the stream.
         begin = max(in_row[0][0] - 1, 0)
-        length = in_row[-1][0] + in_row[-1][1] - begin
-        near = self._stream.read(begin, length) if length <= _SPAN_TOKENS else None
+        reach = in_row[-1][0] + in_row[-1][1] - begin
+        near = self._stream.read(begin, reach) if len(in_row) > _FEW_PIECES and reach <= _SPAN_TOKENS else None
         for place, count in in_row:
-            first = max(place - 1, 0)
-            span = (
-                near[first - begin : place + count - begin]
-                if near is not None
-                else self._stream.read(first, place + count - first)
-            )
-            contexts.append(int(span[0]) if place else self._end_of_document)
-            pieces.append(span[place - first :])
+            if place == 0:
+                pieces.append(self._stream.read(0, count))
+                contexts.append(self._end_of_document)
+                continue
+            if near is None:
+                span = self._stream.read(place - 1, count + 1)
+            else:
+                span = near[place - 1 - begin : place + count - begin]
+            contexts.append(span.item(0))
+            pieces.append(span[1:])
 
     @cached_property
     def _part_ends(self) -> np.ndarray:
