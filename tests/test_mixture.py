@@ -8,8 +8,12 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from raynium.config.load import load_config
+from raynium.config.schema import Config
+from raynium.data.mixed import epochs_in_words, refuse_used_up
 from raynium.data.order import Order, RowShuffle, seed_of_store
-from raynium.data.order.mixture import SAMPLES_AT_ONCE, Mixture, Weighting
+from raynium.data.order.mixture import SAMPLES_AT_ONCE, Mixture, Weighting, mixture_of
+from raynium.errors import DataError
 
 FAR = 10**12
 NUM_SAMPLES = 3000
@@ -36,7 +40,7 @@ def mixtures(draw: st.DrawFn, *, most_stores: int = 64, most_stages: int = 8) ->
     return stages
 
 
-def mixture_of(*weights: float | str) -> Mixture:
+def of_weights(*weights: float | str) -> Mixture:
     return Mixture([Weighting(0, tuple(Fraction(str(each)) for each in weights))])
 
 
@@ -104,7 +108,7 @@ def test_any_sample_can_be_asked_for_alone(stages: list[Weighting], starts: list
 
 
 def test_more_samples_than_are_dealt_at_once_are_the_same_ones():
-    mixture = mixture_of(0.7, 0.2, 0.1)
+    mixture = of_weights(0.7, 0.2, 0.1)
     number = 3 * SAMPLES_AT_ONCE + 5
     stores, places = mixture.deal(11, number)
     halves = [mixture.deal(11, number // 2), mixture.deal(11 + number // 2, number - number // 2)]
@@ -133,7 +137,7 @@ def test_a_store_without_weight_is_absent(stages: list[Weighting]):
 
 def test_weights_are_exact_however_large_they_are():
     """1 sample in 10^12 + 1, where a weight rounded to 30 bits would have none or a thousand."""
-    mixture = mixture_of(10**12, 1)
+    mixture = of_weights(10**12, 1)
     assert mixture.counts(10**15) == [10**15 - 1000, 1000]
     assert mixture.counts((10**12 + 1) * 10**6) == [10**18, 10**6]
 
@@ -176,9 +180,70 @@ def test_each_row_comes_once_in_an_epoch_of_its_store(stages: list[Weighting], s
 
 
 def test_stores_of_one_size_are_shuffled_each_on_its_own():
-    order = Order([RowShuffle(1000, seed=seed_of_store(7, store)) for store in range(3)], mixture_of(1, 1, 1))
+    order = Order([RowShuffle(1000, seed=seed_of_store(7, store)) for store in range(3)], of_weights(1, 1, 1))
     samples = order.samples(0, 3000)
     rows = [samples.rows[samples.stores == store] for store in range(3)]
     for one, other in ((0, 1), (0, 2), (1, 2)):
         assert (rows[one] == rows[other]).mean() < 0.02
     assert np.array_equal(rows[0], RowShuffle(1000, seed=7).rows(np.arange(1000))[0])
+
+
+# ------------------------------------------------------------------------------------------------- of a config
+
+
+def config_of(*, steps: int = 100, batch: int = 4, stages: str = "[]", more: Sequence[str] = ()) -> Config:
+    mixture = "data.mixture=[{store: web, weight: 0.7}, {store: /data/code, weight: 0.3}]"
+    sizes = [f"train.steps={steps}", f"train.global_batch_size={batch}"]
+    return load_config("quickstart", ["data.source=null", mixture, f"data.stages={stages}", *sizes, *more])
+
+
+def test_a_stage_begins_with_the_first_sample_of_its_step():
+    stages = "[{from_step: 11, weights: {code: 1, web: 0}}]"
+    stores, _ = mixture_of(config_of(stages=stages).data, 4).deal(0, 80)
+    assert (stores[:40] == 0).sum() == 28 and (stores[40:] == 1).all()
+
+
+def test_weights_are_read_as_they_are_written():
+    """As floats 0.7 + 0.3 is no 1, and 0.3 is 0.299999999999999988897769753748."""
+    assert mixture_of(config_of().data, 4).counts(10**17) == [7 * 10**16, 3 * 10**16]
+
+
+def test_a_stage_from_the_first_step_takes_the_place_of_the_weights():
+    mixture = mixture_of(config_of(stages="[{from_step: 1, weights: {code: 1, web: 0}}]").data, 4)
+    assert mixture.counts(100) == [0, 100]
+
+
+@pytest.mark.parametrize(("most", "step"), [("1", 72), ("1.5", 108), ("0.004", 1)])
+def test_the_step_at_which_a_store_runs_out_is_told_exactly(most: str, step: int):
+    config = config_of(steps=1000, more=[f"data.max_epochs={most}"])
+    with pytest.raises(DataError) as raised:
+        refuse_used_up(config, [200, 10**6])
+    assert str(raised.value) == (
+        f"data.max_epochs is {most}: store web runs out at step {step} of 1,000: it has 200 rows, and the run takes "
+        "2,800 (14 epochs). Raise data.max_epochs, lower train.steps or the weight, give a stage that leaves the store "
+        "out, or add text"
+    )
+    counts = [mixture_of(config.data, 4).counts(4 * each)[0] for each in (step - 1, step)]
+    assert counts[0] <= int(float(most) * 200) < counts[1]
+    refuse_used_up(
+        config_of(steps=step - 1 or 1, more=[f"data.max_epochs={most}"]), [200 if step > 1 else 10**5, 10**6]
+    )
+
+
+def test_a_stage_that_leaves_a_store_out_keeps_it_from_running_out():
+    stages = "[{from_step: 72, weights: {code: 1, web: 0}}]"
+    refuse_used_up(config_of(steps=1000, stages=stages, more=["data.max_epochs=1"]), [200, 10**6])
+
+
+def test_one_store_alone_may_run_out_too():
+    config = load_config("quickstart", ["train.steps=10", "train.global_batch_size=4", "data.max_epochs=1"])
+    with pytest.raises(DataError, match="runs out at step 3 of 10: it has 8 rows, and the run takes 40"):
+        refuse_used_up(config, [8])
+    refuse_used_up(config, [40])
+
+
+def test_what_a_run_takes_of_each_store_is_told():
+    assert list(epochs_in_words(config_of(steps=1000), [200, 10**6])) == [
+        "data: web: 70.0% of the samples, 14 epochs",
+        "data: code: 30.0% of the samples, 0.0012 epochs",
+    ]

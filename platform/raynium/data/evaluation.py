@@ -7,6 +7,7 @@ B: sequences per call, T: seq_len.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -72,6 +73,16 @@ def evaluation_set(
         num_documents=len(documents),
         num_tokens=sum(document.num_tokens for document in documents),
         num_bytes=sum(document.utf8_bytes for document in documents),
+    )
+
+
+def counts_of_all(sets: Sequence[EvaluationSet]) -> EvaluationSet:
+    """The counts of several, as if they were one, without the batches."""
+    return EvaluationSet(
+        batches=[],
+        num_documents=sum(each.num_documents for each in sets),
+        num_tokens=sum(each.num_tokens for each in sets),
+        num_bytes=sum(each.num_bytes for each in sets),
     )
 
 

@@ -70,6 +70,14 @@ METRICS: dict[str, str] = {
     "goodput/other_seconds": "seconds of none of these: between steps, and messages on their way",
 }
 
+# Of one store of a mixture, whose name stands for the star. A run with one store alone has none.
+METRICS_OF_STORES: dict[str, str] = {
+    "eval/*/loss": "nats per token: eval/loss on the held-out documents of that store",
+    "eval/*/bits_per_byte": "bits per byte of those documents' text",
+    "data/*/tokens": "tokens of that store trained on since step 0, over all ranks",
+    "data/*/epochs": "how often the rows of that store were gone through since step 0",
+}
+
 # MLflow sorts charts by area. What is neither learned nor the speed of it comes after these by a word that sorts later.
 # Only MLflow knows the longer names.
 FIRST_AREAS = ("train", "eval", "throughput")
@@ -93,8 +101,9 @@ def name_in_mlflow(name: str) -> str:
 
 
 def unknown_metric(name: str) -> str | None:
-    """What is wrong with a name that is not one of METRICS; None of one that is."""
-    if name in METRICS:
+    """What is wrong with a name that is neither one of METRICS nor of METRICS_OF_STORES; None of one that is."""
+    area, _, rest = name.partition("/")
+    if name in METRICS or (f"{area}/*/{rest.rpartition('/')[2]}" in METRICS_OF_STORES and rest.count("/") == 1):
         return None
     near = difflib.get_close_matches(name, METRICS, n=1)
     hint = f"did you mean {near[0]!r}?" if near else "they are in METRICS of tracking/metrics.py, with their units"
@@ -102,7 +111,7 @@ def unknown_metric(name: str) -> str | None:
 
 
 def check_metrics(metrics: Mapping[str, float]) -> None:
-    """Raise ValueError unless every name is one of METRICS and every value a real number (nan and inf are allowed)."""
+    """Raise ValueError unless every name is a run's and every value a real number (nan and inf are allowed)."""
     if not metrics:
         raise ValueError("no metrics given: a point needs at least one name and value")
     for name, value in metrics.items():

@@ -67,6 +67,10 @@ class Order:
         assert len(shuffles) == mixture.num_stores
         self._shuffles, self._mixture = shuffles, mixture
 
+    def counts(self, samples: int) -> list[int]:
+        """How many of the first `samples` samples come from each store."""
+        return self._mixture.counts(samples)
+
     def samples(self, first: int, number: int) -> Samples:
         """Samples [first, first + number)."""
         stores, places = self._mixture.deal(first, number)

@@ -15,13 +15,15 @@ ahead, would hold back a heavy one beside them by all of it.) The order before a
 
 import heapq
 import itertools
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import NamedTuple
 
 import numpy as np
+
+from raynium.config.schema import DataSection
 
 # Numbers of a fork stay within 64 bits for so many samples at once, where the weights are usual ones.
 SAMPLES_AT_ONCE = 4096
@@ -103,6 +105,19 @@ class Mixture:
         stage = max(0, bisect_right(self._firsts, samples) - 1)
         counts = _leaf_counts(self._trees[stage], samples - self._firsts[stage], self.num_stores)
         return [a + b for a, b in zip(self._counts_before[stage], counts, strict=True)]
+
+    def samples_with(self, number: int, store: int, *, most: int) -> int:
+        """The fewest samples that hold `number` of a store, of `most` samples, which hold as many."""
+        return bisect_left(range(most), number, key=lambda samples: self.counts(samples)[store])
+
+
+def mixture_of(data: DataSection, global_batch_size: int) -> Mixture:
+    """Of a config. Weights are read as they are written: 0.1 is a tenth."""
+    names = [store.name for store in data.stores]
+    stages = {0: [store.weight for store in data.stores]}
+    for stage in data.stages:
+        stages[(stage.from_step - 1) * global_batch_size] = [stage.weights[name] for name in names]
+    return Mixture([Weighting(first, tuple(Fraction(str(each)) for each in stages[first])) for first in sorted(stages)])
 
 
 @dataclass(frozen=True)

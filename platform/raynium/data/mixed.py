@@ -1,0 +1,66 @@
+"""Whether the stores of a run go together, and last for as long as it trains: by their manifests alone."""
+
+from collections.abc import Iterator, Sequence
+
+from raynium.config.schema import Config
+from raynium.data.manifest import StoreManifest
+from raynium.data.order.mixture import mixture_of
+from raynium.errors import DataError
+
+
+def refuse_unmixable(config: Config, manifests: Sequence[StoreManifest]) -> None:
+    """Raises DataError if stores of a mixture were made with different tokenizers, or ends of documents, or are one.
+
+    manifests: of the stores, in their order.
+    """
+    first, *others = config.data.stores
+    for store, manifest in zip(others, manifests[1:], strict=True):
+        for what, ours, theirs in (
+            ("tokenizers (sha256", manifests[0].tokenizer_sha256, manifest.tokenizer_sha256),
+            ("ends of documents (token id", manifests[0].end_of_document_id, manifest.end_of_document_id),
+        ):
+            if ours != theirs:
+                raise DataError(
+                    f"data.mixture has stores of different {what} {ours} in {first.store}, {theirs} in {store.store}): "
+                    "a token id would mean two things; build both with one tokenizer, given as `--tokenizer`"
+                )
+    seen: dict[str, str] = {}
+    for store, manifest in zip(config.data.stores, manifests, strict=True):
+        if manifest.identity in seen:
+            raise DataError(
+                f"data.mixture has the same data twice, in {seen[manifest.identity]} and {store.store} (identity "
+                f"{manifest.identity}): give it once, with the weights added"
+            )
+        seen[manifest.identity] = store.store
+
+
+def refuse_used_up(config: Config, num_rows: Sequence[int]) -> None:
+    """Raises DataError if the run goes through a store more than data.max_epochs times. num_rows: of each store."""
+    if config.data.max_epochs is None:
+        return
+    batch, steps = config.train.global_batch_size, config.train.steps
+    mixture = mixture_of(config.data, batch)
+    problems = []
+    for number, (store, rows, samples) in enumerate(
+        zip(config.data.stores, num_rows, mixture.counts(steps * batch), strict=True)
+    ):
+        most = int(config.data.max_epochs * rows)
+        if samples > most:
+            step = -(-mixture.samples_with(most + 1, number, most=steps * batch) // batch)
+            problems.append(
+                f"store {store.store} runs out at step {step:,} of {steps:,}: it has {rows:,} rows, and the run takes "
+                f"{samples:,} ({samples / rows:.3g} epochs)"
+            )
+    if problems:
+        raise DataError(
+            f"data.max_epochs is {config.data.max_epochs:g}: {'; '.join(problems)}. Raise data.max_epochs, lower "
+            "train.steps or the weight, give a stage that leaves the store out, or add text"
+        )
+
+
+def epochs_in_words(config: Config, num_rows: Sequence[int]) -> Iterator[str]:
+    """A line for each store of a mixture: what the whole run takes of it."""
+    mixture = mixture_of(config.data, config.train.global_batch_size)
+    total = config.train.steps * config.train.global_batch_size
+    for store, rows, samples in zip(config.data.stores, num_rows, mixture.counts(total), strict=True):
+        yield f"data: {store.name}: {samples / total:.1%} of the samples, {samples / rows:.3g} epochs"
