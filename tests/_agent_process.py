@@ -59,7 +59,7 @@ def main() -> None:
             accelerator=detect("cpu"),
             coordinator=coordinator,
             open_tracker=lambda: LossFile(folder / "losses.jsonl"),
-            data_folder=lambda: arguments["data_folder"],
+            data_places=lambda: [arguments["data_folder"]],
         )
         for node_rank in range(config.cluster.nodes)
     ]

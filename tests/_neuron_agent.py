@@ -43,7 +43,7 @@ def main() -> None:
         accelerator=detect(config.cluster.accelerator),
         coordinator=coordinator,
         open_tracker=lambda: tracker,
-        data_folder=lambda: given["data_folder"],
+        data_places=lambda: [given["data_folder"]],
     ).run()
     status: Any = coordinator.run(lambda each: each.status(0)).result()
     coordinator.close()

@@ -72,7 +72,7 @@ class Played:
             accelerator=detect("cpu"),
             coordinator=self.coordinator,
             open_tracker=lambda: self.tracker,
-            data_folder=lambda: str(document_folder),
+            data_places=lambda: [str(document_folder)],
         )
         self.thread = threading.Thread(target=self.agent.run)
         self._uploading = self.agent._saving._uploader._lock
@@ -490,7 +490,7 @@ def test_data_that_no_node_can_read_ends_the_run_at_once_but_orphans_are_gone_by
     def missing() -> str:
         raise DataError("s3://bucket/data is no document store")
 
-    monkeypatch.setattr(run.agent, "_data_folder", missing)
+    monkeypatch.setattr(run.agent, "_data_places", missing)
     monkeypatch.setattr(orphans, "AGENT_VARIABLE", "RAYNIUM_AGENT_OF_THIS_TEST")  # agents beside us look for theirs
     mark = {name: f"{value}0" for name, value in orphans.agent_mark().items()}  # our pid, but another start
     with subprocess.Popen(["sleep", "300"], env=os.environ | mark) as orphan:

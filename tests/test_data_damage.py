@@ -77,7 +77,7 @@ def uses(folder: Path) -> list[Callable[[DocumentStore], Any]]:
     return [
         train,
         lambda store: evaluation_set(store, seq_len=SEQ_LEN, batch_size=2, data_rank=0, data_size=1),
-        compute_baselines,
+        lambda store: compute_baselines([store]),
         lambda store: store.tokenizer(),
     ]
 

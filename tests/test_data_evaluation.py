@@ -104,7 +104,7 @@ def test_bits_per_byte_of_a_uniform_guess_over_bytes_is_eight():
 
 @pytest.mark.parametrize("max_documents", [None, 4])
 def test_baselines_on_the_evaluated_documents(store: DocumentStore, source: Path, max_documents: int | None):
-    baselines = compute_baselines(store, max_documents=max_documents)
+    baselines = compute_baselines([store], max_documents=max_documents)
     evaluation = evaluation_set(store, seq_len=16, batch_size=4, data_rank=0, data_size=1, max_documents=max_documents)
     assert (baselines.num_documents, baselines.num_bytes) == (evaluation.num_documents, evaluation.num_bytes)
     # the unigram model by another road: cross-entropy of constant logits on the evaluation batches

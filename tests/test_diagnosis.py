@@ -455,7 +455,7 @@ def test_an_agent_reports_its_devices_and_names_what_broke_on_its_node(tmp_path:
         accelerator=detect("cpu"),
         coordinator=coordinator,
         open_tracker=lambda: tracker,
-        data_folder=lambda: str(document_folder),
+        data_places=lambda: [str(document_folder)],
         kernel_log=tmp_path / "kmsg",
         neuron_monitor=str(program),
     )
@@ -499,7 +499,7 @@ def test_an_agent_names_the_broken_node_though_the_rank_that_died_was_another(
         accelerator=detect("cpu"),
         coordinator=coordinator,
         open_tracker=MemoryTracker,
-        data_folder=lambda: str(document_folder),
+        data_places=lambda: [str(document_folder)],
         kernel_log=tmp_path / "kmsg",
     ).run()
     status = coordinator.run(lambda each: each.status(0)).result()
@@ -528,7 +528,7 @@ def test_an_agent_removes_a_graph_that_cannot_be_loaded_and_tries_once_more(
         accelerator=detect("cpu"),
         coordinator=coordinator,
         open_tracker=MemoryTracker,
-        data_folder=lambda: str(document_folder),
+        data_places=lambda: [str(document_folder)],
     ).run()
     status = coordinator.run(lambda each: each.status(0)).result()
     coordinator.close()
@@ -553,7 +553,7 @@ def test_a_ranks_own_error_ends_the_run_and_not_its_peers_broken_connection(
         accelerator=detect("cpu"),
         coordinator=coordinator,
         open_tracker=MemoryTracker,
-        data_folder=lambda: str(document_folder),
+        data_places=lambda: [str(document_folder)],
     ).run()
     status = coordinator.run(lambda each: each.status(0)).result()
     coordinator.close()

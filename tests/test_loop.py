@@ -36,7 +36,7 @@ class Batches:
     def __init__(self, tell: Callable[[str], None]):
         self._tell = tell
 
-    def metrics(self) -> dict[str, float]:
+    def metrics(self, step: int) -> dict[str, float]:
         return dict.fromkeys(("data/requests", "data/fetched_bytes", "data/used_bytes"), 3.0)
 
     def batch(self, step: int) -> Batch:

@@ -139,7 +139,7 @@ def test_a_rank_that_is_started_again_imports_nothing(
             config=config,
             world=World.of(config),
             run_url=store.url,
-            data_folder=str(tmp_path / "documents"),
+            data_places=[str(tmp_path / "documents")],
             image_folder=str(images),
             **fields,
         )

@@ -131,7 +131,7 @@ def main() -> None:
         if os.environ["RANK"] == "0":
             for note in notes:
                 logger.info("note: %s", note)
-            keep_tokenizer(store, documents)
+            keep_tokenizer(store, documents[0])
         checkpoint = resume_point(store, if_damaged=config.checkpoint.if_damaged).checkpoint
         with temporary_folder("images") as images:
             plan = RankPlan(
@@ -139,7 +139,7 @@ def main() -> None:
                 world=world,
                 run_url=store.url,
                 resume_step=checkpoint.step if checkpoint else None,
-                data_folder=documents.place,
+                data_places=[each.place for each in documents],
                 image_folder=str(images),
             )
             outcome = run(plan, StandaloneLink(config, world, store))

@@ -30,6 +30,11 @@ def fetch_store(data: DataSection, path: str, cache_dir: str | Path) -> str:
     return path if is_streamed(data, path, manifest) else str(localize(path, cache_dir))
 
 
+def fetch_stores(data: DataSection, cache_dir: str | Path) -> list[str]:
+    """`fetch_store` of each store of a mixture, or of the one."""
+    return [fetch_store(data, store.store, cache_dir) for store in data.stores]
+
+
 def open_fetched(data: DataSection, place: str, *, identity: str | None) -> OpenStore:
     """What `fetch_store` made ready. Ranks of a node share the cache of what they stream. Raises DataError."""
     if local_path(place) is not None and data.access != "stream":

@@ -5,7 +5,7 @@ where the shuffle has lanes, so that each rank reads the same few blocks for lon
 B: sequences per step over all ranks, T: `data.seq_len`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -15,8 +15,10 @@ from raynium.config.schema import Config
 from raynium.data.access import block_rows, row_bytes
 from raynium.data.ahead import Ahead, FetchAhead, StreamedRows
 from raynium.data.batch import Batch
-from raynium.data.order import Order, RowShuffle, Samples, Shuffle
+from raynium.data.mixed import metrics_of_stores
+from raynium.data.order import Order, RowShuffle, Samples, Shuffle, seed_of_store
 from raynium.data.order.block_shuffle import BlockShuffle
+from raynium.data.order.mixture import mixture_of
 from raynium.data.rows import Rows, open_rows
 from raynium.data.store import OpenStore
 from raynium.data.streamed import StreamedStore
@@ -40,8 +42,9 @@ class Loader:
         data_rank: int,
         data_size: int,
         ahead: Ahead | None = None,
+        told: Callable[[int], dict[str, float]] = lambda step: {},
     ):
-        """rows: of each store, by the order's numbers of them. ahead: where some are streamed."""
+        """rows: of each store, by the order's numbers of them. ahead: where some are streamed. told: more metrics."""
         assert 0 <= data_rank < data_size and global_batch_size % data_size == 0
         self._rows, self._order = rows, order
         self._global_batch_size, self._rank_batch_size = global_batch_size, global_batch_size // data_size
@@ -49,6 +52,7 @@ class Loader:
         self._steps_at_once = max(1, SAMPLES_AT_ONCE // global_batch_size)
         # One is read from, another is looked ahead in.
         self._of_steps = lru_cache(4)(self._compute)
+        self._told = told
         self._fetching = FetchAhead(rows, self.samples, ahead) if ahead else None
 
     def batch(self, step: int) -> Batch:
@@ -68,9 +72,9 @@ class Loader:
         first = number * self._global_batch_size + self._data_rank * self._rank_batch_size
         return Samples(*(column[first : first + self._rank_batch_size] for column in self._of_steps(part)))
 
-    def metrics(self) -> dict[str, float]:
-        """What this rank fetched, if its rows are streamed."""
-        return self._fetching.metrics() if self._fetching else {}
+    def metrics(self, step: int) -> dict[str, float]:
+        """Once `batch(step)` was given: what this rank fetched, if rows are streamed, and what came of each store."""
+        return (self._fetching.metrics() if self._fetching else {}) | self._told(step)
 
     def close(self) -> None:
         """Ends the threads that fetch."""
@@ -110,7 +114,9 @@ def open_loader(
     """
     data, train = config.data, config.train
     rows: list[Rows] = [open_rows(store, data) for store in stores]
-    order = Order([_shuffle(config, store, len(each)) for store, each in zip(stores, rows, strict=True)])
+    shuffles = [_shuffle(config, number, store, len(rows[number])) for number, store in enumerate(stores)]
+    order = Order(shuffles, mixture_of(data, train.global_batch_size))
+    num_rows = [len(each) for each in rows]
     for number, store in enumerate(stores):
         if isinstance(store, StreamedStore):
             rows[number] = StreamedRows(
@@ -126,11 +132,12 @@ def open_loader(
         data_rank=data_rank,
         data_size=data_size,
         ahead=Ahead(total_steps=train.steps, max_bytes=data.cache_bytes // cache_sharers),
+        told=lambda step: metrics_of_stores(config, order, num_rows, step),
     )
 
 
-def _shuffle(config: Config, store: OpenStore, num_rows: int) -> Shuffle:
-    data, seed = config.data, config.run.seed
+def _shuffle(config: Config, number: int, store: OpenStore, num_rows: int) -> Shuffle:
+    data, seed = config.data, seed_of_store(config.run.seed, number)
     if data.shuffle == "rows":
         return RowShuffle(num_rows, seed=seed)
     return BlockShuffle(num_rows, seed=seed, block_rows=block_rows(data, store.manifest), lanes=data.shuffle_lanes)

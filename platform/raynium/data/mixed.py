@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 
 from raynium.config.schema import Config
 from raynium.data.manifest import StoreManifest
+from raynium.data.order import Order
 from raynium.data.order.mixture import mixture_of
 from raynium.errors import DataError
 
@@ -32,6 +33,18 @@ def refuse_unmixable(config: Config, manifests: Sequence[StoreManifest]) -> None
                 f"{manifest.identity}): give it once, with the weights added"
             )
         seen[manifest.identity] = store.store
+
+
+def metrics_of_stores(config: Config, order: Order, num_rows: Sequence[int], step: int) -> dict[str, float]:
+    """What a run has taken of each store of a mixture when `step` ends; {} for one store. num_rows: of each."""
+    if len(num_rows) == 1:
+        return {}
+    metrics = {}
+    counts = order.counts(step * config.train.global_batch_size)
+    for store, rows, samples in zip(config.data.stores, num_rows, counts, strict=True):
+        metrics[f"data/{store.name}/tokens"] = float(samples * config.data.seq_len)
+        metrics[f"data/{store.name}/epochs"] = samples / rows
+    return metrics
 
 
 def refuse_used_up(config: Config, num_rows: Sequence[int]) -> None:

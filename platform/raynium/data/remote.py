@@ -47,6 +47,11 @@ def find_identity(data: DataSection) -> str | None:
     return manifest.identity
 
 
+def find_identities(data: DataSection) -> list[str | None]:
+    """`find_identity` of each store of a mixture, or of the one."""
+    return [find_identity(each) for each in data.of_each_store()]
+
+
 def find_manifest(path: str | Path) -> StoreManifest | None:
     """Of the store that `path` names; None if there is none. Raises DataError."""
     folder = local_path(path)

@@ -8,6 +8,7 @@ from typing import Protocol
 import numpy as np
 
 from raynium.config.schema import DataSection
+from raynium.data.manifest import StoreManifest
 from raynium.data.packing.index import Packable
 from raynium.data.packing.rows import PackedRows
 from raynium.data.store import DocumentStore, OpenStore
@@ -44,14 +45,10 @@ class StreamRows:
         """Raises DataError if the training stream is shorter than one window."""
         self._stream = store.train_stream()
         self._seq_len = seq_len
-        if len(self._stream) < seq_len + 1:
-            raise DataError(
-                f"data.seq_len = {seq_len}: document store {store.place} holds {len(self._stream)} training tokens, "
-                f"and one sample takes seq_len + 1; set data.seq_len to {len(self._stream) - 1} or less, or add text"
-            )
+        self._num_rows = stream_rows(store.manifest, seq_len, where=store.place)
 
     def __len__(self) -> int:
-        return (len(self._stream) - 1) // self._seq_len
+        return self._num_rows
 
     def read(self, rows: np.ndarray) -> dict[str, np.ndarray]:
         windows = self._stream.gather(rows * self._seq_len, self._seq_len + 1)
@@ -59,6 +56,17 @@ class StreamRows:
 
     def span(self, first: int, end: int) -> tuple[int, int]:
         return first * self._seq_len, end * self._seq_len + 1
+
+
+def stream_rows(manifest: StoreManifest, seq_len: int, *, where: str) -> int:
+    """How many rows `StreamRows` has. Raises DataError if there is none; where: names the store."""
+    tokens = manifest.train.tokens
+    if tokens < seq_len + 1:
+        raise DataError(
+            f"data.seq_len = {seq_len}: document store {where} holds {tokens} training tokens, "
+            f"and one sample takes seq_len + 1; set data.seq_len to {tokens - 1} or less, or add text"
+        )
+    return (tokens - 1) // seq_len
 
 
 def open_rows(store: OpenStore, data: DataSection) -> Rows:

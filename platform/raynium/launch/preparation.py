@@ -15,13 +15,12 @@ from raynium.config.local_folders import ignored_tmpdir, scratch_folder
 from raynium.config.paths import collisions, placeholders, resolve
 from raynium.config.resume import resume_conflicts
 from raynium.config.schema import Config
-from raynium.data.build.prepare import check_data, prepare_store
+from raynium.data.build.prepare import check_stores, prepare_stores
 from raynium.data.build.survey import Survey
 from raynium.data.packing.index import ensure_index
-from raynium.data.remote import find_identity
+from raynium.data.remote import find_identities
 from raynium.data.rows import packable
 from raynium.data.store import TOKENIZER_NAME, OpenStore
-from raynium.data.text.left_out import left_out_in_words
 from raynium.data.tokenizer import Tokenizer
 from raynium.errors import ConfigError, DataError, TrackingAway, TrackingError
 from raynium.models.flops import parameter_count
@@ -52,7 +51,7 @@ class Prepared:
     mlflow: TrackedRun
     # Again, where it did not answer. Holds the address with its credentials.
     open_mlflow: Callable[[], TrackedRun] = field(repr=False)
-    documents: OpenStore
+    documents: list[OpenStore]
     scratch: str
     log_path: Path
 
@@ -78,13 +77,13 @@ def checked(config: Config) -> Config:
     return config
 
 
-def identified(config: Config, identity: str | None = None) -> Config:
-    """The config with this identity of its data, or that of the store at its data.path; as it is if there is none yet.
+def identified(config: Config, identities: list[str | None] | None = None) -> Config:
+    """The config with these identities of its stores, or those that the stores have; as it is where there is none yet.
 
-    Reads the store's manifest only. Raises DataError if it cannot be read, or is not what data.identity says.
+    Reads manifests only. Raises DataError if one cannot be read, or is not what the config says.
     """
-    identity = identity or find_identity(config.data)
-    return config.model_copy(update={"data": config.data.model_copy(update={"identity": identity})})
+    identities = identities or find_identities(config.data)
+    return config.model_copy(update={"data": config.data.identified(identities)})
 
 
 def checkpoint_bytes(config: Config) -> int:
@@ -97,7 +96,7 @@ def survey_data(config: Config, past: Past, tell: Callable[[str], None]) -> Surv
 
     Returns the survey of the source, where there is no store yet. Raises DataError.
     """
-    found = check_data(config.data, model_vocab_size=config.model.vocab_size, tell=tell)
+    found = check_stores(config, tell=tell)
     # An imported model, which no driver has trained yet. One that trains here may build the same store anew.
     imported = past.record is None and past.store.exists(TOKENIZER_NAME)
     if found is not None and config.data.tokenizer is None and imported:
@@ -142,7 +141,7 @@ def prepare(
     try:
         with keeper.beating():
             config, documents = prepare_data(config, past, tell, surveyed)
-            keep_tokenizer(store, documents)
+            keep_tokenizer(store, documents[0])
             store.replace("config.yaml", dump_yaml(config).encode())
             open_mlflow = partial(_open_mlflow, config, documents, keeper.record, uri, tags, tell)
             try:
@@ -172,47 +171,28 @@ def prepare(
 
 def prepare_data(
     config: Config, past: Past, tell: Callable[[str], None], surveyed: Survey | None = None
-) -> tuple[Config, OpenStore]:
-    """The document store on this machine, built first if the config names a source and there is none.
+) -> tuple[Config, list[OpenStore]]:
+    """The document stores on this machine; one is built first if the config names a source and there is none.
 
-    Returns the config with its identity, too. past: of the run, which must be able to go on with this data.
+    Returns the config with their identities, too. past: of the run, which must be able to go on with this data.
     """
-    began = time.monotonic()
-    documents = prepare_store(
-        config.data,
-        model_vocab_size=config.model.vocab_size,
-        cache_dir=scratch_folder() / "data",
-        surveyed=surveyed,
-        tell=tell,
-    )
-    train, heldout = documents.manifest.train, documents.manifest.heldout
-    tell(
-        f"data: {train.documents:,} documents, {train.utf8_bytes / 1e6:.1f} MB, {train.tokens:,} tokens of a "
-        f"vocabulary of {documents.manifest.vocab_size:,}; {heldout.documents} documents held out "
-        f"({time.monotonic() - began:.1f} s)"
-    )
-    if left_out := documents.manifest.left_out:
-        kept_bytes = train.utf8_bytes + heldout.utf8_bytes
-        tell(f"data: left out {left_out_in_words(left_out, kept_bytes=kept_bytes)}")
-    if config.data.packing == "documents":
-        tell(f"data: {ensure_index(packable(documents), config.data, tell)[1].in_words()}")
-    elif train.tokens < config.data.seq_len + 1:
-        raise DataError(
-            f"document store {documents.place} has {train.tokens:,} training tokens; one sample takes "
-            f"data.seq_len + 1 = {config.data.seq_len + 1}. Give more text, or a shorter data.seq_len"
-        )
-    # The store is new: what it holds was not known when the run's past was looked at.
-    if config.data.identity is None:
-        config = identified(config, documents.manifest.identity)
+    documents = prepare_stores(config, cache_dir=scratch_folder() / "data", surveyed=surveyed, tell=tell)
+    # A store that is new: what it holds was not known when the run's past was looked at.
+    if any(store.identity is None for store in config.data.stores):
+        config = identified(config, [store.manifest.identity for store in documents])
         past.check_resume(config)
     return config, documents
 
 
-def _packing_facts(config: Config, documents: OpenStore) -> dict[str, int | float] | None:
-    """Of the index that `prepare_data` made."""
+def _packing_facts(config: Config, documents: list[OpenStore]) -> dict[str, int | float] | None:
+    """Of the indices that `prepare_data` made; those of a mixture with the name of the store before."""
     if config.data.packing != "documents":
         return None
-    return ensure_index(packable(documents), config.data)[1].facts()
+    return {
+        f"{entry.name}.{name}" if config.data.mixture else name: value
+        for entry, store in zip(config.data.stores, documents, strict=True)
+        for name, value in ensure_index(packable(store), config.data)[1].facts().items()
+    }
 
 
 def _address(uri: str) -> str:
@@ -262,14 +242,13 @@ def _meet_mlflow(uri: str, *, known: bool, tell: Callable[[str], None]) -> None:
 
 def _open_mlflow(
     config: Config,
-    documents: OpenStore,
+    documents: list[OpenStore],
     record: RunRecord,
     uri: str,
     tags: Mapping[str, str],
     tell: Callable[[str], None],
 ) -> TrackedRun:
     """The run's one MLflow run: opened again if it has one at this address."""
-    manifest = documents.manifest
     token_budget = config.train.steps * config.tokens_per_step
     mlflow = open_run(
         uri,
@@ -284,15 +263,18 @@ def _open_mlflow(
     )
     # The run is worth more than this page of it.
     try:
-        log_dataset(
-            mlflow.uri,
-            mlflow.run_id,
-            path=config.data.place,
-            identity=manifest.identity,
-            facts={"documents": manifest.train.documents, "tokens": manifest.train.tokens}
-            | {"heldout_documents": manifest.heldout.documents, "vocab_size": manifest.vocab_size}
-            | {f"packed_{name}": value for name, value in (_packing_facts(config, documents) or {}).items()},
-        )
+        for data, store in zip(config.data.of_each_store(), documents, strict=True):
+            train, heldout = store.manifest.train, store.manifest.heldout
+            packed = _packing_facts(config.model_copy(update={"data": data}), [store]) or {}
+            log_dataset(
+                mlflow.uri,
+                mlflow.run_id,
+                path=data.place,
+                identity=store.manifest.identity,
+                facts={"documents": train.documents, "tokens": train.tokens}
+                | {"heldout_documents": heldout.documents, "vocab_size": store.manifest.vocab_size}
+                | {f"packed_{name}": value for name, value in packed.items()},
+            )
     except TrackingError as error:
         tell(f"the MLflow page does not name the data: {error}")
     try:

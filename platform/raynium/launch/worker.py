@@ -46,7 +46,7 @@ class RayCoordinator:
 
 def run_agent(settings: dict[str, Any]) -> None:
     """What Ray Train runs on each node. Referenced by name: it lives in the package, not in a job script."""
-    from raynium.data.access import fetch_store
+    from raynium.data.access import fetch_stores
     from raynium.tracking.sender import MlflowTracker
 
     config = Config.model_validate(settings["config"])
@@ -72,7 +72,7 @@ def run_agent(settings: dict[str, Any]) -> None:
             run_id=settings["mlflow_run_id"],
             wait_seconds=AGENT_BEFORE_SECONDS,
         ),
-        data_folder=lambda: fetch_store(config.data, config.data.place, f"{scratch}/data"),
+        data_places=lambda: fetch_stores(config.data, f"{scratch}/data"),
     )
     try:
         agent.run()

@@ -83,11 +83,11 @@ class NodeAgent:
         accelerator: Accelerator,
         coordinator: Coordinator,
         open_tracker: Callable[[], Tracker],
-        data_folder: Callable[[], str],
+        data_places: Callable[[], list[str]],
         kernel_log: Path = KERNEL_LOG,
         neuron_monitor: str | None = None,
     ):
-        """open_tracker is called on rank 0's node only; data_folder makes the data ready and returns its place.
+        """open_tracker is called on rank 0's node only; data_places makes the stores ready and returns their places.
 
         kernel_log: a file like Linux's /dev/kmsg. neuron_monitor: the program that is asked about Neuron devices; None:
         AWS's, if this job trains on them.
@@ -98,7 +98,7 @@ class NodeAgent:
         self.accelerator = accelerator
         self.coordinator = coordinator
         self._open_tracker = open_tracker
-        self._data_folder = data_folder
+        self._data_places = data_places
         self._name = f"node {node.node_rank} ({node.host})"
         per_node = config.cluster.ranks_per_node
         ranks = range(node.node_rank * per_node, (node.node_rank + 1) * per_node)
@@ -126,14 +126,14 @@ class NodeAgent:
         image_folder = own_folder(shared_memory_folder(), self.config.run.name)
         try:
             try:
-                data_folder = self._data_folder()
+                data_places = self._data_places()
             except DataError as error:
                 # It would be the same on every node and at every try.
                 self.coordinator.tell(CannotGoOn(f"{self._name}: {error}")).result()
                 return
             tracker = self._open_tracker() if self.node.node_rank == 0 else None
             try:
-                self._run_generations(data_folder, image_folder, tracker)
+                self._run_generations(data_places, image_folder, tracker)
             finally:
                 if tracker is not None:
                     left = tracker.close(timeout_seconds=TRACKER_CLOSE_SECONDS)
@@ -157,7 +157,7 @@ class NodeAgent:
 
     # ---- generations -------------------------------------------------------------------------------------------------
 
-    def _run_generations(self, data_folder: str, image_folder: Path, tracker: Tracker | None) -> None:
+    def _run_generations(self, data_places: list[str], image_folder: Path, tracker: Tracker | None) -> None:
         reports = Reports(
             self.config,
             self.coordinator,
@@ -179,7 +179,7 @@ class NodeAgent:
                         break
                     reports.recovery.begins(FORK, time.monotonic())
                     reports.begin_generation(order, order.world.ranks_of(self.node.node_rank))
-                    group = self._fork(order, rendezvous, data_folder=data_folder, image_folder=image_folder)
+                    group = self._fork(order, rendezvous, data_places=data_places, image_folder=image_folder)
                 self._run_generation(group, agent, order, reports)
             if tracker is not None:
                 tracker.append(order.ledger.metrics(), step=order.ledger.step, unix_ms=int(time.time() * 1000))
@@ -225,7 +225,9 @@ class NodeAgent:
             }
         return environments
 
-    def _fork(self, order: Order, rendezvous: socket.socket, *, data_folder: str, image_folder: Path) -> RankGroup:
+    def _fork(
+        self, order: Order, rendezvous: socket.socket, *, data_places: list[str], image_folder: Path
+    ) -> RankGroup:
         self._last_generation = order.generation
         self._saving.begin_generation(order.resume_images)
         images = self._saving.images.find(order.resume_images) if order.resume_images is not None else {}
@@ -234,7 +236,7 @@ class NodeAgent:
             world=order.world,
             run_url=self.run_url,
             resume_step=order.resume_step,
-            data_folder=data_folder,
+            data_places=data_places,
             image_folder=str(image_folder),
             resume_images=images,
         )

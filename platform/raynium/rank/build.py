@@ -19,7 +19,7 @@ from raynium.checkpoint.format.manifest import ImageInfo
 from raynium.config.schema import Config
 from raynium.config.world import World
 from raynium.data.access import open_fetched
-from raynium.data.evaluation import evaluation_set
+from raynium.data.evaluation import counts_of_all, evaluation_set
 from raynium.data.loader import open_loader
 from raynium.data.store import OpenStore
 from raynium.engines.base import Engine
@@ -85,11 +85,14 @@ def run(plan: RankPlan, link: Link) -> Outcome:
 
     # ---- data ------------------------------------------------------------------------------------------------------
     link.phase("data", start_step)
-    documents = open_fetched(config.data, plan.data_folder, identity=config.data.identity)
+    documents = [
+        open_fetched(config.data, place, identity=store.identity)
+        for place, store in zip(plan.data_places, config.data.stores, strict=True)
+    ]
     # Ranks that see the same samples read the same blocks.
     sharers = max(1, plan.world.ranks_per_node // (plan.world.tensor * plan.world.pipeline))
     loader = open_loader(
-        config, [documents], data_rank=engine.data_rank, data_size=engine.data_size, cache_sharers=sharers
+        config, documents, data_rank=engine.data_rank, data_size=engine.data_size, cache_sharers=sharers
     )
     evaluation = Evaluation(engine, task, documents, config, plan.world)
 
@@ -114,28 +117,46 @@ def run(plan: RankPlan, link: Link) -> Outcome:
 class Evaluation:
     """The task's sums over held-out rows. Every rank calls `metrics()` at the same step; all get the same numbers."""
 
-    def __init__(self, engine: Engine, task: Task, documents: OpenStore, config: Config, world: World):
+    def __init__(self, engine: Engine, task: Task, documents: list[OpenStore], config: Config, world: World):
         self._engine = engine
         self._task = task
         # A pipeline takes as many micro-batches as a step has; without one a single one needs the least memory.
         micro_batches = world.num_micro_batches if world.pipeline > 1 else 1
-        self._held_out = evaluation_set(
-            documents,
-            seq_len=config.data.seq_len,
-            batch_size=config.train.micro_batch_size * micro_batches,
-            data_rank=engine.data_rank,
-            data_size=engine.data_size,
-            max_documents=config.evaluate.max_documents,
-        )
+        self._held_out = {
+            entry.name: evaluation_set(
+                store,
+                seq_len=config.data.seq_len,
+                batch_size=config.train.micro_batch_size * micro_batches,
+                data_rank=engine.data_rank,
+                data_size=engine.data_size,
+                max_documents=config.evaluate.max_documents,
+            )
+            for entry, store in zip(config.data.stores, documents, strict=True)
+        }
 
     def metrics(self, tell: Callable[[int, int], None]) -> dict[str, float]:
-        """tell: is given the batches done and in all, before each."""
-        total: Sums = {}
-        for number, batch in enumerate(self._held_out.batches):
-            tell(number, len(self._held_out.batches))
-            for name, value in self._engine.evaluate(batch).items():
-                total[name] = total.get(name, 0.0) + value
-        return self._task.evaluation(total, self._held_out)
+        """Over the documents of all stores; of a mixture, over those of each store, too (`eval/<store>/loss`).
+
+        tell: is given the batches done and in all, before each.
+        """
+        total, of_stores, done = Sums(), dict[str, float](), 0
+        num_batches = sum(len(held_out.batches) for held_out in self._held_out.values())
+        for store, held_out in self._held_out.items():
+            sums = Sums()
+            for batch in held_out.batches:
+                tell(done, num_batches)
+                _add(sums, self._engine.evaluate(batch))
+                done += 1
+            for name, value in self._task.evaluation(sums, held_out).items():
+                of_stores[f"eval/{store}/{name.removeprefix('eval/')}"] = value
+            _add(total, sums)
+        whole = self._task.evaluation(total, counts_of_all([*self._held_out.values()]))
+        return whole | of_stores if len(self._held_out) > 1 else whole
+
+
+def _add(total: Sums, more: Sums) -> None:
+    for name, value in more.items():
+        total[name] = total.get(name, 0.0) + value
 
 
 def _throughput(config: Config, world: World, accelerator: Accelerator, task: Task) -> Throughput:

@@ -12,15 +12,15 @@ class RankPlan:
     """The same for all ranks of a node and generation.
 
     run_url: the run's folder or URL. resume_step: of the checkpoint to start from; None: the initial weights.
-    data_folder: the document store, on this node's disk, or where it is streamed from. image_folder: shared memory that
-    outlives the rank.
+    data_places: of the document stores, on this node's disk, or where they are streamed from. image_folder: shared
+    memory that outlives the rank.
     """
 
     config: Config
     world: World
     run_url: str
     resume_step: int | None
-    data_folder: str
+    data_places: list[str]
     image_folder: str
     # Rank → the images its predecessor left there of `resume_step`, as checkpoint.manifest.ImageInfo in JSON: they are
     # used in place of the checkpoint. Empty: the checkpoint is read.

@@ -23,8 +23,8 @@ class Batches(Protocol):
         """The batch of step `step` (steps count from 1)."""
         ...
 
-    def metrics(self) -> dict[str, float]:
-        """What getting the batches so far took, if there is something to say."""
+    def metrics(self, step: int) -> dict[str, float]:
+        """What getting the batches up to `step` took and took of, if there is something to say."""
         ...
 
 
@@ -105,7 +105,7 @@ def train(
 
         # ---- report: rank 0's go to MLflow through the agent, never on this thread's time -----------------------
         metrics = throughput.metrics(step, result, step_seconds=stepped - began, data_seconds=fetched - began)
-        metrics |= batches.metrics()
+        metrics |= batches.metrics(step)
 
         # ---- evaluate before saving, so that a checkpoint at this step implies its evaluation was reported ------
         stopping = result.agreed.stop

@@ -1,20 +1,88 @@
 """The document store that a config asks for: checked before a run is started, and made where there is none."""
 
 import logging
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
-from raynium.config.schema import DataSection
+from raynium.config.schema import Config, DataSection
 from raynium.data.access import fetch_store, open_fetched, refuse_small_cache
 from raynium.data.build.fit import refuse_other_recipe, refuse_other_tokenizer, refuse_small_vocabulary
 from raynium.data.build.store_build import build_from_source
 from raynium.data.build.survey import Survey, Tell, survey
 from raynium.data.manifest import StoreManifest
+from raynium.data.mixed import epochs_in_words, refuse_unmixable, refuse_used_up
+from raynium.data.packing.index import ensure_index
 from raynium.data.remote import find_manifest
+from raynium.data.rows import packable, stream_rows
 from raynium.data.store import OpenStore, no_store, refuse_other_data
+from raynium.data.text.left_out import left_out_in_words
 from raynium.data.tokenizer import Tokenizer, check_vocab_size
 from raynium.errors import DataError
 
 logger = logging.getLogger(__name__)
+
+
+def check_stores(config: Config, *, tell: Tell) -> Survey | None:
+    """`check_data` of each store, and whether those of a mixture go together, by their manifests alone."""
+    sections, surveyed = config.data.of_each_store(), None
+    for data in sections:
+        surveyed = check_data(data, model_vocab_size=config.model.vocab_size, tell=tell)
+    manifests = [manifest for data in sections if (manifest := find_manifest(data.place)) is not None]
+    if len(manifests) == len(sections):
+        _refuse_unfit_together(config, manifests)
+    return surveyed
+
+
+def prepare_stores(
+    config: Config, *, cache_dir: str | Path, surveyed: Survey | None = None, tell: Tell = logger.info
+) -> list[OpenStore]:
+    """`prepare_store` of each store, in the order of the mixture, with the index of its rows where they are packed."""
+    stores, num_rows = [], []
+    for data, entry in zip(config.data.of_each_store(), config.data.stores, strict=True):
+        began = time.monotonic()
+        store = prepare_store(
+            data, model_vocab_size=config.model.vocab_size, cache_dir=cache_dir, surveyed=surveyed, tell=tell
+        )
+        label = f"data: {entry.name}:" if config.data.mixture else "data:"
+        for line in _in_words(store.manifest, time.monotonic() - began):
+            tell(f"{label} {line}")
+        if data.packing == "documents":
+            index = ensure_index(packable(store), data, tell)[1]
+            tell(f"{label} {index.in_words()}")
+            num_rows.append(index.num_rows)
+        else:
+            num_rows.append(stream_rows(store.manifest, data.seq_len, where=store.place))
+        stores.append(store)
+    _refuse_unfit_together(config, [store.manifest for store in stores])
+    refuse_used_up(config, num_rows)
+    if config.data.mixture:
+        for line in epochs_in_words(config, num_rows):
+            tell(line)
+    return stores
+
+
+def _in_words(manifest: StoreManifest, seconds: float) -> Iterator[str]:
+    train, heldout = manifest.train, manifest.heldout
+    yield (
+        f"{train.documents:,} documents, {train.utf8_bytes / 1e6:.1f} MB, {train.tokens:,} tokens of a "
+        f"vocabulary of {manifest.vocab_size:,}; {heldout.documents} documents held out ({seconds:.1f} s)"
+    )
+    if manifest.left_out:
+        yield f"left out {left_out_in_words(manifest.left_out, kept_bytes=train.utf8_bytes + heldout.utf8_bytes)}"
+
+
+def _refuse_unfit_together(config: Config, manifests: list[StoreManifest]) -> None:
+    """Raises DataError if stores that fit the config one by one do not fit together. manifests: of all of them."""
+    refuse_unmixable(config, manifests)
+    places = [store.store for store in config.data.stores]
+    refuse_small_cache(config.data, dict(zip(places, manifests, strict=True)))
+    if config.data.packing == "stream":
+        rows = [
+            stream_rows(manifest, config.data.seq_len, where=place)
+            for manifest, place in zip(manifests, places, strict=True)
+        ]
+        refuse_used_up(config, rows)
 
 
 def check_data(data: DataSection, *, model_vocab_size: int, tell: Tell) -> Survey | None:
@@ -83,7 +151,6 @@ def prepare_store(
 def _refuse_unfit(manifest: StoreManifest, data: DataSection, *, model_vocab_size: int) -> None:
     """Raises DataError if the store is not the one that the config means."""
     refuse_other_data(manifest, data.identity, where=data.place)
-    refuse_small_cache(data, {data.place: manifest})
     if data.source is not None:
         refuse_other_recipe(manifest, source=data.source, heldout_fraction=data.heldout_fraction, where=data.place)
     refuse_other_tokenizer(
