@@ -138,5 +138,5 @@ def test_a_pipeline_is_evaluated_with_as_many_rows_as_it_trains(
         return {"nats": 1.0, "tokens": 1.0}
 
     monkeypatch.setattr(engine, "evaluate", evaluate)
-    Evaluation(engine, Pretraining(), store, config, World.of(config)).metrics(lambda done, total: None)
+    Evaluation(engine, Pretraining(), [store], config, World.of(config)).metrics(lambda done, total: None)
     assert set(seen) == {rows}

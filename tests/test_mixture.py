@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,8 +11,10 @@ from hypothesis import strategies as st
 
 from raynium.config.load import load_config
 from raynium.config.schema import Config
+from raynium.data.loader import Loader
 from raynium.data.mixed import epochs_in_words, refuse_used_up
 from raynium.data.order import Order, RowShuffle, seed_of_store
+from raynium.data.order.block_shuffle import BlockShuffle
 from raynium.data.order.mixture import SAMPLES_AT_ONCE, Mixture, Weighting, mixture_of
 from raynium.errors import DataError
 
@@ -247,3 +250,33 @@ def test_what_a_run_takes_of_each_store_is_told():
         "data: web: 70.0% of the samples, 14 epochs",
         "data: code: 30.0% of the samples, 0.0012 epochs",
     ]
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    stages=mixtures(most_stores=5),
+    data_size=st.integers(1, 64),
+    rows_per_rank=st.integers(1, 3),
+    blocks=st.booleans(),
+    steps=st.lists(st.integers(1, 60), min_size=1, max_size=4),
+)
+def test_the_samples_of_a_step_are_the_same_at_every_world_size(
+    stages: list[Weighting], data_size: int, rows_per_rank: int, blocks: bool, steps: list[int]
+):
+    """Also from a step on that another world size came to."""
+    batch = data_size * rows_per_rank
+
+    def loader(data_rank: int, size: int) -> Loader:
+        shuffles = [
+            BlockShuffle(97, seed=store, block_rows=8, lanes=4) if blocks else RowShuffle(97, seed=store)
+            for store in range(len(stages[0].weights))
+        ]
+        rows: list[Any] = [None] * len(shuffles)
+        order = Order(shuffles, Mixture(stages))
+        return Loader(rows, order, global_batch_size=batch, data_rank=data_rank, data_size=size)
+
+    alone = loader(0, 1)
+    ranks = [loader(rank, data_size) for rank in range(data_size)]
+    for step in steps:
+        together = [np.concatenate(column) for column in zip(*(rank.samples(step) for rank in ranks), strict=True)]
+        assert np.array_equal(together, alone.samples(step))

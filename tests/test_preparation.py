@@ -287,7 +287,7 @@ def test_an_imported_model_is_not_given_a_store_of_another_tokenizer(attempt: At
     with pytest.raises(DataError, match=r"the run has a tokenizer, .*give that file as data\.tokenizer"):
         attempt(**changes)
     kept = f"{attempt.root}/{attempt.name}/{TOKENIZER_NAME}"
-    assert attempt(**changes | {"data.tokenizer": kept}).documents.manifest.vocab_size == 260
+    assert attempt(**changes | {"data.tokenizer": kept}).documents[0].manifest.vocab_size == 260
 
 
 def test_what_is_left_out_is_told_each_time(attempt: Attempt, tmp_path: Path) -> None:
@@ -383,7 +383,7 @@ def test_the_page_names_data_size_and_budget_and_has_the_file_to_go_on_with(atte
     assert run.data.params["parameters"] == str(count)
     assert run.data.params["token_budget"] == str(6 * 4 * 32), "steps, samples, tokens of each"
     (given,) = run.inputs.dataset_inputs
-    assert given.dataset.name == "data" and prepared.documents.manifest.identity.startswith(given.dataset.digest)
+    assert given.dataset.name == "data" and prepared.documents[0].manifest.identity.startswith(given.dataset.digest)
     assert run.data.tags["mlflow.user"] == getpass.getuser()
     # The page's last words: `raynium train <root>/<name>/config.yaml`.
     assert checked(load_config(str(attempt.root / attempt.name / "config.yaml"))) == prepared.config
@@ -534,7 +534,7 @@ def test_the_same_data_elsewhere_goes_on_without_a_word(attempt: Attempt, tmp_pa
     saved_run(attempt)
     attempt.told.clear()
     shutil.copytree(attempt.root / "data", tmp_path / "copy")
-    assert attempt(**{"data.path": str(tmp_path / "copy")}).documents.path == tmp_path / "copy"
+    assert attempt(**{"data.path": str(tmp_path / "copy")}).documents[0].place == str(tmp_path / "copy")
     assert not [line for line in attempt.told if line.startswith("note")]
 
 
@@ -606,7 +606,7 @@ def test_the_heart_beats_while_something_long_is_made(attempt: Attempt, monkeypa
             beats.append(heartbeat(attempt.root / attempt.name))
         raise DataError("no")
 
-    monkeypatch.setattr("raynium.launch.preparation.prepare_store", long_work)
+    monkeypatch.setattr("raynium.launch.preparation.prepare_stores", long_work)
     with pytest.raises(DataError):
         attempt()
 
@@ -615,7 +615,7 @@ def test_ctrl_c_while_data_is_made_is_no_failure(attempt: Attempt, monkeypatch: 
     def interrupted(*arguments: Any, **options: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("raynium.launch.preparation.prepare_store", interrupted)
+    monkeypatch.setattr("raynium.launch.preparation.prepare_stores", interrupted)
     with pytest.raises(KeyboardInterrupt):
         attempt()
     record = read_record(Store(attempt.root / attempt.name))

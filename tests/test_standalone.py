@@ -39,12 +39,20 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "job.yaml"
 
 
-def torchrun(job: Path, *overrides: str) -> str:
-    """The log of two ranks that have ended well."""
+def torchrun(job: Path, *overrides: str, ranks: int = 2) -> str:
+    """The log of ranks that have ended well."""
     port = free_port("127.0.0.1")
     done = subprocess.run(
         [
-            *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-addr", "127.0.0.1"),
+            *(
+                sys.executable,
+                "-m",
+                "torch.distributed.run",
+                "--nproc-per-node",
+                str(ranks),
+                "--master-addr",
+                "127.0.0.1",
+            ),
             *("--master-port", str(port), "-m", "raynium.standalone", str(job), *overrides),
         ],
         env=os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
