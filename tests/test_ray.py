@@ -195,6 +195,23 @@ def same_as(run: Run, uninterrupted: Run) -> None:
         assert torch.equal(final_state(run)[name], tensor), name
 
 
+def test_ray_job_submit_builds_data(cluster: Cluster) -> None:
+    """The same tokens as in one process, in a store whose name stands for a folder below the root."""
+    from raynium.data.verify import verify_store
+
+    command = [
+        *(str(Path(sys.executable).parent / "ray"), "job", "submit", "--address", cluster.address),
+        *("--runtime-env", "cluster/runtime_env.yaml", "--", "python", "jobs/build_data.py", "by-job"),
+        *("--from", str(cluster.folder / "text"), "--tokenizer", str(cluster.folder / "data")),
+        *("--heldout-fraction", "0.2", "--root", str(cluster.folder)),
+    ]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stdout + done.stderr
+    store = cluster.folder / "data/by-job"
+    assert verify_store(store).identity == verify_store(cluster.folder / "data").identity
+    assert "joining the Ray cluster at auto" in done.stdout and str(store) in done.stdout
+
+
 def test_ray_job_submit_runs_the_job_script(by_script: ByScript) -> None:
     assert f"run uninterrupted: finished at step {LONG} of {LONG}" in by_script.output
     assert "sampled from the model" in by_script.output
