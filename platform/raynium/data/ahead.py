@@ -4,6 +4,7 @@ A block is held from the first step that reads it until its lane has gone on to 
 then go. How far ahead threads fetch is bounded by this rank's share of the cache.
 """
 
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from raynium.data.streamed import StreamedStore
 # Requests in flight: they hide S3's latency, and a block is late only if all of them are.
 FETCHERS = 8
 # The order is looked through for this many more steps at each step, and never further ahead than that.
-STEPS_AT_ONCE = 64
+STEPS_AT_ONCE = 16
 MOST_STEPS_AHEAD = 8192
 # A lane that this rank has not read from for so long belongs to another by now.
 STALE_STEPS = 1024
@@ -91,6 +92,7 @@ class FetchAhead:
         self._of_lanes: dict[tuple[int, int], tuple[int, int]] = {}
         self._of_steps: dict[int, list[tuple[int, int]]] = {}
         self._num_bytes = 0
+        self._wait_seconds = 0.0
         self._looked_through = 0
 
     def hold(self, step: int) -> None:
@@ -115,10 +117,12 @@ class FetchAhead:
             self._let_go(key)
         for key in self._of_steps.pop(step):
             block = self._blocks[key]
-            block.fetched.result()
             if not block.is_held:
+                began = time.perf_counter()
+                block.fetched.result()
                 self._rows[key[0]].hold(key[1])
                 block.is_held = True
+                self._wait_seconds += time.perf_counter() - began
 
     def metrics(self) -> dict[str, float]:
         """Of this rank, since it started; none where nothing is streamed."""
@@ -129,6 +133,7 @@ class FetchAhead:
             "data/requests": float(sum(each.traffic.requests for each in stores)),
             "data/fetched_bytes": float(sum(each.traffic.fetched_bytes for each in stores)),
             "data/used_bytes": float(sum(each.used_bytes for each in stores)),
+            "data/wait_seconds": self._wait_seconds,
         }
 
     def close(self) -> None:

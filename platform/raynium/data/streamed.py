@@ -6,6 +6,7 @@ checksums are fetched when something of it is first needed, and prove themselves
 
 import threading
 from bisect import bisect_right
+from collections import defaultdict
 from collections.abc import Sequence
 from functools import cached_property, lru_cache
 from itertools import accumulate
@@ -52,7 +53,9 @@ class RemoteFiles:
 
     def __init__(self, store: Store, *, unit_bytes: int, cache: RangeCache, traffic: Traffic):
         self.store, self.unit_bytes, self.cache, self.traffic = store, unit_bytes, cache, traffic
-        self._checksums = lru_cache(SHARDS_KNOWN)(self._fetch_checksums)
+        self._known = lru_cache(SHARDS_KNOWN)(self._fetch_checksums)
+        # Of each shard: threads that come at once must not all fetch them.
+        self._locks: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
 
     def read(self, file: StoredFile) -> bytes:
         """All of a small file."""
@@ -78,6 +81,10 @@ class RemoteFiles:
             fill=lambda content: self._fill(file, begin, content),
             is_right=is_right,
         )
+
+    def _checksums(self, file: StoredFile) -> FileChecksums:
+        with self._locks[file.name]:
+            return self._known(file)
 
     def _units(self, begin: int, end: int) -> range:
         return range(begin // self.unit_bytes, -(-end // self.unit_bytes))

@@ -17,6 +17,7 @@ METRICS: dict[str, str] = {
     "data/requests": "requests that rank 0 made for streamed training data since it started",
     "data/fetched_bytes": "bytes that it fetched with them, in whole checksum units; its node's ranks share them",
     "data/used_bytes": "bytes of the streamed rows that it trained on since it started, as they are stored",
+    "data/wait_seconds": "seconds since it started until the blocks that its steps read were fetched and at hand",
     "eval/loss": "nats per token: cross-entropy on the held-out documents",
     "eval/bits_per_byte": "bits per byte of the held-out documents' text; does not depend on the tokenizer",
     "time/step_seconds": "seconds from the start of this step to its end, checkpoints and evaluation excluded",
