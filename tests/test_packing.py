@@ -159,6 +159,7 @@ def documents_of(store: DocumentStore) -> list[list[int]]:
 
 @pytest.mark.parametrize("seq_len", [7, 64, 1000])
 def test_rows_hold_each_document_whole_with_every_token_a_label_once(store: DocumentStore, seq_len: int) -> None:
+    """No document that fits is wrapped into the next row (TRL#3067, TRL#1230)."""
     rows, end = PackedRows(packable(store), section(store, seq_len)), store.manifest.end_of_document_id
     columns = rows.read(np.arange(len(rows)))
     assert {name: (str(each.dtype), each.shape) for name, each in columns.items()} == {

@@ -4,7 +4,7 @@ import itertools
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -15,13 +15,16 @@ from flaky_s3 import FlakyS3, refuse
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from raynium.config.schema import DataSection
 from raynium.data import ahead
+from raynium.data.access import refuse_small_cache
 from raynium.data.ahead import Ahead, StreamedRows
 from raynium.data.build.store_build import build_store
 from raynium.data.loader import Loader
 from raynium.data.order import Order
 from raynium.data.order.block_shuffle import BlockShuffle
-from raynium.data.rows import StreamRows
+from raynium.data.packing import index as packed_index
+from raynium.data.rows import StreamRows, open_rows
 from raynium.data.store import DocumentStore
 from raynium.data.streamed import StreamedStore, open_streamed
 from raynium.errors import DataError, StoreError
@@ -78,8 +81,16 @@ def stream(url: str, tmp_path: Path) -> Callable[..., "Streaming"]:
 class Streaming:
     """A loader whose rows are streamed."""
 
-    def __init__(self, store: StreamedStore, *, data_rank: int = 0, data_size: int = 1, ahead_bytes: int = 2**20):
-        inner = StreamRows(store, SEQ_LEN)
+    def __init__(
+        self,
+        store: StreamedStore,
+        *,
+        data_rank: int = 0,
+        data_size: int = 1,
+        ahead_bytes: int = 2**20,
+        packing: Literal["stream", "documents"] = "stream",
+    ):
+        inner = open_rows(store, DataSection(path=store.place, seq_len=SEQ_LEN, packing=packing))
         self.store = store
         row_bytes = SEQ_LEN * store.manifest.numpy_dtype.itemsize
         self.rows = StreamedRows(inner, store, block_rows=BLOCK_ROWS, row_bytes=row_bytes)
@@ -110,6 +121,32 @@ def test_streamed_batches_are_those_of_a_copy_to_the_bit(
             ours, theirs = streamed.batch(step), copied.batch(step)
             assert torch.equal(ours.tokens_BT, theirs.tokens_BT) and torch.equal(ours.labels_BT, theirs.labels_BT)
         streamed.close()
+
+
+def test_rows_of_whole_documents_are_streamed_to_the_bit(
+    local: DocumentStore, stream: Callable[..., Streaming], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Their index is made by reading the stream once, and lies in the node's cache of data."""
+    monkeypatch.setattr(packed_index, "scratch_folder", lambda: tmp_path)
+    rows = open_rows(local, DataSection(path=str(local.path), seq_len=SEQ_LEN, packing="documents"))
+    copied, streamed = block_loader(rows), stream(packing="documents")
+    assert len(list((tmp_path / "data/packed").iterdir())) == 2, "an index and its lock"
+    for step in range(1, 2 * len(rows) // 12):
+        ours, theirs = streamed.batch(step).columns(), copied.batch(step).columns()
+        assert "documents" in ours and all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    streamed.close()
+
+
+def test_a_cache_must_hold_what_packed_blocks_are_read_from(local: DocumentStore):
+    sizes: dict[str, Any] = {"access": "stream", "shuffle": "blocks", "seq_len": SEQ_LEN, "shuffle_block_bytes": 2**10}
+    for packing, need in (("stream", 0), ("documents", 2 * 2**19 * 2)):
+        data = DataSection(path="s3://bucket/store", packing=packing, cache_bytes=1000, **sizes)
+        with pytest.raises(DataError, match=r"set data\.cache_bytes to \d+") as error:
+            refuse_small_cache(data, {data.path: local.manifest})
+        found = int(str(error.value).partition("data.cache_bytes to ")[2].partition(" ")[0])
+        blocks = -(-local.manifest.train.tokens // (2**10 // 2))
+        lanes = min(2 * data.shuffle_lanes, blocks)
+        assert found == lanes * (2**10 + 4 * UNIT_BYTES + need)
 
 
 def test_each_block_is_fetched_once_an_epoch_and_little_more_than_is_used(

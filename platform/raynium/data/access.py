@@ -5,6 +5,7 @@ from pathlib import Path
 from raynium.config.local_folders import scratch_folder
 from raynium.config.schema import DataSection
 from raynium.data.manifest import StoreManifest
+from raynium.data.packing.packer import window_tokens
 from raynium.data.remote import find_manifest, local_path, localize
 from raynium.data.store import OpenStore, no_store, open_store
 from raynium.data.streamed import open_streamed
@@ -63,6 +64,9 @@ def refuse_small_cache(data: DataSection, manifests: dict[str, StoreManifest]) -
         if is_streamed(data, path, manifest):
             # A block begins and ends within units, and may lie in two shards.
             of_block = block_rows(data, manifest) * row_bytes(data, manifest) + 4 * manifest.unit_bytes
+            if data.packing == "documents":
+                # Its documents lie anywhere in the windows that it begins and ends in.
+                of_block += 2 * window_tokens(data.seq_len) * manifest.numpy_dtype.itemsize
             blocks = -(-manifest.train.tokens // (block_rows(data, manifest) * data.seq_len))
             need += min(2 * data.shuffle_lanes, blocks) * of_block
     if need > data.cache_bytes:
