@@ -6,6 +6,7 @@ Which token ends a document, tokenizer.json does not say. The files beside it do
 import hashlib
 import json
 import re
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -195,7 +196,8 @@ class Tokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Token ids of each text, int64 [tokens] each, on all cores."""
         encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [np.asarray(encoding.ids, dtype=np.int64) for encoding in encodings]
+        # By way of an array of C's integers: numpy itself takes twice as long over a list.
+        return [np.frombuffer(array("I", encoding.ids), np.uint32).astype(np.int64) for encoding in encodings]
 
     def decode(self, token_ids: Iterable[int]) -> str:
         """The text that these ids stand for; bytes that are no UTF-8 (a sample cut mid-character) become U+FFFD."""

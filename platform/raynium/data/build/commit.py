@@ -65,7 +65,7 @@ def finish(
         logger.warning(
             "the tokenizer does not give back the text of %d of %d held-out documents: bits per byte is approximate",
             num_altered,
-            len(heldout_documents),
+            sum(part.num_checked for part in parts),
         )
     lengths = LengthCounts()
     for part in parts:
