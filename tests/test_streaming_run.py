@@ -14,7 +14,7 @@ from waiting import wait_for
 
 from raynium.checkpoint.catalog import list_checkpoints, open_checkpoint
 from raynium.config.load import parse_config
-from raynium.data.access import fetch_store, is_streamed, open_fetched
+from raynium.data.access import fetch_store, fetch_stores, is_streamed, open_fetched
 from raynium.data.build.prepare import check_stores
 from raynium.data.loader import open_loader
 from raynium.data.store import DocumentStore, open_store
@@ -141,6 +141,26 @@ def test_the_loader_of_a_config_streams_what_the_copy_holds(here: str, tmp_path:
         loader.close()
     for ours, theirs in zip(*batches, strict=True):
         assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.mark.parametrize("data_size", [1, 4])
+def test_mixtures_are_streamed_as_they_are_copied_through_stages(here: str, tmp_path: Path, data_size: int):
+    folder = build_documents(tmp_path, num_files=25).rename(tmp_path / "other")
+    mixture = [{"store": here, "weight": 0.7}, {"store": str(folder), "weight": 0.3}]
+    stages = [{"from_step": 60, "weights": {"data": 0.1, "other": 0.9}}]
+    batches = []
+    for access in ("copy", "stream"):
+        changes = {"data.path": None, "data.mixture": mixture, "data.stages": stages, "data.access": access}
+        config = parse_config(job_text(CHANGES | changes | {"train.global_batch_size": 8}))
+        stores = [
+            open_fetched(config.data, place, identity=None) for place in fetch_stores(config.data, tmp_path / "copies")
+        ]
+        assert {type(store) for store in stores} == {StreamedStore if access == "stream" else DocumentStore}
+        loaders = [open_loader(config, stores, data_rank=rank, data_size=data_size) for rank in range(data_size)]
+        batches.append([torch.cat([each.batch(step).tokens_BT for each in loaders]) for step in range(1, STEPS + 1)])
+        for loader in loaders:
+            loader.close()
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(*batches, strict=True))
 
 
 def test_a_folder_is_used_in_place_and_may_be_streamed_as_one_that_is_far_away(here: str, tmp_path: Path):
