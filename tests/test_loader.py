@@ -1,6 +1,7 @@
 """Which tokens a step gets: an exact shuffle, the same at every world size, from the step alone."""
 
 import itertools
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from raynium.data.build.store_build import build_store
 from raynium.data.loader import SAMPLES_AT_ONCE, Loader
 from raynium.data.order import Order, RowShuffle
 from raynium.data.order.block_shuffle import BlockShuffle
+from raynium.data.order.mixture import Mixture, Weighting
 from raynium.data.order.permutation import shuffled
 from raynium.data.rows import StreamRows
 from raynium.data.store import DocumentStore
@@ -201,3 +203,16 @@ def test_one_store_alone_is_gone_through_by_its_shuffle(store: DocumentStore):
     assert np.array_equal(samples.rows, np.concatenate(expected))
     assert np.array_equal(samples.epochs, np.repeat([0, 1, 2], num_rows)) and not samples.stores.any()
     assert loader_of(store).samples(2).rows.tolist() == expected[0][12:24].tolist()
+
+
+def test_a_batch_of_several_stores_has_each_row_where_its_sample_is(store: DocumentStore):
+    rows = [StreamRows(store, SEQ_LEN) for _ in range(3)]
+    weights = (Fraction(1), Fraction(5), Fraction(2))
+    order = Order([RowShuffle(len(rows[0]), seed=seed) for seed in range(3)], Mixture([Weighting(0, weights)]))
+    loader = Loader(rows, order, global_batch_size=6, data_rank=0, data_size=1)
+    for step in range(1, 20):
+        samples, batch = loader.samples(step), loader.batch(step)
+        for place, (number, row) in enumerate(zip(samples.stores, samples.rows, strict=True)):
+            expected = rows[number].read(row[None])
+            assert np.array_equal(batch.tokens_BT[place], expected["tokens"][0])
+            assert np.array_equal(batch.labels_BT[place], expected["labels"][0])

@@ -16,6 +16,7 @@ BENCHMARKS = {
     ("bench_quickstart.py",): 20,
     ("bench_loop.py",): 15,
     ("bench_loader.py",): 4,
+    ("bench_mixture.py",): 4,
     ("bench_packed_attention.py",): 4,
     ("bench_streaming.py",): 10,
     ("bench_tokenising.py",): 12,

@@ -96,11 +96,15 @@ class Loader:
         if len(self._rows) == 1:
             return self._rows[0].read(samples.rows)
         columns: dict[str, np.ndarray] = {}
-        for store in np.unique(samples.stores).tolist():
-            chosen = samples.stores == store
+        by_store, end = np.argsort(samples.stores, kind="stable"), 0
+        for store, count in enumerate(np.bincount(samples.stores).tolist()):
+            if count == 0:
+                continue
+            begin, end = end, end + count
+            chosen = by_store[begin:end]
             for name, values in self._rows[store].read(samples.rows[chosen]).items():
                 if name not in columns:
-                    columns[name] = np.empty((len(chosen), *values.shape[1:]), values.dtype)
+                    columns[name] = np.empty((len(by_store), *values.shape[1:]), values.dtype)
                 columns[name][chosen] = values
         return columns
 
