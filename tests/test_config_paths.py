@@ -1,6 +1,7 @@
 """Where relative paths of a config begin."""
 
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -139,3 +140,12 @@ def test_a_store_of_a_mixture_lies_outside_the_run():
     stores = "[{store: runs/quickstart/web, weight: 1}]"
     found = collisions(resolve(config("data.source=null", f"data.mixture={stores}")))
     assert len(found) == 1 and found[0].startswith("data.mixture[0].store is '")
+
+
+@pytest.mark.parametrize("source", [".", "..", "runs", "runs/data/here"])
+def test_a_source_does_not_hold_what_runs_write(source: str):
+    found = collisions(resolve(config(f"data.source={source}", "data.path=runs/data/here")))
+    assert found and all(
+        re.match(r"data\.source is '.*', which holds (run\.root|data\.path), '", each) for each in found
+    )
+    assert not collisions(resolve(config("data.source=*.txt", "data.path=runs/data/here")))

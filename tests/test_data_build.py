@@ -307,6 +307,8 @@ def test_a_mistake_in_the_command_is_said_before_anything_starts(source: Path, t
         ask(heldout_fraction=2.0)
     with pytest.raises(DataError, match=r"tokenizer '.*/source/tokenizer\.json' cannot be read"):
         ask(tokenizer=str(source))
+    with pytest.raises(ConfigError, match=r"the source '.*' holds the store, '.*/source/runs/data/web'"):
+        ask(root=str(source / "runs"))
     assert not (tmp_path / "data").exists()
 
 

@@ -106,16 +106,29 @@ def collisions(config: Config) -> list[str]:
             f"run.name is {name!r}: under run.root that is Raynium's own (MLflow's database and files, the compile "
             "cache, document stores); give the run another name"
         )
-    run = f"{config.run.root.removeprefix('file://').rstrip('/')}/{name}"
+    run = f"{config.run.root.rstrip('/')}/{name}"
     for number, store in enumerate(config.data.stores):
-        data = store.store.removeprefix("file://").rstrip("/")
-        if data == run or data.startswith(f"{run}/"):
+        if lies_in(store.store, run):
             field = f"data.mixture[{number}].store" if config.data.mixture else "data.path"
             problems.append(
                 f"{field} is {store.store!r}, in the folder of run {name!r}: a run's folder holds what the run "
                 "writes; give the document store another place, or the run another name"
             )
+    if (source := config.data.source) is not None and source not in WORDS_FOR_SOURCE:
+        for field, place in (("run.root", config.run.root), ("data.path", config.data.path)):
+            if place is not None and lies_in(place, source):
+                problems.append(
+                    f"data.source is {source!r}, which holds {field}, {place!r}: what runs write would be read as "
+                    f"text; give the text a folder of its own, name its files (data.source='*.txt'), or set {field} to "
+                    "a place outside"
+                )
     return problems
+
+
+def lies_in(place: str, folder: str) -> bool:
+    """Whether a place, absolute or a URL, is this folder or below it."""
+    place, folder = (f"{each.removeprefix('file://').rstrip('/')}/" for each in (place, folder))
+    return place.startswith(folder)
 
 
 def relative_paths_begin_at(environment: Mapping[str, str], current_folder: Path, problems: list[str]) -> str:

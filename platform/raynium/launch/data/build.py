@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import ValidationError
 
 from raynium.config.local_folders import temporary_parent
-from raynium.config.paths import WORDS_FOR_SOURCE, absolute_path, absolute_root
+from raynium.config.paths import WORDS_FOR_SOURCE, absolute_path, absolute_root, lies_in
 from raynium.data.build.store_build import build_from_recipe
 from raynium.data.build.work import in_this_process
 from raynium.data.manifest import Recipe, StoreManifest
@@ -57,9 +57,17 @@ def build_data(
     tokenizer_place = absolute_path("the tokenizer", tokenizer)
     if not tokenizer_place.endswith(".json"):
         tokenizer_place = f"{tokenizer_place.rstrip('/')}/{TOKENIZER_NAME}"
+    places = [each if each in WORDS_FOR_SOURCE else absolute_path("the source", each) for each in sources]
+    if holders := [source for source in places if lies_in(place, source)]:
+        raise ConfigError(
+            [
+                f"the source {holders[0]!r} holds the store, {place!r}, which would be read as text: give the text a "
+                "folder of its own, name its files (--from '*.txt'), or give the store a place outside"
+            ]
+        )
     try:
         recipe = Recipe(
-            sources=[each if each in WORDS_FOR_SOURCE else absolute_path("the source", each) for each in sources],
+            sources=places,
             text_field=text_field,
             heldout_fraction=heldout_fraction,
             dedup=dedup,
