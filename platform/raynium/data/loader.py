@@ -25,6 +25,8 @@ from raynium.data.streamed import StreamedStore
 
 # The order is computed for many steps at once: one numpy call costs the same for 1 as for 1,000 samples.
 SAMPLES_AT_ONCE = 4096
+# So are rows read, where no store is streamed: about so many bytes of tokens and labels.
+BYTES_AT_ONCE = 2**19
 
 
 class Loader:
@@ -41,10 +43,13 @@ class Loader:
         global_batch_size: int,
         data_rank: int,
         data_size: int,
+        steps_per_read: int = 1,
         ahead: Ahead | None = None,
         told: Callable[[int], dict[str, float]] = lambda step: {},
     ):
-        """rows: of each store, by the order's numbers of them. ahead: where some are streamed. told: more metrics."""
+        """rows: of each store, by the order's numbers of them. steps_per_read: whose rows are read at once; 1 with
+        `ahead`, where some are streamed. told: more metrics.
+        """
         assert 0 <= data_rank < data_size and global_batch_size % data_size == 0
         self._rows, self._order = rows, order
         self._global_batch_size, self._rank_batch_size = global_batch_size, global_batch_size // data_size
@@ -52,6 +57,8 @@ class Loader:
         self._steps_at_once = max(1, SAMPLES_AT_ONCE // global_batch_size)
         # One is read from, another is looked ahead in.
         self._of_steps = lru_cache(4)(self._compute)
+        self._steps_per_read = steps_per_read
+        self._columns = lru_cache(1)(self._read_steps)
         self._told = told
         self._fetching = FetchAhead(rows, self.samples, ahead) if ahead else None
 
@@ -62,8 +69,9 @@ class Loader:
         """
         if self._fetching:
             self._fetching.hold(step)
-        samples = self.samples(step)
-        return Batch.of({name: torch.from_numpy(column) for name, column in self._read(samples).items()})
+        part, number = divmod(step - 1, self._steps_per_read)
+        first, end = number * self._rank_batch_size, (number + 1) * self._rank_batch_size
+        return Batch.of({name: torch.from_numpy(column[first:end]) for name, column in self._columns(part).items()})
 
     def samples(self, step: int) -> Samples:
         """Where this rank's rows of a step lie, each int64 [B / data_size]."""
@@ -91,18 +99,22 @@ class Loader:
         sorted_places = np.lexsort((samples.lanes, samples.stores, steps))
         return Samples(*(column[sorted_places] for column in samples))
 
-    def _read(self, samples: Samples) -> dict[str, np.ndarray]:
-        """Each store's rows in one call, put where their samples are."""
+    def _read_steps(self, part: int) -> dict[str, np.ndarray]:
+        """This rank's rows of `steps_per_read` steps: each store's in one call, put where their samples are."""
+        first = part * self._steps_per_read + 1
+        steps = [self.samples(step) for step in range(first, first + self._steps_per_read)]
+        rows = np.concatenate([samples.rows for samples in steps])
         if len(self._rows) == 1:
-            return self._rows[0].read(samples.rows)
+            return self._rows[0].read(rows)
+        stores = np.concatenate([samples.stores for samples in steps])
         columns: dict[str, np.ndarray] = {}
-        by_store, end = np.argsort(samples.stores, kind="stable"), 0
-        for store, count in enumerate(np.bincount(samples.stores).tolist()):
+        by_store, end = np.argsort(stores, kind="stable"), 0
+        for store, count in enumerate(np.bincount(stores).tolist()):
             if count == 0:
                 continue
             begin, end = end, end + count
             chosen = by_store[begin:end]
-            for name, values in self._rows[store].read(samples.rows[chosen]).items():
+            for name, values in self._rows[store].read(rows[chosen]).items():
                 if name not in columns:
                     columns[name] = np.empty((len(by_store), *values.shape[1:]), values.dtype)
                 columns[name][chosen] = values
@@ -121,6 +133,8 @@ def open_loader(
     shuffles = [_shuffle(config, number, store, len(rows[number])) for number, store in enumerate(stores)]
     order = Order(shuffles, mixture_of(data, train.global_batch_size))
     num_rows = [len(each) for each in rows]
+    streamed = any(isinstance(store, StreamedStore) for store in stores)
+    bytes_per_step = 16 * data.seq_len * train.global_batch_size // data_size
     for number, store in enumerate(stores):
         if isinstance(store, StreamedStore):
             rows[number] = StreamedRows(
@@ -135,7 +149,8 @@ def open_loader(
         global_batch_size=train.global_batch_size,
         data_rank=data_rank,
         data_size=data_size,
-        ahead=Ahead(total_steps=train.steps, max_bytes=data.cache_bytes // cache_sharers),
+        steps_per_read=1 if streamed else max(1, BYTES_AT_ONCE // bytes_per_step),
+        ahead=Ahead(train.steps, data.cache_bytes // cache_sharers) if streamed else None,
         told=lambda step: metrics_of_stores(config, order, num_rows, step),
     )
 
