@@ -1,5 +1,6 @@
 """What the schema says of itself: the reference, docs/config.md, what a config changes, and a file to start from."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -8,9 +9,11 @@ from hypothesis import strategies as st
 
 from raynium.config.fields import schema_fields
 from raynium.config.load import load_config, parse_config, preset_names
+from raynium.config.paths import resolve
 from raynium.config.reference import brief, difference_lines, reference, reference_markdown, starting_file
 from raynium.config.resume import FIXED, when_resumed
 from raynium.errors import ConfigError
+from raynium.planning.rules import check
 
 pytestmark = pytest.mark.quick
 
@@ -133,3 +136,10 @@ def test_what_init_is_given_stands_in_the_file():
     assert "#   steps: 700\n" in text
     with pytest.raises(ConfigError, match=r"run\.name is"):
         starting_file("Two Words", "quickstart", [])
+
+
+def test_the_config_in_docs_data_md_is_one_that_runs() -> None:
+    text = (ROOT / "docs/data.md").read_text(encoding="utf-8")
+    [block] = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
+    config = resolve(parse_config(block))
+    assert check(config) == [] and len(config.data.stores) == 2 and config.data.stages
