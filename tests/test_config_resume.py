@@ -136,6 +136,13 @@ def test_stages_after_the_checkpoint_may_change_and_that_is_said():
     )
 
 
+def test_a_mixture_says_which_data_it_was_trained_on_by_the_identities_of_its_stores():
+    known = [*mixed()[:1], mixed()[1].replace("weight: 1}", f"weight: 1, identity: {OTHER}}}")]
+    assert resume_notes(saved(*known), load_config("llama3-8b", known)) == []
+    (note,) = resume_notes(saved(*mixed()), load_config("llama3-8b", known))
+    assert note.startswith("the checkpoint does not say which data it was trained on")
+
+
 def test_the_weights_of_a_mixture_may_not_change():
     (conflict,) = resume_conflicts(saved(*mixed()), load_config("llama3-8b", mixed(weight=4)), step=10)
     assert conflict == (

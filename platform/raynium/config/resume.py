@@ -153,12 +153,17 @@ def resume_notes(saved: Mapping[str, Any], now: Config) -> list[str]:
         f"{name} changed from {_shown(before)} to {_shown(after)}: {effect}"
         for name, before, after, effect in _changes_in(NOTED, saved, now)
     ]
-    if "data" in saved and saved["data"].get("identity") is None:
+    if "data" in saved and None in _identities(saved["data"]):
         notes.append(
             "the checkpoint does not say which data it was trained on, since an older Raynium wrote it: whether the "
             "run goes on with the same is not checked"
         )
     return notes
+
+
+def _identities(data: Mapping[str, Any]) -> list[str | None]:
+    """Of the stores that a checkpoint was trained with; None for one that it does not know."""
+    return [store.get("identity") for store in data.get("mixture") or [data]]
 
 
 def when_resumed(name: str) -> str:
