@@ -13,7 +13,9 @@ from tiny import job_text
 from raynium.checkpoint.catalog import latest
 from raynium.checkpoint.compare import differences
 from raynium.config.load import parse_config
+from raynium.data.batch import IGNORED_LABEL
 from raynium.data.build.store_build import build_store
+from raynium.data.loader import open_loader
 from raynium.data.mixed import metrics_of_stores
 from raynium.data.order import Order, RowShuffle
 from raynium.data.order.mixture import mixture_of
@@ -216,7 +218,7 @@ def test_problems_of_a_mixture_are_told_at_once(root: Path) -> None:
 def test_what_came_of_each_store_is_a_function_of_the_step() -> None:
     config = parse_config(job_text(CHANGES))
     order = Order([RowShuffle(rows, seed=0) for rows in (10, 20, 5)], mixture_of(config.data, 4))
-    assert metrics_of_stores(config, order, [10, 20, 5], 6) == {
+    assert metrics_of_stores(config, order, num_rows=[10, 20, 5], num_labels=[320, 640, 160], step=6) == {
         "data/web/tokens": 6 * 32.0,
         "data/web/epochs": 0.6,
         "data/code/tokens": 7 * 32.0,
@@ -224,3 +226,20 @@ def test_what_came_of_each_store_is_a_function_of_the_step() -> None:
         "data/logs/tokens": 11 * 32.0,
         "data/logs/epochs": 2.2,
     }
+
+
+def test_tokens_of_a_store_leave_out_what_fills_rows_up_exactly_after_an_epoch(root: Path) -> None:
+    changes = {"data.stages": None, "data.packing": "documents", "data.seq_len": 256, "model.max_seq_len": 256}
+    config = parse_config(job_text(CHANGES | changes | {"train.global_batch_size": 1, "train.steps": 200}))
+    stores = [open_store(root / "data" / name) for name in ("web", "code", "logs")]
+    loader = open_loader(config, stores, data_rank=0, data_size=1)
+    labels, whole_epochs = {"web": 0, "code": 0, "logs": 0}, set()
+    for step in range(1, config.train.steps + 1):
+        (number,) = loader.samples(step).stores
+        name = list(labels)[number]
+        labels[name] += int((loader.batch(step).labels_BT != IGNORED_LABEL).sum())
+        told = loader.metrics(step)
+        if told[f"data/{name}/epochs"] == 1:
+            whole_epochs.add(name)
+            assert told[f"data/{name}/tokens"] == labels[name]
+    assert whole_epochs == set(labels)

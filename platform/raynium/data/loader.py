@@ -19,7 +19,7 @@ from raynium.data.mixed import metrics_of_stores
 from raynium.data.order import Order, RowShuffle, Samples, Shuffle, seed_of_store
 from raynium.data.order.block_shuffle import BlockShuffle
 from raynium.data.order.mixture import mixture_of
-from raynium.data.rows import Rows, open_rows
+from raynium.data.rows import Rows, num_labels, open_rows
 from raynium.data.store import OpenStore
 from raynium.data.streamed import StreamedStore
 
@@ -133,6 +133,7 @@ def open_loader(
     shuffles = [_shuffle(config, number, store, len(rows[number])) for number, store in enumerate(stores)]
     order = Order(shuffles, mixture_of(data, train.global_batch_size))
     num_rows = [len(each) for each in rows]
+    labels = [num_labels(each, data.seq_len) for each in rows]
     streamed = any(isinstance(store, StreamedStore) for store in stores)
     bytes_per_step = 16 * data.seq_len * train.global_batch_size // data_size
     for number, store in enumerate(stores):
@@ -151,7 +152,7 @@ def open_loader(
         data_size=data_size,
         steps_per_read=1 if streamed else max(1, BYTES_AT_ONCE // bytes_per_step),
         ahead=Ahead(train.steps, data.cache_bytes // cache_sharers) if streamed else None,
-        told=lambda step: metrics_of_stores(config, order, num_rows, step),
+        told=lambda step: metrics_of_stores(config, order, num_rows=num_rows, num_labels=labels, step=step),
     )
 
 

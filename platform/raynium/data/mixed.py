@@ -35,14 +35,20 @@ def refuse_unmixable(config: Config, manifests: Sequence[StoreManifest]) -> None
         seen[manifest.identity] = store.store
 
 
-def metrics_of_stores(config: Config, order: Order, num_rows: Sequence[int], step: int) -> dict[str, float]:
-    """What a run has taken of each store of a mixture when `step` ends; {} for one store. num_rows: of each."""
+def metrics_of_stores(
+    config: Config, order: Order, *, num_rows: Sequence[int], num_labels: Sequence[int], step: int
+) -> dict[str, float]:
+    """What a run has taken of each store of a mixture when `step` ends; {} for one store.
+
+    num_rows, num_labels: of each. Rows of whole documents hold unlike numbers of labels, so tokens are exact at the end
+    of each epoch, and by the mean of all rows within one.
+    """
     if len(num_rows) == 1:
         return {}
     metrics = {}
     counts = order.counts(step * config.train.global_batch_size)
-    for store, rows, samples in zip(config.data.stores, num_rows, counts, strict=True):
-        metrics[f"data/{store.name}/tokens"] = float(samples * config.data.seq_len)
+    for store, rows, labels, samples in zip(config.data.stores, num_rows, num_labels, counts, strict=True):
+        metrics[f"data/{store.name}/tokens"] = float(samples * labels // rows)
         metrics[f"data/{store.name}/epochs"] = samples / rows
     return metrics
 

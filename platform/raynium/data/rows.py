@@ -77,6 +77,11 @@ def open_rows(store: OpenStore, data: DataSection) -> Rows:
     return PackedRows(packable(store), data) if data.packing == "documents" else StreamRows(store, data.seq_len)
 
 
+def num_labels(rows: Rows, seq_len: int) -> int:
+    """Of all rows that `open_rows` gave: each position of a stream's, and of packed ones all but what fills them up."""
+    return rows.index.filled if isinstance(rows, PackedRows) else len(rows) * seq_len
+
+
 def packable(store: OpenStore) -> Packable:
     return Packable(
         stream=store.train_stream(),

@@ -75,7 +75,7 @@ METRICS: dict[str, str] = {
 METRICS_OF_STORES: dict[str, str] = {
     "eval/*/loss": "nats per token: eval/loss on the held-out documents of that store",
     "eval/*/bits_per_byte": "bits per byte of those documents' text",
-    "data/*/tokens": "tokens of that store trained on since step 0, over all ranks",
+    "data/*/tokens": "tokens of that store trained on since step 0, over all ranks, without what fills packed rows up",
     "data/*/epochs": "how often the rows of that store were gone through since step 0",
 }
 
