@@ -17,7 +17,7 @@ from raynium.data.build.store_build import build_store
 from raynium.data.packing import index as packed_index
 from raynium.data.packing import packer
 from raynium.data.packing import rows as packed_rows
-from raynium.data.packing.index import INDEX_NAME, PackedIndex, ensure_index, index_key
+from raynium.data.packing.index import INDEX_NAME, Packable, PackedIndex, ensure_index, index_key
 from raynium.data.packing.packer import PackedPart, TooLong, num_parts, pack_part
 from raynium.data.packing.rows import PackedRows
 from raynium.data.rows import packable
@@ -256,6 +256,16 @@ def test_the_span_of_rows_is_all_that_they_are_read_from(
         asked.clear()
         watched.read(np.arange(first, end))
         assert rows.span(first, end) == (min(begin for begin, _ in asked), max(end for _, end in asked))
+
+
+def test_rows_on_both_sides_of_a_part_without_any_have_a_span(
+    tmp_path: Path, small_windows: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packed_index, "scratch_folder", lambda: tmp_path)
+    text = text_of([5, 600, 5])
+    rows = PackedRows(Packable(text, END, "some identity", "a store", None), DataSection(path="a store", seq_len=16))
+    assert 0 in rows.index.rows[:-1] and rows.span(0, len(rows)) == (0, 610)
+    assert rows.span(len(rows) - 2, len(rows)) == (5 + 36 * 16 - 1, 610)
 
 
 # ---- The index -------------------------------------------------------------------------------------------------------

@@ -78,6 +78,9 @@ class PackedRows:
         spans: list[tuple[int, int]] = []
         first_part, last_part = np.searchsorted(self._part_ends, (first, end - 1), side="right").tolist()
         for part in range(first_part, last_part + 1):
+            # One long document leaves parts between its beginning and its end without a row.
+            if not self.index.rows[part]:
+                continue
             row_begins, pieces = self._part(part)
             of_part = np.array((first, end)) - self._part_begins[part]
             piece, piece_end = row_begins[of_part.clip(0, len(row_begins) - 1)].tolist()
