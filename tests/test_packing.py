@@ -1,6 +1,7 @@
 """Documents packed into rows: what lies where, the index that says so, and rows against a plain reading of the text."""
 
 import json
+import shutil
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -299,6 +300,52 @@ def test_beside_a_store_that_cannot_be_written_the_index_is_in_the_cache_of_data
     assert len(PackedRows(packable(store), section(store, 31))) == index.num_rows
     monkeypatch.undo()
     assert not (store.path / "packed" / folder.name).exists()
+
+
+def packed_is_a_file(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / "packed").write_text("in the way")
+
+
+def the_disk_is_full(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When the second file is written."""
+    write = packed_index.write_atomically
+
+    def full(path: Path, content: bytes) -> None:
+        if path.is_relative_to(folder) and path.name == INDEX_NAME:
+            raise OSError(28, "No space left on device", str(path))
+        write(path, content)
+
+    monkeypatch.setattr(packed_index, "write_atomically", full)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"), [(packed_is_a_file, "exists|Not a directory"), (the_disk_is_full, "No space left on device")]
+)
+def test_where_the_index_cannot_be_written_the_cache_has_it_and_else_an_error_names_the_folder(
+    spoil: Callable[[Path, pytest.MonkeyPatch], None],
+    said: str,
+    store: DocumentStore,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    beside, scratch = tmp_path / "store", tmp_path / "scratch"
+    beside.mkdir()
+    (scratch / "data").mkdir(parents=True)
+    monkeypatch.setattr(packed_index, "scratch_folder", lambda: scratch)
+    spoil(beside, monkeypatch)
+    there = packable(store)._replace(folder=beside)
+    folder, index = ensure_index(there, section(store, 29))
+    assert folder.parent == scratch / "data/packed" and f"cannot be written to {beside}/packed" in caplog.text
+    assert not (beside / "packed" / folder.name).exists(), "what does not fit takes no room"
+    told: list[str] = []
+    assert ensure_index(there, section(store, 29), told.append) == (folder, index) and not told
+
+    shutil.rmtree(scratch / "data/packed")
+    spoil(scratch / "data", monkeypatch)
+    both = f"cannot be written to {beside}/packed/.*: .*({said}), or to {folder}: .*({said}); .*set TMPDIR"
+    with pytest.raises(DataError, match=both):
+        ensure_index(there, section(store, 29))
 
 
 def test_what_was_packed_is_told(store: DocumentStore) -> None:

@@ -10,7 +10,9 @@ function of the store: whichever process finds it missing makes it, while others
 
 import hashlib
 import json
+import logging
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Self
@@ -25,6 +27,8 @@ from raynium.data.packing.packer import PACKER_VERSION, PackedPart, Stream, TooL
 from raynium.errors import DataError
 from raynium.storage.checksum import checksum, list_to_text, to_text
 from raynium.storage.local_files import exclusive, mapped, write_atomically
+
+logger = logging.getLogger(__name__)
 
 INDEX_NAME = "index.json"
 _MAX_INDEX_BYTES = 2**30
@@ -96,7 +100,7 @@ class PackedIndex(BaseModel):
         """None if there is none. Raises DataError for a damaged one."""
         try:
             content = read_plain(folder / INDEX_NAME, max_bytes=_MAX_INDEX_BYTES)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
         try:
             index = cls.model_validate_json(content)
@@ -135,22 +139,43 @@ def ensure_index(
     """The index of a store for rows of data.seq_len, and its folder; made first if it is missing, at some 100 to 1,000
     million tokens a second.
 
-    Raises DataError if no document fits a row, or if the store or the index is damaged.
+    Raises DataError if no document fits a row, if the store or the index is damaged, or if no folder can be written.
     """
     key = index_key(store.identity, data)
-    folder = scratch_folder() / "data/packed" / key
+    folders = [scratch_folder() / "data/packed" / key]
     if store.folder is not None:
-        beside = store.folder / "packed" / key
-        if index := PackedIndex.read(beside):
-            return beside, index
-        folder = beside if os.access(store.folder, os.W_OK) else folder
-    with exclusive(folder.with_name(f"{key}.lock"), f"packing of {store.place}"):
+        folders.insert(0, store.folder / "packed" / key)
+    for folder in folders:
         if index := PackedIndex.read(folder):
             return folder, index
+    if store.folder is not None and not os.access(store.folder, os.W_OK):
+        del folders[0]
+    failed: list[str] = []
+    for folder in folders:
+        try:
+            return folder, _ensure(store, folder, data, tell)
+        except OSError as error:
+            failed.append(f"{folder}: {error.strerror}")
+            logger.warning("the index of rows cannot be written to %s", failed[-1])
+    raise DataError(
+        f"the index of rows cannot be written to {', or to '.join(failed)}; make room there, or set TMPDIR on the "
+        "nodes to a folder that can be written and has room"
+    )
+
+
+def _ensure(store: Packable, folder: Path, data: DataSection, tell: Callable[[str], None] | None) -> PackedIndex:
+    """Raises OSError where the folder cannot be written; nothing is left in it then."""
+    with exclusive(folder.with_name(f"{folder.name}.lock"), f"packing of {store.place}"):
+        if index := PackedIndex.read(folder):
+            return index
         if tell is not None:
             tell(f"data: packing {len(store.stream):,} tokens into rows of {data.seq_len}")
         folder.mkdir(exist_ok=True)
-        return folder, _make(store, folder, seq_len=data.seq_len, too_long=data.too_long)
+        try:
+            return _make(store, folder, seq_len=data.seq_len, too_long=data.too_long)
+        except OSError:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
 
 
 def index_key(identity: str, data: DataSection) -> str:
