@@ -195,6 +195,24 @@ def test_a_jump_lets_go_of_what_was_held(stream: Callable[..., Streaming], monke
     streamed.close()
 
 
+def test_what_is_held_is_found_however_many_windows_overlap_it(local: DocumentStore, stream: Callable[..., Streaming]):
+    streamed = stream()
+    tokens, traffic = streamed.store.train_stream(), streamed.store.traffic
+    spans = [(0, 400), *((begin, begin + 20) for begin in range(1, 12)), (0, 400)]
+    for begin, end in spans:
+        tokens.hold(begin, end)
+    expected, requests = local.train_stream().read(0, 400), traffic.requests
+    assert (tokens.read(50, 300) == expected[50:350]).all()
+    assert (tokens.gather(np.array([3, 90]), 200) == np.stack((expected[3:203], expected[90:290]))).all()
+    # One of two that are the same.
+    tokens.let_go(0, 400)
+    assert (tokens.read(50, 300) == expected[50:350]).all()
+    assert traffic.requests == requests, "it was fetched again"
+    tokens.let_go(0, 400)
+    assert (tokens.read(50, 300) == expected[50:350]).all() and traffic.requests > requests
+    streamed.close()
+
+
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(steps=st.lists(st.integers(1, 200), min_size=1, max_size=8), ahead_bytes=st.sampled_from([1, 2000, 2**20]))
 def test_any_step_can_come_next_and_any_budget_will_do(

@@ -137,9 +137,11 @@ class StreamedTokens:
         self.dtype = dtype
         self._files, self._shards = files, shards
         self._begins = [0, *accumulate(shard.size_bytes // dtype.itemsize for shard in shards)]
-        # In order; they may overlap by what two blocks have in common.
+        # By where they begin. Those of packed rows overlap, and several may be the same.
         self._windows: list[_Window] = []
         self._window_begins = np.empty(0, np.int64)
+        # Of each window and those before it, which one reaches furthest.
+        self._furthest: list[int] = []
         self._last_piece: _Window | None = None
 
     def __len__(self) -> int:
@@ -164,8 +166,8 @@ class StreamedTokens:
         self._sort()
 
     def let_go(self, begin: int, end: int) -> None:
-        """Of what `hold` was given. It goes first when the cache needs room."""
-        self._windows = [each for each in self._windows if each[:2] != (begin, end)]
+        """Of what `hold` was given, one. It goes first when the cache needs room."""
+        del self._windows[[each[:2] for each in self._windows].index((begin, end))]
         self._sort()
         self._used_up(begin, end)
 
@@ -173,9 +175,8 @@ class StreamedTokens:
         """Tokens [start, start + length); fetched where they are not held. Raises DataError or StoreError."""
         assert 0 <= start < start + length <= len(self)
         index = int(np.searchsorted(self._window_begins, start, side="right")) - 1
-        for window in reversed(self._windows[max(0, index - 3) : index + 1]):
-            if start + length <= window.end:
-                return window.tokens[start - window.begin : start - window.begin + length]
+        if index >= 0 and start + length <= (window := self._windows[self._furthest[index]]).end:
+            return window.tokens[start - window.begin : start - window.begin + length]
         pieces: list[np.ndarray] = []
         while length:
             window = self._piece(start)
@@ -189,7 +190,7 @@ class StreamedTokens:
         # Which window each is in, for all in one call; `read` takes a while to find one.
         indices = np.searchsorted(self._window_begins, starts, side="right") - 1
         for row, (start, index) in enumerate(zip(starts.tolist(), indices.tolist(), strict=True)):
-            begin, end, tokens = self._windows[index] if index >= 0 else (0, 0, rows)
+            begin, end, tokens = self._windows[self._furthest[index]] if index >= 0 else (0, 0, rows)
             if start + length <= end:
                 rows[row] = tokens[start - begin : start - begin + length]
             else:
@@ -241,6 +242,8 @@ class StreamedTokens:
     def _sort(self) -> None:
         self._windows.sort(key=lambda window: window.begin)
         self._window_begins = np.array([window.begin for window in self._windows], np.int64)
+        ends = [window.end for window in self._windows]
+        self._furthest = list(accumulate(range(len(ends)), lambda best, new: new if ends[new] > ends[best] else best))
 
 
 class StreamedStore(OpenStore):
