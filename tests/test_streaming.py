@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from raynium.config.schema import DataSection
-from raynium.data import ahead
+from raynium.data import access, ahead
 from raynium.data.access import refuse_small_cache
 from raynium.data.ahead import Ahead, StreamedRows
 from raynium.data.build.store_build import build_store
@@ -24,6 +24,7 @@ from raynium.data.loader import Loader
 from raynium.data.order import Order
 from raynium.data.order.block_shuffle import BlockShuffle
 from raynium.data.packing import index as packed_index
+from raynium.data.packing import packer
 from raynium.data.rows import StreamRows, open_rows
 from raynium.data.store import DocumentStore
 from raynium.data.streamed import StreamedStore, open_streamed
@@ -139,14 +140,38 @@ def test_rows_of_whole_documents_are_streamed_to_the_bit(
 
 def test_a_cache_must_hold_what_packed_blocks_are_read_from(local: DocumentStore):
     sizes: dict[str, Any] = {"access": "stream", "shuffle": "blocks", "seq_len": SEQ_LEN, "shuffle_block_bytes": 2**10}
-    for packing, need in (("stream", 0), ("documents", 2 * 2**19 * 2)):
+    # Blocks of so many bytes of rows, which lie in so many more: eight windows of 2**19 tokens, and two.
+    for packing, of_rows, more in (("stream", 2**10, 0), ("documents", 8 * 2**20, 2 * 2**20)):
         data = DataSection(path="s3://bucket/store", packing=packing, cache_bytes=1000, **sizes)
         with pytest.raises(DataError, match=r"set data\.cache_bytes to \d+") as error:
             refuse_small_cache(data, {data.path: local.manifest})
         found = int(str(error.value).partition("data.cache_bytes to ")[2].partition(" ")[0])
-        blocks = -(-local.manifest.train.tokens // (2**10 // 2))
-        lanes = min(2 * data.shuffle_lanes, blocks)
-        assert found == lanes * (2**10 + 4 * UNIT_BYTES + need)
+        blocks = -(-local.manifest.train.tokens // (of_rows // 2))
+        assert found == min(2 * data.shuffle_lanes, blocks) * (of_rows + 4 * UNIT_BYTES + more)
+        assert ("data.shuffle_block_bytes lower" in str(error.value)) == (packing == "stream")
+
+
+@pytest.mark.parametrize("chosen", [1, 2**10, 2**14])
+def test_packed_blocks_are_read_from_little_more_than_they_use(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chosen: int
+):
+    """However small somebody would have them."""
+    for module in (access, packer):
+        monkeypatch.setattr(module, "window_tokens", lambda seq_len: 8 * seq_len)
+    monkeypatch.setattr(packed_index, "scratch_folder", lambda: tmp_path)
+    (tmp_path / "text.jsonl").write_text("".join(f'{{"text": "{i * i} and {i**3}"}}\n' for i in range(2000)))
+    folder = tmp_path / "store"
+    build_store(folder, source=str(tmp_path / "text.jsonl"), vocab_size=300, unit_bytes=UNIT_BYTES)
+    store = open_streamed(folder, RangeCache(tmp_path / "cache", max_bytes=2**20))
+    data = DataSection(path=str(folder), seq_len=32, packing="documents", shuffle="blocks", shuffle_block_bytes=chosen)
+    row_bytes = 32 * store.manifest.numpy_dtype.itemsize
+    rows = StreamedRows(
+        open_rows(store, data), store, block_rows=access.block_rows(data, store.manifest), row_bytes=row_bytes
+    )
+    whole = len(rows) // rows.block_rows
+    assert whole >= 3
+    fetched = sum(rows.num_bytes(block) for block in range(whole))
+    assert fetched <= 1.2 * whole * rows.block_rows * row_bytes
 
 
 def test_each_block_is_fetched_once_an_epoch_and_little_more_than_is_used(

@@ -215,7 +215,8 @@ class DataSection(Section):
     shuffle_lanes: Annotated[PositiveInt, Unit("blocks")] = 64
     """With shuffle blocks: the blocks that samples are taken from by turns, a row each."""
     shuffle_block_bytes: Bytes = 4 * 2**20
-    """With shuffle blocks: the tokens of one, as they are stored."""
+    """With shuffle blocks: the tokens of one, as they are stored. With packing documents it is at least 8 windows that
+    documents are packed in, each of 2**19 tokens or 128 rows, whichever is more."""
     access: Literal["auto", "copy", "stream"] = "auto"
     """copy: every node copies the store to its disk first. stream: it fetches what the coming steps read, which takes
     shuffle blocks. auto: a local folder is used in place, a URL is copied unless shuffle is blocks and it is larger

@@ -12,6 +12,9 @@ from raynium.data.streamed import open_streamed
 from raynium.errors import DataError
 from raynium.storage.range_cache import RangeCache
 
+# Of packed rows a block is at least so many windows: it fetches one more than it uses, where it begins and ends.
+BLOCK_WINDOWS = 8
+
 
 def is_streamed(data: DataSection, path: str, manifest: StoreManifest) -> bool:
     """Whether the store at this path is read where it lies. The same on every node."""
@@ -45,8 +48,11 @@ def open_fetched(data: DataSection, place: str, *, identity: str | None) -> Open
 
 
 def block_rows(data: DataSection, manifest: StoreManifest) -> int:
-    """Rows of one block under `data.shuffle: blocks`."""
-    return max(1, data.shuffle_block_bytes // row_bytes(data, manifest))
+    """Rows of one block under `data.shuffle: blocks`. The same for a copy, since it is part of the order."""
+    rows = max(1, data.shuffle_block_bytes // row_bytes(data, manifest))
+    if data.packing == "documents":
+        return max(rows, BLOCK_WINDOWS * window_tokens(data.seq_len) // data.seq_len)
+    return rows
 
 
 def row_bytes(data: DataSection, manifest: StoreManifest) -> int:
@@ -70,8 +76,11 @@ def refuse_small_cache(data: DataSection, manifests: dict[str, StoreManifest]) -
             blocks = -(-manifest.train.tokens // (block_rows(data, manifest) * data.seq_len))
             need += min(2 * data.shuffle_lanes, blocks) * of_block
     if need > data.cache_bytes:
+        remedy = (
+            "data.shuffle_lanes" if data.packing == "documents" else "data.shuffle_lanes or data.shuffle_block_bytes"
+        )
         raise DataError(
             f"data.cache_bytes = {data.cache_bytes:,}: a node that streams needs {need:,} bytes, for "
             f"data.shuffle_lanes = {data.shuffle_lanes} blocks of each store and as many that come next; set "
-            f"data.cache_bytes to {need} or more, or data.shuffle_lanes or data.shuffle_block_bytes lower"
+            f"data.cache_bytes to {need} or more, or {remedy} lower"
         )
