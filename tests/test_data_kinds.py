@@ -338,6 +338,28 @@ def test_a_glob_takes_the_files_that_it_matches_and_tells_of_kinds_that_are_not_
             open_source(f"{tmp_path}/{glob}")
 
 
+def test_a_glob_tells_of_linked_folders_and_broken_links_that_it_would_take(tmp_path: Path):
+    for name in ("elsewhere/2.txt", "text/real/1.txt", "text/real/deep/3.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("x")
+    (tmp_path / "text/link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "text/.link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "text/real/link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "text/real/broken.txt").symlink_to(tmp_path / "nowhere")
+
+    def told(glob: str) -> list[tuple[str, str]]:
+        return [(each.name, each.reason) for each in open_source(f"{tmp_path}/text/{glob}").left_out]
+
+    linked, deeper = ("link", "linked folder"), ("real/link", "linked folder")
+    broken = ("real/broken.txt", "no file")
+    assert told("*/*.txt") == [linked, broken]
+    assert told("**/*.txt") == told("**") == [linked, broken, deeper]
+    assert told("re*/**/*.txt") == [broken, deeper]
+    assert told("*/deep/*.txt") == [linked]
+    # What a linked folder would hold is asked for by name.
+    assert [file.name for file in open_source(f"{tmp_path}/text/link/*.txt").files] == ["2.txt"]
+
+
 def test_a_saved_dataset_is_the_files_that_its_state_names(tmp_path: Path):
     (tmp_path / "data-00000-of-00002.arrow").write_bytes(arrow(["one", "two"]))
     (tmp_path / "data-00001-of-00002.arrow").write_bytes(arrow(["three"]))

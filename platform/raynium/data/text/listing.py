@@ -144,11 +144,10 @@ def _of_folder(folder: _Folder, *, pattern: str = "", without: frozenset[str] = 
     found: list[Found] = []
     left_out: list[LeftOut] = []
     for entry in folder.entries(recursive=recursive, without=without):
-        if pattern and not _matches(entry.name.split("/"), pattern.split("/")):
+        if pattern and not _is_asked_for(entry, pattern.split("/")):
             continue
         if isinstance(entry, LeftOut):
-            # A glob takes no hidden files, as in a shell.
-            left_out += [] if pattern else [entry]
+            left_out.append(entry)
         else:
             found.append(entry)
     if not pattern:
@@ -207,6 +206,16 @@ def _walk(root: Path, recursive: bool, without: frozenset[str], source: str) -> 
                     yield Found(relative, plain_size(path), path.stat().st_mtime)
                 except OSError:
                     yield LeftOut(relative, "no file")
+
+
+def _is_asked_for(entry: Found | LeftOut, pattern: list[str]) -> bool:
+    """Whether a glob takes it, or would take files in it if it were followed."""
+    name, reason = entry.name.split("/"), entry.reason if isinstance(entry, LeftOut) else None
+    if reason == "linked folder":
+        beginnings = [pattern[:depth] for depth in range(1, len(pattern))]
+        return any(_matches(name, each) for each in [*beginnings, *([pattern] if pattern[-1] == "**" else [])])
+    # A glob takes no hidden files, as in a shell.
+    return reason != "hidden" and _matches(name, pattern)
 
 
 def _matches(name: list[str], pattern: list[str]) -> bool:
