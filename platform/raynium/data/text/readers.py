@@ -37,7 +37,7 @@ def whole_text(stream: BufferedReader, part: Part) -> Iterator[Item]:
     if len(content) > MAX_DOCUMENT_BYTES:
         yield LeftOut(part.file.name, "too long", part.file.num_bytes)
     else:
-        yield document_of_bytes(part.file.name, content)
+        yield document_of_bytes(part.file.name, content.removeprefix(codecs.BOM_UTF8))
 
 
 def text_pieces(stream: BufferedReader, part: Part) -> Iterator[Item]:
@@ -58,7 +58,8 @@ def text_pieces(stream: BufferedReader, part: Part) -> Iterator[Item]:
         grid += PIECE_BYTES
         held += stream.read(max(0, grid + PIECE_BYTES - position - len(held)))
         ends = _piece_begins(held, grid - position)
-        yield document_of_bytes(f"{part.file.name}:{position}", held[:ends])
+        mark = b"" if position else codecs.BOM_UTF8
+        yield document_of_bytes(f"{part.file.name}:{position}", held[:ends].removeprefix(mark))
         held, position = held[ends:], position + ends
 
 
@@ -192,13 +193,13 @@ def _document_of(name: str, text: str | None, num_bytes: int) -> Item:
 
 
 def document_of_bytes(name: str, content: bytes) -> Item:
+    """content: all that is text; a byte order mark is none at the beginning of a file, and text anywhere else."""
     if len(content) > MAX_DOCUMENT_BYTES:
         return LeftOut(name, "too long", len(content))
     if content.startswith(_UTF_16_MARKS):
         return LeftOut(name, "utf-16", len(content))
     try:
-        # A byte order mark at the beginning is no text.
-        text = content.decode("utf-8-sig")
+        text = content.decode()
     except UnicodeDecodeError:
         return LeftOut(name, "not utf-8", len(content))
     return Document(name, text) if text else LeftOut(name, "empty")
