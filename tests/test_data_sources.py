@@ -369,6 +369,13 @@ def test_a_file_that_changed_since_it_was_listed_is_refused(tmp_path: Path):
     (tmp_path / "a.txt").write_text("xy")
     with pytest.raises(DataError, match=r"a\.txt has 2 bytes, and had 1 when its folder was listed: let nothing write"):
         list(opened.items())
+    opened = open_source(str(tmp_path))
+    status = (tmp_path / "a.txt").stat()
+    (tmp_path / "a.txt").write_text("yx")
+    # A clock may be too coarse to tell two writes in one test.
+    os.utime(tmp_path / "a.txt", ns=(status.st_atime_ns, status.st_mtime_ns + 10**9))
+    with pytest.raises(DataError, match=r"a\.txt was written to after its folder was listed: let nothing write"):
+        list(opened.items())
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ reader. Nothing here tokenises or writes. A document's name decides whether it i
 depend on which other documents exist, on their order, on how the source is cut, or on the machine.
 """
 
+import os
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -173,6 +174,12 @@ def _next_opened(streams: "Iterator[BufferedReader[Any]]", file: SourceFile) -> 
         raise DataError(
             f"{file.place} has {num_bytes:,} bytes, and had {file.num_bytes:,} when its folder was listed: let nothing "
             "write to a source while it is read, then try again"
+        )
+    # A stream of an object in S3 does not know when it was written.
+    if not file.place.startswith("s3://") and os.fstat(stream.fileno()).st_mtime != file.modified_unix:
+        raise DataError(
+            f"{file.place} was written to after its folder was listed: let nothing write to a source while it is read, "
+            "then try again"
         )
     stream.seek(0)
     return stream
