@@ -196,9 +196,21 @@ def test_lines_whose_text_is_null_are_counted_and_only_many_are_refused(tmp_path
         surveyed(tmp_path)
 
 
-@pytest.mark.parametrize("line", ['{"text": "x", "id": ' + "9" * 5000 + "}", '{"text": "x", "m": ' + "[" * 100_000])
-def test_lines_that_only_python_cannot_read_are_refused_with_file_and_line(tmp_path: Path, line: str):
-    (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n' + line + "\n")
+def test_integers_of_any_length_are_read_over(tmp_path: Path):
+    record = '{"text": "x", "id": ' + "9" * 5000 + "}"
+    (tmp_path / "a.jsonl").write_text(record)
+    (tmp_path / "b.json").write_text(f"[{record}]")
+    items = [Document("a.jsonl:0", "x"), Document("b.json:0", "x")]
+    assert list(open_source(f"{tmp_path}/*").items()) == items
+
+
+def test_a_line_that_is_only_a_byte_order_mark_is_empty(tmp_path: Path):
+    (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf\n{"text": "x"}\n')
+    assert list(open_source(str(tmp_path)).items()) == [LeftOut("a.jsonl:0", "empty"), Document("a.jsonl:4", "x")]
+
+
+def test_a_line_that_only_python_cannot_read_is_refused_with_file_and_line(tmp_path: Path):
+    (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n{"text": "x", "m": ' + "[" * 100_000 + "\n")
     with pytest.raises(DataError, match=r"a\.jsonl, line 2: not JSON"):
         surveyed(tmp_path)
 

@@ -20,6 +20,8 @@ PIECE_BYTES = 16_384
 _JSON_BYTES = 65_536
 # Between objects, and between those in an array.
 _BETWEEN_VALUES = (re.compile(r"[ \t\r\n]*"), re.compile(r"[ \t\r\n,]*"))
+# Numbers are no text: one of more digits than Python makes an integer of is read like any other.
+_JSON = json.JSONDecoder(parse_int=float)
 _UTF_16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
@@ -106,10 +108,10 @@ def _skip_line(stream: BufferedReader, most_bytes: int | None = None) -> int:
 
 
 def _json_document(name: str, line: bytes, text_field: str, at: int) -> Item:
-    if not line.strip():
+    if not line.removeprefix(codecs.BOM_UTF8).strip():
         return LeftOut(name, "empty")
     try:
-        record = json.loads(line.decode("utf-8-sig"))
+        record = _JSON.decode(line.decode("utf-8-sig"))
     except UnicodeDecodeError:
         return LeftOut(name, "not utf-8", len(line))
     except (ValueError, RecursionError) as error:
@@ -124,7 +126,6 @@ def json_values(stream: BufferedReader, part: Part, text_field: str) -> Iterator
         return
     # Bytes that are no UTF-8 become half surrogate pairs, so that they cost the one document that they are in.
     decode = codecs.getincrementaldecoder("utf-8-sig")("surrogateescape").decode
-    read_value = json.JSONDecoder().raw_decode
     held, at, row, in_array = "", 0, 0, None
     while True:
         at = _BETWEEN_VALUES[in_array is True].match(held, at).end()  # pyright: ignore[reportOptionalMemberAccess]
@@ -135,7 +136,7 @@ def json_values(stream: BufferedReader, part: Part, text_field: str) -> Iterator
         if in_array and held[at : at + 1] == "]":
             break
         try:
-            value, ends = read_value(held, at)
+            value, ends = _JSON.raw_decode(held, at)
         except (ValueError, RecursionError) as error:
             tried = len(held) - at
             if tried > MAX_DOCUMENT_BYTES:
