@@ -196,6 +196,14 @@ def test_lines_whose_text_is_null_are_counted_and_only_many_are_refused(tmp_path
         surveyed(tmp_path)
 
 
+def test_a_file_of_records_without_one_is_empty(tmp_path: Path):
+    for name, content in {"a.json": "", "b.json": "[]", "c.json": " \n", "d.jsonl": "", "e.ndjson": ""}.items():
+        (tmp_path / name).write_text(content)
+    (tmp_path / "f.jsonl.gz").write_bytes(gzip.compress(b""))
+    items = list(open_source(str(tmp_path)).items())
+    assert items == [LeftOut(file.name, "empty") for file in sorted(tmp_path.iterdir())]
+
+
 def test_integers_of_any_length_are_read_over(tmp_path: Path):
     record = '{"text": "x", "id": ' + "9" * 5000 + "}"
     (tmp_path / "a.jsonl").write_text(record)

@@ -95,6 +95,8 @@ def json_lines(stream: BufferedReader, part: Part, text_field: str) -> Iterator[
         else:
             yield _json_document(name, line, text_field, offset)
         offset += num_bytes
+    if not offset:
+        yield LeftOut(part.file.name, "empty")
 
 
 def _skip_line(stream: BufferedReader, most_bytes: int | None = None) -> int:
@@ -146,7 +148,7 @@ def json_values(stream: BufferedReader, part: Part, text_field: str) -> Iterator
             more = stream.read(max(_JSON_BYTES, tried))
             held, at = held[at:] + decode(more, final=not more), 0
             if not more and not held and not in_array:
-                return
+                break
             if not more:
                 problem = f"not JSON ({getattr(error, 'msg', error)})" if held else "the file ends within an array"
                 raise BadRecord(row, problem) from error
@@ -155,6 +157,8 @@ def json_values(stream: BufferedReader, part: Part, text_field: str) -> Iterator
             at, row = ends, row + 1
     if held[at + 1 :].strip() or stream.read(1):
         raise BadRecord(row, "text after the array's end")
+    if not row:
+        yield LeftOut(part.file.name, "empty")
 
 
 def _field(record: Any, text_field: str, at: int) -> str | None:

@@ -43,6 +43,8 @@ def _parquet_rows(stream: BufferedReader, part: Part, text_field: str) -> Iterat
 
     table = pq.ParquetFile(stream, buffer_size=READ_BYTES, pre_buffer=False)
     column = _text_column(table.schema_arrow, text_field, part.file.place)
+    if not table.metadata.num_rows and not part.begin:
+        yield LeftOut(part.file.name, "empty")
     row = 0
     for number in range(table.num_row_groups):
         group = table.metadata.row_group(number)
@@ -82,6 +84,8 @@ def _arrow_rows(stream: BufferedReader, part: Part, text_field: str) -> Iterator
                 some_rows = batch.slice(begin, BATCH_ROWS)
                 yield from _items(_values(some_rows, column), part.file.name, row)
                 row += some_rows.num_rows
+    if not row:
+        yield LeftOut(part.file.name, "empty")
 
 
 def _text_column(schema: "pa.Schema", text_field: str, place: str) -> list[str]:
