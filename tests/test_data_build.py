@@ -3,12 +3,14 @@
 import itertools
 import json
 import re
+import shutil
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,6 +26,7 @@ from raynium.data.store import open_store
 from raynium.data.tokenizer import Tokenizer
 from raynium.data.verify import verify_store
 from raynium.errors import ConfigError, DataError, StoreError
+from raynium.launch.data import ray_tasks
 from raynium.launch.data.build import build_data, store_place
 from raynium.storage.process import Owner
 from raynium.storage.store import Store
@@ -98,7 +101,8 @@ def test_of_equal_documents_the_first_in_the_order_of_the_source_stays(
 
 def test_duplicates_are_looked_for_across_sources(source: Path, tokenizer: Path, tmp_path: Path):
     once = build(tmp_path / "once", recipe(source, dedup="exact"), tokenizer)
-    twice = build(tmp_path / "twice", recipe(source, source, dedup="exact"), tokenizer)
+    copy = shutil.copytree(source, tmp_path / "copy")
+    twice = build(tmp_path / "twice", recipe(source, copy, dedup="exact"), tokenizer)
     assert twice.train == once.train and twice.identity == once.identity
     assert twice.left_out[0].number == 2 * once.left_out[0].number + once.train.documents + once.heldout.documents
 
@@ -276,6 +280,66 @@ def test_more_held_out_text_than_a_run_can_use_is_refused_at_once(
         DataError, match=r"heldout_fraction = 0\.2 would hold out more than .* set it to 0\.0\d+ or less"
     ):
         build(tmp_path / "store", recipe(source), tokenizer)
+
+
+def test_a_folder_with_files_of_somebodys_own_is_refused_and_stays_as_it_is(
+    source: Path, tokenizer: Path, tmp_path: Path
+):
+    mine = tmp_path / "model"
+    mine.mkdir()
+    for name in ("tokenizer.json", "train-00000.bin"):
+        (mine / name).write_text("mine")
+    with pytest.raises(DataError, match=r"model is not empty and .*, but tokenizer\.json, train-00000\.bin: .*its own"):
+        build(mine, recipe(source), tokenizer)
+    assert {path.name: path.read_text() for path in mine.iterdir()} == dict.fromkeys(
+        ["tokenizer.json", "train-00000.bin"], "mine"
+    )
+    (tmp_path / "other/building").mkdir(parents=True)
+    (tmp_path / "other/building/plan.txt").write_text("mine")
+    with pytest.raises(DataError, match=r"but building/: "):
+        build(tmp_path / "other", recipe(source), tokenizer)
+
+
+def test_a_build_that_failed_at_its_first_part_goes_on(
+    source: Path, tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Its claim is gone then, and of its shards no part knows."""
+
+    def fail(part: Part) -> bytes:
+        raise InterruptedError
+
+    with monkeypatch.context() as broken, pytest.raises(InterruptedError):
+        broken.setattr(Part, "to_json", fail)
+        build(tmp_path / "store", recipe(source), tokenizer)
+    assert (tmp_path / "store/train-00000.bin").exists()
+    assert build(tmp_path / "store", recipe(source), tokenizer).train.documents
+
+
+@pytest.mark.parametrize("dedup", ["none", "exact"])
+def test_a_file_of_two_sources_is_refused(source: Path, tokenizer: Path, tmp_path: Path, dedup: str):
+    files = source / "*.jsonl"
+    with pytest.raises(
+        DataError, match=r"a\.jsonl is in the source '.*/source' and in the source '.*/\*\.jsonl': each"
+    ):
+        build(tmp_path / "store", recipe(source, files, dedup=dedup), tokenizer)
+    with pytest.raises(DataError, match=r"a\.jsonl is in the source '.*/source' and in the source '.*/source'"):
+        build(tmp_path / "store", recipe(source, source, dedup=dedup), tokenizer)
+
+
+def test_nodes_that_leave_a_build_take_no_more_than_their_own_tasks(monkeypatch: pytest.MonkeyPatch):
+    """Ray's own functions replaced, so that the cluster shrinks when it should."""
+    cpus = iter([4, 4, *[1] * 40])
+    cluster = SimpleNamespace(
+        put=lambda given: given,
+        remote=lambda **_: lambda function: SimpleNamespace(remote=lambda task, work, item: item),
+        cluster_resources=lambda: {"CPU": next(cpus)},
+        wait=lambda running, num_returns: (running[:1], running[1:]),
+        get=lambda reference: reference,
+        is_initialized=lambda: False,
+    )
+    monkeypatch.setattr(ray_tasks, "ray", cluster)
+    done: Any = ray_tasks.on_ray(lambda work, item: item, None, range(20))  # pyright: ignore[reportArgumentType]
+    assert sorted(done) == list(range(20))
 
 
 def test_a_shard_that_is_not_there_at_the_end_is_missed(source: Path, tokenizer: Path, tmp_path: Path):

@@ -23,6 +23,8 @@ from raynium.storage.store import Store
 # All that a build keeps in the store until it is finished.
 BUILDING = "building"
 CLAIMS, BEATS = f"{BUILDING}/claims", f"{BUILDING}/beats"
+# There before the first file of a store is, so that what a build left behind is not taken for somebody's own.
+BEGUN = f"{BUILDING}/begun"
 BEAT_SECONDS = 10.0
 LOST_SECONDS = 60.0
 LOOK_SECONDS = 0.5

@@ -14,7 +14,7 @@ from typing import Any
 from raynium.data.build.commit import finish
 from raynium.data.build.dedup import mark_duplicates, num_partitions
 from raynium.data.build.fit import refuse_other_recipe, refuse_other_tokenizer, refuse_small_vocabulary
-from raynium.data.build.lease import BUILDING, only_builder
+from raynium.data.build.lease import BEGUN, BUILDING, CLAIMS, only_builder
 from raynium.data.build.survey import TELL_SECONDS, Survey, Tell, survey
 from raynium.data.build.tokenise import PARTS, Done, part_key, tokenise_split
 from raynium.data.build.work import NumberedSplit, Runner, Work, in_this_process
@@ -25,7 +25,7 @@ from raynium.data.text.documents import Document
 from raynium.data.text.left_out import LeftOut
 from raynium.data.text.sources import MOST_SPLIT_BYTES, Source, open_source, plan_splits, probe
 from raynium.data.tokenizer import Tokenizer
-from raynium.errors import DataError, StoreError
+from raynium.errors import DataError, StoreError, some
 from raynium.storage.backend import KeyExists
 from raynium.storage.checksum import UNIT_BYTES
 from raynium.storage.store import Store
@@ -126,6 +126,7 @@ def build_from_recipe(
         sources = [open_source(each, text_field=recipe.text_field, profile=profile) for each in recipe.sources]
         for source in sources:
             probe(source)
+        _refuse_read_twice(recipe, sources)
         num_bytes = sum(file.num_bytes for source in sources for file in source.files)
         if num_bytes * recipe.heldout_fraction > MOST_HELDOUT_BYTES:
             enough = MOST_HELDOUT_BYTES / num_bytes
@@ -162,11 +163,25 @@ def build_from_recipe(
     return manifest
 
 
+def _refuse_read_twice(recipe: Recipe, sources: Sequence[Source]) -> None:
+    """Raises DataError if two sources have a file in common: under two names it could be trained on and held out."""
+    source_of: dict[str, str] = {}
+    for name, source in zip(recipe.sources, sources, strict=True):
+        for file in source.files:
+            if file.place in source_of:
+                raise DataError(
+                    f"{file.place} is in the source {source_of[file.place]!r} and in the source {name!r}: each file "
+                    "may be in one of them only. Leave one source out, or name its files by a glob"
+                )
+            source_of[file.place] = name
+
+
 def _there_or_built(place: str | Path, build: Callable[[Callable[[], None]], None], tell: Tell) -> StoreManifest:
     manifest = find_manifest(place)
     if manifest is None:
         try:
             store = Store(place)
+            _refuse_foreign(store, place)
             with only_builder(store, tell) as check:
                 # Looked at again now that nobody else builds: another process may have been faster.
                 if find_manifest(place) is None:
@@ -180,6 +195,20 @@ def _there_or_built(place: str | Path, build: Callable[[Callable[[], None]], Non
         manifest = find_manifest(place)
         assert manifest is not None
     return manifest
+
+
+def _refuse_foreign(store: Store, place: str | Path) -> None:
+    """Raises DataError if somebody's own files are there: a build writes and deletes under names of its own."""
+    listing = store.list(recursive=False)
+    # On a file system the folder of an earlier claim stays.
+    folders = [each for each in listing.folders if each != BUILDING or store.list(BUILDING).sizes]
+    foreign = [*listing.sizes, *(f"{folder}/" for folder in folders)]
+    # The manifest is asked for last: a build that ended meanwhile has written it before it took away the rest.
+    if foreign and not (store.exists(BEGUN) or store.list(CLAIMS).sizes or store.exists(MANIFEST_NAME)):
+        raise DataError(
+            f"{place} is not empty and holds no document store, but {some(foreign)}: a build would write over "
+            "files there, and delete some. Give the store a place of its own"
+        )
 
 
 def _build(
@@ -207,6 +236,7 @@ def _build(
     for stale in there - keys.keys():
         store.delete(stale)
     missing = [each for key, each in keys.items() if key not in there]
+    store.replace(BEGUN, b"")
     if recipe.dedup == "exact":
         num_bytes = sum(split.num_bytes for split in splits)
         tell(f"data: looking for duplicates in {num_bytes / 1e6:,.1f} MB")

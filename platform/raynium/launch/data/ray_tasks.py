@@ -28,9 +28,9 @@ def on_ray(task: Callable[[Work, Item], Result], work: Work, items: Sequence[Ite
     waiting, running = iter(items), set[Any]()
     try:
         while True:
-            # Nodes may come and go meanwhile.
+            # Nodes may come and go meanwhile: more may be running than may be now.
             limit = TASKS_PER_CPU * max(1, int(ray.cluster_resources().get("CPU", 1)))
-            running.update(remote.remote(task, shared, item) for item in islice(waiting, limit - len(running)))
+            running.update(remote.remote(task, shared, item) for item in islice(waiting, max(0, limit - len(running))))
             if not running:
                 return
             done, _ = ray.wait(list(running), num_returns=1)
