@@ -41,6 +41,16 @@ def refuse_other_tokenizer(
     refuse_small_vocabulary(model_vocab_size, manifest.vocab_size, f"document store {where}")
 
 
+def refuse_end_in_text(tokenizer: Tokenizer, path: str) -> None:
+    """Raises DataError if a text that spells the token that ends documents becomes it."""
+    end = tokenizer.end_of_document
+    if tokenizer.end_of_document_id in tokenizer.encode(end):
+        raise DataError(
+            f"tokenizer {path!r} makes {end!r} of a text that spells it, so that a document could end itself: name "
+            "another token to end documents with (end_of_document), a special one that its model makes of no text"
+        )
+
+
 def refuse_small_vocabulary(model_vocab_size: int, vocab_size: int, holder: str) -> None:
     """Raises DataError if the model lacks tokens that `holder` has; spare ones do no harm."""
     if model_vocab_size < vocab_size:

@@ -7,7 +7,12 @@ from pathlib import Path
 
 from raynium.config.schema import Config, DataSection
 from raynium.data.access import fetch_store, open_fetched, refuse_small_cache
-from raynium.data.build.fit import refuse_other_recipe, refuse_other_tokenizer, refuse_small_vocabulary
+from raynium.data.build.fit import (
+    refuse_end_in_text,
+    refuse_other_recipe,
+    refuse_other_tokenizer,
+    refuse_small_vocabulary,
+)
 from raynium.data.build.store_build import build_from_source
 from raynium.data.build.survey import Survey, Tell, survey
 from raynium.data.manifest import StoreManifest
@@ -104,6 +109,7 @@ def check_data(data: DataSection, *, model_vocab_size: int, tell: Tell) -> Surve
         raise no_store(data.place)
     if data.tokenizer is not None:
         tokenizer = Tokenizer.load(data.tokenizer, end_of_document=data.end_of_document)
+        refuse_end_in_text(tokenizer, data.tokenizer)
         refuse_small_vocabulary(model_vocab_size, tokenizer.vocab_size, f"tokenizer {data.tokenizer!r}")
     else:
         check_vocab_size(model_vocab_size)

@@ -112,6 +112,7 @@ def _refuse_large_share(source: str, left_out: list[LeftOutGroup], kept_bytes: i
             ({"unread kind"}, "unpack or convert files of kinds that are not read"),
             ({"beside text"}, "give a glob, such as folder/**/*.json, of the files that are documents"),
             ({"too long"}, "split long documents"),
+            ({"no tokens"}, "take a tokenizer that knows the characters of this text"),
         )
         if reasons & {group.reason for group in left_out}
     ]

@@ -8,7 +8,7 @@ import base64
 import json
 import zlib
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -107,6 +107,7 @@ def tokenise_split(work: Work, numbered: NumberedSplit) -> Done:
     store, tokenizer = work.store(), work.tokenizer()
     with temporary_folder("split", temporary_parent()) as folder:
         subsets = _Subsets(folder, tokenizer, work.recipe.heldout_fraction)
+        # Filled by the thread that reads ahead.
         tally = Tally()
         with subsets:
             drop = duplicates_in(work, numbered) if work.recipe.dedup == "exact" else None
@@ -116,6 +117,8 @@ def tokenise_split(work: Work, numbered: NumberedSplit) -> Done:
         for name in ("train", "heldout"):
             key, path = shard_name(name, numbered.number), folder / name
             crcs[name] = put_file(store, key, path, work.unit_bytes).crc if path.stat().st_size else 0
+    for group in subsets.left_out.groups():
+        tally.add(group)
     part = subsets.part(crcs, tally.groups())
     store.replace(part_key(work, numbered), part.to_json())
     return Done(
@@ -148,6 +151,7 @@ class _Subsets:
         self._heldout: list[HeldoutDocument] = []
         self._num_train = self._train_tokens = self._train_bytes = self._heldout_tokens = 0
         self._num_checked = self._num_altered = 0
+        self.left_out = Tally()
         self._files = ExitStack()
 
     def __enter__(self) -> None:
@@ -155,12 +159,22 @@ class _Subsets:
         self._heldout_file = self._files.enter_context((self._folder / "heldout").open("wb"))
 
     def __exit__(self, *_: object) -> None:
-        self._files.close()
+        with _writing(self._folder):
+            self._files.close()
 
     def add(self, documents: list[Document]) -> None:
+        """Raises DataError for a document that the tokenizer would end in the middle, and for a full folder."""
         train: list[np.ndarray] = [self._end[:0]]
         tokens_of_documents = self._tokenizer.encode_batch([document.text for document in documents])
         for document, tokens in zip(documents, tokens_of_documents, strict=True):
+            if not len(tokens):
+                self.left_out.add(LeftOut(document.name, "no tokens", len(document.text.encode())))
+                continue
+            if self._end[0] in tokens:
+                raise DataError(
+                    f"{document.name}: the tokenizer makes {self._tokenizer.end_of_document!r}, which ends a document, "
+                    "of a part of its text: name another token to end documents with (end_of_document)"
+                )
             if is_held_out(document.name, self._heldout_fraction):
                 self._hold_out(document, tokens)
                 continue
@@ -169,7 +183,8 @@ class _Subsets:
             self._lengths.add(len(tokens))
             train += [tokens, self._end]
         stream = np.concatenate(train)
-        self._train_file.write(stream.astype(self._dtype).tobytes())
+        with _writing(self._folder):
+            self._train_file.write(stream.astype(self._dtype).tobytes())
         self._train_tokens += len(stream)
         self._counts += np.bincount(stream, minlength=len(self._counts))
 
@@ -177,7 +192,8 @@ class _Subsets:
         text = document.text.encode()
         zlib_bytes = len(zlib.compress(text, level=9))
         self._heldout.append(HeldoutDocument(document.name, self._heldout_tokens, len(tokens), len(text), zlib_bytes))
-        self._heldout_file.write(tokens.astype(self._dtype).tobytes())
+        with _writing(self._folder):
+            self._heldout_file.write(tokens.astype(self._dtype).tobytes())
         self._heldout_tokens += len(tokens)
         if self._num_checked < CHECKED:
             self._num_checked += 1
@@ -195,6 +211,18 @@ class _Subsets:
             num_altered=self._num_altered,
             left_out=left_out,
         )
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """Raises DataError where the disk is full."""
+    try:
+        yield
+    except OSError as error:
+        raise DataError(
+            f"the tokens of a split cannot be written to {folder}, where they lie until the store has them: "
+            f"{error.strerror}. Free space there, or set TMPDIR to a folder that has more"
+        ) from error
 
 
 def packed_counts(counts: np.ndarray) -> str:

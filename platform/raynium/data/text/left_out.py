@@ -18,6 +18,7 @@ Reason = Literal[
     "no file",
     "hidden",
     "duplicate",
+    "no tokens",
 ]
 # In words, after the number of them.
 _WORDS: dict[Reason, str] = {
@@ -33,9 +34,12 @@ _WORDS: dict[Reason, str] = {
     "no file": "pipes, sockets, devices or broken links",
     "hidden": "hidden",
     "duplicate": "equal to an earlier document",
+    "no tokens": "of which the tokenizer makes no token",
 }
 # Text that a user will miss. Of the rest nobody knows whether it is text, or it holds none.
-_TEXT: frozenset[Reason] = frozenset({"not utf-8", "utf-16", "null", "too long", "unread kind", "beside text"})
+_TEXT: frozenset[Reason] = frozenset(
+    {"not utf-8", "utf-16", "null", "too long", "unread kind", "beside text", "no tokens"}
+)
 
 
 class LeftOut(NamedTuple):

@@ -8,6 +8,7 @@ from pydantic import ValidationError
 
 from raynium.config.local_folders import temporary_parent
 from raynium.config.paths import WORDS_FOR_SOURCE, absolute_path, absolute_root, lies_in
+from raynium.data.build.fit import refuse_end_in_text
 from raynium.data.build.store_build import build_from_recipe
 from raynium.data.build.work import in_this_process
 from raynium.data.manifest import Recipe, StoreManifest
@@ -75,6 +76,7 @@ def build_data(
     except ValidationError as error:
         raise ConfigError([f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors()]) from error
     loaded = Tokenizer.load(tokenizer_place, end_of_document=end_of_document)
+    refuse_end_in_text(loaded, tokenizer_place)
     if find_manifest(place) is not None:
         tell(f"data: {place} is there already")
         return build_from_recipe(place, recipe, loaded, runner=in_this_process, tell=tell)
