@@ -19,7 +19,7 @@ from raynium.data.build.survey import Survey, survey
 from raynium.data.store import open_store
 from raynium.data.text import readers
 from raynium.data.text.documents import Document, is_held_out, name_hash
-from raynium.data.text.left_out import LeftOut, Tally
+from raynium.data.text.left_out import LeftOut, LeftOutGroup, Tally
 from raynium.data.text.listing import PYTHON_STDLIB
 from raynium.data.text.readers import PIECE_BYTES
 from raynium.data.text.sources import open_source, plan_splits, read_split
@@ -234,6 +234,31 @@ def test_a_name_that_is_no_utf_8_names_a_document(tmp_path: Path):
     store = build_store(tmp_path / "store", source=str(text), vocab_size=300, heldout_fraction=0.9)
     assert name in {document.name for document in store.heldout_documents()}
     assert [each.first for each in open_store(store.path).manifest.left_out if each.reason == "empty"] == [r"\xe9.txt"]
+
+
+def test_names_reach_neither_terminal_nor_manifest_with_bytes_that_these_obey_or_refuse(tmp_path: Path):
+    for number in range(40):
+        (tmp_path / f"{number}.txt").write_text(f"text {number}")
+    for name in ("x\x1b[31m.txt", "caf\u00e9.txt", os.fsdecode(b"b.\xff\xfe\x07" + b"\xfc" * 9 + b".gz")):
+        (tmp_path / name).write_text("")
+    tally = Tally()
+    for item in open_source(str(tmp_path)).items():
+        if isinstance(item, LeftOut):
+            tally.add(item)
+    words = {group.reason: group.in_words() for group in tally.groups()}
+    assert set(words) == {"empty", "unread kind"}
+    assert words["unread kind"].startswith(r"1 .\xff\xfe\x07\xfc\xf.gz, which is not read (first: b.\xff\xfe\x07\xfc")
+    assert words["empty"] == "2 empty (first: caf\u00e9.txt)"
+    escape = LeftOutGroup(reason="empty", kind="", number=1, num_bytes=0, first="x\x1b[31m.txt")
+    assert escape.in_words() == LeftOutGroup.of(LeftOut(escape.first, "empty")).in_words()
+    assert escape.in_words() == r"1 empty (first: x\x1b[31m.txt)"
+    (tmp_path / "x\x1b[31m.jsonl").write_text("[")
+    with pytest.raises(DataError, match=r"x\\x1b\[31m\.jsonl, line 1: not JSON"):
+        list(open_source(f"{tmp_path}/*.jsonl").items())
+    (tmp_path / "only").mkdir()
+    (tmp_path / "only/x\x1b[31m.csv").write_text("")
+    with pytest.raises(DataError, match=r"there is x\\x1b\[31m\.csv \(unread kind\)"):
+        open_source(f"{tmp_path}/only")
 
 
 def test_one_file_is_a_source(tmp_path: Path):

@@ -34,6 +34,12 @@ def some(items: Sequence[str], *, mark: str = ", ") -> str:
     return f"{listed} and {len(items) - NAMED} more" if len(items) > NAMED else listed
 
 
+def spelled(name: str) -> str:
+    """A file's name for a message or a record: bytes that are no UTF-8, and what a terminal would obey, as escapes."""
+    name = name.encode(errors="surrogateescape").decode(errors="backslashreplace")
+    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in name)
+
+
 class RayniumError(Exception):
     """Root of the tree: catch this to catch everything Raynium raises on purpose."""
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from raynium.data.text.left_out import LeftOut
+from raynium.errors import spelled
 
 # pieces: a text that is the whole source, cut into documents.
 Kind = Literal["text", "pieces", "jsonl", "json", "parquet", "arrow"]
@@ -38,6 +39,11 @@ class SourceFile:
     kind: Kind
     compression: Compression
     modified_unix: float
+
+    @property
+    def shown(self) -> str:
+        """Its place, for a message."""
+        return spelled(self.place)
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,8 @@ from typing import Annotated, Literal, NamedTuple, Self
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from raynium.errors import spelled
+
 Reason = Literal[
     "not utf-8",
     "utf-16",
@@ -68,8 +70,8 @@ class LeftOutGroup(BaseModel):
 
     @classmethod
     def of(cls, item: LeftOut) -> Self:
-        # A name that is no UTF-8 (Linux allows it) is spelled so that JSON can hold it.
-        first = item.name.encode(errors="surrogateescape").decode(errors="backslashreplace")
+        # Linux allows names that JSON cannot hold.
+        first = spelled(item.name)
         return cls(reason=item.reason, kind=item.kind, number=1, num_bytes=item.num_bytes, first=first)
 
     def plus(self, item: "LeftOutGroup") -> "LeftOutGroup":
@@ -78,7 +80,9 @@ class LeftOutGroup(BaseModel):
         return self.model_copy(update=more)
 
     def in_words(self) -> str:
-        return f"{self.number:,} {_WORDS[self.reason].format(kind=self.kind)} (first: {self.first})"
+        # A manifest may have been written elsewhere.
+        words = _WORDS[self.reason].format(kind=spelled(self.kind))
+        return f"{self.number:,} {words} (first: {spelled(self.first)})"
 
 
 class Tally:

@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 from raynium.config.plain_file import plain_size
 from raynium.data.text.documents import Compression, Kind, SourceFile
 from raynium.data.text.left_out import LeftOut
-from raynium.errors import DataError, StoreError, some
+from raynium.errors import DataError, StoreError, some, spelled
 from raynium.storage.backend import KeyMissing
 from raynium.storage.reading import Found, find_object, list_objects, open_reading
 
@@ -169,7 +169,7 @@ def _of_folder(folder: _Folder, *, pattern: str = "", without: frozenset[str] = 
 
 
 def _nothing(folder: _Folder, pattern: str, left_out: list[LeftOut]) -> str:
-    there = f"; there is {left_out[0].name} ({left_out[0].reason})" if left_out else ""
+    there = f"; there is {spelled(left_out[0].name)} ({left_out[0].reason})" if left_out else ""
     if pattern:
         return (
             f"data.source = {folder.source!r}: no file under {folder.place} matches {pattern!r} and is of a kind that "
@@ -184,8 +184,8 @@ def _nothing(folder: _Folder, pattern: str, left_out: list[LeftOut]) -> str:
 def _walk(root: Path, recursive: bool, without: frozenset[str], source: str) -> Iterator[Found | LeftOut]:
     def refuse(error: OSError) -> None:
         raise DataError(
-            f"data.source = {source!r}: {error.filename} cannot be read: {error.strerror}; give this user permission "
-            "to read it, or move it elsewhere"
+            f"data.source = {source!r}: {spelled(str(error.filename))} cannot be read: {error.strerror}; "
+            "give this user permission to read it, or move it elsewhere"
         ) from error
 
     for folder, folders, names in os.walk(root, onerror=refuse):
@@ -264,7 +264,7 @@ def _source_file(found: Found, place: str) -> SourceFile | LeftOut:
         return SourceFile(found.name, place, found.num_bytes, *known, found.modified_unix)
     path = PurePosixPath(found.name.lower())
     if path.suffix in UNREAD_ENDINGS:
-        inner = PurePosixPath(path.stem).suffix if path.suffix in COMPRESSED_ENDINGS else ""
+        inner = spelled(PurePosixPath(path.stem).suffix) if path.suffix in COMPRESSED_ENDINGS else ""
         return LeftOut(found.name, "unread kind", found.num_bytes, f"{inner[:20]}{path.suffix}")
     return LeftOut(found.name, "other kind", found.num_bytes)
 

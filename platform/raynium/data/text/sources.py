@@ -172,13 +172,13 @@ def _next_opened(streams: "Iterator[BufferedReader[Any]]", file: SourceFile) -> 
     num_bytes = stream.seek(0, SEEK_END)
     if num_bytes != file.num_bytes:
         raise DataError(
-            f"{file.place} has {num_bytes:,} bytes, and had {file.num_bytes:,} when its folder was listed: let nothing "
+            f"{file.shown} has {num_bytes:,} bytes, and had {file.num_bytes:,} when its folder was listed: let nothing "
             "write to a source while it is read, then try again"
         )
     # A stream of an object in S3 does not know when it was written.
     if not file.place.startswith("s3://") and os.fstat(stream.fileno()).st_mtime != file.modified_unix:
         raise DataError(
-            f"{file.place} was written to after its folder was listed: let nothing write to a source while it is read, "
+            f"{file.shown} was written to after its folder was listed: let nothing write to a source while it is read, "
             "then try again"
         )
     stream.seek(0)
@@ -207,7 +207,7 @@ def _problems(file: SourceFile, profile: str | None, stream: BufferedReader) -> 
         if file.kind == "jsonl":
             is_near = error.at <= COUNTED_BYTES
             where = f"line {_line(file, profile, error.at)}" if is_near else f"the line at byte {error.at:,}"
-        raise DataError(f"{file.place}, {where}: {error.problem}") from error
+        raise DataError(f"{file.shown}, {where}: {error.problem}") from error
     except OSError as error:
         if error.errno is not None:
             raise DataError(_unreadable(file, error)) from error
@@ -221,13 +221,13 @@ def _problems(file: SourceFile, profile: str | None, stream: BufferedReader) -> 
 def _unreadable(file: SourceFile, error: Exception) -> str:
     problem = error.strerror or error if isinstance(error, OSError) else error
     return (
-        f"{file.place} cannot be read: {problem}; give this user permission to read it, or take it out of data.source"
+        f"{file.shown} cannot be read: {problem}; give this user permission to read it, or take it out of data.source"
     )
 
 
 def _damaged(file: SourceFile, error: Exception | str, stream: BufferedReader) -> str:
     return (
-        f"{file.place} is cut off or damaged ({error}), before byte {stream.tell():,} of {file.num_bytes:,}: copy it "
+        f"{file.shown} is cut off or damaged ({error}), before byte {stream.tell():,} of {file.num_bytes:,}: copy it "
         "again, or take it out of data.source"
     )
 

@@ -42,7 +42,7 @@ def _parquet_rows(stream: BufferedReader, part: Part, text_field: str) -> Iterat
     import pyarrow.parquet as pq
 
     table = pq.ParquetFile(stream, buffer_size=READ_BYTES, pre_buffer=False)
-    column = _text_column(table.schema_arrow, text_field, part.file.place)
+    column = _text_column(table.schema_arrow, text_field, part.file.shown)
     if not table.metadata.num_rows and not part.begin:
         yield LeftOut(part.file.name, "empty")
     row = 0
@@ -71,14 +71,14 @@ def _arrow_rows(stream: BufferedReader, part: Part, text_field: str) -> Iterator
     stream.seek(max(0, part.file.num_bytes - len(_END_OF_STREAM)))
     if not (end := stream.read()).endswith(_ARROW_FILE) and end != _END_OF_STREAM:
         raise DataError(
-            f"{part.file.place} has no end of an Arrow stream: it is cut off, or was not closed; copy it or save the "
+            f"{part.file.shown} has no end of an Arrow stream: it is cut off, or was not closed; copy it or save the "
             "dataset again"
         )
     stream.seek(0)
     stream.seek(8 if stream.peek(6)[:6] == _ARROW_FILE else 0)
     row = 0
     with pa.ipc.open_stream(stream) as batches:
-        column = _text_column(batches.schema, text_field, part.file.place)
+        column = _text_column(batches.schema, text_field, part.file.shown)
         for batch in batches:
             for begin in range(0, batch.num_rows, BATCH_ROWS):
                 some_rows = batch.slice(begin, BATCH_ROWS)
