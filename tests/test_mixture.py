@@ -238,6 +238,24 @@ def test_a_stage_that_leaves_a_store_out_keeps_it_from_running_out():
     refuse_used_up(config_of(steps=1000, stages=stages, more=["data.max_epochs=1"]), [200, 10**6])
 
 
+def test_epochs_are_counted_by_the_decimal_that_was_given():
+    def config(most: str, steps: int) -> Config:
+        return load_config(
+            "quickstart",
+            [
+                f"data.max_epochs={most}",
+                f"train.steps={steps}",
+                "train.global_batch_size=1",
+                "optimizer.warmup_steps=1",
+            ],
+        )
+
+    refuse_used_up(config("0.29", 29), [100])
+    with pytest.raises(DataError, match="runs out at step 30 of 30"):
+        refuse_used_up(config("0.29", 30), [100])
+    refuse_used_up(config("1e308", 29), [100])
+
+
 def test_one_store_alone_may_run_out_too():
     config = load_config("quickstart", ["train.steps=10", "train.global_batch_size=4", "data.max_epochs=1"])
     with pytest.raises(DataError, match="runs out at step 3 of 10: it has 8 rows, and the run takes 40"):

@@ -1,6 +1,7 @@
 """Whether the stores of a run go together, and last for as long as it trains: by their manifests alone."""
 
 from collections.abc import Iterator, Sequence
+from fractions import Fraction
 
 from raynium.config.schema import Config
 from raynium.data.manifest import StoreManifest
@@ -63,7 +64,8 @@ def refuse_used_up(config: Config, num_rows: Sequence[int]) -> None:
     for number, (store, rows, samples) in enumerate(
         zip(config.data.stores, num_rows, mixture.counts(steps * batch), strict=True)
     ):
-        most = int(config.data.max_epochs * rows)
+        # By the decimal that was given: of 100 rows, 0.29 are 29, and as floats 28.999….
+        most = int(Fraction(str(config.data.max_epochs)) * rows)
         if samples > most:
             step = -(-mixture.samples_with(most + 1, number, most=steps * batch) // batch)
             problems.append(
