@@ -276,6 +276,13 @@ def test_one_file_is_a_source(tmp_path: Path):
         open_source(str(tmp_path / "a.parquet.gz"))
 
 
+@pytest.mark.parametrize("bucket", ["buc*", "b?cket", "[ab]ucket", "*"])
+def test_a_wildcard_in_the_name_of_a_bucket_is_refused_before_s3_is_asked(bucket: str):
+    for source in (f"s3://{bucket}/x", f"s3://{bucket}"):
+        with pytest.raises(DataError, match=rf"the bucket's name '{re.escape(bucket)}' has a wildcard, and one bucket"):
+            open_source(source)
+
+
 def test_what_is_no_file_is_no_source(tmp_path: Path):
     os.mkfifo(tmp_path / "pipe.txt")
     for place, problem in [(tmp_path / "pipe.txt", "it is a pipe"), ("/dev/zero", "it is a device"), ("a\0b", "null")]:

@@ -83,6 +83,12 @@ def _on_disk(source: str, place: str) -> Listing:
 
 
 def _in_s3(source: str, profile: str | None) -> Listing:
+    bucket = source.removeprefix("s3://").partition("/")[0]
+    if _WILDCARD.search(bucket):
+        raise DataError(
+            f"data.source = {source!r}: the bucket's name {bucket!r} has a wildcard, and one bucket is read; give its "
+            "whole name, wildcards may stand after it, as in s3://bucket/web/*.jsonl"
+        )
     if _WILDCARD.search(source):
         root, pattern = _cut_at_wildcard(source)
         return _of_folder(_Folder(root, source, profile), pattern=pattern)
