@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from raynium.config.schema import DataSection
 from raynium.data import access, ahead
+from raynium.data import streamed as streamed_tokens
 from raynium.data.access import refuse_small_cache
 from raynium.data.ahead import Ahead, StreamedRows
 from raynium.data.build.store_build import build_store
@@ -301,6 +302,28 @@ def test_held_out_documents_are_read_without_a_copy_too(local: DocumentStore, st
         assert torch.equal(mine.tokens_BT, other.tokens_BT) and torch.equal(mine.labels_BT, other.labels_BT)
     assert np.array_equal(stream().store.train_token_counts(), local.train_token_counts())
     assert stream().store.tokenizer().sha256s == local.tokenizer().sha256s
+
+
+def test_a_long_read_is_several_requests_at_once(
+    local: DocumentStore, stream: Callable[..., Streaming], monkeypatch: pytest.MonkeyPatch
+):
+    """An index of packed rows is made by one such after another."""
+    tokens = stream().store.train_stream()
+    # The checksums of all shards, so that what comes are tokens only.
+    tokens.fetch(0, len(tokens))
+    monkeypatch.setattr(streamed_tokens, "PIECE_BYTES", 256)
+    read_into = Store.read_into
+    # Breaks unless four come before one is answered.
+    together, left = threading.Barrier(4), itertools.count()
+
+    def waiting(self: Store, key: str, start: int, *buffers: memoryview) -> None:
+        if next(left) < 4:
+            together.wait(30)
+        read_into(self, key, start, *buffers)
+
+    monkeypatch.setattr(Store, "read_into", waiting)
+    assert (tokens.read(5, 4000) == local.train_stream().read(5, 4000)).all()
+    assert next(left) > 4
 
 
 def damage(url: str, name: str, at: int) -> None:

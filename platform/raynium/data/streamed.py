@@ -8,6 +8,7 @@ import threading
 from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property, lru_cache
 from itertools import accumulate
 from pathlib import Path
@@ -27,6 +28,8 @@ from raynium.storage.verify import wrong_units
 
 # What is read without having been held comes in pieces of this size: held-out documents, one after the other.
 PIECE_BYTES = 4 * 2**20
+# Pieces of one long read, such as packing has, that are fetched at once: they hide S3's latency.
+PIECES_AT_ONCE = 8
 # Shards whose checksums are kept in memory, of 8 bytes per 256 KiB.
 SHARDS_KNOWN = 1024
 # For other ranks to let go of what they read; they may be in a long evaluation.
@@ -177,6 +180,9 @@ class StreamedTokens:
         index = int(np.searchsorted(self._window_begins, start, side="right")) - 1
         if index >= 0 and start + length <= (window := self._windows[self._furthest[index]]).end:
             return window.tokens[start - window.begin : start - window.begin + length]
+        if len(spans := self._piece_spans(start, start + length)) > 1:
+            with ThreadPoolExecutor(PIECES_AT_ONCE, thread_name_prefix="data-pieces") as pool:
+                list(pool.map(self.fetch, *zip(*spans, strict=True)))
         pieces: list[np.ndarray] = []
         while length:
             window = self._piece(start)
@@ -201,18 +207,25 @@ class StreamedTokens:
         for shard, first, last in self._ranges(begin, end):
             self._files.cache.used_up(self._files.cached(shard, first, last).key)
 
+    def _piece_spans(self, start: int, stop: int) -> list[tuple[int, int]]:
+        """The stretches of single shards that these tokens are fetched in."""
+        most, spans = PIECE_BYTES // self.dtype.itemsize, list[tuple[int, int]]()
+        while start < stop:
+            index = bisect_right(self._begins, start) - 1
+            begin = self._begins[index] + (start - self._begins[index]) // most * most
+            start = min(begin + most, self._begins[index + 1])
+            spans.append((begin, start))
+        return spans
+
     def _piece(self, start: int) -> _Window:
-        """A stretch of one shard with this token."""
+        """The stretch with this token."""
         last = self._last_piece
         if last is None or not last.begin <= start < last.end:
-            index = bisect_right(self._begins, start) - 1
-            most = PIECE_BYTES // self.dtype.itemsize
-            begin = self._begins[index] + (start - self._begins[index]) // most * most
             # Before the next one comes, so that two are never held.
             self._last_piece = None
             if last is not None:
                 self._used_up(last.begin, last.end)
-            self._last_piece = last = self._held(begin, min(begin + most, self._begins[index + 1]))
+            self._last_piece = last = self._held(*self._piece_spans(start, start + 1)[0])
         return last
 
     def _held(self, begin: int, end: int) -> _Window:

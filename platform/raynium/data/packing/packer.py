@@ -18,8 +18,8 @@ import numpy as np
 PACKER_VERSION = 1
 # Windows are a part, which is packed at once and is one file of the index: about so many tokens.
 PART_TOKENS = 2**26
-# Read at once in search of ends of documents.
-_CHUNK_TOKENS = 2**22
+# Read at once in search of ends of documents: of a store in S3, in several requests.
+_CHUNK_TOKENS = 2**24
 
 TooLong = Literal["split", "leave_out"]
 
