@@ -64,10 +64,11 @@ def only_builder(store: Store, tell: Callable[[str], None]) -> Iterator[Callable
     finally:
         done.set()
         thread.join()
-        # Only what is ours or older: whoever took over has the next number.
-        for old in range(1, number + 1):
-            store.delete(_claim_key(old))
-        store.delete(f"{BEATS}/{number:06d}")
+        # Whoever took over has the next number; but once all are gone, ours may be that of another who came later.
+        if _read(store, _claim_key(number)) == _content():
+            for old in range(1, number + 1):
+                store.delete(_claim_key(old))
+            store.delete(f"{BEATS}/{number:06d}")
 
 
 def _claim(store: Store, tell: Callable[[str], None]) -> int:
