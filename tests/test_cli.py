@@ -126,7 +126,11 @@ def test_the_installed_command_is_this_one() -> None:
         (["logs", "nothing"], 1, "no run 'nothing' at"),
         (["stop", "nothing"], 1, "no run 'nothing' at"),
         (["sample", "nothing", "def"], 1, "has no checkpoint. Check its name"),
-        (["data", "verify", "nothing"], 1, "nothing is no document store: it has no manifest.json; give the folder or"),
+        (
+            ["data", "verify", "nothing"],
+            1,
+            "runs/data/nothing is no document store: it has no manifest.json; give the",
+        ),
         (["ui"], 1, "mlflow.db yet: runs under runs have tracked nothing there"),
         (["ui", "nothing"], 1, "no run 'nothing' at"),
     ],

@@ -14,9 +14,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from commands import run_command
 
+from raynium.config.load import load_config
+from raynium.config.paths import resolve
+from raynium.data.access import fetch_stores
 from raynium.data.build import dedup, lease, store_build
 from raynium.data.build.lease import only_builder
+from raynium.data.build.prepare import check_stores
 from raynium.data.build.show import describe
 from raynium.data.build.store_build import build_from_recipe
 from raynium.data.build.tokenise import Part
@@ -226,6 +231,27 @@ def test_a_builder_that_was_taken_for_dead_does_not_commit(tmp_path: Path):
     assert list(store.list("building/claims").sizes) == ["building/claims/000002.json"]
 
 
+def test_a_builder_that_was_taken_for_dead_leaves_the_claim_of_a_later_one_of_its_number(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The first is halted, the second goes on in its place and ends, the third begins, and the first wakes up."""
+    store, hosts = Store(tmp_path), dict[str, Any]()
+    monkeypatch.setattr(lease, "LOST_SECONDS", 0.0)
+    monkeypatch.setattr(lease, "this_process", lambda: Owner(host, "its-boot", 7, "99"))
+    for host in ("first", "second"):
+        hosts[host] = only_builder(store, print)
+        hosts[host].__enter__()
+    assert len(store.list("building/claims").sizes) == 2
+    hosts["second"].__exit__(None, None, None)
+    host = "third"
+    with only_builder(store, print) as check:
+        host = "first"
+        hosts["first"].__exit__(None, None, None)
+        host = "third"
+        check()
+    assert not store.list("building").sizes
+
+
 def test_what_was_put_there_meanwhile_is_refused(
     source: Path, tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -252,6 +278,9 @@ def test_another_recipe_or_tokenizer_than_the_stores_is_refused(source: Path, to
     other.write_text(Tokenizer.train(["quite another text"], vocab_size=270).file_text)
     with pytest.raises(DataError, match="tokenised with another tokenizer"):
         build(tmp_path / "store", recipe(source), other)
+    ends = Tokenizer.load(tokenizer, end_of_document="d")
+    with pytest.raises(DataError, match=rf"documents end with token 0, .* {ends.end_of_document_id}, 'd' \(end_of_doc"):
+        build_from_recipe(tmp_path / "store", recipe(source), ends, runner=in_this_process, tell=print)
 
 
 def test_a_field_that_is_missing_is_told_before_a_task_runs(source: Path, tokenizer: Path, tmp_path: Path):
@@ -367,8 +396,9 @@ def test_a_mistake_in_the_command_is_said_before_anything_starts(source: Path, t
 
     with pytest.raises(ConfigError, match=r"no tokenizer is given.*--tokenizer.*let `raynium train` build the store"):
         ask(tokenizer=None)
-    with pytest.raises(ConfigError, match="heldout_fraction: Input should be less than or equal to 1"):
-        ask(heldout_fraction=2.0)
+    for fraction, rule in ((0.0, "greater than 0"), (1.0, "less than 1"), (float("nan"), "less than 1")):
+        with pytest.raises(ConfigError, match=f"heldout_fraction = {fraction}: Input should be {rule}"):
+            ask(heldout_fraction=fraction)
     with pytest.raises(DataError, match=r"tokenizer '.*/source/tokenizer\.json' cannot be read"):
         ask(tokenizer=str(source))
     with pytest.raises(ConfigError, match=r"the source '.*' holds the store, '.*/source/runs/data/web'"):
@@ -386,6 +416,31 @@ def test_a_name_lies_under_the_root_and_a_path_where_it_says(tmp_path: Path, mon
     assert store_place("web", "s3://bucket/runs/") == "s3://bucket/runs/data/web"
     assert store_place("./web", "s3://bucket/runs") == f"{tmp_path}/web"
     assert store_place("s3://bucket/web", "runs") == "s3://bucket/web"
+
+
+@pytest.mark.parametrize("name", ["", " ", "a b", "-x", "...", "a\0b", "x" * 65, "\udcff"])
+def test_a_name_that_no_mixture_takes_is_no_name_of_a_store(name: str):
+    with pytest.raises(ConfigError, match=r"the store is '.*': a name is 1 to 64 of letters.*or give a path"):
+        store_place(name, "runs")
+
+
+def test_a_store_is_verified_by_name(
+    source: Path, tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    build(tmp_path / "runs/data/web", recipe(source), tokenizer)
+    command = ("data", "verify", "web", "--root", str(tmp_path / "runs"))
+    ended = run_command(*command, monkeypatch=monkeypatch, capsys=capsys)
+    assert ended.code == 0 and ended.out.startswith(f"{tmp_path}/runs/data/web is whole: ")
+
+
+def test_a_store_of_a_mixture_that_is_not_there_is_built_by_a_command(tmp_path: Path):
+    alone = ["run.name=x", f"run.root={tmp_path}", "data.path=null", "data.source=null"]
+    config = resolve(load_config("quickstart", [*alone, "data.mixture=[{store: web, weight: 1}]"]))
+    for ask in (lambda: check_stores(config, tell=print), lambda: fetch_stores(config.data, tmp_path / "cache")):
+        with pytest.raises(
+            DataError, match=r"mixture's store '.*/data/web' is no .*: it has no .*`raynium data build`"
+        ):
+            ask()
 
 
 def test_a_store_says_what_it_holds(source: Path, tokenizer: Path, tmp_path: Path):

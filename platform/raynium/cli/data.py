@@ -36,7 +36,9 @@ def build(
         str | None, Option(help="The token that ends a document, where the tokenizer's files do not say.")
     ] = None,
     dedup: Annotated[Dedup, Option(help="exact: of equal documents keep the first alone.")] = Dedup.none,
-    heldout_fraction: Annotated[float, Option(min=0, max=1, help="Share of documents to evaluate on.")] = 0.05,
+    heldout_fraction: Annotated[
+        float, Option(min=0, max=1, help="Share of documents to evaluate on, more than 0 and less than 1.")
+    ] = 0.05,
     max_left_out: Annotated[float, Option(min=0, max=1, help="Largest share of text that may be unreadable.")] = 0.1,
     root: RootOption = "runs",
     address: Annotated[str | None, Option(help="Ray cluster, e.g. auto. Default: one started here.")] = None,
@@ -86,19 +88,18 @@ def _print_rows(rows: list[tuple[str, str]]) -> None:
 
 
 @app.command()
-def verify(
-    place: Annotated[str, Argument(metavar="PATH_OR_URL", help="The store's folder or s3:// URL, as in data.path.")],
-) -> None:
+def verify(store: StoreArgument, root: RootOption = "runs") -> None:
     """Read every byte of a document store and compare checksums.
 
     Names each damaged range of each file, and exits with 1 if there is one. For example:
 
     raynium data verify s3://bucket/stores/wikipedia
     """
-    from raynium.config.paths import absolute_path
     from raynium.data.verify import verify_store
+    from raynium.launch.data.build import store_place
 
-    manifest = verify_store(absolute_path("PATH_OR_URL", place))
+    place = store_place(store, root)
+    manifest = verify_store(place)
     num_bytes = sum(file.size_bytes for file in manifest.files)
     typer.echo(
         f"{place} is whole: {len(manifest.files)} files, {num_bytes / 1e6:,.1f} MB, all checksums right; "

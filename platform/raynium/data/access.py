@@ -30,7 +30,7 @@ def fetch_store(data: DataSection, path: str, cache_dir: str | Path) -> str:
     """
     manifest = find_manifest(path)
     if manifest is None:
-        raise no_store(path)
+        raise no_store(path, in_mixture=bool(data.mixture))
     return path if is_streamed(data, path, manifest) else str(localize(path, cache_dir))
 
 

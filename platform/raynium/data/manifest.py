@@ -119,7 +119,7 @@ class Recipe(_JsonObject):
 
     sources: Annotated[list[str], Field(min_length=1)]
     text_field: str
-    heldout_fraction: Annotated[float, Field(ge=0, le=1)]
+    heldout_fraction: Annotated[float, Field(gt=0, lt=1)]
     # exact: of equal texts the first one in the order of the sources was kept.
     dedup: Literal["none", "exact"]
 

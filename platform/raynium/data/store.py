@@ -171,10 +171,15 @@ def local_manifest(path: Path) -> StoreManifest | None:
     return StoreManifest.parse(content, f"document store {path}")
 
 
-def no_store(place: str | Path) -> DataError:
+def no_store(place: str | Path, *, in_mixture: bool = False) -> DataError:
+    named, remedy = (
+        ("data.mixture's store", "build it with `raynium data build`")
+        if in_mixture
+        else ("data.path =", "set data.source to build one there")
+    )
     return DataError(
-        f"data.path = {str(place)!r} is no document store: it has no {MANIFEST_NAME}; "
-        "set data.source to build one there, or give the path or URL of a finished store"
+        f"{named} {str(place)!r} is no document store: it has no {MANIFEST_NAME}; "
+        f"{remedy}, or give the path or URL of a finished store"
     )
 
 

@@ -32,6 +32,8 @@ def check_stores(config: Config, *, tell: Tell) -> Survey | None:
     """`check_data` of each store, and whether those of a mixture go together, by their manifests alone."""
     sections, surveyed = config.data.of_each_store(), None
     for data in sections:
+        if config.data.mixture and find_manifest(data.place) is None:
+            raise no_store(data.place, in_mixture=True)
         surveyed = check_data(data, model_vocab_size=config.model.vocab_size, tell=tell)
     manifests = [manifest for data in sections if (manifest := find_manifest(data.place)) is not None]
     if len(manifests) == len(sections):

@@ -160,6 +160,12 @@ def build_from_recipe(
             f"document store {place} was tokenised with another tokenizer (sha256 {manifest.tokenizer_sha256}) than "
             f"the one asked for (sha256 {tokenizer.sha256}): give the new one another name or place"
         )
+    if manifest.end_of_document_id != tokenizer.end_of_document_id:
+        raise DataError(
+            f"in document store {place} documents end with token {manifest.end_of_document_id}, and it is asked for "
+            f"with {tokenizer.end_of_document_id}, {tokenizer.end_of_document!r} (end_of_document): give the new one "
+            "another name or place"
+        )
     return manifest
 
 

@@ -17,12 +17,23 @@ from raynium.data.tokenizer import TOKENIZER_NAME, Tokenizer
 from raynium.errors import ConfigError
 from raynium.launch.jobs import job_metadata
 from raynium.launch.ray_environment import set_ray_environment
+from raynium.planning.rules import STORE_NAME
 
 
 def store_place(store: str, root: str) -> str:
-    """The folder or URL of a store: a name lies at `<root>/data/<name>`, a path or URL is where it says."""
+    """The folder or URL of a store: a name lies at `<root>/data/<name>`, a path or URL is where it says.
+
+    Raises ConfigError for what is neither, as that of an empty name.
+    """
     if "/" in store or store in (".", "..", "~"):
         return absolute_path("the store", store)
+    if not STORE_NAME.fullmatch(store):
+        raise ConfigError(
+            [
+                f"the store is {store!r}: a name is 1 to 64 of letters, digits, '.', '_' and '-', the first a letter "
+                "or digit; rename it, or give a path, which has a slash, as ./web"
+            ]
+        )
     return f"{absolute_root(root).rstrip('/')}/data/{store}"
 
 
@@ -74,7 +85,8 @@ def build_data(
             dedup=dedup,
         )
     except ValidationError as error:
-        raise ConfigError([f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors()]) from error
+        problems = [f"{'.'.join(map(str, each['loc']))} = {each['input']!r}: {each['msg']}" for each in error.errors()]
+        raise ConfigError(problems) from error
     loaded = Tokenizer.load(tokenizer_place, end_of_document=end_of_document)
     refuse_end_in_text(loaded, tokenizer_place)
     if find_manifest(place) is not None:
