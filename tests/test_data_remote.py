@@ -240,32 +240,39 @@ def test_storage_that_fails_while_it_is_verified_is_no_damage(
 
 def test_prepare_builds_a_missing_store_in_place(source: Path, tmp_path: Path):
     path = tmp_path / "store"
-    store = prepare_store(data_section(path, source=str(source)), model_vocab_size=300, cache_dir=tmp_path / "cache")
+    store = prepare_store(
+        data_section(path, source=str(source)), model_vocab_size=300, run="a run", cache_dir=tmp_path / "cache"
+    )
     assert store.path == path and open_store(path).manifest == store.manifest
     assert not (tmp_path / "cache").exists()
-    again = prepare_store(data_section(path), model_vocab_size=300, cache_dir=tmp_path / "cache")
+    again = prepare_store(data_section(path), model_vocab_size=300, run="a run", cache_dir=tmp_path / "cache")
     assert again.manifest == store.manifest
 
 
 def test_prepare_builds_uploads_and_then_reuses_a_remote_store(source: Path, url: str, tmp_path: Path):
     data = data_section(url, source=str(source))
-    store = prepare_store(data, model_vocab_size=300, cache_dir=tmp_path / "here")
-    elsewhere = prepare_store(data, model_vocab_size=300, cache_dir=tmp_path / "another-machine")
+    store = prepare_store(data, model_vocab_size=300, run="a run", cache_dir=tmp_path / "here")
+    elsewhere = prepare_store(data, model_vocab_size=300, run="a run", cache_dir=tmp_path / "another-machine")
     assert elsewhere.manifest == store.manifest and elsewhere.path != store.path
     with pytest.raises(DataError, match=r"built with data\.source"):
-        prepare_store(data_section(url, source="python-stdlib"), model_vocab_size=300, cache_dir=tmp_path / "here")
+        prepare_store(
+            data_section(url, source="python-stdlib"), model_vocab_size=300, run="a run", cache_dir=tmp_path / "here"
+        )
 
 
 def test_prepare_refuses_what_does_not_fit(local: DocumentStore, tmp_path: Path):
     with pytest.raises(DataError, match=r"is no document store: .*set data\.source to build one there"):
-        prepare_store(data_section(tmp_path / "absent"), model_vocab_size=300, cache_dir=tmp_path)
+        prepare_store(data_section(tmp_path / "absent"), model_vocab_size=300, run="a run", cache_dir=tmp_path)
     with pytest.raises(DataError, match=r"set model\.vocab_size to"):
-        prepare_store(data_section(local.path), model_vocab_size=10, cache_dir=tmp_path)
+        prepare_store(data_section(local.path), model_vocab_size=10, run="a run", cache_dir=tmp_path)
     fields = json.loads(local.tokenizer().file_text)
     (tmp_path / "other.json").write_text(json.dumps({**fields, "normalizer": {"type": "Lowercase"}}))
     with pytest.raises(DataError, match="tokenised with another tokenizer"):
         prepare_store(
-            data_section(local.path, tokenizer=str(tmp_path / "other.json")), model_vocab_size=300, cache_dir=tmp_path
+            data_section(local.path, tokenizer=str(tmp_path / "other.json")),
+            model_vocab_size=300,
+            run="a run",
+            cache_dir=tmp_path,
         )
 
 
@@ -275,10 +282,10 @@ def test_the_content_is_known_by_its_identity_wherever_it_lies(local: DocumentSt
     for path in (local.path, url):
         assert find_identity(data_section(path)) == identity
         data = data_section(path, identity=identity)
-        assert prepare_store(data, model_vocab_size=300, cache_dir=tmp_path).manifest.identity == identity
+        assert prepare_store(data, model_vocab_size=300, run="a run", cache_dir=tmp_path).manifest.identity == identity
         for use in (
             find_identity,
-            lambda data: prepare_store(data, model_vocab_size=300, cache_dir=tmp_path),
+            lambda data: prepare_store(data, model_vocab_size=300, run="a run", cache_dir=tmp_path),
         ):
             with pytest.raises(
                 DataError, match=rf"holds other data \(identity {identity}\) than data.identity = '0{{64}}"

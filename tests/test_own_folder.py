@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from raynium.cli.app import app
 from raynium.storage import own_folder as module
-from raynium.storage.own_folder import drop_folder, own_folder, remove_left, temporary_folder
+from raynium.storage.own_folder import drop_folder, own_folder, remove_left, shared_folder, temporary_folder
 
 pytestmark = pytest.mark.quick
 
@@ -45,6 +45,31 @@ def test_what_a_killed_process_left_goes_with_the_next_one_and_what_lives_stays(
     drop_folder(first)
     drop_folder(second)
     assert sorted(tmp_path.iterdir()) == sorted(elses)
+
+
+SHARED = """
+import os, signal, sys
+from pathlib import Path
+from raynium.storage.own_folder import shared_folder
+(shared_folder(Path(sys.argv[1]), "run") / "range").write_bytes(b"x")
+print("there", flush=True)
+sys.stdin.read()
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_shared_folder_lasts_until_all_that_asked_for_it_are_dead_and_another_one_is_made(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", SHARED, str(tmp_path)]
+    both = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    for process in both:
+        assert process.stdout is not None and process.stdout.readline() == "there\n"
+    for number, process in enumerate(both):
+        shared_folder(tmp_path, f"other-{number}")
+        assert (tmp_path / "run/range").exists()
+        process.communicate("")
+    another = shared_folder(tmp_path, "another")
+    assert shared_folder(tmp_path, "another") == another and not (tmp_path / "run").exists()
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["another", "other-0", "other-1"], "ours live"
 
 
 def test_a_folder_of_another_user_and_a_link_are_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,8 @@ from waiting import wait_for
 
 from raynium.checkpoint.catalog import list_checkpoints, open_checkpoint
 from raynium.config.load import parse_config
+from raynium.config.local_folders import scratch_folder
+from raynium.data import streamed
 from raynium.data.access import fetch_store, fetch_stores, is_streamed, open_fetched
 from raynium.data.build.prepare import check_stores
 from raynium.data.loader import open_loader
@@ -21,6 +23,7 @@ from raynium.data.store import DocumentStore, open_store
 from raynium.data.streamed import StreamedStore
 from raynium.errors import DataError
 from raynium.rank.ports import free_port
+from raynium.storage.range_cache import CachedRange
 from raynium.storage.store import Store
 
 pytestmark = [pytest.mark.s3, pytest.mark.timeout(600)]
@@ -95,7 +98,8 @@ def test_copied_streamed_and_killed_runs_end_with_the_same_bits(url: str, s3_ser
     assert same and checksums(tmp_path / "streamed") == checksums(tmp_path / "killed") == same
     [scratch] = (tmp_path / "scratch-streamed").glob("raynium-*")
     assert not (scratch / "data").exists(), "the store was copied all the same"
-    assert any((scratch / "stream").iterdir())
+    [cache] = (scratch / "stream").iterdir()
+    assert any(cache.iterdir())
 
 
 def section(url: str, **changes: Any) -> Any:
@@ -121,7 +125,7 @@ def test_auto_copies_what_fits_the_cache_and_streams_what_does_not(here: str, tm
         (section(here, access="copy", cache_bytes=1000), DocumentStore),
     ):
         place = fetch_store(data, here, tmp_path / "copies")
-        store = open_fetched(data, place, identity=None)
+        store = open_fetched(data, place, identity=None, run="a run")
         assert type(store) is kind and is_streamed(data, here, store.manifest) == (kind is StreamedStore)
 
 
@@ -130,7 +134,9 @@ def test_the_loader_of_a_config_streams_what_the_copy_holds(here: str, tmp_path:
     batches = []
     for access in ("copy", "stream"):
         config = parse_config(job_text(CHANGES | {"data.path": here, "data.access": access, "data.packing": packing}))
-        store = open_fetched(config.data, fetch_store(config.data, here, tmp_path / "copies"), identity=None)
+        store = open_fetched(
+            config.data, fetch_store(config.data, here, tmp_path / "copies"), identity=None, run="a run"
+        )
         loader = open_loader(config, [store], data_rank=1, data_size=2)
         batches.append([loader.batch(step).columns() for step in range(1, 400)])
         assert set(loader.metrics(399)) == (
@@ -153,7 +159,8 @@ def test_mixtures_are_streamed_as_they_are_copied_through_stages(here: str, tmp_
         changes = {"data.path": None, "data.mixture": mixture, "data.stages": stages, "data.access": access}
         config = parse_config(job_text(CHANGES | changes | {"train.global_batch_size": 8}))
         stores = [
-            open_fetched(config.data, place, identity=None) for place in fetch_stores(config.data, tmp_path / "copies")
+            open_fetched(config.data, place, identity=None, run="a run")
+            for place in fetch_stores(config.data, tmp_path / "copies")
         ]
         assert {type(store) for store in stores} == {StreamedStore if access == "stream" else DocumentStore}
         loaders = [open_loader(config, stores, data_rank=rank, data_size=data_size) for rank in range(data_size)]
@@ -167,12 +174,31 @@ def test_a_folder_is_used_in_place_and_may_be_streamed_as_one_that_is_far_away(h
     folder = build_documents(tmp_path)
     data = section(str(folder), cache_bytes=1000)
     assert fetch_store(data, str(folder), tmp_path / "copies") == str(folder)
-    assert isinstance(open_fetched(data, str(folder), identity=None), DocumentStore)
-    streamed = open_fetched(section(str(folder), access="stream"), str(folder), identity=None)
+    assert isinstance(open_fetched(data, str(folder), identity=None, run="a run"), DocumentStore)
+    as_remote = open_fetched(section(str(folder), access="stream"), str(folder), identity=None, run="a run")
     local = open_store(folder)
-    assert isinstance(streamed, StreamedStore)
+    assert isinstance(as_remote, StreamedStore)
     length = local.manifest.train.tokens
-    assert (streamed.train_stream().read(0, length) == local.train_stream().read(0, length)).all()
+    assert (as_remote.train_stream().read(0, length) == local.train_stream().read(0, length)).all()
+
+
+def test_each_run_of_a_node_has_a_cache_of_its_own(here: str, monkeypatch: pytest.MonkeyPatch):
+    """What one with a large bound does not let go of is not in the way of one with a small bound."""
+    monkeypatch.setattr(streamed, "NO_ROOM_SECONDS", 0.0)
+    greedy, modest = (
+        open_fetched(section(here, access="stream", cache_bytes=cache_bytes), here, identity=None, run=run)
+        for run, cache_bytes in (("greedy", 2**30), ("modest", 2**20))
+    )
+    assert isinstance(greedy, StreamedStore)
+    held = greedy._files.cache.hold(CachedRange("large", 2**20, lambda view: None, lambda view: True))
+    assert len(modest.train_stream().read(0, 1000)) == 1000
+    assert len(held) == 2**20
+
+
+def test_a_cache_that_cannot_be_made_is_an_error_with_a_remedy(here: str, tmp_path: Path):
+    (scratch_folder() / "stream").write_text("in the way")
+    with pytest.raises(DataError, match=r"the data cache .*/stream cannot be made: .*; remove what is there, or set"):
+        open_fetched(section(here, access="stream"), here, identity=None, run="a run")
 
 
 def test_a_cache_that_is_too_small_is_refused_before_anything_starts(here: str):

@@ -73,6 +73,11 @@ class RunSection(Section):
     seed: NonNegativeInt = 0
     """Settles the first weights, the order of the samples, and the sampled text."""
 
+    @property
+    def place(self) -> str:
+        """The folder or prefix of all that the run writes."""
+        return f"{self.root.rstrip('/')}/{self.name}"
+
 
 class ClusterSection(Section):
     """The machines. One Ray Train worker (the node agent) per node forks `ranks_per_node` ranks."""

@@ -1,5 +1,6 @@
 """Whether nodes copy a store or stream it (`data.access`), and what either needs of them."""
 
+import hashlib
 from pathlib import Path
 
 from raynium.config.local_folders import scratch_folder
@@ -10,6 +11,7 @@ from raynium.data.remote import find_manifest, local_path, localize
 from raynium.data.store import OpenStore, no_store, open_store
 from raynium.data.streamed import open_streamed
 from raynium.errors import DataError
+from raynium.storage.own_folder import shared_folder
 from raynium.storage.range_cache import RangeCache
 
 # Of packed rows a block is at least so many windows: it fetches one more than it uses, where it begins and ends.
@@ -39,11 +41,21 @@ def fetch_stores(data: DataSection, cache_dir: str | Path) -> list[str]:
     return [fetch_store(data, store.store, cache_dir) for store in data.stores]
 
 
-def open_fetched(data: DataSection, place: str, *, identity: str | None) -> OpenStore:
-    """What `fetch_store` made ready. Ranks of a node share the cache of what they stream. Raises DataError."""
+def open_fetched(data: DataSection, place: str, *, identity: str | None, run: str) -> OpenStore:
+    """What `fetch_store` made ready. The ranks of a run on one node share the cache of what they stream; run: names it,
+    as no other on the node is named, since each has its own bound. Raises DataError.
+    """
     if local_path(place) is not None and data.access != "stream":
         return open_store(place, identity=identity)
-    cache = RangeCache(scratch_folder() / "stream", max_bytes=data.cache_bytes)
+    caches = scratch_folder() / "stream"
+    try:
+        folder = shared_folder(caches, hashlib.sha256(run.encode()).hexdigest()[:16])
+    except OSError as error:
+        raise DataError(
+            f"the data cache {caches} cannot be made: {error.strerror}; remove what is there, or set TMPDIR on the "
+            "nodes to a folder that can be written and has room"
+        ) from error
+    cache = RangeCache(folder, max_bytes=data.cache_bytes)
     return open_streamed(place, cache, identity=identity)
 
 

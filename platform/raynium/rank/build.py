@@ -86,7 +86,7 @@ def run(plan: RankPlan, link: Link) -> Outcome:
     # ---- data ------------------------------------------------------------------------------------------------------
     link.phase("data", start_step)
     documents = [
-        open_fetched(config.data, place, identity=store.identity)
+        open_fetched(config.data, place, identity=store.identity, run=config.run.place)
         for place, store in zip(plan.data_places, config.data.stores, strict=True)
     ]
     # Ranks that see the same samples read the same blocks.

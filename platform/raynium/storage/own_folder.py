@@ -48,6 +48,31 @@ def drop_folder(folder: Path) -> None:
     os.close(_held.pop(folder))
 
 
+def shared_folder(parent: Path, name: str) -> Path:
+    """`parent/name`, made if need be, which all processes that ask for it share for as long as they live.
+
+    Folders in `parent` that no living process has asked for are removed first. Raises OSError where none can be made.
+    """
+    folder = parent / name
+    if folder in _held and folder.is_dir():
+        return folder
+    folder.mkdir(parents=True, exist_ok=True)
+    for other in parent.iterdir():
+        if other != folder:
+            _remove_if_dead(other)
+    while True:
+        folder.mkdir(exist_ok=True)
+        descriptor = os.open(folder, os.O_RDONLY)
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_SH)
+        # Another process that came in between may have removed it.
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(descriptor), folder.stat()):
+                _held[folder] = descriptor
+                return folder
+        os.close(descriptor)
+
+
 @contextlib.contextmanager
 def temporary_folder(label: str, parent: Path | None = None) -> Iterator[Path]:
     """`own_folder` for the block; in the temporary folder, if no other is named."""
@@ -64,15 +89,17 @@ def remove_left(parent: Path) -> list[Path]:
     A lock tells, not a pid: the kernel lets go of it whatever ends its holder, and it is seen from every container that
     shares the folder.
     """
-    removed: list[Path] = []
-    for folder in parent.glob(f"{_prefix()}*"):
-        with contextlib.suppress(OSError), _opened(folder) as descriptor:
-            if os.fstat(descriptor).st_uid == os.getuid():
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(folder)
-                removed.append(folder)
-                logger.info("removed %s, which a killed process had left", folder)
-    return removed
+    return [folder for folder in parent.glob(f"{_prefix()}*") if _remove_if_dead(folder)]
+
+
+def _remove_if_dead(folder: Path) -> bool:
+    with contextlib.suppress(OSError), _opened(folder) as descriptor:
+        if os.fstat(descriptor).st_uid == os.getuid():
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(folder)
+            logger.info("removed %s, which processes that are dead had left", folder)
+            return True
+    return False
 
 
 @contextlib.contextmanager

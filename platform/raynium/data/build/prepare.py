@@ -49,7 +49,12 @@ def prepare_stores(
     for data, entry in zip(config.data.of_each_store(), config.data.stores, strict=True):
         began = time.monotonic()
         store = prepare_store(
-            data, model_vocab_size=config.model.vocab_size, cache_dir=cache_dir, surveyed=surveyed, tell=tell
+            data,
+            model_vocab_size=config.model.vocab_size,
+            run=config.run.place,
+            cache_dir=cache_dir,
+            surveyed=surveyed,
+            tell=tell,
         )
         label = f"data: {entry.name}:" if config.data.mixture else "data:"
         for line in _in_words(store.manifest, time.monotonic() - began):
@@ -130,13 +135,15 @@ def prepare_store(
     data: DataSection,
     *,
     model_vocab_size: int,
+    run: str,
     cache_dir: str | Path,
     surveyed: Survey | None = None,
     tell: Tell = logger.info,
 ) -> OpenStore:
     """What the driver calls before training: the config's store, built first if it is missing and `source` is given.
 
-    A store at a URL is built there, and then copied to `cache_dir` unless it is streamed. surveyed: from `check_data`.
+    A store at a URL is built there, and then copied to `cache_dir` unless it is streamed. run: see `open_fetched`.
+    surveyed: from `check_data`.
     Raises DataError if there is neither store nor source, or if the store does not fit the config.
     """
     if data.source is not None:
@@ -151,7 +158,7 @@ def prepare_store(
             surveyed=surveyed,
             tell=tell,
         )
-    store = open_fetched(data, fetch_store(data, data.place, cache_dir), identity=data.identity)
+    store = open_fetched(data, fetch_store(data, data.place, cache_dir), identity=data.identity, run=run)
     _refuse_unfit(store.manifest, data, model_vocab_size=model_vocab_size)
     return store
 
