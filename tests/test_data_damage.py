@@ -185,7 +185,7 @@ def test_the_command_verifies_a_folder_and_exits_with_1_if_it_is_damaged(
 ):
     monkeypatch.delenv("RAYNIUM_HOME", raising=False)
     monkeypatch.chdir(copy.parent)
-    command = [str(Path(sys.executable).parent / "raynium"), "data", "verify", "store"]
+    command = [str(Path(sys.executable).parent / "raynium"), "data", "verify", "./store"]
     good = subprocess.run(command, capture_output=True, text=True)
     assert good.returncode == 0 and "all checksums right" in good.stdout and whole.manifest.identity in good.stdout
     flip(copy / "tokenizer.json", 100)

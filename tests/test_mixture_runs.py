@@ -166,7 +166,7 @@ def test_every_store_is_known_by_its_identity_and_named_on_the_page(root: Path, 
     [
         (
             {"data.mixture": [*MIXTURE[:2], {"store": "lgos", "weight": 1}], "data.stages": None},
-            r"data\.path = '.*/data/lgos' is no document store: it has no manifest\.json",
+            r"data\.mixture's store '.*/data/lgos' is no document store: it has no manifest\.json",
         ),
         (
             {"data.mixture": [MIXTURE[0], {"store": "code", "weight": 1, "identity": "ab" * 32}], "data.stages": None},
