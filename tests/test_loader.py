@@ -216,3 +216,18 @@ def test_a_batch_of_several_stores_has_each_row_where_its_sample_is(store: Docum
             expected = rows[number].read(row[None])
             assert np.array_equal(batch.tokens_BT[place], expected["tokens"][0])
             assert np.array_equal(batch.labels_BT[place], expected["labels"][0])
+
+
+@pytest.mark.parametrize("steps_per_read", [1, 2, 5, 7])
+def test_steps_read_together_are_those_read_alone(store: DocumentStore, steps_per_read: int):
+    rows = StreamRows(store, SEQ_LEN)
+    order = Order([RowShuffle(len(rows), seed=3)])
+    together, alone = (
+        Loader([rows], order, global_batch_size=4, data_rank=1, data_size=2, steps_per_read=number)
+        for number in (steps_per_read, 1)
+    )
+    # Also out of their order, as after a resume.
+    for step in [*range(1, 40), 7, 3, 1000, 999]:
+        batch = together.batch(step)
+        for name, column in alone.batch(step).columns().items():
+            assert torch.equal(batch.columns()[name], column) and batch.columns()[name].is_contiguous()

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from mlflow import MlflowClient
 from test_standalone import torchrun
 from tiny import job_text
@@ -237,7 +238,9 @@ def test_tokens_of_a_store_leave_out_what_fills_rows_up_exactly_after_an_epoch(r
     for step in range(1, config.train.steps + 1):
         (number,) = loader.samples(step).stores
         name = list(labels)[number]
-        labels[name] += int((loader.batch(step).labels_BT != IGNORED_LABEL).sum())
+        batch = loader.batch(step)
+        assert batch.tokens_BT.dtype == batch.labels_BT.dtype == torch.int64 and batch.tokens_BT.is_contiguous()
+        labels[name] += int((batch.labels_BT != IGNORED_LABEL).sum())
         told = loader.metrics(step)
         if told[f"data/{name}/epochs"] == 1:
             whole_epochs.add(name)

@@ -34,6 +34,10 @@ class Text:
     def __init__(self, tokens: np.ndarray):
         self.tokens = tokens
 
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        return self.tokens.dtype
+
     def __len__(self) -> int:
         return len(self.tokens)
 
@@ -164,7 +168,7 @@ def test_rows_hold_each_document_whole_with_every_token_a_label_once(store: Docu
     rows, end = PackedRows(packable(store), section(store, seq_len)), store.manifest.end_of_document_id
     columns = rows.read(np.arange(len(rows)))
     assert {name: (str(each.dtype), each.shape) for name, each in columns.items()} == {
-        "tokens": ("int64", (len(rows), seq_len)),
+        "tokens": (str(store.manifest.numpy_dtype), (len(rows), seq_len)),
         "labels": ("int64", (len(rows), seq_len)),
         "documents": ("int32", (len(rows), seq_len)),
     }
@@ -245,6 +249,8 @@ def test_the_span_of_rows_is_all_that_they_are_read_from(
     asked: list[tuple[int, int]] = []
 
     class Asked:
+        dtype = stream.dtype
+
         def __len__(self) -> int:
             return len(stream)
 

@@ -20,12 +20,12 @@ import numpy as np
 from benchmark import heading, parser, verdict
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from tiny import build_documents, loader_of
+from tiny import build_documents
 
-from raynium.config.schema import DataSection
+from raynium.config.load import load_config
+from raynium.config.schema import Config
 from raynium.data.build.store_build import build_store
-from raynium.data.loader import Loader
-from raynium.data.order import Order, RowShuffle
+from raynium.data.loader import open_loader
 from raynium.data.packing.rows import PackedRows
 from raynium.data.rows import packable
 from raynium.data.store import DocumentStore, open_store
@@ -74,7 +74,8 @@ def compare(store: DocumentStore, batch_size: int, seq_len: int, num_steps: int)
     """Print one row of the table; returns loader speed / bare speed."""
     fresh, checked = open_store(store.path), open_store(store.path)
     checked.train_stream().read(0, store.manifest.train.tokens)
-    loader, unchecked = (loader_of(each, seq_len=seq_len, global_batch_size=batch_size) for each in (fresh, checked))
+    config = config_of(batch_size, seq_len, packing="stream")
+    loader, unchecked = (open_loader(config, [each], data_rank=0, data_size=1) for each in (fresh, checked))
     tokens = one_file(store)
     offsets = np.arange(seq_len + 1)
     starts_of_step = [loader.samples(step).rows * seq_len for step in range(1, num_steps + 1)]
@@ -101,10 +102,10 @@ def compare(store: DocumentStore, batch_size: int, seq_len: int, num_steps: int)
 
 def compare_packed(store: DocumentStore, batch_size: int, seq_len: int, num_steps: int) -> float:
     """Print one row of the second table; returns loader speed / bare speed."""
-    section = DataSection(path=str(store.path), seq_len=seq_len, packing="documents")
-    rows = PackedRows(packable(open_store(store.path)), section)
-    order = Order([RowShuffle(len(rows), seed=0)])
-    loader = Loader([rows], order, global_batch_size=batch_size, data_rank=0, data_size=1)
+    config = config_of(batch_size, seq_len, packing="documents")
+    opened = open_store(store.path)
+    index = PackedRows(packable(opened), config.data).index
+    loader = open_loader(config, [opened], data_rank=0, data_size=1)
     tokens, offsets = one_file(store), np.arange(seq_len + 1)
     starts = np.random.default_rng(0).integers(0, len(tokens) - seq_len, (num_steps, batch_size, 1))
     bare_seconds = seconds = 0.0
@@ -112,10 +113,15 @@ def compare_packed(store: DocumentStore, batch_size: int, seq_len: int, num_step
         bare_seconds += cpu_seconds(lambda step: tokens[starts[step - 1] + offsets].astype(np.int64), first)
         seconds += cpu_seconds(loader.batch, first)
     print(
-        f"| {batch_size} × {seq_len} | {sum(rows.index.pieces) / len(rows):.1f} | {bare_seconds / num_steps * 1e6:.1f} "
+        f"| {batch_size} × {seq_len} | {sum(index.pieces) / index.num_rows:.1f} | {bare_seconds / num_steps * 1e6:.1f} "
         f"| {seconds / num_steps * 1e6:.1f} | {bare_seconds / seconds:.2f} |"
     )
     return bare_seconds / seconds
+
+
+def config_of(batch_size: int, seq_len: int, *, packing: str) -> Config:
+    sizes = {"train.global_batch_size": batch_size, "data.seq_len": seq_len, "data.packing": packing}
+    return load_config("quickstart", sizes)
 
 
 def one_file(store: DocumentStore) -> np.ndarray:

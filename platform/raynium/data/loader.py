@@ -7,6 +7,7 @@ B: sequences per step over all ranks, T: `data.seq_len`.
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -75,10 +76,15 @@ class Loader:
 
     def samples(self, step: int) -> Samples:
         """Where this rank's rows of a step lie, each int64 [B / data_size]."""
+        samples, mine = self._place(step)
+        return Samples(*(column[mine] for column in samples))
+
+    def _place(self, step: int) -> tuple[Samples, slice]:
+        """Samples of many steps, and which of them are this rank's of this one."""
         assert step >= 1
         part, number = divmod(step - 1, self._steps_at_once)
         first = number * self._global_batch_size + self._data_rank * self._rank_batch_size
-        return Samples(*(column[first : first + self._rank_batch_size] for column in self._of_steps(part)))
+        return self._of_steps(part), slice(first, first + self._rank_batch_size)
 
     def metrics(self, step: int) -> dict[str, float]:
         """Once `batch(step)` was given: what this rank fetched, if rows are streamed, and what came of each store."""
@@ -100,13 +106,16 @@ class Loader:
         return Samples(*(column[sorted_places] for column in samples))
 
     def _read_steps(self, part: int) -> dict[str, np.ndarray]:
-        """This rank's rows of `steps_per_read` steps: each store's in one call, put where their samples are."""
+        """This rank's rows of `steps_per_read` steps, in the order of the samples."""
         first = part * self._steps_per_read + 1
-        steps = [self.samples(step) for step in range(first, first + self._steps_per_read)]
-        rows = np.concatenate([samples.rows for samples in steps])
+        places = [self._place(step) for step in range(first, first + self._steps_per_read)]
+        rows = np.concatenate([samples.rows[mine] for samples, mine in places])
         if len(self._rows) == 1:
-            return self._rows[0].read(rows)
-        stores = np.concatenate([samples.stores for samples in steps])
+            return {
+                name: values.astype(_type(name, values), copy=False)
+                for name, values in self._rows[0].read(rows).items()
+            }
+        stores = np.concatenate([samples.stores[mine] for samples, mine in places])
         columns: dict[str, np.ndarray] = {}
         by_store, end = np.argsort(stores, kind="stable"), 0
         for store, count in enumerate(np.bincount(stores).tolist()):
@@ -116,9 +125,14 @@ class Loader:
             chosen = by_store[begin:end]
             for name, values in self._rows[store].read(rows[chosen]).items():
                 if name not in columns:
-                    columns[name] = np.empty((len(by_store), *values.shape[1:]), values.dtype)
+                    columns[name] = np.empty((len(by_store), *values.shape[1:]), _type(name, values))
                 columns[name][chosen] = values
         return columns
+
+
+def _type(name: str, values: np.ndarray) -> np.dtype[Any]:
+    """Of a batch's column: torch looks up and counts by int64, whatever tokens are stored as."""
+    return np.dtype(np.int64) if name in ("tokens", "labels") else values.dtype
 
 
 def open_loader(

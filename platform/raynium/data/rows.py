@@ -23,10 +23,10 @@ class Rows(Protocol):
         ...
 
     def read(self, rows: np.ndarray) -> dict[str, np.ndarray]:
-        """The columns of these rows by name, each of its own memory: "tokens" and "labels", int64 [n, T], and others.
+        """The columns of these rows by name: "tokens" and "labels", of any type of integers, [n, T], and others.
 
         rows: int64 [n], each in [0, len). A label of IGNORED_LABEL is not counted. The columns are the same for every
-        call. DataError if the store is damaged there.
+        call, and may lie in one another's memory. DataError if the store is damaged there.
         """
         ...
 
@@ -52,7 +52,7 @@ class StreamRows:
 
     def read(self, rows: np.ndarray) -> dict[str, np.ndarray]:
         windows = self._stream.gather(rows * self._seq_len, self._seq_len + 1)
-        return {"tokens": windows[:, :-1].astype(np.int64), "labels": windows[:, 1:].astype(np.int64)}
+        return {"tokens": windows[:, :-1], "labels": windows[:, 1:]}
 
     def span(self, first: int, end: int) -> tuple[int, int]:
         return first * self._seq_len, end * self._seq_len + 1

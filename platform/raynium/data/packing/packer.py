@@ -10,7 +10,7 @@ A document is its tokens and the one that ends it, all of which are labels. T: t
 
 from bisect import bisect_left, insort
 from collections.abc import Iterator
-from typing import Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 
@@ -26,6 +26,9 @@ TooLong = Literal["split", "leave_out"]
 
 class Stream(Protocol):
     """A store's training tokens: `data.tokens.Tokens`."""
+
+    @property
+    def dtype(self) -> np.dtype[Any]: ...
 
     def __len__(self) -> int: ...
 

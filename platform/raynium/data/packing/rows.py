@@ -28,8 +28,8 @@ class PackedRows:
         self._folder, self.index = ensure_index(store, data)
         self._seq_len = data.seq_len
         self._parts: dict[int, tuple[np.ndarray, np.ndarray]] = {}
-        # What rows are filled up with.
-        self._filler = np.full(data.seq_len, self._end_of_document)
+        # What rows are filled up with, as tokens are stored.
+        self._filler = np.full(data.seq_len, self._end_of_document, store.stream.dtype)
 
     def __len__(self) -> int:
         return self.index.num_rows
@@ -49,12 +49,13 @@ class PackedRows:
                 fillers.append((at * self._seq_len + filled, (at + 1) * self._seq_len))
                 number += 1
             numbers += range(number)
-        labels = np.concatenate(pieces, dtype=np.int64)
+        stored = np.concatenate(pieces)
         lengths = np.array([len(piece) for piece in pieces])
         # Each label is the next one's context, but where a piece begins.
-        tokens = np.empty_like(labels)
-        tokens[1:] = labels[:-1]
+        tokens = np.empty_like(stored)
+        tokens[1:] = stored[:-1]
         tokens[lengths.cumsum() - lengths] = contexts
+        labels = stored.astype(np.int64)
         for begin, end in fillers:
             labels[begin:end] = IGNORED_LABEL
         documents = np.array(numbers, np.int32).repeat(lengths)

@@ -5,6 +5,7 @@ import os
 import re
 import sysconfig
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
@@ -93,11 +94,9 @@ def _in_s3(source: str, profile: str | None) -> Listing:
         root, pattern = _cut_at_wildcard(source)
         return _of_folder(_Folder(root, source, profile), pattern=pattern)
     if _kind(PurePosixPath(source).name) is not None:
-        try:
+        # If there is no such object: a folder may have such a name, too.
+        with suppress(KeyMissing):
             return _of_file(find_object(source, profile=profile), source, source)
-        except KeyMissing:
-            # A folder may have such a name, too.
-            pass
     return _of_folder(_Folder(source.rstrip("/"), source, profile))
 
 
