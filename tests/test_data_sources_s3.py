@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import s3fs
 
+from raynium.data.build import store_build
 from raynium.data.build.store_build import build_from_recipe
 from raynium.data.build.work import in_this_process
 from raynium.data.manifest import Recipe
@@ -21,6 +22,7 @@ from raynium.data.text.sources import open_source, plan_splits, read_split
 from raynium.data.tokenizer import Tokenizer
 from raynium.errors import DataError, StoreError
 from raynium.storage import reading
+from raynium.storage.backend import Head
 from raynium.storage.reading import open_reading, will_read
 
 pytestmark = pytest.mark.s3
@@ -188,13 +190,13 @@ def test_small_objects_are_opened_ahead_of_use_and_fetched_in_one_piece(bucket: 
     for number in range(40):
         put(bucket, f"d/{number:02}.txt", f"text {number}".encode())
     backend = reading._bucket(bucket.removeprefix("s3://"), None)
-    size, asked = backend.size, set[str]()
+    head, asked = backend.head, set[str]()
 
-    def noted(key: str) -> int:
+    def noted(key: str) -> Head:
         asked.add(key)
-        return size(key)
+        return head(key)
 
-    monkeypatch.setattr(backend, "size", noted)
+    monkeypatch.setattr(backend, "head", noted)
     [split] = plan_splits(open_source(f"{bucket}/d"))
     items = read_split(split)
     assert next(items) == Document("00.txt", "text 0")
@@ -269,6 +271,25 @@ def test_a_store_is_built_with_the_profile_and_does_not_name_it(
     assert "research" not in (tmp_path / "store/manifest.json").read_text()
 
 
+@pytest.mark.parametrize("given", ["web", "web/*.jsonl", "web/b.jsonl"])
+def test_an_object_replaced_by_one_of_its_size_between_two_tries_of_a_build_is_tokenised_anew(
+    bucket: str, given: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    for key in ("web/a.jsonl", "web/b.jsonl"):
+        put(bucket, key, lines(0, 200))
+    tokenizer = Tokenizer.train((f"document {n}" for n in range(9)), vocab_size=300)
+    recipe = Recipe(sources=[f"{bucket}/{given}"], text_field="text", heldout_fraction=0.1, dedup="none")
+    how = {"runner": in_this_process, "tell": lambda line: None}
+    with monkeypatch.context() as patch:
+        # It breaks off when all is tokenised.
+        patch.setattr(store_build, "finish", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            build_from_recipe(tmp_path / "store", recipe, tokenizer, **how)
+    put(bucket, "web/b.jsonl", lines(0, 200).replace(b"word", b"drow"))
+    manifest = build_from_recipe(tmp_path / "store", recipe, tokenizer, **how)
+    assert manifest == build_from_recipe(tmp_path / "expected", recipe, tokenizer, **how)
+
+
 def test_what_is_not_there_is_told(bucket: str):
     put(bucket, "web/a.csv", b"x")
     for given, message in (
@@ -290,7 +311,7 @@ def test_what_s3_refuses_while_it_is_read_is_told(bucket: str, monkeypatch: pyte
     def denied(*_: Any) -> None:
         raise StoreError(f"{bucket}/a.jsonl: denied; allow s3:GetObject on it to this role")
 
-    for method in ("read_into", "size"):
+    for method in ("read_into", "head"):
         monkeypatch.setattr(backend, method, denied)
         with pytest.raises(DataError, match=r"a\.jsonl: denied; allow s3:GetObject"):
             list(read_split(split))
@@ -301,6 +322,10 @@ def test_an_object_that_changed_or_went_since_it_was_listed_is_refused(bucket: s
     source = open_source(bucket)
     put(bucket, "a.txt", b"xy")
     with pytest.raises(DataError, match=r"a\.txt has 2 bytes, and had 1 when its folder was listed"):
+        list(source.items())
+    source = open_source(bucket)
+    put(bucket, "a.txt", b"yx")
+    with pytest.raises(DataError, match=r"a\.txt was written to after its folder was listed: let nothing write"):
         list(source.items())
     boto3.client("s3").delete_object(Bucket=bucket.removeprefix("s3://"), Key="a.txt")
     with pytest.raises(DataError, match=r"a\.txt cannot be read: .* does not exist"):

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from s3fs import S3FileSystem
 
 from raynium.errors import StoreError
-from raynium.storage.backend import KeyExists, KeyMissing
+from raynium.storage.backend import Head, KeyExists, KeyMissing
 from raynium.storage.checksum import checksum, to_text
 from raynium.storage.store import Store
 
@@ -91,6 +91,16 @@ def test_a_listing_tells_when_keys_were_written(store: Store) -> None:
     store.write_new("a/b", b"1")
     [(key, written)] = store.list().modified_unix.items()
     assert key == "a/b" and before - 1.1 <= written <= time.time() + 1.1  # S3 gives whole seconds
+
+
+def test_a_key_has_another_version_once_it_is_replaced_by_as_many_bytes(store: Store) -> None:
+    store.replace("a/b", b"1")
+    before = store.list().versions["a/b"]
+    # A file system's clock may stand for some milliseconds.
+    time.sleep(0.05)
+    store.replace("a/b", b"2")
+    after = store.list().versions["a/b"]
+    assert after != before and store._backend.head("a/b") == (1, store.stored_checksum("a/b")[1], after)
 
 
 def test_deleting_twice_at_once_does_not_fail(store: Store) -> None:
@@ -483,10 +493,11 @@ def test_a_server_that_holds_something_else_is_noticed(
     (tmp_path / "image").write_bytes(b"123")
     backend = store._backend
     for number, stored in enumerate([(2, to_text(checksum(b"123"))), (3, "AAAAAAAAAAA=")]):
-        monkeypatch.setattr(backend, "stored_checksum", lambda key, stored=stored: stored)
+        monkeypatch.setattr(backend, "head", lambda key, stored=stored: Head(*stored, version=""))
         with pytest.raises(StoreError, match=r"sent 3 bytes with CRC64NVME .*, the server holds .*is not used"):
             store.upload_file(f"shard-{number}", tmp_path / "image")
-    monkeypatch.setattr(backend, "stored_checksum", lambda key: (3, None))  # a server that keeps none
+    # A server that keeps none.
+    monkeypatch.setattr(backend, "head", lambda key: Head(3, None, ""))
     store.upload_file("shard-2", tmp_path / "image")
     monkeypatch.undo()
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from raynium.errors import StoreError
 from raynium.storage.checksum import FileChecksums
@@ -17,16 +17,29 @@ class KeyMissing(StoreError):
     """The key to read does not exist."""
 
 
+class Head(NamedTuple):
+    """What storage says of a key without reading it.
+
+    crc64nvme: base64; None where the server keeps none: file systems, and S3 servers older than that checksum. version:
+    another one whenever the bytes are others: S3's ETag, or a file's time of writing in nanoseconds.
+    """
+
+    num_bytes: int
+    crc64nvme: str | None
+    version: str
+
+
 @dataclass(frozen=True)
 class Listing:
     """What lies under a folder; names are relative to the store.
 
-    sizes: key → bytes. modified_unix: key → seconds by the storage's clock, on S3 whole ones. folders: one level down,
-    without the closing slash; empty for a recursive listing.
+    sizes: key → bytes. modified_unix: key → seconds by the storage's clock, on S3 whole ones. versions: key → as in
+    `Head`. folders: one level down, without the closing slash; empty for a recursive listing.
     """
 
     sizes: Mapping[str, int] = field(default_factory=dict)
     modified_unix: Mapping[str, float] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
     folders: tuple[str, ...] = ()
 
 
@@ -37,8 +50,7 @@ class Backend(Protocol):
     # One version of it, also while it is being replaced.
     def read(self, key: str, *, max_bytes: int) -> bytes: ...
     def read_into(self, key: str, start: int, buffers: Sequence[memoryview]) -> None: ...
-    def size(self, key: str) -> int: ...
-    def stored_checksum(self, key: str) -> tuple[int, str | None]: ...
+    def head(self, key: str) -> Head: ...
     def list(self, folder: str, *, recursive: bool) -> Listing: ...
     def delete(self, key: str) -> None: ...
     def delete_prefix(self, folder: str) -> int: ...

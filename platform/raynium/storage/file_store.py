@@ -10,7 +10,7 @@ from typing import BinaryIO
 from uuid import uuid4
 
 from raynium.errors import StoreError
-from raynium.storage.backend import KeyExists, KeyMissing, Listing, refuse_large
+from raynium.storage.backend import Head, KeyExists, KeyMissing, Listing, refuse_large
 from raynium.storage.checksum import PART_BYTES, FileChecksums, checksum_units
 from raynium.storage.local_files import mapped, sync_folder
 
@@ -45,8 +45,8 @@ class FileBackend:
             file.write(data)
 
     def read(self, key: str, *, max_bytes: int) -> bytes:
-        # A folder is not a key: `size` refuses it.
-        self.size(key)
+        # A folder is not a key: `head` refuses it.
+        self.head(key)
         # Whatever replaces the file, the one opened here is read.
         with self._errors(key), (self.root / key).open("rb") as file:
             refuse_large(self._uri(key), os.fstat(file.fileno()).st_size, max_bytes)
@@ -63,16 +63,14 @@ class FileBackend:
                 position += count
                 waiting = after(waiting, count)
 
-    def size(self, key: str) -> int:
+    def head(self, key: str) -> Head:
         with self._errors(key):
             path = self.root / key
             # As in S3, a folder is not a key.
             if path.is_dir():
                 raise KeyMissing(f"{self._uri(key)} does not exist")
-            return path.stat().st_size
-
-    def stored_checksum(self, key: str) -> tuple[int, str | None]:
-        return self.size(key), None
+            stat = path.stat()
+        return Head(stat.st_size, None, str(stat.st_mtime_ns))
 
     def list(self, folder: str, *, recursive: bool) -> Listing:
         stats: dict[str, os.stat_result] = {}
@@ -96,6 +94,7 @@ class FileBackend:
         return Listing(
             sizes={key: stat.st_size for key, stat in found},
             modified_unix={key: stat.st_mtime for key, stat in found},
+            versions={key: str(stat.st_mtime_ns) for key, stat in found},
             folders=tuple(sorted(folders)),
         )
 

@@ -7,14 +7,17 @@ Their names are as their writers liked; `Store` has rules for what we write.
 """
 
 import io
+import os
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
+from raynium.config.plain_file import plain_size
 from raynium.storage.backend import Backend
 from raynium.storage.store import open_backend
 
@@ -30,24 +33,36 @@ OPEN_AHEAD = 16
 
 @dataclass(frozen=True)
 class Found:
-    """A file under a folder. name: relative to it, "/"-separated."""
+    """A file under a folder. name: relative to it, "/"-separated. version: as in `backend.Head`."""
 
     name: str
     num_bytes: int
-    modified_unix: float
+    version: str
 
 
 def list_objects(url: str, *, recursive: bool, profile: str | None = None) -> Iterator[Found]:
     """What lies under a folder in S3, of whatever name, in no order. Raises StoreError."""
     _, backend = open_backend(url, _options(profile))
     listing = backend.list("", recursive=recursive)
-    return (Found(name, num_bytes, listing.modified_unix[name]) for name, num_bytes in listing.sizes.items())
+    return (Found(name, num_bytes, listing.versions[name]) for name, num_bytes in listing.sizes.items())
 
 
 def find_object(url: str, *, profile: str | None = None) -> Found:
     """One object in S3. Raises KeyMissing, StoreError."""
     bucket, key = _bucket_and_key(url)
-    return Found(key.rpartition("/")[2], _bucket(bucket, profile).size(key), 0.0)
+    head = _bucket(bucket, profile).head(key)
+    return Found(key.rpartition("/")[2], head.num_bytes, head.version)
+
+
+def find_file(path: Path) -> Found:
+    """One file on a disk, or the linked one. Raises OSError, also if it is none."""
+    return Found(path.name, plain_size(path), str(path.stat().st_mtime_ns))
+
+
+def version_of(stream: "io.BufferedReader[Any]") -> str:
+    """Of the file that `open_reading` opened, when it did: as in `backend.Head`."""
+    raw = stream.raw
+    return raw.version if isinstance(raw, _Object) else str(os.fstat(raw.fileno()).st_mtime_ns)
 
 
 def open_reading(place: str, *, profile: str | None = None) -> "io.BufferedReader[io.RawIOBase]":
@@ -106,7 +121,7 @@ class _Object(io.RawIOBase):
 
     def __init__(self, backend: Backend, key: str):
         self._backend, self._key = backend, key
-        self._num_bytes = backend.size(key)
+        self._num_bytes, _, self.version = backend.head(key)
         self._position = 0
         self._begin, self._window = 0, memoryview(b"")
         # Of what was said to be read: the bytes, and how many the next window has.

@@ -26,7 +26,7 @@ from botocore.exceptions import BotoCoreError, ClientError
 
 from raynium.config.proxies import spare_loopback
 from raynium.errors import StoreError
-from raynium.storage.backend import KeyExists, KeyMissing, Listing, refuse_large
+from raynium.storage.backend import Head, KeyExists, KeyMissing, Listing, refuse_large
 from raynium.storage.checksum import PART_BYTES, FileChecksums, checksum, checksum_units, num_units, to_text
 from raynium.storage.local_files import mapped
 from raynium.storage.s3_body import Destination, MemoryBody, receive
@@ -93,17 +93,15 @@ class S3Backend:
         with self._errors(key, "s3:GetObject"):
             self._run(self._read_into(key, start, Destination(buffers)))
 
-    def size(self, key: str) -> int:
-        return self.stored_checksum(key)[0]
-
-    def stored_checksum(self, key: str) -> tuple[int, str | None]:
+    def head(self, key: str) -> Head:
         with self._errors(key, "s3:GetObject"):
             head = self._run(self._request("head_object", key, ChecksumMode="ENABLED"))
-        return head["ContentLength"], head.get("ChecksumCRC64NVME")
+        return Head(head["ContentLength"], head.get("ChecksumCRC64NVME"), head["ETag"].strip('"'))
 
     def list(self, folder: str, *, recursive: bool) -> Listing:
         sizes: dict[str, int] = {}
         modified_unix: dict[str, float] = {}
+        versions: dict[str, str] = {}
         folders: list[str] = []
         base = len(f"{self.prefix}/") if self.prefix else 0
         request = {"Prefix": self._folder_prefix(folder), "Delimiter": "" if recursive else "/"}
@@ -112,11 +110,12 @@ class S3Backend:
                 page = self._run(self._request("list_objects_v2", **request))
             for item in page.get("Contents", ()):
                 if not item["Key"].endswith("/"):
-                    sizes[item["Key"][base:]] = item["Size"]
-                    modified_unix[item["Key"][base:]] = item["LastModified"].timestamp()
+                    key = item["Key"][base:]
+                    sizes[key], versions[key] = item["Size"], item["ETag"].strip('"')
+                    modified_unix[key] = item["LastModified"].timestamp()
             folders += [item["Prefix"][base:-1] for item in page.get("CommonPrefixes", ())]
             if not page.get("IsTruncated"):
-                return Listing(sizes, modified_unix, tuple(folders))
+                return Listing(sizes, modified_unix, versions, tuple(folders))
             request["ContinuationToken"] = page["NextContinuationToken"]
 
     def delete(self, key: str) -> None:
@@ -292,7 +291,7 @@ class S3Backend:
 
     def _check_stored(self, key: str, sent: FileChecksums) -> None:
         """Compare what the server says it holds (an old one keeps no checksum) with what was sent; nothing is read."""
-        size, stored = self.stored_checksum(key)
+        size, stored, _ = self.head(key)
         if size != sent.size or (stored or to_text(sent.crc)) != to_text(sent.crc):
             raise StoreError(
                 f"{self._uri(key)}: sent {sent.size:,} bytes with CRC64NVME {to_text(sent.crc)}, the server holds "

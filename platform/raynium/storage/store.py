@@ -80,14 +80,14 @@ class Store:
 
     def size(self, key: str) -> int:
         """Bytes of `key`. KeyMissing."""
-        return self._backend.size(checked_key(key))
+        return self._backend.head(checked_key(key)).num_bytes
 
     def stored_checksum(self, key: str) -> tuple[int, str | None]:
         """Bytes of `key`, and the CRC64NVME (base64) that the server keeps of it, in one request. KeyMissing.
 
         None where it keeps none: file systems, and S3 servers older than that checksum.
         """
-        return self._backend.stored_checksum(checked_key(key))
+        return self._backend.head(checked_key(key))[:2]
 
     def exists(self, key: str) -> bool:
         try:

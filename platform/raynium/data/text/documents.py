@@ -29,8 +29,8 @@ Item = Document | LeftOut
 
 @dataclass(frozen=True)
 class SourceFile:
-    """As it was listed. place: its path or URL. num_bytes: as it lies there, packed or not. modified_unix: by the clock
-    of where it lies.
+    """As it was listed. place: its path or URL. num_bytes: as it lies there, packed or not. version: as in
+    `storage.backend.Head`.
     """
 
     name: str
@@ -38,7 +38,7 @@ class SourceFile:
     num_bytes: int
     kind: Kind
     compression: Compression
-    modified_unix: float
+    version: str
 
     @property
     def shown(self) -> str:

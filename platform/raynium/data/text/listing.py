@@ -6,16 +6,15 @@ import re
 import sysconfig
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 
-from raynium.config.plain_file import plain_size
 from raynium.data.text.documents import Compression, Kind, SourceFile
 from raynium.data.text.left_out import LeftOut
 from raynium.errors import DataError, StoreError, some, spelled
 from raynium.storage.backend import KeyMissing
-from raynium.storage.reading import Found, find_object, list_objects, open_reading
+from raynium.storage.reading import Found, find_file, find_object, list_objects, open_reading
 
 PYTHON_STDLIB = "python-stdlib"
 # These lie inside the standard library's folder.
@@ -78,7 +77,7 @@ def _on_disk(source: str, place: str) -> Listing:
         root, pattern = _cut_at_wildcard(place)
         return _of_folder(_Folder(root or ".", source, None), pattern=pattern)
     try:
-        return _of_file(Found(path.name, plain_size(path), path.stat().st_mtime), place, source)
+        return _of_file(find_file(path), place, source)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise FileNotFoundError(error.errno, "there is no such folder or file on this machine") from error
 
@@ -208,7 +207,7 @@ def _walk(root: Path, recursive: bool, without: frozenset[str], source: str) -> 
             if not name.startswith("."):
                 path, relative = Path(folder, name), (inside / name).as_posix()
                 try:
-                    yield Found(relative, plain_size(path), path.stat().st_mtime)
+                    yield replace(find_file(path), name=relative)
                 except OSError:
                     yield LeftOut(relative, "no file")
 
@@ -266,7 +265,7 @@ def _kind(name: str) -> tuple[Kind, Compression] | None:
 def _source_file(found: Found, place: str) -> SourceFile | LeftOut:
     known = _kind(found.name)
     if known is not None:
-        return SourceFile(found.name, place, found.num_bytes, *known, found.modified_unix)
+        return SourceFile(found.name, place, found.num_bytes, *known, found.version)
     path = PurePosixPath(found.name.lower())
     if path.suffix in UNREAD_ENDINGS:
         inner = spelled(PurePosixPath(path.stem).suffix) if path.suffix in COMPRESSED_ENDINGS else ""
@@ -281,4 +280,4 @@ def _of_file(found: Found, place: str, source: str) -> Listing:
         raise DataError(f"data.source = {source!r}: a file that ends in {ending} is not read; give one of {ENDINGS}")
     kind, compression = known
     kind = "pieces" if kind == "text" else kind
-    return Listing([SourceFile(found.name, place, found.num_bytes, kind, compression, found.modified_unix)], [])
+    return Listing([SourceFile(found.name, place, found.num_bytes, kind, compression, found.version)], [])

@@ -6,7 +6,6 @@ reader. Nothing here tokenises or writes. A document's name decides whether it i
 depend on which other documents exist, on their order, on how the source is cut, or on the machine.
 """
 
-import os
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -23,7 +22,7 @@ from raynium.data.text.readers import BadRecord, json_lines, json_values, text_p
 from raynium.data.text.tables import table_rows
 from raynium.errors import DataError, StoreError
 from raynium.storage.backend import KeyMissing
-from raynium.storage.reading import open_each, open_reading, will_read
+from raynium.storage.reading import open_each, open_reading, version_of, will_read
 
 # So that a small source still has parts for many tasks, and a large one's tasks end within minutes.
 LEAST_SPLIT_BYTES = 8 * 10**6
@@ -175,8 +174,7 @@ def _next_opened(streams: "Iterator[BufferedReader[Any]]", file: SourceFile) -> 
             f"{file.shown} has {num_bytes:,} bytes, and had {file.num_bytes:,} when its folder was listed: let nothing "
             "write to a source while it is read, then try again"
         )
-    # A stream of an object in S3 does not know when it was written.
-    if not file.place.startswith("s3://") and os.fstat(stream.fileno()).st_mtime != file.modified_unix:
+    if version_of(stream) != file.version:
         raise DataError(
             f"{file.shown} was written to after its folder was listed: let nothing write to a source while it is read, "
             "then try again"
