@@ -12,10 +12,12 @@ import pyarrow.parquet as pq
 import pytest
 import s3fs
 
+from raynium.config.schema import DataSection
 from raynium.data.build import store_build
+from raynium.data.build.prepare import check_data, prepare_store
 from raynium.data.build.store_build import build_from_recipe
 from raynium.data.build.work import in_this_process
-from raynium.data.manifest import Recipe
+from raynium.data.manifest import Recipe, StoreManifest
 from raynium.data.text.documents import Document
 from raynium.data.text.left_out import LeftOut
 from raynium.data.text.sources import open_source, plan_splits, read_split
@@ -269,6 +271,32 @@ def test_a_store_is_built_with_the_profile_and_does_not_name_it(
     manifest = build_from_recipe(tmp_path / "store", recipe, tokenizer, profile="research", **how)
     assert manifest.train.documents + manifest.heldout.documents == 200
     assert "research" not in (tmp_path / "store/manifest.json").read_text()
+
+
+def test_the_source_of_a_run_has_a_field_a_profile_and_no_duplicates(
+    bucket: str, s3_server: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    put(bucket, "web/a.jsonl", 2 * lines(0, 200).replace(b'"text"', b'"body"'))
+    use_profile(s3_server, tmp_path, monkeypatch)
+    given: dict[str, Any] = {"source": f"{bucket}/web", "path": str(tmp_path / "store"), "seq_len": 16}
+    asked = {**given, "text_field": "body", "aws_profile": "research", "dedup": "exact"}
+
+    def prepare(fields: dict[str, Any]) -> StoreManifest:
+        data, tell = DataSection(**fields), lambda line: None
+        found = check_data(data, model_vocab_size=300, tell=tell)
+        where = {"run": str(tmp_path / "run"), "cache_dir": tmp_path / "cache"}
+        return prepare_store(data, model_vocab_size=300, surveyed=found, tell=tell, **where).manifest
+
+    with pytest.raises(DataError, match="set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"):
+        prepare(asked | {"aws_profile": None})
+    with pytest.raises(DataError, match=r"no field 'text'"):
+        prepare(asked | {"text_field": "text"})
+    manifest = prepare(asked)
+    assert manifest.train.documents + manifest.heldout.documents == 200
+    assert [(group.reason, group.number) for group in manifest.left_out] == [("duplicate", 200)]
+    for name, value in (("text_field", "text"), ("dedup", "none")):
+        with pytest.raises(DataError, match=rf"built with data\.{name} = '.*', the config says '{value}'; set it back"):
+            prepare(asked | {name: value})
 
 
 @pytest.mark.parametrize("given", ["web", "web/*.jsonl", "web/b.jsonl"])

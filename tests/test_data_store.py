@@ -4,6 +4,7 @@ import json
 import logging
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -19,8 +20,9 @@ import pytest
 from raynium.data.build import store_build
 from raynium.data.build.fit import refuse_other_tokenizer
 from raynium.data.build.lengths import LengthCounts
-from raynium.data.build.store_build import build_store
-from raynium.data.manifest import StoreManifest, token_dtype_for
+from raynium.data.build.store_build import build_from_recipe, build_store
+from raynium.data.build.work import in_this_process
+from raynium.data.manifest import Recipe, StoreManifest, token_dtype_for
 from raynium.data.store import DocumentStore, open_store
 from raynium.data.text.documents import Document, is_held_out, name_hash
 from raynium.data.text.sources import open_source
@@ -277,11 +279,26 @@ def test_unusable_sources_are_refused_and_leave_no_store(source: Path, tmp_path:
         DataError, match=r"gives 0 training and 0 held-out documents with data\.heldout_fraction = 0\.2"
     ):
         build(only_empty, tmp_path / "store")
-    with pytest.raises(DataError, match="50 training and 0 held-out documents"):
-        build(source, tmp_path / "store", heldout_fraction=0.0)
     with pytest.raises(DataError, match="0 training and 50 held-out documents"):
-        build(source, tmp_path / "store", heldout_fraction=1.0)
+        build(source, tmp_path / "store", heldout_fraction=1 - 1e-9)
     assert not (tmp_path / "store" / "manifest.json").exists()
+
+
+def test_a_source_of_which_nothing_is_held_out_is_told_the_fraction_that_would(source: Path, tmp_path: Path):
+    """By a run, which reads all before it builds, and by a build, which adds up what its tasks say."""
+    recipe = Recipe(sources=[str(source)], text_field="text", heldout_fraction=1e-9, dedup="none")
+    tokenizer = Tokenizer.train(["number"], vocab_size=300)
+    how = {"runner": in_this_process, "tell": lambda line: None}
+    told = []
+    for attempt in (
+        lambda: build(source, tmp_path / "store", heldout_fraction=1e-9),
+        lambda: build_from_recipe(tmp_path / "other", recipe, tokenizer, **how),
+    ):
+        with pytest.raises(DataError, match="50 training and 0 held-out documents") as caught:
+            attempt()
+        told += re.findall(r"or set data\.heldout_fraction=([0-9.e-]+), which holds one out", str(caught.value))
+    assert len(told) == 2 and told[0] == told[1]
+    assert build(source, tmp_path / "store", heldout_fraction=float(told[0])).manifest.heldout.documents == 1
 
 
 def test_path_that_cannot_be_written_is_refused(source: Path, tmp_path: Path):

@@ -108,6 +108,16 @@ def test_the_global_batch_is_a_multiple_of_ranks_times_micro_batch():
     )
 
 
+def test_what_is_said_of_a_source_needs_one():
+    for setting in ("data.text_field=body", "data.dedup=exact", "data.aws_profile=research"):
+        name, _, value = setting.partition("=")
+        assert only_problem(EIGHT_B, setting) == (
+            f"{name} is {value!r} without data.source, whose setting it is: give a source, or take it out. A store "
+            "that is there was made with its own (`raynium data show`)"
+        )
+        assert problems("quickstart", setting) == []
+
+
 NXD = ("engine.kind=nxd", "cluster.accelerator=neuron_xla", "engine.compile=none")
 
 

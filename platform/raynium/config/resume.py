@@ -66,7 +66,8 @@ NOTED: Mapping[str, str] = {
 # only. Whatever data.path, data.source and data.tokenizer say, data.identity says what must be there.
 FREE = (
     *("run.name", "run.root", "cluster", "model.max_seq_len", "model.init_std"),
-    *("data.path", "data.source", "data.tokenizer", "data.end_of_document", "data.max_left_out"),
+    *("data.path", "data.source", "data.text_field", "data.dedup", "data.aws_profile"),
+    *("data.tokenizer", "data.end_of_document", "data.max_left_out"),
     *("data.max_epochs", "data.access", "data.cache_bytes"),
     "parallel",
     "engine.activation_checkpointing",

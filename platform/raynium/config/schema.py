@@ -33,6 +33,7 @@ PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+ProperFraction = Annotated[float, Field(gt=0, lt=1)]
 FractionBelowOne = Annotated[float, Field(ge=0, lt=1)]
 Location = Annotated[str, Field(min_length=1), Accepts("a folder, a file or a URL")]
 
@@ -197,6 +198,13 @@ class DataSection(Section):
     source: Location | None = None
     """Text to make the store of: a folder, a file or a glob, also at s3://, of .txt, .md, .py, .jsonl, .json (each also
     .gz or .zst), .parquet or .arrow files; a dataset that `datasets` saved to disk; or `python-stdlib`."""
+    text_field: Annotated[str, Field(min_length=1)] = "text"
+    """Where the source's records have their text; `a.b` is the field b of the object in its field a."""
+    dedup: Literal["none", "exact"] = "none"
+    """exact: of equal documents of the source only the first stays."""
+    aws_profile: Annotated[str, Field(min_length=1)] | None = None
+    """Of the AWS configuration where the driver runs, to read a source at s3:// with, which may be another account's.
+    null: the environment's credentials, as everything else."""
     tokenizer: Location | None = None
     """The tokenizer.json to use, a path or an s3:// URL. null: a byte-level BPE is trained on the source."""
     end_of_document: Annotated[str, Field(min_length=1)] | None = None
@@ -205,7 +213,7 @@ class DataSection(Section):
     max_left_out: Fraction = 0.1
     """Share of the source's text that may be left out (not UTF-8, kinds that are not read, null)
     before it is refused."""
-    heldout_fraction: FractionBelowOne = 0.05
+    heldout_fraction: ProperFraction = 0.05
     """Share of the documents that only evaluation sees, chosen by a hash of their names."""
     seq_len: Tokens = 1024
     """Length of one sequence of the batch."""

@@ -98,6 +98,15 @@ def mixture(config: Config) -> Iterator[str]:
             )
 
 
+def source_settings(config: Config) -> Iterator[str]:
+    for name in ("text_field", "dedup", "aws_profile") if config.data.source is None else ():
+        if (value := getattr(config.data, name)) != type(config.data).model_fields[name].default:
+            yield (
+                f"data.{name} is {value!r} without data.source, whose setting it is: give a source, or take it out. A "
+                "store that is there was made with its own (`raynium data show`)"
+            )
+
+
 def stages(config: Config) -> Iterator[str]:
     names, last = [store.name for store in config.data.mixture], 0
     for number, stage in enumerate(config.data.stages if names else ()):
@@ -360,7 +369,17 @@ def _memory_remedies(config: Config) -> str:
 
 
 RULES = (
-    *(head_counts, mixture, stages, sequence_length, streaming, vocabulary, tensor_parallel, pipeline_parallel),
+    *(
+        head_counts,
+        mixture,
+        source_settings,
+        stages,
+        sequence_length,
+        streaming,
+        vocabulary,
+        tensor_parallel,
+        pipeline_parallel,
+    ),
     *(batch_size, schedule, engine),
 )
 HARDWARE_RULES = (accelerator_of_instance, core_count, tensor_groups, memory_fit)

@@ -57,6 +57,7 @@ def finish(
         source,
         left_out,
         documents=(sum(part.train.documents for part in parts), len(heldout_documents)),
+        least_hash=min(part.least_hash for part in parts),
         kept_bytes=sum(part.train.utf8_bytes + part.heldout.utf8_bytes for part in parts),
         heldout_fraction=work.recipe.heldout_fraction,
         max_left_out=max_left_out,

@@ -1,22 +1,21 @@
 """Whether the store that is there is the one that is asked for."""
 
-from raynium.data.manifest import StoreManifest
+from raynium.data.manifest import Recipe, StoreManifest
 from raynium.data.tokenizer import Tokenizer
 from raynium.errors import DataError
 
 
-def refuse_other_recipe(manifest: StoreManifest, *, source: str, heldout_fraction: float, where: str) -> None:
-    """Raises DataError if the store was built from something else than the config asks for now."""
-    recipe = manifest.recipe
-    built_from = recipe.sources[0] if len(recipe.sources) == 1 else recipe.sources
-    for name, built_with, asked_for in (
-        ("source", built_from, source),
-        ("heldout_fraction", recipe.heldout_fraction, heldout_fraction),
-    ):
-        if built_with != asked_for:
+def refuse_other_recipe(manifest: StoreManifest, asked: Recipe, *, where: str) -> None:
+    """Raises DataError if the store was built from something else than the config asks for now: one source."""
+    asked_for = asked.model_dump()
+    for field, built_with in manifest.recipe.model_dump().items():
+        if built_with != asked_for[field]:
+            name, values = field, [built_with, asked_for[field]]
+            if field == "sources":
+                name, values = "source", [each[0] if len(each) == 1 else each for each in values]
             raise DataError(
-                f"document store {where} was built with data.{name} = {built_with!r}, the config says "
-                f"{asked_for!r}; set it back, give another data.path, or delete the folder to build it anew"
+                f"document store {where} was built with data.{name} = {values[0]!r}, the config says "
+                f"{values[1]!r}; set it back, give another data.path, or delete the folder to build it anew"
             )
 
 

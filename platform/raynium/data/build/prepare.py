@@ -15,7 +15,7 @@ from raynium.data.build.fit import (
 )
 from raynium.data.build.store_build import build_from_source
 from raynium.data.build.survey import Survey, Tell, survey
-from raynium.data.manifest import StoreManifest
+from raynium.data.manifest import Recipe, StoreManifest
 from raynium.data.mixed import epochs_in_words, refuse_unmixable, refuse_used_up
 from raynium.data.packing.index import ensure_index
 from raynium.data.remote import find_manifest
@@ -120,7 +120,14 @@ def check_data(data: DataSection, *, model_vocab_size: int, tell: Tell) -> Surve
         refuse_small_vocabulary(model_vocab_size, tokenizer.vocab_size, f"tokenizer {data.tokenizer!r}")
     else:
         check_vocab_size(model_vocab_size)
-    found = survey(data.source, heldout_fraction=data.heldout_fraction, max_left_out=data.max_left_out, tell=tell)
+    found = survey(
+        data.source,
+        text_field=data.text_field,
+        profile=data.aws_profile,
+        heldout_fraction=data.heldout_fraction,
+        max_left_out=data.max_left_out,
+        tell=tell,
+    )
     # No tokenizer makes more of a document than a token of each byte, one before it and one after it.
     most_tokens = found.num_train_bytes + 2 * len(found.train_bytes)
     if data.packing == "stream" and most_tokens <= data.seq_len:
@@ -150,6 +157,9 @@ def prepare_store(
         build_from_source(
             data.place,
             source=data.source,
+            text_field=data.text_field,
+            dedup=data.dedup,
+            profile=data.aws_profile,
             vocab_size=model_vocab_size,
             tokenizer_path=data.tokenizer,
             end_of_document=data.end_of_document,
@@ -167,7 +177,10 @@ def _refuse_unfit(manifest: StoreManifest, data: DataSection, *, model_vocab_siz
     """Raises DataError if the store is not the one that the config means."""
     refuse_other_data(manifest, data.identity, where=data.place)
     if data.source is not None:
-        refuse_other_recipe(manifest, source=data.source, heldout_fraction=data.heldout_fraction, where=data.place)
+        asked = Recipe(
+            sources=[data.source], text_field=data.text_field, heldout_fraction=data.heldout_fraction, dedup=data.dedup
+        )
+        refuse_other_recipe(manifest, asked, where=data.place)
     refuse_other_tokenizer(
         manifest,
         model_vocab_size=model_vocab_size,

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 from raynium.data.build.commit import finish
 from raynium.data.build.dedup import mark_duplicates, num_partitions
@@ -38,10 +38,31 @@ TOKENIZER_SAMPLE_BYTES = 8_000_000
 MOST_HELDOUT_BYTES = 20 * 10**9
 
 
+class _Plan(NamedTuple):
+    """What a build reads, and with what."""
+
+    recipe: Recipe
+    tokenizer: Tokenizer
+    sources: list[Source]
+
+
+class _How(NamedTuple):
+    """All else that a build is told."""
+
+    split_bytes: int
+    unit_bytes: int
+    max_left_out: float
+    runner: Runner
+    tell: Tell
+
+
 def build_from_source(
     place: str | Path,
     *,
     source: str,
+    text_field: str = "text",
+    dedup: Literal["none", "exact"] = "none",
+    profile: str | None = None,
     vocab_size: int,
     tokenizer_path: str | None = None,
     end_of_document: str | None = None,
@@ -55,39 +76,37 @@ def build_from_source(
 ) -> StoreManifest:
     """Build the store of a run at `place`, in this process, or find the one that is there.
 
-    source: see `sources.open_source`. max_left_out: see `survey`; surveyed: what that gave, if it was called already.
-    tokenizer_path: a tokenizer.json to use; None trains one of `vocab_size` tokens on training documents, taken in the
-    order of a hash of their names until `tokenizer_sample_bytes` are reached. end_of_document: the token of the former
-    that ends a document; None: see `Tokenizer.load`. tell: gets a line before what takes long, and every ten seconds.
-    split_bytes: most bytes of the source in one shard. unit_bytes: that have a checksum of their own, a multiple of 8.
+    source, text_field, profile: see `sources.open_source`. max_left_out: see `survey`; surveyed: what that gave, if it
+    was called already. tokenizer_path: a tokenizer.json to use; None trains one of `vocab_size` tokens on training
+    documents, taken in the order of a hash of their names until `tokenizer_sample_bytes` are reached. end_of_document:
+    the token of the former that ends a document; None: see `Tokenizer.load`. tell: gets a line before what takes long,
+    and every ten seconds. split_bytes: most bytes of the source in one shard. unit_bytes: that have a checksum of their
+    own, a multiple of 8.
 
     A crash at any point leaves no store, and the next call goes on. Raises DataError for unusable text or tokenizer,
     a store there that was built from something else, and a place that cannot be written.
     """
+    recipe = Recipe(sources=[source], text_field=text_field, heldout_fraction=heldout_fraction, dedup=dedup)
 
-    def build(check: Callable[[], None]) -> None:
-        found = surveyed or survey(source, heldout_fraction=heldout_fraction, max_left_out=max_left_out, tell=tell)
+    def plan() -> _Plan:
+        found = surveyed or survey(
+            source,
+            text_field=text_field,
+            profile=profile,
+            heldout_fraction=heldout_fraction,
+            max_left_out=max_left_out,
+            tell=tell,
+        )
         if tokenizer_path is None:
             tokenizer = _trained_tokenizer(found, vocab_size, tokenizer_sample_bytes, tell)
         else:
             tokenizer = Tokenizer.load(tokenizer_path, end_of_document=end_of_document)
             refuse_small_vocabulary(vocab_size, tokenizer.vocab_size, f"tokenizer {tokenizer_path!r}")
-        recipe = Recipe(sources=[source], text_field="text", heldout_fraction=heldout_fraction, dedup="none")
-        _build(
-            Store(place),
-            recipe,
-            tokenizer,
-            [found.source],
-            split_bytes=split_bytes,
-            unit_bytes=unit_bytes,
-            max_left_out=max_left_out,
-            runner=in_this_process,
-            tell=tell,
-            check=check,
-        )
+        return _Plan(recipe, tokenizer, [found.source])
 
-    manifest = _there_or_built(place, build, tell)
-    refuse_other_recipe(manifest, source=source, heldout_fraction=heldout_fraction, where=str(place))
+    how = _How(split_bytes, unit_bytes, max_left_out, in_this_process, tell)
+    manifest = _there_or_built(place, plan, how)
+    refuse_other_recipe(manifest, recipe, where=str(place))
     refuse_other_tokenizer(
         manifest,
         model_vocab_size=vocab_size,
@@ -122,7 +141,7 @@ def build_from_recipe(
     `build_store`, and as `read_split` from a task; what is left out is judged once all is tokenised.
     """
 
-    def build(check: Callable[[], None]) -> None:
+    def plan() -> _Plan:
         sources = [open_source(each, text_field=recipe.text_field, profile=profile) for each in recipe.sources]
         for source in sources:
             probe(source)
@@ -134,20 +153,9 @@ def build_from_recipe(
                 f"{num_bytes / 1e9:,.0f} GB with heldout_fraction = {recipe.heldout_fraction} would hold out more than "
                 f"{MOST_HELDOUT_BYTES / 1e9:.0f} GB, which no run evaluates on: set it to {enough:.1g} or less"
             )
-        _build(
-            Store(place),
-            recipe,
-            tokenizer,
-            sources,
-            split_bytes=split_bytes,
-            unit_bytes=unit_bytes,
-            max_left_out=max_left_out,
-            runner=runner,
-            tell=tell,
-            check=check,
-        )
+        return _Plan(recipe, tokenizer, sources)
 
-    manifest = _there_or_built(place, build, tell)
+    manifest = _there_or_built(place, plan, _How(split_bytes, unit_bytes, max_left_out, runner, tell))
     asked = recipe.model_dump()
     for name, built_with in manifest.recipe.model_dump().items():
         if built_with != (asked_for := asked[name]):
@@ -182,16 +190,16 @@ def _refuse_read_twice(recipe: Recipe, sources: Sequence[Source]) -> None:
             source_of[file.place] = name
 
 
-def _there_or_built(place: str | Path, build: Callable[[Callable[[], None]], None], tell: Tell) -> StoreManifest:
+def _there_or_built(place: str | Path, plan: Callable[[], _Plan], how: _How) -> StoreManifest:
     manifest = find_manifest(place)
     if manifest is None:
         try:
             store = Store(place)
             _refuse_foreign(store, place)
-            with only_builder(store, tell) as check:
+            with only_builder(store, how.tell) as check:
                 # Looked at again now that nobody else builds: another process may have been faster.
                 if find_manifest(place) is None:
-                    build(check)
+                    _build(store, plan(), how, check)
             store.delete_prefix(BUILDING)
         except StoreError as error:
             raise DataError(
@@ -217,24 +225,12 @@ def _refuse_foreign(store: Store, place: str | Path) -> None:
         )
 
 
-def _build(
-    store: Store,
-    recipe: Recipe,
-    tokenizer: Tokenizer,
-    sources: Sequence[Source],
-    *,
-    split_bytes: int,
-    unit_bytes: int,
-    max_left_out: float,
-    runner: Runner,
-    tell: Tell,
-    check: Callable[[], None],
-) -> None:
+def _build(store: Store, plan: _Plan, how: _How, check: Callable[[], None]) -> None:
     """The caller holds the store, which `check` makes sure of."""
-    started = time.monotonic()
-    splits = [split for source in sources for split in plan_splits(source, most_bytes=split_bytes)]
+    started, recipe, tell = time.monotonic(), plan.recipe, how.tell
+    splits = [split for source in plan.sources for split in plan_splits(source, most_bytes=how.split_bytes)]
     partitions = num_partitions(splits)
-    work = Work.of(store, recipe, tokenizer, splits, unit_bytes=unit_bytes, partitions=partitions)
+    work = Work.of(store, recipe, plan.tokenizer, splits, unit_bytes=how.unit_bytes, partitions=partitions)
     numbered = [NumberedSplit(number, split) for number, split in enumerate(splits)]
     keys = {part_key(work, each): each for each in numbered}
     there = set(store.list(PARTS).sizes)
@@ -246,12 +242,12 @@ def _build(
     if recipe.dedup == "exact":
         num_bytes = sum(split.num_bytes for split in splits)
         tell(f"data: looking for duplicates in {num_bytes / 1e6:,.1f} MB")
-        mark_duplicates(work, numbered, runner)
+        mark_duplicates(work, numbered, how.runner)
     if len(missing) < len(numbered):
         tell(f"data: going on with {len(numbered) - len(missing)} of {len(numbered)} splits tokenised before")
-    _tokenise(work, missing, runner, tell)
-    listed: list[LeftOut] = [item for source in sources for item in source.left_out]
-    manifest = finish(work, numbered, listed, max_left_out=max_left_out)
+    _tokenise(work, missing, how.runner, tell)
+    listed: list[LeftOut] = [item for source in plan.sources for item in source.left_out]
+    manifest = finish(work, numbered, listed, max_left_out=how.max_left_out)
     check()
     try:
         # Dying before this line leaves no store, after it a whole one.

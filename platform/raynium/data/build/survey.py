@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from raynium.data.text.documents import is_held_out, name_hash
+from raynium.data.text.documents import fraction_that_holds_out, is_held_out, name_hash
 from raynium.data.text.left_out import LeftOut, LeftOutGroup, Tally, left_out_in_words, share_left_out
 from raynium.data.text.sources import Source, open_source, probe
 from raynium.errors import DataError
@@ -40,15 +40,24 @@ class Survey:
         return names
 
 
-def survey(source: str, *, heldout_fraction: float, max_left_out: float, tell: Tell) -> Survey:
+def survey(
+    source: str,
+    *,
+    text_field: str = "text",
+    profile: str | None = None,
+    heldout_fraction: float,
+    max_left_out: float,
+    tell: Tell,
+) -> Survey:
     """Read all of it.
 
-    max_left_out: the largest share of the source's text that may be left out. tell: gets a line every ten seconds.
+    text_field, profile: see `sources.open_source`. max_left_out: the largest share of the source's text that may be
+    left out. tell: gets a line every ten seconds.
 
     Raises DataError for what `open_source` and its readers refuse, for a larger share, and unless both splits have
     documents.
     """
-    opened, tally = open_source(source), Tally()
+    opened, tally = open_source(source, text_field=text_field, profile=profile), Tally()
     probe(opened)
     progress = Progress(tell)
     train_bytes: dict[str, int] = {}
@@ -70,6 +79,7 @@ def survey(source: str, *, heldout_fraction: float, max_left_out: float, tell: T
         source,
         found.left_out,
         documents=(len(train_bytes), heldout_documents),
+        least_hash=min(map(name_hash, train_bytes), default=0),
         kept_bytes=read_bytes,
         heldout_fraction=heldout_fraction,
         max_left_out=max_left_out,
@@ -82,21 +92,28 @@ def refuse_unusable(
     left_out: list[LeftOutGroup],
     *,
     documents: tuple[int, int],
+    least_hash: int,
     kept_bytes: int,
     heldout_fraction: float,
     max_left_out: float,
 ) -> None:
     """Raises DataError if too much is left out, or if not both of training and held-out documents are there.
 
-    documents: training and held-out ones. kept_bytes: of both together.
+    documents: training and held-out ones. least_hash: of the names of the former. kept_bytes: of both together.
     """
     _refuse_large_share(source, left_out, kept_bytes, max_left_out)
     if not all(documents):
+        # A hash of a document's name decides alone whether it is held out.
+        fraction = (
+            f"set data.heldout_fraction={fraction_that_holds_out(least_hash):.2g}, which holds one out"
+            if documents[0] > 1
+            else "change the fraction"
+        )
         also = f", and leaves out {left_out_in_words(left_out, kept_bytes=0)}" if not kept_bytes else ""
         raise DataError(
             f"data.source = {source!r} gives {documents[0]} training and {documents[1]} held-out documents "
             f"with data.heldout_fraction = {heldout_fraction}{also}. Both need at least one: give more documents "
-            "(a file of text, a line or a row is one) or change the fraction"
+            f"(a file of text, a line or a row is one), or {fraction}"
         )
 
 

@@ -22,7 +22,7 @@ from raynium.data.build.lengths import LengthCounts
 from raynium.data.build.work import NumberedSplit, Work, ahead
 from raynium.data.manifest import StoredFile, shard_dtype, shard_name, token_dtype_for, units_content
 from raynium.data.store import HeldoutDocument
-from raynium.data.text.documents import Document, Split, is_held_out
+from raynium.data.text.documents import Document, Split, is_held_out, name_hash
 from raynium.data.text.left_out import LeftOut, LeftOutGroup, Tally
 from raynium.data.text.sources import read_split
 from raynium.data.tokenizer import Tokenizer
@@ -51,7 +51,8 @@ class SplitSubset:
 
 @dataclass(frozen=True)
 class Part:
-    """What tokenising a split gave. heldout_documents: offsets are those in the split's own shard.
+    """What tokenising a split gave. heldout_documents: offsets are those in the split's own shard. least_hash: of the
+    names of training documents.
 
     lengths: as `LengthCounts.pairs`. token_counts: as `packed_counts`. num_altered: of num_checked held-out documents
     those whose text the tokenizer does not give back.
@@ -60,6 +61,7 @@ class Part:
     train: SplitSubset
     heldout: SplitSubset
     heldout_documents: list[HeldoutDocument]
+    least_hash: int
     lengths: list[tuple[int, int]]
     token_counts: str
     num_checked: int
@@ -150,6 +152,7 @@ class _Subsets:
         self._lengths = LengthCounts()
         self._heldout: list[HeldoutDocument] = []
         self._num_train = self._train_tokens = self._train_bytes = self._heldout_tokens = 0
+        self._least_hash = 2**64 - 1
         self._num_checked = self._num_altered = 0
         self.left_out = Tally()
         self._files = ExitStack()
@@ -178,6 +181,7 @@ class _Subsets:
             if is_held_out(document.name, self._heldout_fraction):
                 self._hold_out(document, tokens)
                 continue
+            self._least_hash = min(self._least_hash, name_hash(document.name))
             self._num_train += 1
             self._train_bytes += len(document.text.encode())
             self._lengths.add(len(tokens))
@@ -205,6 +209,7 @@ class _Subsets:
             train=SplitSubset(self._num_train, self._train_tokens, self._train_bytes, crcs["train"]),
             heldout=SplitSubset(len(self._heldout), self._heldout_tokens, heldout_bytes, crcs["heldout"]),
             heldout_documents=self._heldout,
+            least_hash=self._least_hash,
             lengths=self._lengths.pairs(),
             token_counts=packed_counts(self._counts),
             num_checked=self._num_checked,

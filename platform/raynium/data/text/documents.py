@@ -1,6 +1,7 @@
 """What a source is made of: files, the parts of files that one task reads, and the documents in them."""
 
 import hashlib
+import math
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -78,6 +79,13 @@ class Split:
 def is_held_out(name: str, fraction: float) -> bool:
     """Whether the document of this name is held out. A larger fraction holds out the same documents and more."""
     return name_hash(name) < fraction * 2**64
+
+
+def fraction_that_holds_out(least_hash: int) -> float:
+    """The least of few digits that holds out the document whose name has this hash."""
+    share = (least_hash + 1) / 2**64
+    scale = 10 ** (1 - math.floor(math.log10(share)))
+    return math.ceil(share * scale) / scale
 
 
 def name_hash(name: str) -> int:
