@@ -10,18 +10,18 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from _forked_ranks import serve_folders
-from pair_task import PairTask
+from pair_task import PAIR_TASKS
 
 from raynium.accelerators.cpu import CpuAccelerator
 from raynium.config.schema import Config
 from raynium.config.world import World
 from raynium.data.batch import Batch
-from raynium.engines.base import Votes
+from raynium.engines.base import Engine, Votes
 from raynium.engines.native import build_native_engine
 from raynium.tasks.base import Task
 from raynium.tasks.pretraining import Pretraining
 
-TASKS: dict[str, Task] = {"pretraining": Pretraining(), "pairs": PairTask()}
+TASKS: dict[str, Task] = {"pretraining": Pretraining(), **PAIR_TASKS}
 
 
 class TestAccelerator(CpuAccelerator):
@@ -74,11 +74,21 @@ def run_rank(rank: int, folder: Path, scenario: dict) -> None:
             evaluations.append(engine.evaluate(batch(step)))
     assert pointers == [chunk.tensor.data_ptr() for chunk in engine.state()], "a chunk aliases the same memory always"
     state = [(c.name, c.global_shape, c.offsets, c.tensor, c.saved_here) for c in engine.state()]
-    torch.save({"results": results, "evaluations": evaluations, "state": state}, folder / f"rank-{rank}.pt")
+    kept = {"results": results, "evaluations": evaluations, "state": state}
+    kept["rows"] = log_probs_of_all_rows(engine, batch(scenario["last_step"]))
+    torch.save(kept, folder / f"rank-{rank}.pt")
     engine.close()
     if world.size > 1:
         dist.destroy_process_group()
     assert not dist.is_initialized()
+
+
+def log_probs_of_all_rows(engine: Engine, batch: Batch) -> torch.Tensor:
+    """Of the global batch, on every rank."""
+    mine_B = engine.row_log_probs(batch)
+    all_DB = torch.zeros(engine.data_size, len(mine_B))
+    all_DB[engine.data_rank] = mine_B
+    return engine.sum_over_ranks(all_DB.flatten())
 
 
 def load(chunks: list, folder: Path) -> None:

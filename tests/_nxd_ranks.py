@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from _engine_ranks import TASKS, TestAccelerator, load
+from _engine_ranks import TASKS, TestAccelerator, load, log_probs_of_all_rows
 from _forked_ranks import serve_folders
 
 from raynium.config.schema import Config
@@ -91,6 +91,7 @@ def run_rank(rank: int, folder: Path, scenario: dict, library: str) -> None:
     graphs_before = compiled_graphs(library)
     kept = {"results": results, "evaluations": evaluations, "state": saved_state(engine), "loaded": loaded}
     kept["save_graphs"] = compiled_graphs(library) - graphs_before
+    kept["rows"] = log_probs_of_all_rows(engine, batch(scenario["last_step"]))
     torch.save(kept, folder / f"rank-{rank}.pt")
     if config.run.name == "saves-with-nxd":
         save_with_nxd(engine, str(folder / "nxd"))

@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from _engine_ranks import extent
 from first_weights import initialise
-from pair_task import pair_columns
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from raynium.accelerators.cpu import CpuAccelerator
@@ -71,7 +70,7 @@ def samples() -> dict[str, torch.Tensor]:
     ignored = torch.rand(labels.shape, generator=generator) < torch.linspace(0.9, 0.0, ROWS)[None, :, None]
     labels[ignored] = IGNORED_LABEL
     labels[:, :3] = IGNORED_LABEL  # at data size 2 and 3 that leaves a micro-batch in which nothing counts
-    return {"tokens": ids[..., :-1].contiguous(), "labels": labels, **pair_columns(labels)}
+    return {"tokens": ids[..., :-1].contiguous(), "labels": labels}
 
 
 class Run(NamedTuple):
@@ -79,6 +78,7 @@ class Run(NamedTuple):
     results: list[list[dict[str, Any]]]  # [rank][step]
     evaluations: list[list[dict[str, float]]]  # [rank][evaluation]
     states: list[list[tuple[str, tuple[int, ...], tuple[int, ...], torch.Tensor, bool]]]  # [rank][chunk]
+    rows: list[torch.Tensor]  # [rank], each all rows' log-probabilities after the last step
 
     @property
     def losses(self) -> list[float]:
@@ -139,7 +139,7 @@ def run(
     forker.stdin.flush()
     assert forker.stdout.readline() == "0\n", (folder / "stderr").read_text()[-6000:]
     ranks = [torch.load(folder / f"rank-{rank}.pt") for rank in range(World.of(config).size)]
-    return Run(folder, *([rank[key] for rank in ranks] for key in ("results", "evaluations", "state")))
+    return Run(folder, *([rank[key] for rank in ranks] for key in ("results", "evaluations", "state", "rows")))
 
 
 class Reference(NamedTuple):

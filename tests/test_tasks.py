@@ -1,4 +1,4 @@
-"""The seam of tasks: a second task trains on both engines as a plain float64 loop does."""
+"""The seam of tasks: those that learn from pairs train on both engines as a plain float64 loop does."""
 
 import subprocess
 from collections.abc import Callable, Iterator
@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from first_weights import initialise
-from pair_task import PairTask, plain_sums
+from pair_task import PAIR_TASKS, in_pairs, plain_rows, plain_sums
 from test_native_engine import LLAMA3, QWEN3, ROWS, STEPS, Run, config, run, samples
 from test_nxd import LIBRARIES, needs_xla, nxd_config, start_worker
 
@@ -28,7 +28,7 @@ from raynium.tasks.pretraining import Pretraining
 from raynium.train.metrics import Throughput
 
 TAKEN = 5  # steps, and an evaluation after the last
-TASK = PairTask()
+DATA = in_pairs(samples())
 
 
 class Reference(NamedTuple):
@@ -37,10 +37,13 @@ class Reference(NamedTuple):
     norms: list[float]
     moments: dict[str, torch.Tensor]  # AdamW's first: the mean of all clipped gradients so far, the newest most
     evaluation: dict[str, float]
+    rows: torch.Tensor
 
 
 @cache
-def reference(config: Config, *, change: Callable[[dict[str, torch.Tensor]], None] | None = None) -> Reference:
+def reference(
+    config: Config, task: str, *, change: Callable[[dict[str, torch.Tensor]], None] | None = None
+) -> Reference:
     """Whole batches through plain torch in float64. change: something done to the samples before."""
     model = Decoder(config.model)
     initialise(model, seed=config.run.seed, config=config.model)
@@ -50,13 +53,13 @@ def reference(config: Config, *, change: Callable[[dict[str, torch.Tensor]], Non
         {"params": [p for p in model.parameters() if not decays(tuple(p.shape))], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-6)
-    data = samples()
+    data = dict(DATA)
     if change is not None:
         change(data)
     losses, sums, norms = [], [], []
     for step in range(1, TAKEN + 1):
-        found = plain_sums(model, {name: column[step - 1] for name, column in data.items()})
-        loss = found["objective"] / found["pairs"]
+        found = plain_sums(task, model, {name: column[step - 1] for name, column in data.items()})
+        loss = found.pop("loss")
         optimizer.zero_grad()
         loss.backward()
         norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.clip_norm).item())
@@ -66,8 +69,11 @@ def reference(config: Config, *, change: Callable[[dict[str, torch.Tensor]], Non
         losses.append(loss.item())
         sums.append({name: value.item() for name, value in found.items()})
     moments = {f"optimizer/exp_avg/{name}": optimizer.state[each]["exp_avg"] for name, each in model.named_parameters()}
-    evaluation = plain_sums(model, {name: column[TAKEN - 1] for name, column in data.items()})
-    return Reference(losses, sums, norms, moments, {name: value.item() for name, value in evaluation.items()})
+    last = {name: column[TAKEN - 1] for name, column in data.items()}
+    evaluation = plain_sums(task, model, last)
+    del evaluation["loss"]
+    evaluated = {name: value.item() for name, value in evaluation.items()}
+    return Reference(losses, sums, norms, moments, evaluated, plain_rows(model, last).detach())
 
 
 @pytest.fixture(scope="module", params=LIBRARIES)
@@ -96,22 +102,34 @@ RUNS = {
 }
 
 
-@pytest.mark.parametrize("name", RUNS)
-def test_a_task_of_weighted_tokens_and_rows_in_pairs_trains_as_a_plain_float64_loop_does(
-    name: str, forker: subprocess.Popen[str], tmp_path: Path
+# ORPO has columns of both shapes and two means in its loss; DPO goes where its reference is computed otherwise.
+OF_DPO = [
+    *("native, dp 2, micro-batches", "native, tp 2 x dp 2, micro-batches", "native, simple fsdp"),
+    *("nxd, tp 2 x dp 2, micro-batches", "nxd, pp 2 x tp 2", "nxd, pp 2 x dp 2"),
+]
+
+
+@pytest.mark.parametrize(("task", "name"), [*(("orpo", name) for name in RUNS), *(("dpo", name) for name in OF_DPO)])
+def test_a_task_of_rows_in_pairs_trains_as_a_plain_float64_loop_does(
+    task: str, name: str, forker: subprocess.Popen[str], tmp_path: Path
 ) -> None:
-    check_against_reference(run(forker, tmp_path / "run", RUNS[name], task="pairs", last_step=TAKEN), RUNS[name])
+    check_against_reference(train(forker, tmp_path, task, name), task, RUNS[name])
 
 
 @needs_xla
+@pytest.mark.parametrize("task", PAIR_TASKS)
 @pytest.mark.parametrize("name", ["nxd, tp 2 x dp 2, micro-batches", "nxd, pp 2 x dp 2"])
-def test_it_does_so_over_torch_xla_too(name: str, tmp_path: Path) -> None:
+def test_it_does_so_over_torch_xla_too(task: str, name: str, tmp_path: Path) -> None:
     with start_worker("xla", "trn1") as worker:
-        check_against_reference(run(worker, tmp_path / "run", RUNS[name], task="pairs", last_step=TAKEN), RUNS[name])
+        check_against_reference(train(worker, tmp_path, task, name), task, RUNS[name])
 
 
-def check_against_reference(ran: Run, made: Config) -> None:
-    expected = reference(config(model=LLAMA3 if made.model.embeddings == "untied" else QWEN3))
+def train(forker: subprocess.Popen[str], tmp_path: Path, task: str, name: str) -> Run:
+    return run(forker, tmp_path / "run", RUNS[name], task=task, data=DATA, last_step=TAKEN)
+
+
+def check_against_reference(ran: Run, task: str, made: Config) -> None:
+    expected = reference(config(model=LLAMA3 if made.model.embeddings == "untied" else QWEN3), task)
     for results, evaluations in zip(ran.results, ran.evaluations, strict=True):
         assert [result["loss"] for result in results] == pytest.approx(expected.losses, rel=3e-6)
         assert [result["grad_norm"] for result in results] == pytest.approx(expected.norms, rel=1e-5)
@@ -119,32 +137,37 @@ def check_against_reference(ran: Run, made: Config) -> None:
             assert result["sums"] == pytest.approx(sums, rel=3e-6)
         (evaluation,) = evaluations
         assert evaluation == pytest.approx(expected.evaluation, rel=3e-6)
+    for rows in ran.rows:
+        torch.testing.assert_close(rows.double(), expected.rows, rtol=3e-6, atol=0)
     state = ran.whole_state()
     for moment, tensor in expected.moments.items():
         assert (state[moment] - tensor).norm() < 1e-5 * tensor.norm(), moment
 
 
-def ignore_weights(data: dict[str, torch.Tensor]) -> None:
-    data["weights"] = torch.ones_like(data["weights"])
-
-
-def ignore_references(data: dict[str, torch.Tensor]) -> None:
+def no_reference(data: dict[str, torch.Tensor]) -> None:
     data["reference"] = torch.zeros_like(data["reference"])
+
+
+def all_ones(data: dict[str, torch.Tensor]) -> None:
+    data["answer"] = torch.ones_like(data["answer"])
 
 
 def part_the_pairs(data: dict[str, torch.Tensor]) -> None:
     for name, column in data.items():
-        data[name] = column.roll(1, dims=1)
+        data[name] = torch.cat((column[:, :2], column[:, 2:].roll(1, dims=1)), dim=1)
 
 
-@pytest.mark.parametrize("change", [ignore_weights, ignore_references, part_the_pairs])
-def test_an_engine_that_ignored_a_column_or_parted_pairs_would_show(change: Callable[..., None]) -> None:
-    right, wrong = reference(config()), reference(config(), change=change)
-    assert all(abs(a - b) > 0.01 * a for a, b in zip(right.losses, wrong.losses, strict=True))
+@pytest.mark.parametrize(
+    ("task", "change"),
+    [("dpo", no_reference), ("dpo", part_the_pairs), ("orpo", all_ones), ("orpo", part_the_pairs)],
+)
+def test_an_engine_that_ignored_a_column_or_parted_pairs_would_show(task: str, change: Callable[..., None]) -> None:
+    right, wrong = reference(config(), task), reference(config(), task, change=change)
+    assert all(abs(a - b) > 1e-4 * a for a, b in zip(right.losses, wrong.losses, strict=True))
     assert all(
         (right.moments[name] - wrong.moments[name]).norm() > 0.01 * right.moments[name].norm() for name in right.moments
     )
-    assert len({sums["preferred"] for sums in right.sums}) > 1 and right.losses[-1] < right.losses[0]
+    assert len({sums["preferred"] for sums in right.sums}) > 1
     assert {sums["pairs"] for sums in right.sums} == {ROWS / 2 - 1}, "a pair without labels adds nothing"
 
 
@@ -158,20 +181,20 @@ def test_micro_batches_that_would_part_a_pair_are_refused_by_both_engines() -> N
         "set 2 or 4"
     )
     with pytest.raises(ConfigError, match=message):
-        build_native_engine(made, World.of(made), CpuAccelerator(), TASK)
+        build_native_engine(made, World.of(made), CpuAccelerator(), PAIR_TASKS["orpo"])
     with pytest.raises(ConfigError, match=message):
-        build_nxd_engine(made, World.of(made), TASK)
+        build_nxd_engine(made, World.of(made), PAIR_TASKS["orpo"])
 
 
 def test_a_batch_that_was_made_for_another_task_is_refused() -> None:
-    made, data = config(), samples()
-    engine = build_native_engine(made, World.of(made), CpuAccelerator(), TASK)
+    made, data = config(), DATA
+    engine = build_native_engine(made, World.of(made), CpuAccelerator(), PAIR_TASKS["orpo"])
     tokens_BT, labels_BT = data["tokens"][0], data["labels"][0]
     for others in (
         {},
-        {"weights": data["weights"][0]},
-        {"weights": data["weights"][0].double(), "reference": data["reference"][0]},
-        {"weights": data["weights"][0], "reference": data["weights"][0]},
+        {"answer": data["answer"][0]},
+        {"answer": data["answer"][0].double(), "nats_weight": data["nats_weight"][0]},
+        {"answer": data["answer"][0], "nats_weight": data["answer"][0]},
     ):
         with pytest.raises(AssertionError, match="beside tokens and labels, and the task reads"):
             engine.step(Batch(tokens_BT, labels_BT, others), step=1, votes=Votes())
@@ -180,9 +203,9 @@ def test_a_batch_that_was_made_for_another_task_is_refused() -> None:
 # ---- Arithmetic ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("task", [Pretraining(), TASK])
+@pytest.mark.parametrize("task", [Pretraining(), *PAIR_TASKS.values()])
 def test_a_batch_in_which_nothing_counts_has_loss_0_and_changes_no_weight_by_its_gradient(task: Task) -> None:
-    made, data = config(), samples()
+    made, data = config(), DATA
     engine = build_native_engine(made, World.of(made), CpuAccelerator(), task)
     others = {column.name: data[column.name][0] for column in task.columns}
     batch = Batch(data["tokens"][0], torch.full_like(data["labels"][0], -100), others)
@@ -192,12 +215,12 @@ def test_a_batch_in_which_nothing_counts_has_loss_0_and_changes_no_weight_by_its
 
 
 def test_a_fraction_that_was_counted_is_divided_by_and_not_by_1() -> None:
-    assert loss_of(TASK, {"objective": 0.5, "pairs": 0.25}) == 2.0
+    assert loss_of(PAIR_TASKS["dpo"], {"objective": 0.5, "pairs": 0.25}) == 2.0
 
 
 def test_a_step_reports_what_its_task_says() -> None:
     rates = Throughput(
-        task=TASK,
+        task=PAIR_TASKS["dpo"],
         world_size=1,
         tokens_per_step=64,
         global_batch_size=2,
@@ -205,13 +228,11 @@ def test_a_step_reports_what_its_task_says() -> None:
         flops_per_token_with_attention=1,
         peak_flops_per_rank=None,
     )
-    made, data = config(), samples()
-    engine = build_native_engine(made, World.of(made), CpuAccelerator(), TASK)
-    batch = Batch(
-        *(data[name][0] for name in ("tokens", "labels")), {name: data[name][0] for name in ("weights", "reference")}
-    )
+    made, data = config(), DATA
+    engine = build_native_engine(made, World.of(made), CpuAccelerator(), PAIR_TASKS["dpo"])
+    batch = Batch(*(data[name][0] for name in ("tokens", "labels")), {"reference": data["reference"][0]})
     result = engine.step(batch, step=1, votes=Votes())
     metrics = rates.metrics(1, result, step_seconds=1, data_seconds=0)
     assert metrics["train/loss"] == result.loss
-    assert metrics["train/preferred_ratio"] == result.sums["preferred"] / result.sums["pairs"]
-    assert result.tokens == counts_of(TASK, batch)["tokens"] == (data["labels"][0] != -100).sum()
+    assert metrics["rewards/accuracies"] == result.sums["preferred"] / result.sums["pairs"]
+    assert result.tokens == counts_of(PAIR_TASKS["dpo"], batch)["tokens"] == (data["labels"][0] != -100).sum()

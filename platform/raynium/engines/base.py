@@ -59,6 +59,17 @@ class Engine(Protocol):
         """The task's sums and counts, without learning. B is the same on all ranks; rows without a label fill it up."""
         ...
 
+    def row_log_probs(self, batch: Batch) -> torch.Tensor:
+        """What the model as it is gives this data rank's rows: each the sum over its labels, float32 [B], on the CPU.
+
+        B as in `evaluate`. For `sum_over_ranks` alone: only a rank that has the logits returns more than zeros.
+        """
+        ...
+
+    def sum_over_ranks(self, values: torch.Tensor) -> torch.Tensor:
+        """Of equally long float32 values on the CPU, those of each data rank once. All ranks get the same."""
+        ...
+
     def state(self) -> list[Chunk]:
         """This rank's blocks of everything learned. They alias live memory: read or overwrite them between steps."""
         ...
@@ -97,6 +108,14 @@ class FakeEngine:
 
     def evaluate(self, batch: Batch) -> Sums:
         return self._sums(batch)
+
+    def row_log_probs(self, batch: Batch) -> torch.Tensor:
+        counted_B = (batch.labels_BT != IGNORED_LABEL).sum(1)
+        return -self._loss() * counted_B.float()
+
+    def sum_over_ranks(self, values: torch.Tensor) -> torch.Tensor:
+        assert self.data_size == 1, "the fake has no other rank to ask"
+        return values
 
     def state(self) -> list[Chunk]:
         return [Chunk("model/mixed", (1,), (0,), self._mixed, saved_here=self.data_rank == 0)]

@@ -26,7 +26,7 @@ from raynium.config.schema import Config
 from raynium.config.world import World
 from raynium.data.batch import Batch
 from raynium.engines.base import StepResult, Votes
-from raynium.engines.log_probs import label_log_probs, turn_into_gradient
+from raynium.engines.log_probs import LabelLogProbs, label_log_probs, turn_into_gradient
 from raynium.engines.optim import decays, learning_rate
 from raynium.engines.parallelize import apply_fsdp, apply_tensor_parallel, fsdp_modules, parameter_names, wrap_blocks
 from raynium.engines.recompute import with_recompute_marks
@@ -233,14 +233,30 @@ class NativeEngine:
         counts = counts_of(self._task, batch)
         sums = torch.zeros(len(self._task.sums), dtype=self._sum_dtype, device=self._device)
         for micro_batch in self._micro_batches(batch):
-            sums += self._score(
-                self._model(micro_batch.tokens_BT, micro_batch.documents_BT), micro_batch, want_gradient=False
-            )
-        # No backward will reshard: the whole parameters would outlive a load of new ones.
-        for module in fsdp_modules(self._model):
-            module.reshard()
+            sums += self._score(self._logits(micro_batch), micro_batch, want_gradient=False)
+        self._reshard()
         total = self._sum_over_ranks(sums, counts, square_norm=0.0, votes=Votes())
         return dict(zip(total.names, total.sums.tolist(), strict=True))
+
+    @torch.no_grad()
+    def row_log_probs(self, batch: Batch) -> Tensor:
+        rows = [
+            self._label_log_probs(self._logits(part), part).log_probs_N.view_as(part.labels_BT).sum(1)
+            for part in self._micro_batches(batch)
+        ]
+        self._reshard()
+        return torch.cat(rows).float().cpu()
+
+    def sum_over_ranks(self, values: Tensor) -> Tensor:
+        mine = (values * (self._place.tensor_rank == 0)).to(self._device)
+        if dist.is_initialized():
+            dist.all_reduce(mine)
+        return mine.cpu()
+
+    def _reshard(self) -> None:
+        """Where no backward will: the whole parameters would outlive a load of new ones."""
+        for module in fsdp_modules(self._model):
+            module.reshard()
 
     def _micro_batches(self, batch: Batch) -> list[Batch]:
         return batch.to(self._device).split(self._config.train.micro_batch_size)
@@ -250,13 +266,17 @@ class NativeEngine:
 
     def _score(self, logits_BTV: Tensor, batch: Batch, *, want_gradient: bool) -> Tensor:
         """The task's sums over a micro-batch. With `want_gradient` the logits end up as the objective's gradient."""
-        logits_NV = logits_BTV.flatten(0, 1)
-        found = label_log_probs(logits_NV, batch.labels_BT.flatten(), vocabulary_group=self._vocabulary_group)
+        found = self._label_log_probs(logits_BTV, batch)
         scored = self._task.score(found.log_probs_N.view_as(batch.labels_BT), batch)
         assert scored.slope_BT.shape == batch.labels_BT.shape
         if want_gradient:
-            turn_into_gradient(logits_NV, found, scored.slope_BT.flatten(), slopes=self._task.slopes)
+            turn_into_gradient(logits_BTV.flatten(0, 1), found, scored.slope_BT.flatten(), slopes=self._task.slopes)
         return torch.stack([scored.terms[name].sum(dtype=self._sum_dtype) for name in self._task.sums])
+
+    def _label_log_probs(self, logits_BTV: Tensor, batch: Batch) -> LabelLogProbs:
+        return label_log_probs(
+            logits_BTV.flatten(0, 1), batch.labels_BT.flatten(), vocabulary_group=self._vocabulary_group
+        )
 
     # ---- state -------------------------------------------------------------------------------------------------------
 

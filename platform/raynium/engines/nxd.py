@@ -187,6 +187,10 @@ class Passes(Protocol):
         """The task's sums, likewise."""
         ...
 
+    def row_log_probs(self, batch: Batch) -> Tensor:
+        """float32 [B]; 0 on all stages but the last."""
+        ...
+
 
 class WholePasses:
     """On the whole model, an NxDModel, one micro-batch after the other."""
@@ -209,11 +213,18 @@ class WholePasses:
         return self._loss.sums()
 
     def evaluate(self, batch: Batch) -> Tensor:
-        self._loss.begin(torch.ones((), device=self._device))
+        self._without_gradients(batch, keep_rows=False)
+        return self._loss.sums()
+
+    def row_log_probs(self, batch: Batch) -> Tensor:
+        self._without_gradients(batch, keep_rows=True)
+        return self._loss.rows(len(batch.tokens_BT))
+
+    def _without_gradients(self, batch: Batch, *, keep_rows: bool) -> None:
+        self._loss.begin(torch.ones((), device=self._device), keep_rows=keep_rows)
         for micro_batch in self._micro_batches(batch):
             self._forward(micro_batch)
             self._end_graph()
-        return self._loss.sums()
 
     def _forward(self, batch: Batch) -> Tensor:
         logits_TBV = self._model(batch.tokens_BT, batch.documents_BT)
@@ -328,6 +339,18 @@ class NxdEngine:
         numbers = torch.cat((self._sum_over_ranks(self._passes.evaluate(batch)), counted.numbers))
         self._end_graph()
         return self._named(numbers.tolist(), counted.names)[0]
+
+    @torch.no_grad()
+    def row_log_probs(self, batch: Batch) -> Tensor:
+        self._refresh_parameters()
+        rows_B = self._passes.row_log_probs(batch)
+        self._end_graph()
+        return rows_B.cpu()
+
+    def sum_over_ranks(self, values: Tensor) -> Tensor:
+        total = self._sum_over_ranks(values.to(self._device))
+        self._end_graph()
+        return total.cpu()
 
     # ---- state -------------------------------------------------------------------------------------------------------
 

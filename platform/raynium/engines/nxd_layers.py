@@ -107,15 +107,18 @@ class TaskLoss(nn.Module):
         self._to_skip = 0
         # One for each micro-batch: added up at once they would be part of its graph.
         self._sums: list[Tensor] = []
+        self._rows: list[Tensor] | None = None
 
-    def begin(self, scale: Tensor, *, dry_runs: int = 0) -> None:
+    def begin(self, scale: Tensor, *, dry_runs: int = 0, keep_rows: bool = False) -> None:
         """Before the micro-batches of a step or evaluation call. scale: a scalar on the device.
 
         dry_runs: forward passes that come first and do not count. Nothing of them is kept, not even on the device.
+        keep_rows: for `rows`.
         """
         self._scale = scale
         self._to_skip = dry_runs
         self._sums = []
+        self._rows = [] if keep_rows else None
 
     def forward(self, logits_TBV: Tensor, tokens_BT: Tensor, labels_BT: Tensor, *others: Tensor) -> Tensor:
         """others: the task's columns, in its order. The ranks of a tensor group get the same, each from its logits.
@@ -129,12 +132,20 @@ class TaskLoss(nn.Module):
         if self._to_skip == 0:
             sums = [scored.terms[name].sum(dtype=torch.float32) for name in self._task.sums]
             self._sums.append(torch.stack(sums))
+            if self._rows is not None:
+                self._rows.append(log_probs_BT.detach().sum(1))
         self._to_skip = max(0, self._to_skip - 1)
         return (scored.slope_BT * log_probs_BT).sum() * self._scale
 
     def sums(self) -> Tensor:
         """float32, one for each of the task's names, since `begin`; zeros on a stage that has no logits."""
         return torch.stack([torch.zeros(len(self._task.sums), device=self._scale.device), *self._sums]).sum(0)
+
+    def rows(self, number: int) -> Tensor:
+        """float32 [number], the log-probabilities of each row's labels added up, since `begin(keep_rows=True)`; zeros
+        on a stage that has no logits.
+        """
+        return torch.cat(self._rows) if self._rows else torch.zeros(number, device=self._scale.device)
 
 
 def _label_log_probs(logits_TBV: Tensor, labels_BT: Tensor) -> Tensor:

@@ -120,12 +120,16 @@ class PipelinePasses:
 
     def train(self, batch: Batch, scale: Tensor) -> Tensor:
         # NxD divides each micro-batch's loss by their number.
-        return self._run(self._model.run_train, batch, scale * self._num_micro_batches)
+        return self._run(self._model.run_train, batch, scale * self._num_micro_batches).sums()
 
     def evaluate(self, batch: Batch) -> Tensor:
-        return self._run(self._model.run_eval, batch, torch.ones((), device=self._device))
+        return self._run(self._model.run_eval, batch, torch.ones((), device=self._device)).sums()
 
-    def _run(self, schedule: Any, batch: Batch, scale: Tensor) -> Tensor:
+    def row_log_probs(self, batch: Batch) -> Tensor:
+        one = torch.ones((), device=self._device)
+        return self._run(self._model.run_eval, batch, one, keep_rows=True).rows(self._rows)
+
+    def _run(self, schedule: Any, batch: Batch, scale: Tensor, *, keep_rows: bool = False) -> TaskLoss:
         """All stages come here together. The first call exchanges shapes through the process group's store.
 
         A rank that dies in it leaves its neighbours waiting until the agents end the generation.
@@ -135,10 +139,10 @@ class PipelinePasses:
         loss: TaskLoss = self._model.original_module().loss
         # NxD's first call runs a micro-batch forward for the shapes alone, and keeps no tensor of it alive: a live one
         # would make torch-xla compile a graph with collectives in which the other stages take no part.
-        loss.begin(scale, dry_runs=0 if self._model.module.shape_traced else 1)
+        loss.begin(scale, dry_runs=0 if self._model.module.shape_traced else 1, keep_rows=keep_rows)
         if self._packed and batch.documents_BT is None:
             # The stages were cut for batches with documents; of an evaluation each row is one.
             batch = replace(batch, documents_BT=torch.zeros_like(batch.tokens_BT))
         # The columns are on the CPU: NxD moves them.
         schedule(**{self._names[name]: column for name, column in batch.columns().items()})
-        return loss.sums()
+        return loss

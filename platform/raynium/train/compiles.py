@@ -8,6 +8,8 @@ again (4.1 s): hidden_BTD is float32 [4, 256, 64], seen float32 [4, 512, 64]".
 from collections.abc import Callable
 from typing import Literal
 
+from torch import Tensor
+
 from raynium.checkpoint.state import Chunk
 from raynium.data.batch import Batch
 from raynium.engines.base import Engine, StepResult, Votes
@@ -15,12 +17,13 @@ from raynium.engines.torch_compiles import Compiled, GraphInput, TorchCompiles, 
 from raynium.tasks.base import Sums
 from raynium.train.link import Link
 
-# Of steps, of evaluation calls, and of copies of the state that compile. The second may compile once more: what the
-# first returned or made, such as gradients and gathered parameters, then has its final layout.
+# Of steps, of evaluation calls, of passes for rows' log-probabilities, and of copies of the state that compile. The
+# second may compile once more: what the first returned or made, such as gradients and gathered parameters, then has its
+# final layout.
 WARM_UP_CALLS = 2
 
 # "copy": of the state, for a save or a load, between two of the others.
-Call = Literal["step", "evaluate", "copy"]
+Call = Literal["step", "evaluate", "rows", "copy"]
 
 
 class WatchedEngine:
@@ -43,8 +46,8 @@ class WatchedEngine:
         self._device_counts = device_counts
         self._link = link
         self._step = 0
-        self._calls: dict[Call, int] = {"step": 0, "evaluate": 0, "copy": 0}
-        self._batches: dict[Call, list[tuple[GraphInput, ...]]] = {"step": [], "evaluate": []}
+        self._calls: dict[Call, int] = {"step": 0, "evaluate": 0, "rows": 0, "copy": 0}
+        self._batches: dict[Call, list[tuple[GraphInput, ...]]] = {"step": [], "evaluate": [], "rows": []}
         self._graphs, self._seconds = 0, 0.0
         self._device_graphs, self._device_seconds = _graphs_and_seconds(device_counts())
         # A heartbeat, since minutes may pass until the next one.
@@ -62,6 +65,15 @@ class WatchedEngine:
         sums = self._engine.evaluate(batch)
         self._report("evaluate", batch)
         return sums
+
+    def row_log_probs(self, batch: Batch) -> Tensor:
+        self._report_copies()
+        rows_B = self._engine.row_log_probs(batch)
+        self._report("rows", batch)
+        return rows_B
+
+    def sum_over_ranks(self, values: Tensor) -> Tensor:
+        return self._engine.sum_over_ranks(values)
 
     def state(self) -> list[Chunk]:
         return self._engine.state()
@@ -85,7 +97,7 @@ class WatchedEngine:
             why = "saves and loads before it did without this graph" if self._calls["copy"] else ""
             self._tell("copy", [Compiled("a copy of the state", seconds / graphs, why)] * graphs)
 
-    def _report(self, call: Literal["step", "evaluate"], batch: Batch) -> None:
+    def _report(self, call: Literal["step", "evaluate", "rows"], batch: Batch) -> None:
         inputs = tuple(graph_input(name, column) for name, column in batch.columns().items())
         compiled = [*self._torch_compiles.new(), *self._compiled_by_the_device(inputs, self._batches[call])]
         if inputs not in self._batches[call]:
