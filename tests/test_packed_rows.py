@@ -19,6 +19,9 @@ from test_native_engine import LLAMA3, PLENTY, ROWS, SEQ_LEN, STEPS, VOCAB, WORK
 from test_nxd import LIBRARIES, nxd_config, start_worker
 from test_nxd import PIPELINES as NXD_PIPELINES
 from torch import Tensor
+from torch.nn.attention.flex_attention import create_block_mask
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from raynium.config.schema import Config
 from raynium.data.batch import IGNORED_LABEL, Batch
@@ -141,6 +144,49 @@ def test_parts_of_a_batch_keep_their_documents() -> None:
 
 
 # ---- CUDA's attention, as far as a CPU shows -------------------------------------------------------------------------
+
+
+@given(
+    lengths=st.lists(
+        st.lists(st.one_of(st.integers(1, 40), st.sampled_from([127, 128, 129, 256, 384])), max_size=12),
+        min_size=1,
+        max_size=3,
+    ),
+    size=st.sampled_from([1, 127, 128, 129, 256, 600]),
+)
+@settings(max_examples=60, deadline=None)
+def test_the_block_mask_is_the_one_that_all_pairs_of_tokens_give(lengths: list[list[int]], size: int) -> None:
+    documents = torch.cat([numbered([*row, size])[:, :size] for row in lengths])
+
+    def seen(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (documents[row, query] == documents[row, key]) & (query >= key)
+
+    mask = block_mask(documents)
+    expected = create_block_mask(seen, len(documents), None, size, size, device="cpu")
+    for ours, theirs in zip(mask.as_tuple(), expected.as_tuple(), strict=True):
+        if isinstance(theirs, Tensor):
+            assert ours.dtype == theirs.dtype and torch.equal(ours, theirs)
+        else:
+            assert callable(theirs) or ours == theirs
+    rows, queries, keys = torch.meshgrid(torch.arange(len(documents)), *2 * [torch.arange(size)], indexing="ij")
+    assert torch.equal(
+        mask.mask_mod(rows, torch.tensor(0), queries, keys), dense_mask(documents, torch.float32)[:, 0] == 0
+    )
+
+
+def test_a_block_mask_of_a_long_row_is_made_without_its_pairs_of_tokens() -> None:
+    largest = 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            nonlocal largest
+            made = func(*args, **(kwargs or {}))
+            largest = max([largest, *(each.numel() for each in tree_leaves(made) if isinstance(each, Tensor))])
+            return made
+
+    with Watch():
+        block_mask(numbered([5000] * 6 + [2768]))
+    assert largest == 256 * 257
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ import torch
 from raynium.config.families import FAMILIES
 from raynium.config.load import load_config
 from raynium.config.world import World
+from raynium.models.attention import block_mask
 from raynium.models.decoder import Decoder
 from raynium.models.flops import parameter_count
 from raynium.planning.memory import MemoryEstimate, estimate_memory, parameter_parts
@@ -72,6 +73,13 @@ def test_activations_and_logits_follow_the_tokens_of_a_micro_batch():
 def test_rows_of_several_documents_have_one_mask_for_all_layers():
     one, packed = estimate("llama3-8b"), estimate("llama3-8b", "data.packing=documents")
     assert packed.activations - one.activations == 2 * 8192 * 8192
+    # On CUDA a mask of blocks, of the size that it has.
+    cuda = ("cluster.accelerator=cuda", "cluster.instance_type=null")
+    one, packed = estimate("llama3-8b", *cuda), estimate("llama3-8b", *cuda, "data.packing=documents")
+    assert packed.activations - one.activations == 4 * 4 * 64 * 64
+    mask = block_mask(torch.zeros(1, 8192, dtype=torch.int64))
+    blocks = (mask.kv_indices, mask.full_kv_indices, mask.q_indices, mask.full_q_indices)
+    assert sum(each.nbytes for each in blocks if each is not None) == 4 * 4 * 64 * 64
 
 
 def test_float32_takes_twice_the_bytes_of_compute_but_not_of_state():

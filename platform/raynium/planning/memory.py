@@ -26,6 +26,8 @@ GIB = 2**30
 FLOAT32_BYTES = 4
 # auto: bfloat16 on every device that has a memory to be planned for.
 BYTES_OF_DTYPE = {"auto": 2, "float32": 4, "bfloat16": 2}
+# As in models/attention.py, which imports torch.
+ATTENTION_BLOCK = 128
 # An assumption, not a measurement: what a plan may fill of a core's nominal memory.
 USABLE_FRACTION = 0.9
 
@@ -147,8 +149,7 @@ def _activation_bytes(config: Config, compute_bytes: int) -> int:
     # gate, up, silu(gate), and their product.
     feed_forward = 4 * model.ffn_size * compute_bytes / tensor
     block = norms + gathered + attention + feed_forward
-    # Rows of several documents have a mask, one for all layers (models/attention.py; not on CUDA).
-    mask = tokens * config.data.seq_len * compute_bytes if config.data.packing == "documents" else 0
+    mask = _mask_bytes(config, compute_bytes) if config.data.packing == "documents" else 0
     if config.engine.activation_checkpointing == "full":
         inputs = model.num_layers * model.hidden_size * compute_bytes / tensor
         # Compiled blocks keep attention's output too: engines/recompute.py.
@@ -156,6 +157,15 @@ def _activation_bytes(config: Config, compute_bytes: int) -> int:
             inputs += model.num_layers * query_size * compute_bytes / tensor
         return int(tokens * (inputs + block)) + mask
     return int(tokens * model.num_layers * block) + mask
+
+
+def _mask_bytes(config: Config, compute_bytes: int) -> int:
+    """Of rows of several documents, one for all layers: models/attention.py."""
+    rows, seq_len = config.train.micro_batch_size, config.data.seq_len
+    if config.cluster.accelerator == "cuda":
+        # Numbers of blocks in four orders, int32.
+        return rows * 4 * 4 * (-(-seq_len // ATTENTION_BLOCK)) ** 2
+    return rows * seq_len**2 * compute_bytes
 
 
 def _logit_bytes(config: Config, compute_bytes: int) -> int:
