@@ -34,7 +34,7 @@ LONGEST = (
 
 
 # Libraries that some tests compare ours with. Tests get them from fixtures of these names.
-PEERS = ("transformers",)
+PEERS = ("transformers", "trl")
 
 
 def is_quick(file: Path) -> bool:
@@ -149,6 +149,13 @@ def transformers() -> Any:
     import transformers
 
     return transformers
+
+
+@pytest.fixture(scope="session")
+def trl() -> Any:
+    import trl
+
+    return trl
 
 
 @pytest.fixture(scope="session")
