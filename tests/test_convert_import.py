@@ -216,7 +216,7 @@ def test_json_that_cannot_be_used_is_named(hugging_face: Callable[..., Path], tm
     refused(folder, tmp_path, CheckpointError, r"config\.json: it has more than 16,777,216 bytes")
     config.unlink()
     refused(folder, tmp_path, CheckpointError, r"cannot read .*config\.json: No such file or directory; is its folder")
-    for odd in (tmp_path / "nothing", config.with_name(TOKENIZER_NAME), "s3://bucket/model"):
+    for odd in (tmp_path / "nothing", config.with_name(TOKENIZER_NAME)):
         refused(odd, tmp_path, CheckpointError, r"is no folder of this machine: give one with config\.json")
 
 

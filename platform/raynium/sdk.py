@@ -469,15 +469,16 @@ def list_runs(root: "str | os.PathLike[str]" = "runs") -> "list[RunRecord]":
 
 def _loaded(config: str | Path | Mapping[str, Any], overrides: Mapping[str, Any] | Sequence[str]) -> "Config":
     from raynium.config.load import load_config, parse_config
+    from raynium.convert.beginning import describe
 
     if not isinstance(config, Mapping):
-        return load_config(config, overrides)
+        return load_config(config, overrides, describe=describe)
     try:
         # Python values take the road of text, so that both are judged by the same rules.
         text = json.dumps(config, default=os.fspath)
     except (TypeError, ValueError) as error:
         raise ConfigError([f"the config holds what no job file can hold: {error}"]) from error
-    return parse_config(text, overrides)
+    return parse_config(text, overrides, describe=describe)
 
 
 def _with_name(overrides: Mapping[str, Any] | Sequence[str], name: str | None) -> Mapping[str, Any] | Sequence[str]:

@@ -24,6 +24,7 @@ from raynium.checkpoint.upload import upload_shard
 from raynium.config.load import load_config
 from raynium.config.schema import Config
 from raynium.config.world import World
+from raynium.convert.beginning import adopt_weights, describe
 from raynium.errors import RayniumError
 from raynium.launch.preparation import checked, identified, keep_tokenizer, prepare_data
 from raynium.launch.settle import settled
@@ -114,7 +115,7 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format=f"rank {os.environ['RANK']} %(levelname)s: %(message)s")
     path, *overrides = sys.argv[1:]
     try:
-        config = checked(load_config(path, overrides))
+        config = checked(load_config(path, overrides, describe=describe))
         world = World.of(config)
         if int(os.environ["WORLD_SIZE"]) != world.size:
             sys.exit(
@@ -126,6 +127,9 @@ def main() -> None:
         past.refuse_live()
         notes = past.check_resume(config)
         store.check_writable()
+        # The others wait for it as they join the process group.
+        if os.environ["RANK"] == "0":
+            config = adopt_weights(config, store, past.config, logger.info)
         # One rank builds, the others wait and use it.
         config, documents = prepare_data(config, past, logger.info)
         if os.environ["RANK"] == "0":

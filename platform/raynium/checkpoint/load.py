@@ -13,12 +13,12 @@ from typing import Any, Literal
 
 import torch
 
+from raynium.checkpoint.base import Readable
 from raynium.checkpoint.format.blocks import Block
 from raynium.checkpoint.format.boxes import Box, boxes_of_flat_range, intersect, spans
 from raynium.checkpoint.format.image import TORCH_DTYPES, dtype_name
 from raynium.checkpoint.format.manifest import TensorEntry
 from raynium.checkpoint.reads import MAX_GAP_UNITS, Wanted, read_wanted
-from raynium.checkpoint.ref import CheckpointRef
 from raynium.checkpoint.state import Chunk
 from raynium.errors import CheckpointMismatch, some
 
@@ -52,7 +52,7 @@ class _Copy:
 
 
 def load_checkpoint(
-    ref: CheckpointRef, chunks: Sequence[Chunk], *, dtypes: Literal["equal", "converted"] = "equal"
+    ref: Readable, chunks: Sequence[Chunk], *, dtypes: Literal["equal", "converted"] = "equal"
 ) -> Loaded:
     """Fill every chunk's tensor in place. Every rank calls it with its own chunks; ranks do not talk.
 
@@ -70,7 +70,7 @@ def load_checkpoint(
     return Loaded(dict(ref.manifest.state), tuple(sorted(absent)), num_bytes_read)
 
 
-def read_tensors(ref: CheckpointRef, prefix: str = "model/") -> dict[str, torch.Tensor]:
+def read_tensors(ref: Readable, prefix: str = "model/") -> dict[str, torch.Tensor]:
     """Whole tensors whose names begin with `prefix`, on the CPU, by full name. For one process: sampling."""
     entries = [entry for entry in ref.manifest.tensors if entry.name.startswith(prefix)]
     if not entries:
@@ -79,7 +79,7 @@ def read_tensors(ref: CheckpointRef, prefix: str = "model/") -> dict[str, torch.
     return read_batch(ref, entries)
 
 
-def read_batch(ref: CheckpointRef, entries: Sequence[TensorEntry]) -> dict[str, torch.Tensor]:
+def read_batch(ref: Readable, entries: Sequence[TensorEntry]) -> dict[str, torch.Tensor]:
     """These tensors, whole, verified, on the CPU, by full name and in this order. Raises as `load_checkpoint`."""
     tensors = {entry.name: torch.empty(entry.global_shape, dtype=TORCH_DTYPES[entry.dtype]) for entry in entries}
     load_checkpoint(ref, [Chunk.whole(name, tensor, saved_here=False) for name, tensor in tensors.items()])
@@ -89,14 +89,14 @@ def read_batch(ref: CheckpointRef, entries: Sequence[TensorEntry]) -> dict[str, 
 # ---- what goes where ----------------------------------------------------------------------------------------------
 
 
-def wanted_ranges(ref: CheckpointRef, chunks: Sequence[Chunk]) -> list[Wanted]:
+def wanted_ranges(ref: Readable, chunks: Sequence[Chunk]) -> list[Wanted]:
     """The bytes of data files that these chunks, which the checkpoint has, are made of."""
     tensors = {tensor.name: tensor for tensor in ref.manifest.tensors}
     copies = (copy for chunk in chunks for copy in _copies_into(chunk, tensors[chunk.name]))
     return [each for copy in copies for each in _wanted(ref, copy)]
 
 
-def _check_match(ref: CheckpointRef, chunks: Sequence[Chunk], dtypes: str) -> set[str]:
+def _check_match(ref: Readable, chunks: Sequence[Chunk], dtypes: str) -> set[str]:
     """Names of optional tensors that the checkpoint lacks. CheckpointMismatch for anything else that does not fit."""
     tensors = {tensor.name: tensor for tensor in ref.manifest.tensors}
     missing = sorted({chunk.name for chunk in chunks} - tensors.keys())
@@ -130,7 +130,7 @@ def _copies_into(chunk: Chunk, entry: TensorEntry) -> Iterator[_Copy]:
         yield _Copy(block, TORCH_DTYPES[entry.dtype], wanted, chunk)
 
 
-def _wanted(ref: CheckpointRef, copy: _Copy) -> Iterator[Wanted]:
+def _wanted(ref: Readable, copy: _Copy) -> Iterator[Wanted]:
     """The ranges of the block's file that hold what is wanted of it."""
     block, item_bytes = copy.block, copy.dtype.itemsize
     max_gap = MAX_GAP_UNITS * ref.manifest.shards[block.shard].unit_bytes // item_bytes

@@ -13,7 +13,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from queue import SimpleQueue
 
-from raynium.checkpoint.ref import CheckpointRef
+from raynium.checkpoint.base import Readable
 from raynium.errors import CheckpointDamaged, StoreError, some
 from raynium.storage.backend import KeyMissing
 from raynium.storage.checksum import checksum, to_text
@@ -57,7 +57,7 @@ class Request:
         return self.end - self.begin - straight
 
 
-def read_wanted(ref: CheckpointRef, wanted: Sequence[Wanted]) -> int:
+def read_wanted(ref: Readable, wanted: Sequence[Wanted]) -> int:
     """Deliver every range; returns the bytes that were fetched. CheckpointDamaged names file, bytes and tensors.
 
     Memory: REQUEST_BYTES for each of STREAMS, and less where bytes go straight to their place.
@@ -76,7 +76,7 @@ def read_wanted(ref: CheckpointRef, wanted: Sequence[Wanted]) -> int:
 # ---- what is asked for --------------------------------------------------------------------------------------------
 
 
-def plan_requests(ref: CheckpointRef, wanted: Sequence[Wanted]) -> list[Request]:
+def plan_requests(ref: Readable, wanted: Sequence[Wanted]) -> list[Request]:
     """The requests that fetch all of it, in file order: each needed unit once."""
     by_shard: dict[int, list[Wanted]] = defaultdict(list)
     for each in wanted:
@@ -93,7 +93,7 @@ def sorted_by_place(wanted: Sequence[Wanted]) -> list[Wanted]:
     return sorted(wanted, key=lambda each: (each.begin, each.end))
 
 
-def _requests_of_shard(ref: CheckpointRef, shard: int, wanted: Sequence[Wanted]) -> Iterator[Request]:
+def _requests_of_shard(ref: Readable, shard: int, wanted: Sequence[Wanted]) -> Iterator[Request]:
     file = ref.manifest.shards[shard]
     window_bytes = max(1, REQUEST_BYTES // file.unit_bytes) * file.unit_bytes
     shared = _shares_bytes(wanted)
@@ -139,7 +139,7 @@ def _shares_bytes(wanted: Sequence[Wanted]) -> list[bool]:
 _Segments = list[tuple[int, memoryview]]
 
 
-def _fetched(ref: CheckpointRef, requests: Sequence[Request]) -> Iterator[tuple[Request, _Segments]]:
+def _fetched(ref: Readable, requests: Sequence[Request]) -> Iterator[tuple[Request, _Segments]]:
     """Each request with its bytes, verified, as they arrive. Scratch memory is valid until the next is asked for."""
     if not requests:
         return
@@ -165,11 +165,12 @@ def _fetched(ref: CheckpointRef, requests: Sequence[Request]) -> Iterator[tuple[
                 future.cancel()
 
 
-def _fetch(ref: CheckpointRef, request: Request, scratch: memoryview) -> _Segments:
+def _fetch(ref: Readable, request: Request, scratch: memoryview) -> _Segments:
     """Read one request and check its units. Runs on a stream's thread."""
     segments = _segments(request, scratch)
     try:
-        ref.store.read_into(ref.shard_key(request.shard), request.begin, *(memory for _, memory in segments))
+        store, key = ref.file(request.shard)
+        store.read_into(key, request.begin, *(memory for _, memory in segments))
     except StoreError as error:
         if problem := _size_problem(ref, request.shard):
             raise CheckpointDamaged(problem) from error
@@ -200,7 +201,7 @@ def _segments(request: Request, scratch: memoryview) -> _Segments:
     return segments
 
 
-def _check_units(ref: CheckpointRef, request: Request, segments: _Segments) -> None:
+def _check_units(ref: Readable, request: Request, segments: _Segments) -> None:
     """CheckpointDamaged for the first unit whose bytes, wherever they went, are not those that were saved."""
     file = ref.manifest.shards[request.shard]
     pieces = iter(segments)
@@ -216,17 +217,23 @@ def _check_units(ref: CheckpointRef, request: Request, segments: _Segments) -> N
             begin = unit * file.unit_bytes
             names = ref.manifest.tensors_in(request.shard, begin, begin + file.unit_bytes)
             raise CheckpointDamaged(
-                f"{ref.store.uri(ref.shard_key(request.shard))} is damaged in bytes {begin:,} to "
+                f"{_uri(ref, request.shard)} is damaged in bytes {begin:,} to "
                 f"{begin + file.checksums.unit_length(unit):,}, which hold "
                 f"{some(names) or 'no tensor'}: CRC64NVME {to_text(found)} instead of {to_text(expected)}"
             )
 
 
-def _size_problem(ref: CheckpointRef, shard: int) -> str | None:
+def _size_problem(ref: Readable, shard: int) -> str | None:
     """Why a file could not be read, if that is because it is not the one that was saved."""
-    where, expected = ref.store.uri(ref.shard_key(shard)), ref.manifest.shards[shard].size
+    (store, key), expected = ref.file(shard), ref.manifest.shards[shard].size
+    where = store.uri(key)
     try:
-        size = ref.store.size(ref.shard_key(shard))
+        size = store.size(key)
     except KeyMissing:
         return f"{where} is missing"
     return None if size == expected else f"{where} has {size:,} bytes instead of {expected:,}"
+
+
+def _uri(ref: Readable, shard: int) -> str:
+    store, key = ref.file(shard)
+    return store.uri(key)

@@ -28,3 +28,7 @@ class CheckpointRef:
     def shard_key(self, index: int) -> str:
         """The key in the store of data file `index` of the manifest."""
         return f"{step_folder(self.step)}/{self.manifest.shards[index].key}"
+
+    def file(self, index: int) -> tuple[Store, str]:
+        """Where data file `index` of the manifest lies: a store, and the key in it."""
+        return self.store, self.shard_key(index)

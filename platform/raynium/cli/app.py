@@ -80,11 +80,12 @@ def train(
     Ctrl-C, 143 after SIGTERM, 3 after `raynium stop`, 1 after a failure, 2 for a mistake in the config.
     """
     from raynium.config.load import load_config
+    from raynium.convert.beginning import describe
     from raynium.launch.run import run
     from raynium.terminal.report import exit_code, report_lines
 
     try:
-        record = run(load_config(config, overrides or []), address=address)
+        record = run(load_config(config, overrides or [], describe=describe), address=address)
     except KeyboardInterrupt:
         _print("interrupted: the same command goes on from the newest checkpoint")
         raise typer.Exit(130) from None

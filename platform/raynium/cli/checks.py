@@ -59,9 +59,10 @@ def preflight(
     Ends with 1 if the run could not start.
     """
     from raynium.config.load import load_config
+    from raynium.convert.beginning import describe
     from raynium.launch.run_preflight import run_preflight
 
-    report = run_preflight(load_config(config, overrides or []), address=address, tell=_to_stderr)
+    report = run_preflight(load_config(config, overrides or [], describe=describe), address=address, tell=_to_stderr)
     if as_json:
         typer.echo(json.dumps(report.to_json(), indent=2))
     else:

@@ -68,9 +68,10 @@ def config(
     """Explain the fields of a job file, or show what one changes."""
     from raynium.config.load import load_config
     from raynium.config.reference import difference_lines, reference, reference_markdown
+    from raynium.convert.beginning import describe
 
     if diff is not None:
-        lines = difference_lines(load_config(diff), name)
+        lines = difference_lines(load_config(diff, describe=describe), name)
         typer.echo("\n".join(lines) or f"{name or diff} is as by default")
     else:
         typer.echo(reference_markdown() if markdown else reference(name), nl=not markdown)

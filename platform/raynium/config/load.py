@@ -19,6 +19,7 @@ from pydantic import ValidationError
 from raynium.config.fields import BUILDS_ON, accepted_within, did_you_mean, fields_below, schema_fields
 from raynium.config.plain_file import read_plain
 from raynium.config.schema import Config, Section
+from raynium.config.weights import Describe, take_described
 from raynium.config.yaml_text import Reading, compose, cut, place_of, read_field, read_section, shown
 from raynium.errors import ConfigError
 
@@ -35,7 +36,11 @@ MAX_FILE_BYTES = 2**18
 
 
 def load_config(
-    path_or_preset: str | os.PathLike[str], overrides: Overrides = (), *, base_folder: str | Path | None = None
+    path_or_preset: str | os.PathLike[str],
+    overrides: Overrides = (),
+    *,
+    base_folder: str | Path | None = None,
+    describe: Describe | None = None,
 ) -> Config:
     """Read a job file and lay `overrides` over it.
 
@@ -44,29 +49,36 @@ def load_config(
     overrides: "train.steps=200" strings, or a mapping of dotted names to values, whose quotes belong to the text; later
         ones win.
     base_folder: what relative paths of job files begin at; None: the current folder.
+    describe: reads what the weights at `model.init` settle (`convert.adopt.describe`); None: the config says it itself.
 
     Paths in the result are as written: see `resolve`. Raises ConfigError.
     """
     base = _folder(base_folder)
     reading, files = Reading(), Files(base, ())
     _read_file(files.find(path_or_preset), str(path_or_preset), reading, files)
-    return _finish(reading, overrides, files)
+    return _finish(reading, overrides, files, describe)
 
 
 def parse_config(
-    text: str, overrides: Overrides = (), *, origin: str = "the config", base_folder: str | Path | None = None
+    text: str,
+    overrides: Overrides = (),
+    *,
+    origin: str = "the config",
+    base_folder: str | Path | None = None,
+    describe: Describe | None = None,
 ) -> Config:
     """A Config from YAML text (for one, the text that `dump_yaml` wrote). `origin` names it in messages."""
     reading, files = Reading(), Files(_folder(base_folder), ())
     _read_text(text, origin, reading, files)
-    return _finish(reading, overrides, files)
+    return _finish(reading, overrides, files, describe)
 
 
-def _finish(reading: Reading, overrides: Overrides, files: "Files") -> Config:
+def _finish(reading: Reading, overrides: Overrides, files: "Files", describe: Describe | None) -> Config:
     # A preset's model is what the other overrides are laid over, wherever it stands among them.
     quotes = () if isinstance(overrides, Mapping) else ('"', "'")
     for key, value in sorted(_split_overrides(overrides, reading), key=lambda each: each[0] != "model.preset"):
         _apply_override(key, value, reading, files, quotes=quotes)
+    take_described(reading, describe)
     _name_the_store(reading)
     config = _validate(reading)
     if config is None or reading.problems:

@@ -51,7 +51,7 @@ def resolve(config: Config, *, base_folder: str | Path | None = None) -> Config:
             problems.append(_secret_in_url(name, placed))
         return placed
 
-    data, tracking = config.data, config.tracking
+    data, model, tracking = config.data, config.model, config.tracking
     root = place("run.root", config.run.root)
 
     def of_store(number: int, store: MixedStore) -> MixedStore:
@@ -63,6 +63,7 @@ def resolve(config: Config, *, base_folder: str | Path | None = None) -> Config:
     resolved = config.model_copy(
         update={
             "run": config.run.model_copy(update={"root": root}),
+            "model": model.model_copy(update={"init": model.init and place("model.init", model.init)}),
             "data": data.model_copy(
                 update={
                     "path": data.path and place("data.path", data.path),
@@ -89,6 +90,7 @@ def placeholders(config: Config) -> list[str]:
         **{f"data.mixture[{number}].store": each.store for number, each in enumerate(config.data.mixture)},
         "data.source": config.data.source,
         "data.tokenizer": config.data.tokenizer,
+        "model.init": config.model.init,
         "tracking.uri": config.tracking.uri,
     }
     return [
@@ -114,6 +116,11 @@ def collisions(config: Config) -> list[str]:
                 f"{field} is {store.store!r}, in the folder of run {name!r}: a run's folder holds what the run "
                 "writes; give the document store another place, or the run another name"
             )
+    if config.model.init is not None and lies_in(config.model.init.rpartition("@")[0] or config.model.init, run):
+        problems.append(
+            f"model.init is {config.model.init!r}, in the folder of run {name!r} itself: a run goes on from its own "
+            "checkpoints without it; give the new run another name"
+        )
     if (source := config.data.source) is not None and source not in WORDS_FOR_SOURCE:
         for field, place in (("run.root", config.run.root), ("data.path", config.data.path)):
             if place is not None and lies_in(place, source):

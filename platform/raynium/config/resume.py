@@ -34,6 +34,8 @@ FIXED: Mapping[str, str] = {
     "model.rope_scaling": _WEIGHTS,
     "model.norm_eps": _WEIGHTS,
     "model.embeddings": _WEIGHTS,
+    "model.init": "the run began with those weights, and does not read others any more",
+    "model.init_identity": "the run began with those weights, and does not read others any more",
     "data.mixture": "the data position counts samples of these stores, by these weights",
     "data.identity": "the data position counts samples of that tokenizer and those tokens",
     "data.heldout_fraction": "documents would move between training and evaluation",
@@ -101,8 +103,9 @@ def resume_conflicts(saved: Mapping[str, Any], now: Config, *, step: int) -> lis
 
 def _field_conflicts(saved: Mapping[str, Any], now: Config) -> Iterator[str]:
     for name, before, after, reason in _changes_in(FIXED, saved, now):
-        # Before the data was looked at, or by an older Raynium that did not: there is nothing to compare.
-        if name != "data.mixture" and not (name == "data.identity" and None in (before, after)):
+        # Before it was looked at, or by an older Raynium that did not: there is nothing to compare.
+        unknown = name in ("data.identity", "model.init_identity") and None in (before, after)
+        if name != "data.mixture" and not unknown:
             yield (
                 f"{name} is {_shown(after)}, but the checkpoint was trained with {_shown(before)}: {reason}. "
                 f"{_REMEDIES.get(name, f'Set {name} back to {_shown(before)}')}, or give the run another run.name "

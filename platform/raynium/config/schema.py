@@ -106,10 +106,14 @@ class RopeScaling(Section):
     """The longest sequence before the stretching."""
 
 
+Identity = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$"), Accepts("an identity, 64 hex digits")]
+
+
 class ModelSection(Section):
     """A decoder's dimensions. The family settles the architecture's fixed points.
 
     `preset: llama3-1b` in this section takes the dimensions of a preset; what stands beside it is laid over them.
+    `init: ./Qwen3-0.6B` begins with published weights, and takes the dimensions from there.
     """
 
     family: FamilyName = "llama3"
@@ -140,13 +144,16 @@ class ModelSection(Section):
     """Whether input and output share one matrix."""
     init_std: PositiveFloat = 0.02
     """Standard deviation of the first weights."""
+    init: Location | None = None
+    """The weights to begin with, at step 0 and with a fresh optimizer: a Hugging Face folder, local or at s3://, or the
+    folder of a run, whose newest checkpoint it is, or that of <run>@<step>; all nodes must see it. What they settle may
+    be left out here, data.tokenizer too. null: weights are drawn by run.seed."""
+    init_identity: Identity | None = None
+    """Of the weights that must be there. null: whatever are; the driver fills it in."""
 
     @property
     def traits(self) -> Family:
         return FAMILIES[self.family]
-
-
-Identity = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$"), Accepts("a store's identity, 64 hex digits")]
 
 
 class MixedStore(Section):

@@ -15,11 +15,12 @@ from typing import Any, Self
 import tokenizers
 
 from raynium.config.local_folders import local_path
-from raynium.config.plain_file import plain_size, read_plain
+from raynium.config.plain_file import plain_size
 from raynium.config.schema import ModelSection
 from raynium.convert.config_json import Dtype, config_from_model, model_from_config
+from raynium.convert.folder import Folder
 from raynium.data.tokenizer import TOKENIZER_NAME, Tokenizer
-from raynium.errors import CheckpointDamaged, CheckpointError, CheckpointMismatch, ConfigError
+from raynium.errors import CheckpointError, CheckpointMismatch, ConfigError
 from raynium.storage.store import Store
 
 # Of the run: an imported model's small files by name.
@@ -30,7 +31,6 @@ _IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _CHECKED_IDS = ("bos_token_id", "eos_token_id", "suppress_tokens")
 # Of tokenizer_config.json: with these transformers would build another tokenizer than tokenizer.json says.
 _REBUILDING = ("add_bos_token", "add_eos_token", "add_prefix_space", "legacy", "from_slow", "auto_map")
-_MAX_BYTES = 16 * 2**20
 
 
 @dataclass(frozen=True)
@@ -40,19 +40,20 @@ class Described:
     files: Mapping[str, str]
 
     @classmethod
-    def of_folder(cls, folder: Path, *, vocab_size: int) -> Self:
+    def of_folder(cls, folder: Folder, *, vocab_size: int) -> Self:
         """CheckpointError, CheckpointDamaged or CheckpointMismatch naming the file that is not as it should be."""
-        names = (_CONFIG, _GENERATION, _TOKENIZER, _SPECIAL_TOKENS, "added_tokens.json", _CHAT_TEMPLATE)
-        found = [folder / name for name in names if name == _CONFIG or (folder / name).exists()]
-        for path in found:
-            fields = read_json(path) if path.suffix == ".json" else {}
-            for name in _CHECKED_IDS if path.name in (_CONFIG, _GENERATION) else ():
+        there = folder.names()
+        kept = (_CONFIG, _GENERATION, _TOKENIZER, _SPECIAL_TOKENS, "added_tokens.json", _CHAT_TEMPLATE)
+        found = [file for file in kept if file == _CONFIG or file in there]
+        for file in found:
+            fields = folder.json(file) if file.endswith(".json") else {}
+            for name in _CHECKED_IDS if file in (_CONFIG, _GENERATION) else ():
                 if not all(type(each) is int and 0 <= each < vocab_size for each in _listed(fields.get(name))):
                     raise CheckpointMismatch(
-                        f"{path}: {name} is {str(fields[name])[:100]}: it must be a token of the vocabulary of "
-                        f"{vocab_size:,}, or a list of some"
+                        f"{folder.path(file)}: {name} is {str(fields[name])[:100]}: it must be a token of the "
+                        f"vocabulary of {vocab_size:,}, or a list of some"
                     )
-        return cls({path.name: read_text(path) for path in found})
+        return cls({file: folder.text(file) for file in found})
 
     @classmethod
     def of_run(cls, store: Store) -> Self:
@@ -175,51 +176,36 @@ class RunText:
         return fields | {"post_processor": processor, "truncation": None, "padding": None}
 
 
-def described_model(folder: Path, tokenizer: str | Path | None) -> tuple[ModelSection, Path, RunText]:
+def described_model(
+    folder: Folder, tokenizer: str | Path | None, *, end_of_document: str | None = None
+) -> tuple[ModelSection, str, RunText]:
     """The model of a folder's config.json, the tokenizer.json to use with it, and how its texts begin and end.
 
     tokenizer: for a folder without a tokenizer.json. CheckpointError and its kinds; DataError for the tokenizer.
     """
-    model = model_from_config(read_json(folder / _CONFIG), where=str(folder / _CONFIG))
+    model = model_from_config(folder.json(_CONFIG), where=folder.path(_CONFIG))
     described = Described.of_folder(folder, vocab_size=model.vocab_size)
-    path = local_path(folder / TOKENIZER_NAME if tokenizer is None else tokenizer)
-    if tokenizer is not None and path.is_dir():
-        path /= TOKENIZER_NAME
+    path = folder.path(TOKENIZER_NAME)
     try:
-        plain_size(path)
-    except OSError as error:
+        if tokenizer is None:
+            folder.size(TOKENIZER_NAME)
+        else:
+            local = local_path(tokenizer)
+            path = str(local / TOKENIZER_NAME if local.is_dir() else local)
+            plain_size(path)
+    except (OSError, CheckpointError) as error:
+        why = f"cannot read {path}: {error.strerror}" if isinstance(error, OSError) else str(error)
         raise CheckpointError(
-            f"cannot read {path}: {error.strerror}. Give this model's tokenizer.json with --tokenizer (transformers "
+            f"{why}. Give this model's tokenizer.json with --tokenizer (transformers "
             "makes one of other files: AutoTokenizer.from_pretrained(…).save_pretrained(…))"
         ) from error
-    loaded = Tokenizer.load(path)
+    loaded = Tokenizer.load(path, end_of_document=end_of_document)
     if loaded.vocab_size > model.vocab_size:
         raise CheckpointMismatch(
             f"{path}: the tokenizer has {loaded.vocab_size:,} tokens, the model's vocabulary {model.vocab_size:,}: "
             "they do not belong together"
         )
     return model, path, RunText(model, loaded, described)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """As `read_text`; CheckpointDamaged also if it is no JSON object."""
-    try:
-        fields = json.loads(read_text(path))
-    except (ValueError, RecursionError) as error:
-        raise CheckpointDamaged(f"{path} is not JSON: {error}") from error
-    if not isinstance(fields, dict):
-        raise CheckpointDamaged(f"{path} is not a JSON object")
-    return fields
-
-
-def read_text(path: Path) -> str:
-    """CheckpointError if it is no plain file, or larger than such a file is; CheckpointDamaged if it is not UTF-8."""
-    try:
-        return read_plain(path, max_bytes=_MAX_BYTES).decode()
-    except UnicodeDecodeError as error:
-        raise CheckpointDamaged(f"{path} is not UTF-8: {error}") from error
-    except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror}; is its folder a Hugging Face model?") from error
 
 
 def _listed(ids: Any) -> list[Any]:

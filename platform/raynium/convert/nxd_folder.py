@@ -13,6 +13,7 @@ from raynium.checkpoint.state import Chunk
 from raynium.config.local_folders import local_path
 from raynium.config.schema import ModelSection
 from raynium.convert.description import described_model
+from raynium.convert.folder import Folder
 from raynium.convert.new_run import Imported, Part, refuse_used, write_first_checkpoint
 from raynium.convert.nxd_files import NxdFiles, RankState, Tensors
 from raynium.errors import CheckpointError, CheckpointMismatch, some
@@ -44,8 +45,7 @@ def import_nxd_folder(
     DataError for the tokenizer, StoreError; nothing is kept of an import that fails.
     """
     refuse_used(store)
-    described = local_path(model_folder)
-    model, tokenizer_path, text = described_model(described, tokenizer)
+    model, tokenizer_path, text = described_model(Folder(model_folder), tokenizer)
     tag = _finished_tag(folder)
     files = NxdFiles(tag, with_optimizer=with_optimizer)
     _check_degree(model, files)
@@ -62,7 +62,7 @@ def import_nxd_folder(
         layout={"tensor": files.tensor_size},
     )
     logger.info("imported %s into %s at step %d", tag, store.url, step)
-    return Imported(ref, model, str(tokenizer_path))
+    return Imported(ref, model, tokenizer_path)
 
 
 def _finished_tag(folder: str | Path) -> Path:

@@ -113,6 +113,7 @@ def main(arguments: list[str] | None = None) -> None:
     A job whose run was stopped did as it was asked: a success. Outside a job it exits as `raynium train` does.
     """
     from raynium.config.load import load_config
+    from raynium.convert.beginning import describe
     from raynium.errors import ClusterLost, RayniumError
     from raynium.launch.run import run
     from raynium.terminal.report import exit_code, report_lines
@@ -130,7 +131,7 @@ def main(arguments: list[str] | None = None) -> None:
     if job_id:
         tags["mlflow.source.type"] = "JOB"
     try:
-        loaded = load_config(config, overrides)
+        loaded = load_config(config, overrides, describe=describe)
         if job_id:
             # Ray 2.60 removes the job's folder under us when the driver connects.
             os.chdir(temporary_parent())

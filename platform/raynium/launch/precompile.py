@@ -14,6 +14,7 @@ import sys
 from raynium.config.load import load_config
 from raynium.config.local_folders import temporary_parent
 from raynium.config.schema import Config
+from raynium.convert.beginning import describe
 from raynium.errors import ClusterLost, RayniumError, StoreError
 from raynium.launch.jobs import job_metadata
 from raynium.launch.preparation import checked
@@ -56,6 +57,8 @@ def short_config(config: Config) -> Config:
         dtype = saved["engine"]["dtype"]
     changes = {
         "run": {"name": f"{config.run.name[:45]}.precompile-{secrets.token_hex(3)}"},
+        # Of the same shapes, and drawn in less time than they are read.
+        "model": {"init": None, "init_identity": None},
         "engine": {"dtype": dtype},
         "optimizer": {"warmup_steps": 0},
         "train": {"steps": STEPS},
@@ -97,7 +100,7 @@ def main(arguments: list[str] | None = None) -> None:
     path, *overrides = arguments
     job_id = job_metadata().get("job_submission_id")
     try:
-        config = load_config(path, overrides)
+        config = load_config(path, overrides, describe=describe)
         if job_id:
             os.chdir(temporary_parent())
         record = precompile(config, address="auto" if job_id else None, job_id=job_id)

@@ -15,6 +15,7 @@ from raynium.config.local_folders import ignored_tmpdir, scratch_folder
 from raynium.config.paths import collisions, placeholders, resolve
 from raynium.config.resume import resume_conflicts
 from raynium.config.schema import Config
+from raynium.convert.beginning import adopt_weights
 from raynium.data.build.prepare import check_stores, prepare_stores
 from raynium.data.build.survey import Survey
 from raynium.data.packing.index import ensure_index
@@ -140,6 +141,7 @@ def prepare(
     keeper = claim(store, config.run.name, config.model_dump(mode="json"))
     try:
         with keeper.beating():
+            config = adopt_weights(config, store, past.config, tell)
             config, documents = prepare_data(config, past, tell, surveyed)
             keep_tokenizer(store, documents[0])
             store.replace("config.yaml", dump_yaml(config).encode())

@@ -10,6 +10,7 @@ from rich.text import Text
 
 from raynium.config.reference import brief
 from raynium.config.schema import Config
+from raynium.convert.beginning import survey_weights
 from raynium.errors import RunInUse, StoreError, TrackingError
 from raynium.launch.page import end_page
 from raynium.launch.preparation import Prepared, checked, finished_record, prepare, survey_data
@@ -45,6 +46,8 @@ def run(
     if (record := finished_record(config, past)) is not None:
         tell(f"run {config.run.name!r} has already finished at step {record.step}")
         return record
+    if past.newest is None:
+        survey_weights(config)
     surveyed = survey_data(config, past, tell)
     with contextlib.ExitStack() as cluster:
         # Joining a cluster is quick, and says what its nodes have; one of our own is started when all else is ready.

@@ -71,6 +71,7 @@ def leaving_no_folder(root: str) -> Iterator[None]:
 def main(arguments: list[str] | None = None) -> None:
     """A job's driver: `CONFIG [key=value …]`, on the cluster it runs in. Exits with 1 if the run could not start."""
     from raynium.config.load import load_config
+    from raynium.convert.beginning import describe
     from raynium.errors import RayniumError
     from raynium.launch.jobs import job_metadata
 
@@ -81,7 +82,7 @@ def main(arguments: list[str] | None = None) -> None:
     config, *overrides = arguments
     is_job = bool(job_metadata())
     try:
-        loaded = load_config(config, overrides)
+        loaded = load_config(config, overrides, describe=describe)
         if is_job:
             # Ray 2.60 removes the job's folder under us when the driver connects.
             os.chdir(temporary_parent())

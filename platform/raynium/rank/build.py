@@ -15,6 +15,7 @@ import torch.distributed as dist
 from raynium.accelerators.base import Accelerator
 from raynium.accelerators.detect import detect
 from raynium.accelerators.timeouts import PROCESS_GROUP_TIMEOUT_SECONDS
+from raynium.checkpoint.base import base_of
 from raynium.checkpoint.format.manifest import ImageInfo
 from raynium.config.schema import Config
 from raynium.config.world import World
@@ -68,7 +69,7 @@ def run(plan: RankPlan, link: Link) -> Outcome:
     task = Pretraining()
     compiles = TorchCompiles()
     resumes = bool(plan.resume_images) or plan.resume_step is not None
-    weights = "loaded" if resumes else "first"
+    weights = "loaded" if resumes or config.model.init is not None else "first"
     if config.engine.kind == "nxd":
         built = build_nxd_engine(config, plan.world, task, weights=weights)
     else:
@@ -82,6 +83,8 @@ def run(plan: RankPlan, link: Link) -> Outcome:
         start_step = snapshots.restore_images([ImageInfo.from_json(text) for text in plan.resume_images[rank]])
     elif plan.resume_step is not None:
         start_step = snapshots.restore(Store(plan.run_url), plan.resume_step)
+    elif config.model.init is not None:
+        start_step = snapshots.begin_with(base_of(Store(plan.run_url)))
 
     # ---- data ------------------------------------------------------------------------------------------------------
     link.phase("data", start_step)

@@ -13,11 +13,12 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 
+from raynium.checkpoint.base import BaseRef
 from raynium.checkpoint.catalog import open_checkpoint
 from raynium.checkpoint.format.image import ImageFile, ImagePlan, plan_image, read_image, write_image
 from raynium.checkpoint.format.manifest import ImageInfo
 from raynium.checkpoint.load import load_checkpoint
-from raynium.checkpoint.state import Chunk
+from raynium.checkpoint.state import MODEL_PREFIX, Chunk
 from raynium.engines.base import Engine
 from raynium.storage.store import Store
 from raynium.train.link import IMAGE_SLOTS, Link
@@ -95,6 +96,13 @@ class Snapshots:
         torch.set_rng_state(self._random_state)
         logger.info("resumed from the snapshot of step %d in this node's memory", step)
         return self._restored(step)
+
+    def begin_with(self, base: BaseRef) -> int:
+        """Reads this rank's parts of the weights that the run begins with; returns the step, 0."""
+        chunks = [chunk for chunk in self._engine.state() if chunk.name.startswith(MODEL_PREFIX)]
+        loaded = load_checkpoint(base, chunks, dtypes="converted")
+        logger.info("begins with the weights of %s, %.1f MB read", base.uri, loaded.num_bytes_read / 1e6)
+        return self._restored(0)
 
     def _restored(self, step: int) -> int:
         self._engine.set_step(step)

@@ -243,16 +243,19 @@ class Ranges:
         return np.unique(self.tensors[first:last]).tolist()
 
 
-def check_blocks(tensors: Sequence[Tensor], *, files: Sequence[tuple[str, int]]) -> None:
+def check_blocks(
+    tensors: Sequence[Tensor], *, files: Sequence[tuple[str, int]], first_byte: int = ALIGNMENT_BYTES
+) -> None:
     """Every block lies in its file, at a place for its type, no two share a byte, and each tensor is covered once.
 
-    files: key and bytes of each data file. ValueError says which block of which tensor does not. n·log n for n blocks.
+    files: key and bytes of each data file. first_byte: before which none may begin. ValueError says which block of
+    which tensor does not. n·log n for n blocks.
     """
     sizes = np.array([num_bytes for _, num_bytes in files], dtype=np.int64)
     parts: list[Ranges] = []
     for group in _groups(tensors):
         group.refuse_if(group.shards >= len(sizes), lambda _, block: f"shard {block.shard} of {len(sizes)}")
-        misplaced = (group.begins < ALIGNMENT_BYTES) | (group.begins % group.item_bytes != 0)
+        misplaced = (group.begins < first_byte) | (group.begins % group.item_bytes != 0)
         group.refuse_if(misplaced, lambda _, block: f"byte {block.begin} is no place for its elements")
         outside = group.begins + group.num_bytes > sizes[group.shards]
         group.refuse_if(outside, lambda _, block: f"bytes {block.begin}-{block.end} lie outside its shard")

@@ -202,12 +202,10 @@ class ImageInfo(JsonObject):
     stall_seconds: Seconds = 0.0
 
 
-class FileEntry(JsonObject):
-    """One data file: its key below the step's folder, and CRC64NVME (base64) of the whole and, in one text, of all
-    units: a terabyte has four million.
-    """
+class DataFile(JsonObject):
+    """A file that holds tensors: CRC64NVME (base64) of the whole and, in one text, of all units, which are millions."""
 
-    key: Annotated[str, Field(pattern=f"^{_SHARD_PATTERN}$")]
+    key: str
     size: Count
     crc64nvme: Crc
     unit_bytes: Annotated[int, Field(ge=ALIGNMENT_BYTES, le=2**30, multiple_of=ALIGNMENT_BYTES)]
@@ -226,6 +224,12 @@ class FileEntry(JsonObject):
 
     def _decoded(self) -> FileChecksums:
         return FileChecksums.from_text(self.size, self.unit_bytes, self.unit_crc64nvme)
+
+
+class FileEntry(DataFile):
+    """One of a checkpoint's, below the step's folder."""
+
+    key: Annotated[str, Field(pattern=f"^{_SHARD_PATTERN}$")]
 
 
 class ShardEntry(JsonObject):

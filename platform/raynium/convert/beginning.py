@@ -1,0 +1,48 @@
+"""The weights that a run begins with, on the driver: looked at before anything starts, adopted once it has begun.
+
+What is imported here is imported when it is needed, since it takes torch along (`convert/adopt.py`).
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from raynium.config.schema import Config
+from raynium.config.weights import Described
+from raynium.storage.store import Store
+
+
+def describe(init: str, run_place: str | None) -> Described:
+    """For `load_config`. What a run has begun with it knows itself, wherever the weights are by now."""
+    from raynium.convert.adopt import describe
+
+    return describe(init, run_place)
+
+
+def survey_weights(config: Config) -> None:
+    """Whether a new run can begin with what model.init names, by names and headers alone.
+
+    Raises ConfigError, CheckpointError and its kinds, DataError for the tokenizer, StoreError.
+    """
+    if config.model.init is not None:
+        from raynium.convert.adopt import check_weights
+
+        check_weights(config)
+
+
+def adopt_weights(config: Config, store: Store, saved: Mapping[str, Any] | None, tell: Callable[[str], None]) -> Config:
+    """The config with the identity of what the run at `store` began with, or begins with now: then all of it is read.
+
+    saved: the config of its newest checkpoint. Raises as `survey_weights`, CheckpointDamaged for weights that are no
+    numbers, CheckpointMismatch for another identity than the config asks for.
+    """
+    if config.model.init is None:
+        return config
+    if saved is not None:
+        identity = saved["model"].get("init_identity")
+    else:
+        from raynium.convert.adopt import adopt, check_weights
+
+        found = check_weights(config)
+        tell(f"model: begins with {config.model.init}, {found.num_bytes / 1e6:,.1f} MB of weights")
+        identity = adopt(config, store, found)
+    return config.model_copy(update={"model": config.model.model_copy(update={"init_identity": identity})})

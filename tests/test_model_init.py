@@ -1,0 +1,277 @@
+"""Runs that begin with published weights, or with another run's: `model.init`."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from conversions import config_of, weights_in
+from safetensors.torch import save_file
+from tiny import loader_of
+
+from raynium.checkpoint.base import base_of, find_base
+from raynium.checkpoint.catalog import latest, open_checkpoint
+from raynium.checkpoint.load import load_checkpoint, read_tensors
+from raynium.checkpoint.state import Chunk
+from raynium.config.load import dump_yaml, load_config, parse_config
+from raynium.config.schema import Config
+from raynium.convert.adopt import adopt, check_weights, describe, find
+from raynium.convert.export import export_checkpoint
+from raynium.data.build.store_build import build_store
+from raynium.data.store import TOKENIZER_NAME, open_store
+from raynium.errors import CheckpointDamaged, CheckpointError, CheckpointMismatch, ConfigError
+from raynium.rank.ports import free_port
+from raynium.sampling import open_sampler
+from raynium.storage.store import Store
+
+MODEL = "llama, tied, scaled rope"
+
+
+def job(tmp_path: Path, **changes: Any) -> Path:
+    """A job file that says nothing of the model but where its weights are. changes: section__field=value."""
+    fields: dict[str, Any] = {
+        "run": {"name": "tuned", "root": str(tmp_path / "runs")},
+        "cluster": {"accelerator": "cpu", "ranks_per_node": 1},
+        "model": {"init": str(tmp_path / "hugging-face")},
+        "data": {"path": str(tmp_path / "data"), "seq_len": 16, "heldout_fraction": 0.2},
+        "train": {"steps": 4, "global_batch_size": 4, "micro_batch_size": 1},
+        "optimizer": {"schedule": "constant"},
+        "checkpoint": {"every_steps": 2, "keep_last": 9},
+        "evaluate": {"every_steps": 9},
+    }
+    for name, value in changes.items():
+        section, field = name.split("__")
+        fields[section][field] = value
+    path = tmp_path / "job.yaml"
+    path.write_text(yaml.safe_dump(fields))
+    return path
+
+
+def config_at(tmp_path: Path, *overrides: str, **changes: Any) -> Config:
+    return load_config(job(tmp_path, **changes), overrides, describe=describe)
+
+
+def torchrun(job: Path, *overrides: str, ranks: int = 1) -> subprocess.CompletedProcess[str]:
+    port = str(free_port("127.0.0.1"))
+    launcher = ("-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--master-addr", "127.0.0.1")
+    overrides = (f"cluster.ranks_per_node={ranks}", *overrides)
+    return subprocess.run(
+        [sys.executable, *launcher, "--master-port", port, "-m", "raynium.standalone", str(job), *overrides],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+
+
+def trained(job: Path, *overrides: str, ranks: int = 1) -> dict[int, float]:
+    """Losses by step."""
+    done = torchrun(job, *overrides, ranks=ranks)
+    assert done.returncode == 0, done.stderr
+    return {int(step): float(loss) for step, loss in re.findall(r"step (\d+): train/loss ([\d.]+)", done.stderr)}
+
+
+@pytest.fixture
+def folder(hugging_face: Callable[..., Path], tmp_path: Path) -> Path:
+    """Weights in bfloat16 in several files, and documents made with their tokenizer."""
+    folder = hugging_face(config_of(MODEL).model, dtype=torch.bfloat16, max_shard_size="20KB")
+    (tmp_path / "text").mkdir()
+    for number in range(12):
+        text = "\n".join(f"def function_{number}_{line}(x): return x * {line}" for line in range(40))
+        (tmp_path / "text" / f"{number}.py").write_text(text)
+    build_store(
+        tmp_path / "data",
+        source=str(tmp_path / "text"),
+        vocab_size=320,
+        tokenizer_path=str(folder / TOKENIZER_NAME),
+        heldout_fraction=0.2,
+    )
+    return folder
+
+
+# ------------------------------------------------------------------------------------------------- training
+
+
+def test_the_first_loss_is_that_of_transformers_on_the_same_batch(
+    transformers: Any, folder: Path, tmp_path: Path
+) -> None:
+    losses = trained(job(tmp_path))
+    batch = loader_of(open_store(tmp_path / "data"), seq_len=16, global_batch_size=4).batch(1)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        logits_BTV = theirs(batch.tokens_BT).logits
+        expected = torch.nn.functional.cross_entropy(logits_BTV.flatten(0, 1), batch.labels_BT.flatten())
+    # The log has six digits.
+    assert losses[1] == pytest.approx(expected.item(), rel=2e-5)
+    saved = latest(Store(tmp_path / "runs/tuned"))
+    assert saved is not None and saved.step == 4 and not saved.manifest.weights_only
+    config = saved.manifest.state["config"]
+    assert isinstance(config, dict) and config["model"]["init"] == str(folder)
+    base = find_base(Store(tmp_path / "runs/tuned"))
+    assert base is not None and config["model"]["init_identity"] == base.identity
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "layout", [(2, "parallel.tensor=1"), (2, "parallel.tensor=2")], ids=["FSDP", "tensor parallel"]
+)
+def test_every_layout_begins_with_the_same_bits(folder: Path, tmp_path: Path, layout: tuple[int, str]) -> None:
+    """A step at a rate of almost nothing, from which float32 weights come out as they went in."""
+    ranks, parallel = layout
+    still = ("optimizer.learning_rate=1e-30", "optimizer.weight_decay=0", "train.steps=1", "data.seq_len=16")
+    trained(job(tmp_path), parallel, *still, ranks=ranks)
+    ours = read_tensors(open_checkpoint(Store(tmp_path / "runs/tuned"), 1))
+    export_checkpoint(open_checkpoint(Store(tmp_path / "runs/tuned"), 1), tmp_path / "back", dtype="bfloat16")
+    theirs, back = weights_in(folder), weights_in(tmp_path / "back")
+    assert torch.equal(ours["model/embedding.weight"], theirs["model.embed_tokens.weight"].float())
+    assert theirs.keys() == back.keys() and all(torch.equal(theirs[name], back[name]) for name in theirs)
+
+
+def test_a_run_goes_on_bit_equal_without_its_base(folder: Path, tmp_path: Path) -> None:
+    path = job(tmp_path)
+    trained(path, "run.name=whole", ranks=2)
+    # The rate is constant: the first half of the run is that of a shorter one.
+    trained(path, "train.steps=2", ranks=2)
+    shutil.rmtree(folder)
+    losses = trained(path, ranks=2)
+    assert sorted(losses) == [3, 4]
+    whole, halves = (
+        read_tensors(open_checkpoint(Store(tmp_path / f"runs/{name}"), 4), "") for name in ("whole", "tuned")
+    )
+    assert whole.keys() == halves.keys() and all(torch.equal(whole[name], halves[name]) for name in whole)
+
+    shutil.copytree(tmp_path / "runs/tuned", tmp_path / "other")
+    done = torchrun(path, f"model.init={tmp_path / 'other'}", "train.steps=5")
+    assert done.returncode != 0
+    assert re.search(r"model\.init is .*other.*, but the checkpoint was trained with .*hugging-face", done.stderr)
+
+
+@pytest.mark.slow
+def test_a_run_begins_with_another_runs_checkpoint(folder: Path, tmp_path: Path) -> None:
+    path = job(tmp_path)
+    trained(path, ranks=2)
+    first = Store(tmp_path / "runs/tuned")
+    init = f"model.init={tmp_path / 'runs/tuned'}"
+    still = ("optimizer.learning_rate=1e-30", "optimizer.weight_decay=0", "train.steps=1", "run.name=second")
+    trained(path, f"{init}@2", *still)
+    second = read_tensors(open_checkpoint(Store(tmp_path / "runs/second"), 1))
+    assert all(torch.equal(second[name], tensor) for name, tensor in read_tensors(open_checkpoint(first, 2)).items())
+    newest = find(str(tmp_path / "runs/tuned"))
+    assert newest.read().shards[0].key.startswith("checkpoints/step-000000004/")
+    assert open_sampler(str(tmp_path / "runs/second")).text("def", max_new_tokens=3).startswith("def")
+    with pytest.raises(CheckpointError, match="no checkpoint of step 3"):
+        find(f"{tmp_path / 'runs/tuned'}@3")
+
+
+# ------------------------------------------------------------------------------------------------- the config
+
+
+def test_the_config_takes_from_the_folder_what_it_settles(folder: Path, tmp_path: Path) -> None:
+    config = config_at(tmp_path, f"data.source={tmp_path / 'text'}")
+    of_folder = config_of(MODEL).model
+    assert config.model == of_folder.model_copy(update={"init": str(folder)})
+    assert config.data.tokenizer == str(folder / TOKENIZER_NAME)
+    # The resolved config says all of it, and is read without the folder.
+    shutil.rmtree(folder)
+    assert parse_config(dump_yaml(config), describe=describe) == config
+
+
+def test_what_contradicts_the_weights_is_refused_with_both_values(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as error:
+        config_at(tmp_path, "model.vocab_size=512", "model.family=qwen3", "model.hidden_size=32")
+    family, vocabulary = error.value.problems
+    assert re.search(r"model\.family is 'qwen3', but the weights at model\.init = .* have 'llama3': leave", family)
+    assert re.search(r"model\.vocab_size is 512, but the weights .* have 320", vocabulary)
+    # These are bounds of the run's own.
+    assert config_at(tmp_path, "model.max_seq_len=48").model.max_seq_len == 48
+    # A config that says everything is compared before anything starts.
+    whole = config_at(tmp_path)
+    other = whole.model_copy(update={"model": whole.model.model_copy(update={"vocab_size": 640})})
+    with pytest.raises(ConfigError, match=r"model\.vocab_size is 640, .* have 320"):
+        check_weights(other)
+
+
+def test_what_is_no_model_is_refused_as_the_config_is_read(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    for place, message in (("nothing", "is no folder of this machine"), ("empty", r"cannot read .*config\.json")):
+        with pytest.raises(ConfigError, match=rf"model\.init is .*{place}.*{message}"):
+            config_at(tmp_path, model__init=str(tmp_path / place))
+    weights = weights_in(folder)
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    (folder / "model.safetensors.index.json").unlink()
+    save_file(weights, folder / "model.safetensors")
+    with pytest.raises(ConfigError, match=r"it lacks model\.layers\.1\.mlp\.up_proj\.weight"):
+        config_at(tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------- adopting
+
+
+def test_weights_that_changed_since_are_not_used(folder: Path, tmp_path: Path) -> None:
+    config, store = config_at(tmp_path), Store(tmp_path / "runs/tuned")
+    identity = adopt(config, store, check_weights(config))
+    shutil.copytree(folder, tmp_path / "copy")
+    copy = config_at(tmp_path, model__init=str(tmp_path / "copy"), model__init_identity=identity)
+    assert adopt(copy, Store(tmp_path / "runs/copy"), check_weights(copy)) == identity
+
+    file = sorted(folder.glob("*.safetensors"))[0]
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    base = base_of(store)
+    chunks = [
+        Chunk.whole(entry.name, torch.empty(entry.global_shape), saved_here=True) for entry in base.manifest.tensors
+    ]
+    with pytest.raises(CheckpointDamaged, match=rf"{file.name} is damaged in bytes .*CRC64NVME"):
+        load_checkpoint(base, chunks, dtypes="converted")
+    pinned = config_at(tmp_path, model__init_identity=identity)
+    with pytest.raises(CheckpointMismatch, match=rf"holds weights with the identity \w+, and .* asks for {identity}"):
+        adopt(pinned, store, check_weights(pinned))
+
+
+def test_a_base_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"runs/first has no base\.json"):
+        base_of(Store(tmp_path / "runs/first"))
+    assert find_base(Store(tmp_path / "runs/first")) is None
+    Store(tmp_path / "runs/first").replace("base.json", b"{}")
+    with pytest.raises(CheckpointDamaged, match=r"base\.json is damaged"):
+        find_base(Store(tmp_path / "runs/first"))
+
+
+def test_numbers_at_odd_places_are_refused(folder: Path, tmp_path: Path) -> None:
+    """safetensors' own writer never does that; others may."""
+    for file in folder.glob("*.safetensors"):
+        content = file.read_bytes()
+        length = int.from_bytes(content[:8], "little")
+        file.write_bytes((length + 1).to_bytes(8, "little") + content[8 : 8 + length] + b" " + content[8 + length :])
+    with pytest.raises(CheckpointMismatch, match="begins at no multiple of the size of its numbers: save it again"):
+        find(str(folder))
+
+
+@pytest.mark.s3
+def test_a_folder_in_s3_is_read_where_it_lies(
+    folder: Path, tmp_path: Path, s3_server: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bucket = Store(s3_server.create_bucket("weights"), options=s3_server.options)
+    for file in folder.iterdir():
+        bucket.replace(f"models/{file.name}", file.read_bytes())
+    for name, value in s3_server.env.items():
+        monkeypatch.setenv(name, value)
+    config, store = config_at(tmp_path, model__init=f"{bucket.url}/models"), Store(tmp_path / "runs/tuned")
+    identity = adopt(config, store, check_weights(config))
+    local = config_at(tmp_path)
+    assert adopt(local, Store(tmp_path / "runs/local"), check_weights(local)) == identity
+    weight = torch.empty(config.model.vocab_size, config.model.hidden_size)
+    load_checkpoint(
+        base_of(store), [Chunk.whole("model/embedding.weight", weight, saved_here=True)], dtypes="converted"
+    )
+    assert torch.equal(weight, weights_in(folder)["model.embed_tokens.weight"].float())
+    assert json.loads(store.read("imported.json")).keys() >= {"config.json", "generation_config.json"}
