@@ -293,6 +293,20 @@ def test_a_sample_begins_with_its_prompt_and_repeats(raynium: Callable[..., Ende
     ended = raynium("sample", "first", "def ", "--step", "3")
     assert ended.code == 1 and "no checkpoint of step 3" in ended.err
     assert raynium("sample", "first", "def ", "--temperature", "-1").code == 2
+    assert "top_p is 0.0: it must be above 0" in raynium("sample", "first", "def ", "--top-p", "0").err
+
+
+def test_several_prompts_are_continued_together(raynium: Callable[..., Ended], run: RecordKeeper) -> None:
+    options = ("--max-new-tokens", "8", "--seed", "1")
+    alone = raynium("sample", "first", "def ", *options).out
+    together = raynium("sample", "first", "def ", "def main", *options).out
+    assert together.startswith(f"{alone}----------\ndef main")
+    first, second = json.loads(raynium("sample", "first", "def ", "def main", *options, "--json").out)
+    assert f"def {first['text']}\n----------\ndef main{second['text']}\n" == together
+    assert (first["prompt"], second["prompt"], {first["ended"], second["ended"]}) == ("def ", "def main", {"length"})
+    stop = first["text"][2:4]
+    [ended] = json.loads(raynium("sample", "first", "def ", *options, "--stop", stop, "--json").out)
+    assert (ended["text"], ended["ended"]) == (first["text"][: first["text"].find(stop)], "stop")
 
 
 # ------------------------------------------------------------------------------------------------- acting

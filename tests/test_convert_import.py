@@ -31,11 +31,12 @@ from raynium.data.build.store_build import build_store
 from raynium.data.store import TOKENIZER_NAME, open_store
 from raynium.data.tokenizer import Tokenizer
 from raynium.errors import CheckpointDamaged, CheckpointError, CheckpointMismatch, DataError, StoreError
+from raynium.generation.drawing import Drawing
+from raynium.generation.sampler import open_sampler
 from raynium.launch.preparation import keep_tokenizer
 from raynium.launch.settle import settled
 from raynium.models.decoder import Decoder
 from raynium.rank.ports import free_port
-from raynium.sampling import open_sampler
 from raynium.storage.store import Store
 
 Save = Callable[..., Store]
@@ -105,7 +106,7 @@ def test_an_imported_run_can_be_sampled_and_described(
     with torch.no_grad():
         expected = theirs(tokens_BT).logits
         assert (sampler.model(tokens_BT) - expected).abs().max() <= 1e-5 * expected.abs().max()
-    assert sampler.text("def", max_new_tokens=3).startswith("def")
+    assert sampler.text("def", Drawing(3)).startswith("def")
 
     snippet = yaml.safe_load(imported.job_snippet(name="imported", root="/runs"))
     assert snippet["data"] == {"tokenizer": str(tmp_path / "runs/imported/tokenizer.json")}

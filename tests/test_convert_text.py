@@ -24,8 +24,9 @@ from raynium.convert.import_folder import import_folder
 from raynium.data.store import TOKENIZER_NAME
 from raynium.data.tokenizer import SPLIT_PATTERN, Tokenizer
 from raynium.errors import CheckpointError, CheckpointMismatch
+from raynium.generation.drawing import Drawing
+from raynium.generation.sampler import open_sampler
 from raynium.models.decoder import Decoder
-from raynium.sampling import open_sampler
 from raynium.storage.store import Store
 
 pytestmark = pytest.mark.parity
@@ -185,7 +186,7 @@ def same_continuations(transformers: Any, store: Store, folder: Path) -> list[in
     sampler = open_sampler(store.url)
     seen: list[int] = []
     for prompt in PROMPTS:
-        ours = list(sampler.tokens(prompt, max_new_tokens=24, temperature=0, seed=0))
+        ours = list(sampler.answers([prompt], Drawing(24, temperature=0))[0].tokens)
         assert continued(transformers, folder, prompt, 24) == ours, prompt
         seen += ours
     return seen
@@ -270,8 +271,8 @@ def test_a_continuation_keeps_the_space_that_it_begins_with(
     sampler = open_sampler(store.url)
     given, decode = sampler.texts.prompt("main")[1:], sampler.tokenizer.decode
     [spaced, *_] = [id_ for id_ in range(3 + 256, 380) if decode([*given, id_]) == f"main {decode([id_])}" != "main "]
-    object.__setattr__(sampler, "tokens", lambda *_, **__: iter([spaced]))
-    assert sampler.text("main") == f"main {decode([spaced])}"
+    sampler.model.head.register_forward_hook(lambda _, __, out: out.index_fill(-1, torch.tensor(spaced), 99.0))
+    assert sampler.text("main", Drawing(1, temperature=0)) == f"main {decode([spaced])}"
 
 
 def test_what_training_puts_after_a_text_ends_one_even_if_the_import_had_another_end(
@@ -293,9 +294,9 @@ def test_what_training_puts_after_a_text_ends_one_even_if_the_import_had_another
     for end in ends:
         with torch.no_grad():
             sampler.model.head.weight.zero_()
-        assert "".join(map(str, sampler.tokens("a", max_new_tokens=3, temperature=0, seed=0))) == "000"
+        assert sampler.answers(["a"], Drawing(3, temperature=0))[0].tokens == (0, 0, 0)
         sampler.model.head.register_forward_hook(lambda _, __, out, end=end: out.index_fill(-1, torch.tensor(end), 9.0))
-        assert list(sampler.tokens("a", max_new_tokens=3, temperature=0, seed=0)) == []
+        assert sampler.answers(["a"], Drawing(3, temperature=0))[0].tokens == ()
         sampler = open_sampler(store.url)
 
 

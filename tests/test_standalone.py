@@ -14,9 +14,9 @@ from raynium.checkpoint.catalog import latest, list_checkpoints
 from raynium.config.load import parse_config
 from raynium.data.build.store_build import build_store
 from raynium.data.store import TOKENIZER_NAME, open_store
+from raynium.generation.sampler import open_sampler
 from raynium.rank.ports import free_port
 from raynium.run.record import claim
-from raynium.sampling import open_sampler
 from raynium.storage.store import Store
 
 CHANGES = {

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 from raynium.errors import ConfigError, LaunchError, RayniumError, RunFailed, StoreError
 
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from raynium.convert.config_json import Dtype
     from raynium.convert.export import Exported
     from raynium.data.manifest import StoreManifest
+    from raynium.generation.sampler import Sampler
     from raynium.run.record import RunRecord
     from raynium.storage.store import Store
     from raynium.tracking.runs import MetricPoint
@@ -224,20 +225,30 @@ class Run:
         ref = choose_checkpoint(self._store(), step)
         return export_checkpoint(ref, folder, dtype=dtype, max_shard_bytes=max_shard_bytes)
 
-    def sample(
-        self,
-        prompt: str,
-        *,
-        step: int | None = None,
-        max_new_tokens: int = 120,
-        temperature: float = 0.8,
-        seed: int = 0,
-    ) -> str:
-        """The prompt and its continuation by the newest checkpoint, or that of `step`. Runs here, on the CPU."""
-        from raynium.sampling import open_sampler
+    @overload
+    def sample(self, prompt: str, *, step: int | None = None, **drawing: Any) -> str: ...
 
-        sampler = open_sampler(self.url, step)
-        return sampler.text(prompt, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
+    @overload
+    def sample(self, prompt: Sequence[str], *, step: int | None = None, **drawing: Any) -> list[str]: ...
+
+    def sample(self, prompt: str | Sequence[str], *, step: int | None = None, **drawing: Any) -> str | list[str]:
+        """The prompt and its continuation by the newest checkpoint, or that of `step`; or those of several prompts.
+
+        drawing: max_new_tokens=120, temperature=0.8, top_p=1.0, repetition_penalty=1.0, seed=0, stop=(): see
+        `raynium.generation.drawing.Drawing`. Runs here, on the CPU.
+        """
+        from raynium.generation.drawing import Drawing
+
+        settings = Drawing(**drawing)
+        prompts = [prompt] if isinstance(prompt, str) else prompt
+        texts = [answer.prompt + answer.text for answer in self.sampler(step).answers(prompts, settings)]
+        return texts[0] if isinstance(prompt, str) else texts
+
+    def sampler(self, step: int | None = None) -> "Sampler":
+        """The model of the newest checkpoint, or that of `step`, in memory: for text as it comes, for many texts."""
+        from raynium.generation.sampler import open_sampler
+
+        return open_sampler(self.url, step)
 
     def logs(self, *, of: Literal["driver", "ranks"] = "driver") -> str:
         """The output so far of the driver, or of the ranks that ran on this host."""

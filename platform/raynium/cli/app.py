@@ -17,16 +17,9 @@ from raynium.cli import checks as cli_checks
 from raynium.cli import cluster as cli_cluster
 from raynium.cli import config as cli_config
 from raynium.cli import data as cli_data
+from raynium.cli import generation as cli_generation
 from raynium.cli.config import ConfigArgument, OverridesArgument
-from raynium.cli.names import (
-    CheckpointArgument,
-    JsonOption,
-    RootOption,
-    RunArgument,
-    StepOption,
-    print_json,
-    split_name,
-)
+from raynium.cli.names import JsonOption, RootOption, RunArgument, print_json
 from raynium.errors import ClusterLost, ConfigError, LaunchError, RayniumError, StoreError
 from raynium.terminal.streams import print_in_any_locale
 
@@ -222,27 +215,6 @@ def stop(
         _print(*report_lines(run.wait()))
 
 
-@app.command(epilog='Example: raynium sample first@400 "def main(" --temperature 0')
-def sample(
-    name: CheckpointArgument,
-    prompt: Annotated[str, Argument(help="The text to continue.")] = "",
-    root: RootOption = "runs",
-    step: StepOption = None,
-    max_new_tokens: Annotated[int, Option(min=1)] = 120,
-    temperature: Annotated[float, Option(min=0.0, help="0: the likeliest token each time.")] = 0.8,
-    seed: Annotated[int, Option(min=0)] = 0,
-) -> None:
-    """Continue a prompt with a run's model."""
-    from raynium.sdk import find_run
-
-    name, step = split_name(name, step)
-    _print(
-        find_run(name, root).sample(
-            prompt, step=step, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed
-        )
-    )
-
-
 @app.command(epilog="Example: raynium ui first --port 5001")
 def ui(
     name: Annotated[str | None, Argument(help="A run to print the page of.")] = None,
@@ -285,6 +257,7 @@ def ui(
     os.execve(command[0], command, ui_environment())
 
 
+app.command(epilog='Example: raynium sample first@400 "def main(" --temperature 0')(cli_generation.sample)
 app.command(epilog="Example: raynium init mine --preset llama3-1b data.source=my-text")(cli_config.init)
 app.command(epilog="Example: raynium config train.steps; raynium config --diff llama3-8b")(cli_config.config)
 app.command(epilog="Example: raynium presets")(cli_config.presets)

@@ -416,6 +416,12 @@ class SampleSection(Section):
     """Length of each text."""
     temperature: NonNegativeFloat = 0.8
     """0: the likeliest token each time."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Only the likeliest tokens that together have this probability are drawn."""
+    repetition_penalty: PositiveFloat = 1.0
+    """Above 1: tokens that the text already holds become less likely."""
+    stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    """Texts that end one, and are no part of it."""
 
 
 class Config(Section):

@@ -104,17 +104,13 @@ def _result(prepared: Prepared, status: Status) -> dict[str, Any]:
         "samples": [],
     }
     if config.sample.prompts:
-        from raynium.sampling import open_sampler
+        from raynium.generation.drawing import Drawing
+        from raynium.generation.sampler import open_sampler
 
         sampler = open_sampler(run_store(config).url)
-        for number, prompt in enumerate(config.sample.prompts):
-            text = sampler.text(
-                prompt,
-                max_new_tokens=config.sample.max_new_tokens,
-                temperature=config.sample.temperature,
-                seed=config.run.seed + number,
-            )
-            result["samples"].append(text)
+        settings = config.sample.model_dump(exclude={"prompts"})
+        answers = sampler.answers(config.sample.prompts, Drawing(**settings, seed=config.run.seed))
+        result["samples"] = [answer.prompt + answer.text for answer in answers]
     return result
 
 

@@ -26,17 +26,25 @@ if TYPE_CHECKING:
 BLOCK = 128
 
 
+class Kept(NamedTuple):
+    """Of one layer: keys and values, [B, G, N, K], of which the last T are to be those of the tokens at hand."""
+
+    keys_BGNK: Tensor
+    values_BGNK: Tensor
+
+
 class Places(NamedTuple):
     """Where the tokens of a micro-batch stand and what they may look at.
 
     cos, sin: of each position's angles, float32, the halves of a head repeated side by side; [T, K], or [B, T, K] where
     rows hold several documents. mask: None for causal rows; [B, 1, T, T] of the compute dtype, to be added to scores;
-    or FlexAttention's.
+    or FlexAttention's. kept: for a generated text (`models/cache.py`).
     """
 
     cos: Tensor
     sin: Tensor
     mask: "Tensor | BlockMask | None"
+    kept: Kept | None = None
 
 
 def places(config: ModelSection, tokens_BT: Tensor, documents_BT: Tensor | None, *, dtype: torch.dtype) -> Places:
@@ -54,11 +62,17 @@ def attend(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, places: Places) -> Te
     """Rotates queries and keys, and mixes values as the rows' documents allow. Returns mixed_BHTK."""
     q_BHTK, k_BGTK = rotate(q_BTHK, places).transpose(1, 2), rotate(k_BTGK, places).transpose(1, 2)
     v_BGTK, grouped = v_BTGK.transpose(1, 2), q_BTHK.shape[2] != k_BTGK.shape[2]
-    mask = places.mask
+    mask, num_tokens = places.mask, q_BTHK.shape[1]
+    if places.kept is not None:
+        keys_BGNK, values_BGNK = places.kept
+        keys_BGNK[:, :, -num_tokens:], values_BGNK[:, :, -num_tokens:] = k_BGTK, v_BGTK
+        k_BGTK, v_BGTK = keys_BGNK, values_BGNK
     if mask is None or isinstance(mask, Tensor):
+        # A lone token that comes after others sees them all.
+        causal = mask is None and k_BGTK.shape[2] == num_tokens
         # enable_gqa: on the CPU a third faster than repeating k and v.
         return F.scaled_dot_product_attention(
-            q_BHTK, k_BGTK, v_BGTK, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped
+            q_BHTK, k_BGTK, v_BGTK, attn_mask=mask, is_causal=causal, enable_gqa=grouped
         )
     from torch.nn.attention.flex_attention import flex_attention
 

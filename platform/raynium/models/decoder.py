@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from raynium.config.schema import ModelSection
 from raynium.models.attention import Places, at_least_float32, attend, places
+from raynium.models.cache import Cache
 
 
 class Decoder(nn.Module):
@@ -35,15 +36,22 @@ class Decoder(nn.Module):
         if self.config.embeddings == "tied":
             self.head.weight = self.embedding.weight
 
-    def forward(self, tokens_BT: Tensor, documents_BT: Tensor | None = None) -> Tensor:
-        """tokens_BT: integers below V, T <= max_seq_len. documents_BT: as in `data/batch.py`.
+    def forward(self, tokens_BT: Tensor, documents_BT: Tensor | None = None, *, cache: Cache | None = None) -> Tensor:
+        """tokens_BT: integers below V, T <= max_seq_len. documents_BT: as in `data/batch.py`. cache: of the tokens
+        before these, and then of these, too; only the logits of the last token of each row are computed with one.
 
         Returns logits_BTV in the dtype of the parameters.
         """
         hidden_BTD = self.embedding(tokens_BT)
-        where = places(self.config, tokens_BT, documents_BT, dtype=hidden_BTD.dtype)
-        for block in self.blocks:
+        if cache is None:
+            where = places(self.config, tokens_BT, documents_BT, dtype=hidden_BTD.dtype)
+            of_blocks = [where] * len(self.blocks)
+        else:
+            of_blocks = cache.places(tokens_BT.shape[1])
+        for block, where in zip(self.blocks, of_blocks, strict=True):
             hidden_BTD = block(hidden_BTD, places=where)
+        if cache is not None:
+            hidden_BTD = hidden_BTD[:, -1:]
         return self.head(self.final_norm(hidden_BTD))
 
 
