@@ -254,7 +254,7 @@ def test_the_model_never_sees_more_than_it_was_made_for(save_run: Callable[..., 
         ({"top_p": 1.1}, "top_p is 1.1: it must be above 0 and at most 1"),
         ({"repetition_penalty": 0}, "repetition_penalty is 0: it must be above 0; 1 changes nothing"),
         ({"seed": -1}, "seed is -1: it must be at least 0"),
-        ({"stop": ["a", ""]}, r"stop is \('a', ''\): it must be texts with at least one character"),
+        ({"stop": ["a", ""]}, r"stop is \['a', ''\]: it must be texts with at least one character"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(changes: dict[str, Any], message: str) -> None:

@@ -28,8 +28,9 @@ from raynium.convert.export import export_checkpoint
 from raynium.data.build.store_build import build_store
 from raynium.data.store import TOKENIZER_NAME, open_store
 from raynium.errors import CheckpointDamaged, CheckpointError, CheckpointMismatch, ConfigError
+from raynium.generation.drawing import Drawing
+from raynium.generation.sampler import open_sampler
 from raynium.rank.ports import free_port
-from raynium.sampling import open_sampler
 from raynium.storage.store import Store
 
 MODEL = "llama, tied, scaled rope"
@@ -166,7 +167,7 @@ def test_a_run_begins_with_another_runs_checkpoint(folder: Path, tmp_path: Path)
     assert all(torch.equal(second[name], tensor) for name, tensor in read_tensors(open_checkpoint(first, 2)).items())
     newest = find(str(tmp_path / "runs/tuned"))
     assert newest.read().shards[0].key.startswith("checkpoints/step-000000004/")
-    assert open_sampler(str(tmp_path / "runs/second")).text("def", max_new_tokens=3).startswith("def")
+    assert open_sampler(str(tmp_path / "runs/second")).text("def", Drawing(3)).startswith("def")
     with pytest.raises(CheckpointError, match="no checkpoint of step 3"):
         find(f"{tmp_path / 'runs/tuned'}@3")
 

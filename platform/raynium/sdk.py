@@ -234,14 +234,13 @@ class Run:
     def sample(self, prompt: str | Sequence[str], *, step: int | None = None, **drawing: Any) -> str | list[str]:
         """The prompt and its continuation by the newest checkpoint, or that of `step`; or those of several prompts.
 
-        drawing: max_new_tokens=120, temperature=0.8, top_p=1.0, repetition_penalty=1.0, seed=0, stop=(): see
-        `raynium.generation.drawing.Drawing`. Runs here, on the CPU.
+        drawing: of `raynium.generation.drawing.Drawing`, as temperature=0.8, stop=["\\n"]. Runs here, on the CPU.
         """
         from raynium.generation.drawing import Drawing
 
-        settings = Drawing(**drawing)
         prompts = [prompt] if isinstance(prompt, str) else prompt
-        texts = [answer.prompt + answer.text for answer in self.sampler(step).answers(prompts, settings)]
+        answers = self.sampler(step).answers(prompts, Drawing(**drawing))
+        texts = [answer.prompt + answer.text for answer in answers]
         return texts[0] if isinstance(prompt, str) else texts
 
     def sampler(self, step: int | None = None) -> "Sampler":
