@@ -46,7 +46,7 @@ def main(place: str, source: str, tokenizer: str, cpus: str, then: str = "") -> 
 
     set_ray_environment(starts_cluster=True)
     from raynium.launch import connect
-    from raynium.launch.data.ray_tasks import on_ray
+    from raynium.launch.tasks.ray_tasks import on_ray
 
     connect.usable_cores = lambda: int(cpus)
 

@@ -53,7 +53,8 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "convert": ("checkpoint", "models", "data"),
     "generation": ("convert",),
     "terminal": ("run", "rank"),
-    "launch": ("node", "generation", "terminal", "data.build"),
+    "launch.tasks": (),
+    "launch": ("node", "generation", "terminal", "data.build", "launch.tasks"),
     "launch.data": ("launch",),
     "standalone": ("launch",),
     "cluster": (),
@@ -73,7 +74,7 @@ MAY_IMPORT = {room: _reachable(room) for room in ROOMS}
 # Library → the rooms that may import it. The Neuron libraries load device runtimes, so only inside functions.
 NEURON_LIBRARIES = {"torch_neuronx", "torch_xla", "neuronx_distributed", "libneuronxla"}
 HOMES = {
-    "ray": {"launch", "launch.data"},
+    "ray": {"launch", "launch.tasks", "launch.data"},
     "mlflow": {"tracking"},
     "s3fs": {"storage"},
     "fsspec": {"storage"},

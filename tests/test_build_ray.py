@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from raynium.data.build.store_build import build_from_recipe
-from raynium.data.build.work import in_this_process
 from raynium.data.manifest import Recipe
+from raynium.data.runner import in_this_process
 from raynium.data.tokenizer import Tokenizer
 from raynium.data.verify import verify_store
 

@@ -25,14 +25,15 @@ from raynium.data.build.prepare import check_stores
 from raynium.data.build.show import describe
 from raynium.data.build.store_build import build_from_recipe
 from raynium.data.build.tokenise import Part
-from raynium.data.build.work import ahead, in_this_process
+from raynium.data.build.work import ahead
 from raynium.data.manifest import Recipe, StoreManifest
+from raynium.data.runner import in_this_process
 from raynium.data.store import open_store
 from raynium.data.tokenizer import Tokenizer
 from raynium.data.verify import verify_store
 from raynium.errors import ConfigError, DataError, StoreError
-from raynium.launch.data import ray_tasks
 from raynium.launch.data.build import build_data, store_place
+from raynium.launch.tasks import ray_tasks
 from raynium.storage.process import Owner
 from raynium.storage.store import Store
 

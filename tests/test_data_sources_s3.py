@@ -16,8 +16,8 @@ from raynium.config.schema import DataSection
 from raynium.data.build import store_build
 from raynium.data.build.prepare import check_data, prepare_store
 from raynium.data.build.store_build import build_from_recipe
-from raynium.data.build.work import in_this_process
 from raynium.data.manifest import Recipe, StoreManifest
+from raynium.data.runner import in_this_process
 from raynium.data.text.documents import Document
 from raynium.data.text.left_out import LeftOut
 from raynium.data.text.sources import open_source, plan_splits, read_split

@@ -21,8 +21,8 @@ from raynium.data.build import store_build
 from raynium.data.build.fit import refuse_other_tokenizer
 from raynium.data.build.lengths import LengthCounts
 from raynium.data.build.store_build import build_from_recipe, build_store
-from raynium.data.build.work import in_this_process
 from raynium.data.manifest import Recipe, StoreManifest, token_dtype_for
+from raynium.data.runner import in_this_process
 from raynium.data.store import DocumentStore, open_store
 from raynium.data.text.documents import Document, is_held_out, name_hash
 from raynium.data.text.sources import open_source

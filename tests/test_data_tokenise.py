@@ -14,8 +14,8 @@ from raynium.data.build import tokenise
 from raynium.data.build.fit import refuse_end_in_text
 from raynium.data.build.prepare import check_data
 from raynium.data.build.store_build import build_from_recipe
-from raynium.data.build.work import in_this_process
 from raynium.data.manifest import Recipe, StoreManifest
+from raynium.data.runner import in_this_process
 from raynium.data.store import open_store
 from raynium.data.tokenizer import Tokenizer
 from raynium.errors import DataError

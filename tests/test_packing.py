@@ -1,6 +1,7 @@
 """Documents packed into rows: what lies where, the index that says so, and rows against a plain reading of the text."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from itertools import pairwise
@@ -13,17 +14,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raynium.config.schema import DataSection
+from raynium.data import packed_index
 from raynium.data.batch import IGNORED_LABEL
 from raynium.data.build.store_build import build_store
-from raynium.data.packing import index as packed_index
+from raynium.data.packed_index import Packable, ensure_index
 from raynium.data.packing import packer
 from raynium.data.packing import rows as packed_rows
-from raynium.data.packing.index import INDEX_NAME, Packable, PackedIndex, ensure_index, index_key
+from raynium.data.packing.index import INDEX_NAME, PackedIndex, PartFacts, index_key
 from raynium.data.packing.packer import PackedPart, TooLong, num_parts, pack_part
 from raynium.data.packing.rows import PackedRows
-from raynium.data.rows import packable
+from raynium.data.rows import open_rows, packable
 from raynium.data.store import DocumentStore, open_store
-from raynium.errors import DataError
+from raynium.errors import DataError, StoreError
+from raynium.storage.file_store import FileBackend
+from raynium.storage.store import Store
 
 END = 0
 
@@ -151,6 +155,12 @@ def section(store: DocumentStore, seq_len: int = 64, too_long: TooLong = "split"
     return DataSection(path=str(store.path), seq_len=seq_len, packing="documents", too_long=too_long)
 
 
+def packed(store: DocumentStore, data: DataSection) -> PackedRows:
+    rows = open_rows(store, data)
+    assert isinstance(rows, PackedRows)
+    return rows
+
+
 def documents_of(store: DocumentStore) -> list[list[int]]:
     """Each with its end."""
     stream, end = store.train_stream(), store.manifest.end_of_document_id
@@ -165,7 +175,7 @@ def documents_of(store: DocumentStore) -> list[list[int]]:
 @pytest.mark.parametrize("seq_len", [7, 64, 1000])
 def test_rows_hold_each_document_whole_with_every_token_a_label_once(store: DocumentStore, seq_len: int) -> None:
     """No document that fits is wrapped into the next row (TRL#3067, TRL#1230)."""
-    rows, end = PackedRows(packable(store), section(store, seq_len)), store.manifest.end_of_document_id
+    rows, end = packed(store, section(store, seq_len)), store.manifest.end_of_document_id
     columns = rows.read(np.arange(len(rows)))
     assert {name: (str(each.dtype), each.shape) for name, each in columns.items()} == {
         "tokens": (str(store.manifest.numpy_dtype), (len(rows), seq_len)),
@@ -197,7 +207,7 @@ def test_rows_hold_each_document_whole_with_every_token_a_label_once(store: Docu
 
 
 def test_a_later_piece_of_a_long_document_begins_on_the_token_before_it(store: DocumentStore) -> None:
-    rows, stream = PackedRows(packable(store), section(store, seq_len=7)), store.train_stream()
+    rows, stream = packed(store, section(store, seq_len=7)), store.train_stream()
     columns = rows.read(np.arange(len(rows)))
     row_begins, pieces = rows._part(0)
     checked = 0
@@ -217,11 +227,11 @@ def test_rows_do_not_depend_on_how_a_store_is_cut_into_files(
         tmp_path / "store", source=source(tmp_path), vocab_size=300, heldout_fraction=0.1, split_bytes=300
     )
     assert cut.manifest.identity == store.manifest.identity and len(cut.manifest.train_shards) > 10
-    whole = PackedRows(packable(store), section(store))
+    whole = packed(store, section(store))
     expected = whole.read(np.arange(len(whole)))
     for few_pieces in (0, 2, 100):
         monkeypatch.setattr(packed_rows, "_FEW_PIECES", few_pieces)
-        rows = PackedRows(packable(cut), section(cut))
+        rows = packed(cut, section(cut))
         assert len(rows) == len(whole)
         for name, column in rows.read(np.arange(len(rows))).items():
             assert np.array_equal(column, expected[name]), name
@@ -231,11 +241,11 @@ def test_rows_may_be_asked_for_in_any_order_and_twice_and_from_any_part(
     store: DocumentStore, tmp_path: Path, small_windows: None
 ) -> None:
     again = build_store(tmp_path / "store", source=source(tmp_path), vocab_size=300, heldout_fraction=0.1)
-    rows = PackedRows(packable(again), section(again))
+    rows = packed(again, section(again))
     assert len(rows.index.rows) > 5
     whole = rows.read(np.arange(len(rows)))
     wanted = np.array([len(rows) - 1, 3, 0, 3, len(rows) // 2])
-    for name, column in PackedRows(packable(again), section(again)).read(wanted).items():
+    for name, column in packed(again, section(again)).read(wanted).items():
         assert np.array_equal(column, whole[name][wanted])
 
 
@@ -243,7 +253,7 @@ def test_the_span_of_rows_is_all_that_they_are_read_from(
     store: DocumentStore, tmp_path: Path, small_windows: None
 ) -> None:
     again = build_store(tmp_path / "store", source=source(tmp_path), vocab_size=300, heldout_fraction=0.1)
-    rows = PackedRows(packable(again), section(again))
+    rows = packed(again, section(again))
     assert len(rows.index.rows) > 5 and rows.span(0, len(rows)) == (0, again.manifest.train.tokens)
     stream = packable(again).stream
     asked: list[tuple[int, int]] = []
@@ -258,19 +268,18 @@ def test_the_span_of_rows_is_all_that_they_are_read_from(
             asked.append((start, start + length))
             return stream.read(start, length)
 
-    watched = PackedRows(packable(again)._replace(stream=Asked()), section(again))
+    index = ensure_index(packable(again), section(again))
+    watched = PackedRows(Asked(), index, end_of_document=again.manifest.end_of_document_id)
     for first, end in ((0, 1), (5, 30), (len(rows) - 1, len(rows))):
         asked.clear()
         watched.read(np.arange(first, end))
         assert rows.span(first, end) == (min(begin for begin, _ in asked), max(end for _, end in asked))
 
 
-def test_rows_on_both_sides_of_a_part_without_any_have_a_span(
-    tmp_path: Path, small_windows: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(packed_index, "scratch_folder", lambda: tmp_path)
+def test_rows_on_both_sides_of_a_part_without_any_have_a_span(tmp_path: Path, small_windows: None) -> None:
     text = text_of([5, 600, 5])
-    rows = PackedRows(Packable(text, END, "some identity", "a store", None), DataSection(path="a store", seq_len=16))
+    known = Packable(text, END, "some identity", "a store", None, [str(tmp_path)])
+    rows = PackedRows(text, ensure_index(known, DataSection(path="a store", seq_len=16)), end_of_document=END)
     assert 0 in rows.index.rows[:-1] and rows.span(0, len(rows)) == (0, 610)
     assert rows.span(len(rows) - 2, len(rows)) == (5 + 36 * 16 - 1, 610)
 
@@ -278,91 +287,111 @@ def test_rows_on_both_sides_of_a_part_without_any_have_a_span(
 # ---- The index -------------------------------------------------------------------------------------------------------
 
 
+def contents(folder: Path) -> dict[str, tuple[bytes, int]]:
+    return {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.iterdir()}
+
+
 def test_an_index_is_made_once_for_each_length_and_policy_and_is_the_same_bytes_again(store: DocumentStore) -> None:
     said: list[str] = []
-    folder, index = ensure_index(packable(store), section(store, 48), said.append)
-    assert folder == store.path / "packed" / index_key(store.manifest.identity, section(store, 48)) and len(said) == 1
-    before = {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.iterdir()}
+    made = ensure_index(packable(store), section(store, 48), tell=said.append)
+    folder = store.path / "packed" / index_key(store.manifest.identity, section(store, 48))
+    assert made.folder.local_path == folder and len(said) == 1
+    before = contents(folder)
     assert before.keys() == {INDEX_NAME, "part-00000.bin"}
-    assert ensure_index(packable(store), section(store, 48), said.append) == (folder, index) and len(said) == 1
-    assert {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.iterdir()} == before
+    assert ensure_index(packable(store), section(store, 48), tell=said.append).index == made.index and len(said) == 1
+    assert contents(folder) == before
 
     (folder / INDEX_NAME).unlink()
     (folder / "part-00000.bin").write_bytes(b"half of it")
-    assert ensure_index(packable(store), section(store, 48)) == (folder, index), "one that was broken off is made again"
+    again = ensure_index(packable(store), section(store, 48))
+    assert again.index == made.index, "one that was broken off is made again"
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == {n: b for n, (b, _) in before.items()}
     others = [section(store, 47), section(store, 48, "leave_out")]
-    assert len({ensure_index(packable(store), each)[0] for each in others} | {folder}) == 3
+    assert len({ensure_index(packable(store), each).folder.url for each in others} | {made.folder.url}) == 3
     assert open_store(store.path) is not None, "and the store is none the worse for it"
 
 
-def test_beside_a_store_that_cannot_be_written_the_index_is_in_the_cache_of_data(
-    store: DocumentStore, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+def test_an_index_that_was_broken_off_goes_on_with_the_parts_that_are_whole(
+    store: DocumentStore, tmp_path: Path, small_windows: None
 ) -> None:
-    monkeypatch.setattr(packed_index, "scratch_folder", lambda: tmp_path)
-    monkeypatch.setattr(packed_index.os, "access", lambda path, mode: False)
-    folder, index = ensure_index(packable(store), section(store, 31))
-    assert folder == tmp_path / "data/packed" / index_key(store.manifest.identity, section(store, 31))
-    assert len(PackedRows(packable(store), section(store, 31))) == index.num_rows
-    monkeypatch.undo()
-    assert not (store.path / "packed" / folder.name).exists()
+    known = packable(store)._replace(homes=[str(tmp_path)])
+    folder = ensure_index(known, section(store, 28)).folder.local_path
+    assert folder is not None
+    whole = contents(folder)
+    assert len(whole) > 5
+    (folder / INDEX_NAME).unlink()
+    (folder / "part-00001.bin").unlink()
+    flip(folder / "part-00002.bin")
+    ensure_index(known, section(store, 28))
+    now = contents(folder)
+    assert {name: content for name, (content, _) in now.items()} == {n: b for n, (b, _) in whole.items()}
+    assert {name for name in now if now[name] != whole[name]} == {INDEX_NAME, "part-00001.bin", "part-00002.bin"}
 
 
-def packed_is_a_file(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (folder / "packed").write_text("in the way")
+def packed_is_a_file(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    home.mkdir()
+    (home / "packed").write_text("in the way")
 
 
-def the_disk_is_full(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """When the second file is written."""
-    write = packed_index.write_atomically
+def the_disk_is_full(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When the last file is written."""
+    put = FileBackend.put
 
-    def full(path: Path, content: bytes) -> None:
-        if path.is_relative_to(folder) and path.name == INDEX_NAME:
-            raise OSError(28, "No space left on device", str(path))
-        write(path, content)
+    def full(self: FileBackend, key: str, data: bytes, *, exclusive: bool) -> None:
+        if self.root.is_relative_to(home) and key == INDEX_NAME:
+            raise StoreError(f"{self.root}/{key} cannot be written: No space left on device")
+        put(self, key, data, exclusive=exclusive)
 
-    monkeypatch.setattr(packed_index, "write_atomically", full)
+    monkeypatch.setattr(FileBackend, "put", full)
 
 
 @pytest.mark.parametrize(
     ("spoil", "said"), [(packed_is_a_file, "exists|Not a directory"), (the_disk_is_full, "No space left on device")]
 )
-def test_where_the_index_cannot_be_written_the_cache_has_it_and_else_an_error_names_the_folder(
+def test_where_the_index_cannot_lie_beside_the_store_the_next_place_has_it_and_else_an_error_names_them(
     spoil: Callable[[Path, pytest.MonkeyPatch], None],
     said: str,
     store: DocumentStore,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    beside, scratch = tmp_path / "store", tmp_path / "scratch"
-    beside.mkdir()
-    (scratch / "data").mkdir(parents=True)
-    monkeypatch.setattr(packed_index, "scratch_folder", lambda: scratch)
+    beside, run = tmp_path / "store", tmp_path / "run"
     spoil(beside, monkeypatch)
-    there = packable(store)._replace(folder=beside)
-    folder, index = ensure_index(there, section(store, 29))
-    assert folder.parent == scratch / "data/packed" and f"cannot be written to {beside}/packed" in caplog.text
-    assert not (beside / "packed" / folder.name).exists(), "what does not fit takes no room"
+    there = packable(store)._replace(homes=[str(beside), str(run)])
     told: list[str] = []
-    assert ensure_index(there, section(store, 29), told.append) == (folder, index) and not told
+    found = ensure_index(there, section(store, 29), tell=told.append)
+    assert found.folder.local_path == run / "packed" / index_key(there.identity, section(store, 29))
+    assert re.search(f"index of rows cannot be kept beside {beside}: .*({said})", "\n".join(told))
+    assert not (beside / "packed").is_dir() or not list((beside / "packed").iterdir()), (
+        "what does not fit takes no room"
+    )
+    told.clear()
+    assert ensure_index(there, section(store, 29), tell=told.append).index == found.index and not told
 
-    shutil.rmtree(scratch / "data/packed")
-    spoil(scratch / "data", monkeypatch)
-    both = f"cannot be written to {beside}/packed/.*: .*({said}), or to {folder}: .*({said}); .*set TMPDIR"
-    with pytest.raises(DataError, match=both):
+    shutil.rmtree(run)
+    spoil(run, monkeypatch)
+    with pytest.raises(DataError, match=f"(?s)written to any of its places: .*{beside}.*({said}).*{run}.*({said})"):
         ensure_index(there, section(store, 29))
 
 
+def test_where_the_scratch_folder_cannot_be_written_no_index_is_made(
+    store: DocumentStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "data").write_text("in the way")
+    monkeypatch.setattr(packed_index, "scratch_folder", lambda: tmp_path)
+    with pytest.raises(DataError, match=f"{tmp_path}/data/packed, where this node keeps .* cannot be written"):
+        ensure_index(packable(store), section(store, 27))
+
+
 def test_what_was_packed_is_told(store: DocumentStore) -> None:
-    _, index = ensure_index(packable(store), section(store, 64))
+    index = ensure_index(packable(store), section(store, 64)).index
     long = [len(document) for document in documents_of(store) if len(document) > 64]
     assert index.in_words() == (
         f"{index.documents:,} documents packed into {index.num_rows:,} rows of 64, "
         f"{100 * index.efficiency:.1f} % of their positions filled, {len(long)} longer ones split"
     )
     assert 0.9 < index.efficiency <= 1
-    _, index = ensure_index(packable(store), section(store, 64, "leave_out"))
+    index = ensure_index(packable(store), section(store, 64, "leave_out")).index
     assert index.facts() == {
         "rows": index.num_rows,
         "efficiency": pytest.approx(index.efficiency, abs=1e-6),
@@ -381,8 +410,8 @@ def test_a_row_that_no_document_fits_is_an_error_that_says_the_shortest(store: D
         f"data.seq_len to {shortest} or more, or data.too_long to split"
     )
     with pytest.raises(DataError, match=message):
-        PackedRows(packable(store), section(store, 3, "leave_out"))
-    assert len(PackedRows(packable(store), section(store, 3))) > 0
+        packed(store, section(store, 3, "leave_out"))
+    assert len(packed(store, section(store, 3))) > 0
 
 
 def flip(path: Path) -> None:
@@ -408,19 +437,19 @@ def other_counts(path: Path) -> None:
     ],
 )
 def test_a_damaged_index_gives_out_no_row_and_says_what_to_delete(
-    name: str, damage: Callable[[Path], Any], store: DocumentStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, damage: Callable[[Path], Any], store: DocumentStore, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(packed_index, "scratch_folder", lambda: tmp_path)
-    monkeypatch.setattr(packed_index.os, "access", lambda path, mode: False)
-    folder, _ = ensure_index(packable(store), section(store, 33))
+    homes = [str(tmp_path)]
+    folder = ensure_index(packable(store, *homes), section(store, 33)).folder.local_path
+    assert folder is not None
     damage(folder / name)
-    with pytest.raises(DataError, match=f"{folder / name} is damaged.*delete {folder}, and it is made again"):
-        PackedRows(packable(store), section(store, 33)).read(np.array([0]))
+    with pytest.raises(DataError, match=f"{folder / name} is damaged.*delete .*{folder}, and it is made again"):
+        open_rows(store, section(store, 33), *homes).read(np.array([0]))
 
 
-def test_an_index_of_many_parts_opens_without_reading_them(store: DocumentStore, tmp_path: Path) -> None:
+def test_an_index_of_many_parts_opens_without_reading_them(tmp_path: Path) -> None:
     """A trillion tokens are 15,000 parts."""
-    empty = PackedPart(np.zeros(1001, np.int64), np.zeros((3000, 2), np.int64), 900, 0, 0, 0, 1)
-    index = PackedIndex.of([empty] * 15_000, [7] * 15_000, identity="", seq_len=4096, too_long="split")
+    part = PartFacts(1000, 3000, 900, 0, 0, 0, 1, 0, 7)
+    index = PackedIndex.of([part] * 15_000, identity="", seq_len=4096, too_long="split")
     (tmp_path / INDEX_NAME).write_text(index.model_dump_json())
-    assert PackedIndex.read(tmp_path) == index and index.num_rows == 15_000_000
+    assert PackedIndex.read(Store(tmp_path)) == index and index.num_rows == 15_000_000

@@ -26,7 +26,7 @@ from raynium.config.load import load_config
 from raynium.config.schema import Config
 from raynium.data.build.store_build import build_store
 from raynium.data.loader import open_loader
-from raynium.data.packing.rows import PackedRows
+from raynium.data.packed_index import ensure_index
 from raynium.data.rows import packable
 from raynium.data.store import DocumentStore, open_store
 
@@ -74,7 +74,7 @@ def compare(store: DocumentStore, batch_size: int, seq_len: int, num_steps: int)
     """Print one row of the table; returns loader speed / bare speed."""
     fresh, checked = open_store(store.path), open_store(store.path)
     checked.train_stream().read(0, store.manifest.train.tokens)
-    config = config_of(batch_size, seq_len, packing="stream")
+    config = config_of(store, batch_size, seq_len, packing="stream")
     loader, unchecked = (open_loader(config, [each], data_rank=0, data_size=1) for each in (fresh, checked))
     tokens = one_file(store)
     offsets = np.arange(seq_len + 1)
@@ -102,9 +102,9 @@ def compare(store: DocumentStore, batch_size: int, seq_len: int, num_steps: int)
 
 def compare_packed(store: DocumentStore, batch_size: int, seq_len: int, num_steps: int) -> float:
     """Print one row of the second table; returns loader speed / bare speed."""
-    config = config_of(batch_size, seq_len, packing="documents")
+    config = config_of(store, batch_size, seq_len, packing="documents")
     opened = open_store(store.path)
-    index = PackedRows(packable(opened), config.data).index
+    index = ensure_index(packable(opened), config.data).index
     loader = open_loader(config, [opened], data_rank=0, data_size=1)
     tokens, offsets = one_file(store), np.arange(seq_len + 1)
     starts = np.random.default_rng(0).integers(0, len(tokens) - seq_len, (num_steps, batch_size, 1))
@@ -119,8 +119,9 @@ def compare_packed(store: DocumentStore, batch_size: int, seq_len: int, num_step
     return bare_seconds / seconds
 
 
-def config_of(batch_size: int, seq_len: int, *, packing: str) -> Config:
-    sizes = {"train.global_batch_size": batch_size, "data.seq_len": seq_len, "data.packing": packing}
+def config_of(store: DocumentStore, batch_size: int, seq_len: int, *, packing: str) -> Config:
+    sizes = {"train.global_batch_size": batch_size, "data.seq_len": seq_len}
+    sizes |= {"data.packing": packing, "data.path": store.place, "run.root": str(store.path.parent)}
     return load_config("quickstart", sizes)
 
 

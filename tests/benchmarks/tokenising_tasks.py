@@ -65,7 +65,7 @@ def ours(source: str, tokenizer: str, place: str) -> None:
     from raynium.data.manifest import Recipe
     from raynium.data.tokenizer import Tokenizer
     from raynium.launch.connect import connect
-    from raynium.launch.data.ray_tasks import on_ray
+    from raynium.launch.tasks.ray_tasks import on_ray
 
     def runner(task: Any, work: Any, items: Any) -> Generator[Any]:
         return on_ray(tokenising_tasks.measured if task is tokenise_split else task, work, items)

@@ -143,7 +143,9 @@ def open_loader(
     cache_sharers: how many of the node's ranks fetch into its cache and read different samples.
     """
     data, train = config.data, config.train
-    rows: list[Rows] = [open_rows(store, data) for store in stores]
+    rows = [
+        open_rows(store, data, entry.store, config.run.place) for store, entry in zip(stores, data.stores, strict=True)
+    ]
     shuffles = [_shuffle(config, number, store, len(rows[number])) for number, store in enumerate(stores)]
     order = Order(shuffles, mixture_of(data, train.global_batch_size))
     num_rows = [len(each) for each in rows]

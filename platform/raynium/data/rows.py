@@ -9,7 +9,7 @@ import numpy as np
 
 from raynium.config.schema import DataSection
 from raynium.data.manifest import StoreManifest
-from raynium.data.packing.index import Packable
+from raynium.data.packed_index import Packable, ensure_index
 from raynium.data.packing.rows import PackedRows
 from raynium.data.store import DocumentStore, OpenStore
 from raynium.errors import DataError
@@ -69,12 +69,20 @@ def stream_rows(manifest: StoreManifest, seq_len: int, *, where: str) -> int:
     return (tokens - 1) // seq_len
 
 
-def open_rows(store: OpenStore, data: DataSection) -> Rows:
+def open_rows(store: OpenStore, data: DataSection, *homes: str) -> Rows:
     """A store's rows as data.packing says. Raises DataError if there is none.
 
-    Any process of a node may call it: one makes the index of packed rows, where it is missing, and others wait.
+    homes: see `packable`. Any process of a node may call it: one makes the index of packed rows, where it is missing,
+    and others wait.
     """
-    return PackedRows(packable(store), data) if data.packing == "documents" else StreamRows(store, data.seq_len)
+    if data.packing == "stream":
+        return StreamRows(store, data.seq_len)
+    known = packable(store, *homes)
+    index = ensure_index(known, data)
+    if isinstance(store, DocumentStore):
+        # All of the store is on this node, whose rows come in any order.
+        index.copy_all()
+    return PackedRows(known.stream, index, end_of_document=known.end_of_document)
 
 
 def num_labels(rows: Rows, seq_len: int) -> int:
@@ -82,11 +90,14 @@ def num_labels(rows: Rows, seq_len: int) -> int:
     return rows.index.filled if isinstance(rows, PackedRows) else len(rows) * seq_len
 
 
-def packable(store: OpenStore) -> Packable:
+def packable(store: OpenStore, *homes: str) -> Packable:
+    """homes: the folder or URL of the store, which nodes may have copies of; others where its index may lie."""
+    homes = homes or (store.place,)
     return Packable(
         stream=store.train_stream(),
         end_of_document=store.manifest.end_of_document_id,
         identity=store.manifest.identity,
-        place=store.place,
-        folder=store.path if isinstance(store, DocumentStore) else None,
+        place=homes[0],
+        copy=store.path if isinstance(store, DocumentStore) else None,
+        homes=homes,
     )

@@ -18,9 +18,10 @@ from raynium.config.schema import Config
 from raynium.convert.beginning import adopt_weights
 from raynium.data.build.prepare import check_stores, prepare_stores
 from raynium.data.build.survey import Survey
-from raynium.data.packing.index import ensure_index
+from raynium.data.packed_index import ensure_index
 from raynium.data.remote import find_identities
 from raynium.data.rows import packable
+from raynium.data.runner import Runner
 from raynium.data.store import TOKENIZER_NAME, OpenStore
 from raynium.data.tokenizer import Tokenizer
 from raynium.errors import ConfigError, DataError, TrackingAway, TrackingError
@@ -117,11 +118,12 @@ def prepare(
     job_id: str | None,
     tags: Mapping[str, str],
     tell: Callable[[str], None],
+    runner: Runner | None = None,
 ) -> Prepared:
     """Checks all that can be checked without a node, takes the run's name, and makes what the ranks will need.
 
-    config: from `checked`. surveyed: from `survey_data`. tell: gets a line for each thing that takes time. Raises
-    RayniumError.
+    config: from `checked`. surveyed: from `survey_data`. runner: as in `prepare_stores`. tell: gets a line for each
+    thing that takes time. Raises RayniumError.
     """
     store = past.store
     config = identified(config)
@@ -142,7 +144,7 @@ def prepare(
     try:
         with keeper.beating():
             config = adopt_weights(config, store, past.config, tell)
-            config, documents = prepare_data(config, past, tell, surveyed)
+            config, documents = prepare_data(config, past, tell, surveyed, runner)
             keep_tokenizer(store, documents[0])
             store.replace("config.yaml", dump_yaml(config).encode())
             open_mlflow = partial(_open_mlflow, config, documents, keeper.record, uri, tags, tell)
@@ -172,13 +174,17 @@ def prepare(
 
 
 def prepare_data(
-    config: Config, past: Past, tell: Callable[[str], None], surveyed: Survey | None = None
+    config: Config,
+    past: Past,
+    tell: Callable[[str], None],
+    surveyed: Survey | None = None,
+    runner: Runner | None = None,
 ) -> tuple[Config, list[OpenStore]]:
     """The document stores on this machine; one is built first if the config names a source and there is none.
 
     Returns the config with their identities, too. past: of the run, which must be able to go on with this data.
     """
-    documents = prepare_stores(config, cache_dir=scratch_folder() / "data", surveyed=surveyed, tell=tell)
+    documents = prepare_stores(config, cache_dir=scratch_folder() / "data", surveyed=surveyed, runner=runner, tell=tell)
     # A store that is new: what it holds was not known when the run's past was looked at.
     if any(store.identity is None for store in config.data.stores):
         config = identified(config, [store.manifest.identity for store in documents])
@@ -190,11 +196,12 @@ def _packing_facts(config: Config, documents: list[OpenStore]) -> dict[str, int 
     """Of the indices that `prepare_data` made; those of a mixture with the name of the store before."""
     if config.data.packing != "documents":
         return None
-    return {
-        f"{entry.name}.{name}" if config.data.mixture else name: value
-        for entry, store in zip(config.data.stores, documents, strict=True)
-        for name, value in ensure_index(packable(store), config.data)[1].facts().items()
-    }
+    facts = dict[str, int | float]()
+    for entry, store in zip(config.data.stores, documents, strict=True):
+        packed = ensure_index(packable(store, entry.store, config.run.place), config.data).index
+        prefix = f"{entry.name}." if config.data.mixture else ""
+        facts |= {f"{prefix}{name}": value for name, value in packed.facts().items()}
+    return facts
 
 
 def _address(uri: str) -> str:

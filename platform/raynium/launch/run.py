@@ -35,6 +35,7 @@ def run(
     config = checked(config)
     set_ray_environment(starts_cluster=address is None)
     from raynium.launch.connect import connect
+    from raynium.launch.tasks.ray_tasks import on_ray
 
     console = Console(highlight=False, soft_wrap=True)
 
@@ -56,7 +57,15 @@ def run(
         if address is None:
             check_this_machine(config)
         console.print(Text(brief(config)))
-        prepared = prepare(config, past, surveyed=surveyed, job_id=job_id, tags=tags or {}, tell=tell)
+        prepared = prepare(
+            config,
+            past,
+            surveyed=surveyed,
+            job_id=job_id,
+            tags=tags or {},
+            tell=tell,
+            runner=None if address is None else on_ray,
+        )
         with Display(config.train.steps, console, prepared.log_path) as display:
             try:
                 if address is None:

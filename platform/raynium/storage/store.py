@@ -52,6 +52,11 @@ class Store:
         """Where `key` lies, for people, logs and MLflow."""
         return f"{self.url}/{checked_key(key)}"
 
+    @property
+    def local_path(self) -> Path | None:
+        """The folder, on a file system; None in S3."""
+        return Path(self.url.removeprefix("file://")) if self.url.startswith("file://") else None
+
     def write_new(self, key: str, data: bytes) -> None:
         """Create `key`. KeyExists if another call of this, anywhere, created it; this call's own retries are known."""
         self._backend.put(checked_key(key), data, exclusive=True)

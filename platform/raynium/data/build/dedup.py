@@ -15,7 +15,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from raynium.data.build.lease import BUILDING
-from raynium.data.build.work import NumberedSplit, Runner, Work
+from raynium.data.build.work import NumberedSplit, Work
+from raynium.data.runner import Runner
 from raynium.data.text.documents import Document, Split
 from raynium.data.text.sources import read_split
 from raynium.storage.store import Store

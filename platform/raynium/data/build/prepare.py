@@ -17,9 +17,10 @@ from raynium.data.build.store_build import build_from_source
 from raynium.data.build.survey import Survey, Tell, survey
 from raynium.data.manifest import Recipe, StoreManifest
 from raynium.data.mixed import epochs_in_words, refuse_unmixable, refuse_used_up
-from raynium.data.packing.index import ensure_index
+from raynium.data.packed_index import ensure_index
 from raynium.data.remote import find_manifest
 from raynium.data.rows import packable, stream_rows
+from raynium.data.runner import Runner
 from raynium.data.store import OpenStore, no_store, refuse_other_data
 from raynium.data.text.left_out import left_out_in_words
 from raynium.data.tokenizer import Tokenizer, check_vocab_size
@@ -42,9 +43,17 @@ def check_stores(config: Config, *, tell: Tell) -> Survey | None:
 
 
 def prepare_stores(
-    config: Config, *, cache_dir: str | Path, surveyed: Survey | None = None, tell: Tell = logger.info
+    config: Config,
+    *,
+    cache_dir: str | Path,
+    surveyed: Survey | None = None,
+    runner: Runner | None = None,
+    tell: Tell = logger.info,
 ) -> list[OpenStore]:
-    """`prepare_store` of each store, in the order of the mixture, with the index of its rows where they are packed."""
+    """`prepare_store` of each store, in the order of the mixture, with the index of its rows where they are packed.
+
+    runner: of the tasks that pack; None: this process.
+    """
     stores, num_rows = [], []
     for data, entry in zip(config.data.of_each_store(), config.data.stores, strict=True):
         began = time.monotonic()
@@ -60,7 +69,8 @@ def prepare_stores(
         for line in _in_words(store.manifest, time.monotonic() - began):
             tell(f"{label} {line}")
         if data.packing == "documents":
-            index = ensure_index(packable(store), data, tell)[1]
+            known = packable(store, entry.store, config.run.place)
+            index = ensure_index(known, data, runner=runner, tell=tell).index
             tell(f"{label} {index.in_words()}")
             num_rows.append(index.num_rows)
         else:

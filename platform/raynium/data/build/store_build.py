@@ -17,9 +17,10 @@ from raynium.data.build.fit import refuse_other_recipe, refuse_other_tokenizer, 
 from raynium.data.build.lease import BEGUN, BUILDING, CLAIMS, only_builder
 from raynium.data.build.survey import TELL_SECONDS, Survey, Tell, survey
 from raynium.data.build.tokenise import PARTS, Done, part_key, tokenise_split
-from raynium.data.build.work import NumberedSplit, Runner, Work, in_this_process
+from raynium.data.build.work import NumberedSplit, Work
 from raynium.data.manifest import MANIFEST_NAME, Recipe, StoreManifest
 from raynium.data.remote import find_manifest
+from raynium.data.runner import Runner, in_this_process
 from raynium.data.store import DocumentStore, open_store
 from raynium.data.text.documents import Document
 from raynium.data.text.left_out import LeftOut

@@ -1,12 +1,12 @@
-"""What the tasks of a build are given, and who runs them: here one after the other, or Ray on many nodes."""
+"""What the tasks of a build are given."""
 
 import hashlib
 import json
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 from raynium.data.manifest import Recipe
 from raynium.data.text.documents import Split
@@ -15,8 +15,6 @@ from raynium.storage.checksum import UNIT_BYTES
 from raynium.storage.store import Store
 
 T = TypeVar("T")
-Item = TypeVar("Item", contravariant=True)
-Result = TypeVar("Result", covariant=True)
 
 
 @dataclass(frozen=True)
@@ -81,23 +79,6 @@ class NumberedSplit:
 
     number: int
     split: Split
-
-
-class Runner(Protocol):
-    """The results of `task(work, item)` for all items, in any order, each as it comes.
-
-    A task is a function of a module, may be run again after a death, and then does nothing else. What one raises is
-    raised here. Closing what is returned ends what runs.
-    """
-
-    def __call__(
-        self, task: Callable[[Work, Item], Result], work: Work, items: Sequence[Item]
-    ) -> Generator[Result]: ...
-
-
-def in_this_process(task: Callable[[Work, Item], Result], work: Work, items: Sequence[Item]) -> Generator[Result]:
-    """A `Runner` without any other process; the tokenizer itself uses all cores."""
-    return (task(work, item) for item in items)
 
 
 def ahead(items: Iterable[T]) -> Iterator[T]:

@@ -1,19 +1,23 @@
 """The index that says which documents lie in a row of a store.
 
-    packed/<key>/part-00000.bin …  what `packer.pack_part` finds, int64: row_begins, then pieces
+    packed/<key>/part-00000.bin …  a `PackedPart` each: see `part_content`
     packed/<key>/index.json        written last: without it the folder is no index
 
 The key is of the data's identity, the row's length, the policy and the packer, so an index is never an older store's.
-It lies in the store's folder, or, where there is none that can be written, in the node's cache of data. It is a pure
-function of the store: whichever process finds it missing makes it, while others wait.
+It lies beside the store, or where that place cannot be written in the run's own. It is a pure function of the store:
+whoever makes a part, and however often, writes the same bytes. In a folder it is mapped where it lies; from S3 a part
+is copied to the node's disk when it is first used.
 """
 
+import contextlib
 import hashlib
 import json
 import logging
 import os
-import shutil
-from collections.abc import Callable
+from array import array
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Self
 
@@ -21,30 +25,67 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from raynium.config.local_folders import scratch_folder
-from raynium.config.plain_file import read_plain
 from raynium.config.schema import DataSection
-from raynium.data.packing.packer import PACKER_VERSION, PackedPart, Stream, TooLong, num_parts, pack_part
-from raynium.errors import DataError
-from raynium.storage.checksum import checksum, list_to_text, to_text
+from raynium.data.packing.packer import PACKER_VERSION, PackedPart
+from raynium.errors import DataError, StoreError
+from raynium.storage.backend import KeyMissing
+from raynium.storage.checksum import checksum, list_from_text, list_to_text, to_text
 from raynium.storage.local_files import exclusive, mapped, write_atomically
+from raynium.storage.store import Store
 
 logger = logging.getLogger(__name__)
 
 INDEX_NAME = "index.json"
+# Parts that are copied at once: they hide S3's latency.
+COPIES = 8
 _MAX_INDEX_BYTES = 2**30
 _INDEX_DTYPE = np.dtype("<i8")
 
 Count = Annotated[int, Field(ge=0, lt=2**60)]
 
 
-class Packable(NamedTuple):
-    """What packing needs of a store. place: of it, for people. folder: on this machine, None if it is elsewhere."""
+class PartFacts(NamedTuple):
+    """What the index keeps of a part. crc: of its file. The first ones are at the beginning of that, in this order."""
 
-    stream: Stream
-    end_of_document: int
-    identity: str
-    place: str
-    folder: Path | None
+    rows: int
+    pieces: int
+    documents: int
+    split: int
+    left_out: int
+    left_out_tokens: int
+    shortest: int
+    filled: int
+    crc: int
+
+
+_NUM_FACTS = len(PartFacts._fields) - 1
+
+
+def part_content(part: PackedPart) -> tuple[bytes, PartFacts]:
+    """The file of a part, int64: its facts, row_begins, pieces; and last the CRC64NVME of all that."""
+    counted = (part.documents, part.split, part.left_out, part.left_out_tokens, part.shortest)
+    facts = (len(part.row_begins) - 1, len(part.pieces), *counted, int(part.pieces[:, 1].sum()))
+    arrays = (np.array(facts), part.row_begins, part.pieces)
+    content = b"".join(each.astype(_INDEX_DTYPE).tobytes() for each in arrays)
+    crc = checksum(content)
+    return content + crc.to_bytes(8, "little"), PartFacts._make([*facts, crc])
+
+
+def part_facts(content: bytes) -> PartFacts | None:
+    """Of a part's file that was found; None unless it is whole."""
+    crc = int.from_bytes(content[-8:], "little")
+    if len(content) < 8 * _NUM_FACTS + 8 or checksum(memoryview(content)[:-8]) != crc:
+        return None
+    return PartFacts._make([*np.frombuffer(content, _INDEX_DTYPE, _NUM_FACTS).tolist(), crc])
+
+
+def part_name(number: int) -> str:
+    return f"part-{number:05d}.bin"
+
+
+def index_key(identity: str, data: DataSection) -> str:
+    known_by = [identity, data.seq_len, data.too_long, PACKER_VERSION]
+    return hashlib.sha256(json.dumps(known_by).encode()).hexdigest()[:16]
 
 
 class PackedIndex(BaseModel):
@@ -79,35 +120,36 @@ class PackedIndex(BaseModel):
         return self.filled / (self.num_rows * self.seq_len)
 
     @classmethod
-    def of(cls, parts: list[PackedPart], crcs: list[int], **known: Any) -> Self:
+    def of(cls, parts: Sequence[PartFacts], **known: Any) -> Self:
+        """parts: all, in their order."""
         blank = cls(
             crc64nvme="",
             packer_version=PACKER_VERSION,
-            rows=[len(part.row_begins) - 1 for part in parts],
-            pieces=[len(part.pieces) for part in parts],
-            crc64nvme_of_parts=list_to_text(crcs),
+            rows=[part.rows for part in parts],
+            pieces=[part.pieces for part in parts],
+            crc64nvme_of_parts=list_to_text([part.crc for part in parts]),
             documents=sum(part.documents for part in parts),
             split=sum(part.split for part in parts),
             left_out=sum(part.left_out for part in parts),
             left_out_tokens=sum(part.left_out_tokens for part in parts),
-            filled=sum(int(part.pieces[:, 1].sum()) for part in parts),
+            filled=sum(part.filled for part in parts),
             **known,
         )
         return blank.model_copy(update={"crc64nvme": _crc(blank.model_dump())})
 
     @classmethod
-    def read(cls, folder: Path) -> Self | None:
-        """None if there is none. Raises DataError for a damaged one."""
+    def read(cls, folder: Store) -> Self | None:
+        """None if there is none. Raises DataError for a damaged one, StoreError."""
         try:
-            content = read_plain(folder / INDEX_NAME, max_bytes=_MAX_INDEX_BYTES)
-        except (FileNotFoundError, NotADirectoryError):
+            content = folder.read(INDEX_NAME, max_bytes=_MAX_INDEX_BYTES)
+        except KeyMissing:
             return None
         try:
             index = cls.model_validate_json(content)
         except ValidationError as error:
-            raise _damaged(folder / INDEX_NAME) from error
+            raise _damaged(folder.url, INDEX_NAME) from error
         if index.crc64nvme != _crc(index.model_dump()):
-            raise _damaged(folder / INDEX_NAME)
+            raise _damaged(folder.url, INDEX_NAME)
         return index
 
     def facts(self) -> dict[str, int | float]:
@@ -133,98 +175,93 @@ class PackedIndex(BaseModel):
         return ", ".join(words)
 
 
-def ensure_index(
-    store: Packable, data: DataSection, tell: Callable[[str], None] | None = None
-) -> tuple[Path, PackedIndex]:
-    """The index of a store for rows of data.seq_len, and its folder; made first if it is missing, at some 100 to 1,000
-    million tokens a second.
+class OpenIndex:
+    """An index where it lies. Not thread-safe; any number of processes may have it open."""
 
-    Raises DataError if no document fits a row, if the store or the index is damaged, or if no folder can be written.
-    """
-    key = index_key(store.identity, data)
-    folders = [scratch_folder() / "data/packed" / key]
-    if store.folder is not None:
-        folders.insert(0, store.folder / "packed" / key)
-    for folder in folders:
-        if index := PackedIndex.read(folder):
-            return folder, index
-    if store.folder is not None and not os.access(store.folder, os.W_OK):
-        del folders[0]
-    failed: list[str] = []
-    for folder in folders:
+    def __init__(self, folder: Store, index: PackedIndex):
+        self.folder, self.index = folder, index
+        self._parts: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+
+    def part(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """row_begins and pieces, mapped. Raises DataError unless they are what was made, StoreError."""
+        if number not in self._parts:
+            numbers = np.frombuffer(self._content(number), _INDEX_DTYPE)
+            row_begins, end = self.index.rows[number] + 1, len(numbers) - 1
+            self._parts[number] = (
+                numbers[_NUM_FACTS : _NUM_FACTS + row_begins],
+                numbers[_NUM_FACTS + row_begins : end].reshape(-1, 2),
+            )
+        return self._parts[number]
+
+    def copy_all(self) -> None:
+        """Have all parts on this node, where they are not read where they lie. One process copies, the others wait."""
+        if self.folder.local_path is None:
+            with ThreadPoolExecutor(COPIES, thread_name_prefix="index-copy") as pool:
+                list(pool.map(self._content, range(len(self.index.rows))))
+
+    @cached_property
+    def _crcs(self) -> "array[int]":
+        return list_from_text(self.index.crc64nvme_of_parts)
+
+    def _content(self, number: int) -> memoryview:
+        folder, name = self.folder.local_path, part_name(number)
+        if folder is not None:
+            if (content := self._mapped(folder / name, number)) is None:
+                raise _damaged(self.folder.url, name)
+            return content
+        copies = scratch_folder() / "data/packed" / self.folder.url.rpartition("/")[2]
+        copy = copies / name
+        with on_this_disk(copies), exclusive(copy.with_suffix(".lock"), f"copy of {self.folder.uri(name)}"):
+            if (content := self._mapped(copy, number)) is None:
+                with contextlib.suppress(KeyMissing):
+                    write_atomically(copy, self.folder.read_range(name, 0, self._num_bytes(number)))
+                content = self._mapped(copy, number)
+        if content is None:
+            copy.unlink(missing_ok=True)
+            raise _damaged(self.folder.url, name)
+        return content
+
+    def _num_bytes(self, number: int) -> int:
+        return 8 * (_NUM_FACTS + self.index.rows[number] + 1 + 2 * self.index.pieces[number] + 1)
+
+    def _mapped(self, path: Path, number: int) -> memoryview | None:
+        """None unless this file is the part."""
+        size = self._num_bytes(number)
         try:
-            return folder, _ensure(store, folder, data, tell)
-        except OSError as error:
-            failed.append(f"{folder}: {error.strerror}")
-            logger.warning("the index of rows cannot be written to %s", failed[-1])
-    raise DataError(
-        f"the index of rows cannot be written to {', or to '.join(failed)}; make room there, or set TMPDIR on the "
-        "nodes to a folder that can be written and has room"
-    )
+            with path.open("rb") as file:
+                content = mapped(file, size) if os.fstat(file.fileno()).st_size == size else None
+        except FileNotFoundError:
+            return None
+        return content if content is not None and checksum(content[:-8]) == self._crcs[number] else None
 
 
-def _ensure(store: Packable, folder: Path, data: DataSection, tell: Callable[[str], None] | None) -> PackedIndex:
-    """Raises OSError where the folder cannot be written; nothing is left in it then."""
-    with exclusive(folder.with_name(f"{folder.name}.lock"), f"packing of {store.place}"):
-        if index := PackedIndex.read(folder):
-            return index
-        if tell is not None:
-            tell(f"data: packing {len(store.stream):,} tokens into rows of {data.seq_len}")
-        folder.mkdir(exist_ok=True)
-        try:
-            return _make(store, folder, seq_len=data.seq_len, too_long=data.too_long)
-        except OSError:
-            shutil.rmtree(folder, ignore_errors=True)
-            raise
-
-
-def index_key(identity: str, data: DataSection) -> str:
-    known_by = [identity, data.seq_len, data.too_long, PACKER_VERSION]
-    return hashlib.sha256(json.dumps(known_by).encode()).hexdigest()[:16]
-
-
-def read_part(folder: Path, index: PackedIndex, number: int, crc: int) -> tuple[np.ndarray, np.ndarray]:
-    """row_begins and pieces of a part, mapped. crc: of its file. Raises DataError unless they are what was made."""
-    path, row_begins = folder / _part_name(number), index.rows[number] + 1
-    size = _INDEX_DTYPE.itemsize * (row_begins + 2 * index.pieces[number])
+@contextlib.contextmanager
+def on_this_disk(folder: Path) -> Iterator[None]:
+    """What the system refuses becomes the data's error."""
     try:
-        with path.open("rb") as file:
-            content = mapped(file, size) if os.fstat(file.fileno()).st_size == size else None
-    except FileNotFoundError:
-        content = None
-    if content is None or checksum(content) != crc:
-        raise _damaged(path)
-    numbers = np.frombuffer(content, _INDEX_DTYPE)
-    return numbers[:row_begins], numbers[row_begins:].reshape(-1, 2)
-
-
-def _make(store: Packable, folder: Path, *, seq_len: int, too_long: TooLong) -> PackedIndex:
-    counted, crcs, shortest = [], [], []
-    for number in range(num_parts(len(store.stream), seq_len)):
-        part = pack_part(
-            store.stream, number, seq_len=seq_len, too_long=too_long, end_of_document=store.end_of_document
-        )
-        content = b"".join(each.astype(_INDEX_DTYPE).tobytes() for each in (part.row_begins, part.pieces))
-        write_atomically(folder / _part_name(number), content)
-        crcs.append(checksum(content))
-        counted.append(part)
-        shortest += [part.shortest] if part.shortest else []
-    index = PackedIndex.of(counted, crcs, identity=store.identity, seq_len=seq_len, too_long=too_long)
-    if not index.num_rows:
+        yield
+    except OSError as error:
         raise DataError(
-            f"data.seq_len = {seq_len}: no document of {store.place} fits a row, the shortest has {min(shortest)} "
-            f"tokens with its end; set data.seq_len to {min(shortest)} or more, or data.too_long to split"
-        )
-    write_atomically(folder / INDEX_NAME, (index.model_dump_json() + "\n").encode())
-    return index
+            f"{folder}, where this node keeps what it knows of packed rows, cannot be written: {error.strerror}; make "
+            "room there, or set TMPDIR on the nodes to a folder that can be written and has room"
+        ) from error
 
 
-def _part_name(number: int) -> str:
-    return f"part-{number:05d}.bin"
+def find_index(key: str, homes: Sequence[str]) -> OpenIndex | None:
+    """The index of this key in the first of these folders and URLs that has it. DataError for a damaged one."""
+    for home in homes:
+        folder = Store(home).child(f"packed/{key}")
+        try:
+            if index := PackedIndex.read(folder):
+                return OpenIndex(folder, index)
+        except StoreError as error:
+            # The next place may have it, and else it is made there.
+            logger.warning("no index of packed rows can be read from %s: %s", folder.url, error)
+    return None
 
 
-def _damaged(path: Path) -> DataError:
-    return DataError(f"{path} is damaged, so no row is read by it: delete {path.parent}, and it is made again")
+def _damaged(place: str, name: str) -> DataError:
+    return DataError(f"{place}/{name} is damaged, so no row is read by it: delete {place}, and it is made again")
 
 
 def _crc(fields: dict[str, Any]) -> str:

@@ -14,8 +14,8 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 
-# Part of an index's name: another number where the same stream would be packed otherwise.
-PACKER_VERSION = 1
+# Part of an index's name: another number where the same stream would be packed, or its index written, otherwise.
+PACKER_VERSION = 2
 # Windows are a part, which is packed at once and is one file of the index: about so many tokens.
 PART_TOKENS = 2**26
 # Read at once in search of ends of documents: of a store in S3, in several requests.

@@ -1,15 +1,13 @@
 """Rows of whole documents, by the index that says what lies in each. T: `data.seq_len`."""
 
-from array import array
 from collections.abc import Iterator
 from functools import cached_property
 
 import numpy as np
 
-from raynium.config.schema import DataSection
 from raynium.data.batch import IGNORED_LABEL
-from raynium.data.packing.index import Packable, ensure_index, read_part
-from raynium.storage.checksum import list_from_text
+from raynium.data.packing.index import OpenIndex
+from raynium.data.packing.packer import Stream
 
 # More pieces of a row than these are read at once, with what lies between them, where that is so many tokens at most.
 _FEW_PIECES, _SPAN_TOKENS = 4, 2**21
@@ -22,14 +20,13 @@ class PackedRows:
     before it in the store, so that every token of it is a label; a later piece of a long one on the token before it.
     """
 
-    def __init__(self, store: Packable, data: DataSection):
-        """Opens the index, which is made first where there is none. DataError if no document fits a row."""
-        self._stream, self._end_of_document = store.stream, store.end_of_document
-        self._folder, self.index = ensure_index(store, data)
-        self._seq_len = data.seq_len
-        self._parts: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+    def __init__(self, stream: Stream, index: OpenIndex, *, end_of_document: int):
+        """index: of the stream."""
+        self._stream, self._end_of_document = stream, end_of_document
+        self.index, self._part = index.index, index.part
+        self._seq_len = index.index.seq_len
         # What rows are filled up with, as tokens are stored.
-        self._filler = np.full(data.seq_len, self._end_of_document, store.stream.dtype)
+        self._filler = np.full(self._seq_len, end_of_document, stream.dtype)
 
     def __len__(self) -> int:
         return self.index.num_rows
@@ -114,13 +111,3 @@ class PackedRows:
     @cached_property
     def _part_begins(self) -> np.ndarray:
         return self._part_ends - self.index.rows
-
-    @cached_property
-    def _crcs(self) -> "array[int]":
-        return list_from_text(self.index.crc64nvme_of_parts)
-
-    def _part(self, number: int) -> tuple[np.ndarray, np.ndarray]:
-        """Verified when it is first used."""
-        if number not in self._parts:
-            self._parts[number] = read_part(self._folder, self.index, number, self._crcs[number])
-        return self._parts[number]

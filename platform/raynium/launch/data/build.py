@@ -10,9 +10,9 @@ from raynium.config.local_folders import temporary_parent
 from raynium.config.paths import WORDS_FOR_SOURCE, absolute_path, absolute_root, lies_in
 from raynium.data.build.fit import refuse_end_in_text
 from raynium.data.build.store_build import build_from_recipe
-from raynium.data.build.work import in_this_process
 from raynium.data.manifest import Recipe, StoreManifest
 from raynium.data.remote import find_manifest
+from raynium.data.runner import in_this_process
 from raynium.data.tokenizer import TOKENIZER_NAME, Tokenizer
 from raynium.errors import ConfigError
 from raynium.launch.jobs import job_metadata
@@ -99,7 +99,7 @@ def build_data(
     set_ray_environment(starts_cluster=address is None)
     tell("starting a Ray cluster on this machine" if address is None else f"joining the Ray cluster at {address}")
     from raynium.launch.connect import connect
-    from raynium.launch.data.ray_tasks import on_ray
+    from raynium.launch.tasks.ray_tasks import on_ray
 
     with connect(address):
         return build_from_recipe(

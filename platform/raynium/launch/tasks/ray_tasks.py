@@ -1,4 +1,4 @@
-"""Runs the tasks of a build on a Ray cluster: one CPU each, as many at once as the cluster has."""
+"""Runs tasks on data on a Ray cluster: one CPU each, as many at once as the cluster has."""
 
 import os
 from collections.abc import Callable, Generator, Sequence
@@ -8,9 +8,9 @@ from typing import Any, TypeVar
 import ray
 from ray.exceptions import RayError, RayTaskError
 
-from raynium.data.build.work import Work
 from raynium.errors import LaunchError, RayniumError
 
+Shared = TypeVar("Shared")
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -20,17 +20,18 @@ RETRIES = 4
 TASKS_PER_CPU = 2
 
 
-def on_ray(task: Callable[[Work, Item], Result], work: Work, items: Sequence[Item]) -> Generator[Result]:
-    """A `Runner` (see `data/build/work.py`). Raises LaunchError where a task's process dies again and again."""
-    # The tokenizer is in it, which may have 35 MB: once for each node.
-    shared = ray.put(work)
+def on_ray(task: Callable[[Shared, Item], Result], shared: Shared, items: Sequence[Item]) -> Generator[Result]:
+    """A `Runner` (see `data/runner.py`). Raises LaunchError where a task's process dies again and again."""
+    # A build's tokenizer is in it, which may have 35 MB: once for each node.
+    reference = ray.put(shared)
     remote = ray.remote(num_cpus=1, max_retries=RETRIES)(_on_one_cpu)
     waiting, running = iter(items), set[Any]()
     try:
         while True:
             # Nodes may come and go meanwhile: more may be running than may be now.
             limit = TASKS_PER_CPU * max(1, int(ray.cluster_resources().get("CPU", 1)))
-            running.update(remote.remote(task, shared, item) for item in islice(waiting, max(0, limit - len(running))))
+            more = islice(waiting, max(0, limit - len(running)))
+            running.update(remote.remote(task, reference, item) for item in more)
             if not running:
                 return
             done, _ = ray.wait(list(running), num_returns=1)
@@ -53,12 +54,12 @@ def _result(reference: Any) -> Any:
         raise
     except RayError as error:
         raise LaunchError(
-            f"a task of the build was lost {RETRIES + 1} times: {' '.join(str(error).split())[:600]}. See whether its "
-            "nodes run out of memory (a task takes up to 1 GB); then start the build again: it goes on"
+            f"a task on the data was lost {RETRIES + 1} times: {' '.join(str(error).split())[:600]}. See whether its "
+            "nodes run out of memory (a task takes up to 1 GB); then start again: it goes on"
         ) from error
 
 
-def _on_one_cpu(task: Callable[[Work, Item], Result], work: Work, item: Item) -> Result:
+def _on_one_cpu(task: Callable[[Shared, Item], Result], shared: Shared, item: Item) -> Result:
     # Read by the `tokenizers` library at each call: Ray has given this task one CPU.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    return task(work, item)
+    return task(shared, item)
