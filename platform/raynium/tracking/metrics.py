@@ -15,7 +15,7 @@ METRICS: dict[str, str] = {
     "train/tokens": "tokens that steps were given since step 0, over all ranks, what fills packed rows up too",
     "train/samples": "sequences trained on since step 0, over all ranks",
     "data/requests": "requests that rank 0 made for streamed training data since it started",
-    "data/fetched_bytes": "bytes that it fetched with them, in whole checksum units; its node's ranks share them",
+    "data/fetched_bytes": "bytes that rank 0 fetched with them, also for ranks of its node; not those fetched for it",
     "data/used_bytes": "bytes of the streamed rows that it trained on since it started, as they are stored",
     "data/wait_seconds": "seconds since it started until the blocks that its steps read were fetched and at hand",
     "eval/loss": "nats per token: cross-entropy on the held-out documents",
