@@ -32,6 +32,7 @@ from raynium.data.store import open_store
 from raynium.data.tokenizer import Tokenizer
 from raynium.data.verify import verify_store
 from raynium.errors import ConfigError, DataError, StoreError
+from raynium.launch.data import build as launch_build
 from raynium.launch.data.build import build_data, store_place
 from raynium.launch.tasks import ray_tasks
 from raynium.storage.process import Owner
@@ -292,6 +293,22 @@ def test_a_field_that_is_missing_is_told_before_a_task_runs(source: Path, tokeni
 
     with pytest.raises(DataError, match=r"z\.json, row 0 \(from 0\): no field 'text'; there are: 'content'"):
         build(tmp_path / "store", recipe(source), tokenizer, runner=none_runs)
+
+
+def test_no_cluster_is_asked_before_the_source_was_looked_at(
+    source: Path, tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def asked(*_: Any) -> None:
+        raise InterruptedError
+
+    monkeypatch.setattr(launch_build, "_cluster", asked)
+    how: dict[str, Any] = {"tokenizer": str(tokenizer), "root": str(tmp_path), "tell": lambda line: None}
+    with pytest.raises(DataError, match="line 1: no field 'body'; there are: 'text'"):
+        build_data("one", sources=[str(source)], text_field="body", **how)
+    with pytest.raises(InterruptedError):
+        build_data("one", sources=[str(source)], **how)
+    build(tmp_path / "data/one", recipe(source, heldout_fraction=0.05), tokenizer)
+    assert build_data("one", sources=[str(source)], **how).train.documents > 0
 
 
 def test_what_is_left_out_is_judged_when_all_is_tokenised(source: Path, tokenizer: Path, tmp_path: Path):

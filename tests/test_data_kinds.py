@@ -222,6 +222,22 @@ def test_a_wrong_column_is_told_with_those_that_are_text(tmp_path: Path, write: 
         probe(open_source(str(tmp_path), text_field=field))
 
 
+@pytest.mark.parametrize("window_log", [27, 28, 31])
+def test_zstd_with_a_window_above_128_mib_is_refused_with_what_to_do(tmp_path: Path, window_log: int):
+    content = b"text of a frame\n"
+    # A magic number, flags, the window's exponent, and the length of a last block that is stored as it is.
+    header = b"\x28\xb5\x2f\xfd\0" + bytes([(window_log - 10) << 3])
+    (tmp_path / "a.txt.zst").write_bytes(header + (len(content) << 3 | 1).to_bytes(3, "little") + content)
+    source = open_source(str(tmp_path))
+    if window_log == 27:
+        assert list(source.items()) == [Document("a.txt.zst", content.decode())]
+    else:
+        with pytest.raises(
+            DataError, match=r"a\.txt\.zst was packed with a window above 128 MiB .*`zstd -dc --long=31"
+        ):
+            list(source.items())
+
+
 WHOLE = [(".jsonl.gz", lines), (".json.zst", one_array), (".txt.gz", lines), (".parquet", parquet), (".arrow", arrow)]
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import s3fs
+from tiny import publish
 
 from raynium.config.schema import DataSection
 from raynium.data import remote
@@ -72,19 +73,12 @@ def fetched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return names
 
 
-def publish(store: DocumentStore, url: str) -> None:
-    """Puts a store at a URL, as `aws s3 sync` would."""
-    for path in store.path.iterdir():
-        if path.is_file():
-            Store(url).upload_file(path.name, path)
-
-
 def data_section(path: str | Path, **fields: Any) -> DataSection:
     return DataSection(path=str(path), seq_len=16, heldout_fraction=0.2, **fields)
 
 
 def test_published_store_arrives_whole(local: DocumentStore, url: str, tmp_path: Path):
-    publish(local, url)
+    publish(local.path, url)
     folder = localize(url, tmp_path)
     assert verify_store(folder) == verify_store(url) == open_store(folder).manifest == local.manifest
     assert folder.is_relative_to(tmp_path)
@@ -95,7 +89,7 @@ def test_files_come_in_parts_each_verified(
     local: DocumentStore, url: str, fetched: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(remote, "REQUEST_BYTES", 200)
-    publish(local, url)
+    publish(local.path, url)
     folder = localize(url, tmp_path)
     sizes = {file.name: file.size_bytes for file in local.manifest.files}
     assert fetched.count("train-00000.bin") == -(-sizes["train-00000.bin"] // 192)  # three units of 64 bytes at once
@@ -108,17 +102,17 @@ def test_local_folders_are_used_in_place(tmp_path: Path):
 
 
 def test_second_call_copies_nothing(local: DocumentStore, url: str, fetched: list[str], tmp_path: Path):
-    publish(local, url)
+    publish(local.path, url)
     folder = localize(url, tmp_path)
     fetched.clear()
     assert localize(url, tmp_path) == folder and fetched == []
 
 
 def test_replaced_store_gets_a_folder_of_its_own(local: DocumentStore, source: Path, url: str, tmp_path: Path):
-    publish(local, url)
+    publish(local.path, url)
     before = localize(url, tmp_path)
     Store(url.rpartition("/")[0]).delete_prefix(url.rpartition("/")[2])
-    publish(build_store(tmp_path / "new", source=str(source), vocab_size=260, heldout_fraction=0.2), url)
+    publish(build_store(tmp_path / "new", source=str(source), vocab_size=260, heldout_fraction=0.2).path, url)
     after = localize(url, tmp_path)
     assert open_store(before).manifest == local.manifest
     assert open_store(after).manifest.vocab_size == 260
@@ -128,7 +122,7 @@ def test_replaced_store_gets_a_folder_of_its_own(local: DocumentStore, source: P
 def test_interrupted_copy_is_no_store_and_goes_on_where_it_was(
     local: DocumentStore, url: str, fetched: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    publish(local, url)
+    publish(local.path, url)
     first, second, third, *_ = (file.name for file in local.manifest.files)
     pwrite = os.pwrite
 
@@ -153,7 +147,7 @@ def test_interrupted_copy_is_no_store_and_goes_on_where_it_was(
 
 
 def test_file_of_wrong_size_in_the_cache_is_fetched_again(local: DocumentStore, url: str, tmp_path: Path):
-    publish(local, url)
+    publish(local.path, url)
     folder = localize(url, tmp_path)
     os.truncate(folder / "train-00000.bin", 10)
     (folder / "tokenizer.json").unlink()
@@ -161,7 +155,7 @@ def test_file_of_wrong_size_in_the_cache_is_fetched_again(local: DocumentStore, 
 
 
 def test_damage_at_the_url_is_refused(local: DocumentStore, url: str, tmp_path: Path):
-    publish(local, url)
+    publish(local.path, url)
     store = Store(url)
     content = bytearray(store.read("heldout-00000.bin"))
     content[100] ^= 1
@@ -181,7 +175,7 @@ def test_damage_at_the_url_is_refused(local: DocumentStore, url: str, tmp_path: 
 
 
 def test_callers_at_once_share_one_copy(local: DocumentStore, url: str, fetched: list[str], tmp_path: Path):
-    publish(local, url)
+    publish(local.path, url)
     folders: list[Path] = []
     threads = [threading.Thread(target=lambda: folders.append(localize(url, tmp_path))) for _ in range(6)]
     for thread in threads:
@@ -200,7 +194,7 @@ def test_url_that_cannot_be_used_is_refused(local: DocumentStore, url: str, tmp_
     with pytest.raises(DataError, match=r"'gs://bucket/x' cannot be .*scheme 'gs': use a path, file:// or s3://"):
         localize("gs://bucket/x", tmp_path)
     (tmp_path / "file").write_text("in the way")
-    publish(local, url)
+    publish(local.path, url)
     with pytest.raises(DataError, match=r"cannot be copied to .*check permissions and free space there"):
         localize(url, tmp_path / "file")
 
@@ -229,7 +223,7 @@ def test_storage_that_fails_while_it_is_verified_is_no_damage(
     def cut(self: Store, key: str, start: int, *buffers: memoryview) -> None:
         raise StoreError("the connection broke each time")
 
-    publish(local, url)
+    publish(local.path, url)
     monkeypatch.setattr(Store, "read_into", cut)
     with pytest.raises(DataError, match=r"cannot be read: the connection broke each time"):
         verify_store(url)
@@ -277,7 +271,7 @@ def test_prepare_refuses_what_does_not_fit(local: DocumentStore, tmp_path: Path)
 
 
 def test_the_content_is_known_by_its_identity_wherever_it_lies(local: DocumentStore, url: str, tmp_path: Path):
-    publish(local, url)
+    publish(local.path, url)
     identity = local.manifest.identity
     for path in (local.path, url):
         assert find_identity(data_section(path)) == identity
@@ -303,7 +297,7 @@ def localize_and_report(url: str, cache_dir: Path, env: dict[str, str], results:
 
 
 def test_two_processes_at_once_share_one_copy(local: DocumentStore, url: str, s3_server: Any, tmp_path: Path):
-    publish(local, url)
+    publish(local.path, url)
     context = multiprocessing.get_context("spawn")
     results = context.Queue()
     arguments = (url, tmp_path, s3_server.env, results)

@@ -23,7 +23,7 @@ from raynium.data.text.left_out import LeftOut, LeftOutGroup, Tally
 from raynium.data.text.listing import PYTHON_STDLIB
 from raynium.data.text.readers import PIECE_BYTES
 from raynium.data.text.sources import open_source, plan_splits, read_split
-from raynium.errors import DataError
+from raynium.errors import DataError, spelled
 
 pytestmark = pytest.mark.quick
 
@@ -259,6 +259,11 @@ def test_names_reach_neither_terminal_nor_manifest_with_bytes_that_these_obey_or
     (tmp_path / "only/x\x1b[31m.csv").write_text("")
     with pytest.raises(DataError, match=r"there is x\\x1b\[31m\.csv \(unread kind\)"):
         open_source(f"{tmp_path}/only")
+
+
+def test_any_text_can_be_spelled():
+    assert spelled("a\udc80b\ud800c\x1b\udfff\udcc3\udca9") == "a\\x80b\\ud800c\\x1b\\udfffé"
+    assert spelled("Ärger 日本") == "Ärger 日本"
 
 
 def test_one_file_is_a_source(tmp_path: Path):

@@ -21,13 +21,18 @@ from typing import Any
 import pytest
 from neuron_twin import RECORD_VARIABLE, write_site
 from sessions import kill_started
+from test_standalone import torchrun
 from tiny import build_documents, job_text
 from waiting import wait_for
 
 from raynium import Client, Run, find_run
+from raynium.checkpoint.catalog import latest
+from raynium.checkpoint.compare import differences
+from raynium.data.build.store_build import build_store
 from raynium.errors import ConfigError, LaunchError, RunFailed, RunInUse
 from raynium.rank.ports import free_port
 from raynium.run.record import RunRecord
+from raynium.storage.store import Store
 
 # What is waited for in here has limits of its own.
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
@@ -292,6 +297,56 @@ def test_two_nodes_compute_the_same_bits_and_restart_together(cluster: Cluster, 
     assert finished.state == "finished" and finished.generation == 2
     assert "generation 1 failed: rank 1: killed by SIGKILL" in run.logs()
     same_as(run, uninterrupted)
+
+
+def test_a_mixture_of_packed_stores_outlives_a_rank_and_its_driver_on_two_nodes(cluster: Cluster) -> None:
+    """One dies before the stage that changes the weights, the other in it."""
+    tokenizer = cluster.folder / "data/tokenizer.json"
+    for name in ("web", "code"):
+        (cluster.folder / "mixed" / name).mkdir(parents=True)
+        for number in range(60):
+            text = "\n".join(f"{name} {number} = {line}" for line in range(number % 7 + 1))
+            (cluster.folder / f"mixed/{name}/{number}.txt").write_text(text)
+        source = str(cluster.folder / "mixed" / name)
+        build_store(
+            cluster.folder / "data" / name,
+            source=source,
+            vocab_size=512,
+            heldout_fraction=0.2,
+            tokenizer_path=str(tokenizer),
+        )
+    mixture = {
+        "data.path": None,
+        "data.mixture": [{"store": "web", "weight": 0.7}, {"store": "code", "weight": 0.3}],
+        "data.stages": [{"from_step": 40, "weights": {"web": 1, "code": 5}}],
+        "data.packing": "documents",
+        "cluster.nodes": 2,
+        "cluster.ranks_per_node": 1,
+        "train.steps": LONG,
+    }
+    job_file = cluster.folder / "mixed.yaml"
+    job_file.write_text(job_text({"run.root": str(cluster.folder)} | CHANGES | mixture))
+    # Without Ray: two ranks that nothing happens to.
+    torchrun(job_file, "run.name=mixed", "cluster.nodes=1", "cluster.ranks_per_node=2")
+    killed = cluster.client().submit(job_file, name="mixed-killed")
+    record = record_when_saved(killed, step=10)
+    assert record.agents is not None and len(record.agents) == 2
+    os.kill(rank_pid(record.agents[1]["pid"]), signal.SIGKILL)
+    record = record_when_saved(killed, step=50)
+    os.kill(record.owner.pid, signal.SIGKILL)
+    with pytest.raises(RunFailed, match="its driver died"):
+        killed.wait(200)
+    assert "generation 1 failed: rank 1: killed by SIGKILL" in killed.logs()
+    killed = cluster.client().submit(job_file, name="mixed-killed")
+    assert killed.wait(240).state == "finished"
+    one, other = (latest(Store(cluster.folder / name)) for name in ("mixed", "mixed-killed"))
+    assert one is not None and other is not None and one.step == other.step == LONG
+    assert not list(differences(one, other))
+    for name in ("train/loss", "data/web/tokens", "data/code/tokens", "data/web/epochs"):
+        points = killed.metrics(name)
+        assert [each.step for each in points] == list(range(1, LONG + 1))
+    seen = sum(killed.metrics(f"data/{name}/tokens")[-1].value for name in ("web", "code"))
+    assert 0 < seen <= LONG * 8 * 32
 
 
 def rank_pid(agent_pid: int) -> int:

@@ -14,6 +14,7 @@ from cache_folders import bytes_in_cache
 from flaky_s3 import FlakyS3, refuse
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tiny import publish
 
 from raynium.config.schema import DataSection
 from raynium.data import access, ahead
@@ -65,9 +66,7 @@ def url(bucket: str, local: DocumentStore, s3_server: Any, monkeypatch: pytest.M
     for name, value in s3_server.env.items():
         monkeypatch.setenv(name, value)
     url = f"{bucket}/{next(numbers)}"
-    for path in local.path.iterdir():
-        if path.is_file():
-            Store(url).upload_file(path.name, path)
+    publish(local.path, url)
     return url
 
 

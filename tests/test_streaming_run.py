@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import build_documents, job_text
+from tiny import build_documents, job_text, publish
 from waiting import wait_for
 
 from raynium.checkpoint.catalog import list_checkpoints, open_checkpoint
@@ -45,11 +45,9 @@ CHANGES = {
 @pytest.fixture(scope="module")
 def url(s3_server: Any, tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = build_documents(tmp_path_factory.mktemp("documents"))
-    store = Store(f"{s3_server.create_bucket('streaming-run')}/data", options=s3_server.options)
-    for path in folder.iterdir():
-        if path.is_file():
-            store.upload_file(path.name, path)
-    return store.url
+    url = f"{s3_server.create_bucket('streaming-run')}/data"
+    publish(folder, url, options=s3_server.options)
+    return url
 
 
 def started(job: Path, scratch: Path, env: dict[str, str]) -> "subprocess.Popen[bytes]":

@@ -47,6 +47,15 @@ def build_documents(root: Path, *, num_files: int = 40) -> Path:
     return root / "data"
 
 
+def publish(store: Path, url: str, **options: Any) -> None:
+    """Puts a store at a URL, as `aws s3 sync` would. options: of the `Store` there."""
+    from raynium.storage.store import Store
+
+    for path in store.iterdir():
+        if path.is_file():
+            Store(url, **options).upload_file(path.name, path)
+
+
 def loader_of(
     store: "DocumentStore",
     *,

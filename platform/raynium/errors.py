@@ -22,10 +22,13 @@
 Messages say what was given, the rule, and what to do.
 """
 
+import re
 from collections.abc import Sequence
 
 # So many things are named in a message, of however many.
 NAMED = 5
+# Half a character each, and not one by which Python spells a byte that is no UTF-8.
+_HALVES = re.compile("[\ud800-\udc7f\udd00-\udfff]")
 
 
 def some(items: Sequence[str], *, mark: str = ", ") -> str:
@@ -35,7 +38,10 @@ def some(items: Sequence[str], *, mark: str = ", ") -> str:
 
 
 def spelled(name: str) -> str:
-    """A file's name for a message or a record: bytes that are no UTF-8, and what a terminal would obey, as escapes."""
+    """A file's name for a message or a record: bytes that are no UTF-8, halves of characters, and what a terminal would
+    obey, as escapes.
+    """
+    name = _HALVES.sub(lambda half: half[0].encode("unicode_escape").decode(), name)
     name = name.encode(errors="surrogateescape").decode(errors="backslashreplace")
     return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in name)
 

@@ -25,7 +25,7 @@ from tiny import build_documents
 from raynium.config.load import load_config
 from raynium.config.schema import Config
 from raynium.data.build.store_build import build_store
-from raynium.data.loader import open_loader
+from raynium.data.loader import Loader, open_loader
 from raynium.data.packed_index import ensure_index
 from raynium.data.rows import packable
 from raynium.data.store import DocumentStore, open_store
@@ -106,17 +106,25 @@ def compare_packed(store: DocumentStore, batch_size: int, seq_len: int, num_step
     opened = open_store(store.path)
     index = ensure_index(packable(opened), config.data).index
     loader = open_loader(config, [opened], data_rank=0, data_size=1)
+    bare_seconds, seconds = seconds_beside_bare(store, loader, batch_size, seq_len, num_steps)
+    print(
+        f"| {batch_size} × {seq_len} | {sum(index.pieces) / index.num_rows:.1f} | {bare_seconds / num_steps * 1e6:.1f} "
+        f"| {seconds / num_steps * 1e6:.1f} | {bare_seconds / seconds:.2f} |"
+    )
+    return bare_seconds / seconds
+
+
+def seconds_beside_bare(
+    store: DocumentStore, loader: Loader, batch_size: int, seq_len: int, num_steps: int
+) -> tuple[float, float]:
+    """A bare gather of as many windows of one file takes turns with the loader; returns the seconds of both."""
     tokens, offsets = one_file(store), np.arange(seq_len + 1)
     starts = np.random.default_rng(0).integers(0, len(tokens) - seq_len, (num_steps, batch_size, 1))
     bare_seconds = seconds = 0.0
     for first in range(1, num_steps, STEPS_PER_TURN):
         bare_seconds += cpu_seconds(lambda step: tokens[starts[step - 1] + offsets].astype(np.int64), first)
         seconds += cpu_seconds(loader.batch, first)
-    print(
-        f"| {batch_size} × {seq_len} | {sum(index.pieces) / index.num_rows:.1f} | {bare_seconds / num_steps * 1e6:.1f} "
-        f"| {seconds / num_steps * 1e6:.1f} | {bare_seconds / seconds:.2f} |"
-    )
-    return bare_seconds / seconds
+    return bare_seconds, seconds
 
 
 def config_of(store: DocumentStore, batch_size: int, seq_len: int, *, packing: str) -> Config:

@@ -16,8 +16,7 @@ import tempfile
 import time
 from pathlib import Path
 
-import numpy as np
-from bench_loader import SHAPES_BT, STEPS_PER_TURN, cpu_seconds, one_file
+from bench_loader import SHAPES_BT, STEPS_PER_TURN, seconds_beside_bare
 from benchmark import heading, parser, verdict
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -73,15 +72,10 @@ def compare(store: DocumentStore, batch_size: int, seq_len: int, num_steps: int)
     stores = [open_store(store.path) for _ in WEIGHTS]
     config = config_of([store.path] * len(WEIGHTS), batch_size, seq_len)
     loader = open_loader(config, stores, data_rank=0, data_size=1)
-    tokens, offsets = one_file(store), np.arange(seq_len + 1)
-    starts = np.random.default_rng(0).integers(0, len(tokens) - seq_len, (num_steps, batch_size, 1))
     # Checksums are compared before a unit's first use, which is once in a run.
     for step in range(1, num_steps):
         loader.batch(step)
-    bare_seconds = seconds = 0.0
-    for first in range(1, num_steps, STEPS_PER_TURN):
-        bare_seconds += cpu_seconds(lambda step: tokens[starts[step - 1] + offsets].astype(np.int64), first)
-        seconds += cpu_seconds(loader.batch, first)
+    bare_seconds, seconds = seconds_beside_bare(store, loader, batch_size, seq_len, num_steps)
     print(
         f"| {batch_size} × {seq_len} | {bare_seconds / num_steps * 1e6:.1f} | {seconds / num_steps * 1e6:.1f} "
         f"| {bare_seconds / seconds:.2f} |"

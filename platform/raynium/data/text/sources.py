@@ -38,6 +38,8 @@ RECORD_BYTES = 2**16
 COUNTED_BYTES = 2**30
 PROBED_FILES, PROBED_DOCUMENTS = 2, 8
 _BUFFER_BYTES = 2**20
+# In zstd's words.
+_WIDE_WINDOW = "requires too much memory"
 
 
 @dataclass(frozen=True)
@@ -209,6 +211,11 @@ def _problems(file: SourceFile, profile: str | None, stream: BufferedReader) -> 
     except OSError as error:
         if error.errno is not None:
             raise DataError(_unreadable(file, error)) from error
+        if _WIDE_WINDOW in str(error):
+            raise DataError(
+                f"{file.shown} was packed with a window above 128 MiB (`zstd --long=28` and more), which every task "
+                f"would hold in memory: pack it anew, with `zstd -dc --long=31 FILE | zstd --long=27 -o NEW`"
+            ) from error
         raise DataError(_damaged(file, error, stream)) from error
     except ValueError as error:
         raise DataError(_damaged(file, error, stream)) from error

@@ -1,7 +1,9 @@
 """`raynium data build`: the tasks of a build on all nodes of a Ray cluster, or of one started on this machine."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import cache
 from typing import Literal
 
 from pydantic import ValidationError
@@ -12,7 +14,7 @@ from raynium.data.build.fit import refuse_end_in_text
 from raynium.data.build.store_build import build_from_recipe
 from raynium.data.manifest import Recipe, StoreManifest
 from raynium.data.remote import find_manifest
-from raynium.data.runner import in_this_process
+from raynium.data.runner import Item, Result, Runner, Shared
 from raynium.data.tokenizer import TOKENIZER_NAME, Tokenizer
 from raynium.errors import ConfigError
 from raynium.launch.jobs import job_metadata
@@ -91,7 +93,24 @@ def build_data(
     refuse_end_in_text(loaded, tokenizer_place)
     if find_manifest(place) is not None:
         tell(f"data: {place} is there already")
-        return build_from_recipe(place, recipe, loaded, runner=in_this_process, tell=tell)
+    with ExitStack() as connected:
+
+        @cache
+        def cluster() -> Runner:
+            return connected.enter_context(_cluster(address, tell))
+
+        def runner(task: Callable[[Shared, Item], Result], shared: Shared, items: Sequence[Item]) -> Generator[Result]:
+            # Not before there is something to do: a wrong field or a damaged file is told before any node is asked.
+            yield from cluster()(task, shared, items) if items else ()
+
+        return build_from_recipe(
+            place, recipe, loaded, runner=runner, tell=tell, profile=aws_profile, max_left_out=max_left_out
+        )
+
+
+@contextmanager
+def _cluster(address: str | None, tell: Callable[[str], None]) -> Iterator[Runner]:
+    """Tasks on a Ray cluster, until the driver leaves it."""
     if address is None and job_metadata():
         address = "auto"
         # Ray 2.60 removes the job's folder under us when the driver connects.
@@ -102,6 +121,4 @@ def build_data(
     from raynium.launch.tasks.ray_tasks import on_ray
 
     with connect(address):
-        return build_from_recipe(
-            place, recipe, loaded, runner=on_ray, tell=tell, profile=aws_profile, max_left_out=max_left_out
-        )
+        yield on_ray
