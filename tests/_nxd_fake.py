@@ -263,11 +263,16 @@ class GQAQKVColumnParallelLinear(nn.Module):
         self.weight_q = _parameter(output_sizes[0] // _size(), input_size, dtype)
         self.weight_k = _parameter(output_sizes[1] * kv_size_multiplier // _size(), input_size, dtype)
         self.weight_v = _parameter(output_sizes[1] * kv_size_multiplier // _size(), input_size, dtype)
+        for name in ("bias_q", "bias_k", "bias_v"):
+            self.register_parameter(name, None)
 
     def forward(self, input: Tensor) -> tuple[Tensor, ...]:
         whole = _Gather.apply(input)
         weights = (self.weight_q, _SharedGradient.apply(self.weight_k), _SharedGradient.apply(self.weight_v))
-        return tuple(F.linear(whole, weight) for weight in weights)
+        # As in the library: the biases' gradients are this rank's own, also where ranks share a head.
+        biases = (self.bias_q, self.bias_k, self.bias_v)
+        projected = [F.linear(whole, weight) for weight in weights]
+        return tuple(x if bias is None else x + bias for x, bias in zip(projected, biases, strict=True))
 
 
 class _ParallelCrossEntropy(torch.autograd.Function):

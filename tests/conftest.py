@@ -180,7 +180,7 @@ def transformers_model(transformers: Any) -> Callable[..., Any]:
             rms_norm_eps=model.norm_eps,
             rope_parameters=rope,
             tie_word_embeddings=model.embeddings == "tied",
-            **more,
+            **{**model.traits.own_fields, **more},
         )
         return model_class(config)
 

@@ -17,6 +17,11 @@ MODELS: dict[str, dict[str, Any]] = {
     "llama": {},
     "llama, tied, scaled rope": {"embeddings": "tied", "rope_theta": 1e4, "norm_eps": 1e-3}
     | {f"rope_scaling.{key}": value for key, value in SCALING.items()},
+    # As Llama 2 and SmolLM2 have it.
+    "llama, as many key heads, tied": {"num_kv_heads": 4, "embeddings": "tied", "rope_theta": 1e4},
+    "mistral": {"family": "mistral", "rope_theta": 1e6},
+    "qwen2": {"family": "qwen2", "rope_theta": 1e6, "norm_eps": 1e-6},
+    "qwen2, tied": {"family": "qwen2", "embeddings": "tied", "rope_theta": 1e6},
     "qwen3": {"family": "qwen3", "rope_theta": 1e6},
     "qwen3, tied": {"family": "qwen3", "embeddings": "tied"},
 }

@@ -257,7 +257,7 @@ def test_missing_fields_and_sections_say_what_to_give():
     assert problems_of("run: {}\ndata: {seq_len: 3}\nmodel: 3\n") == [
         "model is '3' (the config line 3): it must be a section with family, vocab_size, hidden_size, num_layers, "
         "num_heads, num_kv_heads, head_dim, ffn_size, max_seq_len, rope_theta, rope_scaling, norm_eps, "
-        "embeddings, init_std, init, init_identity",
+        "embeddings, init_std, init, init_identity, add_tokens",
         "data.path is missing: give a folder or a URL, or data.source or data.mixture",
         "run.name is missing: give 1 to 63 of a-z, 0-9, '.', '_' and '-', a letter or digit first",
         "train is missing: it must hold train.steps, train.global_batch_size",

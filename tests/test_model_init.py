@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 import torch
 import yaml
 from conversions import config_of, weights_in
@@ -27,6 +28,7 @@ from raynium.convert.adopt import adopt, check_weights, describe, find
 from raynium.convert.export import export_checkpoint
 from raynium.data.build.store_build import build_store
 from raynium.data.store import TOKENIZER_NAME, open_store
+from raynium.data.tokenizer import Tokenizer
 from raynium.errors import CheckpointDamaged, CheckpointError, CheckpointMismatch, ConfigError
 from raynium.generation.drawing import Drawing
 from raynium.generation.sampler import open_sampler
@@ -255,6 +257,84 @@ def test_numbers_at_odd_places_are_refused(folder: Path, tmp_path: Path) -> None
         file.write_bytes((length + 1).to_bytes(8, "little") + content[8 : 8 + length] + b" " + content[8 + length :])
     with pytest.raises(CheckpointMismatch, match="begins at no multiple of the size of its numbers: save it again"):
         find(str(folder))
+
+
+# ------------------------------------------------------------------------------------------------- added tokens
+
+CHATML = ["<|im_start|>", "<|im_end|>"]
+
+
+def loaded(store: Store) -> dict[str, torch.Tensor]:
+    """All that the run at `store` begins with, in float32."""
+    base = base_of(store)
+    tensors = {entry.name: torch.empty(entry.global_shape) for entry in base.manifest.tensors}
+    chunks = [Chunk.whole(name, tensor, saved_here=True) for name, tensor in tensors.items()]
+    load_checkpoint(base, chunks, dtypes="converted")
+    return tensors
+
+
+@pytest.mark.parametrize("room", ["in the padding", "beyond it"])
+@pytest.mark.parametrize("name", ["llama", MODEL])
+def test_added_tokens_get_the_mean_row_and_all_else_stays(
+    hugging_face: Callable[..., Path], tmp_path: Path, name: str, room: str
+) -> None:
+    tokenizer_size = Tokenizer.load(
+        hugging_face(config_of(name).model, dtype=torch.bfloat16) / TOKENIZER_NAME
+    ).vocab_size
+    vocab_size = 320 if room == "in the padding" else tokenizer_size
+    folder = hugging_face(config_of(name, vocab_size=vocab_size).model, dtype=torch.bfloat16)
+    more = [] if room == "in the padding" else ["model.vocab_size=284"]
+    config = config_at(tmp_path, f"model.add_tokens={json.dumps(CHATML)}", *more)
+    assert config.model.vocab_size == (320 if room == "in the padding" else 284)
+    store = Store(tmp_path / "runs/tuned")
+    adopt(config, store, check_weights(config))
+    ours, theirs = loaded(store), weights_in(folder)
+    first = tokenizer_size
+    tables = {"embedding.weight": "model.embed_tokens.weight"}
+    tables |= {"head.weight": "lm_head.weight"} if name == "llama" else {}
+    for mine, published in tables.items():
+        table, old = ours[f"model/{mine}"], theirs[published]
+        mean = old[:first].double().mean(0).to(torch.bfloat16).float()
+        assert torch.equal(table[:first], old[:first].float())
+        assert torch.equal(table[first : first + 2], mean.expand(2, -1))
+        rest = old[first + 2 :].float() if room == "in the padding" else mean.expand(284 - first - 2, -1)
+        assert torch.equal(table[first + 2 :], rest)
+    kept = Tokenizer.kept(store)
+    assert kept.vocab_size == first + 2
+    beside = tokenizers.Tokenizer.from_file(str(tmp_path / "runs/tuned/tokenizer" / TOKENIZER_NAME))
+    assert beside.encode("def<|im_end|>").ids[-1] == first + 1
+    assert first not in kept.encode("<|im_start|>"), "text that spells a special token stays text"
+
+
+def test_tokens_that_are_there_are_not_added_again(folder: Path, tmp_path: Path) -> None:
+    tokens = '["<|endoftext|>", "x", "x"]'
+    with pytest.raises(ConfigError) as error:
+        config_at(tmp_path, f"model.add_tokens={tokens}")
+    assert re.search(r"'<\|endoftext\|>', which the tokenizer has, with the id 0: take it out", str(error.value))
+    with pytest.raises(ConfigError, match="names '<new>' twice: take one out"):
+        config_at(tmp_path, 'model.add_tokens=["<new>", "<new>"]')
+    with pytest.raises(ConfigError, match=r"model\.vocab_size is 300, but the weights .* have 320"):
+        config_at(tmp_path, f"model.add_tokens={json.dumps(CHATML)}", "model.vocab_size=300")
+
+
+def test_a_run_with_added_tokens_trains_them_and_exports_them(transformers: Any, folder: Path, tmp_path: Path) -> None:
+    """Its store is made with the tokenizer that has them, and a second start goes on with the same."""
+    shutil.rmtree(tmp_path / "data")
+    path = job(tmp_path, data__source=str(tmp_path / "text"), model__add_tokens=CHATML)
+    trained(path, "train.steps=1")
+    begun = loaded(Store(tmp_path / "runs/tuned"))["model/embedding.weight"]
+    shutil.rmtree(folder)
+    assert sorted(trained(path, "train.steps=2")) == [2]
+    sampler = open_sampler(str(tmp_path / "runs/tuned"))
+    first = sampler.tokenizer.vocab_size - 2
+    export_checkpoint(open_checkpoint(Store(tmp_path / "runs/tuned"), 2), tmp_path / "back")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "back")
+    assert theirs.convert_tokens_to_ids(CHATML) == [first, first + 1]
+    assert theirs("<|im_end|>", add_special_tokens=False).input_ids == [first + 1]
+    begun, after = loaded(Store(tmp_path / "runs/tuned")), weights_in(tmp_path / "back")["model.embed_tokens.weight"]
+    assert not torch.equal(begun["model/embedding.weight"][first], after[first]), (
+        "the head's row learns from every step"
+    )
 
 
 @pytest.mark.s3

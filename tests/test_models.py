@@ -39,6 +39,9 @@ MODELS: dict[str, dict[str, Any]] = {
     "llama, grouped queries, tied": {"num_kv_heads": 2, "embeddings": "tied"},
     "llama, one kv head, scaled rope": {"num_kv_heads": 1, "rope_scaling": SCALING, "rope_theta": 1e4},
     "llama, wide heads": {"num_heads": 6, "num_kv_heads": 3, "head_dim": 32, "norm_eps": 1e-3},
+    "mistral": {"family": "mistral", "num_kv_heads": 2, "rope_theta": 1e4},
+    "qwen2, grouped queries": {"family": "qwen2", "num_kv_heads": 2, "rope_theta": 1e6},
+    "qwen2, tied": {"family": "qwen2", "embeddings": "tied", "norm_eps": 1e-6},
     "qwen3, grouped queries": {"family": "qwen3", "num_kv_heads": 2, "rope_theta": 1e6},
     "qwen3, wide heads, tied": {"family": "qwen3", "num_kv_heads": 1, "head_dim": 16, "embeddings": "tied"},
 }
@@ -53,7 +56,8 @@ def random_decoder(model: ModelSection) -> Decoder:
     initialise(decoder, seed=3, config=model)
     with torch.no_grad():
         for name, parameter in decoder.named_parameters():
-            if "norm" in name:  # a norm of ones would hide a norm in the wrong place
+            # A norm of ones would hide a norm in the wrong place, a bias of zeros itself.
+            if "norm" in name or "bias" in name:
                 parameter.uniform_(0.5, 1.5, generator=torch.Generator().manual_seed(len(name)))
     return decoder
 

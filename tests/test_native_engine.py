@@ -30,6 +30,8 @@ PLENTY = 1 << 40
 WORKER = Path(__file__).with_name("_engine_ranks.py")
 QWEN3 = {"family": "qwen3", "embeddings": "tied"}
 LLAMA3 = {"family": "llama3", "embeddings": "untied"}
+# With biases of queries, keys and values.
+QWEN2 = {"family": "qwen2", "embeddings": "tied"}
 
 
 def config(
@@ -185,6 +187,7 @@ LAYOUTS = {
     "tp 2": ({"ranks": 2, "tensor": 2}, PLENTY),
     "fsdp 2 x tp 2": ({"ranks": 4, "tensor": 2}, PLENTY),
     "fsdp 2 x tp 2, a group per block, untied": ({"ranks": 4, "tensor": 2, "model": LLAMA3}, 0),
+    "fsdp 2 x tp 2, biases": ({"ranks": 4, "tensor": 2, "model": QWEN2}, 0),
 }
 
 

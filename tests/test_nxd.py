@@ -31,7 +31,7 @@ from raynium.models.nxd_layout import KvOrder, heads_of_rank, kv_copies, pieces,
 from raynium.storage.store import Store
 
 sys.path.append(str(Path(__file__).parent))  # pytest's import mode leaves it out
-from test_native_engine import LLAMA3, QWEN3, Run, assert_first_weights, config, reference, run, samples
+from test_native_engine import LLAMA3, QWEN2, QWEN3, Run, assert_first_weights, config, reference, run, samples
 
 pytestmark = pytest.mark.slow
 
@@ -86,6 +86,7 @@ LAYOUTS: dict[str, tuple[dict[str, Any], str]] = {
     "tp 2": ({"ranks": 2, "tensor": 2}, "trn1"),
     "dp 2": ({"ranks": 2}, "trn1"),
     "tp 2 x dp 2, untied": ({"ranks": 4, "tensor": 2, "model": LLAMA3}, "trn1"),
+    "tp 2 x dp 2, biases": ({"ranks": 4, "tensor": 2, "model": QWEN2}, "trn1"),
     "tp 4, two ranks a head, interleaved": ({"ranks": 4, "tensor": 4}, "trn1"),
     "tp 4, two ranks a head, adjacent": ({"ranks": 4, "tensor": 4}, "trn2"),
     "tp 2, checkpointed": ({"ranks": 2, "tensor": 2, "activation_checkpointing": "full"}, "trn1"),
@@ -148,6 +149,7 @@ SIZES = {"vocab_size": 720, "hidden_size": 320, "ffn_size": 600}  # matrices of 
     "layout",
     [
         "tp 2 x dp 2, untied",
+        "tp 2 x dp 2, biases",
         "tp 4, two ranks a head, interleaved",
         "tp 4, two ranks a head, adjacent",
         "pp 2 x dp 2",

@@ -229,6 +229,19 @@ def test_the_nxd_engine_shares_key_value_heads_among_ranks():
     nxd = ("engine.kind=nxd", "cluster.accelerator=neuron_xla", "model.num_kv_heads=4", "model.num_heads=12")
     odd = ("parallel.tensor=6", "cluster.ranks_per_node=6", "train.global_batch_size=8")
     assert "model.num_kv_heads 4" in "".join(problems("quickstart", *nxd, *odd)), "6 ranks cannot share 4 heads evenly"
+    biased = only_problem("quickstart", *many, *nxd[:2], "model.family=qwen2")
+    assert biased == (
+        "parallel.tensor is 4 with engine.kind nxd, and the model has 2 key/value heads, with biases: "
+        "neuronx-distributed does not sum the gradients of the biases of a head that ranks share; set parallel.tensor "
+        "to 2 or less"
+    )
+
+
+def test_tokens_are_added_to_weights_that_a_run_begins_with():
+    assert only_problem("quickstart", "model.add_tokens=['<|im_start|>']") == (
+        "model.add_tokens names ['<|im_start|>'] without model.init: tokens are added to the tokenizer of weights to "
+        "begin with; set model.init, or give a tokenizer that has them as data.tokenizer"
+    )
 
 
 def test_the_native_engine_does_not_run_on_torch_xla():

@@ -10,33 +10,56 @@ from typing import TYPE_CHECKING, Any, Literal
 class Family:
     """What no config of the family may choose.
 
-    head_norms: whether each query and key head is normalised before it is turned by its position. In Hugging Face's
-    config.json, default_head_dim: where the file names none; None: hidden_size / heads. own_fields: what it has beside
-    the fields of all families, in the one form that we have.
+    head_norms: whether each query and key head is normalised before it is turned by its position. qkv_biases: whether
+    queries, keys and values have a bias. In Hugging Face's config.json, own_fields: what it has beside the fields of
+    all families, in the one form that we have; defaults: what transformers takes for a field that is not there, where
+    that is not the form that we have, or not what the other fields say.
     """
 
     head_norms: bool
+    qkv_biases: bool
     # ---- in Hugging Face's config.json
     model_type: str
     class_name: str
-    default_head_dim: int | None
     own_fields: Mapping[str, Any]
+    defaults: Mapping[str, Any]
 
 
 FAMILIES: dict[str, Family] = {
+    # Llama 3 and what has its form: Llama 2, SmolLM2 and others.
     "llama3": Family(
         head_norms=False,
+        qkv_biases=False,
         model_type="llama",
         class_name="LlamaForCausalLM",
-        default_head_dim=None,
-        own_fields={"mlp_bias": False},
+        own_fields={"attention_bias": False, "mlp_bias": False},
+        defaults={},
+    ),
+    # Without a window.
+    "mistral": Family(
+        head_norms=False,
+        qkv_biases=False,
+        model_type="mistral",
+        class_name="MistralForCausalLM",
+        own_fields={"sliding_window": None},
+        defaults={"sliding_window": 4096, "num_key_value_heads": 8},
+    ),
+    # Qwen 2 and 2.5.
+    "qwen2": Family(
+        head_norms=False,
+        qkv_biases=True,
+        model_type="qwen2",
+        class_name="Qwen2ForCausalLM",
+        own_fields={"use_sliding_window": False},
+        defaults={"num_key_value_heads": 32},
     ),
     "qwen3": Family(
         head_norms=True,
+        qkv_biases=False,
         model_type="qwen3",
         class_name="Qwen3ForCausalLM",
-        default_head_dim=128,
-        own_fields={"use_sliding_window": False},
+        own_fields={"attention_bias": False, "use_sliding_window": False},
+        defaults={"head_dim": 128, "num_key_value_heads": 32},
     ),
 }
 

@@ -36,6 +36,7 @@ FIXED: Mapping[str, str] = {
     "model.embeddings": _WEIGHTS,
     "model.init": "the run began with those weights, and does not read others any more",
     "model.init_identity": "the run began with those weights, and does not read others any more",
+    "model.add_tokens": _WEIGHTS,
     "data.mixture": "the data position counts samples of these stores, by these weights",
     "data.identity": "the data position counts samples of that tokenizer and those tokens",
     "data.heldout_fraction": "documents would move between training and evaluation",

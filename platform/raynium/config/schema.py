@@ -150,6 +150,10 @@ class ModelSection(Section):
     be left out here, data.tokenizer too. null: weights are drawn by run.seed."""
     init_identity: Identity | None = None
     """Of the weights that must be there. null: whatever are; the driver fills it in."""
+    add_tokens: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    """Special tokens that the tokenizer of those weights gets, such as ['<|im_start|>', '<|im_end|>'] for a base model.
+    Their rows of embedding and head begin as the mean of the others and are trained like them. vocab_size grows where
+    it must, and may be given larger, as a multiple of parallel.tensor."""
 
     @property
     def traits(self) -> Family:

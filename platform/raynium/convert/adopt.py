@@ -3,9 +3,12 @@
 A Hugging Face folder, on this machine or in S3, or a checkpoint of another run: `<run>` or `<run>@<step>`.
 """
 
+import hashlib
+import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from raynium.checkpoint.base import Base, BaseFile, find_base, keep_base
 from raynium.checkpoint.catalog import choose_checkpoint
@@ -14,6 +17,7 @@ from raynium.checkpoint.ref import CheckpointRef
 from raynium.checkpoint.state import MODEL_PREFIX
 from raynium.config.schema import Config, ModelSection
 from raynium.config.weights import Described, contradictions
+from raynium.convert.added_tokens import with_rows, with_tokens
 from raynium.convert.config_json import saved_model
 from raynium.convert.description import RunText, described_model
 from raynium.convert.folder import Folder
@@ -25,6 +29,8 @@ from raynium.models.names import hugging_face_names
 from raynium.storage.backend import KeyMissing
 from raynium.storage.store import Store
 
+# Of the run: its tokenizer with the files that lie beside one.
+TEXT_FOLDER = "tokenizer"
 _WITH_STEP = re.compile(r"(.+)@([0-9]{1,18})", re.ASCII)
 
 
@@ -32,11 +38,10 @@ _WITH_STEP = re.compile(r"(.+)@([0-9]{1,18})", re.ASCII)
 class Found:
     """What is at a place, as far as names, headers and small files say.
 
-    model: of the weights alone. tokenizer: the place of its file. read: reads the weights once, if nobody has yet, for
-    their checksums.
+    tokenizer: the place of its file. text: its model is that of the weights. read: reads the weights once, if nobody
+    has yet, for their checksums.
     """
 
-    model: ModelSection
     tokenizer: str
     text: RunText
     num_bytes: int
@@ -53,12 +58,12 @@ def find(place: str, *, end_of_document: str | None = None) -> Found:
     model, tokenizer, text = described_model(folder, None, end_of_document=end_of_document)
     stored = find_weights(folder, model)
     num_bytes = sum(tensor.end - tensor.begin for tensor in stored.values())
-    return Found(model, tokenizer, text, num_bytes, lambda: base_of_folder(folder, model, stored))
+    return Found(tokenizer, text, num_bytes, lambda: base_of_folder(folder, model, stored))
 
 
 def _of_run(store: Store, step: int | None, place: str) -> Found:
     ref = choose_checkpoint(store, step)
-    model = saved_model(ref).model_copy(update={"init": None, "init_identity": None})
+    model = _alone(saved_model(ref))
     theirs = {MODEL_PREFIX + ours: name for ours, name in hugging_face_names(model).items()}
     tensors = [entry for entry in ref.manifest.tensors if entry.name.startswith(MODEL_PREFIX)]
     check_shapes(
@@ -71,7 +76,7 @@ def _of_run(store: Store, step: int | None, place: str) -> Found:
         text = RunText.of_run(store, model)
     except KeyMissing as error:
         raise CheckpointError(f"{store.url} has no {TOKENIZER_NAME}, as a run keeps one: give another run") from error
-    return Found(model, store.uri(TOKENIZER_NAME), text, ref.manifest.num_bytes, lambda: _base_of(ref, model, place))
+    return Found(store.uri(TOKENIZER_NAME), text, ref.manifest.num_bytes, lambda: _base_of(ref, model, place))
 
 
 def _base_of(ref: CheckpointRef, model: ModelSection, place: str) -> Base:
@@ -84,19 +89,20 @@ def _base_of(ref: CheckpointRef, model: ModelSection, place: str) -> Base:
     return Base(place=place, model=model.model_dump(mode="json"), shards=tuple(files), tensors=tuple(tensors))
 
 
-def describe(init: str, run_place: str | None) -> Described:
+def describe(init: str, added: tuple[str, ...], run_place: str | None) -> Described:
     """For `load_config`. What a run has begun with it knows itself, wherever the weights are by now."""
     if run_place is not None and (base := find_base(Store(run_place))) is not None and base.place == init:
-        return Described(base.model, Store(run_place).uri(TOKENIZER_NAME).removeprefix("file://"))
+        return Described(base.model, Store(run_place).uri(f"{TEXT_FOLDER}/{TOKENIZER_NAME}").removeprefix("file://"))
     found = find(init)
-    return Described(found.model.model_dump(mode="json"), found.tokenizer.removeprefix("file://"))
+    model = with_tokens(found.text, added).model
+    return Described(model.model_dump(mode="json"), found.tokenizer.removeprefix("file://"))
 
 
 def check_weights(config: Config) -> Found:
     """What the config begins with, if it fits. ConfigError naming what does not; and as `find`. Writes nothing."""
     assert config.model.init is not None
     found = find(config.model.init, end_of_document=config.data.end_of_document)
-    of_weights = found.model.model_dump(mode="json")
+    of_weights = with_tokens(found.text, config.model.add_tokens).model.model_dump(mode="json")
     if problems := [*contradictions(config.model.model_dump(mode="json"), of_weights, init=config.model.init)]:
         raise ConfigError(problems)
     return found
@@ -105,14 +111,50 @@ def check_weights(config: Config) -> Found:
 def adopt(config: Config, store: Store, found: Found) -> str:
     """Keeps in the run what its ranks need of the weights, and their small files. Returns the weights' identity."""
     assert config.model.init is not None
+    text, added = with_tokens(found.text, config.model.add_tokens), config.model.add_tokens
     base = found.read().model_copy(update={"place": config.model.init})
+    if added:
+        first = found.text.tokenizer.vocab_size
+        base = with_rows(base, _alone(config.model), store, first=first, num_tokens=len(added))
     wanted = config.model.init_identity
     if wanted not in (None, base.identity):
         raise CheckpointMismatch(
             f"model.init = {config.model.init!r} holds weights with the identity {base.identity}, and "
             f"model.init_identity asks for {wanted}: give the place of those, or leave the identity out"
         )
-    found.text.tokenizer.keep(store)
-    found.text.described.keep(store)
+    text.tokenizer.keep(store)
+    text.described.keep(store)
+    for name, content in text_files(text).items():
+        store.replace(f"{TEXT_FOLDER}/{name}", content)
     keep_base(store, base)
     return base.identity
+
+
+def extended_tokenizer(config: Config, cache: Path) -> str:
+    """data.tokenizer, or where it is that of the weights, the place of one that has the added tokens, too."""
+    model, given = config.model, config.data.tokenizer
+    assert model.init is not None and given is not None
+    # That of the run has them already.
+    if given == f"{config.run.place}/{TEXT_FOLDER}/{TOKENIZER_NAME}":
+        return given
+    found = find(model.init, end_of_document=config.data.end_of_document)
+    if given != found.tokenizer.removeprefix("file://"):
+        return given
+    files = text_files(with_tokens(found.text, model.add_tokens))
+    digest = hashlib.sha256(json.dumps({name: str(content) for name, content in files.items()}).encode()).hexdigest()
+    folder = Store(cache / digest[:32])
+    for name, content in files.items():
+        folder.replace(name, content)
+    return str(cache / digest[:32] / TOKENIZER_NAME)
+
+
+def text_files(text: RunText) -> dict[str, bytes]:
+    """A tokenizer's folder, for whoever looks beside tokenizer.json for a chat template or the end of a document."""
+    return {name: content.encode() for name, content in text.described.files.items()} | {
+        TOKENIZER_NAME: text.tokenizer.file_text.encode()
+    }
+
+
+def _alone(model: ModelSection) -> ModelSection:
+    """What of the section is about the model, and not about how the run began."""
+    return model.model_copy(update={"init": None, "init_identity": None, "add_tokens": ()})

@@ -4,6 +4,7 @@ What is imported here is imported when it is needed, since it takes torch along 
 """
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from raynium.config.schema import Config
@@ -11,11 +12,11 @@ from raynium.config.weights import Described
 from raynium.storage.store import Store
 
 
-def describe(init: str, run_place: str | None) -> Described:
+def describe(init: str, added: tuple[str, ...], run_place: str | None) -> Described:
     """For `load_config`. What a run has begun with it knows itself, wherever the weights are by now."""
     from raynium.convert.adopt import describe
 
-    return describe(init, run_place)
+    return describe(init, added, run_place)
 
 
 def survey_weights(config: Config) -> None:
@@ -27,6 +28,19 @@ def survey_weights(config: Config) -> None:
         from raynium.convert.adopt import check_weights
 
         check_weights(config)
+
+
+def with_own_tokenizer(config: Config, cache: Path) -> Config:
+    """For whoever reads data: where tokens are added, the tokenizer of the weights is another file.
+
+    It is made in `cache`, by its content, with the files that lie beside it. A tokenizer of the user's own stays.
+    """
+    if not config.model.add_tokens or config.model.init is None or config.data.tokenizer is None:
+        return config
+    from raynium.convert.adopt import extended_tokenizer
+
+    place = extended_tokenizer(config, cache)
+    return config.model_copy(update={"data": config.data.model_copy(update={"tokenizer": place})})
 
 
 def adopt_weights(config: Config, store: Store, saved: Mapping[str, Any] | None, tell: Callable[[str], None]) -> Config:

@@ -21,10 +21,9 @@ Dtype = Literal["float32", "bfloat16"]
 # What our decoder has in one form only. A config.json may leave these out: then transformers takes this very form.
 _FIXED: dict[str, Any] = {
     "hidden_act": "silu",
-    "attention_bias": False,
-    **{name: only for family in FAMILIES.values() for name, only in family.own_fields.items()},
     "partial_rotary_factor": 1.0,
     "quantization_config": None,
+    "use_sliding_window": False,
 }
 # Well above every model there is, and far below what would take a machine's memory only to be described.
 _MOST_LAYERS, _MOST, _MOST_PARAMETERS = 10_000, 10**9, 10**13
@@ -62,7 +61,6 @@ def config_from_model(model: ModelSection, *, dtype: Dtype, end_of_document_id: 
         "rope_scaling": _scaling_from(model.rope_scaling) if model.rope_scaling is not None else None,
         "tie_word_embeddings": model.embeddings == "tied",
         "hidden_act": "silu",
-        "attention_bias": False,
         "attention_dropout": 0.0,
         **model.traits.own_fields,
         "initializer_range": model.init_std,
@@ -111,7 +109,8 @@ def _fields(config: Mapping[str, Any], where: str) -> dict[str, Any]:
         raise CheckpointError(
             f"{where}: architectures is {config['architectures']!r:.200}; models that can be imported are {classes}"
         )
-    _refuse_other_forms(config, where)
+    config = {**family.defaults, **config}
+    _refuse_other_forms(config, _FIXED | dict(family.own_fields), where)
     if not isinstance(tied := config.get("tie_word_embeddings"), bool | None):
         raise CheckpointError(f"{where}: tie_word_embeddings is {tied!r:.200}: it must be true or false")
     num_heads = config["num_attention_heads"]
@@ -122,7 +121,7 @@ def _fields(config: Mapping[str, Any], where: str) -> dict[str, Any]:
         "num_layers": config["num_hidden_layers"],
         "num_heads": num_heads,
         "num_kv_heads": config.get("num_key_value_heads") or num_heads,
-        "head_dim": config.get("head_dim") or family.default_head_dim or config["hidden_size"] // num_heads,
+        "head_dim": config.get("head_dim") or config["hidden_size"] // num_heads,
         "ffn_size": config["intermediate_size"],
         "max_seq_len": config["max_position_embeddings"],
         # This is what transformers takes where it is left out.
@@ -133,8 +132,8 @@ def _fields(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     }
 
 
-def _refuse_other_forms(config: Mapping[str, Any], where: str) -> None:
-    for name, only in _FIXED.items():
+def _refuse_other_forms(config: Mapping[str, Any], fixed: Mapping[str, Any], where: str) -> None:
+    for name, only in fixed.items():
         found = config.get(name)
         if found is not None and (found != only or isinstance(found, bool) != isinstance(only, bool)):
             raise CheckpointError(f"{where}: {name} is {found!r:.200}; models that can be imported have {only!r}")

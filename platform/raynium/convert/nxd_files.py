@@ -39,6 +39,8 @@ _THEIRS_IN_BLOCK = {
     "self_attn.qkv_proj.weight_q": "attention.qkv.weight_q",
     "self_attn.qkv_proj.weight_k": "attention.qkv.weight_k",
     "self_attn.qkv_proj.weight_v": "attention.qkv.weight_v",
+    **{f"self_attn.{each}_proj.bias": f"attention.qkv.bias_{each}" for each in "qkv"},
+    **{f"self_attn.qkv_proj.bias_{each}": f"attention.qkv.bias_{each}" for each in "qkv"},
     "self_attn.q_norm.weight": "attention.q_norm.weight",
     "self_attn.k_norm.weight": "attention.k_norm.weight",
     "self_attn.o_proj.weight": "attention.o.weight",

@@ -66,6 +66,12 @@ class NxdAttention(nn.Module):
             kv_size_multiplier=kv_copies(config, tensor_size),
             fuse_qkv=False,
         )
+        if config.traits.qkv_biases:
+            # The layer adds those it has, but cannot make them itself (0.18.0): it marks them by an argument that the
+            # marking does not have.
+            for each in "qkv":
+                rows = len(getattr(self.qkv, f"weight_{each}"))
+                setattr(self.qkv, f"bias_{each}", nn.Parameter(torch.empty(rows, dtype=dtype)))
         _mark_tensor_parallel(self.qkv, tensor_size)
         self.o = _row(width, config.hidden_size, tensor_size=tensor_size, dtype=dtype)
         self.q_norm, self.k_norm = plain.q_norm, plain.k_norm
@@ -205,8 +211,8 @@ def _mark_tensor_parallel(qkv: Any, tensor_size: int) -> None:
     """On the meta device NxD's layer leaves this out, and the gradient norm would count a part of the weights."""
     from neuronx_distributed.parallel_layers import set_tensor_model_parallel_attributes
 
-    for weight in (qkv.weight_q, qkv.weight_k, qkv.weight_v):
-        set_tensor_model_parallel_attributes(weight, True, 0, 1, num_partitions=tensor_size)
+    for parameter in qkv.parameters():
+        set_tensor_model_parallel_attributes(parameter, True, 0, 1, num_partitions=tensor_size)
 
 
 def _mark_whole_parameters(model: Decoder, config: ModelSection) -> None:

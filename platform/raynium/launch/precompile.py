@@ -57,8 +57,6 @@ def short_config(config: Config) -> Config:
         dtype = saved["engine"]["dtype"]
     changes = {
         "run": {"name": f"{config.run.name[:45]}.precompile-{secrets.token_hex(3)}"},
-        # Of the same shapes, and drawn in less time than they are read.
-        "model": {"init": None, "init_identity": None},
         "engine": {"dtype": dtype},
         "optimizer": {"warmup_steps": 0},
         "train": {"steps": STEPS},

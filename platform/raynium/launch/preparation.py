@@ -15,7 +15,7 @@ from raynium.config.local_folders import ignored_tmpdir, scratch_folder
 from raynium.config.paths import collisions, placeholders, resolve
 from raynium.config.resume import resume_conflicts
 from raynium.config.schema import Config
-from raynium.convert.beginning import adopt_weights
+from raynium.convert.beginning import adopt_weights, with_own_tokenizer
 from raynium.data.build.prepare import check_stores, prepare_stores
 from raynium.data.build.survey import Survey
 from raynium.data.packed_index import ensure_index
@@ -98,7 +98,7 @@ def survey_data(config: Config, past: Past, tell: Callable[[str], None]) -> Surv
 
     Returns the survey of the source, where there is no store yet. Raises DataError.
     """
-    found = check_stores(config, tell=tell)
+    found = check_stores(with_own_tokenizer(config, scratch_folder() / "tokenizers"), tell=tell)
     # An imported model, which no driver has trained yet. One that trains here may build the same store anew.
     imported = past.record is None and past.store.exists(TOKENIZER_NAME)
     if found is not None and config.data.tokenizer is None and imported:
@@ -184,7 +184,8 @@ def prepare_data(
 
     Returns the config with their identities, too. past: of the run, which must be able to go on with this data.
     """
-    documents = prepare_stores(config, cache_dir=scratch_folder() / "data", surveyed=surveyed, runner=runner, tell=tell)
+    own = with_own_tokenizer(config, scratch_folder() / "tokenizers")
+    documents = prepare_stores(own, cache_dir=scratch_folder() / "data", surveyed=surveyed, runner=runner, tell=tell)
     # A store that is new: what it holds was not known when the run's past was looked at.
     if any(store.identity is None for store in config.data.stores):
         config = identified(config, [store.manifest.identity for store in documents])

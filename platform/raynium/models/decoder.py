@@ -76,9 +76,10 @@ class Attention(nn.Module):
     def __init__(self, config: ModelSection):
         super().__init__()
         self.head_dim = config.head_dim
-        self.q = nn.Linear(config.hidden_size, config.num_heads * config.head_dim, bias=False)
-        self.k = nn.Linear(config.hidden_size, config.num_kv_heads * config.head_dim, bias=False)
-        self.v = nn.Linear(config.hidden_size, config.num_kv_heads * config.head_dim, bias=False)
+        biases = config.traits.qkv_biases
+        self.q = nn.Linear(config.hidden_size, config.num_heads * config.head_dim, bias=biases)
+        self.k = nn.Linear(config.hidden_size, config.num_kv_heads * config.head_dim, bias=biases)
+        self.v = nn.Linear(config.hidden_size, config.num_kv_heads * config.head_dim, bias=biases)
         self.o = nn.Linear(config.num_heads * config.head_dim, config.hidden_size, bias=False)
         head_norms = config.traits.head_norms
         self.q_norm = RMSNorm(config.head_dim, config.norm_eps) if head_norms else nn.Identity()

@@ -24,7 +24,8 @@ def parameter_count(model: ModelSection) -> ParameterCount:
     table = model.vocab_size * model.hidden_size
     attention = model.hidden_size * model.head_dim * (2 * model.num_heads + 2 * model.num_kv_heads)
     ffn = 3 * model.hidden_size * model.ffn_size
-    of_blocks = model.num_layers * (attention + ffn + norms_per_block(model))
+    biases = model.head_dim * (model.num_heads + 2 * model.num_kv_heads) if model.traits.qkv_biases else 0
+    of_blocks = model.num_layers * (attention + biases + ffn + norms_per_block(model))
     # This table is the head.
     multiplied = of_blocks + model.hidden_size + table
     lookup = table if model.embeddings == "untied" else 0

@@ -42,13 +42,13 @@ def init_block(
     float32 on the CPU, in new memory; bit by bit that part of `init_parameter`, on any number of threads. It may have
     no elements. Drawn are the tiles that the block meets, less their rows below it.
 
-    Norm weights are 1. Everything else is normal(0, init_std), and the two matrices of a layer that write into the
-    residual stream are smaller by sqrt(2 * num_layers), so that its variance does not grow with depth (GPT-2).
+    Norm weights are 1, biases 0. Everything else is normal(0, init_std), and the two matrices of a layer that write
+    into the residual stream are smaller by sqrt(2 * num_layers), so that its variance does not grow with depth (GPT-2).
     """
     ends = (begin + size for begin, size in zip(offsets, shape, strict=True))
     assert all(end <= size for end, size in zip(ends, global_shape, strict=True)), f"{name}: {offsets} + {shape}"
     if len(global_shape) == 1:
-        return torch.ones(shape)
+        return torch.zeros(shape) if name.endswith(".bias") else torch.ones(shape)
     assert len(global_shape) == 2, f"{name}: first weights are vectors or matrices, not {global_shape}"
     block = torch.empty(shape)
     if block.numel() == 0:

@@ -23,6 +23,8 @@ def hugging_face_names(model: ModelSection) -> dict[str, str]:
     for layer in range(model.num_layers):
         for ours, theirs in block.items():
             names[f"blocks.{layer}.{ours}.weight"] = f"model.layers.{layer}.{theirs}.weight"
+        for each in "qkv" if model.traits.qkv_biases else "":
+            names[f"blocks.{layer}.attention.{each}.bias"] = f"model.layers.{layer}.self_attn.{each}_proj.bias"
     names["final_norm.weight"] = "model.norm.weight"
     if model.embeddings == "untied":
         names["head.weight"] = "lm_head.weight"

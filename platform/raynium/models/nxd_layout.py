@@ -94,7 +94,7 @@ def pieces(model: ModelSection, *, tensor_rank: int, tensor_size: int, kv_order:
     heads = heads_of_rank(model, tensor_rank=tensor_rank, tensor_size=tensor_size, kv_order=kv_order)
     found = []
     for name, shape in shapes.items():
-        module = name.removesuffix(".weight")
+        module = name.rpartition(".")[0]
         split: Split = next(rule.split for rule in plan if fnmatchcase(module, rule.module))
         dim = _DIM_OF_SPLIT[split]
         offsets, local = [0] * len(shape), list(shape)
@@ -125,9 +125,10 @@ def _part(
 
 def _stored(name: str, *, rows: int) -> tuple[str, int]:
     """(parameter of the NxD model, first row in it) of this rank's block of our parameter."""
-    for projection in ("q", "k", "v"):
-        if name.endswith(f"attention.{projection}.weight"):
-            return name.replace(f"attention.{projection}.weight", f"attention.qkv.weight_{projection}"), 0
+    module, _, leaf = name.rpartition(".")
+    attention, _, projection = module.rpartition(".")
+    if attention.endswith("attention") and projection in ("q", "k", "v"):
+        return f"{attention}.qkv.{leaf}_{projection}", 0
     for index, half in enumerate(("gate", "up")):
         if name.endswith(f"ffn.{half}.weight"):
             return name.replace(f"ffn.{half}.weight", "ffn.gate_up.weight"), index * rows

@@ -156,6 +156,11 @@ def vocabulary(config: Config) -> Iterator[str]:
             f"model.vocab_size is {config.model.vocab_size}: a document store keeps token ids in at most 32 bits, so "
             f"set {MAX_VOCAB_SIZE} or less"
         )
+    if config.model.add_tokens and config.model.init is None:
+        yield (
+            f"model.add_tokens names {list(config.model.add_tokens)} without model.init: tokens are added to the "
+            "tokenizer of weights to begin with; set model.init, or give a tokenizer that has them as data.tokenizer"
+        )
 
 
 # ------------------------------------------------------------------------------------------------- layout and batch
@@ -167,6 +172,12 @@ def tensor_parallel(config: Config) -> Iterator[str]:
     if config.engine.kind == "nxd" and tensor % config.model.num_kv_heads == 0:
         # The nxd engine gives several ranks a copy of the same key/value head.
         del sizes["model.num_kv_heads"]
+        if tensor > config.model.num_kv_heads and config.model.traits.qkv_biases:
+            yield (
+                f"parallel.tensor is {tensor} with engine.kind nxd, and the model has {config.model.num_kv_heads} "
+                "key/value heads, with biases: neuronx-distributed does not sum the gradients of the biases of a head "
+                f"that ranks share; set parallel.tensor to {config.model.num_kv_heads} or less"
+            )
     undivided = [f"{name} {size}" for name, size in sizes.items() if size % tensor]
     legal = [degree for degree in _divisors(per_node) if not any(size % degree for size in sizes.values())]
     if undivided:
