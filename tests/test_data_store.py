@@ -368,12 +368,17 @@ def test_model_vocabulary_smaller_than_the_tokenizers_is_refused(finished: Docum
 # ---- damage ----------------------------------------------------------------------------------------------------------
 
 
-def test_truncated_and_missing_files_are_named_when_opening(store: DocumentStore):
+def test_truncated_and_missing_files_are_named_all_at_once_and_when_they_are_read(store: DocumentStore):
     shard = store.manifest.train_shards[1]
     os.truncate(store.path / shard.name, 98)
     (store.path / "tokenizer.json").unlink()
+    opened = open_store(store.path)
+    with pytest.raises(DataError, match=r"is damaged: train-00001\.bin \(98 bytes, expected .*; delete the folder"):
+        opened.train_stream().read(0, store.manifest.train.tokens)
+    with pytest.raises(DataError, match=r"is damaged: tokenizer\.json \(missing, expected .*; delete the folder"):
+        opened.tokenizer()
     with pytest.raises(DataError, match=r"is damaged: .*; delete the folder") as caught:
-        open_store(store.path)
+        opened.check_sizes()
     assert f"train-00001.bin (98 bytes, expected {shard.size_bytes} bytes)" in str(caught.value)
     assert "tokenizer.json (missing, expected" in str(caught.value)
     assert "train-00000.bin" not in str(caught.value)

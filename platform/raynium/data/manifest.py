@@ -11,10 +11,11 @@ import hashlib
 import json
 import sys
 from array import array
+from collections.abc import Sequence
 from functools import cached_property
 from itertools import pairwise
 from pathlib import PurePosixPath
-from typing import Annotated, Any, Literal, NamedTuple, Self
+from typing import Annotated, Any, Literal, NamedTuple, Self, overload
 
 import numpy as np
 from awscrt.checksums import combine_crc64nvme
@@ -64,6 +65,31 @@ class StoredFile(NamedTuple):
 def units_content(checksums: FileChecksums) -> bytes:
     """Of the file at `units_name`."""
     return _little_endian(array("Q", checksums.unit_crcs)).tobytes()
+
+
+class ShardFiles(Sequence[StoredFile]):
+    """The files of a subset, in the order of the stream. One is made when it is asked for: there may be 17,000.
+
+    tokens: in each.
+    """
+
+    def __init__(self, subset_name: str, shards: "Shards", token_bytes: int):
+        self.tokens = shards.tokens
+        self._subset_name, self._numbers, self._token_bytes = subset_name, shards.numbers, token_bytes
+        self._crcs = list_from_text(shards.crc64nvme)
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @overload
+    def __getitem__(self, index: int) -> StoredFile: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[StoredFile]: ...
+    def __getitem__(self, index: int | slice) -> StoredFile | list[StoredFile]:
+        if isinstance(index, slice):
+            return [self[each] for each in range(len(self))[index]]
+        name = shard_name(self._subset_name, self._numbers[index])
+        return StoredFile(name, self.tokens[index] * self._token_bytes, self._crcs[index])
 
 
 class SmallFile(_JsonObject):
@@ -202,29 +228,22 @@ class StoreManifest(_JsonObject):
         return sum(file.size_bytes for file in self.files)
 
     @cached_property
-    def train_shards(self) -> list[StoredFile]:
-        """In the order of the stream."""
-        return self._shards("train", self.train)
+    def train_shards(self) -> ShardFiles:
+        return ShardFiles("train", self.train.shards, self.numpy_dtype.itemsize)
 
     @cached_property
-    def heldout_shards(self) -> list[StoredFile]:
-        return self._shards("heldout", self.heldout)
+    def heldout_shards(self) -> ShardFiles:
+        return ShardFiles("heldout", self.heldout.shards, self.numpy_dtype.itemsize)
 
     @cached_property
     def files(self) -> list[StoredFile]:
         """All but the manifest, and those beside them that hold the checksums of their units."""
-        small = [StoredFile(file.name, file.size_bytes, from_text(file.crc64nvme)) for file in self.small_files]
+        small = [self.small_file(file.name) for file in self.small_files]
         return [*self.train_shards, *self.heldout_shards, *small]
 
-    def file(self, name: str) -> StoredFile:
-        """One of `files`."""
-        [found] = [file for file in self.files if file.name == name]
-        return found
-
-    def _shards(self, subset_name: str, subset: Subset) -> list[StoredFile]:
-        columns, token_bytes = subset.shards, self.numpy_dtype.itemsize
-        rows = zip(columns.numbers, columns.tokens, list_from_text(columns.crc64nvme), strict=True)
-        return [StoredFile(shard_name(subset_name, number), tokens * token_bytes, crc) for number, tokens, crc in rows]
+    def small_file(self, name: str) -> StoredFile:
+        [found] = [file for file in self.small_files if file.name == name]
+        return StoredFile(found.name, found.size_bytes, from_text(found.crc64nvme))
 
     def _identity(self) -> str:
         """Of the two streams of tokens however they are cut, not of the held-out index: that holds sizes by zlib, whose
@@ -260,7 +279,7 @@ def shard_name(subset_name: str, number: int) -> str:
     return f"{subset_name}-{number:05d}.bin"
 
 
-def _joined(files: list[StoredFile]) -> tuple[int, int]:
+def _joined(files: Sequence[StoredFile]) -> tuple[int, int]:
     """Size and CRC64NVME of the files, one after the other."""
     crc = 0
     for file in files:

@@ -24,9 +24,17 @@ from typing import NamedTuple
 import numpy as np
 
 from raynium.config.plain_file import read_plain
-from raynium.data.manifest import MANIFEST_NAME, StoredFile, StoreManifest
+from raynium.data.manifest import MANIFEST_NAME, StoreManifest
 from raynium.data.tokenizer import TOKENIZER_NAME, Tokenizer
-from raynium.data.tokens import Shard, Tokens, TokenStream, check_unit, unit_checksums
+from raynium.data.tokens import (
+    Shards,
+    Tokens,
+    TokenStream,
+    check_unit,
+    mapped_file,
+    size_in_words,
+    unit_checksums,
+)
 from raynium.errors import DataError
 
 TOKEN_COUNTS_NAME = "train-token-counts.bin"
@@ -97,17 +105,17 @@ class DocumentStore(OpenStore):
         return str(self.path)
 
     def train_stream(self) -> TokenStream:
-        return TokenStream(self._train_shards)
+        return TokenStream(self._train_shards, self.manifest.train_shards.tokens)
 
     def heldout_stream(self) -> TokenStream:
-        return TokenStream(self._heldout_shards)
+        return TokenStream(self._heldout_shards, self.manifest.heldout_shards.tokens)
 
     def read_file(self, name: str) -> bytes:
-        file = self.manifest.file(name)
-        content, expected = (self.path / name).read_bytes(), unit_checksums(self.path, file, self.manifest.unit_bytes)
+        file = self.manifest.small_file(name)
+        content, expected = mapped_file(self.path, file), unit_checksums(self.path, file, self.manifest.unit_bytes)
         for unit in range(len(expected.unit_crcs)):
-            check_unit(self.path / name, memoryview(content), expected, unit)
-        return content
+            check_unit(self.path / name, content, expected, unit)
+        return bytes(content)
 
     def check_sizes(self) -> None:
         """Raises DataError that names every file that is missing or of another size than the manifest says."""
@@ -118,8 +126,7 @@ class DocumentStore(OpenStore):
             except (FileNotFoundError, NotADirectoryError):
                 size_bytes = None
             if size_bytes != file.size_bytes:
-                found = "missing" if size_bytes is None else f"{size_bytes} bytes"
-                damaged.append(f"{file.name} ({found}, expected {file.size_bytes} bytes)")
+                damaged.append(f"{file.name} ({size_in_words(size_bytes, file.size_bytes)})")
         if damaged:
             raise DataError(
                 f"document store {self.path} is damaged: {', '.join(damaged)}; "
@@ -129,33 +136,26 @@ class DocumentStore(OpenStore):
     # All streams share the shards, so that each unit is verified once.
 
     @cached_property
-    def _train_shards(self) -> list[Shard]:
-        return self._opened(self.manifest.train_shards)
+    def _train_shards(self) -> Shards:
+        return Shards(self.path, self.manifest.train_shards, self.manifest)
 
     @cached_property
-    def _heldout_shards(self) -> list[Shard]:
-        return self._opened(self.manifest.heldout_shards)
-
-    def _opened(self, files: list[StoredFile]) -> list[Shard]:
-        dtype, unit_bytes = self.manifest.numpy_dtype, self.manifest.unit_bytes
-        return [Shard(self.path, file, dtype, unit_bytes) for file in files]
+    def _heldout_shards(self) -> Shards:
+        return Shards(self.path, self.manifest.heldout_shards, self.manifest)
 
 
 def open_store(path: str | Path, *, identity: str | None = None) -> DocumentStore:
-    """Open a store in a local folder, checking that each file is there in its right size.
+    """Open a store in a local folder by its manifest. Its files, and what is in them, are checked when they are read:
+    `check_sizes` looks at all of them. identity: that the store must have (`StoreManifest.identity`).
 
-    What is in the files is checked when it is read. identity: that the store must have (`StoreManifest.identity`).
-
-    Raises DataError if the folder is no store, is damaged or another one, or was written by another format.
+    Raises DataError if the folder is no store, another one, or was written by another format.
     """
     path = Path(path)
     manifest = local_manifest(path)
     if manifest is None:
         raise no_store(path)
     refuse_other_data(manifest, identity, where=str(path))
-    store = DocumentStore(path, manifest)
-    store.check_sizes()
-    return store
+    return DocumentStore(path, manifest)
 
 
 def local_manifest(path: Path) -> StoreManifest | None:

@@ -7,7 +7,6 @@ checksums are fetched when something of it is first needed, and prove themselves
 import threading
 from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property, lru_cache
 from itertools import accumulate
@@ -16,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from raynium.data.manifest import StoredFile, StoreManifest
+from raynium.data.manifest import ShardFiles, StoredFile, StoreManifest
 from raynium.data.remote import find_manifest
 from raynium.data.store import OpenStore, no_store, refuse_other_data
 from raynium.errors import DataError, StoreError
@@ -136,10 +135,10 @@ class StreamedTokens:
     What is held is read without a request. `fetch` and `num_bytes` may be called by any thread, the rest by one.
     """
 
-    def __init__(self, files: RemoteFiles, shards: Sequence[StoredFile], dtype: np.dtype[Any]):
+    def __init__(self, files: RemoteFiles, shards: ShardFiles, dtype: np.dtype[Any]):
         self.dtype = dtype
         self._files, self._shards = files, shards
-        self._begins = [0, *accumulate(shard.size_bytes // dtype.itemsize for shard in shards)]
+        self._begins = [0, *accumulate(shards.tokens)]
         # By where they begin. Those of packed rows overlap, and several may be the same.
         self._windows: list[_Window] = []
         self._window_begins = np.empty(0, np.int64)
@@ -280,7 +279,7 @@ class StreamedStore(OpenStore):
         return self._heldout
 
     def read_file(self, name: str) -> bytes:
-        return self._files.read(self.manifest.file(name))
+        return self._files.read(self.manifest.small_file(name))
 
     @cached_property
     def _train(self) -> StreamedTokens:

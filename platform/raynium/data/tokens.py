@@ -1,5 +1,6 @@
 """Token ids in mapped files, as one long sequence; no token leaves here before its checksum was compared."""
 
+import os
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from functools import cached_property
@@ -9,7 +10,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from raynium.data.manifest import StoredFile
+from raynium.data.manifest import ShardFiles, StoredFile, StoreManifest
 from raynium.errors import DataError
 from raynium.storage.checksum import FileChecksums, checksum, num_units, to_text
 from raynium.storage.local_files import mapped
@@ -82,8 +83,7 @@ class Shard:
 
     @cached_property
     def _bytes(self) -> memoryview:
-        with (self._folder / self._file.name).open("rb") as file:
-            return mapped(file, self._file.size_bytes)
+        return mapped_file(self._folder, self._file)
 
     @cached_property
     def _expected(self) -> FileChecksums:
@@ -95,16 +95,55 @@ class Shard:
         return bytearray(num_units(self._file.size_bytes, self._unit_bytes))
 
 
+class Shards:
+    """Those of one subset of a store, each made when it is first asked for: there may be 17,000."""
+
+    def __init__(self, folder: Path, files: ShardFiles, manifest: StoreManifest):
+        self.dtype = manifest.numpy_dtype
+        self._folder, self._files, self._unit_bytes = folder, files, manifest.unit_bytes
+        self._opened: list[Shard | None] = [None] * len(files)
+
+    def __len__(self) -> int:
+        return len(self._opened)
+
+    def __getitem__(self, index: int) -> Shard:
+        if (shard := self._opened[index]) is None:
+            # Of two threads that come at once one opens it in vain, which does no harm.
+            shard = self._opened[index] = Shard(self._folder, self._files[index], self.dtype, self._unit_bytes)
+        return shard
+
+
+def mapped_file(folder: Path, file: StoredFile) -> memoryview:
+    """A file of a store, not yet verified. Raises DataError unless it is there in its right size."""
+    found = None
+    try:
+        with (folder / file.name).open("rb") as opened:
+            if (found := os.fstat(opened.fileno()).st_size) == file.size_bytes:
+                return mapped(opened, found)
+    except FileNotFoundError:
+        pass
+    raise DataError(
+        f"document store {folder} is damaged: {file.name} ({size_in_words(found, file.size_bytes)}); "
+        "delete the folder and build or copy the store again"
+    )
+
+
+def size_in_words(found: int | None, expected: int) -> str:
+    """found: None if there is no file."""
+    return f"{'missing' if found is None else f'{found} bytes'}, expected {expected} bytes"
+
+
 class TokenStream:
     """The tokens of shards, one after the other."""
 
-    def __init__(self, shards: Sequence[Shard]):
+    def __init__(self, shards: Shards, tokens: Sequence[int]):
+        """tokens: in each shard."""
         self._shards = shards
-        self._begins = [0, *accumulate(shard.num_tokens for shard in shards)]
+        self._begins = [0, *accumulate(tokens)]
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        return self._shards[0].dtype
+        return self._shards.dtype
 
     def __len__(self) -> int:
         return self._begins[-1]
@@ -140,7 +179,8 @@ class TokenStream:
         rows = np.empty((len(starts), length), dtype=self.dtype)
         if length <= SHORT_TOKENS and len(starts) >= MANY_ROWS * len(self._shards):
             within = starts - np.array(self._begins)[indices]
-            for index, shard in enumerate(self._shards):
+            for index in range(len(self._shards)):
+                shard = self._shards[index]
                 chosen = np.flatnonzero((indices == index) & (within + length <= shard.num_tokens))
                 rows[chosen] = shard.gather(within[chosen], length)
                 indices[chosen] = -1

@@ -21,7 +21,7 @@ from raynium.data.packed_index import ensure_index
 from raynium.data.remote import find_manifest
 from raynium.data.rows import packable, stream_rows
 from raynium.data.runner import Runner
-from raynium.data.store import OpenStore, no_store, refuse_other_data
+from raynium.data.store import DocumentStore, OpenStore, no_store, refuse_other_data
 from raynium.data.text.left_out import left_out_in_words
 from raynium.data.tokenizer import Tokenizer, check_vocab_size
 from raynium.errors import DataError
@@ -180,6 +180,8 @@ def prepare_store(
         )
     store = open_fetched(data, fetch_store(data, data.place, cache_dir), identity=data.identity, run=run)
     _refuse_unfit(store.manifest, data, model_vocab_size=model_vocab_size)
+    if isinstance(store, DocumentStore):
+        store.check_sizes()
     return store
 
 
