@@ -34,8 +34,9 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "data.text": ("storage",),
     "data.order": (),
     "data.batch": (),
-    "data.packing": ("data.batch", "storage"),
-    "data.tokenizer": ("storage",),
+    "data.records": ("data.text",),
+    "data.packing": ("data.batch", "data.records", "storage"),
+    "data.tokenizer": ("data.records",),
     "data": ("data.text", "data.order", "data.packing", "data.tokenizer"),
     "data.build": ("data",),
     "checkpoint.state": (),
@@ -81,6 +82,7 @@ HOMES = {
     "fsspec": {"storage"},
     "pyarrow": {"storage", "data.text"},
     "boto3": {"cluster"},
+    "jinja2": {"data.records"},
     "torch": {
         *(
             "models",

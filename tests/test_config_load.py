@@ -103,7 +103,7 @@ def test_overrides_may_be_a_mapping_of_python_values():
 
 def test_a_python_value_that_nothing_takes_is_refused_under_its_name():
     assert only_problem_of(overrides={"train.steps": 3j}) == (
-        'train.steps is "3j" (override train.steps): it must be a whole number of at least 1'
+        'train.steps is "3j" (override train.steps): it must be a whole number of at least 1, or null'
     )
 
 
@@ -151,10 +151,10 @@ def test_an_unknown_section_is_one_problem():
 def test_a_name_like_no_other_is_answered_with_the_names_there_are():
     assert only_problem_of(overrides=["train.zzz=1"]) == (
         "train.zzz is not a field (override): "
-        "the fields of train are train.steps, train.global_batch_size, train.micro_batch_size"
+        "the fields of train are train.steps, train.epochs, train.global_batch_size, train.micro_batch_size"
     )
-    assert "the sections are run, cluster, model" in only_problem_of(overrides=["zzz=1"])
-    assert "the sections are run, cluster, model" in only_problem_of(overrides=["train.steps.zzz=1"])
+    assert "the sections are task, run, cluster, model" in only_problem_of(overrides=["zzz=1"])
+    assert "the sections are task, run, cluster, model" in only_problem_of(overrides=["train.steps.zzz=1"])
     assert only_problem_of(overrides=["=1"]).startswith("an override without a name is not a field")
 
 
@@ -175,9 +175,9 @@ def test_a_dotted_key_in_a_file_is_told_how_to_nest():
         ("train.steps=2.5", "train.steps is 2.5 (override train.steps): it must be a whole number of at least 1"),
         ("train.steps=true", "train.steps is true (override train.steps): it must be a whole number of at least 1"),
         ('train.steps="3"', 'train.steps is "3" (override train.steps): it must be a whole number of at least 1'),
-        ("train.steps=", "train.steps is null (override train.steps): it must be a whole number of at least 1"),
+        ("train.steps=", "train.steps is missing: give a whole number of at least 1, or train.epochs"),
         ("train.steps={a: 1}", "train.steps is a section here (override train.steps): it must be a whole number of"),
-        ("train=3", "train is '3' (override train): it must be a section with steps, global_batch_size, micro_batch_"),
+        ("train=3", "train is '3' (override train): it must be a section with steps, epochs, global_batch_size, "),
         ("train=[3]", "train is a list (override train): it must be a section with"),
         ("train=", "train is empty (override train): it must be a section with"),
         ("model.rope_scaling=3", "model.rope_scaling is '3' (override model.rope_scaling): it must be a section with"),
@@ -260,7 +260,7 @@ def test_missing_fields_and_sections_say_what_to_give():
         "embeddings, init_std, init, init_identity, add_tokens",
         "data.path is missing: give a folder or a URL, or data.source or data.mixture",
         "run.name is missing: give 1 to 63 of a-z, 0-9, '.', '_' and '-', a letter or digit first",
-        "train is missing: it must hold train.steps, train.global_batch_size",
+        "train is missing: it must hold train.global_batch_size",
     ]
 
 

@@ -22,7 +22,15 @@ PRESETS = preset_names(ROOT)
 
 
 def test_these_are_the_presets():
-    assert PRESETS == ["llama3-1b", "llama3-70b", "llama3-8b", "quickstart", "qwen3-8b"]
+    assert PRESETS == [
+        "llama3-1b",
+        "llama3-70b",
+        "llama3-8b",
+        "quickstart",
+        "qwen3-8b",
+        "qwen3-8b-sft",
+        "sft-quickstart",
+    ]
     assert sorted(path.stem for path in GOLDEN.glob("*.yaml")) == PRESETS
 
 
@@ -42,7 +50,7 @@ def test_the_preset_passes_the_rules_of_its_hardware(preset):
     config = load_config(preset, base_folder=ROOT)
     assert check(config) == []
     assert config.run.name == preset
-    assert (config.cluster.instance_type is None) == (preset == "quickstart")
+    assert (config.cluster.instance_type is None) == preset.endswith("quickstart")
 
 
 @pytest.mark.parametrize(

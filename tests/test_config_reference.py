@@ -56,7 +56,9 @@ def test_a_field_is_told_with_unit_default_rule_and_what_a_resume_makes_of_it():
         "    Ranks that have not saved and ended so long after the run was asked to stop are killed.",
         "    When a run goes on: may change.",
     ]
-    assert reference("train.steps").startswith("train.steps (required): a whole number of at least 1, in steps\n")
+    assert reference("train.steps").startswith(
+        "train.steps (default null): a whole number of at least 1, or null, in steps\n"
+    )
     assert "default null" in reference("checkpoint.keep_every_steps")
     assert "may not change: " + FIXED["data.seq_len"] in reference("data.seq_len")
     assert when_resumed("model.rope_scaling.factor") == f"may not change: {FIXED['model.rope_scaling']}"
@@ -88,7 +90,7 @@ def test_what_differs_from_the_defaults_is_short_and_reads_back_as_the_whole(pre
 def test_a_difference_stands_beside_its_default():
     lines = difference_lines(load_config("quickstart", ["optimizer.betas=[0.8, 0.9]", "optimizer.clip_norm=1"]))
     assert "optimizer.betas: [0.8, 0.9]  (default [0.9, 0.95])" in lines
-    assert "train.steps: 700  (required)" in lines and "cluster.accelerator: cpu  (default auto)" in lines
+    assert "train.steps: 700  (default null)" in lines and "cluster.accelerator: cpu  (default auto)" in lines
     assert not any("clip_norm" in line for line in lines)
 
 

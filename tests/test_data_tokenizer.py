@@ -96,7 +96,7 @@ def test_bad_files_are_refused(tokenizer: Tokenizer, tmp_path: Path):
     os.mkfifo(path)
     with pytest.raises(DataError, match="it is a pipe, and only plain files are read"):
         Tokenizer.load(path)
-    for name, problem in (("", "it is a folder"), ("a\0b", "no file can have this name"), ("/dev/zero", "is a device")):
+    for name, problem in (("", "it is a pipe"), ("a\0b", "no file can have this name"), ("/dev/zero", "is a device")):
         with pytest.raises(DataError, match=problem):
             Tokenizer.load(tmp_path / name)
     with pytest.raises(DataError, match="scheme 'https'"):

@@ -123,6 +123,7 @@ def main() -> None:
                 f"(cluster.nodes × cluster.ranks_per_node). Make them equal"
             )
         past = Past.read(config)
+        config = past.with_steps(config)
         config, store = identified(settled(config, cluster_resources=None, saved=past.config)), past.store
         past.refuse_live()
         notes = past.check_resume(config)

@@ -16,6 +16,11 @@ class Dedup(StrEnum):
     exact = "exact"
 
 
+class TrainOn(StrEnum):
+    all = "all"
+    last = "last"
+
+
 StoreArgument = Annotated[
     str, Argument(metavar="STORE", help="A path or URL, or a name: of what lies at <root>/data/<name>.")
 ]
@@ -29,6 +34,17 @@ def build(
     ],
     tokenizer: Annotated[str | None, Option(help="A tokenizer.json, or a model's folder that holds one.")] = None,
     text_field: Annotated[str, Option(help="Where a record has its text; a.b is b in the object a.")] = "text",
+    records: Annotated[
+        str, Option(help="text, chats, completions, preferences or package.module:Class, as data.records.")
+    ] = "text",
+    field: Annotated[
+        list[str] | None,
+        Option(metavar="NAME=COLUMN[,COLUMN]", help="Where a record has a field, as data.fields. May be repeated."),
+    ] = None,
+    chat_template: Annotated[
+        str | None, Option(help="A Jinja file, or chatml; without it, the template that lies with the tokenizer.")
+    ] = None,
+    train_on: Annotated[TrainOn, Option(help="Of a chat's assistant turns, those that are learned.")] = TrainOn.all,
     aws_profile: Annotated[
         str | None, Option(help="Of the AWS configuration on each node, for text in another account.")
     ] = None,
@@ -49,6 +65,8 @@ def build(
     example:
 
     raynium data build web --from 's3://bucket/web/*.jsonl.zst' --tokenizer ./qwen3
+
+    raynium data build talk --from chats.jsonl --records chats --tokenizer ./qwen3
     """
     from raynium.data.build.show import describe
     from raynium.launch.data.build import build_data, store_place
@@ -58,6 +76,10 @@ def build(
         sources=sources,
         tokenizer=tokenizer,
         text_field=text_field,
+        records=records,
+        fields=_fields(field or []),
+        chat_template=chat_template,
+        train_on=train_on.value,
         aws_profile=aws_profile,
         end_of_document=end_of_document,
         dedup=dedup.value,
@@ -80,6 +102,13 @@ def show(store: StoreArgument, root: RootOption = "runs") -> None:
     from raynium.launch.data.build import store_place
 
     _print_rows(describe(store_place(store, root)))
+
+
+def _fields(given: list[str]) -> dict[str, list[str]]:
+    pairs = [each.partition("=") for each in given]
+    if wrong := [name for name, equals, columns in pairs if not (name and equals and columns)]:
+        raise typer.BadParameter(f"{wrong[0]!r} is no NAME=COLUMN, as messages=conversations", param_hint="--field")
+    return {name: columns.split(",") for name, _, columns in pairs}
 
 
 def _print_rows(rows: list[tuple[str, str]]) -> None:

@@ -10,7 +10,8 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
-from raynium.config.schema import Accepts, Config, Section, Unit
+from raynium.config.schema import Config
+from raynium.config.section import Accepts, Section, Unit
 
 # Keys that are no fields, since the resolved config has what they stand for: key → what it takes.
 BUILDS_ON = {

@@ -18,7 +18,8 @@ from pydantic import ValidationError
 
 from raynium.config.fields import BUILDS_ON, accepted_within, did_you_mean, fields_below, schema_fields
 from raynium.config.plain_file import read_plain
-from raynium.config.schema import Config, Section
+from raynium.config.schema import Config
+from raynium.config.section import Section
 from raynium.config.weights import Describe, take_described
 from raynium.config.yaml_text import Reading, compose, cut, place_of, read_field, read_section, shown
 from raynium.errors import ConfigError
@@ -30,6 +31,8 @@ Overrides = Sequence[str] | Mapping[str, Any]
 CHECKOUT = Path(__file__).parents[3]
 PRESET_FOLDER = Path("jobs/configs")
 MAX_FILE_BYTES = 2**18
+# What records a task is trained on, where data.records does not say.
+RECORDS_OF_TASKS = {"sft": "chats"}
 
 
 # ------------------------------------------------------------------------------------------------- reading
@@ -80,6 +83,7 @@ def _finish(reading: Reading, overrides: Overrides, files: "Files", describe: De
         _apply_override(key, value, reading, files, quotes=quotes)
     take_described(reading, describe)
     _name_the_store(reading)
+    _settle_by_task(reading)
     config = _validate(reading)
     if config is None or reading.problems:
         raise ConfigError(reading.problems)
@@ -103,6 +107,20 @@ def _name_the_store(reading: Reading) -> None:
             name = re.split(r"(?:^|/)[^/]*[*?\[]", source)[0].rstrip("/").rpartition("/")[2]
             name = name if name.strip(".~") else run.get("name")
             reading.put("data.path", f"{root.rstrip('/')}/data/{name}", "from run.root and data.source")
+
+
+def _settle_by_task(reading: Reading) -> None:
+    """What a task learns from, where nothing else is said. Refuses a training of no length."""
+    values, train, data = reading.values, reading.values.get("train"), reading.values.get("data")
+    records = RECORDS_OF_TASKS.get(str(values.get("task")))
+    if records is not None and isinstance(data, dict):
+        for key, value in (("records", records), ("packing", "documents")):
+            if key not in data:
+                reading.put(f"data.{key}", value, f"from task {values['task']}")
+    if not isinstance(train, dict) or reading.refused & {"", "train", "train.steps", "train.epochs"}:
+        return
+    if train.get("steps") is None and train.get("epochs") is None:
+        reading.refuse("train.steps", "train.steps is missing: give a whole number of at least 1, or train.epochs")
 
 
 # ------------------------------------------------------------------------------------------------- files

@@ -29,7 +29,9 @@ OUR_PREFIXES = ("mlflow.db", "probe-")
 # In the presets, which cannot know it.
 PLACEHOLDER = "YOUR-BUCKET"
 # Values of data.source that are no path.
-WORDS_FOR_SOURCE = {"python-stdlib"}
+WORDS_FOR_SOURCE = {"python-stdlib", "made-chats"}
+# Values of data.chat_template that are none.
+WORDS_FOR_TEMPLATE = {"chatml"}
 # Values of tracking.uri that MLflow knows by name.
 WORDS_FOR_TRACKING = {"databricks"}
 
@@ -72,6 +74,9 @@ def resolve(config: Config, *, base_folder: str | Path | None = None) -> Config:
                     if data.source is None or data.source in WORDS_FOR_SOURCE
                     else place("data.source", data.source),
                     "tokenizer": data.tokenizer and place("data.tokenizer", data.tokenizer),
+                    "chat_template": data.chat_template
+                    if data.chat_template is None or data.chat_template in WORDS_FOR_TEMPLATE
+                    else place("data.chat_template", data.chat_template),
                 }
             ),
             "tracking": tracking.model_copy(update={"uri": tracking.uri and _tracking_uri(tracking.uri, place)}),

@@ -66,7 +66,9 @@ def reference(name: str = "") -> str:
 
 def reference_markdown() -> str:
     """The reference as docs/config.md holds it."""
-    return MARKDOWN_HEAD + "\n".join(_markdown(field) for field in schema_fields().values() if field.is_section)
+    alone = [field for field in fields_below("") if not field.is_section]
+    tables = [_markdown(field) for field in schema_fields().values() if field.is_section]
+    return MARKDOWN_HEAD + "\n".join([f"{_table(alone)}\n", *tables])
 
 
 def _entry(field: SchemaField) -> str:
@@ -92,15 +94,19 @@ def _reflowed(text: str | None) -> str:
 
 
 def _markdown(section: SchemaField) -> str:
+    return f"## {section.name}\n\n{_reflowed(section.meaning)}\n\n{_table(fields_below(section.name))}\n"
+
+
+def _table(fields: list[SchemaField]) -> str:
     rows = ["| field | default | unit | meaning | accepts | when a run goes on |", "|---|---|---|---|---|---|"]
-    for field in fields_below(section.name):
+    for field in fields:
         if field.is_section:
             cells = [f"`{field.name}`", "null", "", "see below", "a section, or null", when_resumed(field.name)]
         else:
             default = "**required**" if field.required else f"`{_shown(field.default)}`"
             cells = [f"`{field.name}`", default, field.unit, field.meaning, field.accepted, when_resumed(field.name)]
         rows.append("| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |")
-    return f"## {section.name}\n\n{_reflowed(section.meaning)}\n\n" + "\n".join(rows) + "\n"
+    return "\n".join(rows)
 
 
 # ------------------------------------------------------------------------------------------------- one config
@@ -109,8 +115,9 @@ def _markdown(section: SchemaField) -> str:
 def differences(config: Config) -> Iterator[tuple[SchemaField, Any]]:
     """Each field that differs from its default, and its value as JSON has it; a section in a section is one value."""
     for section, values in config.model_dump(mode="json").items():
-        for key, value in values.items():
-            field = schema_fields()[f"{section}.{key}"]
+        members = {f"{section}.{key}": value for key, value in values.items()} if isinstance(values, dict) else {}
+        for name, value in (members or {section: values}).items():
+            field = schema_fields()[name]
             if field.required or value != json.loads(json.dumps(field.default)):
                 yield field, value
 
@@ -136,16 +143,21 @@ def brief(config: Config) -> str:
     """
     train, world = config.train, World.of(config)
     sections: dict[str, dict[str, Any]] = {}
+    alone: dict[str, Any] = {}
     for field, value in differences(config):
-        section, _, key = field.name.partition(".")
-        sections.setdefault(section, {})[key] = value
+        section, dot, key = field.name.partition(".")
+        if dot:
+            sections.setdefault(section, {})[key] = value
+        else:
+            alone[section] = value
+    in_all = "" if train.steps is None else f" = {train.steps * config.tokens_per_step:,} tokens"
+    times = f"{train.epochs:g} epochs in steps of" if train.steps is None else f"{train.steps:,} steps ×"
     lines = [
-        f"# {train.steps:,} steps × {train.global_batch_size:,} sequences × {config.data.seq_len:,} tokens = "
-        f"{train.steps * config.tokens_per_step:,} tokens",
+        f"# {times} {train.global_batch_size:,} sequences × {config.data.seq_len:,} tokens{in_all}",
         f"# a step's {train.global_batch_size:,} sequences = {world.data:,} data-parallel rank(s) × "
         f"{world.num_micro_batches:,} accumulated pass(es) × {train.micro_batch_size:,} at a time",
     ]
-    for section, values in sections.items():
+    for section, values in (alone | sections).items():
         lines.append(f"{section}: {_yaml(values, width=WIDTH)}")
     return "\n".join(lines)
 
@@ -167,6 +179,9 @@ def starting_file(name: str, preset: str, overrides: list[str]) -> str:
     ]
     shown = [*STARTING_FIELDS, *sorted(given.difference(STARTING_FIELDS))]
     for section in fields_below(""):
+        if not section.is_section:
+            lines += ["", f"{section.name}: {values[section.name]}"] if section.name in given else []
+            continue
         fields = [schema_fields()[each] for each in shown if each.startswith(f"{section.name}.")]
         live = {each.name for each in fields if each.name in given or PLACEHOLDER in str(_value(values, each.name))}
         lines += ["", f"{section.name}:" if live else f"# {section.name}:"] if fields else []

@@ -21,6 +21,7 @@ _POSITION = "the data position counts samples of this kind and order"
 _MOMENTS = "the optimizer's moments were gathered with it"
 
 FIXED: Mapping[str, str] = {
+    "task": "the checkpoint's moments are of another task",
     "run.seed": _POSITION,
     "model.family": _WEIGHTS,
     "model.vocab_size": _WEIGHTS,
@@ -66,11 +67,13 @@ NOTED: Mapping[str, str] = {
 }
 
 # The checkpoint was found by run.name; model.max_seq_len is a bound and no weight, and model.init_std is used at step 0
-# only. Whatever data.path, data.source and data.tokenizer say, data.identity says what must be there.
+# only. Whatever data.path, data.source and how its records are read say, data.identity says what must be there; and
+# train.steps how long train.epochs is.
 FREE = (
     *("run.name", "run.root", "cluster", "model.max_seq_len", "model.init_std"),
     *("data.path", "data.source", "data.text_field", "data.dedup", "data.aws_profile"),
     *("data.tokenizer", "data.end_of_document", "data.max_left_out"),
+    *("data.records", "data.fields", "data.chat_template", "data.train_on", "train.epochs"),
     *("data.max_epochs", "data.access", "data.cache_bytes"),
     "parallel",
     "engine.activation_checkpointing",
@@ -185,10 +188,12 @@ def _changes_in(table: Mapping[str, str], saved: Mapping[str, Any], now: Config)
     """(field, before, after, the table's words) of every field of the table that both have and that differs."""
     values_now = now.model_dump(mode="json")
     for name, words in table.items():
-        section, key = name.split(".")
-        before = saved.get(section, {})
-        if key in before and before[key] != values_now[section][key]:
-            yield name, before[key], values_now[section][key], words
+        section, _, key = name.rpartition(".")
+        before, after = (saved.get(section, {}), values_now[section]) if section else (saved, values_now)
+        # Steps are not known before the data is there, where epochs are given in their place.
+        unsettled = name == "train.steps" and after[key] is None
+        if key in before and before[key] != after[key] and not unsettled:
+            yield name, before[key], after[key], words
 
 
 def _shown(value: Any) -> str:

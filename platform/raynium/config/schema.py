@@ -6,58 +6,39 @@ its own fields; rules that cross parts (batch × ranks, tensor parallelism × he
 `planning/rules.py`.
 """
 
-from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from raynium.config.families import FAMILIES, Family, FamilyName
-
-
-@dataclass(frozen=True)
-class Unit:
-    """What a number of this type counts or measures."""
-
-    name: str
-
-
-@dataclass(frozen=True)
-class Accepts:
-    """What may be given, where the type and its limits do not say it in words that a user reads."""
-
-    words: str
-
-
-PositiveInt = Annotated[int, Field(ge=1)]
-PositiveFloat = Annotated[float, Field(gt=0)]
-NonNegativeInt = Annotated[int, Field(ge=0)]
-NonNegativeFloat = Annotated[float, Field(ge=0)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-ProperFraction = Annotated[float, Field(gt=0, lt=1)]
-FractionBelowOne = Annotated[float, Field(ge=0, lt=1)]
-Location = Annotated[str, Field(min_length=1), Accepts("a folder, a file or a URL")]
-
-Steps = Annotated[PositiveInt, Unit("steps")]
-Sequences = Annotated[PositiveInt, Unit("sequences")]
-Tokens = Annotated[PositiveInt, Unit("tokens")]
-Documents = Annotated[PositiveInt, Unit("documents")]
-Nodes = Annotated[PositiveInt, Unit("nodes")]
-Ranks = Annotated[PositiveInt, Unit("ranks")]
-Layers = Annotated[PositiveInt, Unit("layers")]
-Heads = Annotated[PositiveInt, Unit("heads")]
-Features = Annotated[PositiveInt, Unit("features")]
-Checkpoints = Annotated[PositiveInt, Unit("checkpoints")]
-Failures = Annotated[NonNegativeInt, Unit("failures")]
-Seconds = Annotated[PositiveFloat, Unit("seconds")]
-Bytes = Annotated[PositiveInt, Unit("bytes")]
-
-
-class Section(BaseModel):
-    """A frozen part of the config; unknown keys are refused."""
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False, use_attribute_docstrings=True
-    )
+from raynium.config.section import (
+    Accepts,
+    Bytes,
+    Checkpoints,
+    Columns,
+    Documents,
+    Failures,
+    Features,
+    Fraction,
+    FractionBelowOne,
+    Heads,
+    Identity,
+    Layers,
+    Location,
+    Nodes,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ProperFraction,
+    Ranks,
+    Seconds,
+    Section,
+    Sequences,
+    Steps,
+    Tokens,
+    Unit,
+)
 
 
 class RunSection(Section):
@@ -104,9 +85,6 @@ class RopeScaling(Section):
     """Wavelengths below original_max_seq_len / this stay as they are; those between are blended."""
     original_max_seq_len: Tokens
     """The longest sequence before the stretching."""
-
-
-Identity = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$"), Accepts("an identity, 64 hex digits")]
 
 
 class ModelSection(Section):
@@ -185,6 +163,29 @@ class MixtureStage(Section):
     """Of every store, by the last part of its place."""
 
 
+class RecordFields(Section):
+    """Columns of the source, by what they are to a record; a.b is b in the object a.
+
+    Of several columns the texts are joined by an empty line, without those that are empty or null:
+    `{prompt: [instruction, input], completion: output}`. A chat has messages, or else a prompt and a completion.
+    """
+
+    messages: Columns | None = None
+    """Of chats: a list of messages, each with role and content."""
+    tools: Columns | None = None
+    """Of chats, where there are any: a list of the tools' JSON schemas, or that as a text."""
+    system: Columns | None = None
+    """Of a chat that has a prompt: its system message, where there is one."""
+    prompt: Columns | None = None
+    """Of completions and preferences, and of chats without messages: a text, or messages."""
+    completion: Columns | None = None
+    """What follows the prompt, and is learned."""
+    chosen: Columns | None = None
+    """Of preferences: the better answer."""
+    rejected: Columns | None = None
+    """Of preferences: the worse answer."""
+
+
 class DataSection(Section):
     """A document store, token shards and a manifest, under `path`; or several, in a `mixture`.
 
@@ -208,7 +209,8 @@ class DataSection(Section):
     in, so that a run goes on with the same content only, wherever it lies."""
     source: Location | None = None
     """Text to make the store of: a folder, a file or a glob, also at s3://, of .txt, .md, .py, .jsonl, .json (each also
-    .gz or .zst), .parquet or .arrow files; a dataset that `datasets` saved to disk; or `python-stdlib`."""
+    .gz or .zst), .parquet or .arrow files; a dataset that `datasets` saved to disk; `python-stdlib`; or
+    `made-chats`, short chats of sums and look-ups, to try fine-tuning with."""
     text_field: Annotated[str, Field(min_length=1)] = "text"
     """Where the source's records have their text; `a.b` is the field b of the object in its field a."""
     dedup: Literal["none", "exact"] = "none"
@@ -221,6 +223,19 @@ class DataSection(Section):
     end_of_document: Annotated[str, Field(min_length=1)] | None = None
     """The token that ends a document, of data.tokenizer. null: what the files beside it say
     (tokenizer_config.json, config.json, generation_config.json)."""
+    records: Annotated[
+        str, Field(min_length=1), Accepts("text, chats, completions, preferences, or package.module:Class")
+    ] = "text"
+    """What a record of the source is, and so what of it is learned; docs/tasks.md. text: a text, all of it. chats:
+    messages, those of the assistant. completions: a text, and another that follows it and is learned. preferences: two
+    answers. package.module:Class: a format of your own. Another task than pretraining says which, where this does
+    not."""
+    fields: RecordFields | None = None
+    """Where a record of the source has what is asked for. null: under the same names."""
+    chat_template: Location | None = None
+    """A file with the chat template (Jinja), or chatml for that one. null: the one that lies with data.tokenizer."""
+    train_on: Literal["all", "last"] = "all"
+    """Of a chat's assistant turns, those that are learned."""
     max_left_out: Fraction = 0.1
     """Share of the source's text that may be left out (not UTF-8, kinds that are not read, null)
     before it is refused."""
@@ -230,9 +245,11 @@ class DataSection(Section):
     """Length of one sequence of the batch."""
     packing: Literal["stream", "documents"] = "stream"
     """How sequences are made. stream: windows over the text, whose documents follow one another and see those before
-    them. documents: whole documents packed side by side; a token sees only its own."""
-    too_long: Literal["split", "leave_out"] = "split"
-    """With packing documents, what becomes of one that is longer than seq_len; what is left out is counted."""
+    them. documents: whole documents packed side by side; a token sees only its own; what records make takes that, and
+    has it unless this says otherwise."""
+    too_long: Literal["split", "cut", "leave_out", "refuse"] = "split"
+    """With packing documents, what becomes of one that is longer than seq_len. split: it goes on in another row. cut:
+    what is over is dropped. leave_out: all of it is. refuse: the run does not start. Each is counted."""
     shuffle: Literal["rows", "blocks"] = "rows"
     """The order of a store's rows; each comes once an epoch. rows: any row may follow any other. blocks: neighbours in
     the text stay in blocks, of which shuffle_lanes are read at a time, so that one request to S3 serves many rows."""
@@ -331,19 +348,28 @@ class TrainSection(Section):
     global_batch_size / (micro_batch_size × data-parallel ranks), where data-parallel ranks = cluster.nodes ×
     cluster.ranks_per_node / (parallel.tensor × parallel.pipeline). It must come out whole; there is no setting for it.
 
-    Epochs are no setting either: epochs = steps × global_batch_size × data.seq_len / training tokens (the `data:` line
-    says how many). When all samples were seen they come again in another order.
+    epochs = steps × global_batch_size × data.seq_len / training tokens (the `data:` line says how many), or, where rows
+    are packed, steps × global_batch_size / rows. When all samples were seen they come again in another order.
 
     Every step is logged to MLflow, sent together every two seconds, with x = step; the terminal and the driver's log
     show the newest. Evaluation and saving have their own `every_steps` and always come after the last step, too.
     """
 
-    steps: Steps
-    """Updates of the weights, counted from the run's beginning, not from a resume."""
+    steps: Steps | None = None
+    """Updates of the weights, counted from the run's beginning, not from a resume. null: as many as epochs makes."""
+    epochs: PositiveFloat | None = None
+    """In place of steps: how often all rows are gone through. Settled when the data is there, as
+    steps = epochs × rows / global_batch_size, rounded up."""
     global_batch_size: Sequences
     """Sequences of one step, over all ranks and accumulated passes."""
     micro_batch_size: Sequences = 1
     """Sequences that a data-parallel rank computes at a time: it changes memory and speed, no result."""
+
+    @property
+    def num_steps(self) -> int:
+        """Once epochs are settled."""
+        assert self.steps is not None, "the run has neither steps nor epochs: reading a config refuses that"
+        return self.steps
 
 
 class CheckpointSection(Section):
@@ -435,6 +461,8 @@ class Config(Section):
     that names it); what the file itself says is laid over that, field by field.
     """
 
+    task: Annotated[str, Field(min_length=1), Accepts("pretraining, sft, or package.module:Class")] = "pretraining"
+    """What is learned; docs/tasks.md. package.module:Class: a task of your own, which every node can import."""
     run: RunSection
     cluster: ClusterSection = ClusterSection()
     model: ModelSection

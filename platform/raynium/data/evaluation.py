@@ -1,7 +1,8 @@
 """Held-out documents as batches, and the unit they are judged in: bits per byte, which no choice of tokenizer flatters.
 
-Each token of a document is counted once, the first one given the end-of-document token before it. A document longer
-than T is cut into windows of T labels; a later window begins with the label before it as its only context.
+Each token of a document is counted once, the first one given the end-of-document token before it. Of a flagged store
+those tokens are that are labels, and the first one is none. A document longer than T is cut into windows of T labels; a
+later window begins with the label before it as its only context.
 
 B: sequences per call, T: seq_len.
 """
@@ -11,9 +12,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
 from raynium.data.batch import IGNORED_LABEL, Batch
+from raynium.data.records.flags import is_label, token_ids
 from raynium.data.store import OpenStore
 
 
@@ -50,9 +51,16 @@ def evaluation_set(
     end_of_document = store.manifest.end_of_document_id
     rows: list[tuple[np.ndarray, np.ndarray]] = []
     for document in documents:
-        labels = stream.read(document.offset, document.num_tokens).astype(np.int64)
-        tokens = np.concatenate([[end_of_document], labels[:-1]])
+        stored = stream.read(document.offset, document.num_tokens)
+        if store.manifest.flagged:
+            ids = token_ids(stored).astype(np.int64)
+            tokens, labels = ids[:-1], np.where(is_label(stored), ids, IGNORED_LABEL)[1:]
+        else:
+            labels = stored.astype(np.int64)
+            tokens = np.concatenate([[end_of_document], labels[:-1]])
         rows += [(tokens[i : i + seq_len], labels[i : i + seq_len]) for i in range(0, len(labels), seq_len)]
+    import torch
+
     rows_per_call = batch_size * data_size
     num_calls = math.ceil(len(rows) / rows_per_call)
     tokens_RT = np.full((num_calls * rows_per_call, seq_len), end_of_document, dtype=np.int64)
@@ -71,7 +79,7 @@ def evaluation_set(
             for first in firsts
         ],
         num_documents=len(documents),
-        num_tokens=sum(document.num_tokens for document in documents),
+        num_tokens=sum(int((labels != IGNORED_LABEL).sum()) for _, labels in rows),
         num_bytes=sum(document.utf8_bytes for document in documents),
     )
 

@@ -167,7 +167,7 @@ def open_loader(
         data_rank=data_rank,
         data_size=data_size,
         steps_per_read=1 if streamed else max(1, BYTES_AT_ONCE // bytes_per_step),
-        ahead=Ahead(train.steps, data.cache_bytes // cache_sharers) if streamed else None,
+        ahead=Ahead(train.num_steps, data.cache_bytes // cache_sharers) if streamed else None,
         told=lambda step: metrics_of_stores(config, order, num_rows=num_rows, num_labels=labels, step=step),
     )
 

@@ -21,6 +21,8 @@ import numpy as np
 from awscrt.checksums import combine_crc64nvme
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from raynium.data.records.flags import NUM_FLAGS
+from raynium.data.records.registry import RecordsRecipe
 from raynium.data.text.left_out import LeftOutGroup
 from raynium.errors import DataError
 from raynium.storage.checksum import FileChecksums, checksum, from_text, list_from_text, num_units, to_text
@@ -148,6 +150,8 @@ class Recipe(_JsonObject):
     heldout_fraction: Annotated[float, Field(gt=0, lt=1)]
     # exact: of equal texts the first one in the order of the sources was kept.
     dedup: Literal["none", "exact"]
+    # None: of texts, whose tokens are all labels, and which the end-of-document token ends.
+    records: RecordsRecipe | None = None
 
 
 class StoreManifest(_JsonObject):
@@ -223,6 +227,11 @@ class StoreManifest(_JsonObject):
         return shard_dtype(self.token_dtype)
 
     @property
+    def flagged(self) -> bool:
+        """Whether tokens have flags in their top bits, that say what is learned: see `records/flags.py`."""
+        return self.recipe.records is not None
+
+    @property
     def num_bytes(self) -> int:
         """Size of the files together."""
         return sum(file.size_bytes for file in self.files)
@@ -251,6 +260,8 @@ class StoreManifest(_JsonObject):
         """
         streams = [_joined(files) for files in (self.train_shards, self.heldout_shards)]
         known_by = [self.tokenizer_sha256, self.vocab_size, self.end_of_document_id, self.token_dtype, *streams]
+        if self.recipe.records is not None:
+            known_by.append(self.recipe.records.model_dump())
         return hashlib.sha256(json.dumps(known_by).encode()).hexdigest()
 
     def _contradiction(self) -> str | None:
@@ -268,7 +279,7 @@ class StoreManifest(_JsonObject):
                 return f"{subset_name}.shards.numbers do not rise"
             if sum(tokens) != subset.tokens:
                 return f"{subset_name}.shards.tokens do not add up to {subset.tokens}"
-        if self.vocab_size > 2 ** (8 * self.numpy_dtype.itemsize):
+        if self.vocab_size > 2 ** (8 * self.numpy_dtype.itemsize - (NUM_FLAGS if self.flagged else 0)):
             return f"vocab_size {self.vocab_size} does not fit token_dtype {self.token_dtype}"
         if self.end_of_document_id >= self.vocab_size:
             return f"end_of_document_id {self.end_of_document_id} is outside the vocabulary of {self.vocab_size}"
@@ -304,10 +315,13 @@ def shard_dtype(token_dtype: str) -> np.dtype[Any]:
     return np.dtype(token_dtype).newbyteorder("<")
 
 
-def token_dtype_for(vocab_size: int) -> Literal["uint16", "uint32"]:
-    """The smallest token type that holds every id below `vocab_size`. Raises DataError if none does."""
-    if vocab_size <= 2**16:
+def token_dtype_for(vocab_size: int, *, flagged: bool = False) -> Literal["uint16", "uint32"]:
+    """The smallest token type that holds every id below `vocab_size`, and its flags. Raises DataError if none does."""
+    flags = NUM_FLAGS if flagged else 0
+    if vocab_size <= 2 ** (16 - flags):
         return "uint16"
-    if vocab_size <= 2**32:
+    if vocab_size <= 2 ** (32 - flags):
         return "uint32"
-    raise DataError(f"vocab_size {vocab_size}: token shards hold ids below {2**32}; use a smaller tokenizer")
+    raise DataError(
+        f"vocab_size {vocab_size}: token shards hold ids below {2 ** (32 - flags)}; use a smaller tokenizer"
+    )

@@ -1,5 +1,6 @@
 """Whether the stores of a run go together, and last for as long as it trains: by their manifests alone."""
 
+import math
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
 
@@ -7,7 +8,7 @@ from raynium.config.schema import Config
 from raynium.data.manifest import StoreManifest
 from raynium.data.order import Order
 from raynium.data.order.mixture import mixture_of
-from raynium.errors import DataError
+from raynium.errors import ConfigError, DataError
 
 
 def refuse_unmixable(config: Config, manifests: Sequence[StoreManifest]) -> None:
@@ -56,7 +57,7 @@ def metrics_of_stores(
 
 def refuse_used_up(config: Config, num_rows: Sequence[int]) -> None:
     """Raises DataError if the run goes through a store more than data.max_epochs times. num_rows: of each store."""
-    if config.data.max_epochs is None:
+    if config.data.max_epochs is None or config.train.steps is None:
         return
     batch, steps = config.train.global_batch_size, config.train.steps
     mixture = mixture_of(config.data, batch)
@@ -82,6 +83,25 @@ def refuse_used_up(config: Config, num_rows: Sequence[int]) -> None:
 def epochs_in_words(config: Config, num_rows: Sequence[int]) -> Iterator[str]:
     """A line for each store of a mixture: what the whole run takes of it."""
     mixture = mixture_of(config.data, config.train.global_batch_size)
-    total = config.train.steps * config.train.global_batch_size
+    total = config.train.num_steps * config.train.global_batch_size
     for store, rows, samples in zip(config.data.stores, num_rows, mixture.counts(total), strict=True):
         yield f"data: {store.name}: {samples / total:.1%} of the samples, {samples / rows:.3g} epochs"
+
+
+def with_steps(config: Config, rows: int) -> Config:
+    """The config with the steps that its epochs make. rows: of its one store.
+
+    Raises ConfigError where it has others.
+    """
+    train = config.train
+    assert train.epochs is not None
+    # By the decimal that was given, so that a tenth of ten rows is one.
+    steps = math.ceil(Fraction(str(train.epochs)) * rows / train.global_batch_size)
+    if train.steps not in (None, steps):
+        raise ConfigError(
+            [
+                f"train.steps is {train.steps} and train.epochs {train.epochs:g}, which are {steps} steps: take one of "
+                "them out"
+            ]
+        )
+    return config.model_copy(update={"train": train.model_copy(update={"steps": steps})})

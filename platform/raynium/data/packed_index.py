@@ -49,7 +49,8 @@ _MAX_PART_BYTES = 2**32
 class Packable(NamedTuple):
     """What packing needs of a store.
 
-    stream: of its tokens, open in this process. place: a folder or URL where any node finds the store. copy: a folder
+    stream: of its tokens, open in this process. end_of_document: what fills rows up, and ends a document where the
+    tokens are not flagged. place: a folder or URL where any node finds the store. copy: a folder
     in which this node has one of its own, as others may. homes: folders or URLs beside which the index may lie, the one
     to be preferred first.
     """
@@ -60,17 +61,20 @@ class Packable(NamedTuple):
     place: str
     copy: Path | None
     homes: Sequence[str]
+    flagged: bool = False
 
 
 @dataclass(frozen=True)
 class PackWork:
-    """The same for all parts. opened: the store's training tokens. target: where the parts go."""
+    """The same for all parts. opened: the store's training tokens. target: where the parts go. end_of_document: None
+    for flagged tokens.
+    """
 
     opened: Callable[[], AbstractContextManager[Stream]]
     target: str
     seq_len: int
     too_long: TooLong
-    end_of_document: int
+    end_of_document: int | None
 
 
 class NotKept(StoreError):
@@ -137,12 +141,19 @@ def _made(
         target=folder.url,
         seq_len=data.seq_len,
         too_long=data.too_long,
-        end_of_document=store.end_of_document,
+        end_of_document=None if store.flagged else store.end_of_document,
     )
     numbers = range(num_parts(len(store.stream), data.seq_len))
     tell(f"data: packing {len(store.stream):,} tokens into rows of {data.seq_len}")
     with contextlib.closing((runner or in_this_process)(pack_to, work, numbers)) as results:
         facts = [facts for _, facts in sorted(results)]
+    longest = max(each.longest for each in facts)
+    if data.too_long == "refuse" and longest > data.seq_len:
+        raise DataError(
+            f"data.seq_len = {data.seq_len}: the longest document of {store.place} has {longest} tokens, and "
+            f"data.too_long is refuse; set data.seq_len to {longest} or more, or data.too_long to cut, leave_out or "
+            "split"
+        )
     index = PackedIndex.of(facts, identity=store.identity, seq_len=data.seq_len, too_long=data.too_long)
     if not index.num_rows:
         shortest = min(each.shortest for each in facts if each.shortest)

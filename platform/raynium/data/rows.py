@@ -75,6 +75,7 @@ def open_rows(store: OpenStore, data: DataSection, *homes: str) -> Rows:
     homes: see `packable`. Any process of a node may call it: one makes the index of packed rows, where it is missing,
     and others wait.
     """
+    refuse_windows_of_records(store.manifest, data, where=store.place)
     if data.packing == "stream":
         return StreamRows(store, data.seq_len)
     known = packable(store, *homes)
@@ -82,7 +83,16 @@ def open_rows(store: OpenStore, data: DataSection, *homes: str) -> Rows:
     if isinstance(store, DocumentStore):
         # All of the store is on this node, whose rows come in any order.
         index.copy_all()
-    return PackedRows(known.stream, index, end_of_document=known.end_of_document)
+    return PackedRows(known.stream, index, end_of_document=known.end_of_document, flagged=known.flagged)
+
+
+def refuse_windows_of_records(manifest: StoreManifest, data: DataSection, *, where: str) -> None:
+    """Raises DataError where records would be cut into windows."""
+    if manifest.flagged and data.packing == "stream":
+        raise DataError(
+            f"data.packing is stream, and {where} holds {manifest.recipe.records.format}, of which each is learned on "  # pyright: ignore[reportOptionalMemberAccess]
+            "its own: set data.packing to documents"
+        )
 
 
 def num_labels(rows: Rows, seq_len: int) -> int:
@@ -100,4 +110,5 @@ def packable(store: OpenStore, *homes: str) -> Packable:
         place=homes[0],
         copy=store.path if isinstance(store, DocumentStore) else None,
         homes=homes,
+        flagged=store.manifest.flagged,
     )

@@ -5,6 +5,7 @@
     heldout-00000.bin …     held-out documents one after the other, nothing between
     heldout-documents.json  where each begins and ends, in the order of the hash of their names
     tokenizer.json
+    chat-template.json      of a store of chats
     *.crc                   beside each of these files: the checksums of its units
     manifest.json           written last: without it the folder is no store
 
@@ -25,6 +26,7 @@ import numpy as np
 
 from raynium.config.plain_file import read_plain
 from raynium.data.manifest import MANIFEST_NAME, StoreManifest
+from raynium.data.records.template import OWN_NAME, ChatTemplate
 from raynium.data.tokenizer import TOKENIZER_NAME, Tokenizer
 from raynium.data.tokens import (
     Shards,
@@ -84,6 +86,12 @@ class OpenStore(ABC):
     def train_token_counts(self) -> np.ndarray:
         """int64 [vocab_size]: occurrences in the training stream. DataError for damage."""
         return np.frombuffer(self.read_file(TOKEN_COUNTS_NAME), dtype=TOKEN_COUNT_DTYPE).astype(np.int64)
+
+    def chat_template(self) -> ChatTemplate | None:
+        """That its chats were rendered with; None for a store of something else."""
+        if all(file.name != OWN_NAME for file in self.manifest.files):
+            return None
+        return ChatTemplate.load(lambda name: self.read_file(name) if name == OWN_NAME else None, self.place)
 
     def tokenizer(self) -> Tokenizer:
         return Tokenizer(

@@ -7,7 +7,8 @@ import hashlib
 import json
 import re
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
@@ -16,8 +17,10 @@ import tokenizers
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
 from raynium.config.plain_file import read_plain
+from raynium.data.records.template import ReadBeside
 from raynium.errors import DataError, StoreError, some
 from raynium.storage.backend import KeyMissing
+from raynium.storage.local_files import look
 from raynium.storage.store import Store
 
 TOKENIZER_NAME = "tokenizer.json"
@@ -49,8 +52,6 @@ SPLIT_PATTERN = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|
 # 26, a line of dashes) would take an hour. Longer runs of one kind of character are cut, for training only.
 LONGEST_WORD = 256
 _LONG_WORD = re.compile("|".join(f"{kind}{{{LONGEST_WORD}}}" for kind in (r"[^\W\d_]", r"\s", r"(?:[^\w\s]|_)")))
-# A file of this name beside a tokenizer; None where there is none.
-ReadBeside = Callable[[str], bytes | None]
 
 
 class Tokenizer:
@@ -110,16 +111,15 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str | Path, *, end_of_document: str | None = None) -> Self:
-        """Read a tokenizer.json, from a path or a URL, and what the files beside it say of the end of a document.
+        """Read a tokenizer.json, or that of a folder, from a path or a URL, and what the files beside it say of the end
+        of a document.
 
         end_of_document: that token, where the user names it. Raises DataError if the file is missing, damaged, or
         nothing says how a document ends.
         """
         described_as = f"tokenizer {str(path)!r}"
-        plain = str(path).removeprefix("file://")
-        folder, _, name = plain.rpartition("/")
         try:
-            read = _reader(Store(folder)) if "://" in plain else lambda name: _read_beside(Path(plain).parent / name)
+            read, name = beside(path)
             content = read(name)
             if content is None:
                 raise DataError(f"{described_as} cannot be read: there is no such file; give that of a tokenizer.json")
@@ -130,7 +130,7 @@ class Tokenizer:
     @classmethod
     def kept(cls, store: Store) -> Self:
         """The tokenizer that the run at `store` keeps. Raises KeyMissing, DataError."""
-        return cls._of(store.read(TOKENIZER_NAME).decode(), _reader(store), store.uri(TOKENIZER_NAME), None)
+        return cls._of(store.read(TOKENIZER_NAME).decode(), reader(store), store.uri(TOKENIZER_NAME), None)
 
     def keep(self, store: Store) -> None:
         """In the run at `store`, so that it can be sampled without the data."""
@@ -166,9 +166,10 @@ class Tokenizer:
         )
 
     @classmethod
-    def train(cls, texts: Iterable[str], *, vocab_size: int) -> Self:
+    def train(cls, texts: Iterable[str], *, vocab_size: int, special_tokens: Sequence[str] = ()) -> Self:
         """A byte-level BPE learned from `texts`; the same texts in the same order give the same file, byte for byte.
 
+        special_tokens: beside that which ends a document; what chat templates mark turns with.
         The result has fewer than `vocab_size` tokens when the texts hold too few pairs to merge.
         """
         check_vocab_size(vocab_size)
@@ -182,7 +183,7 @@ class Tokenizer:
         tokenizer.decoder = decoders.ByteLevel()  # pyright: ignore[reportAttributeAccessIssue]
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size,
-            special_tokens=[END_OF_DOCUMENT],
+            special_tokens=[END_OF_DOCUMENT, *special_tokens],
             initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
             show_progress=False,
         )
@@ -198,6 +199,22 @@ class Tokenizer:
         encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         # By way of an array of C's integers: numpy itself takes twice as long over a list.
         return [np.frombuffer(array("I", encoding.ids), np.uint32).astype(np.int64) for encoding in encodings]
+
+    def encode_markup(self, texts: Sequence[str], *, markup: bool = True) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Of each text the token ids, int64 [n], and the [begin, end) of the characters of each, int64 [n, 2].
+
+        markup: whether special tokens that a text spells become them, as they must in what a chat template rendered.
+        """
+        tokenizer = self._reading_markup if markup else self._tokenizer
+        encodings = tokenizer.encode_batch(list(texts), add_special_tokens=False)
+        return [(np.array(each.ids, np.int64), np.array(each.offsets, np.int64).reshape(-1, 2)) for each in encodings]
+
+    @cached_property
+    def _reading_markup(self) -> tokenizers.Tokenizer:
+        tokenizer = tokenizers.Tokenizer.from_str(self.file_text)
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        return tokenizer
 
     def decode(self, token_ids: Iterable[int]) -> str:
         """The text that these ids stand for; bytes that are no UTF-8 (a sample cut mid-character) become U+FFFD."""
@@ -246,7 +263,22 @@ def _tokens(value: Any) -> Iterator[str | int]:
             yield each
 
 
-def _reader(store: Store) -> ReadBeside:
+def beside(path: str | Path) -> tuple[ReadBeside, str]:
+    """What reads files of the folder of a tokenizer.json, given by its path or URL or by that of its folder, and the
+    name of its file there.
+    """
+    plain = str(path).removeprefix("file://").rstrip("/")
+    if "://" in plain:
+        folder, _, name = plain.rpartition("/") if plain.endswith(".json") else (plain, "", TOKENIZER_NAME)
+        return reader(Store(folder)), name
+    local = Path(plain)
+    folder, name = (local, TOKENIZER_NAME) if look(local.is_dir) else (local.parent, local.name)
+    return (lambda name: _read_beside(folder / name)), name
+
+
+def reader(store: Store) -> ReadBeside:
+    """Of a run, or of a folder that a store is for."""
+
     def read(name: str) -> bytes | None:
         try:
             return store.read(name, max_bytes=MAX_FILE_BYTES)

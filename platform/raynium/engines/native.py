@@ -163,7 +163,7 @@ class NativeEngine:
             [gradient for _, gradient in gradients], scale.float()
         )
 
-        rate = learning_rate(self._config.optimizer, step=step, total_steps=self._config.train.steps)
+        rate = learning_rate(self._config.optimizer, step=step, total_steps=self._config.train.num_steps)
         for group in self._optimizer.param_groups:
             group["lr"] = rate
         for part, gradient in gradients:

@@ -281,7 +281,7 @@ class NxdEngine:
         # NxD takes the mean over data ranks: times their number, it is the sum.
         sums = self._passes.train(batch, self.data_size / counted.divisor_or_1)
 
-        rate = learning_rate(self._config.optimizer, step=step, total_steps=self._config.train.steps)
+        rate = learning_rate(self._config.optimizer, step=step, total_steps=self._config.train.num_steps)
         for group in self._optimizer.param_groups:
             group["lr"] = rate
         self._optimizer.step()

@@ -40,6 +40,8 @@ def describe(record: RunRecord, *, now_unix: float, eta_seconds: float | None = 
         verdict.append(f"ETA {clock(eta_seconds)}")
     if (bits := (record.metrics or {}).get("eval/bits_per_byte")) is not None:
         verdict.append(f"held-out {bits:.3f} bits/byte")
+    elif (loss := (record.metrics or {}).get("eval/loss")) is not None:
+        verdict.append(f"held-out loss {loss:.3f}")
     if record.ledger.total:
         verdict.append(f"goodput {100 * record.ledger.goodput:.0f} %")
     # MLflow folds all but the first lines.

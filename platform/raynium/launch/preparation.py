@@ -18,9 +18,11 @@ from raynium.config.schema import Config
 from raynium.convert.beginning import adopt_weights, with_own_tokenizer
 from raynium.data.build.prepare import check_stores, prepare_stores
 from raynium.data.build.survey import Survey
+from raynium.data.mixed import with_steps
 from raynium.data.packed_index import ensure_index
+from raynium.data.records.template import OWN_NAME
 from raynium.data.remote import find_identities
-from raynium.data.rows import packable
+from raynium.data.rows import open_rows, packable
 from raynium.data.runner import Runner
 from raynium.data.store import TOKENIZER_NAME, OpenStore
 from raynium.data.tokenizer import Tokenizer
@@ -31,6 +33,7 @@ from raynium.planning.rules import check, doubts
 from raynium.run.past import Past
 from raynium.run.record import RecordKeeper, RunRecord, claim
 from raynium.storage.store import Store
+from raynium.tasks.registry import task_of
 from raynium.tracking.client import check_reachable, redact
 from raynium.tracking.provenance import provenance_tags
 from raynium.tracking.runs import TrackedRun, log_artifact_text, log_dataset, open_run, resolve_uri
@@ -76,6 +79,8 @@ def checked(config: Config) -> Config:
     config = resolve(config)
     if problems := [*placeholders(config), *collisions(config), *check(config)]:
         raise ConfigError(problems)
+    # A task of the user's own must be importable here, before any node is asked.
+    task_of(config)
     return config
 
 
@@ -187,10 +192,16 @@ def prepare_data(
     own = with_own_tokenizer(config, scratch_folder() / "tokenizers")
     documents = prepare_stores(own, cache_dir=scratch_folder() / "data", surveyed=surveyed, runner=runner, tell=tell)
     # A store that is new: what it holds was not known when the run's past was looked at.
-    if any(store.identity is None for store in config.data.stores):
-        config = identified(config, [store.manifest.identity for store in documents])
-        past.check_resume(config)
-    return config, documents
+    found = identified(config, [store.manifest.identity for store in documents])
+    if config.train.epochs is not None:
+        rows = open_rows(documents[0], config.data, config.data.place, config.run.place)
+        found = with_steps(found, len(rows))
+        tell(f"train: {config.train.epochs:g} epochs are {found.train.num_steps:,} steps")
+        if problems := check(found):
+            raise ConfigError(problems)
+    if found != config:
+        past.check_resume(found)
+    return found, documents
 
 
 def _packing_facts(config: Config, documents: list[OpenStore]) -> dict[str, int | float] | None:
@@ -215,6 +226,8 @@ def keep_tokenizer(store: Store, documents: OpenStore) -> None:
 
     An imported model brought one along: DataError if the documents were tokenised with another.
     """
+    if (template := documents.chat_template()) is not None and not store.exists(OWN_NAME):
+        store.replace(OWN_NAME, template.to_json())
     if not store.exists(TOKENIZER_NAME):
         documents.tokenizer().keep(store)
         return
@@ -259,7 +272,7 @@ def _open_mlflow(
     tell: Callable[[str], None],
 ) -> TrackedRun:
     """The run's one MLflow run: opened again if it has one at this address."""
-    token_budget = config.train.steps * config.tokens_per_step
+    token_budget = config.train.num_steps * config.tokens_per_step
     mlflow = open_run(
         uri,
         experiment=config.tracking.experiment,

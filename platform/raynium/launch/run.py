@@ -43,6 +43,7 @@ def run(
         console.print(Text(line))
 
     past = Past.read(config)
+    config = past.with_steps(config)
     # A mistake in the data is told before a cluster is started or joined, MLflow asked, or a record written.
     if (record := finished_record(config, past)) is not None:
         tell(f"run {config.run.name!r} has already finished at step {record.step}")
@@ -66,7 +67,7 @@ def run(
             tell=tell,
             runner=None if address is None else on_ray,
         )
-        with Display(config.train.steps, console, prepared.log_path) as display:
+        with Display(prepared.config.train.num_steps, console, prepared.log_path) as display:
             try:
                 if address is None:
                     cluster.enter_context(connect(None, least_cpus=config.cluster.ranks_per_node))
@@ -104,14 +105,16 @@ def _result(prepared: Prepared, status: Status) -> dict[str, Any]:
     from raynium.data.baselines import compute_baselines
 
     config = prepared.config
-    baselines = compute_baselines(prepared.documents, max_documents=config.evaluate.max_documents)
     result: dict[str, Any] = {
-        "bits_per_byte": status.metrics["eval/bits_per_byte"],
-        "unigram_bits_per_byte": baselines.unigram_bits_per_byte,
-        "zlib_bits_per_byte": baselines.zlib_bits_per_byte,
+        "held_out": {name: value for name, value in status.metrics.items() if name.startswith("eval/")},
         "checkpoint": status.committed_uri,
         "samples": [],
     }
+    if (bits := status.metrics.get("eval/bits_per_byte")) is not None:
+        baselines = compute_baselines(prepared.documents, max_documents=config.evaluate.max_documents)
+        result["bits_per_byte"] = bits
+        result["unigram_bits_per_byte"] = baselines.unigram_bits_per_byte
+        result["zlib_bits_per_byte"] = baselines.zlib_bits_per_byte
     if config.sample.prompts:
         from raynium.generation.drawing import Drawing
         from raynium.generation.sampler import open_sampler

@@ -41,7 +41,7 @@ class Reports:
         halted: Callable[[int], bool],
     ):
         """peak_flops_per_rank: of the config's dtype. halted: whether a rank's process is stopped by a signal."""
-        self._total_steps = config.train.steps
+        self._total_steps = config.train.num_steps
         self._coordinator = coordinator
         self._tracker = tracker
         self._peak_flops_per_rank = peak_flops_per_rank

@@ -245,6 +245,14 @@ def batch_size(config: Config) -> Iterator[str]:
 
 def schedule(config: Config) -> Iterator[str]:
     optimizer, steps = config.optimizer, config.train.steps
+    if config.train.epochs is not None and config.data.mixture:
+        yield (
+            f"train.epochs is {config.train.epochs:g} with data.mixture, whose stores have epochs of their own: set "
+            "train.steps, and data.max_epochs to bound them"
+        )
+    if steps is None:
+        # Asked again once epochs are settled.
+        return
     if optimizer.warmup_steps >= steps:
         yield (
             f"optimizer.warmup_steps is {optimizer.warmup_steps} of train.steps {steps}: the learning rate would never "

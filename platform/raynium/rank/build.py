@@ -33,7 +33,7 @@ from raynium.rank.plan import RankPlan
 from raynium.rank.snapshots import NoSnapshots, Snapshots
 from raynium.storage.store import Store
 from raynium.tasks.base import Sums, Task
-from raynium.tasks.pretraining import Pretraining
+from raynium.tasks.registry import task_of
 from raynium.train.compiles import WatchedEngine
 from raynium.train.link import Link
 from raynium.train.loop import Cadence, Outcome, train
@@ -66,7 +66,7 @@ def run(plan: RankPlan, link: Link) -> Outcome:
 
     # ---- model, optimizer, and the state they start from -----------------------------------------------------------
     link.phase("build", at)
-    task = Pretraining()
+    task = task_of(config)
     compiles = TorchCompiles()
     resumes = bool(plan.resume_images) or plan.resume_step is not None
     weights = "loaded" if resumes or config.model.init is not None else "first"
@@ -104,7 +104,7 @@ def run(plan: RankPlan, link: Link) -> Outcome:
     outcome = train(
         engine=engine,
         batches=loader,
-        cadence=Cadence(config.train.steps, config.checkpoint.every_steps, config.evaluate.every_steps),
+        cadence=Cadence(config.train.num_steps, config.checkpoint.every_steps, config.evaluate.every_steps),
         start_step=start_step,
         evaluate=lambda: evaluation.metrics(link.evaluating) | accelerator.metrics() | engine.compile_metrics(),
         snapshots=snapshots if config.checkpoint.save == "steps" else NoSnapshots(),

@@ -47,6 +47,14 @@ class Past:
         assert isinstance(saved, dict)
         return saved
 
+    def with_steps(self, config: Config) -> Config:
+        """The config with the steps that its epochs made, if the run went by as many: its data may not change."""
+        saved = self.config or (self.record.config if self.record else {})
+        train: Mapping[str, Any] = saved.get("train", {})
+        if config.train.steps is not None or train.get("epochs") != config.train.epochs:
+            return config
+        return config.model_copy(update={"train": config.train.model_copy(update={"steps": train.get("steps")})})
+
     def refuse_live(self) -> None:
         """Raises RunInUse while somebody drives the run."""
         if self.record is not None:
@@ -60,7 +68,7 @@ class Past:
         if self.newest is None or self.config is None:
             return []
         problems = resume_conflicts(self.config, config, step=self.newest.step)
-        if self.newest.step > config.train.steps:
+        if config.train.steps is not None and self.newest.step > config.train.steps:
             problems.append(
                 f"train.steps is {config.train.steps}, but run {config.run.name!r} has a checkpoint of step "
                 f"{self.newest.step}. Set train.steps to {self.newest.step} or more, or give another run.name"

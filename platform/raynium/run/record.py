@@ -86,7 +86,7 @@ class RunRecord:
         # What is read of any run.
         root = record.config.get("run", {}).get("root")
         steps = record.config.get("train", {}).get("steps")
-        if not isinstance(root, str) or not isinstance(steps, int):
+        if not isinstance(root, str) or not isinstance(steps, int | None):
             raise ValueError(f"its config has run.root = {root!r} and train.steps = {steps!r}")
         return record
 

@@ -27,6 +27,8 @@ def progress_line(status: Status, total_steps: int, steps_per_second: float | No
         parts.append(f"loss {status.metrics['train/loss']:.3f}")
     if "eval/bits_per_byte" in status.metrics:
         parts.append(f"held-out {status.metrics['eval/bits_per_byte']:.3f} bits/byte")
+    elif "eval/loss" in status.metrics:
+        parts.append(f"held-out loss {status.metrics['eval/loss']:.3f}")
     if "throughput/tokens_per_second" in status.metrics:
         parts.append(f"{status.metrics['throughput/tokens_per_second']:,.0f} tokens/s")
     if steps_per_second:

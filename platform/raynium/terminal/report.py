@@ -24,10 +24,9 @@ STOPPED_ON_REQUEST = 3
 
 def report_lines(record: RunRecord) -> list[str]:
     """What a person wants to know about a run, a line each."""
-    total = record.config["train"]["steps"]
     now = time.time()
     state = record.shown_state(now)
-    lines = [f"run {record.name}: {state} at step {record.step:,} of {total:,}"]
+    lines = [f"run {record.name}: {state} at step {record.step:,} of {_total(record)}"]
     if cause := record.shown_cause(now):
         lines.append(f"cause: {cause}")
     lines += [f"generation {each['generation']}: {each['text']}" for each in record.node_faults or ()]
@@ -41,6 +40,12 @@ def report_lines(record: RunRecord) -> list[str]:
     return lines
 
 
+def _total(record: RunRecord) -> str:
+    """Steps of the whole run; epochs are no steps before the data is there."""
+    train = record.config["train"]
+    return f"{train['steps']:,}" if train["steps"] is not None else f"{train['epochs']:g} epochs"
+
+
 def exit_code(record: RunRecord) -> int:
     """Of the process that drove the run: 0 only for a finished one, so that `train && export` exports no half of it."""
     if record.state == "finished":
@@ -50,17 +55,20 @@ def exit_code(record: RunRecord) -> int:
 
 
 def _result_lines(result: dict) -> list[str]:
-    bits, unigram, zlib = (result[f"{prefix}bits_per_byte"] for prefix in ("", "unigram_", "zlib_"))
     lines = []
     for sample in result["samples"]:
         lines += ["", "-" * 20 + " sampled from the model " + "-" * 20, sample.rstrip()]
     if result["samples"]:
         lines += ["-" * 64, ""]
-    return [
-        *lines,
-        f"held-out documents: {bits:.3f} bits per byte (its tokens' unigram model {unigram:.3f}, zlib {zlib:.3f})",
-        f"checkpoint: {result['checkpoint']}",
-    ]
+    if "bits_per_byte" in result:
+        bits, unigram, zlib = (result[f"{prefix}bits_per_byte"] for prefix in ("", "unigram_", "zlib_"))
+        held_out = f"{bits:.3f} bits per byte (its tokens' unigram model {unigram:.3f}, zlib {zlib:.3f})"
+    else:
+        whole = {
+            name.removeprefix("eval/"): value for name, value in result["held_out"].items() if name.count("/") == 1
+        }
+        held_out = ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in whole.items())
+    return [*lines, f"held-out documents: {held_out}", f"checkpoint: {result['checkpoint']}"]
 
 
 def goodput_line(ledger: Ledger) -> str:
@@ -106,7 +114,7 @@ def table_row(record: RunRecord, now_unix: float) -> tuple[str, str, str, str, s
     """name, state, step, held-out bits per byte, started, why it does not go on."""
     bits = (record.metrics or {}).get("eval/bits_per_byte")
     started = datetime.fromtimestamp(record.created_unix).strftime("%Y-%m-%d %H:%M")
-    step = f"{record.step:,}/{record.config['train']['steps']:,}"
+    step = f"{record.step:,}/{_total(record)}"
     held_out = f"{bits:.3f}" if bits is not None else ""
     cause = " ".join((record.shown_cause(now_unix) or "").split())
     return record.name, record.shown_state(now_unix), step, held_out, started, cause

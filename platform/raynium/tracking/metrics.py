@@ -19,6 +19,7 @@ METRICS: dict[str, str] = {
     "data/used_bytes": "bytes of the streamed rows that it trained on since it started, as they are stored",
     "data/wait_seconds": "seconds since it started until the blocks that its steps read were fetched and at hand",
     "eval/loss": "nats per token: cross-entropy on the held-out documents",
+    "eval/perplexity": "the exponential of eval/loss: of tokens that an answer chooses from, as it were",
     "eval/bits_per_byte": "bits per byte of the held-out documents' text; does not depend on the tokenizer",
     "time/step_seconds": "seconds from the start of this step to its end, checkpoints and evaluation excluded",
     "time/data_seconds": "seconds of the step spent waiting for the loader",
@@ -74,6 +75,7 @@ METRICS: dict[str, str] = {
 # Of one store of a mixture, whose name stands for the star. A run with one store alone has none.
 METRICS_OF_STORES: dict[str, str] = {
     "eval/*/loss": "nats per token: eval/loss on the held-out documents of that store",
+    "eval/*/perplexity": "the exponential of that",
     "eval/*/bits_per_byte": "bits per byte of those documents' text",
     "data/*/tokens": "tokens of that store trained on since step 0, over all ranks, without what fills packed rows up",
     "data/*/epochs": "how often the rows of that store were gone through since step 0",

@@ -23,6 +23,7 @@ from raynium.data.manifest import (
     token_dtype_for,
     units_content,
 )
+from raynium.data.records.template import OWN_NAME, ChatTemplate
 from raynium.data.store import HELDOUT_INDEX_NAME, TOKEN_COUNT_DTYPE, TOKEN_COUNTS_NAME, HeldoutDocument
 from raynium.data.text.documents import name_hash
 from raynium.data.text.left_out import LeftOut, LeftOutGroup, Tally
@@ -40,7 +41,12 @@ _SHARD = re.compile(r"(train|heldout)-\d+\.(bin|crc)")
 
 
 def finish(
-    work: Work, splits: Sequence[NumberedSplit], listed_left_out: Iterable[LeftOut], *, max_left_out: float
+    work: Work,
+    splits: Sequence[NumberedSplit],
+    listed_left_out: Iterable[LeftOut],
+    *,
+    max_left_out: float,
+    template: ChatTemplate | None = None,
 ) -> StoreManifest:
     """Writes all but the manifest, which is returned. Every split has its part.
 
@@ -79,6 +85,7 @@ def finish(
             (HELDOUT_INDEX_NAME, index.encode()),
             (TOKEN_COUNTS_NAME, counts.astype(TOKEN_COUNT_DTYPE).tobytes()),
             (TOKENIZER_NAME, tokenizer.file_text.encode()),
+            *([(OWN_NAME, template.to_json())] if template is not None else []),
         )
     ]
     manifest = StoreManifest.of(
@@ -87,7 +94,7 @@ def finish(
         tokenizer_sha256=tokenizer.sha256,
         vocab_size=tokenizer.vocab_size,
         end_of_document_id=tokenizer.end_of_document_id,
-        token_dtype=token_dtype_for(tokenizer.vocab_size),
+        token_dtype=token_dtype_for(tokenizer.vocab_size, flagged=work.format is not None),
         train=_subset([part.train for part in parts]),
         heldout=_subset([part.heldout for part in parts]),
         lengths=lengths.quantiles(),

@@ -18,12 +18,13 @@ from raynium.data.build.survey import Survey, Tell, survey
 from raynium.data.manifest import Recipe, StoreManifest
 from raynium.data.mixed import epochs_in_words, refuse_unmixable, refuse_used_up
 from raynium.data.packed_index import ensure_index
+from raynium.data.records.registry import TEXT, Records, records_of
 from raynium.data.remote import find_manifest
-from raynium.data.rows import packable, stream_rows
+from raynium.data.rows import packable, refuse_windows_of_records, stream_rows
 from raynium.data.runner import Runner
 from raynium.data.store import DocumentStore, OpenStore, no_store, refuse_other_data
 from raynium.data.text.left_out import left_out_in_words
-from raynium.data.tokenizer import Tokenizer, check_vocab_size
+from raynium.data.tokenizer import Tokenizer, beside, check_vocab_size
 from raynium.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -137,6 +138,7 @@ def check_data(data: DataSection, *, model_vocab_size: int, tell: Tell) -> Surve
         heldout_fraction=data.heldout_fraction,
         max_left_out=data.max_left_out,
         tell=tell,
+        records=records_of_data(data),
     )
     # No tokenizer makes more of a document than a token of each byte, one before it and one after it.
     most_tokens = found.num_train_bytes + 2 * len(found.train_bytes)
@@ -175,6 +177,7 @@ def prepare_store(
             end_of_document=data.end_of_document,
             heldout_fraction=data.heldout_fraction,
             max_left_out=data.max_left_out,
+            records=records_of_data(data),
             surveyed=surveyed,
             tell=tell,
         )
@@ -185,14 +188,37 @@ def prepare_store(
     return store
 
 
+def records_of_data(data: DataSection) -> Records | None:
+    """As `records_of`, with the template of the tokenizer's folder. None for texts."""
+    read, where = (lambda name: None), "the tokenizer that is trained here"
+    if data.tokenizer is not None:
+        (read, _), where = beside(data.tokenizer), f"tokenizer {data.tokenizer!r}"
+    fields = data.fields.model_dump(exclude_none=True) if data.fields else {}
+    return records_of(
+        data.records, fields=fields, chat_template=data.chat_template, train_on=data.train_on, read=read, where=where
+    )
+
+
 def _refuse_unfit(manifest: StoreManifest, data: DataSection, *, model_vocab_size: int) -> None:
     """Raises DataError if the store is not the one that the config means."""
     refuse_other_data(manifest, data.identity, where=data.place)
     if data.source is not None:
+        records = records_of_data(data)
         asked = Recipe(
-            sources=[data.source], text_field=data.text_field, heldout_fraction=data.heldout_fraction, dedup=data.dedup
+            sources=[data.source],
+            text_field=data.text_field,
+            heldout_fraction=data.heldout_fraction,
+            dedup=data.dedup,
+            records=records.recipe if records else None,
         )
         refuse_other_recipe(manifest, asked, where=data.place)
+    built = manifest.recipe.records.format if manifest.recipe.records else TEXT
+    if built != data.records:
+        raise DataError(
+            f"document store {data.place} holds {built}, and data.records is {data.records}: set data.records to "
+            f"{built}, with a task that learns from them, or give another data.path"
+        )
+    refuse_windows_of_records(manifest, data, where=data.place)
     refuse_other_tokenizer(
         manifest,
         model_vocab_size=model_vocab_size,

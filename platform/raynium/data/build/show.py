@@ -1,10 +1,12 @@
 """What a store holds, in words, from its manifest and the beginnings of a few shards, wherever it lies."""
 
 from collections.abc import Iterator
+from itertools import pairwise
 
 import numpy as np
 
-from raynium.data.manifest import StoredFile, StoreManifest
+from raynium.data.manifest import Recipe, StoredFile, StoreManifest
+from raynium.data.records.flags import begins_document, is_label, token_ids
 from raynium.data.remote import find_manifest
 from raynium.data.store import no_store
 from raynium.data.text.left_out import left_out_in_words
@@ -14,7 +16,7 @@ from raynium.storage.store import Store
 from raynium.storage.verify import wrong_units
 
 SAMPLES = 3
-SAMPLE_TOKENS = 60
+SAMPLE_TOKENS, SAMPLE_TOKENS_OF_RECORD = 60, 400
 
 
 def describe(place: str) -> list[tuple[str, str]]:
@@ -36,7 +38,7 @@ def describe(place: str) -> list[tuple[str, str]]:
         ("source", ", ".join(recipe.sources)),
         (
             "recipe",
-            f"field {recipe.text_field!r}, {recipe.heldout_fraction:g} held out, duplicates "
+            f"{_in_words(recipe)}, {recipe.heldout_fraction:g} held out, duplicates "
             f"{'kept' if recipe.dedup == 'none' else 'dropped'}",
         ),
         ("files", f"{len(manifest.files):,}, {sum(file.size_bytes for file in manifest.files) / 1e6:,.1f} MB"),
@@ -46,14 +48,16 @@ def describe(place: str) -> list[tuple[str, str]]:
     left_out = left_out_in_words(manifest.left_out, kept_bytes=kept_bytes) if manifest.left_out else "nothing"
     rows.append(("left out", left_out))
     try:
-        rows += [("sample", repr(text)) for text in _samples(Store(place), manifest)]
+        rows += [("sample", text) for text in _samples(Store(place), manifest)]
     except StoreError as error:
         raise DataError(f"document store {place} cannot be read: {error}") from error
     return rows
 
 
 def _samples(store: Store, manifest: StoreManifest) -> Iterator[str]:
-    """The beginnings of the first documents of shards that are spread over the stream."""
+    """The beginnings of the first documents of shards that are spread over the stream; of a record, [[what is learned]]
+    stands in brackets.
+    """
     [file] = [file for file in manifest.files if file.name == TOKENIZER_NAME]
     tokenizer = Tokenizer(
         b"".join(
@@ -64,9 +68,33 @@ def _samples(store: Store, manifest: StoreManifest) -> Iterator[str]:
     )
     shards = manifest.train_shards
     for index in sorted({index * len(shards) // SAMPLES for index in range(SAMPLES)}):
-        tokens = np.frombuffer(_unit(store, manifest, shards[index], 0), manifest.numpy_dtype)[:SAMPLE_TOKENS]
+        stored = np.frombuffer(_unit(store, manifest, shards[index], 0), manifest.numpy_dtype)
+        if manifest.flagged:
+            yield repr(_marked(tokenizer, stored))
+            continue
+        tokens = stored[:SAMPLE_TOKENS]
         ends = np.flatnonzero(tokens == manifest.end_of_document_id)
-        yield tokenizer.decode(tokens[: ends[0]] if len(ends) else tokens)
+        yield repr(tokenizer.decode(tokens[: ends[0]] if len(ends) else tokens))
+
+
+def _marked(tokenizer: Tokenizer, stored: np.ndarray) -> str:
+    """The first document of a record's store."""
+    begins = np.flatnonzero(begins_document(stored))
+    of_first = stored[: min([*begins[1:2].tolist(), SAMPLE_TOKENS_OF_RECORD])]
+    learned = is_label(of_first)
+    edges = [0, *(np.flatnonzero(np.diff(learned)) + 1).tolist(), len(of_first)]
+    text = ""
+    for begin, end in pairwise(edges):
+        piece = tokenizer.decode(token_ids(of_first[begin:end]))
+        text += f"[[{piece}]]" if learned[begin] else piece
+    return text
+
+
+def _in_words(recipe: Recipe) -> str:
+    if (records := recipe.records) is None:
+        return f"field {recipe.text_field!r}"
+    fields = ", ".join(f"{name} from {' + '.join(columns)}" for name, columns in records.fields.items())
+    return f"{records.format} ({fields}), {records.train_on} answers learned"
 
 
 def _unit(store: Store, manifest: StoreManifest, file: StoredFile, unit: int) -> bytes:

@@ -4,6 +4,7 @@ One process needs to call it; more may, on any nodes: one builds, the others wai
 died has finished of its splits is used by the next one of the same text, recipe and tokenizer.
 """
 
+import json
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -19,6 +20,8 @@ from raynium.data.build.survey import TELL_SECONDS, Survey, Tell, survey
 from raynium.data.build.tokenise import PARTS, Done, part_key, tokenise_split
 from raynium.data.build.work import NumberedSplit, Work
 from raynium.data.manifest import MANIFEST_NAME, Recipe, StoreManifest
+from raynium.data.records.registry import Records
+from raynium.data.records.template import CHATML_TOKENS
 from raynium.data.remote import find_manifest
 from raynium.data.runner import Runner, in_this_process
 from raynium.data.store import DocumentStore, open_store
@@ -45,6 +48,7 @@ class _Plan(NamedTuple):
     recipe: Recipe
     tokenizer: Tokenizer
     sources: list[Source]
+    records: Records | None
 
 
 class _How(NamedTuple):
@@ -69,6 +73,7 @@ def build_from_source(
     end_of_document: str | None = None,
     heldout_fraction: float = 0.05,
     max_left_out: float = 0.1,
+    records: Records | None = None,
     surveyed: Survey | None = None,
     tell: Tell = logger.info,
     split_bytes: int = MOST_SPLIT_BYTES,
@@ -87,7 +92,13 @@ def build_from_source(
     A crash at any point leaves no store, and the next call goes on. Raises DataError for unusable text or tokenizer,
     a store there that was built from something else, and a place that cannot be written.
     """
-    recipe = Recipe(sources=[source], text_field=text_field, heldout_fraction=heldout_fraction, dedup=dedup)
+    recipe = Recipe(
+        sources=[source],
+        text_field=text_field,
+        heldout_fraction=heldout_fraction,
+        dedup=dedup,
+        records=records.recipe if records else None,
+    )
 
     def plan() -> _Plan:
         found = surveyed or survey(
@@ -97,13 +108,14 @@ def build_from_source(
             heldout_fraction=heldout_fraction,
             max_left_out=max_left_out,
             tell=tell,
+            records=records,
         )
         if tokenizer_path is None:
-            tokenizer = _trained_tokenizer(found, vocab_size, tokenizer_sample_bytes, tell)
+            tokenizer = _trained_tokenizer(found, vocab_size, tokenizer_sample_bytes, tell, records)
         else:
             tokenizer = Tokenizer.load(tokenizer_path, end_of_document=end_of_document)
             refuse_small_vocabulary(vocab_size, tokenizer.vocab_size, f"tokenizer {tokenizer_path!r}")
-        return _Plan(recipe, tokenizer, [found.source])
+        return _Plan(recipe, tokenizer, [found.source], records)
 
     how = _How(split_bytes, unit_bytes, max_left_out, in_this_process, tell)
     manifest = _there_or_built(place, plan, how)
@@ -131,6 +143,7 @@ def build_from_recipe(
     *,
     runner: Runner,
     tell: Tell,
+    records: Records | None = None,
     profile: str | None = None,
     max_left_out: float = 0.1,
     split_bytes: int = MOST_SPLIT_BYTES,
@@ -143,7 +156,10 @@ def build_from_recipe(
     """
 
     def plan() -> _Plan:
-        sources = [open_source(each, text_field=recipe.text_field, profile=profile) for each in recipe.sources]
+        columns = records.columns if records else ()
+        sources = [
+            open_source(each, text_field=recipe.text_field, columns=columns, profile=profile) for each in recipe.sources
+        ]
         for source in sources:
             probe(source)
         _refuse_read_twice(recipe, sources)
@@ -154,7 +170,7 @@ def build_from_recipe(
                 f"{num_bytes / 1e9:,.0f} GB with heldout_fraction = {recipe.heldout_fraction} would hold out more than "
                 f"{MOST_HELDOUT_BYTES / 1e9:.0f} GB, which no run evaluates on: set it to {enough:.1g} or less"
             )
-        return _Plan(recipe, tokenizer, sources)
+        return _Plan(recipe, tokenizer, sources, records)
 
     manifest = _there_or_built(place, plan, _How(split_bytes, unit_bytes, max_left_out, runner, tell))
     asked = recipe.model_dump()
@@ -231,7 +247,16 @@ def _build(store: Store, plan: _Plan, how: _How, check: Callable[[], None]) -> N
     started, recipe, tell = time.monotonic(), plan.recipe, how.tell
     splits = [split for source in plan.sources for split in plan_splits(source, most_bytes=how.split_bytes)]
     partitions = num_partitions(splits)
-    work = Work.of(store, recipe, plan.tokenizer, splits, unit_bytes=how.unit_bytes, partitions=partitions)
+    records = plan.records
+    work = Work.of(
+        store,
+        recipe,
+        plan.tokenizer,
+        splits,
+        unit_bytes=how.unit_bytes,
+        partitions=partitions,
+        format=records.format if records else None,
+    )
     numbered = [NumberedSplit(number, split) for number, split in enumerate(splits)]
     keys = {part_key(work, each): each for each in numbered}
     there = set(store.list(PARTS).sizes)
@@ -248,7 +273,8 @@ def _build(store: Store, plan: _Plan, how: _How, check: Callable[[], None]) -> N
         tell(f"data: going on with {len(numbered) - len(missing)} of {len(numbered)} splits tokenised before")
     _tokenise(work, missing, how.runner, tell)
     listed: list[LeftOut] = [item for source in plan.sources for item in source.left_out]
-    manifest = finish(work, numbered, listed, max_left_out=how.max_left_out)
+    template = records.template if records else None
+    manifest = finish(work, numbered, listed, max_left_out=how.max_left_out, template=template)
     check()
     try:
         # Dying before this line leaves no store, after it a whole one.
@@ -294,9 +320,14 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-def _trained_tokenizer(found: Survey, vocab_size: int, sample_bytes: int, tell: Tell) -> Tokenizer:
+def _trained_tokenizer(
+    found: Survey, vocab_size: int, sample_bytes: int, tell: Tell, records: Records | None
+) -> Tokenizer:
     sample = found.tokenizer_sample(sample_bytes)
     taken_bytes = sum(found.train_bytes[name] for name in sample)
     tell(f"data: a tokenizer of {vocab_size:,} tokens learns from {taken_bytes / 1e6:.1f} MB")
-    texts = (item.text for item in found.source.items() if isinstance(item, Document) and item.name in sample)
-    return Tokenizer.train(texts, vocab_size=vocab_size)
+    items = (item for item in found.source.items() if isinstance(item, Document) and item.name in sample)
+    if records is None:
+        return Tokenizer.train((item.text for item in items), vocab_size=vocab_size)
+    rendered = (each for item in items for each in records.format.render(json.loads(item.text)))
+    return Tokenizer.train((each.text for each in rendered), vocab_size=vocab_size, special_tokens=CHATML_TOKENS)

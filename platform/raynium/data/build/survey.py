@@ -1,12 +1,14 @@
 """A source read once from end to end, before anything is written: can it be trained on, and what is left out?"""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from raynium.data.text.documents import fraction_that_holds_out, is_held_out, name_hash
+from raynium.data.build.recorded import render
+from raynium.data.records.registry import Records
+from raynium.data.text.documents import Item, Split, fraction_that_holds_out, is_held_out, name_hash
 from raynium.data.text.left_out import LeftOut, LeftOutGroup, Tally, left_out_in_words, share_left_out
-from raynium.data.text.sources import Source, open_source, probe
+from raynium.data.text.sources import Source, open_source, plan_splits, probe, read_split
 from raynium.errors import DataError
 
 Tell = Callable[[str], None]
@@ -48,8 +50,9 @@ def survey(
     heldout_fraction: float,
     max_left_out: float,
     tell: Tell,
+    records: Records | None = None,
 ) -> Survey:
-    """Read all of it.
+    """Read all of it, and render its records.
 
     text_field, profile: see `sources.open_source`. max_left_out: the largest share of the source's text that may be
     left out. tell: gets a line every ten seconds.
@@ -57,15 +60,18 @@ def survey(
     Raises DataError for what `open_source` and its readers refuse, for a larger share, and unless both splits have
     documents.
     """
-    opened, tally = open_source(source, text_field=text_field, profile=profile), Tally()
+    columns = records.columns if records else ()
+    opened, tally = open_source(source, text_field=text_field, columns=columns, profile=profile), Tally()
     probe(opened)
     progress = Progress(tell)
     train_bytes: dict[str, int] = {}
     heldout_documents = heldout_bytes = read_bytes = 0
-    for item in opened.items():
+    for item, split in _items(opened):
         if isinstance(item, LeftOut):
             tally.add(item)
             continue
+        if records is not None and split is not None:
+            render(records.format, item, split)
         num_bytes = len(item.text.encode())
         read_bytes += num_bytes
         if is_held_out(item.name, heldout_fraction):
@@ -85,6 +91,13 @@ def survey(
         max_left_out=max_left_out,
     )
     return found
+
+
+def _items(source: Source) -> Iterator[tuple[Item, Split | None]]:
+    """All documents with the split that they are of, and what is none."""
+    yield from ((item, None) for item in source.left_out)
+    for split in plan_splits(source):
+        yield from ((item, split) for item in read_split(split))
 
 
 def refuse_unusable(

@@ -19,8 +19,11 @@ from raynium.config.local_folders import temporary_parent
 from raynium.data.build.dedup import duplicates_in
 from raynium.data.build.lease import BUILDING
 from raynium.data.build.lengths import LengthCounts
+from raynium.data.build.recorded import learnable
 from raynium.data.build.work import NumberedSplit, Work, ahead
 from raynium.data.manifest import StoredFile, shard_dtype, shard_name, token_dtype_for, units_content
+from raynium.data.records.flags import token_ids
+from raynium.data.records.formats import RecordFormat
 from raynium.data.store import HeldoutDocument
 from raynium.data.text.documents import Document, Split, is_held_out, name_hash
 from raynium.data.text.left_out import LeftOut, LeftOutGroup, Tally
@@ -108,7 +111,7 @@ def tokenise_split(work: Work, numbered: NumberedSplit) -> Done:
     """Writes the split's shards and its part. Raises DataError as `read_split`, StoreError."""
     store, tokenizer = work.store(), work.tokenizer()
     with temporary_folder("split", temporary_parent()) as folder:
-        subsets = _Subsets(folder, tokenizer, work.recipe.heldout_fraction)
+        subsets = _Subsets(folder, tokenizer, work, numbered.split)
         # Filled by the thread that reads ahead.
         tally = Tally()
         with subsets:
@@ -144,9 +147,10 @@ def put_file(store: Store, key: str, path: Path, unit_bytes: int) -> FileChecksu
 class _Subsets:
     """The tokens of a split's documents, in one file for each subset, and what there is to count."""
 
-    def __init__(self, folder: Path, tokenizer: Tokenizer, heldout_fraction: float):
-        self._folder, self._tokenizer, self._heldout_fraction = folder, tokenizer, heldout_fraction
-        self._dtype = shard_dtype(token_dtype_for(tokenizer.vocab_size))
+    def __init__(self, folder: Path, tokenizer: Tokenizer, work: Work, split: Split):
+        self._folder, self._tokenizer, self._heldout_fraction = folder, tokenizer, work.recipe.heldout_fraction
+        self._format, self._split = work.format, split
+        self._dtype = shard_dtype(token_dtype_for(tokenizer.vocab_size, flagged=work.format is not None))
         self._end = np.array([tokenizer.end_of_document_id])
         self._counts = np.zeros(tokenizer.vocab_size, dtype=np.int64)
         self._lengths = LengthCounts()
@@ -167,6 +171,9 @@ class _Subsets:
 
     def add(self, documents: list[Document]) -> None:
         """Raises DataError for a document that the tokenizer would end in the middle, and for a full folder."""
+        if self._format is not None:
+            self._add_records(self._format, documents)
+            return
         train: list[np.ndarray] = [self._end[:0]]
         tokens_of_documents = self._tokenizer.encode_batch([document.text for document in documents])
         for document, tokens in zip(documents, tokens_of_documents, strict=True):
@@ -186,11 +193,28 @@ class _Subsets:
             self._train_bytes += len(document.text.encode())
             self._lengths.add(len(tokens))
             train += [tokens, self._end]
-        stream = np.concatenate(train)
+        self._write_train(np.concatenate(train).astype(self._dtype))
+
+    def _add_records(self, format: RecordFormat, documents: list[Document]) -> None:
+        train: list[np.ndarray] = [np.empty(0, self._dtype)]
+        for each in learnable(format, documents, self._split, self._tokenizer, self._dtype):
+            if is_held_out(each.name, self._heldout_fraction):
+                self._hold_out(Document(each.name, each.text), each.stored)
+                continue
+            self._least_hash = min(self._least_hash, name_hash(each.name))
+            self._num_train += 1
+            self._train_bytes += len(each.text.encode())
+            self._lengths.add(len(each.stored))
+            train.append(each.stored)
+        self._write_train(np.concatenate(train))
+
+    def _write_train(self, stream: np.ndarray) -> None:
+        """stream: as it is stored."""
         with _writing(self._folder):
-            self._train_file.write(stream.astype(self._dtype).tobytes())
+            self._train_file.write(stream.tobytes())
         self._train_tokens += len(stream)
-        self._counts += np.bincount(stream, minlength=len(self._counts))
+        tokens = stream if self._format is None else token_ids(stream)
+        self._counts += np.bincount(tokens, minlength=len(self._counts))
 
     def _hold_out(self, document: Document, tokens: np.ndarray) -> None:
         text = document.text.encode()
@@ -199,7 +223,8 @@ class _Subsets:
         with _writing(self._folder):
             self._heldout_file.write(tokens.astype(self._dtype).tobytes())
         self._heldout_tokens += len(tokens)
-        if self._num_checked < CHECKED:
+        # What records are judged by is no bits of their text.
+        if self._num_checked < CHECKED and self._format is None:
             self._num_checked += 1
             self._num_altered += self._tokenizer.decode(tokens) != document.text
 

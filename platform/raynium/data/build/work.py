@@ -9,6 +9,7 @@ from functools import lru_cache
 from typing import TypeVar
 
 from raynium.data.manifest import Recipe
+from raynium.data.records.formats import RecordFormat
 from raynium.data.text.documents import Split
 from raynium.data.tokenizer import Tokenizer
 from raynium.storage.checksum import UNIT_BYTES
@@ -30,6 +31,8 @@ class Work:
     num_splits: int
     # By which duplicates are looked for; 1 where they are not.
     partitions: int
+    # None: of texts.
+    format: RecordFormat | None
 
     @classmethod
     def of(
@@ -41,6 +44,7 @@ class Work:
         *,
         unit_bytes: int = UNIT_BYTES,
         partitions: int = 1,
+        format: RecordFormat | None = None,
     ) -> "Work":
         return cls(
             target=target.url,
@@ -51,6 +55,7 @@ class Work:
             splits_digest=_digest([repr(split) for split in splits]),
             num_splits=len(splits),
             partitions=partitions,
+            format=format,
         )
 
     def store(self) -> Store:
@@ -65,10 +70,11 @@ class Work:
         Which documents are duplicates depends on all splits.
         """
         others = self.splits_digest if self.recipe.dedup == "exact" else ""
+        records = [self.recipe.records.model_dump_json()] if self.recipe.records else []
         return _digest(
             [
                 *(repr(split), others, self.recipe.dedup, repr(self.recipe.heldout_fraction)),
-                *(self.tokenizer_text, self.end_of_document, str(self.unit_bytes)),
+                *(self.tokenizer_text, self.end_of_document, str(self.unit_bytes), *records),
             ]
         )
 

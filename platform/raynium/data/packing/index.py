@@ -19,14 +19,14 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, Self
+from typing import Annotated, Any, NamedTuple, Self
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from raynium.config.local_folders import scratch_folder
 from raynium.config.schema import DataSection
-from raynium.data.packing.packer import PACKER_VERSION, PackedPart
+from raynium.data.packing.packer import PACKER_VERSION, PackedPart, TooLong
 from raynium.errors import DataError, StoreError
 from raynium.storage.backend import KeyMissing
 from raynium.storage.checksum import checksum, list_from_text, list_to_text, to_text
@@ -53,7 +53,10 @@ class PartFacts(NamedTuple):
     split: int
     left_out: int
     left_out_tokens: int
+    cut: int
+    cut_tokens: int
     shortest: int
+    longest: int
     filled: int
     crc: int
 
@@ -63,8 +66,9 @@ _NUM_FACTS = len(PartFacts._fields) - 1
 
 def part_content(part: PackedPart) -> tuple[bytes, PartFacts]:
     """The file of a part, int64: its facts, row_begins, pieces; and last the CRC64NVME of all that."""
-    counted = (part.documents, part.split, part.left_out, part.left_out_tokens, part.shortest)
-    facts = (len(part.row_begins) - 1, len(part.pieces), *counted, int(part.pieces[:, 1].sum()))
+    counted = (part.documents, part.split, part.left_out, part.left_out_tokens, part.cut, part.cut_tokens)
+    lengths = (part.shortest, part.longest)
+    facts = (len(part.row_begins) - 1, len(part.pieces), *counted, *lengths, int(part.pieces[:, 1].sum()))
     arrays = (np.array(facts), part.row_begins, part.pieces)
     content = b"".join(each.astype(_INDEX_DTYPE).tobytes() for each in arrays)
     crc = checksum(content)
@@ -91,7 +95,8 @@ def index_key(identity: str, data: DataSection) -> str:
 class PackedIndex(BaseModel):
     """`index.json`. rows, pieces: of each part; crc64nvme_of_parts: of their files, all in one text.
 
-    documents: that are in rows, of them `split` in several; filled: positions of rows that hold a label.
+    documents: that are in rows, of them `split` in several, or `cut` to one; filled: positions of rows that hold a
+    token of a document, which of a flagged store need not be a label.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -99,7 +104,7 @@ class PackedIndex(BaseModel):
     crc64nvme: str
     identity: str
     seq_len: Count
-    too_long: Literal["split", "leave_out"]
+    too_long: TooLong
     packer_version: Count
     rows: list[Count]
     pieces: list[Count]
@@ -108,6 +113,8 @@ class PackedIndex(BaseModel):
     split: Count
     left_out: Count
     left_out_tokens: Count
+    cut: Count
+    cut_tokens: Count
     filled: Count
 
     @property
@@ -132,6 +139,8 @@ class PackedIndex(BaseModel):
             split=sum(part.split for part in parts),
             left_out=sum(part.left_out for part in parts),
             left_out_tokens=sum(part.left_out_tokens for part in parts),
+            cut=sum(part.cut for part in parts),
+            cut_tokens=sum(part.cut_tokens for part in parts),
             filled=sum(part.filled for part in parts),
             **known,
         )
@@ -161,6 +170,8 @@ class PackedIndex(BaseModel):
             "split": self.split,
             "left_out": self.left_out,
             "left_out_tokens": self.left_out_tokens,
+            "cut": self.cut,
+            "cut_tokens": self.cut_tokens,
         }
 
     def in_words(self) -> str:
@@ -170,6 +181,8 @@ class PackedIndex(BaseModel):
         ]
         if self.split:
             words.append(f"{self.split:,} longer ones split")
+        if self.cut:
+            words.append(f"{self.cut:,} longer ones cut ({self.cut_tokens:,} tokens)")
         if self.left_out:
             words.append(f"{self.left_out:,} longer ones left out ({self.left_out_tokens:,} tokens)")
         return ", ".join(words)

@@ -5,7 +5,8 @@ least space that still holds it (best fit, decreasing). Windows are places in th
 it is cut into files, windows have nothing to do with each other, and a row's documents lie near each other. What lies
 in a row stands in the order of the stream, and so do the rows of a window, by what they begin with.
 
-A document is its tokens and the one that ends it, all of which are labels. T: tokens of a row, `data.seq_len`.
+A document is its tokens and the one that ends it, all of which are labels; of a flagged store it begins where a flag
+says so, and its first token is no label, but what comes before the first one. T: tokens of a row, `data.seq_len`.
 """
 
 from bisect import bisect_left, insort
@@ -14,14 +15,16 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 
+from raynium.data.records.flags import begins_document
+
 # Part of an index's name: another number where the same stream would be packed, or its index written, otherwise.
-PACKER_VERSION = 2
+PACKER_VERSION = 3
 # Windows are a part, which is packed at once and is one file of the index: about so many tokens.
 PART_TOKENS = 2**26
 # Read at once in search of ends of documents: of a store in S3, in several requests.
 _CHUNK_TOKENS = 2**24
 
-TooLong = Literal["split", "leave_out"]
+TooLong = Literal["split", "cut", "leave_out", "refuse"]
 
 
 class Stream(Protocol):
@@ -39,7 +42,8 @@ class PackedPart(NamedTuple):
     """The rows of some windows, and what became of the documents that begin there.
 
     row_begins: int64 [rows + 1], where the pieces of each row begin. pieces: int64 [pieces, 2], (place of the first
-    label in the stream, number of labels), row by row. shortest: tokens of the shortest document; 0 where none begins.
+    label in the stream, number of labels), row by row. shortest, longest: labels of these documents; 0 where none
+    begins. cut_tokens: of documents that were cut, what was dropped.
     """
 
     row_begins: np.ndarray
@@ -48,7 +52,10 @@ class PackedPart(NamedTuple):
     split: int
     left_out: int
     left_out_tokens: int
+    cut: int
+    cut_tokens: int
     shortest: int
+    longest: int
 
 
 def window_tokens(seq_len: int) -> int:
@@ -62,22 +69,26 @@ def num_parts(num_tokens: int, seq_len: int) -> int:
     return -(-num_tokens // _part_tokens(seq_len))
 
 
-def pack_part(stream: Stream, part: int, *, seq_len: int, too_long: TooLong, end_of_document: int) -> PackedPart:
+def pack_part(stream: Stream, part: int, *, seq_len: int, too_long: TooLong, end_of_document: int | None) -> PackedPart:
     """The part that begins at token `part` times its length. Reads on to where its last document ends.
 
-    DataError if the store is damaged there.
+    end_of_document: None for a flagged stream. DataError if the store is damaged there.
     """
     begin = part * _part_tokens(seq_len)
     end = min(begin + _part_tokens(seq_len), len(stream))
     begins = np.concatenate([np.empty(0, np.int64), *_document_begins(stream, begin, end, end_of_document)])
     if len(begins) == 0:
-        return PackedPart(np.zeros(1, np.int64), np.empty((0, 2), np.int64), 0, 0, 0, 0, 0)
+        return PackedPart(np.zeros(1, np.int64), np.empty((0, 2), np.int64), 0, 0, 0, 0, 0, 0, 0, 0)
     after = next((found[0] for found in _document_begins(stream, end, len(stream), end_of_document)), len(stream))
     lengths = np.diff(begins, append=after)
+    if end_of_document is None:
+        begins, lengths = begins + 1, lengths - 1
 
     long = lengths > seq_len
     left_out = long if too_long == "leave_out" else np.zeros_like(long)
-    kept_begins, kept_lengths = begins[~left_out], lengths[~left_out]
+    cut = long if too_long == "cut" else np.zeros_like(long)
+    cut_tokens = int((lengths[cut] - seq_len).sum())
+    kept_begins, kept_lengths = begins[~left_out], np.where(cut, seq_len, lengths)[~left_out]
     pieces = _cut(kept_begins, kept_lengths, seq_len)
     # Pieces follow their document's beginning, wherever they lie.
     counts = -(-kept_lengths // seq_len)
@@ -94,7 +105,10 @@ def pack_part(stream: Stream, part: int, *, seq_len: int, too_long: TooLong, end
         split=int((kept_lengths > seq_len).sum()),
         left_out=int(left_out.sum()),
         left_out_tokens=int(lengths[left_out].sum()),
+        cut=int(cut.sum()),
+        cut_tokens=cut_tokens,
         shortest=int(lengths.min()),
+        longest=int(lengths.max()),
     )
 
 
@@ -103,8 +117,14 @@ def _part_tokens(seq_len: int) -> int:
     return max(1, PART_TOKENS // window) * window
 
 
-def _document_begins(stream: Stream, begin: int, end: int, end_of_document: int) -> Iterator[np.ndarray]:
+def _document_begins(stream: Stream, begin: int, end: int, end_of_document: int | None) -> Iterator[np.ndarray]:
     """Where documents begin in [begin, end), in rising arrays, none of them empty."""
+    if end_of_document is None:
+        for first in range(begin, end, _CHUNK_TOKENS):
+            found = np.flatnonzero(begins_document(stream.read(first, min(_CHUNK_TOKENS, end - first))))
+            if len(found):
+                yield found + first
+        return
     if begin == 0 < end:
         yield np.zeros(1, np.int64)
     # A document begins behind the end of the one before.

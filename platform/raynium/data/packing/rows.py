@@ -8,6 +8,7 @@ import numpy as np
 from raynium.data.batch import IGNORED_LABEL
 from raynium.data.packing.index import OpenIndex
 from raynium.data.packing.packer import Stream
+from raynium.data.records.flags import is_label, token_ids
 
 # More pieces of a row than these are read at once, with what lies between them, where that is so many tokens at most.
 _FEW_PIECES, _SPAN_TOKENS = 4, 2**21
@@ -18,11 +19,12 @@ class PackedRows:
 
     Positions that fill a row up are a document of their own, without a label. A document begins on the end of the one
     before it in the store, so that every token of it is a label; a later piece of a long one on the token before it.
+    Of a flagged store it begins on its own first token, and what a flag says to be no label is none.
     """
 
-    def __init__(self, stream: Stream, index: OpenIndex, *, end_of_document: int):
-        """index: of the stream."""
-        self._stream, self._end_of_document = stream, end_of_document
+    def __init__(self, stream: Stream, index: OpenIndex, *, end_of_document: int, flagged: bool = False):
+        """index: of the stream. flagged: whether its tokens are."""
+        self._stream, self._end_of_document, self._flagged = stream, end_of_document, flagged
         self.index, self._part = index.index, index.part
         self._seq_len = index.index.seq_len
         # What rows are filled up with, as tokens are stored.
@@ -53,6 +55,9 @@ class PackedRows:
         tokens[1:] = stored[:-1]
         tokens[lengths.cumsum() - lengths] = contexts
         labels = stored.astype(np.int64)
+        if self._flagged:
+            labels = np.where(is_label(stored), token_ids(stored).astype(np.int64), IGNORED_LABEL)
+            tokens = token_ids(tokens)
         for begin, end in fillers:
             labels[begin:end] = IGNORED_LABEL
         documents = np.array(numbers, np.int32).repeat(lengths)

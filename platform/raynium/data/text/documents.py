@@ -28,6 +28,18 @@ class Document(NamedTuple):
 Item = Document | LeftOut
 
 
+class Column(NamedTuple):
+    """What a format of records asks for by `name`, and where a source has it: of several names the texts are joined."""
+
+    name: str
+    sources: tuple[str, ...]
+    required: bool
+
+
+# The field that holds a text; or what a record is made of, which then is read as a JSON object of these names.
+Wanted = str | tuple[Column, ...]
+
+
 @dataclass(frozen=True)
 class SourceFile:
     """As it was listed. place: its path or URL. num_bytes: as it lies there, packed or not. version: as in
@@ -68,7 +80,7 @@ class Split:
     """
 
     parts: tuple[Part, ...]
-    text_field: str
+    wanted: Wanted
     profile: str | None
 
     @property

@@ -6,11 +6,11 @@ They read a stream forward, in bounded memory. What they give does not depend on
 import codecs
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from io import BufferedReader
 from typing import Any
 
-from raynium.data.text.documents import Document, Item, Part
+from raynium.data.text.documents import Column, Document, Item, Part, Wanted
 from raynium.data.text.left_out import LeftOut
 
 # One text is in memory as a whole, and its tokens take about 30 times as much.
@@ -77,7 +77,7 @@ def _piece_begins(held: bytes, grid: int) -> int:
     return begins
 
 
-def json_lines(stream: BufferedReader, part: Part, text_field: str) -> Iterator[Item]:
+def json_lines(stream: BufferedReader, part: Part, wanted: Wanted) -> Iterator[Item]:
     """Raises BadRecord for a line that holds no such field of text."""
     if _is_utf_16(stream):
         yield from _left_out_as_utf_16(part)
@@ -93,7 +93,7 @@ def json_lines(stream: BufferedReader, part: Part, text_field: str) -> Iterator[
             num_bytes += 0 if line.endswith(b"\n") else _skip_line(stream)
             yield LeftOut(name, "too long", num_bytes)
         else:
-            yield _json_document(name, line, text_field, offset)
+            yield _json_document(name, line, wanted, offset)
         offset += num_bytes
     if not offset:
         yield LeftOut(part.file.name, "empty")
@@ -109,26 +109,26 @@ def _skip_line(stream: BufferedReader, most_bytes: int | None = None) -> int:
     return num_bytes
 
 
-def _json_document(name: str, line: bytes, text_field: str, at: int) -> Item:
+def _json_document(name: str, line: bytes, wanted: Wanted, at: int) -> Item:
     if not line.removeprefix(codecs.BOM_UTF8).strip():
         return LeftOut(name, "empty")
     try:
-        record = _JSON.decode(line.decode("utf-8-sig"))
+        record = _decoder(wanted).decode(line.decode("utf-8-sig"))
     except UnicodeDecodeError:
         return LeftOut(name, "not utf-8", len(line))
     except (ValueError, RecursionError) as error:
         raise BadRecord(at, f"not JSON ({error}); each line must be a JSON object") from error
-    return _document_of(name, _field(record, text_field, at), len(line))
+    return _document_of(name, _text_of(record, wanted, at), len(line))
 
 
-def json_values(stream: BufferedReader, part: Part, text_field: str) -> Iterator[Item]:
+def json_values(stream: BufferedReader, part: Part, wanted: Wanted) -> Iterator[Item]:
     """Objects one after the other (often there is one), or in an array. Raises BadRecord, as `json_lines`."""
     if _is_utf_16(stream):
         yield from _left_out_as_utf_16(part)
         return
     # Bytes that are no UTF-8 become half surrogate pairs, so that they cost the one document that they are in.
     decode = codecs.getincrementaldecoder("utf-8-sig")("surrogateescape").decode
-    held, at, row, in_array = "", 0, 0, None
+    decoder, held, at, row, in_array = _decoder(wanted), "", 0, 0, None
     while True:
         at = _BETWEEN_VALUES[in_array is True].match(held, at).end()  # pyright: ignore[reportOptionalMemberAccess]
         if in_array is None and at < len(held):
@@ -138,7 +138,7 @@ def json_values(stream: BufferedReader, part: Part, text_field: str) -> Iterator
         if in_array and held[at : at + 1] == "]":
             break
         try:
-            value, ends = _JSON.raw_decode(held, at)
+            value, ends = decoder.raw_decode(held, at)
         except (ValueError, RecursionError) as error:
             tried = len(held) - at
             if tried > MAX_DOCUMENT_BYTES:
@@ -153,7 +153,7 @@ def json_values(stream: BufferedReader, part: Part, text_field: str) -> Iterator
                 problem = f"not JSON ({getattr(error, 'msg', error)})" if held else "the file ends within an array"
                 raise BadRecord(row, problem) from error
         else:
-            yield _document_of(f"{part.file.name}:{row}", _field(value, text_field, row), ends - at)
+            yield _document_of(f"{part.file.name}:{row}", _text_of(value, wanted, row), ends - at)
             at, row = ends, row + 1
     if held[at + 1 :].strip() or stream.read(1):
         raise BadRecord(row, "text after the array's end")
@@ -161,8 +161,56 @@ def json_values(stream: BufferedReader, part: Part, text_field: str) -> Iterator
         yield LeftOut(part.file.name, "empty")
 
 
-def _field(record: Any, text_field: str, at: int) -> str | None:
-    """The text at a dotted name, None where it or what should hold it is null. Raises BadRecord."""
+def _integer(digits: str) -> int | float:
+    # Python makes no integer of more.
+    return int(digits) if len(digits) < 4300 else float(digits)
+
+
+_JSON_OF_RECORDS = json.JSONDecoder(parse_int=_integer)
+
+
+def _decoder(wanted: Wanted) -> json.JSONDecoder:
+    return _JSON if isinstance(wanted, str) else _JSON_OF_RECORDS
+
+
+def _text_of(record: Any, wanted: Wanted, at: int) -> str | None:
+    """The text of a document, None where it is null. Raises BadRecord."""
+    if not isinstance(wanted, str):
+        return record_text(wanted, lambda name, required: _field(record, name, at, required=required), at)
+    value = _field(record, wanted, at)
+    if value is not None and not isinstance(value, str):
+        raise BadRecord(at, f"{wanted!r} is {_kind_of(value)}, not a text")
+    return value
+
+
+def record_text(columns: tuple[Column, ...], value_of: Callable[[str, bool], Any], at: int) -> str | None:
+    """A record as JSON, with what is there of these columns; None where one that it must have is null.
+
+    value_of: gives the source's value of a name, and is told whether it must be there. Raises BadRecord.
+    """
+    record: dict[str, Any] = {}
+    for column in columns:
+        values = [value_of(name, column.required) for name in column.sources]
+        value = values[0] if len(values) == 1 else _joined(values, column, at)
+        if value is None and column.required:
+            return None
+        if value is not None:
+            record[column.name] = value
+    return json.dumps(record, ensure_ascii=False)
+
+
+def _joined(values: list[Any], column: Column, at: int) -> str | None:
+    for name, value in zip(column.sources, values, strict=True):
+        if not isinstance(value, str | None):
+            raise BadRecord(at, f"{name!r} is {_kind_of(value)}, and only texts are joined to a {column.name}")
+    return "\n\n".join(filter(None, values)) or None
+
+
+def _field(record: Any, text_field: str, at: int, *, required: bool = True) -> Any:
+    """What is at a dotted name, None where it or what should hold it is null, or is not there and not `required`.
+
+    Raises BadRecord.
+    """
     if not isinstance(record, dict):
         raise BadRecord(at, f"{_kind_of(record)}, and a document is an object with its text in {text_field!r}")
     value, holder = record, ""
@@ -172,12 +220,12 @@ def _field(record: Any, text_field: str, at: int) -> str | None:
         if not isinstance(value, dict):
             raise BadRecord(at, f"{holder!r} is {_kind_of(value)}, and holds no field {part!r}")
         if part not in value:
+            if not required:
+                return None
             inside = f" in {holder!r}" if holder else ""
             there = ", ".join(map(repr, list(value)[:20])) or "none"
             raise BadRecord(at, f"no field {part!r}{inside}; there are: {there}")
         value, holder = value[part], f"{holder}.{part}".lstrip(".")
-    if value is not None and not isinstance(value, str):
-        raise BadRecord(at, f"{text_field!r} is {_kind_of(value)}, not a text")
     return value
 
 

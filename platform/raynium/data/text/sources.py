@@ -15,7 +15,7 @@ from io import SEEK_END, BufferedReader
 from itertools import islice, pairwise
 from typing import Any
 
-from raynium.data.text.documents import Compression, Item, Kind, Part, SourceFile, Split
+from raynium.data.text.documents import Column, Compression, Item, Kind, Part, SourceFile, Split, Wanted
 from raynium.data.text.left_out import LeftOut
 from raynium.data.text.listing import list_source
 from raynium.data.text.readers import BadRecord, json_lines, json_values, text_pieces, whole_text
@@ -48,7 +48,7 @@ class Source:
 
     files: list[SourceFile]
     left_out: list[LeftOut]
-    text_field: str
+    wanted: Wanted
     profile: str | None
 
     def items(self) -> Iterator[Item]:
@@ -58,7 +58,9 @@ class Source:
             yield from read_split(split)
 
 
-def open_source(source: str, *, text_field: str = "text", profile: str | None = None) -> Source:
+def open_source(
+    source: str, *, text_field: str = "text", columns: tuple[Column, ...] = (), profile: str | None = None
+) -> Source:
     """List a source: "python-stdlib" (this Python's standard library, one document per .py file, without installed
     packages), a folder, one file, a glob of files (`web/**/*.parquet`), or a dataset that `datasets` saved to disk; on
     this machine or at s3://.
@@ -68,13 +70,14 @@ def open_source(source: str, *, text_field: str = "text", profile: str | None = 
     and .arrow holds one. All but the last two may be packed (.gz, .zst). Capital letters do not matter. Sub-folders are
     read, linked ones are not followed; a .json file beside files of text is left out, unless a glob names it.
 
-    text_field: where a record's text is; "a.b" is the field b of the object in its field a. profile: of the AWS
+    text_field: where a record's text is; "a.b" is the field b of the object in its field a. columns: of records
+    that are no texts, in its place: a document is then a JSON object of them. profile: of the AWS
     configuration of each machine that reads, for a source at s3:// that the environment's credentials do not open.
 
     Raises DataError for what is not there or cannot be listed, and where no such file is found.
     """
     listing = list_source(source, profile=profile)
-    return Source(listing.files, listing.left_out, text_field, profile)
+    return Source(listing.files, listing.left_out, columns or text_field, profile)
 
 
 def probe(source: Source) -> None:
@@ -86,7 +89,7 @@ def probe(source: Source) -> None:
     for file in source.files:
         probed[file.kind, file.compression] += 1
         if probed[file.kind, file.compression] <= PROBED_FILES:
-            split = Split((Part(file, 0, file.num_bytes),), source.text_field, source.profile)
+            split = Split((Part(file, 0, file.num_bytes),), source.wanted, source.profile)
             for _ in islice(read_split(split), PROBED_DOCUMENTS):
                 pass
 
@@ -103,7 +106,7 @@ def plan_splits(source: Source, *, most_bytes: int = MOST_SPLIT_BYTES) -> list[S
 
     def close() -> None:
         if waiting:
-            splits.append(Split(tuple(waiting), source.text_field, source.profile))
+            splits.append(Split(tuple(waiting), source.wanted, source.profile))
             waiting.clear()
 
     waiting_bytes = 0
@@ -145,21 +148,21 @@ def read_split(split: Split) -> Iterator[Item]:
                 # Nobody knows how many bytes come out; all of them are this part's.
                 part = Part(file, 0, sys.maxsize)
             with _unpacked(stream, file) as content, _problems(file, split.profile, stream):
-                yield from _read(content, part, split.text_field)
+                yield from _read(content, part, split.wanted)
 
 
-def _read(stream: BufferedReader, part: Part, text_field: str) -> Iterator[Item]:
+def _read(stream: BufferedReader, part: Part, wanted: Wanted) -> Iterator[Item]:
     match part.file.kind:
         case "text":
             return whole_text(stream, part)
         case "pieces":
             return text_pieces(stream, part)
         case "jsonl":
-            return json_lines(stream, part, text_field)
+            return json_lines(stream, part, wanted)
         case "json":
-            return json_values(stream, part, text_field)
+            return json_values(stream, part, wanted)
         case "parquet" | "arrow":
-            return table_rows(stream, part, text_field)
+            return table_rows(stream, part, wanted)
 
 
 def _next_opened(streams: "Iterator[BufferedReader[Any]]", file: SourceFile) -> "BufferedReader[Any]":
@@ -197,17 +200,29 @@ def _unpacked(stream: "BufferedReader[Any]", file: SourceFile) -> "BufferedReade
     return BufferedReader(pa.CompressedInputStream(pa.PythonFile(stream, "r"), codec), _BUFFER_BYTES)
 
 
+def place_of(split: Split, name: str) -> str:
+    """Where the document of this name stands, for a message: the file, and the line or row."""
+    files = {part.file.name: part.file for part in split.parts}
+    file_name, _, at = name.rpartition(":")
+    if file_name not in files:
+        return files[name].shown
+    return f"{files[file_name].shown}, {_record(files[file_name], split.profile, int(at))}"
+
+
+def _record(file: SourceFile, profile: str | None, at: int) -> str:
+    """at: as in `BadRecord`."""
+    if file.kind != "jsonl":
+        return f"row {at} (from 0)"
+    return f"line {_line(file, profile, at)}" if at <= COUNTED_BYTES else f"the line at byte {at:,}"
+
+
 @contextmanager
 def _problems(file: SourceFile, profile: str | None, stream: BufferedReader) -> Iterator[None]:
     """Turn what goes wrong inside a file into DataErrors that say where."""
     try:
         yield
     except BadRecord as error:
-        where = f"row {error.at} (from 0)"
-        if file.kind == "jsonl":
-            is_near = error.at <= COUNTED_BYTES
-            where = f"line {_line(file, profile, error.at)}" if is_near else f"the line at byte {error.at:,}"
-        raise DataError(f"{file.shown}, {where}: {error.problem}") from error
+        raise DataError(f"{file.shown}, {_record(file, profile, error.at)}: {error.problem}") from error
     except OSError as error:
         if error.errno is not None:
             raise DataError(_unreadable(file, error)) from error

@@ -1,12 +1,13 @@
-"""Readers of tables: one column of text, batch by batch. Their messages name the columns that there are."""
+"""Readers of tables: a column of text, or those of a record, batch by batch. Messages name the columns there are."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from io import BufferedReader
 from typing import TYPE_CHECKING, Any
 
-from raynium.data.text.documents import Item, Part
+from raynium.data.text.documents import Item, Part, Wanted
 from raynium.data.text.left_out import LeftOut
-from raynium.data.text.readers import document_of_bytes
+from raynium.data.text.readers import document_of_bytes, record_text
 from raynium.errors import DataError, some
 from raynium.storage.reading import will_read
 
@@ -21,7 +22,7 @@ _END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
 _ARROW_FILE = b"ARROW1"
 
 
-def table_rows(stream: BufferedReader, part: Part, text_field: str) -> Iterator[Item]:
+def table_rows(stream: BufferedReader, part: Part, wanted: Wanted) -> Iterator[Item]:
     """The rows of an Arrow stream or file, or of those Parquet row groups that begin in the part.
 
     Raises DataError for a column that is not there or no text, and ValueError or OSError for damage.
@@ -30,7 +31,7 @@ def table_rows(stream: BufferedReader, part: Part, text_field: str) -> Iterator[
 
     rows = _parquet_rows if part.file.kind == "parquet" else _arrow_rows
     try:
-        yield from rows(stream, part, text_field)
+        yield from rows(stream, part, wanted)
     except pa.ArrowException as error:
         # Of many kinds; its OSErrors go on as they are.
         raise ValueError(str(error)) from error
@@ -38,11 +39,11 @@ def table_rows(stream: BufferedReader, part: Part, text_field: str) -> Iterator[
         raise ValueError("it says to hold more than this machine's memory") from error
 
 
-def _parquet_rows(stream: BufferedReader, part: Part, text_field: str) -> Iterator[Item]:
+def _parquet_rows(stream: BufferedReader, part: Part, wanted: Wanted) -> Iterator[Item]:
     import pyarrow.parquet as pq
 
     table = pq.ParquetFile(stream, buffer_size=READ_BYTES, pre_buffer=False)
-    column = _text_column(table.schema_arrow, text_field, part.file.shown)
+    columns = _Columns.of(table.schema_arrow, wanted, part.file.shown)
     if not table.metadata.num_rows and not part.begin:
         yield LeftOut(part.file.name, "empty")
     row = 0
@@ -51,10 +52,14 @@ def _parquet_rows(stream: BufferedReader, part: Part, text_field: str) -> Iterat
         chunks = {group.column(index).path_in_schema: group.column(index) for index in range(group.num_columns)}
         if part.is_whole or part.begin <= min(_begin(group.column(0)), part.file.num_bytes - 1) < part.end:
             first = row
-            chunk = chunks[".".join(column)]
-            will_read(stream, _begin(chunk), _begin(chunk) + chunk.total_compressed_size)
-            for batch in table.iter_batches(BATCH_ROWS, [number], [chunk.path_in_schema], use_threads=False):
-                yield from _items(_values(batch, column), part.file.name, first)
+            # A nested column lies in several, by the paths of its leaves.
+            read = [
+                path for path in chunks if any(path == name or path.startswith(f"{name}.") for name in columns.paths)
+            ]
+            for chunk in map(chunks.__getitem__, read):
+                will_read(stream, _begin(chunk), _begin(chunk) + chunk.total_compressed_size)
+            for batch in table.iter_batches(BATCH_ROWS, [number], columns.paths, use_threads=False):
+                yield from columns.items(batch, part.file.name, first)
                 first += batch.num_rows
         row += group.num_rows
 
@@ -65,7 +70,7 @@ def _begin(chunk: Any) -> int:
     return max(0, min(offset for offset in offsets if offset is not None))
 
 
-def _arrow_rows(stream: BufferedReader, part: Part, text_field: str) -> Iterator[Item]:
+def _arrow_rows(stream: BufferedReader, part: Part, wanted: Wanted) -> Iterator[Item]:
     import pyarrow as pa
 
     stream.seek(max(0, part.file.num_bytes - len(_END_OF_STREAM)))
@@ -78,18 +83,83 @@ def _arrow_rows(stream: BufferedReader, part: Part, text_field: str) -> Iterator
     stream.seek(8 if stream.peek(6)[:6] == _ARROW_FILE else 0)
     row = 0
     with pa.ipc.open_stream(stream) as batches:
-        column = _text_column(batches.schema, text_field, part.file.shown)
+        columns = _Columns.of(batches.schema, wanted, part.file.shown)
         for batch in batches:
             for begin in range(0, batch.num_rows, BATCH_ROWS):
                 some_rows = batch.slice(begin, BATCH_ROWS)
-                yield from _items(_values(some_rows, column), part.file.name, row)
+                yield from columns.items(some_rows, part.file.name, row)
                 row += some_rows.num_rows
     if not row:
         yield LeftOut(part.file.name, "empty")
 
 
+@dataclass(frozen=True)
+class _Columns:
+    """What of a table's rows makes documents. ways: the names that lead to each column, from the outermost."""
+
+    wanted: Wanted
+    ways: dict[str, list[str]]
+
+    @classmethod
+    def of(cls, schema: "pa.Schema", wanted: Wanted, place: str) -> "_Columns":
+        """Raises DataError."""
+        if isinstance(wanted, str):
+            return cls(wanted, {wanted: _text_column(schema, wanted, place)})
+        asked = [(name, column.required) for column in wanted for name in column.sources]
+        there = {name: _way(schema, name, place)[0] for name, required in asked if required or _has(schema, name)}
+        return cls(wanted, there)
+
+    @property
+    def paths(self) -> list[str]:
+        return [".".join(way) for way in self.ways.values()]
+
+    def items(self, batch: "pa.RecordBatch", name: str, first: int) -> Iterator[Item]:
+        # Arrow trusts what it reads: a damaged length would have it read beyond the file's bytes, and die.
+        batch.validate()
+        if isinstance(self.wanted, str):
+            yield from _items(_values(batch, self.ways[self.wanted]), name, first)
+            return
+        values = {column: _nested(batch, way) for column, way in self.ways.items()}
+        for row in range(batch.num_rows):
+            text = record_text(
+                self.wanted, lambda name, _, row=row: values[name][row] if name in values else None, first + row
+            )
+            at = f"{name}:{first + row}"
+            yield LeftOut(at, "null") if text is None else document_of_bytes(at, text.encode(errors="surrogateescape"))
+
+
+def _has(schema: "pa.Schema", name: str) -> bool:
+    return (name if name in schema.names else name.partition(".")[0]) in schema.names
+
+
+def _nested(batch: "pa.RecordBatch", way: list[str]) -> list[Any]:
+    """Values of any kind, without the nulls that a struct has for what a row does not say."""
+    import pyarrow.compute as pc
+
+    values: Any = batch.column(way[0])
+    for name in way[1:]:
+        values = pc.struct_field(values, name)  # pyright: ignore[reportAttributeAccessIssue]
+    # Also that texts are UTF-8.
+    values.validate(full=True)
+    return [_without_nulls(value) for value in values.to_pylist()]
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nulls(each) for key, each in value.items() if each is not None}
+    return [_without_nulls(each) for each in value] if isinstance(value, list) else value
+
+
 def _text_column(schema: "pa.Schema", text_field: str, place: str) -> list[str]:
     """The names that lead to it, from the outermost. Raises DataError."""
+    names, kind = _way(schema, text_field, place)
+    if not _is_text(kind):
+        raise DataError(f"{place}: column {text_field!r} is {kind}, not text; the columns of text are {_texts(schema)}")
+    return names
+
+
+def _way(schema: "pa.Schema", text_field: str, place: str) -> tuple[list[str], "pa.DataType"]:
+    """The names that lead to a column, and its type. Raises DataError."""
     import pyarrow as pa
 
     names = [text_field] if text_field in schema.names else text_field.split(".")
@@ -104,11 +174,7 @@ def _text_column(schema: "pa.Schema", text_field: str, place: str) -> list[str]:
         fields = fields.field(name).type
         if depth + 1 < len(names) and not pa.types.is_struct(fields):
             raise DataError(f"{place}: column {'.'.join(names[: depth + 1])!r} is {fields}, and holds no columns")
-    if not _is_text(fields):
-        raise DataError(
-            f"{place}: column {text_field!r} is {fields}, not text; the columns of text are {_texts(schema)}"
-        )
-    return names
+    return names, fields
 
 
 def _texts(schema: "pa.Schema") -> str:
@@ -128,8 +194,6 @@ def _values(batch: "pa.RecordBatch", column: list[str]) -> list[bytes | None]:
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    # Arrow trusts what it reads: a damaged length would have it read beyond the file's bytes, and die.
-    batch.validate()
     values: Any = batch.column(column[0])
     for name in column[1:]:
         values = pc.struct_field(values, name)  # pyright: ignore[reportAttributeAccessIssue]

@@ -1,7 +1,7 @@
 """`raynium data build`: the tasks of a build on all nodes of a Ray cluster, or of one started on this machine."""
 
 import os
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cache
 from typing import Literal
@@ -9,13 +9,14 @@ from typing import Literal
 from pydantic import ValidationError
 
 from raynium.config.local_folders import temporary_parent
-from raynium.config.paths import WORDS_FOR_SOURCE, absolute_path, absolute_root, lies_in
+from raynium.config.paths import WORDS_FOR_SOURCE, WORDS_FOR_TEMPLATE, absolute_path, absolute_root, lies_in
 from raynium.data.build.fit import refuse_end_in_text
 from raynium.data.build.store_build import build_from_recipe
 from raynium.data.manifest import Recipe, StoreManifest
+from raynium.data.records.registry import records_of
 from raynium.data.remote import find_manifest
 from raynium.data.runner import Item, Result, Runner, Shared
-from raynium.data.tokenizer import TOKENIZER_NAME, Tokenizer
+from raynium.data.tokenizer import Tokenizer, beside
 from raynium.errors import ConfigError
 from raynium.launch.jobs import job_metadata
 from raynium.launch.ray_environment import set_ray_environment
@@ -45,6 +46,10 @@ def build_data(
     sources: Sequence[str],
     tokenizer: str | None,
     text_field: str = "text",
+    records: str = "text",
+    fields: Mapping[str, Sequence[str]] | None = None,
+    chat_template: str | None = None,
+    train_on: Literal["all", "last"] = "all",
     aws_profile: str | None = None,
     end_of_document: str | None = None,
     dedup: Literal["none", "exact"] = "none",
@@ -56,9 +61,10 @@ def build_data(
 ) -> StoreManifest:
     """Makes the store of these sources, or finds it made; goes on where an earlier call broke off.
 
-    store: as in `store_place`. tokenizer: a tokenizer.json, or the folder of one. max_left_out: the largest share of
-    the text that may be left out. aws_profile: `profile` in `sources.open_source`. address: of the Ray cluster; None
-    starts one here, but in a job takes the job's. Raises ConfigError, DataError, LaunchError.
+    store: as in `store_place`. records, fields, chat_template, train_on: as in `data`. tokenizer: a tokenizer.json, or
+    the folder of one. max_left_out: the largest share of the text that may be left out. aws_profile: `profile` in
+    `sources.open_source`. address: of the Ray cluster; None starts one here, but in a job takes the job's.
+    Raises ConfigError, DataError, LaunchError.
     """
     place = store_place(store, root)
     if tokenizer is None:
@@ -69,22 +75,23 @@ def build_data(
             ]
         )
     tokenizer_place = absolute_path("the tokenizer", tokenizer)
-    if not tokenizer_place.endswith(".json"):
-        tokenizer_place = f"{tokenizer_place.rstrip('/')}/{TOKENIZER_NAME}"
-    places = [each if each in WORDS_FOR_SOURCE else absolute_path("the source", each) for each in sources]
-    if holders := [source for source in places if lies_in(place, source)]:
-        raise ConfigError(
-            [
-                f"the source {holders[0]!r} holds the store, {place!r}, which would be read as text: give the text a "
-                "folder of its own, name its files (--from '*.txt'), or give the store a place outside"
-            ]
-        )
+    if chat_template not in (None, *WORDS_FOR_TEMPLATE):
+        chat_template = absolute_path("the chat template", chat_template)
+    made = records_of(
+        records,
+        fields=fields,
+        chat_template=chat_template,
+        train_on=train_on,
+        read=beside(tokenizer_place)[0],
+        where=f"tokenizer {tokenizer_place!r}",
+    )
     try:
         recipe = Recipe(
-            sources=places,
+            sources=_placed(sources, place),
             text_field=text_field,
             heldout_fraction=heldout_fraction,
             dedup=dedup,
+            records=made.recipe if made else None,
         )
     except ValidationError as error:
         problems = [f"{'.'.join(map(str, each['loc']))} = {each['input']!r}: {each['msg']}" for each in error.errors()]
@@ -104,7 +111,14 @@ def build_data(
             yield from cluster()(task, shared, items) if items else ()
 
         return build_from_recipe(
-            place, recipe, loaded, runner=runner, tell=tell, profile=aws_profile, max_left_out=max_left_out
+            place,
+            recipe,
+            loaded,
+            records=made,
+            runner=runner,
+            tell=tell,
+            profile=aws_profile,
+            max_left_out=max_left_out,
         )
 
 
@@ -122,3 +136,16 @@ def _cluster(address: str | None, tell: Callable[[str], None]) -> Iterator[Runne
 
     with connect(address):
         yield on_ray
+
+
+def _placed(sources: Sequence[str], store: str) -> list[str]:
+    """The sources as absolute paths and URLs. Raises ConfigError for one that holds the store."""
+    places = [each if each in WORDS_FOR_SOURCE else absolute_path("the source", each) for each in sources]
+    if holders := [source for source in places if lies_in(store, source)]:
+        raise ConfigError(
+            [
+                f"the source {holders[0]!r} holds the store, {store!r}, which would be read as text: give the text a "
+                "folder of its own, name its files (--from '*.txt'), or give the store a place outside"
+            ]
+        )
+    return places
