@@ -13,11 +13,15 @@ from _forked_ranks import serve_folders
 from pair_task import PAIR_TASKS
 
 from raynium.accelerators.cpu import CpuAccelerator
+from raynium.checkpoint.base import BASE_NAME, base_of
+from raynium.checkpoint.load import load_checkpoint
+from raynium.checkpoint.state import MODEL_PREFIX
 from raynium.config.schema import Config
 from raynium.config.world import World
 from raynium.data.batch import Batch
 from raynium.engines.base import Engine, Votes
 from raynium.engines.native import build_native_engine
+from raynium.storage.store import Store
 from raynium.tasks.base import Task
 from raynium.tasks.pretraining import Pretraining
 
@@ -92,7 +96,11 @@ def log_probs_of_all_rows(engine: Engine, batch: Batch) -> torch.Tensor:
 
 
 def load(chunks: list, folder: Path) -> None:
-    """Copies the blocks that another layout's ranks saved into this rank's."""
+    """Copies the blocks that another layout's ranks saved into this rank's; or what a run begins with, as ranks do."""
+    if (folder / BASE_NAME).exists():
+        weights = [chunk for chunk in chunks if chunk.name.startswith(MODEL_PREFIX)]
+        load_checkpoint(base_of(Store(folder)), weights, dtypes="converted")
+        return
     whole: dict[str, torch.Tensor] = {}
     for path in folder.glob("rank-*.pt"):
         for name, shape, offsets, tensor, saved_here in torch.load(path)["state"]:
