@@ -25,6 +25,7 @@ from raynium.checkpoint.state import Chunk
 from raynium.config.load import dump_yaml, load_config, parse_config
 from raynium.config.schema import Config
 from raynium.convert.adopt import adopt, check_weights, describe, find
+from raynium.convert.config_json import saved_model
 from raynium.convert.export import export_checkpoint
 from raynium.data.build.store_build import build_store
 from raynium.data.store import TOKENIZER_NAME, open_store
@@ -116,10 +117,9 @@ def test_the_first_loss_is_that_of_transformers_on_the_same_batch(
     assert losses[1] == pytest.approx(expected.item(), rel=2e-5)
     saved = latest(Store(tmp_path / "runs/tuned"))
     assert saved is not None and saved.step == 4 and not saved.manifest.weights_only
-    config = saved.manifest.state["config"]
-    assert isinstance(config, dict) and config["model"]["init"] == str(folder)
     base = find_base(Store(tmp_path / "runs/tuned"))
-    assert base is not None and config["model"]["init_identity"] == base.identity
+    model = saved_model(saved)
+    assert base is not None and (model.init, model.init_identity) == (str(folder), base.identity)
 
 
 @pytest.mark.slow
