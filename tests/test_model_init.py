@@ -13,28 +13,35 @@ from typing import Any
 import pytest
 import tokenizers
 import torch
+import torch.distributed as dist
 import yaml
 from conversions import config_of, weights_in
 from safetensors.torch import save_file
 from tiny import loader_of
 
+from raynium.accelerators.cpu import CpuAccelerator
 from raynium.checkpoint.base import base_of, find_base
 from raynium.checkpoint.catalog import latest, open_checkpoint
 from raynium.checkpoint.load import load_checkpoint, read_tensors
 from raynium.checkpoint.state import Chunk
 from raynium.config.load import dump_yaml, load_config, parse_config
 from raynium.config.schema import Config
+from raynium.config.world import World
 from raynium.convert.adopt import adopt, check_weights, describe, find
 from raynium.convert.config_json import saved_model
 from raynium.convert.export import export_checkpoint
 from raynium.data.build.store_build import build_store
 from raynium.data.store import TOKENIZER_NAME, open_store
 from raynium.data.tokenizer import Tokenizer
+from raynium.engines.native import build_native_engine
 from raynium.errors import CheckpointDamaged, CheckpointError, CheckpointMismatch, ConfigError
 from raynium.generation.drawing import Drawing
 from raynium.generation.sampler import open_sampler
 from raynium.rank.ports import free_port
+from raynium.rank.snapshots import Snapshots
 from raynium.storage.store import Store
+from raynium.tasks.pretraining import Pretraining
+from raynium.train.link import MemoryLink
 
 MODEL = "llama, tied, scaled rope"
 
@@ -238,6 +245,19 @@ def test_weights_that_changed_since_are_not_used(folder: Path, tmp_path: Path) -
     pinned = config_at(tmp_path, model__init_identity=identity)
     with pytest.raises(CheckpointMismatch, match=rf"holds weights with the identity \w+, and .* asks for {identity}"):
         adopt(pinned, store, check_weights(pinned))
+
+
+def test_a_rank_that_does_not_find_the_weights_says_who_must_see_them(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, store = config_at(tmp_path), Store(tmp_path / "runs/tuned")
+    adopt(config, store, check_weights(config))
+    shutil.rmtree(folder)
+    engine = build_native_engine(config, World.of(config), CpuAccelerator(), Pretraining(), weights="loaded")
+    monkeypatch.setattr(dist, "get_rank", lambda: 0)
+    snapshots = Snapshots(engine, MemoryLink(), tmp_path, if_busy="wait")
+    with pytest.raises(CheckpointMismatch, match=rf"is missing\. All nodes must see the weights at .* = '{folder}'"):
+        snapshots.begin_with(base_of(store))
 
 
 def test_a_base_that_is_not_there_is_named(tmp_path: Path) -> None:

@@ -8,17 +8,19 @@ import contextlib
 import json
 import os
 import secrets
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from neuron_twin import RECORD_VARIABLE, write_site
 from sessions import kill_started
 from test_standalone import torchrun
@@ -28,6 +30,7 @@ from waiting import wait_for
 from raynium import Client, Run, find_run
 from raynium.checkpoint.catalog import latest
 from raynium.checkpoint.compare import differences
+from raynium.config.schema import ModelSection
 from raynium.data.build.store_build import build_store
 from raynium.errors import ConfigError, LaunchError, RunFailed, RunInUse
 from raynium.rank.ports import free_port
@@ -453,3 +456,25 @@ def test_a_refused_token_is_named(cluster: Cluster, monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("RAY_AUTH_TOKEN", "wrong")
     with pytest.raises(LaunchError, match="RAY_AUTH_TOKEN"):
         Client(cluster.address).submit(cluster.job_file, name="wrong-token")
+
+
+def test_a_job_begins_with_published_weights_that_its_ranks_read(
+    cluster: Cluster, hugging_face: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Submitted from Python, by a job file that says nothing else of the model."""
+    fields = yaml.safe_load(job_text(CHANGES, root=cluster.folder))
+    dimensions = fields.pop("model")
+    folder = hugging_face(ModelSection(**dimensions))
+    shutil.copy(cluster.folder / "data/tokenizer.json", folder)
+    fields |= {"model": {"init": str(folder)}}
+    fields["train"]["steps"], fields["run"]["name"] = 3, "from-weights"
+    job_file = tmp_path / "job.yaml"
+    job_file.write_text(yaml.safe_dump(fields))
+    run = cluster.client().submit(job_file)
+    record = run.wait(timeout_seconds=300)
+    assert record.state == "finished" and record.step == 3
+    model = record.config["model"]
+    assert model["init"] == str(folder) and len(model["init_identity"]) == 64 and model["hidden_size"] == 32
+    assert "begins with" in run.logs()
+    # The driver leaves them where they are.
+    assert not list(Path(run.url.removeprefix("file://")).glob("*.safetensors"))

@@ -20,6 +20,7 @@ from raynium.checkpoint.format.manifest import ImageInfo
 from raynium.checkpoint.load import load_checkpoint
 from raynium.checkpoint.state import MODEL_PREFIX, Chunk
 from raynium.engines.base import Engine
+from raynium.errors import CheckpointDamaged, CheckpointMismatch
 from raynium.storage.store import Store
 from raynium.train.link import IMAGE_SLOTS, Link
 
@@ -98,9 +99,19 @@ class Snapshots:
         return self._restored(step)
 
     def begin_with(self, base: BaseRef) -> int:
-        """Reads this rank's parts of the weights that the run begins with; returns the step, 0."""
+        """Reads this rank's parts of the weights that the run begins with; returns the step, 0.
+
+        CheckpointMismatch if they are not there, or not those that the driver saw.
+        """
         chunks = [chunk for chunk in self._engine.state() if chunk.name.startswith(MODEL_PREFIX)]
-        loaded = load_checkpoint(base, chunks, dtypes="converted")
+        try:
+            loaded = load_checkpoint(base, chunks, dtypes="converted")
+        except CheckpointDamaged as error:
+            # No other try would find them.
+            raise CheckpointMismatch(
+                f"{error}. All nodes must see the weights at model.init = {base.uri!r}, unchanged, until the run has a "
+                "checkpoint of its own: put them at s3:// or on a shared file system"
+            ) from error
         logger.info("begins with the weights of %s, %.1f MB read", base.uri, loaded.num_bytes_read / 1e6)
         return self._restored(0)
 
