@@ -18,12 +18,15 @@ import yaml
 from conversions import config_of, weights_in
 from safetensors.torch import save_file
 from tiny import loader_of
+from typer.testing import CliRunner
 
+from raynium import sdk
 from raynium.accelerators.cpu import CpuAccelerator
 from raynium.checkpoint.base import base_of, find_base
 from raynium.checkpoint.catalog import latest, open_checkpoint
 from raynium.checkpoint.load import load_checkpoint, read_tensors
 from raynium.checkpoint.state import Chunk
+from raynium.cli.app import app
 from raynium.config.load import dump_yaml, load_config, parse_config
 from raynium.config.schema import Config
 from raynium.config.world import World
@@ -192,6 +195,42 @@ def test_the_config_takes_from_the_folder_what_it_settles(folder: Path, tmp_path
     # The resolved config says all of it, and is read without the folder.
     shutil.rmtree(folder)
     assert parse_config(dump_yaml(config), describe=describe) == config
+
+
+def test_weights_named_over_a_model_take_its_place(folder: Path, tmp_path: Path) -> None:
+    """As a preset's do: `raynium train quickstart model.init=./folder`, and a file that builds on another."""
+    of_folder = config_of(MODEL).model.model_copy(update={"init": str(folder)})
+    assert load_config("quickstart", [f"model.init={folder}"], describe=describe).model == of_folder
+    (tmp_path / "upper.yaml").write_text(f"extends: quickstart\nmodel: {{init: {folder}, max_seq_len: 48}}\n")
+    upper = load_config(tmp_path / "upper.yaml", describe=describe).model
+    assert upper == of_folder.model_copy(update={"max_seq_len": 48})
+    # The tokens to add are the run's own.
+    (tmp_path / "tokens.yaml").write_text("extends: quickstart\nmodel: {add_tokens: [<new>]}\n")
+    assert load_config(tmp_path / "tokens.yaml", [f"model.init={folder}"], describe=describe).model.add_tokens == (
+        "<new>",
+    )
+    # What stands beside them is compared.
+    with pytest.raises(ConfigError, match=r"model\.num_layers is 32, but the weights at .* have 3"):
+        load_config("quickstart", [f"model.init={folder}", "model.num_layers=32"], describe=describe)
+    (tmp_path / "both.yaml").write_text(f"extends: quickstart\nmodel: {{preset: llama3-1b, init: {folder}}}\n")
+    with pytest.raises(ConfigError, match=r"model\.vocab_size is 128256, but the weights at .* have 320"):
+        load_config(tmp_path / "both.yaml", describe=describe)
+    assert load_config("quickstart", ["model.init=null"], describe=describe).model.num_layers > 0
+
+
+def test_the_commands_and_the_sdk_read_it_too(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    runner = CliRunner()
+    done = runner.invoke(app, ["init", "mine", f"model.init={folder}", "data.source=text"])
+    assert done.exit_code == 0, done.output
+    shown = runner.invoke(app, ["config", "--diff", "mine.yaml"]).output
+    assert f"model.init: {folder}" in shown and "model.num_layers: 3" in shown
+    assert f"data.tokenizer: {folder}/tokenizer.json" in shown
+    of_folder = config_of(MODEL).model.model_copy(update={"init": str(folder)})
+    assert sdk._loaded("mine.yaml", {}).model == of_folder
+    fields = {"run": {"name": "x"}, "model": {"init": folder}, "data": {"path": "/data"}}
+    fields |= {"train": {"steps": 1, "global_batch_size": 1}}
+    assert sdk._loaded(fields, {}).model == of_folder
 
 
 def test_what_contradicts_the_weights_is_refused_with_both_values(folder: Path, tmp_path: Path) -> None:

@@ -92,9 +92,10 @@ def init(
 ) -> None:
     """Write a small, commented job file to start from."""
     from raynium.config.reference import starting_file
+    from raynium.convert.beginning import describe
     from raynium.errors import ConfigError
 
-    text = starting_file(name, preset, overrides or [])
+    text = starting_file(name, preset, overrides or [], describe=describe)
     path = Path(f"{name}.yaml")
     try:
         with path.open("x", encoding="utf-8") as file:

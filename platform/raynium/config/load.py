@@ -77,9 +77,10 @@ def parse_config(
 
 
 def _finish(reading: Reading, overrides: Overrides, files: "Files", describe: Describe | None) -> Config:
-    # A preset's model is what the other overrides are laid over, wherever it stands among them.
+    # A preset's model, or that of weights, is what the other overrides are laid over, wherever it stands among them.
     quotes = () if isinstance(overrides, Mapping) else ('"', "'")
-    for key, value in sorted(_split_overrides(overrides, reading), key=lambda each: each[0] != "model.preset"):
+    first = ("model.preset", "model.init")
+    for key, value in sorted(_split_overrides(overrides, reading), key=lambda each: each[0] not in first):
         _apply_override(key, value, reading, files, quotes=quotes)
     take_described(reading, describe)
     _name_the_store(reading)
@@ -204,13 +205,22 @@ def _lay_below(node: yaml.Node, name: str, source: str, reading: Reading, files:
     """Read what the section `name` ("" for a whole file) builds on.
 
     A file that is extended is laid over what is there, field by field; a preset's model takes the place of any other,
-    since no field of one model is meant for another.
+    since no field of one model is meant for another, and so do weights to begin with.
     """
     if name == "" and (given := _member(node, "extends")) is not None:
         _read_base("extends", given, source, reading, files)
     model = {"": _member(node, "model"), "model": node}.get(name)
     if model is not None and (given := _member(model, "preset")) is not None:
         _take_preset(given, source, reading, files)
+    elif model is not None and (given := _member(model, "init")) is not None and shown(given) != "empty":
+        _leave_model(reading)
+
+
+def _leave_model(reading: Reading) -> None:
+    """Weights that are named over a model are another model; tokens to add are for whatever is."""
+    model = reading.values.get("model")
+    if isinstance(model, dict):
+        reading.values["model"] = {key: value for key, value in model.items() if key == "add_tokens"}
 
 
 def _take_preset(given: yaml.Node, source: str, reading: Reading, files: Files) -> None:
@@ -268,6 +278,8 @@ def _apply_override(key: str, value: Any, reading: Reading, files: Files, *, quo
     if key == "model.preset":
         _take_preset(yaml.ScalarNode("tag:yaml.org,2002:str", str(value)), f"override {key}", reading, files)
         return
+    if key == "model.init" and value not in (None, "", "null", "~"):
+        _leave_model(reading)
     known = schema_fields().get(key)
     if key == "extends":
         reading.problems.append(

@@ -12,6 +12,7 @@ from raynium.config.load import load_config, parse_config
 from raynium.config.paths import PLACEHOLDER
 from raynium.config.resume import when_resumed
 from raynium.config.schema import Config
+from raynium.config.weights import Describe
 from raynium.config.world import World
 from raynium.errors import ConfigError
 
@@ -162,13 +163,13 @@ def brief(config: Config) -> str:
     return "\n".join(lines)
 
 
-def starting_file(name: str, preset: str, overrides: list[str]) -> str:
+def starting_file(name: str, preset: str, overrides: list[str], *, describe: Describe | None = None) -> str:
     """A job file of the run `name` that builds on a preset; what it leaves as it is stands there as a comment.
 
-    Raises ConfigError.
+    describe: as for `load_config`. Raises ConfigError.
     """
     overrides = [*overrides, f"run.name={name}"]
-    config = load_config(preset, overrides)
+    config = load_config(preset, overrides, describe=describe)
     values = config.model_dump(mode="json")
     given = {override.partition("=")[0].strip() for override in overrides}
     lines = [
@@ -191,7 +192,7 @@ def starting_file(name: str, preset: str, overrides: list[str]) -> str:
             line = f"{field.name.partition('.')[2]}: {_yaml(_value(values, field.name), width=10_000)}"
             lines.append(f"  {line}" if field.name in live else f"  # {line}" if live else f"#   {line}")
     text = "\n".join(lines) + "\n"
-    assert parse_config(text) == config
+    assert parse_config(text, describe=describe) == config
     return text
 
 
