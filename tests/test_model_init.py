@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 from raynium import sdk
 from raynium.accelerators.cpu import CpuAccelerator
 from raynium.checkpoint.base import base_of, find_base
-from raynium.checkpoint.catalog import latest, open_checkpoint
+from raynium.checkpoint.catalog import checkpoint_tags, latest, open_checkpoint
 from raynium.checkpoint.load import load_checkpoint, read_tensors
 from raynium.checkpoint.state import Chunk
 from raynium.cli.app import app
@@ -31,15 +31,17 @@ from raynium.config.load import dump_yaml, load_config, parse_config
 from raynium.config.schema import Config
 from raynium.config.world import World
 from raynium.convert.adopt import adopt, check_weights, describe, find
+from raynium.convert.beginning import adopt_weights
 from raynium.convert.config_json import saved_model
 from raynium.convert.export import export_checkpoint
 from raynium.data.build.store_build import build_store
 from raynium.data.store import TOKENIZER_NAME, open_store
 from raynium.data.tokenizer import Tokenizer
 from raynium.engines.native import build_native_engine
-from raynium.errors import CheckpointDamaged, CheckpointError, CheckpointMismatch, ConfigError
+from raynium.errors import CheckpointDamaged, CheckpointError, CheckpointMismatch, ConfigError, StoreError
 from raynium.generation.drawing import Drawing
 from raynium.generation.sampler import open_sampler
+from raynium.models.decoder import Decoder
 from raynium.rank.ports import free_port
 from raynium.rank.snapshots import Snapshots
 from raynium.storage.store import Store
@@ -262,6 +264,34 @@ def test_what_is_no_model_is_refused_as_the_config_is_read(folder: Path, tmp_pat
 
 
 # ------------------------------------------------------------------------------------------------- adopting
+
+
+def test_another_runs_checkpoint_is_kept_for_the_runs_that_begin_with_it(
+    save_run: Callable[..., Store], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = config_of("llama").model
+    first = save_run(Decoder(model), config_of("llama"), num_ranks=2)
+    config = config_at(tmp_path, model__init=str(tmp_path / "runs/first"))
+    told: list[str] = []
+    begun = adopt_weights(config, Store(tmp_path / "runs/tuned"), None, told.append)
+    assert checkpoint_tags(first, 4) == ("base-of-tuned",) and len(told) == 1
+    assert begun.model.init_identity is not None
+    weights, saved = loaded(Store(tmp_path / "runs/tuned")), read_tensors(open_checkpoint(first, 4))
+    assert all(torch.equal(tensor, saved[name]) for name, tensor in weights.items())
+
+    def refused(*arguments: Any) -> None:
+        raise StoreError("nobody here may write there")
+
+    monkeypatch.setattr("raynium.convert.adopt.add_tag", refused)
+    other = config_at(tmp_path, "run.name=other", model__init=f"{tmp_path / 'runs/first'}@4")
+    adopt_weights(other, Store(tmp_path / "runs/other"), None, told.append)
+    assert told[-1] == (
+        "note: the run whose checkpoint this begins with may delete it, since it could not be tagged: nobody here may "
+        "write there"
+    )
+    first.delete("tokenizer.json")
+    with pytest.raises(CheckpointError, match=r"runs/first has no tokenizer\.json, as a run keeps one: give another"):
+        find(str(tmp_path / "runs/first"))
 
 
 def test_weights_that_changed_since_are_not_used(folder: Path, tmp_path: Path) -> None:

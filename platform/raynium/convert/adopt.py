@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from raynium.checkpoint.base import Base, BaseFile, find_base, keep_base
-from raynium.checkpoint.catalog import choose_checkpoint
+from raynium.checkpoint.catalog import add_tag, choose_checkpoint
 from raynium.checkpoint.format.manifest import CHECKPOINTS_FOLDER
 from raynium.checkpoint.ref import CheckpointRef
 from raynium.checkpoint.state import MODEL_PREFIX
@@ -39,13 +39,19 @@ class Found:
     """What is at a place, as far as names, headers and small files say.
 
     tokenizer: the place of its file. text: its model is that of the weights. read: reads the weights once, if nobody
-    has yet, for their checksums.
+    has yet, for their checksums. checkpoint: of another run, which may delete it; None for a folder.
     """
 
     tokenizer: str
     text: RunText
     num_bytes: int
     read: Callable[[], Base]
+    checkpoint: CheckpointRef | None = None
+
+    def keep_for(self, run_name: str) -> None:
+        """Has the other run keep its checkpoint, by a tag. StoreError where nobody here may write there."""
+        if self.checkpoint is not None:
+            add_tag(self.checkpoint.store, self.checkpoint.step, f"base-of-{run_name}"[:63])
 
 
 def find(place: str, *, end_of_document: str | None = None) -> Found:
@@ -76,7 +82,7 @@ def _of_run(store: Store, step: int | None, place: str) -> Found:
         text = RunText.of_run(store, model)
     except KeyMissing as error:
         raise CheckpointError(f"{store.url} has no {TOKENIZER_NAME}, as a run keeps one: give another run") from error
-    return Found(store.uri(TOKENIZER_NAME), text, ref.manifest.num_bytes, lambda: _base_of(ref, model, place))
+    return Found(store.uri(TOKENIZER_NAME), text, ref.manifest.num_bytes, lambda: _base_of(ref, model, place), ref)
 
 
 def _base_of(ref: CheckpointRef, model: ModelSection, place: str) -> Base:

@@ -9,6 +9,7 @@ from typing import Any
 
 from raynium.config.schema import Config
 from raynium.config.weights import Described
+from raynium.errors import StoreError
 from raynium.storage.store import Store
 
 
@@ -46,8 +47,9 @@ def with_own_tokenizer(config: Config, cache: Path) -> Config:
 def adopt_weights(config: Config, store: Store, saved: Mapping[str, Any] | None, tell: Callable[[str], None]) -> Config:
     """The config with the identity of what the run at `store` began with, or begins with now: then all of it is read.
 
-    saved: the config of its newest checkpoint. Raises as `survey_weights`, CheckpointDamaged for weights that are no
-    numbers, CheckpointMismatch for another identity than the config asks for.
+    A checkpoint of another run gets the tag `base-of-<name>`, which keeps it. saved: the config of the newest
+    checkpoint. Raises as `survey_weights`, CheckpointDamaged for weights that are no numbers, CheckpointMismatch for
+    another identity than the config asks for.
     """
     if config.model.init is None:
         return config
@@ -58,5 +60,11 @@ def adopt_weights(config: Config, store: Store, saved: Mapping[str, Any] | None,
 
         found = check_weights(config)
         tell(f"model: begins with {config.model.init}, {found.num_bytes / 1e6:,.1f} MB of weights")
+        try:
+            found.keep_for(config.run.name)
+        except StoreError as error:
+            tell(
+                f"note: the run whose checkpoint this begins with may delete it, since it could not be tagged: {error}"
+            )
         identity = adopt(config, store, found)
     return config.model_copy(update={"model": config.model.model_copy(update={"init_identity": identity})})
