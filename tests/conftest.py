@@ -34,7 +34,7 @@ LONGEST = (
 
 
 # Libraries that some tests compare ours with. Tests get them from fixtures of these names.
-PEERS = ("transformers", "trl")
+PEERS = ("transformers", "trl", "peft")
 
 
 def is_quick(file: Path) -> bool:
@@ -156,6 +156,13 @@ def trl() -> Any:
     import trl
 
     return trl
+
+
+@pytest.fixture(scope="session")
+def peft(transformers: Any) -> Any:
+    import peft
+
+    return peft
 
 
 @pytest.fixture(scope="session")

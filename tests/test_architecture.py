@@ -29,7 +29,8 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "hardware": ("errors", "config"),
     "storage": (),
     "models.plan": (),
-    "models.flops": (),
+    "models.adapter": (),
+    "models.flops": ("models.adapter",),
     "models": ("models.plan", "models.flops"),
     "data.text": ("storage",),
     "data.order": (),
@@ -260,6 +261,7 @@ LIGHT = [
         "raynium.config.resume",
     ),
     *("raynium.hardware.catalog", "raynium.planning.memory", "raynium.models.flops", "raynium.models.plan"),
+    "raynium.models.adapter",
     "raynium.tasks.base",
 ]
 

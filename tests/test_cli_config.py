@@ -84,7 +84,7 @@ def test_init_writes_a_file_that_loads_and_never_over_another(
 def test_presets_lists_each_with_what_it_is(raynium: Callable[..., Ended]) -> None:
     lines = raynium("presets").out.splitlines()
     assert [line.split()[0] for line in lines] == preset_names()
-    assert any(line.startswith("llama3-1b   Llama 3.2 1B, trained from nothing") for line in lines)
+    assert any(line.startswith("llama3-1b       Llama 3.2 1B, trained from nothing") for line in lines)
 
 
 # ------------------------------------------------------------------------------------------------- completion
@@ -108,7 +108,7 @@ def complete(*words: str, cwd: Path) -> list[str]:
     ("words", "offered"),
     [
         (["raynium", "pres"], ["presets"]),
-        (["raynium", "train", "llama"], ["llama3-1b", "llama3-70b", "llama3-8b"]),
+        (["raynium", "train", "llama"], ["llama3-1b", "llama3-70b", "llama3-8b", "llama3-8b-lora"]),
         (["raynium", "train", "mi"], ["mine.yaml"]),
         (["raynium", "train", "quickstart", "train.st"], ["train.steps="]),
         (["raynium", "train", "quickstart", "train.steps=3", "model.pr"], ["model.preset="]),

@@ -26,6 +26,7 @@ def test_these_are_the_presets():
         "llama3-1b",
         "llama3-70b",
         "llama3-8b",
+        "llama3-8b-lora",
         "quickstart",
         "qwen3-8b",
         "qwen3-8b-sft",

@@ -174,10 +174,10 @@ def test_an_export_holds_one_files_worth_of_tensors(
     ref = choose_checkpoint(save_run(random_model(config), config))
     batches: list[int] = []
     monkeypatch.setattr(
-        export,
-        "read_batch",
-        lambda ref, entries, read=export.read_batch: (
-            tensors := read(ref, entries),
+        export.ModelWeights,
+        "read",
+        lambda weights, entries, read=export.ModelWeights.read: (
+            tensors := read(weights, entries),
             batches.append(sum(tensor.nbytes for tensor in tensors.values())),
         )[0],
     )

@@ -12,7 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.random import Generator
 
+from raynium.config.adapter import AdapterSection
 from raynium.config.families import FAMILIES
+from raynium.config.load import load_config
 from raynium.config.schema import ModelSection
 from raynium.models import init
 from raynium.models.attention import rope_tables
@@ -109,6 +111,15 @@ def test_flops_of_llama3_8b() -> None:
     flops = flops_per_token(model, 8192)
     assert flops.six_n == 6 * (8_030_261_248 - 128_256 * 4096)
     assert flops.with_attention - flops.six_n == 12_884_901_888
+
+
+def test_what_does_not_learn_takes_four_operations_a_number_and_not_six() -> None:
+    model, multiplied = load_config("llama3-8b").model, 8_030_261_248 - 128_256 * 4096
+    frozen = flops_per_token(model, 8192, AdapterSection(rank=16))
+    assert frozen.six_n == 4 * multiplied + 6 * 41_943_040
+    with_head = flops_per_token(model, 8192, AdapterSection(rank=16, train_also=("head",)))
+    assert with_head.six_n - frozen.six_n == 2 * 128_256 * 4096
+    assert frozen.with_attention - frozen.six_n == 12_884_901_888
 
 
 def test_rope_tables_are_float32_whatever_the_model_computes_in() -> None:
@@ -278,3 +289,21 @@ def test_the_sizes_that_the_degree_must_divide() -> None:
         "model.vocab_size": 97,
         "data.seq_len": 64,
     }
+
+
+# ---- Adapters --------------------------------------------------------------------------------------------------------
+
+
+def test_an_adapter_begins_as_pefts_does_in_any_layout() -> None:
+    """A: uniform over ±1/sqrt(inputs), the same numbers in every block; B: zeros."""
+    model, inputs = section("llama"), 600
+    whole = init_parameter("blocks.1.attention.q.lora_A", shape=(70, inputs), seed=3, config=model)
+    bound = 1 / math.sqrt(inputs)
+    assert 0.99 * bound < whole.abs().max() < bound and abs(whole.mean()) < 0.02 * bound
+    assert whole.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.02)
+    at = {"global_shape": (70, inputs), "offsets": (30, 250), "shape": (9, 20), "seed": 3, "config": model}
+    assert torch.equal(init_block("blocks.1.attention.q.lora_A", **at), whole[30:39, 250:270])
+    other = init_parameter("blocks.0.attention.q.lora_A", shape=(70, inputs), seed=3, config=model)
+    assert not torch.equal(whole, other)
+    up = init_parameter("blocks.1.attention.q.lora_B", shape=(40, 8), seed=3, config=model)
+    assert torch.equal(up, torch.zeros(40, 8))

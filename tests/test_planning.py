@@ -147,3 +147,17 @@ def _saved_bytes(config) -> int:
         output = decoder(tokens_BT)
     assert output.requires_grad
     return sum(storages.values())
+
+
+def test_an_adapter_is_all_that_has_gradients_and_moments():
+    """Llama 3 8B: 8,030,261,248 weights in two bytes, and 41,943,040 of rank 16 with its gradient and two moments."""
+    lone = ("cluster.ranks_per_node=1", "parallel.tensor=1", "cluster.instance_type=null", "adapter.rank=16")
+    alone = estimate("llama3-8b", *lone)
+    assert alone.parameters == 8_030_261_248 * 2 + 41_943_040 * 4
+    assert (alone.gradients, alone.optimizer) == (41_943_040 * 4, 41_943_040 * 8)
+    assert alone.gathered_blocks == 0, "what does not learn is used where it lies"
+    shared = estimate("llama3-8b", "adapter.rank=16")
+    whole = estimate("llama3-8b")
+    assert shared.parameters < 0.6 * whole.parameters and shared.gathered_blocks < whole.gathered_blocks
+    tables = estimate("llama3-8b", *lone, "adapter.train_also=[embedding, head]")
+    assert tables.gradients == (41_943_040 + 2 * 128_256 * 4096) * 4

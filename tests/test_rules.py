@@ -456,3 +456,34 @@ def test_stages_need_a_mixture():
 )
 def test_stages_name_the_stores_of_the_mixture_in_the_order_of_steps(text: str, message: str):
     assert stages(text) == [message]
+
+
+# ------------------------------------------------------------------------------------------------- adapters
+
+
+def test_targets_that_name_no_matrix_are_refused_with_those_that_exist():
+    names = "q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj"
+    for given in ("all-linear", "[q_proj, v_proj]", "down_proj"):
+        assert problems("quickstart", "adapter.rank=8", f"adapter.targets={given}") == []
+    assert only_problem("quickstart", "adapter.rank=8", "adapter.targets=[q_proj, dwn_proj]") == (
+        "adapter.targets has 'dwn_proj', and no matrix of a block is named so: did you mean down_proj? They are "
+        f"{names}, and all-linear for all of them"
+    )
+    assert only_problem("quickstart", "adapter.rank=8", "adapter.targets=[]") == (
+        f"adapter.targets names no matrix: give some of {names}, or all-linear"
+    )
+
+
+def test_an_adapter_has_a_rank():
+    assert only_problem("quickstart", "adapter.alpha=32") == (
+        "adapter.alpha is set and adapter.rank is null, so that there is no adapter: set adapter.rank (16 is usual), "
+        "or leave the section out"
+    )
+
+
+def test_nxd_has_no_place_for_adapters():
+    found = problems("quickstart", "adapter.rank=8", "engine.kind=nxd", "cluster.accelerator=neuron_xla")
+    assert found == [
+        "adapter.rank is 8 with engine.kind nxd, whose layers hold q, k and v, and gate and up, as one matrix: an "
+        "adapter of each has no place there; set engine.kind to native, or adapter.rank to null"
+    ]

@@ -213,17 +213,17 @@ class Run:
         step: int | None = None,
         dtype: "Dtype" = "float32",
         max_shard_bytes: int = 2 * 2**30,
+        what: Literal["model", "adapter"] = "model",
     ) -> "Exported":
         """Writes the newest checkpoint, or that of `step`, as a Hugging Face folder, which must not exist yet.
 
-        dtype: float32 keeps every bit, bfloat16 is half the size. max_shard_bytes: of one file of weights, which is
-        also the memory this takes. Runs here, on the CPU.
+        dtype: float32 keeps every bit, bfloat16 is half the size. max_shard_bytes: of one file of weights, also the
+        memory this takes. what: the model, an adapter merged; or that alone, as PEFT writes it. Runs here, on the CPU.
         """
         from raynium.checkpoint.catalog import choose_checkpoint
-        from raynium.convert.export import export_checkpoint
+        from raynium.convert.peft_folder import export
 
-        ref = choose_checkpoint(self._store(), step)
-        return export_checkpoint(ref, folder, dtype=dtype, max_shard_bytes=max_shard_bytes)
+        return export(choose_checkpoint(self._store(), step), folder, what, dtype, max_shard_bytes=max_shard_bytes)
 
     @overload
     def sample(self, prompt: str, *, step: int | None = None, **drawing: Any) -> str: ...

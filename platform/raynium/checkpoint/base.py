@@ -20,8 +20,8 @@ from raynium.errors import CheckpointError
 from raynium.storage.backend import KeyMissing
 from raynium.storage.store import Store
 
-# Of the run.
-BASE_NAME = "base.json"
+# Of the run. The second is of an adapter that it begins with (adapter.init).
+BASE_NAME, ADAPTER_NAME = "base.json", "adapter.json"
 # Of a safetensors file: what its header's length takes.
 _FIRST_BYTE = 8
 
@@ -94,24 +94,24 @@ class BaseRef:
 Readable = CheckpointRef | BaseRef
 
 
-def keep_base(store: Store, base: Base) -> None:
+def keep_base(store: Store, base: Base, *, name: str = BASE_NAME) -> None:
     """In the run's store, for its ranks. The driver calls it, before they start."""
-    store.replace(BASE_NAME, base.to_json().encode())
+    store.replace(name, base.to_json().encode())
 
 
-def find_base(store: Store) -> Base | None:
+def find_base(store: Store, *, name: str = BASE_NAME) -> Base | None:
     """What the run at `store` began with; None for one that began with first weights. CheckpointDamaged."""
     try:
-        return parsed(Base, store.read(BASE_NAME), what=store.uri(BASE_NAME))
+        return parsed(Base, store.read(name), what=store.uri(name))
     except KeyMissing:
         return None
 
 
-def base_of(store: Store) -> BaseRef:
+def base_of(store: Store, *, name: str = BASE_NAME) -> BaseRef:
     """The same, to load from. CheckpointError where there is none."""
-    if (base := find_base(store)) is None:
+    if (base := find_base(store, name=name)) is None:
         raise CheckpointError(
-            f"{store.url} has no {BASE_NAME}, which says where the run's first weights are: the driver writes it "
+            f"{store.url} has no {name}, which says where the run's first weights are: the driver writes it "
             "before ranks start; start the run again"
         )
     return BaseRef(base)

@@ -163,14 +163,24 @@ def export(
     max_shard_size: Annotated[
         str, Option(help="Of one file of weights, e.g. 500MB. Also the memory this takes.")
     ] = "2GiB",
+    adapter: Annotated[
+        bool, Option("--adapter", help="The adapter alone, as PEFT writes it, in float32; without it, merged.")
+    ] = False,
 ) -> None:
     """Write a checkpoint as a Hugging Face folder."""
     from raynium.sdk import find_run
 
     name, step = split_name(name, step)
-    done = find_run(name, root).export(folder, step=step, dtype=dtype, max_shard_bytes=_bytes(max_shard_size))
+    done = find_run(name, root).export(
+        folder,
+        step=step,
+        dtype=dtype,
+        max_shard_bytes=_bytes(max_shard_size),
+        what="adapter" if adapter else "model",
+    )
     typer.echo(
-        f"exported step {done.step:,} to {done.folder}: {done.num_tensors} tensors, {_size(done.num_bytes)} of {dtype} "
+        f"exported step {done.step:,} to {done.folder}: {done.num_tensors} tensors, {_size(done.num_bytes)} of "
+        f"{'float32' if adapter else dtype} "
         f"in {len(done.files)} file(s)"
     )
 

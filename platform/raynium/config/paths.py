@@ -53,7 +53,7 @@ def resolve(config: Config, *, base_folder: str | Path | None = None) -> Config:
             problems.append(_secret_in_url(name, placed))
         return placed
 
-    data, model, tracking = config.data, config.model, config.tracking
+    data, model, adapter, tracking = config.data, config.model, config.adapter, config.tracking
     root = place("run.root", config.run.root)
 
     def of_store(number: int, store: MixedStore) -> MixedStore:
@@ -66,6 +66,7 @@ def resolve(config: Config, *, base_folder: str | Path | None = None) -> Config:
         update={
             "run": config.run.model_copy(update={"root": root}),
             "model": model.model_copy(update={"init": model.init and place("model.init", model.init)}),
+            "adapter": adapter.model_copy(update={"init": adapter.init and place("adapter.init", adapter.init)}),
             "data": data.model_copy(
                 update={
                     "path": data.path and place("data.path", data.path),
@@ -96,6 +97,7 @@ def placeholders(config: Config) -> list[str]:
         "data.source": config.data.source,
         "data.tokenizer": config.data.tokenizer,
         "model.init": config.model.init,
+        "adapter.init": config.adapter.init,
         "tracking.uri": config.tracking.uri,
     }
     return [

@@ -17,6 +17,7 @@ from typing import Any
 from raynium.config.schema import Config, MixedStore
 
 _WEIGHTS = "the checkpoint's weights have this shape or meaning"
+_ADAPTED = "the checkpoint's adapter belongs to the weights in this way"
 _POSITION = "the data position counts samples of this kind and order"
 _MOMENTS = "the optimizer's moments were gathered with it"
 
@@ -38,6 +39,12 @@ FIXED: Mapping[str, str] = {
     "model.init": "the run began with those weights, and does not read others any more",
     "model.init_identity": "the run began with those weights, and does not read others any more",
     "model.add_tokens": _WEIGHTS,
+    "adapter.init": "the run began with that adapter, and does not read another any more",
+    "adapter.rank": _WEIGHTS,
+    "adapter.alpha": _ADAPTED,
+    "adapter.rank_stabilised": _ADAPTED,
+    "adapter.targets": _ADAPTED,
+    "adapter.train_also": _ADAPTED,
     "data.mixture": "the data position counts samples of these stores, by these weights",
     "data.identity": "the data position counts samples of that tokenizer and those tokens",
     "data.heldout_fraction": "documents would move between training and evaluation",
@@ -53,6 +60,7 @@ FIXED: Mapping[str, str] = {
 }
 
 NOTED: Mapping[str, str] = {
+    "adapter.dropout": "another share of inputs is left out from here on",
     "data.stages": "what begins after the checkpoint; what begins before may not change",
     "train.steps": "the learning-rate schedule now ends at another step, so the rate changes from here on",
     "engine.kind": "another engine rounds differently",

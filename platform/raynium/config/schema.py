@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from raynium.config.adapter import AdapterSection
 from raynium.config.families import FAMILIES, Family, FamilyName
 from raynium.config.section import (
     Accepts,
@@ -466,6 +467,7 @@ class Config(Section):
     run: RunSection
     cluster: ClusterSection = ClusterSection()
     model: ModelSection
+    adapter: AdapterSection = AdapterSection()
     data: DataSection
     parallel: ParallelSection = ParallelSection()
     engine: EngineSection = EngineSection()

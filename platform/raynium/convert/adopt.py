@@ -21,6 +21,7 @@ from raynium.convert.added_tokens import with_rows, with_tokens
 from raynium.convert.config_json import saved_model
 from raynium.convert.description import RunText, described_model
 from raynium.convert.folder import Folder
+from raynium.convert.merged import saved_adapter
 from raynium.convert.parameters import check_shapes, parameter_shapes
 from raynium.convert.weights import base_of_folder, find_weights
 from raynium.data.tokenizer import TOKENIZER_NAME
@@ -69,6 +70,11 @@ def find(place: str, *, end_of_document: str | None = None) -> Found:
 
 def _of_run(store: Store, step: int | None, place: str) -> Found:
     ref = choose_checkpoint(store, step)
+    if saved_adapter(ref).rank is not None:
+        raise CheckpointError(
+            f"{ref.uri} holds an adapter and not the weights it belongs to: export it (`raynium checkpoints export`), "
+            "which merges it, and begin with that folder"
+        )
     model = _alone(saved_model(ref))
     theirs = {MODEL_PREFIX + ours: name for ours, name in hugging_face_names(model).items()}
     tensors = [entry for entry in ref.manifest.tensors if entry.name.startswith(MODEL_PREFIX)]

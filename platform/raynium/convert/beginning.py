@@ -21,7 +21,7 @@ def describe(init: str, added: tuple[str, ...], run_place: str | None) -> Descri
 
 
 def survey_weights(config: Config) -> None:
-    """Whether a new run can begin with what model.init names, by names and headers alone.
+    """Whether a new run can begin with what model.init and adapter.init name, by names and headers alone.
 
     Raises ConfigError, CheckpointError and its kinds, DataError for the tokenizer, StoreError.
     """
@@ -29,6 +29,10 @@ def survey_weights(config: Config) -> None:
         from raynium.convert.adopt import check_weights
 
         check_weights(config)
+    if config.adapter.init is not None:
+        from raynium.convert.peft_folder import check_adapter
+
+        check_adapter(config)
 
 
 def with_own_tokenizer(config: Config, cache: Path) -> Config:
@@ -51,6 +55,16 @@ def adopt_weights(config: Config, store: Store, saved: Mapping[str, Any] | None,
     checkpoint. Raises as `survey_weights`, CheckpointDamaged for weights that are no numbers, CheckpointMismatch for
     another identity than the config asks for.
     """
+    config = _adopt_model(config, store, saved, tell)
+    if config.adapter.init is not None and saved is None:
+        from raynium.convert.peft_folder import adopt_adapter
+
+        tell(f"adapter: begins with {config.adapter.init}")
+        adopt_adapter(config, store)
+    return config
+
+
+def _adopt_model(config: Config, store: Store, saved: Mapping[str, Any] | None, tell: Callable[[str], None]) -> Config:
     if config.model.init is None:
         return config
     if saved is not None:

@@ -15,6 +15,7 @@ import os
 import shutil
 from collections import deque
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -22,16 +23,16 @@ from uuid import uuid4
 
 import torch
 
-from raynium.checkpoint.format.batches import in_batches, in_file_order, raw_bytes
+from raynium.checkpoint.format.batches import in_batches, raw_bytes
 from raynium.checkpoint.format.image import TORCH_DTYPES
-from raynium.checkpoint.format.manifest import DTYPES, TensorEntry
-from raynium.checkpoint.load import read_batch
+from raynium.checkpoint.format.manifest import DTYPES
 from raynium.checkpoint.ref import CheckpointRef
 from raynium.checkpoint.state import MODEL_PREFIX
 from raynium.config.local_folders import local_path
 from raynium.config.schema import ModelSection
 from raynium.convert.config_json import Dtype, saved_model
 from raynium.convert.description import RunText
+from raynium.convert.merged import ModelWeights, Whole
 from raynium.convert.parameters import check_shapes, parameter_shapes
 from raynium.errors import CheckpointError
 from raynium.models.names import hugging_face_names
@@ -69,32 +70,42 @@ def export_checkpoint(
         raise CheckpointError(f"dtype is {dtype!r}: export to one of {', '.join(get_args(Dtype))}")
     if max_shard_bytes < 1:
         raise CheckpointError(f"the largest file is to have {max_shard_bytes} bytes: give 1 or more")
-    target = _new_folder(folder)
+    target = new_folder(folder)
     model = saved_model(ref)
     text = RunText.of_run(ref.store, model)
     weights = _Weights(ref, model, dtype, max_shard_bytes)
-    temporary = target.with_name(f".{target.name}.{uuid4().hex[:8]}")
-    try:
-        temporary.mkdir(parents=True)
+    with written_folder(target, num_bytes=weights.num_bytes) as temporary:
         weights.write(temporary)
         for name, content in text.files(dtype).items():
-            _write(temporary / name, content)
-        sync_folder(temporary)
-        temporary.rename(_new_folder(target))
-        sync_folder(target.parent)
-    except OSError as error:
-        raise CheckpointError(
-            f"cannot write the export {target}: {error.strerror or error}; check the permissions and the free space "
-            f"there ({weights.num_bytes:,} bytes are needed)"
-        ) from error
-    finally:
-        # It is gone already when all went well.
-        shutil.rmtree(temporary, ignore_errors=True)
+            write_durably(temporary / name, content)
     logger.info("exported step %d to %s: %d bytes", ref.step, target, weights.num_bytes)
     return Exported(target, ref.step, len(weights.entries), weights.num_bytes, tuple(weights.files))
 
 
-def _new_folder(folder: str | Path) -> Path:
+@contextmanager
+def written_folder(target: Path, *, num_bytes: int) -> Iterator[Path]:
+    """A hidden folder beside `target`, which becomes it when all is written. num_bytes: of what will be, for messages.
+
+    CheckpointError if it cannot be written.
+    """
+    temporary = target.with_name(f".{target.name}.{uuid4().hex[:8]}")
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        sync_folder(temporary)
+        temporary.rename(new_folder(target))
+        sync_folder(target.parent)
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot write the export {target}: {error.strerror or error}; check the permissions and the free space "
+            f"there ({num_bytes:,} bytes are needed)"
+        ) from error
+    finally:
+        # It is gone already when all went well.
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def new_folder(folder: str | Path) -> Path:
     """The absolute path to write. CheckpointError if it exists or is a URL."""
     if "://" in str(folder):
         raise CheckpointError(f"{folder} is a URL: export to a folder of this machine, and copy that one")
@@ -108,21 +119,20 @@ class _Weights:
     """The files that hold tensors: their plan, made of the manifest alone, and then their bytes."""
 
     def __init__(self, ref: CheckpointRef, model: ModelSection, dtype: Dtype, max_shard_bytes: int):
-        self._ref = ref
         self._dtype = dtype
         self._max_shard_bytes = max_shard_bytes
+        self._source = ModelWeights(ref)
         renamed = {MODEL_PREFIX + ours: theirs for ours, theirs in hugging_face_names(model).items()}
-        ours = [entry for entry in ref.manifest.tensors if entry.name.startswith(MODEL_PREFIX)]
-        self._names = {entry.name: renamed.get(entry.name, entry.name) for entry in ours}
+        self.entries = self._source.parameters
+        self._names = {entry.name: renamed.get(entry.name, entry.name) for entry in self.entries}
         check_shapes(
-            {self._names[entry.name]: entry.global_shape for entry in ours},
+            {self._names[entry.name]: entry.global_shape for entry in self.entries},
             parameter_shapes(model),
             where=ref.uri,
             described_by="its config",
         )
-        self.entries = in_file_order(ours)
         shards = list(in_batches(self.entries, max_bytes=max_shard_bytes, dtype=TORCH_DTYPES[dtype]))
-        self.files: dict[str, list[TensorEntry]] = {
+        self.files: dict[str, list[Whole]] = {
             SINGLE_NAME if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors": shard
             for number, shard in enumerate(shards, 1)
         }
@@ -145,16 +155,16 @@ class _Weights:
                 self._names[entry.name]: file_name for file_name, entries in self.files.items() for entry in entries
             }
             index = {"metadata": {"total_size": self.num_bytes}, "weight_map": dict(sorted(weight_map.items()))}
-            _write(folder / INDEX_NAME, json.dumps(index, indent=2).encode())
+            write_durably(folder / INDEX_NAME, json.dumps(index, indent=2).encode())
 
     def _tensors(self) -> Iterator[torch.Tensor]:
         """Every tensor once, in order, converted; each is let go of when the next is asked for."""
         for batch in in_batches(self.entries, max_bytes=self._max_shard_bytes):
-            waiting = deque(read_batch(self._ref, batch).values())
+            waiting = deque(self._source.read(batch).values())
             while waiting:
                 yield waiting.popleft().to(TORCH_DTYPES[self._dtype])
 
-    def _header(self, entries: Sequence[TensorEntry]) -> bytes:
+    def _header(self, entries: Sequence[Whole]) -> bytes:
         """The begin of a safetensors file; its tensors follow in this order without gaps."""
         # Transformers asks for the format.
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -172,11 +182,11 @@ class _Weights:
         padded = text.ljust(-(-len(text) // 8) * 8)
         return len(padded).to_bytes(8, "little") + padded
 
-    def _bytes(self, entry: TensorEntry) -> int:
+    def _bytes(self, entry: Whole) -> int:
         return math.prod(entry.global_shape) * DTYPES[self._dtype][1]
 
 
-def _write(path: Path, content: bytes) -> None:
+def write_durably(path: Path, content: bytes) -> None:
     with path.open("xb") as file:
         file.write(content)
         _sync(file)

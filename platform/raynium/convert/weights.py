@@ -28,7 +28,7 @@ from raynium.storage.checksum import UNIT_BYTES, FileChecksums, checksum_units, 
 
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 # By safetensors' code. Each of their numbers is a float32 number.
-_DTYPES = {DTYPES[name][0]: name for name in ("float32", "bfloat16", "float16")}
+TAKEN_DTYPES = {DTYPES[name][0]: name for name in ("float32", "bfloat16", "float16")}
 # In the folder itself.
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\.safetensors", re.ASCII)
 # Old files store RoPE's frequencies.
@@ -60,7 +60,7 @@ def find_weights(folder: Folder, model: ModelSection) -> dict[str, Stored]:
     """
     stored: dict[str, Stored] = {}
     for file in _weight_files(folder):
-        for name, tensor in _header(folder, file).items():
+        for name, tensor in header_of(folder, file).items():
             if name in stored:
                 first = folder.path(stored[name].file)
                 raise CheckpointMismatch(f"{name} is in {first} and in {folder.path(file)}: remove one of the files")
@@ -73,11 +73,11 @@ def find_weights(folder: Folder, model: ModelSection) -> dict[str, Stored]:
         del stored[_HEAD]
     shapes: Shapes = {name: tensor.shape for name, tensor in stored.items()}
     check_shapes(shapes, expected, where=str(folder), described_by="config.json")
-    if odd := [f"{name} ({tensor.dtype})" for name, tensor in stored.items() if tensor.dtype not in _DTYPES]:
+    if odd := [f"{name} ({tensor.dtype})" for name, tensor in stored.items() if tensor.dtype not in TAKEN_DTYPES]:
         raise CheckpointMismatch(
-            f"{folder} holds {some(odd)}: weights that can be imported are {', '.join(_DTYPES)}; convert it first"
+            f"{folder} holds {some(odd)}: weights that can be imported are {', '.join(TAKEN_DTYPES)}; convert it first"
         )
-    if odd := [name for name, tensor in stored.items() if tensor.begin % DTYPES[_DTYPES[tensor.dtype]][1]]:
+    if odd := [name for name, tensor in stored.items() if tensor.begin % DTYPES[TAKEN_DTYPES[tensor.dtype]][1]]:
         raise CheckpointMismatch(
             f"{folder} holds {some(odd)}, which begins at no multiple of the size of its numbers: save it again with "
             "transformers (save_pretrained)"
@@ -107,7 +107,7 @@ def _weight_files(folder: Folder) -> list[str]:
     return files
 
 
-def _header(folder: Folder, file: str) -> dict[str, Stored]:
+def header_of(folder: Folder, file: str) -> dict[str, Stored]:
     """A safetensors file: eight bytes say how long the header is, JSON says where tensors are in what follows it."""
     size = folder.size(file)
 
@@ -171,30 +171,32 @@ def base_of_folder(folder: Folder, model: ModelSection, stored: Mapping[str, Sto
     """
     ours = {theirs: MODEL_PREFIX + name for name, theirs in hugging_face_names(model).items()}
     files = sorted({tensor.file for tensor in stored.values()})
-    entries = [
-        TensorEntry(
-            name=ours[name],
-            dtype=_DTYPES[tensor.dtype],
-            global_shape=tensor.shape,
-            shards=np.array([files.index(tensor.file)]),
-            offsets=tuple(np.array(0) for _ in tensor.shape),
-            shapes=tuple(np.array(size) for size in tensor.shape),
-            begins=np.array(tensor.begin),
-        )
-        for name, tensor in stored.items()
-    ]
+    entries = [entry_of(ours[name], tensor, shard=files.index(tensor.file)) for name, tensor in stored.items()]
     return Base(
         place=str(folder),
         model=model.model_dump(mode="json"),
         shards=tuple(
-            _summed(folder, file, [(ours[name], each) for name, each in stored.items() if each.file == file])
+            summed(folder, file, [(ours[name], each) for name, each in stored.items() if each.file == file])
             for file in files
         ),
         tensors=tuple(sorted(entries, key=lambda entry: entry.name)),
     )
 
 
-def _summed(folder: Folder, file: str, tensors: Sequence[tuple[str, Stored]]) -> BaseFile:
+def entry_of(name: str, tensor: Stored, *, shard: int) -> TensorEntry:
+    """As a manifest has it. name: ours, in full. shard: number of its file."""
+    return TensorEntry(
+        name=name,
+        dtype=TAKEN_DTYPES[tensor.dtype],
+        global_shape=tensor.shape,
+        shards=np.array([shard]),
+        offsets=tuple(np.array(0) for _ in tensor.shape),
+        shapes=tuple(np.array(size) for size in tensor.shape),
+        begins=np.array(tensor.begin),
+    )
+
+
+def summed(folder: Folder, file: str, tensors: Sequence[tuple[str, Stored]]) -> BaseFile:
     store, size = folder.store, folder.size(file)
 
     def units(begin: int) -> Sequence[int]:
@@ -203,7 +205,7 @@ def _summed(folder: Folder, file: str, tensors: Sequence[tuple[str, Stored]]) ->
         for name, tensor in tensors:
             low, high = max(tensor.begin, begin), min(tensor.end, begin + len(part))
             if low < high:
-                dtype = TORCH_DTYPES[_DTYPES[tensor.dtype]]
+                dtype = TORCH_DTYPES[TAKEN_DTYPES[tensor.dtype]]
                 refuse_odd_numbers(name, torch.frombuffer(memoryview(part)[low - begin : high - begin], dtype=dtype))
         return checksum_units(memoryview(part), UNIT_BYTES).unit_crcs
 

@@ -42,7 +42,8 @@ class StepResult:
 
 
 class Engine(Protocol):
-    """A model and its optimizer on all ranks. Every method but `state` and `set_step` is collective: all ranks call it.
+    """A model and its optimizer on all ranks. Every method but `state`, `frozen_state` and `set_step` is collective:
+    all ranks call it.
 
     If a rank dies, the others wait in (or fail out of) the step's collectives until the agents end the generation.
     """
@@ -72,6 +73,11 @@ class Engine(Protocol):
 
     def state(self) -> list[Chunk]:
         """This rank's blocks of everything learned. They alias live memory: read or overwrite them between steps."""
+        ...
+
+    def frozen_state(self) -> list[Chunk]:
+        """This rank's blocks of what does not learn, under the names of `state`: no checkpoint holds them, and whoever
+        builds the engine fills them, before a step."""
         ...
 
     def set_step(self, step: int) -> None:
@@ -119,6 +125,9 @@ class FakeEngine:
 
     def state(self) -> list[Chunk]:
         return [Chunk("model/mixed", (1,), (0,), self._mixed, saved_here=self.data_rank == 0)]
+
+    def frozen_state(self) -> list[Chunk]:
+        return []
 
     def set_step(self, step: int) -> None:
         """Nothing to keep: the step reaches the losses through `step()`."""

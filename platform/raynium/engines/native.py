@@ -21,7 +21,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from raynium.accelerators import Accelerator, native_fsdp
 from raynium.accelerators.cpu import usable_cores
-from raynium.checkpoint.state import Chunk
+from raynium.checkpoint.state import MODEL_PREFIX, Chunk
 from raynium.config.schema import Config
 from raynium.config.world import World
 from raynium.data.batch import Batch
@@ -32,9 +32,11 @@ from raynium.engines.parallelize import apply_fsdp, apply_tensor_parallel, fsdp_
 from raynium.engines.recompute import with_recompute_marks
 from raynium.engines.simple_fsdp import gather_in_forward, shard_parameters
 from raynium.engines.torch_compiles import Backend
+from raynium.models.adapter import is_adapters
 from raynium.models.decoder import Decoder
-from raynium.models.flops import parameter_count
+from raynium.models.flops import learned_count
 from raynium.models.init import init_block
+from raynium.models.lora import Dropout, adapt, row_keys
 from raynium.models.plan import divided_sizes
 from raynium.tasks.base import Sums, Task, check_whole_samples, counts_of, loss_of
 
@@ -52,8 +54,9 @@ class MeshPlace(NamedTuple):
 class HeldPart(NamedTuple):
     """This rank's part of one parameter, and where it lies in the whole.
 
-    parameter: the model's, a DTensor when there is a mesh. local: float32, aliases the parameter's memory.
-    first_holder: of the ranks that hold the same part, this is the one that counts and saves it.
+    parameter: the model's, a DTensor when there is a mesh. local: aliases the parameter's memory; float32, or the
+    compute dtype where it does not learn. first_holder: of the ranks that hold the same part, this is the one that
+    counts and saves it.
     """
 
     name: str
@@ -62,6 +65,14 @@ class HeldPart(NamedTuple):
     global_shape: tuple[int, ...]
     offsets: tuple[int, ...]
     first_holder: bool
+
+
+class Held(NamedTuple):
+    """What this rank trains. parts: those with elements here; a parameter that needs no gradient does not learn."""
+
+    model: Decoder
+    parts: list[HeldPart]
+    dropout: Dropout | None
 
 
 class Total(NamedTuple):
@@ -85,11 +96,13 @@ def build_native_engine(
     *,
     compile_backend: Backend | None = None,
     weights: Literal["first", "loaded"] = "first",
+    base: Literal["first", "loaded"] = "first",
 ) -> "NativeEngine":
     """Model and optimizer of this rank, at step 0. All ranks call it, after `accelerator.set_device`.
 
-    compile_backend: what torch.compile is given, the accelerator's own if None. weights: "loaded" leaves them as memory
-    was, for a state that is loaded next; the first ones take a core 12 s for each billion of them that the rank holds.
+    compile_backend: what torch.compile is given, the accelerator's own if None. weights: "loaded" leaves what learns as
+    memory was, for a state that is loaded next; the first ones take a core 12 s for each billion of them that the rank
+    holds. base: the same of the model's own parameters, as apart from an adapter's; "loaded": of `frozen_state` too.
     Raises ConfigError if a micro-batch would part the rows of a sample.
 
     torch.distributed must be initialised when there is more than one rank. One rank works without: in float32 it is
@@ -108,8 +121,14 @@ def build_native_engine(
     place = _mesh_place(world, accelerator) if sharded else MeshPlace(None, 0, 1, 0, 1)
     gathered = _fits_gathered(config, accelerator)
     backend = compile_backend or accelerator.compile_backend
-    model, parts = _build_model(config, accelerator, place, dtype, backend, gathered=gathered, weights=weights)
-    return NativeEngine(config, accelerator, task, place, model, parts, gathered=gathered, opened_group=opens_group)
+    dropout = _dropout(config, accelerator)
+    model, parts = _build_model(config, accelerator, place, dtype, backend, gathered=gathered, dropout=dropout)
+    for part in parts:
+        wanted = is_adapters(part.name) or base == "first"
+        if wanted and (weights == "first" or not part.parameter.requires_grad):
+            part.local.copy_(_first_values(part, config))
+    held = Held(model, parts, dropout)
+    return NativeEngine(config, accelerator, task, place, held, gathered=gathered, opened_group=opens_group)
 
 
 class NativeEngine:
@@ -121,8 +140,7 @@ class NativeEngine:
         accelerator: Accelerator,
         task: Task,
         place: MeshPlace,
-        model: Decoder,
-        parts: list[HeldPart],
+        held: Held,
         *,
         gathered: bool,
         opened_group: bool,
@@ -135,10 +153,11 @@ class NativeEngine:
         self._sum_dtype: torch.dtype = getattr(torch, accelerator.sum_dtype)
         self._task = task
         self._place = place
-        self._model = model
-        self._parts = parts
+        self._model, self._dropout = held.model, held.dropout
+        self._parts = [part for part in held.parts if part.parameter.requires_grad]
+        self._frozen = [part for part in held.parts if not part.parameter.requires_grad]
         self._opened_group = opened_group
-        self._optimizer = _build_optimizer(config, parts)
+        self._optimizer = _build_optimizer(config, self._parts)
         self._vocabulary_group = (
             place.mesh.get_group("tensor") if place.mesh is not None and place.tensor_size > 1 else None
         )
@@ -150,7 +169,7 @@ class NativeEngine:
 
     def step(self, batch: Batch, *, step: int, votes: Votes) -> StepResult:
         counts = counts_of(self._task, batch)
-        sums = self._accumulate_gradients(batch)
+        sums = self._accumulate_gradients(batch, step=step)
         gradients = self._local_gradients()
         total = self._sum_over_ranks(sums, counts, square_norm=self._square_norm(gradients), votes=votes)
 
@@ -179,7 +198,7 @@ class NativeEngine:
         loss = loss_of(self._task, named)
         return StepResult(loss=loss, grad_norm=norm, sums=named, learning_rate=rate, agreed=agreed)
 
-    def _accumulate_gradients(self, batch: Batch) -> Tensor:
+    def _accumulate_gradients(self, batch: Batch, *, step: int) -> Tensor:
         """Forward and backward of every micro-batch; returns the task's sums over this data rank's rows."""
         micro_batches = self._micro_batches(batch)
         sums = torch.zeros(len(self._task.sums), dtype=self._sum_dtype, device=self._device)
@@ -189,6 +208,10 @@ class NativeEngine:
                 self._model.set_requires_gradient_sync(last)
                 self._model.set_reshard_after_backward(last)
                 self._model.set_is_last_backward(last)
+            if self._dropout is not None:
+                first = (self.data_rank * len(micro_batches) + index) * len(self._dropout.keys_B)
+                rows = range(first, first + len(self._dropout.keys_B))
+                self._dropout.keys_B.copy_(row_keys(seed=self._config.run.seed, step=step, rows=rows))
             logits_BTV = self._logits(micro_batch)
             # `.data`, since autograd must not learn that the logits become their own gradient: no backward reads them.
             sums += self._score(logits_BTV.data, micro_batch, want_gradient=True)
@@ -293,6 +316,12 @@ class NativeEngine:
                 chunks.append(Chunk(name, part.global_shape, part.offsets, tensor, saved_here=part.first_holder))
         return chunks
 
+    def frozen_state(self) -> list[Chunk]:
+        return [
+            Chunk(f"{MODEL_PREFIX}{part.name}", part.global_shape, part.offsets, part.local, saved_here=False)
+            for part in self._frozen
+        ]
+
     def set_step(self, step: int) -> None:
         for moments in self._optimizer.state.values():
             moments["step"].fill_(step)
@@ -318,14 +347,15 @@ def _build_model(
     compile_backend: Backend | str,
     *,
     gathered: bool,
-    weights: Literal["first", "loaded"],
+    dropout: Dropout | None,
 ) -> tuple[Decoder, list[HeldPart]]:
-    """The parallelised decoder with its first weights.
+    """The parallelised decoder, its weights as memory was.
 
     On the meta device until it is sharded: no rank ever holds more than its parts and, on the CPU, one of them again.
     """
     with torch.device("meta"):
         model = Decoder(config.model)
+        adapt(model, config.adapter, frozen_dtype=dtype, dropout=dropout)
     if place.tensor_size > 1:
         assert place.mesh is not None
         for field, size in divided_sizes(config.model, seq_len=config.data.seq_len).items():
@@ -346,10 +376,14 @@ def _build_model(
         gather_in_forward(model, simple_mesh, compute_dtype=dtype)
 
     parts = [_held_part(name, parameter, place) for name, parameter in parameter_names(model).items()]
-    if weights == "first":
-        for part in parts:
-            part.local.copy_(_first_values(part, config))
     return model, [part for part in parts if part.local.numel() > 0]
+
+
+def _dropout(config: Config, accelerator: Accelerator) -> Dropout | None:
+    if config.adapter.rank is None or config.adapter.dropout == 0:
+        return None
+    keys_B = torch.zeros(config.train.micro_batch_size, dtype=torch.int32, device=accelerator.device_type)
+    return Dropout(config.adapter.dropout, keys_B)
 
 
 def _held_part(name: str, parameter: Tensor, place: MeshPlace) -> HeldPart:
@@ -398,7 +432,9 @@ def _fits_gathered(config: Config, accelerator: Accelerator) -> bool:
     alike, and may be on machines of unlike memory.
     """
     compute_bytes = getattr(torch, config.engine.dtype).itemsize
-    whole = parameter_count(config.model).total * (compute_bytes + 4) // config.parallel.tensor
+    count = learned_count(config.model, config.adapter)
+    gathered_bytes = (count.adapter + count.whole) * (compute_bytes + 4) + count.frozen * compute_bytes
+    whole = gathered_bytes // config.parallel.tensor
     memory = accelerator.memory_bytes(local_rank=0, local_world_size=config.cluster.ranks_per_node)
     ranks_short = torch.tensor([float(whole > memory // 8)], device=accelerator.device_type)
     if dist.is_initialized():

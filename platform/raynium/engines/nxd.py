@@ -96,6 +96,7 @@ def build_nxd_engine(
     of a rank never exceed its own and one more of its parameters. weights, ConfigError: as in `build_native_engine`.
     """
     check_whole_samples(task, config)
+    assert config.adapter.rank is None, "planning.rules refuses it"
     import neuronx_distributed as nxd
     from neuronx_distributed.utils import get_device
 
@@ -367,6 +368,9 @@ class NxdEngine:
                     block = stored.view(tensor.detach(), piece)
                     chunks.append(Chunk(f"{prefix}/{piece.name}", piece.global_shape, piece.offsets, block, saved_here))
         return chunks
+
+    def frozen_state(self) -> list[Chunk]:
+        return []
 
     def set_step(self, step: int) -> None:
         for moments in self._moments:

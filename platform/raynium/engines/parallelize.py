@@ -4,6 +4,7 @@ The mesh has two axes, ("data", "tensor"), tensor innermost: ranks of one tensor
 """
 
 from collections.abc import Iterator
+from fnmatch import fnmatchcase
 
 import torch
 from torch import nn
@@ -21,8 +22,10 @@ from torch.distributed.tensor.parallel import (
 )
 
 from raynium.config.schema import EngineSection
+from raynium.engines.adapted_layers import split_adapted
 from raynium.engines.torch_compiles import Backend
 from raynium.models.decoder import Decoder
+from raynium.models.lora import AdaptedLinear
 from raynium.models.plan import Split, tensor_parallel_plan
 
 # checkpoint_wrapper puts this into parameter names; checkpoints must not see it.
@@ -31,8 +34,18 @@ _WRAPPER_PREFIX = "_checkpoint_wrapped_module."
 
 def apply_tensor_parallel(model: Decoder, mesh: DeviceMesh) -> None:
     """Splits parameters over the tensor axis in place. The model must be on the meta device: nothing is sent."""
+    frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
     for rule in tensor_parallel_plan(model.config):
-        parallelize_module(model, mesh, {rule.module: _style(rule.split)})
+        layers = [layer for name, layer in model.named_modules() if fnmatchcase(name, rule.module)]
+        # A target is one in every block.
+        if adapted := [layer for layer in layers if isinstance(layer, AdaptedLinear)]:
+            for layer in adapted:
+                split_adapted(layer, mesh, rule.split)
+        else:
+            parallelize_module(model, mesh, {rule.module: _style(rule.split)})
+    # torch's styles make parameters that learn of all.
+    for name in frozen:
+        model.get_parameter(name).requires_grad_(False)
     # Embedding and head have become two parameters.
     model.tie()
     # In the dtype and place that it has, but arrived: blocks would get a tensor that is still under way, and a compiled
@@ -80,8 +93,11 @@ def apply_fsdp(model: Decoder, mesh: DeviceMesh, *, compute_dtype: torch.dtype, 
 
     gathered: keep whole parameters from forward to backward, in one group, so a step has one all-gather and one
     reduce-scatter: for models that are small beside the device. Otherwise a group per block, whole while it computes.
-    Gradients are summed over the ranks, in float32; the engine divides by the token count.
+    Gradients are summed over the ranks, in float32; the engine divides by the token count. What does not learn is
+    sharded too, in the compute type; of one rank it is left alone, since gathering would copy it.
     """
+    frozen = {parameter for parameter in model.parameters() if not parameter.requires_grad}
+    ignored = frozen if mesh.size() == 1 else None
     policy = MixedPrecisionPolicy(
         param_dtype=compute_dtype if compute_dtype != torch.float32 else None,
         reduce_dtype=torch.float32,
@@ -90,8 +106,8 @@ def apply_fsdp(model: Decoder, mesh: DeviceMesh, *, compute_dtype: torch.dtype, 
     )
     if not gathered:
         for block in model.blocks:
-            fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
-    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+            fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=True, ignored_params=ignored)
+    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False, ignored_params=ignored)
     for module in fsdp_modules(model):
         module.set_gradient_divide_factor(1.0)
         # gloo has no reduction but the sum.

@@ -24,7 +24,8 @@ def shard_parameters(model: Decoder, mesh: DeviceMesh) -> None:
     """
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
-            module.register_parameter(name, nn.Parameter(_shard(parameter.detach(), mesh)))
+            rows = nn.Parameter(_shard(parameter.detach(), mesh), requires_grad=parameter.requires_grad)
+            module.register_parameter(name, rows)
     # Embedding and head have become two parameters.
     model.tie()
 

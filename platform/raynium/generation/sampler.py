@@ -8,10 +8,9 @@ from typing import Literal, NamedTuple
 import torch
 
 from raynium.checkpoint.catalog import choose_checkpoint
-from raynium.checkpoint.load import read_tensors
-from raynium.checkpoint.state import MODEL_PREFIX
 from raynium.convert.config_json import saved_model
 from raynium.convert.description import RunText
+from raynium.convert.merged import merged_weights
 from raynium.data.tokenizer import Tokenizer
 from raynium.generation.continuation import Continuation
 from raynium.generation.drawing import Drawing
@@ -141,9 +140,7 @@ def open_sampler(run_url: str, step: int | None = None) -> Sampler:
     store = Store(run_url)
     reference = choose_checkpoint(store, step)
     config = saved_model(reference)
-    weights = {
-        name.removeprefix(MODEL_PREFIX): tensor for name, tensor in read_tensors(reference, prefix=MODEL_PREFIX).items()
-    }
+    weights = merged_weights(reference)
     # Tied weights are stored once.
     if config.embeddings == "tied":
         weights["head.weight"] = weights["embedding.weight"]

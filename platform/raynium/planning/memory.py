@@ -3,6 +3,8 @@
 What it counts, for the native engine (FSDP2 over the data-parallel ranks × tensor and sequence parallelism):
 
 - parameters, gradients and AdamW's two moments: float32, each sharded over all ranks (norms over the FSDP ranks only);
+- with an adapter: the model's own weights in the compute type, sharded the same way, without gradients or moments
+  ("parameters" counts them too); A and B, float32, over the FSDP ranks;
 - gathered blocks: FSDP holds the block at work and the one fetched ahead in the compute type, with the gradients of the
   one at work; the embedding and the output head, which begin and end the pass, stay gathered through it;
 - activations saved for the backward pass, after Korthikanti et al. 2022 (arXiv 2205.05198, §4), with their terms
@@ -20,7 +22,7 @@ Not counted: the compiler's scratch space, collective buffers, fragmentation. `U
 from dataclasses import dataclass, fields, replace
 
 from raynium.config.schema import Config, ModelSection
-from raynium.models.flops import norms_per_block, parameter_count
+from raynium.models.flops import learned_count, norms_per_block, parameter_count
 
 GIB = 2**30
 FLOAT32_BYTES = 4
@@ -95,11 +97,17 @@ def estimate_memory(config: Config, *, data_parallel: int) -> MemoryEstimate:
     compute_bytes = BYTES_OF_DTYPE[config.engine.dtype]
     tensor = config.parallel.tensor
     own_parameters = _per_rank(parts, tensor, data_parallel)
+    learned, frozen_bytes = own_parameters, 0
+    if config.adapter.rank is not None:
+        count = learned_count(config.model, config.adapter)
+        # A or B of each matrix is whole on every tensor rank: counted as if both were.
+        learned = -(-count.adapter // data_parallel) + -(-count.whole // (tensor * data_parallel))
+        frozen_bytes = (own_parameters - count.whole // (tensor * data_parallel)) * compute_bytes
     return MemoryEstimate(
-        parameters=own_parameters * FLOAT32_BYTES,
-        gradients=own_parameters * FLOAT32_BYTES,
-        optimizer=own_parameters * 2 * FLOAT32_BYTES,
-        gathered_blocks=_gathered_bytes(parts, tensor, data_parallel, compute_bytes),
+        parameters=learned * FLOAT32_BYTES + frozen_bytes,
+        gradients=learned * FLOAT32_BYTES,
+        optimizer=learned * 2 * FLOAT32_BYTES,
+        gathered_blocks=_gathered_bytes(config, parts, data_parallel, compute_bytes),
         activations=_activation_bytes(config, compute_bytes),
         logits=_logit_bytes(config, compute_bytes),
     )
@@ -120,13 +128,14 @@ def _per_rank(parts: ParameterParts, tensor: int, data_parallel: int) -> int:
     return split + -(-parts.norms // data_parallel)
 
 
-def _gathered_bytes(parts: ParameterParts, tensor: int, data_parallel: int, compute_bytes: int) -> int:
-    # One data-parallel rank still casts to the compute type where that differs from the float32 it keeps.
-    if data_parallel == 1 and compute_bytes == FLOAT32_BYTES:
+def _gathered_bytes(config: Config, parts: ParameterParts, data_parallel: int, compute_bytes: int) -> int:
+    tensor = config.parallel.tensor
+    # One data-parallel rank still casts to the compute type what it keeps in float32; what is frozen it keeps as it is.
+    if data_parallel == 1 and (compute_bytes == FLOAT32_BYTES or config.adapter.rank is not None):
         return 0
     block = parts.matrices_per_block // tensor + parts.norms_per_block
-    # The block at work, the one fetched ahead, and the gradients of the one at work.
-    held_blocks = min(2, parts.num_blocks) + 1
+    # The block at work, the one fetched ahead, and the gradients of the one at work, if it has any.
+    held_blocks = min(2, parts.num_blocks) + (config.adapter.rank is None)
     return (held_blocks * block + 2 * parts.embeddings // tensor) * compute_bytes
 
 

@@ -10,7 +10,9 @@ import re
 from collections.abc import Iterator, Mapping
 
 from raynium.config.schema import Config
+from raynium.config.section import Section
 from raynium.hardware.catalog import INSTANCES, Instance
+from raynium.models.adapter import ALL_LINEAR, TARGETS, unknown_targets
 from raynium.models.plan import divided_sizes
 from raynium.planning.memory import GIB, USABLE_FRACTION, estimate_memory
 
@@ -387,6 +389,41 @@ def _memory_remedies(config: Config) -> str:
     return "; or ".join(remedies)
 
 
+def adapter(config: Config) -> Iterator[str]:
+    section = config.adapter
+    if section.rank is None:
+        if given := [name for name in sorted(section.model_fields_set - {"rank"}) if _differs(section, name)]:
+            yield (
+                f"adapter.{given[0]} is set and adapter.rank is null, so that there is no adapter: set adapter.rank "
+                "(16 is usual), or leave the section out"
+            )
+        return
+    if unknown := unknown_targets(section):
+        near = difflib.get_close_matches(unknown[0], TARGETS, n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        yield (
+            f"adapter.targets has {unknown[0]!r}, and no matrix of a block is named so: {hint}They are "
+            f"{', '.join(TARGETS)}, and {ALL_LINEAR} for all of them"
+        )
+    if not section.targets:
+        yield f"adapter.targets names no matrix: give some of {', '.join(TARGETS)}, or {ALL_LINEAR}"
+    tables = {"embedding"} if config.model.embeddings == "tied" else {"embedding", "head"}
+    if config.model.add_tokens and not (tables <= set(section.train_also) or (len(tables) == 1 and section.train_also)):
+        yield (
+            f"model.add_tokens has {len(config.model.add_tokens)} tokens, whose rows would stay as they begin under an "
+            f"adapter: set adapter.train_also to [{', '.join(sorted(tables))}]"
+        )
+    if config.engine.kind == "nxd":
+        yield (
+            f"adapter.rank is {section.rank} with engine.kind nxd, whose layers hold q, k and v, and gate and up, as "
+            "one matrix: an adapter of each has no place there; set engine.kind to native, or adapter.rank to null"
+        )
+
+
+def _differs(section: Section, name: str) -> bool:
+    return getattr(section, name) != type(section).model_fields[name].default
+
+
 RULES = (
     *(
         head_counts,
@@ -399,7 +436,7 @@ RULES = (
         tensor_parallel,
         pipeline_parallel,
     ),
-    *(batch_size, schedule, engine),
+    *(batch_size, schedule, engine, adapter),
 )
 HARDWARE_RULES = (accelerator_of_instance, core_count, tensor_groups, memory_fit)
 

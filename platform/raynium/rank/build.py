@@ -15,7 +15,7 @@ import torch.distributed as dist
 from raynium.accelerators.base import Accelerator
 from raynium.accelerators.detect import detect
 from raynium.accelerators.timeouts import PROCESS_GROUP_TIMEOUT_SECONDS
-from raynium.checkpoint.base import base_of
+from raynium.checkpoint.base import ADAPTER_NAME, base_of
 from raynium.checkpoint.format.manifest import ImageInfo
 from raynium.config.schema import Config
 from raynium.config.world import World
@@ -69,22 +69,29 @@ def run(plan: RankPlan, link: Link) -> Outcome:
     task = task_of(config)
     compiles = TorchCompiles()
     resumes = bool(plan.resume_images) or plan.resume_step is not None
-    weights = "loaded" if resumes or config.model.init is not None else "first"
+    weights = "loaded" if resumes else "first"
+    base = "loaded" if config.model.init is not None else "first"
     if config.engine.kind == "nxd":
-        built = build_nxd_engine(config, plan.world, task, weights=weights)
+        built = build_nxd_engine(config, plan.world, task, weights="first" if weights == base == "first" else "loaded")
     else:
         backend = compiles.backend(accelerator.compile_backend)
-        built = build_native_engine(config, plan.world, accelerator, task, compile_backend=backend, weights=weights)
+        built = build_native_engine(
+            config, plan.world, accelerator, task, compile_backend=backend, weights=weights, base=base
+        )
     engine = WatchedEngine(built, torch_compiles=compiles, device_counts=accelerator.metrics, link=link)
     snapshots = Snapshots(engine, link, Path(plan.image_folder), if_busy=config.checkpoint.if_busy)
     link.phase("restore", at)
     start_step = 0
+    if engine.frozen_state() and config.model.init is not None:
+        snapshots.read_frozen(base_of(Store(plan.run_url)))
     if plan.resume_images:
         start_step = snapshots.restore_images([ImageInfo.from_json(text) for text in plan.resume_images[rank]])
     elif plan.resume_step is not None:
         start_step = snapshots.restore(Store(plan.run_url), plan.resume_step)
     elif config.model.init is not None:
         start_step = snapshots.begin_with(base_of(Store(plan.run_url)))
+    if not resumes and config.adapter.init is not None:
+        snapshots.begin_with_adapter(base_of(Store(plan.run_url), name=ADAPTER_NAME))
 
     # ---- data ------------------------------------------------------------------------------------------------------
     link.phase("data", start_step)
@@ -163,7 +170,7 @@ def _add(total: Sums, more: Sums) -> None:
 
 
 def _throughput(config: Config, world: World, accelerator: Accelerator, task: Task) -> Throughput:
-    flops = flops_per_token(config.model, config.data.seq_len)
+    flops = flops_per_token(config.model, config.data.seq_len, config.adapter)
     return Throughput(
         task=task,
         world_size=world.size,

@@ -21,6 +21,7 @@ from raynium.checkpoint.load import load_checkpoint
 from raynium.checkpoint.state import MODEL_PREFIX, Chunk
 from raynium.engines.base import Engine
 from raynium.errors import CheckpointDamaged, CheckpointMismatch
+from raynium.models.adapter import is_adapters
 from raynium.storage.store import Store
 from raynium.train.link import IMAGE_SLOTS, Link
 
@@ -98,21 +99,30 @@ class Snapshots:
         logger.info("resumed from the snapshot of step %d in this node's memory", step)
         return self._restored(step)
 
+    def read_frozen(self, base: BaseRef) -> None:
+        """Reads this rank's parts of the weights that do not learn: in every generation, since nothing saves them.
+
+        CheckpointMismatch as `begin_with`.
+        """
+        num_bytes = _read(base, self._engine.frozen_state(), field="model.init", until="as long as the run trains")
+        logger.info("trains an adapter of the weights of %s, %.1f MB read", base.uri, num_bytes / 1e6)
+
+    def begin_with_adapter(self, adapter: BaseRef) -> None:
+        """Reads this rank's parts of the adapter that the run begins with. CheckpointMismatch as `begin_with`."""
+        names = {entry.name for entry in adapter.manifest.tensors}
+        chunks = [chunk for chunk in self._engine.state() if chunk.name in names]
+        num_bytes = _read(adapter, chunks, field="adapter.init", until=_UNTIL_SAVED)
+        logger.info("begins with the adapter of %s, %.1f MB read", adapter.uri, num_bytes / 1e6)
+
     def begin_with(self, base: BaseRef) -> int:
         """Reads this rank's parts of the weights that the run begins with; returns the step, 0.
 
         CheckpointMismatch if they are not there, or not those that the driver saw.
         """
-        chunks = [chunk for chunk in self._engine.state() if chunk.name.startswith(MODEL_PREFIX)]
-        try:
-            loaded = load_checkpoint(base, chunks, dtypes="converted")
-        except CheckpointDamaged as error:
-            # No other try would find them.
-            raise CheckpointMismatch(
-                f"{error}. All nodes must see the weights at model.init = {base.uri!r}, unchanged, until the run has a "
-                "checkpoint of its own: put them at s3:// or on a shared file system"
-            ) from error
-        logger.info("begins with the weights of %s, %.1f MB read", base.uri, loaded.num_bytes_read / 1e6)
+        own = [chunk for chunk in self._engine.state() if chunk.name.startswith(MODEL_PREFIX)]
+        chunks = [chunk for chunk in own if not is_adapters(chunk.name)]
+        num_bytes = _read(base, chunks, field="model.init", until=_UNTIL_SAVED)
+        logger.info("begins with the weights of %s, %.1f MB read", base.uri, num_bytes / 1e6)
         return self._restored(0)
 
     def _restored(self, step: int) -> int:
@@ -123,6 +133,21 @@ class Snapshots:
         name = f"rng/rank-{self._rank:05d}"
         random = Chunk(name, tuple(self._random_state.shape), (0,), self._random_state, saved_here=True)
         return [*self._engine.state(), random]
+
+
+_UNTIL_SAVED = "until the run has a checkpoint of its own"
+
+
+def _read(base: BaseRef, chunks: Sequence[Chunk], *, field: str, until: str) -> int:
+    """Fills the chunks; returns the bytes read. field: that names the place."""
+    try:
+        return load_checkpoint(base, chunks, dtypes="converted").num_bytes_read
+    except CheckpointDamaged as error:
+        # No other try would find them.
+        raise CheckpointMismatch(
+            f"{error}. All nodes must see the weights at {field} = {base.uri!r}, unchanged, {until}: put them at s3:// "
+            "or on a shared file system"
+        ) from error
 
 
 def _reserved(path: Path, plan: ImagePlan) -> ImageFile:

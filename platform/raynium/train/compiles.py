@@ -78,6 +78,9 @@ class WatchedEngine:
     def state(self) -> list[Chunk]:
         return self._engine.state()
 
+    def frozen_state(self) -> list[Chunk]:
+        return self._engine.frozen_state()
+
     def set_step(self, step: int) -> None:
         self._step = step
         self._engine.set_step(step)

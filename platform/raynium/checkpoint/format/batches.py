@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Iterator
+from typing import Protocol, TypeVar
 
 import torch
 
@@ -18,11 +19,22 @@ def in_file_order(entries: Iterable[TensorEntry]) -> list[TensorEntry]:
     return sorted(entries, key=lambda entry: (entry.blocks[0].shard, entry.blocks[0].begin))
 
 
-def in_batches(
-    entries: Iterable[TensorEntry], *, max_bytes: int, dtype: torch.dtype | None = None
-) -> Iterator[list[TensorEntry]]:
+class Sized(Protocol):
+    """A tensor of which only this is known."""
+
+    @property
+    def dtype(self) -> str: ...
+
+    @property
+    def global_shape(self) -> tuple[int, ...]: ...
+
+
+Entry = TypeVar("Entry", bound=Sized)
+
+
+def in_batches(entries: Iterable[Entry], *, max_bytes: int, dtype: torch.dtype | None = None) -> Iterator[list[Entry]]:
     """Cut a sequence into runs that take at most `max_bytes` in `dtype` (None: their own); a larger tensor is alone."""
-    batch: list[TensorEntry] = []
+    batch: list[Entry] = []
     batch_bytes = 0
     for entry in entries:
         num_bytes = math.prod(entry.global_shape) * (dtype or TORCH_DTYPES[entry.dtype]).itemsize

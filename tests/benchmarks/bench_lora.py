@@ -1,0 +1,184 @@
+"""Our LoRA step beside PEFT's on the same model and batches: python tests/benchmarks/bench_lora.py
+
+Both train rank 16 on all linear layers of one Llama in float32 from the same weights, each in a process of its own with
+one thread, and take turns of a few steps, so that what else the machine does falls on both. PEFT's loop is
+transformers' model with `get_peft_model`, F.cross_entropy, clipping and fused AdamW on what learns. Memory is the peak
+of resident memory over what the process had before it built its model. Passes if our step takes at most 1.05 times
+PEFT's, in the median of turns, and our peak is at most PEFT's.
+"""
+
+import multiprocessing
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from benchmark import heading, parser, verdict
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from peft_twin import first_weights, peft_model
+
+from raynium.accelerators.cpu import CpuAccelerator
+from raynium.config.schema import Config
+from raynium.config.world import World
+from raynium.data.batch import Batch
+from raynium.engines.base import Votes
+from raynium.engines.native import build_native_engine
+from raynium.tasks.pretraining import Pretraining
+
+MOST_TIME, MOST_MEMORY = 1.05, 1.0
+ROWS = 4
+
+
+def config(tiny: bool) -> Config:
+    sizes = {"vocab_size": 8192, "hidden_size": 512, "num_layers": 8, "num_heads": 8, "num_kv_heads": 4, "head_dim": 64}
+    small = {"vocab_size": 256, "hidden_size": 32, "num_layers": 1, "num_heads": 2, "num_kv_heads": 1, "head_dim": 16}
+    seq_len = 16 if tiny else 512
+    model = (small if tiny else sizes) | {"ffn_size": 48 if tiny else 1408, "max_seq_len": seq_len}
+    return Config.model_validate(
+        {
+            "run": {"name": "bench"},
+            "cluster": {"accelerator": "cpu"},
+            "model": model,
+            "adapter": {"rank": 16},
+            "data": {"path": "/nowhere", "seq_len": seq_len},
+            "optimizer": {"learning_rate": 1e-3, "schedule": "constant", "weight_decay": 0.0},
+            "train": {"steps": 10_000, "global_batch_size": ROWS, "micro_batch_size": ROWS},
+        }
+    )
+
+
+def batch_of(config: Config, step: int) -> Batch:
+    generator = torch.Generator().manual_seed(step)
+    shape = (ROWS, config.data.seq_len + 1)
+    ids = torch.randint(0, config.model.vocab_size, shape, generator=generator)
+    return Batch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), {}, None)
+
+
+def ours(config: Config) -> Callable[[int], float]:
+    engine = build_native_engine(config, World.of(config), CpuAccelerator(), Pretraining())
+    return lambda step: engine.step(batch_of(config, step), step=step, votes=Votes()).loss
+
+
+def theirs(config: Config) -> Callable[[int], float]:
+    import peft
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    def model_of(model: Any) -> Any:
+        return LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=model.vocab_size,
+                hidden_size=model.hidden_size,
+                intermediate_size=model.ffn_size,
+                num_hidden_layers=model.num_layers,
+                num_attention_heads=model.num_heads,
+                num_key_value_heads=model.num_kv_heads,
+                head_dim=model.head_dim,
+                max_position_embeddings=model.max_seq_len,
+                rms_norm_eps=model.norm_eps,
+                rope_parameters={"rope_type": "default", "rope_theta": model.rope_theta},
+                tie_word_embeddings=False,
+                use_cache=False,
+            )
+        )
+
+    model = peft_model(peft, model_of, config, first_weights(config)).train()
+    learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(learned, lr=1e-3, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+
+    def step(number: int) -> float:
+        batch = batch_of(config, number)
+        logits = model(input_ids=batch.tokens_BT).logits
+        loss = F.cross_entropy(logits.flatten(0, 1), batch.labels_BT.flatten())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(learned, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.item()
+
+    return step
+
+
+LOOPS = {"ours": ours, "PEFT": theirs}
+
+
+def run(name: str, tiny: bool, steps: int, connection: Connection) -> None:
+    """Answers each "go" with seconds and the last loss, and "memory" with the peak's bytes."""
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(1)
+    if name == "PEFT":
+        import peft
+        import transformers  # noqa: F401
+
+        del peft
+    before = _status("VmRSS")
+    step, number, loss = LOOPS[name](config(tiny)), 0, 0.0
+    # From here on the peak is that of steps: what building took does not count.
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
+    while True:
+        if connection.recv() == "memory":
+            connection.send(_status("VmHWM") - before)
+            return
+        began = time.perf_counter()
+        for _ in range(steps):
+            number += 1
+            loss = step(number)
+        connection.send((time.perf_counter() - began, loss))
+
+
+def _status(field: str) -> int:
+    """Bytes."""
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
+
+
+def main() -> int:
+    options = parser(__doc__)
+    options.add_argument("--turns", type=int, default=8)
+    options.add_argument("--steps", type=int, default=2, help="of a turn")
+    arguments = options.parse_args()
+    turns, steps = (1, 1) if arguments.tiny else (arguments.turns, arguments.steps)
+    heading()
+    spawn, connections, processes = multiprocessing.get_context("spawn"), {}, []
+    try:
+        for name in LOOPS:
+            connections[name], there = spawn.Pipe()
+            process = spawn.Process(target=run, args=(name, arguments.tiny, steps, there), daemon=True)
+            process.start()
+            processes.append(process)
+            there.close()
+        seconds: dict[str, list[float]] = {name: [] for name in LOOPS}
+        losses: dict[str, float] = {}
+        # The first turn warms up.
+        for turn in range(turns + 1):
+            for name, connection in connections.items():
+                connection.send("go")
+                taken, losses[name] = connection.recv()
+                if turn > 0:
+                    seconds[name].append(taken / steps)
+        memory = {}
+        for name, connection in connections.items():
+            connection.send("memory")
+            memory[name] = connection.recv()
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+    ratio = statistics.median(mine / peer for mine, peer in zip(seconds["ours"], seconds["PEFT"], strict=True))
+    print("| loop | step, s | peak memory, MB | last loss |")
+    print("|---|---|---|---|")
+    for name in LOOPS:
+        print(f"| {name} | {statistics.median(seconds[name]):.3f} | {memory[name] / 1e6:.0f} | {losses[name]:.5f} |")
+    of_memory = memory["ours"] / memory["PEFT"]
+    print(f"\nours / PEFT: step {ratio:.3f} (at most {MOST_TIME}), memory {of_memory:.3f} (at most {MOST_MEMORY:g})")
+    return verdict(ratio <= MOST_TIME and of_memory <= MOST_MEMORY, arguments.tiny)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,90 @@
+"""Runs that train an adapter of published weights, from a job file to a checkpoint and back."""
+
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conversions import weights_in
+from test_model_init import folder, job, torchrun, trained  # noqa: F401  (folder: a fixture)
+from tiny import loader_of
+
+from raynium.checkpoint.catalog import latest, open_checkpoint
+from raynium.checkpoint.load import read_tensors
+from raynium.checkpoint.ref import CheckpointRef
+from raynium.convert.export import export_checkpoint
+from raynium.convert.merged import merged_weights
+from raynium.data.store import open_store
+from raynium.errors import CheckpointMismatch
+from raynium.generation.sampler import open_sampler
+from raynium.storage.store import Store
+
+pytestmark = pytest.mark.usefixtures("folder")
+
+ADAPTER = ("adapter.rank=4", "adapter.alpha=8", "optimizer.learning_rate=0.01")
+
+
+def last(tmp_path: Path, name: str = "tuned") -> CheckpointRef:
+    ref = latest(Store(tmp_path / "runs" / name))
+    assert ref is not None
+    return ref
+
+
+def test_an_adapter_begins_as_its_base_and_is_all_that_is_saved(transformers: Any, tmp_path: Path) -> None:
+    losses = trained(job(tmp_path), *ADAPTER)
+    batch = loader_of(open_store(tmp_path / "data"), seq_len=16, global_batch_size=4).batch(1)
+    base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hugging-face", dtype=torch.float32)
+    with torch.no_grad():
+        expected = torch.nn.functional.cross_entropy(
+            base(batch.tokens_BT).logits.flatten(0, 1), batch.labels_BT.flatten()
+        )
+    assert losses[1] == pytest.approx(expected.item(), rel=2e-5) and losses[4] < losses[1]
+    kinds = {re.sub(r"blocks\.\d+\.", "", entry.name) for entry in last(tmp_path).manifest.tensors}
+    assert {kind.rpartition(".")[2] for kind in kinds if not kind.startswith("rng/")} == {"lora_A", "lora_B"}
+    assert len(kinds) == 3 * 2 * 7 + 1
+    export_checkpoint(last(tmp_path), tmp_path / "merged", dtype="float32")
+    merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    with torch.no_grad():
+        tuned = torch.nn.functional.cross_entropy(
+            merged(batch.tokens_BT).logits.flatten(0, 1), batch.labels_BT.flatten()
+        )
+    assert tuned < expected
+    ours = open_sampler(str(tmp_path / "runs/tuned")).model
+    torch.testing.assert_close(ours(batch.tokens_BT), merged(batch.tokens_BT).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_a_stopped_run_goes_on_bit_equal_on_its_base(tmp_path: Path) -> None:
+    path = job(tmp_path)
+    trained(path, *ADAPTER, "run.name=whole", "engine.dtype=bfloat16", ranks=2)
+    # The rate is constant: the first half of the run is that of a shorter one.
+    trained(path, *ADAPTER, "train.steps=2", "engine.dtype=bfloat16", ranks=2)
+    shutil.copytree(tmp_path / "runs/tuned", tmp_path / "runs/alone")
+    assert sorted(trained(path, *ADAPTER, "engine.dtype=bfloat16", ranks=2)) == [3, 4]
+    whole, halves = (
+        read_tensors(open_checkpoint(Store(tmp_path / f"runs/{name}"), 4), "") for name in ("whole", "tuned")
+    )
+    assert whole.keys() == halves.keys() and all(torch.equal(whole[name], halves[name]) for name in whole)
+
+
+def test_without_its_base_or_with_another_an_adapter_goes_no_further(tmp_path: Path) -> None:
+    path = job(tmp_path)
+    trained(path, *ADAPTER, "train.steps=2")
+    other = tmp_path / "other"
+    shutil.copytree(tmp_path / "hugging-face", other)
+    done = torchrun(path, *ADAPTER, f"model.init={other}")
+    assert re.search(r"model\.init is .*other.*, but the checkpoint was trained with .*hugging-face", done.stderr)
+    done = torchrun(path, *ADAPTER[1:], "adapter.rank=8")
+    assert "adapter.rank is 8, but the checkpoint was trained with 4" in done.stderr
+
+    ref = last(tmp_path)
+    ref.manifest.state["config"]["model"]["init_identity"] = "0" * 64  # pyright: ignore
+    with pytest.raises(
+        CheckpointMismatch, match=r"is an adapter of weights with the identity 0000.*base\.json was repl"
+    ):
+        merged_weights(ref)
+    shutil.move(tmp_path / "hugging-face", tmp_path / "away")
+    done = torchrun(path, *ADAPTER)
+    assert done.returncode != 0 and re.search(r"hugging-face/model-\S+ is missing", done.stderr), done.stderr[-3000:]
+    assert weights_in(tmp_path / "away")
