@@ -3,21 +3,27 @@
 import json
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import typer
 
+from raynium.cli.data import _fields
 from raynium.config.schema import DataSection
 from raynium.data.batch import IGNORED_LABEL
+from raynium.data.build.show import describe
 from raynium.data.build.store_build import build_store
 from raynium.data.evaluation import evaluation_set
 from raynium.data.packed_index import ensure_index
 from raynium.data.packing.rows import PackedRows
 from raynium.data.records.flags import begins_document, flagged, is_label, token_ids
+from raynium.data.records.formats import FieldOf, Rendered
 from raynium.data.records.registry import records_of
+from raynium.data.records.template import CHATML
 from raynium.data.rows import open_rows, packable
 from raynium.data.store import DocumentStore
-from raynium.errors import DataError
+from raynium.errors import ConfigError, DataError
 
 
 def chat(number: int, turns: int = 1) -> dict[str, object]:
@@ -131,3 +137,225 @@ def test_records_are_not_cut_into_windows(tmp_path):
     store = chats_store(tmp_path)
     with pytest.raises(DataError, match=r"data\.packing is stream, and .* holds chats"):
         open_rows(store, section(store, seq_len=64, packing="stream"))
+
+
+# ---- formats ---------------------------------------------------------------------------------------------------------
+
+
+def build(folder: Path, records: list[dict[str, Any]], name: str = "chats", **how: Any) -> DocumentStore:
+    source = write_lines(folder / "records.jsonl", records)
+    if name == "chats":
+        how.setdefault("chat_template", "chatml")
+    return build_store(
+        folder / "store", source=str(source), vocab_size=400, heldout_fraction=0.2, records=records_of(name, **how)
+    )
+
+
+def learned_and_all(store: DocumentStore) -> list[tuple[str, str]]:
+    stream = store.train_stream()
+    stored = stream.read(0, len(stream))
+    begins = [*np.flatnonzero(begins_document(stored)).tolist(), len(stored)]
+    tokenizer = store.tokenizer()
+    return [
+        (
+            tokenizer.decode(token_ids(stored[begin:end][is_label(stored[begin:end])])),
+            tokenizer.decode(token_ids(stored[begin:end])),
+        )
+        for begin, end in pairwise(begins)
+    ]
+
+
+def test_completions_are_learned_with_their_end_and_prompts_are_not(tmp_path):
+    store = build(tmp_path, [{"prompt": f"{n} + 1 =", "completion": f" {n + 1}"} for n in range(40)], "completions")
+    for learned, whole in learned_and_all(store):
+        prompt, answer = whole.split(" =")
+        assert learned == f"{answer}" and int(answer.removesuffix("<|endoftext|>")) == int(prompt.split()[0]) + 1
+    assert store.chat_template() is None
+
+
+def test_instructions_are_chats_of_one_turn_by_the_columns_that_fields_names(tmp_path):
+    records = [
+        {"instruction": f"Add {n}.", "input": "to 1" if n % 2 else "", "output": f"{n + 1}", "more": 0}
+        for n in range(40)
+    ]
+    fields = {"prompt": ["instruction", "input"], "completion": ["output"]}
+    store = build(tmp_path, records, fields=fields)
+    found = learned_and_all(store)
+    wholes = {whole for _, whole in found}
+    assert any("Add 2.<|im_end|>" in whole for whole in wholes) or any("Add 4.<|im_end|>" in each for each in wholes)
+    assert any("\n\nto 1<|im_end|>" in whole for whole in wholes)
+    assert all(learned.removesuffix("<|im_end|>").isdecimal() for learned, _ in found)
+    assert store.manifest.recipe.records is not None
+    assert store.manifest.recipe.records.fields["prompt"] == ["instruction", "input"]
+
+
+def test_rows_of_a_table_are_the_records_that_lines_are(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    chats = [chat(number, 1 + number % 3) for number in range(60)]
+    of_lines = chats_store(tmp_path, chats)
+    (tmp_path / "table").mkdir()
+    pq.write_table(pa.Table.from_pylist(chats), tmp_path / "table/chats.parquet")
+    records = records_of("chats", chat_template="chatml")
+    assert records is not None
+    from raynium.data.text.documents import Document
+    from raynium.data.text.sources import open_source
+
+    texts = [
+        [item.text for item in open_source(str(source), columns=records.columns).items() if isinstance(item, Document)]
+        for source in (tmp_path / "chats.jsonl", tmp_path / "table/chats.parquet")
+    ]
+    assert [json.loads(text) for text in texts[0]] == [json.loads(text) for text in texts[1]] == chats
+    assert of_lines.manifest.train.documents + of_lines.manifest.heldout.documents == len(chats)
+
+
+def test_numbers_in_a_record_stay_what_they_are(tmp_path):
+    call = {"function": {"name": "f", "arguments": {"count": 3, "share": 0.5, "large": 10**30}}}
+    record = {"messages": [{"role": "assistant", "content": "", "tool_calls": [call]}]}
+    from raynium.data.text.documents import Document
+    from raynium.data.text.sources import open_source
+
+    source = write_lines(tmp_path / "calls.jsonl", [record])
+    records = records_of("chats", chat_template="chatml")
+    assert records is not None
+    [item] = open_source(str(source), columns=records.columns).items()
+    assert isinstance(item, Document) and json.loads(item.text) == record
+
+
+GOOD = chat(1)
+
+
+@pytest.mark.parametrize(
+    ("bad", "problem"),
+    [
+        (
+            {"messages": [{"role": "user", "content": "a"}]},
+            "has no turn of the assistant, so there is nothing",
+        ),
+        (
+            {"messages": [{"role": "bot", "content": "a"}]},
+            r"the role \"bot\": it must be one of system, devel",
+        ),
+        ({"messages": []}, r"messages is \[\]: it must be a list of messages"),
+        ({"messages": "hello"}, r"messages is \"hello\": it must be a list of messages"),
+        (
+            {"messages": [{"from": "human", "value": "a"}]},
+            "is an object with from, value: it must be an object",
+        ),
+        ({"messages": ["a"]}, r"message 0 \(from 0\) is \"a\": it must be an object with role and content"),
+        ({"messages": GOOD["messages"], "tools": "["}, "tools is a text that is not JSON"),
+        ({"messages": GOOD["messages"], "tools": [1]}, r"tools is \[1\]: it must be a list of JSON schemas"),
+        (
+            {"messages": [{"role": "assistant"}]},
+            "the chat template refuses it: .* has no attribute 'content'",
+        ),
+        ({"conversation": GOOD["messages"]}, "no field 'messages'; there are: 'conversation'"),
+        ([1], "a list, and a document is an object with its text in 'messages'"),
+    ],
+)
+def test_a_bad_chat_is_refused_with_its_line(tmp_path, bad, problem):
+    with pytest.raises(DataError, match=rf"records\.jsonl, line 31: .*{problem}"):
+        build(tmp_path, [*(chat(number) for number in range(30)), bad])
+    assert not (tmp_path / "store/manifest.json").exists()
+
+
+def test_a_role_that_the_template_refuses_is_told_in_its_words(tmp_path):
+    template = tmp_path / "template.jinja"
+    template.write_text(
+        "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools here') }}{% endif %}"
+        "{{ m.content }}|{% endfor %}",
+        encoding="utf-8",
+    )
+    messages = [*GOOD["messages"], {"role": "tool", "content": "x"}]  # pyright: ignore[reportGeneralTypeIssues]
+    with pytest.raises(DataError, match="line 1: the chat template refuses it: no tools here"):
+        build(tmp_path, [{"messages": messages}], chat_template=str(template))
+
+
+def test_a_record_of_which_nothing_is_learned_is_refused(tmp_path):
+    text = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    (tmp_path / "template.jinja").write_text(text, encoding="utf-8")
+    with pytest.raises(DataError, match=r"line 1: of its 1 tokens none is learned"):
+        build(
+            tmp_path,
+            [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": ""}]}] * 20,
+            chat_template=str(tmp_path / "template.jinja"),
+        )
+
+
+def test_texts_alone_are_joined_to_a_prompt(tmp_path):
+    fields = {"prompt": ["instruction", "input"], "completion": ["output"]}
+    with pytest.raises(DataError, match="line 1: 'input' is a number, and only texts are joined to a prompt"):
+        build(tmp_path, [{"instruction": "a", "input": 1, "output": "b"}], fields=fields)
+
+
+@pytest.mark.parametrize(
+    ("records", "how", "problem"),
+    [
+        ("chats", {}, r"the tokenizer has no chat template .* give the file of one as data\.chat_template, or chatml"),
+        ("chat", {}, r"data\.records is 'chat': did you mean chats\?"),
+        ("chats", {"chat_template": "/no/such.jinja"}, r"data\.chat_template = '/no/such\.jinja' cannot be read"),
+        ("completions", {"chat_template": "chatml"}, r"data\.chat_template is for chats, and data\.records is complet"),
+        ("completions", {"fields": {"messages": ["a"]}}, "data.fields names messages, which completions do not have"),
+        ("text", {"fields": {"prompt": ["a"]}}, r"data\.fields is for records, and data\.records is text"),
+        ("json:JSONDecoder", {}, "has no fields, render, sequences: see docs/tasks.md"),
+    ],
+)
+def test_records_that_cannot_be_had_are_refused(records, how, problem):
+    with pytest.raises((ConfigError, DataError), match=problem):
+        records_of(records, **how)
+
+
+class TwoOfOne:
+    sequences = 1
+    fields = (FieldOf("a", True),)
+
+    def render(self, record):
+        return [Rendered("x y", ((1, 3),), markup=False, ends=False)] * 2
+
+
+def test_a_format_that_makes_more_than_it_says_is_refused():
+    from raynium.data.build.recorded import render
+    from raynium.data.text.documents import Document, Part, SourceFile, Split
+
+    file = SourceFile("a.json", "a.json", 1, "json", "", 0.0)
+    with pytest.raises(DataError, match=r"a\.json, row 0 \(from 0\): the format makes 2 documents of it, and says 1"):
+        render(TwoOfOne(), Document("a.json:0", "{}"), Split((Part(file, 0, 1),), (), None))
+
+
+def test_data_show_marks_what_is_learned(tmp_path):
+    rows = describe(str(chats_store(tmp_path).path))
+    samples = [value for name, value in rows if name == "sample"]
+    assert samples and all("assistant\\n[[it is" in sample and "<|im_end|>]]" in sample for sample in samples)
+    assert ("recipe", "chats (messages from messages, tools from tools), all answers learned") in [
+        (name, value.partition(", 0.2")[0]) for name, value in rows
+    ]
+
+
+@pytest.mark.ray
+def test_the_command_builds_a_store_of_chats(tmp_path):
+    from raynium.launch.data.build import build_data
+
+    source = write_lines(tmp_path / "talk.jsonl", [{"talk": chat(number)["messages"]} for number in range(60)])
+    tokenizer = chats_store(tmp_path).tokenizer()
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "tokenizer.json").write_text(tokenizer.file_text, encoding="utf-8")
+    (folder / "chat_template.jinja").write_text(CHATML, encoding="utf-8")
+    told: list[str] = []
+    how: dict[str, Any] = {"records": "chats", "fields": {"messages": ["talk"]}, "tell": told.append}
+    place = str(tmp_path / "built")
+    manifest = build_data(place, sources=[str(source)], tokenizer=str(folder), heldout_fraction=0.2, **how)
+    assert manifest.flagged and manifest.recipe.records is not None
+    assert manifest.recipe.records.fields["messages"] == ["talk"]
+    with pytest.raises(DataError, match="was built with records ="):
+        build_data(place, sources=[str(source)], tokenizer=str(folder), heldout_fraction=0.2, train_on="last", **how)
+
+
+def test_a_field_of_the_command_is_a_name_and_its_columns():
+    assert _fields(["prompt=instruction,input", "completion=output"]) == {
+        "prompt": ["instruction", "input"],
+        "completion": ["output"],
+    }
+    with pytest.raises(typer.BadParameter, match="'prompt' is no NAME=COLUMN"):
+        _fields(["prompt"])
