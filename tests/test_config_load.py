@@ -14,6 +14,7 @@ from raynium.config.load import (
     parse_config,
     preset_names,
 )
+from raynium.config.reference import brief
 from raynium.config.schema import Config
 from raynium.errors import ConfigError
 
@@ -563,3 +564,31 @@ def test_dumped_text_reads_back_as_the_same_config(prompts, path, source, rate, 
     values["run"]["name"] = name
     config = Config.model_validate(values)
     assert parse_config(dump_yaml(config)) == config
+
+
+# ------------------------------------------------------------------------------------------------- tasks
+
+
+def test_a_task_says_what_it_learns_from_unless_the_file_does():
+    settled = parse_config("task: sft\n" + MINIMAL)
+    assert (settled.data.records, settled.data.packing) == ("chats", "documents")
+    said = parse_config("task: sft\n" + MINIMAL, ["data.records=completions"])
+    assert (said.data.records, said.data.packing) == ("completions", "documents")
+    plain = parse_config(MINIMAL)
+    assert (plain.task, plain.data.records, plain.data.packing) == ("pretraining", "text", "stream")
+    assert parse_config(dump_yaml(settled)) == settled
+
+
+def test_epochs_stand_in_place_of_steps():
+    config = parse_config(MINIMAL, ["train.steps=null", "train.epochs=2.5"])
+    assert (config.train.steps, config.train.epochs) == (None, 2.5)
+    assert brief(config).startswith("# 2.5 epochs in steps of ")
+
+
+def test_columns_are_a_name_or_a_list_of_names():
+    config = parse_config(MINIMAL, ["data.fields={prompt: [instruction, input], completion: output}"])
+    assert config.data.fields is not None
+    assert (config.data.fields.prompt, config.data.fields.completion) == (("instruction", "input"), ("output",))
+    assert parse_config(dump_yaml(config)) == config
+    with pytest.raises(ConfigError, match=r"data\.fields\.answer is not a field"):
+        parse_config(MINIMAL, ["data.fields={answer: a}"])

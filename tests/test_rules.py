@@ -487,3 +487,11 @@ def test_nxd_has_no_place_for_adapters():
         "adapter.rank is 8 with engine.kind nxd, whose layers hold q, k and v, and gate and up, as one matrix: an "
         "adapter of each has no place there; set engine.kind to native, or adapter.rank to null"
     ]
+
+
+def test_epochs_are_of_one_store():
+    assert only_problem("quickstart", *TWO, "train.steps=null", "train.epochs=2") == (
+        "train.epochs is 2 with data.mixture, whose stores have epochs of their own: set train.steps, and "
+        "data.max_epochs to bound them"
+    )
+    assert problems("quickstart", "train.steps=null", "train.epochs=2") == []

@@ -46,7 +46,8 @@ Identity = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$"), Accepts("an identity
 
 
 def _listed(value: Any) -> Any:
-    return [value] if isinstance(value, str) else value
+    # What comes out of here is judged as Python values are, to which a list is no tuple.
+    return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
 
 
 Columns = Annotated[
