@@ -7,18 +7,20 @@ from typing import Any
 
 import pytest
 import torch
-from conversions import weights_in
+from conversions import same_tensors, weights_in
 from test_model_init import folder, job, torchrun, trained  # noqa: F401  (folder: a fixture)
 from tiny import loader_of
 
 from raynium.checkpoint.catalog import latest, open_checkpoint
 from raynium.checkpoint.load import read_tensors
 from raynium.checkpoint.ref import CheckpointRef
+from raynium.cli.app import app
 from raynium.convert.export import export_checkpoint
 from raynium.convert.merged import merged_weights
 from raynium.data.store import open_store
 from raynium.errors import CheckpointMismatch
 from raynium.generation.sampler import open_sampler
+from raynium.sdk import find_run
 from raynium.storage.store import Store
 
 pytestmark = pytest.mark.usefixtures("folder")
@@ -53,6 +55,25 @@ def test_an_adapter_begins_as_its_base_and_is_all_that_is_saved(transformers: An
     assert tuned < expected
     ours = open_sampler(str(tmp_path / "runs/tuned")).model
     torch.testing.assert_close(ours(batch.tokens_BT), merged(batch.tokens_BT).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_the_command_and_the_sdk_export_the_adapter_alone_or_merged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trained(job(tmp_path), *ADAPTER, "train.steps=1")
+    monkeypatch.chdir(tmp_path)
+    app(["checkpoints", "export", "tuned", "adapter", "--adapter"], standalone_mode=False)
+    assert "adapter: 42 tensors, 24.6 kB of float32 in 1 file(s)" in capsys.readouterr().out
+    app(["checkpoints", "export", "tuned", "merged"], standalone_mode=False)
+    assert "merged: 29 tensors" in capsys.readouterr().out
+    find_run("tuned").export("again", what="adapter")
+    assert same_tensors(weights_in(tmp_path / "again"), weights_in(tmp_path / "adapter"))
+
+    # Another run begins where this one is.
+    trained(job(tmp_path), *ADAPTER, "run.name=second", "train.steps=1", "optimizer.learning_rate=1e-30",
+            "optimizer.weight_decay=0", f"adapter.init={tmp_path}/adapter")  # fmt: skip
+    first, second = (read_tensors(last(tmp_path, name)) for name in ("tuned", "second"))
+    assert same_tensors(first, second)
 
 
 def test_a_stopped_run_goes_on_bit_equal_on_its_base(tmp_path: Path) -> None:

@@ -119,7 +119,7 @@ def test_only_a_run_with_an_adapter_has_one_to_export(save_run: Callable[..., An
 def test_a_state_that_names_no_adapter_is_refused(save_run: Callable[..., Any]) -> None:
     config = adapted_config("llama")
     ref = choose_checkpoint(save_run(learned(config, first_weights(config)), config))
-    ref.manifest.state["config"]["adapter"]["rank"] = -1
+    ref.manifest.state["config"]["adapter"]["rank"] = -1  # pyright: ignore
     with pytest.raises(CheckpointMismatch, match=r"its state has no valid config\.adapter"):
         saved_adapter(ref)
 
