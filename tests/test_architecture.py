@@ -36,7 +36,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "data.order": (),
     "data.batch": (),
     "data.records": ("data.text",),
-    "data.packing": ("data.batch", "data.records", "storage"),
+    "data.packing": ("data.batch", "data.order", "data.records", "storage"),
     "data.tokenizer": ("data.records",),
     "data": ("data.text", "data.order", "data.packing", "data.tokenizer"),
     "data.build": ("data",),

@@ -23,6 +23,7 @@ PRESETS = preset_names(ROOT)
 
 def test_these_are_the_presets():
     assert PRESETS == [
+        "dpo-quickstart",
         "llama3-1b",
         "llama3-70b",
         "llama3-8b",

@@ -32,7 +32,7 @@ CHECKOUT = Path(__file__).parents[3]
 PRESET_FOLDER = Path("jobs/configs")
 MAX_FILE_BYTES = 2**18
 # What records a task is trained on, where data.records does not say.
-RECORDS_OF_TASKS = {"sft": "chats"}
+RECORDS_OF_TASKS = {"sft": "chats", "dpo": "preferences", "orpo": "preferences"}
 
 
 # ------------------------------------------------------------------------------------------------- reading
@@ -115,7 +115,8 @@ def _settle_by_task(reading: Reading) -> None:
     values, train, data = reading.values, reading.values.get("train"), reading.values.get("data")
     records = RECORDS_OF_TASKS.get(str(values.get("task")))
     if records is not None and isinstance(data, dict):
-        for key, value in (("records", records), ("packing", "documents")):
+        whole = {"too_long": "leave_out"} if records == "preferences" else {}
+        for key, value in {"records": records, "packing": "documents", **whole}.items():
             if key not in data:
                 reading.put(f"data.{key}", value, f"from task {values['task']}")
     if not isinstance(train, dict) or reading.refused & {"", "train", "train.steps", "train.epochs"}:

@@ -29,7 +29,7 @@ OUR_PREFIXES = ("mlflow.db", "probe-")
 # In the presets, which cannot know it.
 PLACEHOLDER = "YOUR-BUCKET"
 # Values of data.source that are no path.
-WORDS_FOR_SOURCE = {"python-stdlib", "made-chats"}
+WORDS_FOR_SOURCE = {"python-stdlib", "made-chats", "made-preferences"}
 # Values of data.chat_template that are none.
 WORDS_FOR_TEMPLATE = {"chatml"}
 # Values of tracking.uri that MLflow knows by name.

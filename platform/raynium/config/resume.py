@@ -72,6 +72,9 @@ NOTED: Mapping[str, str] = {
     "optimizer.final_learning_rate_ratio": "the rate changes from here on",
     "optimizer.weight_decay": "weights decay at another pace from here on",
     "optimizer.clip_norm": "gradients are clipped elsewhere from here on",
+    "preference.beta": "the loss is another from here on",
+    "preference.label_smoothing": "the loss is another from here on",
+    "preference.weight": "the loss is another from here on",
 }
 
 # The checkpoint was found by run.name; model.max_seq_len is a bound and no weight, and model.init_std is used at step 0

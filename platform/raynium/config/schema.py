@@ -211,7 +211,7 @@ class DataSection(Section):
     source: Location | None = None
     """Text to make the store of: a folder, a file or a glob, also at s3://, of .txt, .md, .py, .jsonl, .json (each also
     .gz or .zst), .parquet or .arrow files; a dataset that `datasets` saved to disk; `python-stdlib`; or
-    `made-chats`, short chats of sums and look-ups, to try fine-tuning with."""
+    `made-chats` and `made-preferences`, short ones of sums and look-ups, to try fine-tuning with."""
     text_field: Annotated[str, Field(min_length=1)] = "text"
     """Where the source's records have their text; `a.b` is the field b of the object in its field a."""
     dedup: Literal["none", "exact"] = "none"
@@ -427,6 +427,17 @@ class FaultSection(Section):
     """Ranks that have not saved and ended so long after the run was asked to stop are killed."""
 
 
+class PreferenceSection(Section):
+    """What tasks that learn from pairs of answers weigh; names and definitions are TRL's."""
+
+    beta: PositiveFloat = 0.1
+    """dpo: how strongly the model is held to its reference, the weights that the run begins with."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
+    """dpo: the share of pairs in which people are believed to have confused the answers."""
+    weight: PositiveFloat = 0.1
+    """orpo: of the odds ratio, beside the cross-entropy of the chosen texts (TRL's beta, the paper's lambda)."""
+
+
 class PreflightSection(Section):
     """Checks of the nodes before their ranks start; `raynium preflight` makes all of them without a run."""
 
@@ -462,7 +473,9 @@ class Config(Section):
     that names it); what the file itself says is laid over that, field by field.
     """
 
-    task: Annotated[str, Field(min_length=1), Accepts("pretraining, sft, or package.module:Class")] = "pretraining"
+    task: Annotated[str, Field(min_length=1), Accepts("pretraining, sft, dpo, orpo, or package.module:Class")] = (
+        "pretraining"
+    )
     """What is learned; docs/tasks.md. package.module:Class: a task of your own, which every node can import."""
     run: RunSection
     cluster: ClusterSection = ClusterSection()
@@ -473,6 +486,7 @@ class Config(Section):
     engine: EngineSection = EngineSection()
     optimizer: OptimizerSection = OptimizerSection()
     train: TrainSection
+    preference: PreferenceSection = PreferenceSection()
     checkpoint: CheckpointSection = CheckpointSection()
     evaluate: EvaluateSection = EvaluateSection()
     tracking: TrackingSection = TrackingSection()

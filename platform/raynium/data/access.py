@@ -60,16 +60,17 @@ def open_fetched(data: DataSection, place: str, *, identity: str | None, run: st
 
 
 def block_rows(data: DataSection, manifest: StoreManifest) -> int:
-    """Rows of one block under `data.shuffle: blocks`. The same for a copy, since it is part of the order."""
-    rows = max(1, data.shuffle_block_bytes // row_bytes(data, manifest))
+    """Samples of one block under `data.shuffle: blocks`. The same for a copy, since it is part of the order."""
+    samples = max(1, data.shuffle_block_bytes // row_bytes(data, manifest))
     if data.packing == "documents":
-        return max(rows, BLOCK_WINDOWS * window_tokens(data.seq_len) // data.seq_len)
-    return rows
+        in_windows = BLOCK_WINDOWS * window_tokens(data.seq_len) // data.seq_len
+        return max(samples, in_windows // manifest.documents_per_record)
+    return samples
 
 
 def row_bytes(data: DataSection, manifest: StoreManifest) -> int:
-    """Of a row's tokens, as they are stored."""
-    return data.seq_len * manifest.numpy_dtype.itemsize
+    """Of the tokens of a sample's rows, as they are stored."""
+    return data.seq_len * manifest.numpy_dtype.itemsize * manifest.documents_per_record
 
 
 def refuse_small_cache(data: DataSection, manifests: dict[str, StoreManifest]) -> None:

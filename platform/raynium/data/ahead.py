@@ -31,6 +31,7 @@ class StreamedRows:
     def __init__(self, rows: Rows, store: StreamedStore, *, block_rows: int, row_bytes: int):
         """rows: of the store's training stream. row_bytes: of a row's tokens, as they are stored."""
         self.block_rows, self.traffic, self.used_bytes = block_rows, store.traffic, 0
+        self.rows_per_sample = rows.rows_per_sample
         self._rows, self._tokens, self._row_bytes = rows, store.train_stream(), row_bytes
 
     def __len__(self) -> int:

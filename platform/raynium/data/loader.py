@@ -5,7 +5,7 @@ where the shuffle has lanes, so that each rank reads the same few blocks for lon
 B: sequences per step over all ranks, T: `data.seq_len`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -20,6 +20,7 @@ from raynium.data.mixed import metrics_of_stores
 from raynium.data.order import Order, RowShuffle, Samples, Shuffle, seed_of_store
 from raynium.data.order.block_shuffle import BlockShuffle
 from raynium.data.order.mixture import mixture_of
+from raynium.data.packing.pairs import ReferencedRows, nats_weights_of_step
 from raynium.data.rows import Rows, num_labels, open_rows
 from raynium.data.store import OpenStore
 from raynium.data.streamed import StreamedStore
@@ -47,20 +48,25 @@ class Loader:
         steps_per_read: int = 1,
         ahead: Ahead | None = None,
         told: Callable[[int], dict[str, float]] = lambda step: {},
+        of_step: Callable[[Samples], dict[str, np.ndarray]] = lambda samples: {},
     ):
         """rows: of each store, by the order's numbers of them. steps_per_read: whose rows are read at once; 1 with
-        `ahead`, where some are streamed. told: more metrics.
+        `ahead`, where some are streamed. told: more metrics. of_step: more columns of this rank's rows, by the samples
+        of all ranks.
         """
-        assert 0 <= data_rank < data_size and global_batch_size % data_size == 0
+        assert 0 <= data_rank < data_size
+        assert global_batch_size % (data_size * rows[0].rows_per_sample) == 0, "samples are whole on each rank"
         self._rows, self._order = rows, order
-        self._global_batch_size, self._rank_batch_size = global_batch_size, global_batch_size // data_size
+        self._rows_per_sample = rows[0].rows_per_sample
+        self._step_samples = global_batch_size // self._rows_per_sample
+        self._rank_samples = self._step_samples // data_size
         self._data_rank = data_rank
-        self._steps_at_once = max(1, SAMPLES_AT_ONCE // global_batch_size)
+        self._steps_at_once = max(1, SAMPLES_AT_ONCE // self._step_samples)
         # One is read from, another is looked ahead in.
         self._of_steps = lru_cache(4)(self._compute)
         self._steps_per_read = steps_per_read
         self._columns = lru_cache(1)(self._read_steps)
-        self._told = told
+        self._told, self._of_step = told, of_step
         self._fetching = FetchAhead(rows, self.samples, ahead) if ahead else None
 
     def batch(self, step: int) -> Batch:
@@ -71,20 +77,29 @@ class Loader:
         if self._fetching:
             self._fetching.hold(step)
         part, number = divmod(step - 1, self._steps_per_read)
-        first, end = number * self._rank_batch_size, (number + 1) * self._rank_batch_size
-        return Batch.of({name: torch.from_numpy(column[first:end]) for name, column in self._columns(part).items()})
+        rows = self._rank_samples * self._rows_per_sample
+        first, end = number * rows, (number + 1) * rows
+        columns = {name: column[first:end] for name, column in self._columns(part).items()}
+        columns |= self._of_step(self.samples_of_all(step))
+        return Batch.of({name: torch.from_numpy(column) for name, column in columns.items()})
 
     def samples(self, step: int) -> Samples:
-        """Where this rank's rows of a step lie, each int64 [B / data_size]."""
+        """Where this rank's samples of a step lie, each int64."""
         samples, mine = self._place(step)
         return Samples(*(column[mine] for column in samples))
+
+    def samples_of_all(self, step: int) -> Samples:
+        """Those of all ranks."""
+        part, number = divmod(step - 1, self._steps_at_once)
+        of_step = slice(number * self._step_samples, (number + 1) * self._step_samples)
+        return Samples(*(column[of_step] for column in self._of_steps(part)))
 
     def _place(self, step: int) -> tuple[Samples, slice]:
         """Samples of many steps, and which of them are this rank's of this one."""
         assert step >= 1
         part, number = divmod(step - 1, self._steps_at_once)
-        first = number * self._global_batch_size + self._data_rank * self._rank_batch_size
-        return self._of_steps(part), slice(first, first + self._rank_batch_size)
+        first = number * self._step_samples + self._data_rank * self._rank_samples
+        return self._of_steps(part), slice(first, first + self._rank_samples)
 
     def metrics(self, step: int) -> dict[str, float]:
         """Once `batch(step)` was given: what this rank fetched, if rows are streamed, and what came of each store."""
@@ -97,11 +112,11 @@ class Loader:
 
     def _compute(self, part: int) -> Samples:
         """Of all ranks, for `steps_at_once` steps."""
-        number = self._steps_at_once * self._global_batch_size
+        number = self._steps_at_once * self._step_samples
         samples = self._order.samples(part * number, number)
         if not samples.lanes.any():
             return samples
-        steps = np.arange(number) // self._global_batch_size
+        steps = np.arange(number) // self._step_samples
         sorted_places = np.lexsort((samples.lanes, samples.stores, steps))
         return Samples(*(column[sorted_places] for column in samples))
 
@@ -117,7 +132,7 @@ class Loader:
             }
         stores = np.concatenate([samples.stores[mine] for samples, mine in places])
         columns: dict[str, np.ndarray] = {}
-        by_store, end = np.argsort(stores, kind="stable"), 0
+        by_store, end, of_sample = np.argsort(stores, kind="stable"), 0, self._rows_per_sample
         for store, count in enumerate(np.bincount(stores).tolist()):
             if count == 0:
                 continue
@@ -125,9 +140,9 @@ class Loader:
             chosen = by_store[begin:end]
             for name, values in self._rows[store].read(rows[chosen]).items():
                 if name not in columns:
-                    columns[name] = np.empty((len(by_store), *values.shape[1:]), _type(name, values))
-                columns[name][chosen] = values
-        return columns
+                    columns[name] = np.empty((len(by_store), of_sample, *values.shape[1:]), _type(name, values))
+                columns[name][chosen] = values.reshape(count, of_sample, *values.shape[1:])
+        return {name: values.reshape(-1, *values.shape[2:]) for name, values in columns.items()}
 
 
 def _type(name: str, values: np.ndarray) -> np.dtype[Any]:
@@ -136,20 +151,33 @@ def _type(name: str, values: np.ndarray) -> np.dtype[Any]:
 
 
 def open_loader(
-    config: Config, stores: Sequence[OpenStore], *, data_rank: int, data_size: int, cache_sharers: int = 1
+    config: Config,
+    stores: Sequence[OpenStore],
+    *,
+    data_rank: int,
+    data_size: int,
+    cache_sharers: int = 1,
+    columns: Collection[str] = (),
+    references: Sequence[np.ndarray] = (),
 ) -> Loader:
     """The loader of a run. Raises DataError if a store has not as much as one row.
 
-    cache_sharers: how many of the node's ranks fetch into its cache and read different samples.
+    cache_sharers: how many of the node's ranks fetch into its cache and read different samples. columns: that the task
+    asks for. references: of each store's rows, for the column "reference".
     """
     data, train = config.data, config.train
-    rows = [
-        open_rows(store, data, entry.store, config.run.place) for store, entry in zip(stores, data.stores, strict=True)
+    rows: list[Rows] = [
+        open_rows(store, data, entry.store, config.run.place, with_answers="answer" in columns)
+        for store, entry in zip(stores, data.stores, strict=True)
     ]
+    of_step = nats_weights_of_step(rows, data_size=data_size) if "nats_weight" in columns else lambda samples: {}
+    samples_per_step = train.global_batch_size // rows[0].rows_per_sample
     shuffles = [_shuffle(config, number, store, len(rows[number])) for number, store in enumerate(stores)]
-    order = Order(shuffles, mixture_of(data, train.global_batch_size))
+    order = Order(shuffles, mixture_of(data, samples_per_step))
     num_rows = [len(each) for each in rows]
     labels = [num_labels(each, data.seq_len) for each in rows]
+    for number, reference in enumerate(references):
+        rows[number] = ReferencedRows(rows[number], reference)
     streamed = any(isinstance(store, StreamedStore) for store in stores)
     bytes_per_step = 16 * data.seq_len * train.global_batch_size // data_size
     for number, store in enumerate(stores):
@@ -168,7 +196,10 @@ def open_loader(
         data_size=data_size,
         steps_per_read=1 if streamed else max(1, BYTES_AT_ONCE // bytes_per_step),
         ahead=Ahead(train.num_steps, data.cache_bytes // cache_sharers) if streamed else None,
-        told=lambda step: metrics_of_stores(config, order, num_rows=num_rows, num_labels=labels, step=step),
+        told=lambda step: metrics_of_stores(
+            config, order.counts(step * samples_per_step), num_rows=num_rows, num_labels=labels
+        ),
+        of_step=of_step,
     )
 
 

@@ -232,6 +232,11 @@ class StoreManifest(_JsonObject):
         return self.recipe.records is not None
 
     @property
+    def documents_per_record(self) -> int:
+        """Neighbours in the stream, which are learned together where they are more than one."""
+        return 1 if self.recipe.records is None else self.recipe.records.sequences
+
+    @property
     def num_bytes(self) -> int:
         """Size of the files together."""
         return sum(file.size_bytes for file in self.files)

@@ -6,7 +6,6 @@ from fractions import Fraction
 
 from raynium.config.schema import Config
 from raynium.data.manifest import StoreManifest
-from raynium.data.order import Order
 from raynium.data.order.mixture import mixture_of
 from raynium.errors import ConfigError, DataError
 
@@ -38,9 +37,9 @@ def refuse_unmixable(config: Config, manifests: Sequence[StoreManifest]) -> None
 
 
 def metrics_of_stores(
-    config: Config, order: Order, *, num_rows: Sequence[int], num_labels: Sequence[int], step: int
+    config: Config, counts: Sequence[int], *, num_rows: Sequence[int], num_labels: Sequence[int]
 ) -> dict[str, float]:
-    """What a run has taken of each store of a mixture when `step` ends; {} for one store.
+    """What a run has taken of each store of a mixture, after so many samples of each; {} for one store.
 
     num_rows, num_labels: of each. Rows of whole documents hold unlike numbers of labels, so tokens are exact at the end
     of each epoch, and by the mean of all rows within one.
@@ -48,7 +47,6 @@ def metrics_of_stores(
     if len(num_rows) == 1:
         return {}
     metrics = {}
-    counts = order.counts(step * config.train.global_batch_size)
     for store, rows, labels, samples in zip(config.data.stores, num_rows, num_labels, counts, strict=True):
         metrics[f"data/{store.name}/tokens"] = float(samples * labels // rows)
         metrics[f"data/{store.name}/epochs"] = samples / rows

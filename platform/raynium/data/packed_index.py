@@ -27,7 +27,7 @@ from raynium.data.packing.index import (
     part_facts,
     part_name,
 )
-from raynium.data.packing.packer import Stream, TooLong, num_parts, pack_part
+from raynium.data.packing.packer import Stream, TooLong, num_parts, pack_alone, pack_part
 from raynium.data.remote import local_path
 from raynium.data.runner import Runner, in_this_process
 from raynium.data.store import local_manifest, open_store
@@ -52,7 +52,7 @@ class Packable(NamedTuple):
     stream: of its tokens, open in this process. end_of_document: what fills rows up, and ends a document where the
     tokens are not flagged. place: a folder or URL where any node finds the store. copy: a folder
     in which this node has one of its own, as others may. homes: folders or URLs beside which the index may lie, the one
-    to be preferred first.
+    to be preferred first. together: neighbouring documents that are learned together, each in a row of its own.
     """
 
     stream: Stream
@@ -62,12 +62,13 @@ class Packable(NamedTuple):
     copy: Path | None
     homes: Sequence[str]
     flagged: bool = False
+    together: int = 1
 
 
 @dataclass(frozen=True)
 class PackWork:
     """The same for all parts. opened: the store's training tokens. target: where the parts go. end_of_document: None
-    for flagged tokens.
+    for flagged tokens. together: as of a `Packable`.
     """
 
     opened: Callable[[], AbstractContextManager[Stream]]
@@ -75,6 +76,7 @@ class PackWork:
     seq_len: int
     too_long: TooLong
     end_of_document: int | None
+    together: int = 1
 
 
 class NotKept(StoreError):
@@ -124,9 +126,11 @@ def pack_to(work: PackWork, number: int) -> tuple[int, PartFacts]:
     except StoreError as error:
         raise NotKept(str(error)) from error
     with work.opened() as stream:
-        part = pack_part(
-            stream, number, seq_len=work.seq_len, too_long=work.too_long, end_of_document=work.end_of_document
-        )
+        known = {"seq_len": work.seq_len, "too_long": work.too_long}
+        if work.together > 1:
+            part = pack_alone(stream, together=work.together, **known)
+        else:
+            part = pack_part(stream, number, end_of_document=work.end_of_document, **known)
     content, facts = part_content(part)
     _keep(target, name, content)
     return number, facts
@@ -142,8 +146,14 @@ def _made(
         seq_len=data.seq_len,
         too_long=data.too_long,
         end_of_document=None if store.flagged else store.end_of_document,
+        together=store.together,
     )
-    numbers = range(num_parts(len(store.stream), data.seq_len))
+    if store.together > 1 and data.too_long == "split":
+        raise DataError(
+            f"data.too_long is split, and {store.place} holds records of {store.together} documents each, that are "
+            "learned together and whole: set data.too_long to leave_out, cut or refuse"
+        )
+    numbers = range(1 if store.together > 1 else num_parts(len(store.stream), data.seq_len))
     tell(f"data: packing {len(store.stream):,} tokens into rows of {data.seq_len}")
     with contextlib.closing((runner or in_this_process)(pack_to, work, numbers)) as results:
         facts = [facts for _, facts in sorted(results)]

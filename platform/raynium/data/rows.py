@@ -10,20 +10,27 @@ import numpy as np
 from raynium.config.schema import DataSection
 from raynium.data.manifest import StoreManifest
 from raynium.data.packed_index import Packable, ensure_index
+from raynium.data.packing.pairs import PairRows
 from raynium.data.packing.rows import PackedRows
 from raynium.data.store import DocumentStore, OpenStore
 from raynium.errors import DataError
 
 
 class Rows(Protocol):
-    """The training rows of one store, in the order in which they lie there."""
+    """The training samples of one store, in the order in which they lie there; most are a row each.
+
+    rows_per_sample: neighbouring rows that are one sample. `row` and `len` count samples.
+    """
+
+    rows_per_sample: int
 
     def __len__(self) -> int:
         """At least 1."""
         ...
 
     def read(self, rows: np.ndarray) -> dict[str, np.ndarray]:
-        """The columns of these rows by name: "tokens" and "labels", of any type of integers, [n, T], and others.
+        """The columns of these samples by name: "tokens" and "labels", of any type of integers, [n *
+        rows_per_sample, T], and others.
 
         rows: int64 [n], each in [0, len). A label of IGNORED_LABEL is not counted. The columns are the same for every
         call, and may lie in one another's memory. DataError if the store is damaged there.
@@ -40,6 +47,8 @@ class StreamRows:
 
     So every token but the first is a label once; fewer than T tokens at the stream's end are left out.
     """
+
+    rows_per_sample = 1
 
     def __init__(self, store: OpenStore, seq_len: int):
         """Raises DataError if the training stream is shorter than one window."""
@@ -69,8 +78,10 @@ def stream_rows(manifest: StoreManifest, seq_len: int, *, where: str) -> int:
     return (tokens - 1) // seq_len
 
 
-def open_rows(store: OpenStore, data: DataSection, *homes: str) -> Rows:
-    """A store's rows as data.packing says. Raises DataError if there is none.
+def open_rows(store: OpenStore, data: DataSection, *homes: str, with_answers: bool = False) -> Rows:
+    """A store's rows as data.packing says, and in pairs where it holds those. Raises DataError if there is none.
+
+    with_answers: as in `PairRows`.
 
     homes: see `packable`. Any process of a node may call it: one makes the index of packed rows, where it is missing,
     and others wait.
@@ -78,6 +89,12 @@ def open_rows(store: OpenStore, data: DataSection, *homes: str) -> Rows:
     refuse_windows_of_records(store.manifest, data, where=store.place)
     if data.packing == "stream":
         return StreamRows(store, data.seq_len)
+    rows = packed_rows(store, data, *homes)
+    return PairRows(rows, with_answers=with_answers) if store.manifest.documents_per_record > 1 else rows
+
+
+def packed_rows(store: OpenStore, data: DataSection, *homes: str) -> PackedRows:
+    """Those of a store with data.packing documents, as `open_rows`."""
     known = packable(store, *homes)
     index = ensure_index(known, data)
     if isinstance(store, DocumentStore):
@@ -97,7 +114,7 @@ def refuse_windows_of_records(manifest: StoreManifest, data: DataSection, *, whe
 
 def num_labels(rows: Rows, seq_len: int) -> int:
     """Of all rows that `open_rows` gave: each position of a stream's, and of packed ones all but what fills them up."""
-    return rows.index.filled if isinstance(rows, PackedRows) else len(rows) * seq_len
+    return rows.index.filled if isinstance(rows, PackedRows | PairRows) else len(rows) * seq_len
 
 
 def packable(store: OpenStore, *homes: str) -> Packable:
@@ -111,4 +128,5 @@ def packable(store: OpenStore, *homes: str) -> Packable:
         copy=store.path if isinstance(store, DocumentStore) else None,
         homes=homes,
         flagged=store.manifest.flagged,
+        together=store.manifest.documents_per_record,
     )

@@ -33,7 +33,7 @@ from raynium.planning.rules import check, doubts
 from raynium.run.past import Past
 from raynium.run.record import RecordKeeper, RunRecord, claim
 from raynium.storage.store import Store
-from raynium.tasks.registry import task_of
+from raynium.tasks.registry import checked_task, refuse_other_samples
 from raynium.tracking.client import check_reachable, redact
 from raynium.tracking.provenance import provenance_tags
 from raynium.tracking.runs import TrackedRun, log_artifact_text, log_dataset, open_run, resolve_uri
@@ -80,7 +80,7 @@ def checked(config: Config) -> Config:
     if problems := [*placeholders(config), *collisions(config), *check(config)]:
         raise ConfigError(problems)
     # A task of the user's own must be importable here, before any node is asked.
-    task_of(config)
+    checked_task(config)
     return config
 
 
@@ -191,6 +191,7 @@ def prepare_data(
     """
     own = with_own_tokenizer(config, scratch_folder() / "tokenizers")
     documents = prepare_stores(own, cache_dir=scratch_folder() / "data", surveyed=surveyed, runner=runner, tell=tell)
+    refuse_other_samples(config, documents)
     # A store that is new: what it holds was not known when the run's past was looked at.
     found = identified(config, [store.manifest.identity for store in documents])
     if config.train.epochs is not None:

@@ -6,7 +6,7 @@ This is the only place that knows every constructor. A node agent forks it (`ran
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -15,12 +15,10 @@ import torch.distributed as dist
 from raynium.accelerators.base import Accelerator
 from raynium.accelerators.detect import detect
 from raynium.accelerators.timeouts import PROCESS_GROUP_TIMEOUT_SECONDS
-from raynium.checkpoint.base import ADAPTER_NAME, base_of
-from raynium.checkpoint.format.manifest import ImageInfo
 from raynium.config.schema import Config
 from raynium.config.world import World
 from raynium.data.access import open_fetched
-from raynium.data.evaluation import counts_of_all, evaluation_set
+from raynium.data.evaluation import EvaluationSet, counts_of_all, evaluation_set
 from raynium.data.loader import open_loader
 from raynium.data.store import OpenStore
 from raynium.engines.base import Engine
@@ -29,9 +27,10 @@ from raynium.engines.nxd import build_nxd_engine
 from raynium.engines.torch_compiles import TorchCompiles
 from raynium.models.flops import flops_per_token
 from raynium.rank.group import join_group
+from raynium.rank.origin import Origin, resumes
+from raynium.rank.pairs import pair_data
 from raynium.rank.plan import RankPlan
 from raynium.rank.snapshots import NoSnapshots, Snapshots
-from raynium.storage.store import Store
 from raynium.tasks.base import Sums, Task
 from raynium.tasks.registry import task_of
 from raynium.train.compiles import WatchedEngine
@@ -68,8 +67,7 @@ def run(plan: RankPlan, link: Link) -> Outcome:
     link.phase("build", at)
     task = task_of(config)
     compiles = TorchCompiles()
-    resumes = bool(plan.resume_images) or plan.resume_step is not None
-    weights = "loaded" if resumes else "first"
+    weights = "loaded" if resumes(plan) else "first"
     base = "loaded" if config.model.init is not None else "first"
     if config.engine.kind == "nxd":
         built = build_nxd_engine(config, plan.world, task, weights="first" if weights == base == "first" else "loaded")
@@ -80,18 +78,9 @@ def run(plan: RankPlan, link: Link) -> Outcome:
         )
     engine = WatchedEngine(built, torch_compiles=compiles, device_counts=accelerator.metrics, link=link)
     snapshots = Snapshots(engine, link, Path(plan.image_folder), if_busy=config.checkpoint.if_busy)
+    origin = Origin(plan, engine, snapshots)
     link.phase("restore", at)
-    start_step = 0
-    if engine.frozen_state() and config.model.init is not None:
-        snapshots.read_frozen(base_of(Store(plan.run_url)))
-    if plan.resume_images:
-        start_step = snapshots.restore_images([ImageInfo.from_json(text) for text in plan.resume_images[rank]])
-    elif plan.resume_step is not None:
-        start_step = snapshots.restore(Store(plan.run_url), plan.resume_step)
-    elif config.model.init is not None:
-        start_step = snapshots.begin_with(base_of(Store(plan.run_url)))
-    if not resumes and config.adapter.init is not None:
-        snapshots.begin_with_adapter(base_of(Store(plan.run_url), name=ADAPTER_NAME))
+    start_step = origin.restore()
 
     # ---- data ------------------------------------------------------------------------------------------------------
     link.phase("data", start_step)
@@ -101,10 +90,19 @@ def run(plan: RankPlan, link: Link) -> Outcome:
     ]
     # Ranks that see the same samples read the same blocks.
     sharers = max(1, plan.world.ranks_per_node // (plan.world.tensor * plan.world.pipeline))
+    # A pipeline takes as many micro-batches as a step has; without one a single one needs the least memory.
+    of_call = config.train.micro_batch_size * (plan.world.num_micro_batches if plan.world.pipeline > 1 else 1)
+    pairs = pair_data(config, task, engine, documents, origin, batch_size=of_call, tell=link.evaluating)
     loader = open_loader(
-        config, documents, data_rank=engine.data_rank, data_size=engine.data_size, cache_sharers=sharers
+        config,
+        documents,
+        data_rank=engine.data_rank,
+        data_size=engine.data_size,
+        cache_sharers=sharers,
+        columns={column.name for column in task.columns},
+        references=pairs.references,
     )
-    evaluation = Evaluation(engine, task, documents, config, plan.world)
+    evaluation = Evaluation(engine, task, pairs.held_out or _held_out(engine, documents, config, batch_size=of_call))
 
     # ---- train -----------------------------------------------------------------------------------------------------
     link.phase("step", start_step)
@@ -127,22 +125,11 @@ def run(plan: RankPlan, link: Link) -> Outcome:
 class Evaluation:
     """The task's sums over held-out rows. Every rank calls `metrics()` at the same step; all get the same numbers."""
 
-    def __init__(self, engine: Engine, task: Task, documents: list[OpenStore], config: Config, world: World):
+    def __init__(self, engine: Engine, task: Task, held_out: Mapping[str, EvaluationSet]):
+        """held_out: by the names of their stores."""
         self._engine = engine
         self._task = task
-        # A pipeline takes as many micro-batches as a step has; without one a single one needs the least memory.
-        micro_batches = world.num_micro_batches if world.pipeline > 1 else 1
-        self._held_out = {
-            entry.name: evaluation_set(
-                store,
-                seq_len=config.data.seq_len,
-                batch_size=config.train.micro_batch_size * micro_batches,
-                data_rank=engine.data_rank,
-                data_size=engine.data_size,
-                max_documents=config.evaluate.max_documents,
-            )
-            for entry, store in zip(config.data.stores, documents, strict=True)
-        }
+        self._held_out = held_out
 
     def metrics(self, tell: Callable[[int, int], None]) -> dict[str, float]:
         """Over the documents of all stores; of a mixture, over those of each store, too (`eval/<store>/loss`).
@@ -162,6 +149,22 @@ class Evaluation:
             _add(total, sums)
         whole = self._task.evaluation(total, counts_of_all([*self._held_out.values()]))
         return whole | of_stores if len(self._held_out) > 1 else whole
+
+
+def _held_out(
+    engine: Engine, documents: list[OpenStore], config: Config, *, batch_size: int
+) -> dict[str, EvaluationSet]:
+    return {
+        entry.name: evaluation_set(
+            store,
+            seq_len=config.data.seq_len,
+            batch_size=batch_size,
+            data_rank=engine.data_rank,
+            data_size=engine.data_size,
+            max_documents=config.evaluate.max_documents,
+        )
+        for entry, store in zip(config.data.stores, documents, strict=True)
+    }
 
 
 def _add(total: Sums, more: Sums) -> None:

@@ -1,19 +1,46 @@
 """The one place that knows every task: from what a config says to the object that a run learns by. No torch here."""
 
 import difflib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from raynium.config.own_class import own_class
 from raynium.config.schema import Config
-from raynium.errors import ConfigError
-from raynium.tasks.base import Task
+from raynium.errors import ConfigError, DataError
+from raynium.tasks.base import Task, check_whole_samples
+from raynium.tasks.preferences import Dpo, Orpo
 from raynium.tasks.pretraining import Pretraining
 from raynium.tasks.sft import Sft
+
+if TYPE_CHECKING:
+    from raynium.data.store import OpenStore
 
 TASKS: Mapping[str, Callable[[Config], Task]] = {
     "pretraining": lambda config: Pretraining(),
     "sft": lambda config: Sft(),
+    "dpo": lambda config: Dpo(beta=config.preference.beta, label_smoothing=config.preference.label_smoothing),
+    "orpo": lambda config: Orpo(weight=config.preference.weight),
 }
+
+
+def checked_task(config: Config) -> Task:
+    """The same, if its samples are whole in a micro-batch. Raises ConfigError."""
+    task = task_of(config)
+    check_whole_samples(task, config)
+    return task
+
+
+def refuse_other_samples(config: Config, stores: "Sequence[OpenStore]") -> None:
+    """Raises DataError where a record of a store is no sample of the task."""
+    wanted = task_of(config).rows_per_sample
+    for store in stores:
+        found, records = store.manifest.documents_per_record, store.manifest.recipe.records
+        if found != wanted:
+            raise DataError(
+                f"task {config.task} learns from {wanted} row(s) together, and a record of {store.place}, which holds "
+                f"{records.format if records else 'texts'}, is {found} document(s): give a store of other records "
+                "(data.records; dpo and orpo learn from preferences), or another task"
+            )
 
 
 def task_of(config: Config) -> Task:

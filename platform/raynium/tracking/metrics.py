@@ -18,9 +18,17 @@ METRICS: dict[str, str] = {
     "data/fetched_bytes": "bytes that rank 0 fetched with them, also for ranks of its node; not those fetched for it",
     "data/used_bytes": "bytes of the streamed rows that it trained on since it started, as they are stored",
     "data/wait_seconds": "seconds since it started until the blocks that its steps read were fetched and at hand",
-    "eval/loss": "nats per token: cross-entropy on the held-out documents",
+    "eval/loss": "the task's loss on held-out documents: nats per token that is learned, or what docs/tasks.md says",
     "eval/perplexity": "the exponential of eval/loss: of tokens that an answer chooses from, as it were",
     "eval/bits_per_byte": "bits per byte of the held-out documents' text; does not depend on the tokenizer",
+    "rewards/chosen": "reward of the preferred answers, mean over the step's pairs: beta × (log p - its reference)",
+    "rewards/rejected": "reward of the other answers",
+    "rewards/margins": "what the preferred answers have more",
+    "rewards/accuracies": "fraction of the pairs in which they have more",
+    "eval/rewards_chosen": "rewards/chosen, mean over the held-out pairs",
+    "eval/rewards_rejected": "rewards/rejected of these",
+    "eval/rewards_margins": "rewards/margins of these",
+    "eval/rewards_accuracies": "rewards/accuracies of these",
     "time/step_seconds": "seconds from the start of this step to its end, checkpoints and evaluation excluded",
     "time/data_seconds": "seconds of the step spent waiting for the loader",
     "time/eval_seconds": "seconds spent in the evaluation",
@@ -77,13 +85,17 @@ METRICS_OF_STORES: dict[str, str] = {
     "eval/*/loss": "nats per token: eval/loss on the held-out documents of that store",
     "eval/*/perplexity": "the exponential of that",
     "eval/*/bits_per_byte": "bits per byte of those documents' text",
+    "eval/*/rewards_chosen": "eval/rewards_chosen of the held-out pairs of that store",
+    "eval/*/rewards_rejected": "eval/rewards_rejected of these",
+    "eval/*/rewards_margins": "eval/rewards_margins of these",
+    "eval/*/rewards_accuracies": "eval/rewards_accuracies of these",
     "data/*/tokens": "tokens of that store trained on since step 0, over all ranks, without what fills packed rows up",
     "data/*/epochs": "how often the rows of that store were gone through since step 0",
 }
 
 # MLflow sorts charts by area. What is neither learned nor the speed of it comes after these by a word that sorts later.
 # Only MLflow knows the longer names.
-FIRST_AREAS = ("train", "eval", "throughput")
+FIRST_AREAS = ("train", "eval", "rewards", "throughput")
 LAST_IN_MLFLOW = "vitals/"
 
 # Of these a point is one where the value changes; given is the one they start from, if all do from the same. The rest

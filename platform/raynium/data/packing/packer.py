@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 
-from raynium.data.records.flags import begins_document
+from raynium.data.records.flags import begins_document, is_label
 
 # Part of an index's name: another number where the same stream would be packed, or its index written, otherwise.
 PACKER_VERSION = 3
@@ -107,6 +107,39 @@ def pack_part(stream: Stream, part: int, *, seq_len: int, too_long: TooLong, end
         left_out_tokens=int(lengths[left_out].sum()),
         cut=int(cut.sum()),
         cut_tokens=cut_tokens,
+        shortest=int(lengths.min()),
+        longest=int(lengths.max()),
+    )
+
+
+def pack_alone(stream: Stream, *, together: int, seq_len: int, too_long: TooLong) -> PackedPart:
+    """One part of the whole flagged stream, each document in a row of its own, in the order of the stream.
+
+    together: so many neighbours stay or go as one. A cut that leaves no label of a document has it go. DataError if the
+    store is damaged.
+    """
+    found = _document_begins(stream, 0, len(stream), None)
+    begins = np.concatenate([np.empty(0, np.int64), *found])
+    lengths = np.diff(begins, append=len(stream)) - 1
+    begins += 1
+    assert len(begins) % together == 0, f"{len(begins)} documents do not make whole samples of {together}"
+    long = lengths > seq_len
+    gone = long.copy()
+    if too_long == "cut":
+        for at in np.flatnonzero(long).tolist():
+            gone[at] = not is_label(stream.read(begins.item(at), seq_len)).any()
+    left_out = gone.reshape(-1, together).any(1).repeat(together)
+    kept = np.minimum(lengths, seq_len)[~left_out]
+    cut = long & ~left_out
+    return PackedPart(
+        row_begins=np.arange(len(kept) + 1),
+        pieces=np.stack((begins[~left_out], kept), axis=1),
+        documents=len(kept),
+        split=0,
+        left_out=int(left_out.sum()),
+        left_out_tokens=int(lengths[left_out].sum()),
+        cut=int(cut.sum()),
+        cut_tokens=int((lengths[cut] - seq_len).sum()),
         shortest=int(lengths.min()),
         longest=int(lengths.max()),
     )

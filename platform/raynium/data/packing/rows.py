@@ -22,6 +22,8 @@ class PackedRows:
     Of a flagged store it begins on its own first token, and what a flag says to be no label is none.
     """
 
+    rows_per_sample = 1
+
     def __init__(self, stream: Stream, index: OpenIndex, *, end_of_document: int, flagged: bool = False):
         """index: of the stream. flagged: whether its tokens are."""
         self._stream, self._end_of_document, self._flagged = stream, end_of_document, flagged
@@ -33,7 +35,8 @@ class PackedRows:
     def __len__(self) -> int:
         return self.index.num_rows
 
-    def read(self, rows: np.ndarray) -> dict[str, np.ndarray]:
+    def read(self, rows: np.ndarray, *, unmasked: bool = False) -> dict[str, np.ndarray]:
+        """unmasked: of a flagged store, labels are all tokens; a column "learned", bool, says which of them count."""
         pieces: list[np.ndarray] = []
         contexts: list[int] = []
         numbers: list[int] = []
@@ -56,13 +59,21 @@ class PackedRows:
         tokens[lengths.cumsum() - lengths] = contexts
         labels = stored.astype(np.int64)
         if self._flagged:
-            labels = np.where(is_label(stored), token_ids(stored).astype(np.int64), IGNORED_LABEL)
-            tokens = token_ids(tokens)
+            labels, tokens = token_ids(stored).astype(np.int64), token_ids(tokens)
+            if not unmasked:
+                labels[~is_label(stored)] = IGNORED_LABEL
         for begin, end in fillers:
             labels[begin:end] = IGNORED_LABEL
         documents = np.array(numbers, np.int32).repeat(lengths)
-        shape = (len(rows), self._seq_len)
-        return {"tokens": tokens.reshape(shape), "labels": labels.reshape(shape), "documents": documents.reshape(shape)}
+        columns = {"tokens": tokens, "labels": labels, "documents": documents}
+        if unmasked:
+            columns["learned"] = is_label(stored) & (labels != IGNORED_LABEL)
+        return {name: column.reshape(len(rows), self._seq_len) for name, column in columns.items()}
+
+    def lengths(self) -> np.ndarray:
+        """int64, of each row the positions that are a document's. DataError if the index is damaged."""
+        parts = [self._part(number) for number, rows in enumerate(self.index.rows) if rows]
+        return np.concatenate([np.add.reduceat(pieces[:, 1], begins[:-1]) for begins, pieces in parts])
 
     def _look_up(self, rows: np.ndarray) -> Iterator[list[list[int]]]:
         """The pieces of each row."""

@@ -13,25 +13,28 @@ from raynium.config.own_class import own_class
 from raynium.config.plain_file import read_plain
 from raynium.data.records.chats import Chats, TrainOn
 from raynium.data.records.formats import Completions, RecordFormat
+from raynium.data.records.preferences import Preferences
 from raynium.data.records.template import CHATML, ChatTemplate, ReadBeside, special_tokens
 from raynium.data.text.documents import Column
 from raynium.errors import ConfigError, DataError
 
 TEXT = "text"
-NAMES = (TEXT, "chats", "completions")
+NAMES = (TEXT, "chats", "completions", "preferences")
 MAX_TEMPLATE_BYTES = 2**22
 _WITH_TEMPLATE = ("chats",)
 
 
 class RecordsRecipe(BaseModel):
     """How records became tokens and labels, in a store's manifest. format, train_on: as data.records, data.train_on.
-    fields: the columns of each field. template_sha256: of the chat template and the tokens it names, if there is one.
+    fields: the columns of each field. sequences: documents that each becomes, and that are learned together.
+    template_sha256: of the chat template and the tokens it names, if there is one.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     format: str
     fields: dict[str, list[str]]
+    sequences: Annotated[int, Field(ge=1)] = 1
     train_on: Literal["all", "last"]
     template_sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None
 
@@ -73,6 +76,9 @@ def records_of(
     template = None
     if name in _WITH_TEMPLATE:
         template = _template(chat_template, read, where)
+    elif name == "preferences":
+        # Those whose answers are texts take none.
+        template = ChatTemplate.load(read, where) if chat_template is None else _template(chat_template, read, where)
     elif chat_template is not None:
         raise ConfigError([f"data.chat_template is for chats, and data.records is {name}: take it out"])
     made = _made(name, mapped, template, train_on)
@@ -84,6 +90,7 @@ def records_of(
     recipe = RecordsRecipe(
         format=name,
         fields={field: mapped.get(field, [field]) for field in (each.name for each in made.fields)},
+        sequences=made.sequences,
         train_on=train_on,
         template_sha256=template.sha256 if template else None,
     )
@@ -96,9 +103,9 @@ def _made(
     if name == "chats":
         assert template is not None
         from_prompts = "messages" not in mapped and ("prompt" in mapped or "completion" in mapped)
-        # Every task of a build renders the same day.
-        fixed = ChatTemplate(template.templates, template.tokens, now=datetime.now())
-        return Chats(fixed, train_on, from_prompts)
+        return Chats(_of_today(template), train_on, from_prompts)
+    if name == "preferences":
+        return Preferences(None if template is None else _of_today(template))
     if name == "completions":
         return Completions()
     if ":" not in name:
@@ -113,6 +120,11 @@ def _made(
             [f"data.records is {name!r}, which has no {', '.join(missing)}: see docs/tasks.md, A format of your own"]
         )
     return made
+
+
+def _of_today(template: ChatTemplate) -> ChatTemplate:
+    """Every task of a build renders the same day."""
+    return ChatTemplate(template.templates, template.tokens, now=datetime.now())
 
 
 def _template(chat_template: str | None, read: ReadBeside, where: str) -> ChatTemplate:

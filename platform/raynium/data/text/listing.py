@@ -12,13 +12,13 @@ from pathlib import Path, PurePosixPath
 
 from raynium.data.text.documents import Compression, Kind, SourceFile
 from raynium.data.text.left_out import LeftOut
-from raynium.data.text.made_chats import made_chats_file
+from raynium.data.text.made_chats import made_chats_file, made_preferences_file
 from raynium.errors import DataError, StoreError, some, spelled
 from raynium.storage.backend import KeyMissing
 from raynium.storage.reading import Found, find_file, find_object, list_objects, open_reading
 
 PYTHON_STDLIB = "python-stdlib"
-MADE_CHATS = "made-chats"
+MADE = {"made-chats": made_chats_file, "made-preferences": made_preferences_file}
 # These lie inside the standard library's folder.
 THIRD_PARTY_FOLDERS = frozenset({"site-packages", "dist-packages"})
 # By ending; capital letters do not matter.
@@ -60,8 +60,9 @@ def list_source(source: str, *, profile: str | None) -> Listing:
         # What is not meant to be in it is not left out of it.
         return Listing(files, [])
     try:
-        if source == MADE_CHATS:
-            return _of_file(find_file(made_chats_file()), str(made_chats_file()), source)
+        if source in MADE:
+            path = MADE[source]()
+            return _of_file(find_file(path), str(path), source)
         if source.startswith("s3://"):
             return _in_s3(source, profile)
         return _on_disk(source, source.removeprefix("file://"))
