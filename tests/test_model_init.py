@@ -1,5 +1,6 @@
 """Runs that begin with published weights, or with another run's: `model.init`."""
 
+import errno
 import json
 import os
 import re
@@ -348,6 +349,30 @@ def test_numbers_at_odd_places_are_refused(folder: Path, tmp_path: Path) -> None
         find(str(folder))
 
 
+def test_a_folder_that_may_not_be_looked_into_is_named(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(path: Path) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "iterdir", refused)
+    with pytest.raises(CheckpointError, match=rf"cannot read {folder}: Permission denied"):
+        find(str(folder))
+
+
+def test_bytes_of_no_tensor_are_refused(folder: Path) -> None:
+    file = sorted(folder.glob("*.safetensors"))[1]
+    content = file.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    last = max((name for name in header if name != "__metadata__"), key=lambda name: header[name]["data_offsets"])
+    header[last]["data_offsets"] = [place + 4 for place in header[last]["data_offsets"]]
+    text = json.dumps(header).encode()
+    file.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + length :] + bytes(4))
+    with pytest.raises(CheckpointDamaged, match=rf"{file.name} is not a whole .*begins at byte .*ends at .*again"):
+        find(str(folder))
+
+
 # ------------------------------------------------------------------------------------------------- added tokens
 
 CHATML = ["<|im_start|>", "<|im_end|>"]
@@ -445,3 +470,15 @@ def test_a_folder_in_s3_is_read_where_it_lies(
     )
     assert torch.equal(weight, weights_in(folder)["model.embed_tokens.weight"].float())
     assert json.loads(store.read("imported.json")).keys() >= {"config.json", "generation_config.json"}
+    for name, message in {
+        TOKENIZER_NAME: r"cannot read s3://.*tokenizer\.json: it does not exist\. Give this model's tokenizer",
+        "model-00001-of-00004.safetensors": r"lacks model-00001-of-00004\.safetensors, which .* download it again",
+        "config.json": r"cannot read s3://.*config\.json: it does not exist; is its folder a Hugging Face model",
+    }.items():
+        bucket.delete(f"models/{name}")
+        with pytest.raises(CheckpointError, match=message):
+            find(f"{bucket.url}/models")
+        bucket.replace(f"models/{name}", (folder / name).read_bytes())
+    bucket.replace("models/config.json", b" " * (16 * 2**20 + 1))
+    with pytest.raises(CheckpointError, match=r"cannot read s3://.*config\.json: .*16,777,217"):
+        find(f"{bucket.url}/models")
