@@ -57,7 +57,7 @@ def test_transformers_loads_the_export_and_computes_the_same(
     done = export_checkpoint(choose_checkpoint(save_run(model, config)), tmp_path / "out")
     theirs, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    assert type(theirs).__name__ == ("LlamaForCausalLM" if config.model.family == "llama3" else "Qwen3ForCausalLM")
+    assert type(theirs).__name__ == config.model.traits.class_name
     assert theirs.dtype == torch.float32 and theirs.config.tie_word_embeddings == ("tied" in name)
     tokens_BT = torch.randint(0, 320, (2, 48), generator=torch.Generator().manual_seed(1))
     logits, expected = theirs(tokens_BT).logits, model(tokens_BT)
@@ -122,6 +122,27 @@ def test_bfloat16_is_the_nearest_and_half_the_size(transformers: Any, save_run: 
     together = [size + next_size for size, next_size in pairwise(sizes)]
     assert together and min(together) > 20_000, "the limit counts bytes of the file, not of the float32 it was made of"
     assert transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("task", ["pretraining", "sft"])
+def test_a_tokenizer_begins_texts_as_training_did(save_run: Save, tmp_path: Path, task: str) -> None:
+    """Pretraining puts the end of a document before each; other tasks leave the tokenizer as it came."""
+    config = config_of().model_copy(update={"task": task})
+    store = save_run(random_model(config), config)
+    fields = json.loads(store.read(TOKENIZER_NAME))
+    begin = {"SpecialToken": {"id": "d", "type_id": 0}}
+    known = {"d": {"id": "d", "ids": [fields["model"]["vocab"]["d"]], "tokens": ["d"]}}
+    sequences = [[{"Sequence": {"id": name, "type_id": 0}}] for name in "AB"]
+    came = {
+        "type": "TemplateProcessing",
+        "single": [begin, *sequences[0]],
+        "pair": [begin, *sequences[0], *sequences[1]],
+        "special_tokens": known,
+    }
+    store.replace(TOKENIZER_NAME, json.dumps(fields | {"post_processor": came}).encode())
+    export_checkpoint(choose_checkpoint(store), tmp_path / "out")
+    written = json.loads((tmp_path / "out" / TOKENIZER_NAME).read_text())["post_processor"]
+    assert (written == came) == (task == "sft")
 
 
 def test_a_step_can_be_chosen(save_run: Save, tmp_path: Path) -> None:

@@ -85,7 +85,7 @@ def _of_run(store: Store, step: int | None, place: str) -> Found:
         described_by="its config",
     )
     try:
-        text = RunText.of_run(store, model)
+        text = RunText.of_checkpoint(ref, model)
     except KeyMissing as error:
         raise CheckpointError(f"{store.url} has no {TOKENIZER_NAME}, as a run keeps one: give another run") from error
     return Found(store.uri(TOKENIZER_NAME), text, ref.manifest.num_bytes, lambda: _base_of(ref, model, place), ref)

@@ -1,7 +1,8 @@
 """The small files of a Hugging Face folder: what an import keeps of them in its run, and what an export writes.
 
-Training puts the end-of-document token before every text and nothing else around it, and so does `raynium sample`. The
-exported tokenizer adds that token and no other, whatever the imported one added. All else of an imported model's small
+Pretraining puts the end-of-document token before every text and nothing else around it, and so does `raynium sample`.
+The exported tokenizer adds that token and no other, whatever the imported one added; after another task it adds what
+the imported one did. All else of an imported model's small
 files comes out as it went in: the ids of beginnings and ends, the chat template, how to generate, special tokens.
 """
 
@@ -14,6 +15,7 @@ from typing import Any, Self
 
 import tokenizers
 
+from raynium.checkpoint.ref import CheckpointRef
 from raynium.config.local_folders import local_path
 from raynium.config.plain_file import plain_size
 from raynium.config.schema import ModelSection
@@ -69,15 +71,23 @@ class Described:
 
 @dataclass(frozen=True)
 class RunText:
-    """How a run's model begins and ends a text; `raynium sample` and exported folders both follow it."""
+    """How a run's model begins and ends a text; `raynium sample` and exported folders both follow it.
+
+    begins_anew: whether the model was trained with the end-of-document token before every text, as pretraining does.
+    Other tasks render what they learn, and leave the tokenizer as it came.
+    """
 
     model: ModelSection
     tokenizer: Tokenizer
     described: Described
+    begins_anew: bool = True
 
     @classmethod
-    def of_run(cls, store: Store, model: ModelSection) -> Self:
-        return cls(model, Tokenizer.kept(store), Described.of_run(store))
+    def of_checkpoint(cls, ref: CheckpointRef, model: ModelSection) -> Self:
+        """Of the run that saved it."""
+        config = ref.manifest.state.get("config")
+        task = config.get("task", "pretraining") if isinstance(config, dict) else "pretraining"
+        return cls(model, Tokenizer.kept(ref.store), Described.of_run(ref.store), task == "pretraining")
 
     @property
     def start(self) -> int:
@@ -158,6 +168,8 @@ class RunText:
     def _tokenizer_json(self) -> dict[str, Any]:
         """The run's tokenizer.json, which begins a text as training did, and neither cuts nor fills it."""
         fields = json.loads(self.tokenizer.file_text)
+        if not self.begins_anew:
+            return fields | {"truncation": None, "padding": None}
         name = self.tokenizer.end_of_document
         came = fields.get("post_processor") or {}
         offsets = [each for each in came.get("processors", [came]) if each.get("type") == "ByteLevel"]

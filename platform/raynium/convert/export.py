@@ -72,7 +72,7 @@ def export_checkpoint(
         raise CheckpointError(f"the largest file is to have {max_shard_bytes} bytes: give 1 or more")
     target = new_folder(folder)
     model = saved_model(ref)
-    text = RunText.of_run(ref.store, model)
+    text = RunText.of_checkpoint(ref, model)
     weights = _Weights(ref, model, dtype, max_shard_bytes)
     with written_folder(target, num_bytes=weights.num_bytes) as temporary:
         weights.write(temporary)

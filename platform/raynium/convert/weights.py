@@ -15,7 +15,6 @@ import numpy as np
 import torch
 
 from raynium.checkpoint.base import Base, BaseFile
-from raynium.checkpoint.format.image import TORCH_DTYPES
 from raynium.checkpoint.format.manifest import DTYPES, TensorEntry
 from raynium.checkpoint.state import MODEL_PREFIX
 from raynium.config.schema import ModelSection
@@ -35,6 +34,9 @@ _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\.safetensors", re.ASCII)
 _DERIVED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 # As the library has it.
 _MAX_HEADER_BYTES = 100_000_000
+# By the same codes: unsigned integers of that size, and the bits of the exponent.
+_EXPONENTS = {"F32": (np.uint32, 0x7F80_0000), "BF16": (np.uint16, 0x7F80), "F16": (np.uint16, 0x7C00)}
+_NUMBERS_AT_ONCE = 2**17
 # Read and summed at a time, by each of so many threads.
 _PART_BYTES, _READERS = 64 * UNIT_BYTES, 4
 
@@ -205,12 +207,17 @@ def summed(folder: Folder, file: str, tensors: Sequence[tuple[str, Stored]]) -> 
         for name, tensor in tensors:
             low, high = max(tensor.begin, begin), min(tensor.end, begin + len(part))
             if low < high:
-                dtype = TORCH_DTYPES[TAKEN_DTYPES[tensor.dtype]]
-                refuse_odd_numbers(name, torch.frombuffer(memoryview(part)[low - begin : high - begin], dtype=dtype))
+                _refuse_odd_bits(name, memoryview(part)[low - begin : high - begin], tensor.dtype)
         return checksum_units(memoryview(part), UNIT_BYTES).unit_crcs
 
-    with ThreadPoolExecutor(_READERS, thread_name_prefix="base-sums") as pool:
-        crcs = [crc for part in pool.map(units, range(0, size, _PART_BYTES)) for crc in part]
+    # Of two parts at most, this thread is as fast.
+    begins, parts = range(0, size, _PART_BYTES), list[Sequence[int]]()
+    if len(begins) <= 2:
+        parts += map(units, begins)
+    else:
+        with ThreadPoolExecutor(_READERS, thread_name_prefix="base-sums") as pool:
+            parts += pool.map(units, begins)
+    crcs = [crc for part in parts for crc in part]
     sums = FileChecksums(size, UNIT_BYTES, crcs)
     return BaseFile(
         store=store.url,
@@ -222,10 +229,26 @@ def summed(folder: Folder, file: str, tensors: Sequence[tuple[str, Stored]]) -> 
     )
 
 
+def _refuse_odd_bits(name: str, data: memoryview, dtype: str) -> None:
+    """`refuse_odd_numbers` of bytes: a number whose exponent has all its bits is none, or infinite.
+
+    Not by torch: in each reader's thread it would start threads of its own, which keep 10 MB.
+    """
+    kind, exponent = _EXPONENTS[dtype]
+    numbers = np.frombuffer(data, dtype=kind)
+    for begin in range(0, len(numbers), _NUMBERS_AT_ONCE):
+        if (numbers[begin : begin + _NUMBERS_AT_ONCE] & exponent).max() == exponent:
+            raise _odd_numbers(name)
+
+
 def refuse_odd_numbers(name: str, tensor: torch.Tensor) -> None:
     """CheckpointDamaged if a number of it is none, or infinite."""
     # Both are NaN if one number is, and this takes no memory of the tensor's size.
     if tensor.numel() and not all(math.isfinite(bound) for bound in torch.stack(torch.aminmax(tensor)).tolist()):
-        raise CheckpointDamaged(
-            f"{name} holds numbers that are NaN or infinite: the model was saved broken, or not wholly; get it again"
-        )
+        raise _odd_numbers(name)
+
+
+def _odd_numbers(name: str) -> CheckpointDamaged:
+    return CheckpointDamaged(
+        f"{name} holds numbers that are NaN or infinite: the model was saved broken, or not wholly; get it again"
+    )

@@ -147,4 +147,4 @@ def open_sampler(run_url: str, step: int | None = None) -> Sampler:
     with torch.device("meta"):
         model = Decoder(config)
     model.load_state_dict(weights, assign=True)
-    return Sampler(model.eval(), RunText.of_run(store, config), reference.step)
+    return Sampler(model.eval(), RunText.of_checkpoint(reference, config), reference.step)
