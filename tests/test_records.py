@@ -26,7 +26,7 @@ from raynium.data.store import DocumentStore
 from raynium.errors import ConfigError, DataError
 
 
-def chat(number: int, turns: int = 1) -> dict[str, object]:
+def chat(number: int, turns: int = 1) -> dict[str, Any]:
     messages = []
     for turn in range(turns):
         messages += [
@@ -36,12 +36,12 @@ def chat(number: int, turns: int = 1) -> dict[str, object]:
     return {"messages": messages}
 
 
-def write_lines(path: Path, records: list[dict[str, object]]) -> Path:
+def write_lines(path: Path, records: list[dict[str, Any]]) -> Path:
     path.write_text("".join(json.dumps(each) + "\n" for each in records), encoding="utf-8")
     return path
 
 
-def chats_store(folder: Path, records: list[dict[str, object]] | None = None) -> DocumentStore:
+def chats_store(folder: Path, records: list[dict[str, Any]] | None = None) -> DocumentStore:
     source = write_lines(folder / "chats.jsonl", records or [chat(number, 1 + number % 3) for number in range(60)])
     return build_store(
         folder / "store",
@@ -267,7 +267,7 @@ def test_a_role_that_the_template_refuses_is_told_in_its_words(tmp_path):
         "{{ m.content }}|{% endfor %}",
         encoding="utf-8",
     )
-    messages = [*GOOD["messages"], {"role": "tool", "content": "x"}]  # pyright: ignore[reportGeneralTypeIssues]
+    messages = [*GOOD["messages"], {"role": "tool", "content": "x"}]
     with pytest.raises(DataError, match="line 1: the chat template refuses it: no tools here"):
         build(tmp_path, [{"messages": messages}], chat_template=str(template))
 
@@ -318,7 +318,7 @@ def test_a_format_that_makes_more_than_it_says_is_refused():
     from raynium.data.build.recorded import render
     from raynium.data.text.documents import Document, Part, SourceFile, Split
 
-    file = SourceFile("a.json", "a.json", 1, "json", "", 0.0)
+    file = SourceFile("a.json", "a.json", 1, "json", "", "")
     with pytest.raises(DataError, match=r"a\.json, row 0 \(from 0\): the format makes 2 documents of it, and says 1"):
         render(TwoOfOne(), Document("a.json:0", "{}"), Split((Part(file, 0, 1),), (), None))
 

@@ -14,6 +14,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
+from importlib import import_module
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -80,7 +81,9 @@ def ours(config: Config, look: "Look") -> None:
 def theirs(config: Config, look: "Look") -> None:
     import datasets
     import transformers
-    import trl
+
+    # Its classes are loaded when they are asked for, which a checker of types does not see.
+    trl: Any = import_module("trl")
 
     model = config.model
     built = transformers.LlamaForCausalLM(
