@@ -22,10 +22,11 @@ PACKAGE = ROOT / "platform/raynium"
 
 # Room → the rooms it may import; it may import what those may, too. A dotted room is a module or folder with its own
 # rule. Every room may import what stands in EVERYBODYS. raynium/__init__.py ("") is above all.
-EVERYBODYS = ("errors", "config", "hardware")
+EVERYBODYS = ("errors", "config", "config.judged", "hardware")
 ROOMS: dict[str, tuple[str, ...]] = {
     "errors": (),
     "config": ("errors",),
+    "config.judged": ("config",),
     "hardware": ("errors", "config"),
     "storage": (),
     "models.plan": (),
@@ -39,6 +40,8 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "data.packing": ("data.batch", "data.order", "data.records", "storage"),
     "data.tokenizer": ("data.records",),
     "data": ("data.text", "data.order", "data.packing", "data.tokenizer"),
+    "data.questions": ("data",),
+    "data.judges": ("data.questions",),
     "data.build": ("data",),
     "checkpoint.state": (),
     "checkpoint.format": ("checkpoint.state", "storage"),
@@ -49,15 +52,16 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "tasks": ("models", "data"),
     "engines": ("models", "data", "checkpoint.state", "accelerators", "tasks"),
     "train": ("engines",),
-    "rank": ("train", "checkpoint", "health"),
+    "rank": ("train", "checkpoint", "health", "data.judges"),
     "tracking": (),
     "run": ("checkpoint", "tracking", "health"),
     "node": ("rank", "run", "planning"),
     "convert": ("checkpoint", "models", "data"),
-    "generation": ("convert",),
+    "generation": ("convert", "data.questions"),
     "terminal": ("run", "rank"),
     "launch.tasks": (),
-    "launch": ("node", "generation", "terminal", "data.build", "launch.tasks"),
+    "launch.preparation": ("node", "convert", "data.build"),
+    "launch": ("node", "generation", "terminal", "data.build", "launch.preparation", "launch.tasks"),
     "launch.data": ("launch",),
     "standalone": ("launch",),
     "cluster": (),

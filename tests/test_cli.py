@@ -39,7 +39,7 @@ def raynium(
     for name in ("RAYNIUM_HOME", "RAYNIUM_ROOT", "RAY_API_SERVER_ADDRESS", "MLFLOW_TRACKING_URI"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setattr(sdk, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr(sdk.run, "POLL_SECONDS", 0.01)
     monkeypatch.chdir(tmp_path)
 
     return partial(run_command, monkeypatch=monkeypatch, capsys=capsys)

@@ -98,7 +98,7 @@ def test_a_row_is_continued_as_alone_whatever_stands_beside_it(name: str) -> Non
 
 @pytest.mark.parametrize("name", MODELS)
 def test_logits_from_a_cache_are_those_of_the_whole_text(name: str) -> None:
-    """In one piece, in several, token by token, after a cut, and with rows taken out."""
+    """In one piece, in several, token by token, and with rows taken out."""
     config = config_of(name).model
     model = model_of(config_of(name))
     torch.manual_seed(1)
@@ -109,9 +109,6 @@ def test_logits_from_a_cache_are_those_of_the_whole_text(name: str) -> None:
         for pieces in ([24], [9, 4, 11], [8, *[1] * 16]):
             cache, begin, rows = Cache(config, pads=pads, num_tokens=24, dtype=torch.float32), 0, [0, 1, 2]
             for number, piece in enumerate(pieces):
-                if number == 1:
-                    model(tokens_BT[rows, :3], cache=cache)
-                    cache.cut(begin)
                 logits_BV = model(tokens_BT[rows, begin : begin + piece], cache=cache)[:, -1]
                 begin += piece
                 for row, logits_V in zip(rows, logits_BV, strict=True):
@@ -119,6 +116,26 @@ def test_logits_from_a_cache_are_those_of_the_whole_text(name: str) -> None:
                 if number == 1:
                     cache.keep_rows([2, 1])
                     rows = [2, 1]
+
+
+@pytest.mark.parametrize("common", [0, 1, 7, 12, 20])
+def test_what_a_row_and_an_earlier_one_begin_with_is_computed_once(common: int) -> None:
+    model = model_of(config_of("llama"))
+    drawing = Drawing(8, temperature=0)
+    torch.manual_seed(0)
+    first, second = (torch.randint(0, 320, (length,)).tolist() for length in (12, 16))
+    earlier = Continuation(model, [first], silent=[], drawing=drawing)
+    for _ in range(8):
+        earlier.draw()
+    context = [*earlier.contexts[0][:common], *second]
+    seen: list[int] = []
+    expected = Continuation(model, [context], silent=[], drawing=drawing)
+    found = Continuation(model, [context], silent=[], drawing=drawing, earlier=earlier)
+    drawn = [expected.draw() for _ in range(8)]
+    model.embedding.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0].shape[1]))
+    assert [found.draw() for _ in range(8)] == drawn
+    # The last token that was drawn was never given to the model.
+    assert seen == [len(context) - min(common, 19), *[1] * 7]
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -94,7 +94,7 @@ def test_the_messages_are_as_documented(start: Callable[..., Rank]) -> None:
         {"kind": "Compiled", "step": 7, "graphs": 2, "seconds": 1.5, "surprises": ["forward was compiled again"]},
         {"kind": "ImageWritten", "slot": 1, "info": '{"step": 7}', "replicas": '{"replicas": 7}'},
         {"kind": "Failed", "error": "ValueError", "cause": "ValueError: no", "retry": True},
-        {"kind": "Ended", "step": 7, "reason": "stopped"},
+        {"kind": "Ended", "step": 7, "reason": "stopped", "why": None},
     ]
     assert rank.end() == (0, "")
 

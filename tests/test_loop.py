@@ -16,6 +16,7 @@ from raynium.train.guard import BadStep, judge
 from raynium.train.link import MemoryLink
 from raynium.train.loop import Cadence, Outcome, train
 from raynium.train.metrics import Throughput
+from raynium.train.patience import Patience
 
 SUMS = {"nats": 160.0, "tokens": 64.0}
 GOOD = StepResult(loss=2.5, grad_norm=0.5, sums=SUMS, learning_rate=1e-3, agreed=Votes())
@@ -87,6 +88,7 @@ class Play:
         stop_at: int | None = None,
         change: dict[int, dict[str, Any]] | None = None,
         busy_until: int = 0,
+        patience: int | None = None,
     ):
         self.busy_until = busy_until  # the step until which this rank would rather leave saves out
         self.journal: list[str] = []
@@ -101,6 +103,7 @@ class Play:
             cadence=cadence,
             start_step=start_step,
             evaluate=self._evaluate,
+            patience=Patience(most=patience),
             snapshots=self,
             throughput=THROUGHPUT,
             link=self.link,
@@ -273,4 +276,28 @@ def test_every_name_that_a_run_reports_is_known_to_tracking() -> None:
     of_others = {
         name for name in METRICS if name.partition("/")[0] in ("run", "memory", "compile", "device", "goodput")
     }
+    of_others |= {"eval/perplexity", *(name for name in METRICS if "rewards" in name)}
     assert reported == METRICS.keys() - of_others - {f"checkpoint/{name}" for name in of_the_coordinator}
+
+
+# ------------------------------------------------------------------------------------------------- the early end
+
+
+def test_a_run_whose_evaluations_do_not_improve_saves_and_finishes() -> None:
+    play = Play(Cadence(20, 4, 2), patience=2)
+    outcome = play.run()
+    assert (outcome.step, outcome.reason) == (6, "finished")
+    assert outcome.why is not None and "eval/loss has not improved in 2 evaluations" in outcome.why
+    # It evaluated after steps 2, 4 and 6, and its last state is saved although no save was due.
+    assert play.journal.count("evaluate") == 3 and sorted(play.states) == [4, 6]
+    assert play.journal[-1] == "report 6: checkpoint"
+
+
+def test_a_generation_that_starts_where_patience_was_lost_ends_at_once() -> None:
+    play = Play(Cadence(20, 4, 2), start_step=6, patience=1)
+    patience = play._arguments["patience"]
+    patience.judge(4, {"eval/loss": 1.0})
+    patience.judge(6, {"eval/loss": 1.0})
+    outcome = play.run()
+    assert (outcome.step, outcome.reason, outcome.why) == (6, "finished", patience.is_over())
+    assert play.journal == ["evaluate", "report 6: eval"]

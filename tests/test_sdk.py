@@ -32,7 +32,7 @@ DEAD = Owner("elsewhere", "boot", 1, "1")
 
 @pytest.fixture(autouse=True)
 def quick_polls_and_a_plain_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sdk, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr(sdk.run, "POLL_SECONDS", 0.01)
     monkeypatch.delenv("RAYNIUM_HOME", raising=False)
     monkeypatch.chdir(tmp_path)
 
@@ -179,7 +179,7 @@ def test_an_answer_that_is_lost_while_waiting_is_asked_for_again(
     run = Run("first", str(tmp_path / "first"), client, "job-1")
     assert run.wait(60).step == 6
     answers += ["RUNNING", "lost"]
-    monkeypatch.setattr(sdk, "SILENCE_SECONDS", 0.0)
+    monkeypatch.setattr(sdk.run, "SILENCE_SECONDS", 0.0)
     with pytest.raises(LaunchError, match="502"):
         run.wait(60)
 
@@ -203,7 +203,7 @@ def test_a_job_that_dies_before_it_has_written_anything_is_quoted(
     with pytest.raises(RunFailed, match="ended as FAILED") as caught:
         run.wait()
     lines = str(caught.value).splitlines()
-    assert lines[-1] == "line 99 of job-1" and len(lines) == 1 + sdk.LOG_LINES_IN_ERRORS
+    assert lines[-1] == "line 99 of job-1" and len(lines) == 1 + sdk.run.LOG_LINES_IN_ERRORS
 
 
 def test_a_job_takes_over_an_earlier_record(

@@ -1,7 +1,9 @@
 """Ranks that torchrun starts: the same training without Ray, for debugging."""
 
+import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +11,7 @@ from pathlib import Path
 import pytest
 from tiny import build_documents, job_text
 
-from raynium import standalone
+from raynium import find_run, standalone
 from raynium.checkpoint.catalog import latest, list_checkpoints
 from raynium.config.load import parse_config
 from raynium.data.build.store_build import build_store
@@ -88,6 +90,43 @@ def test_it_trains_saves_and_goes_on_where_it_ended_with_the_same_data(
     message = refused(monkeypatch, str(job), f"data.path={tmp_path / 'other'}")
     for path in (job.parent / "data", tmp_path / "other"):
         assert open_store(path).manifest.identity in message
+
+
+def reported(log: str, name: str) -> list[str]:
+    return re.findall(rf"{name} ([\d.e+-]+)", log)
+
+
+def test_it_is_judged_by_other_stores_and_questions_and_ends_when_they_say_so(job: Path, tmp_path: Path) -> None:
+    """Rows of questions are shared by both ranks, over more than one call each."""
+    shutil.copytree(job.parent / "data", tmp_path / "copy")
+    lines = [f"def function_{number}_1(x): return x * {number}" for number in range(7)]
+    parts = [line.split(": ") for line in lines]
+    easy = [{"context": f"{head}:", "choices": [rest, "zzz", "import numpy"], "answer": 0} for head, rest in parts]
+    hard = [{"context": f"{head}:", "choices": [rest, "zq " * 3], "answer": 1} for head, rest in parts]
+    for name, questions in (("easy", easy), ("hard", hard)):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, questions)))
+    judges = [
+        "run.name=judged",
+        "train.steps=20",
+        "evaluate.every_steps=1",
+        "evaluate.patience=2",
+        "checkpoint.best_metric=eval/hard/acc",
+        f"evaluate.sets=[{tmp_path}/copy]",
+        f"evaluate.tasks=[{tmp_path}/easy.jsonl, {tmp_path}/hard.jsonl]",
+    ]
+    log = torchrun(job, *judges)
+    assert reported(log, "eval/hard/acc") == ["0", "0", "0"]
+    assert "finished at step 3: ended early at step 3: eval/hard/acc has not improved in 2 evaluations" in log
+    assert reported(log, "eval/copy/loss") == reported(log, "eval/loss") and len(reported(log, "eval/loss")) == 3
+    store = Store(job.parent / "judged")
+    assert [each.step for each in list_checkpoints(store)] == [2, 3]
+    # By command on the last checkpoint: the same numbers.
+    found = find_run("judged", job.parent).evaluate(tmp_path / "easy.jsonl", tmp_path / "hard.jsonl")
+    assert {name: f"{value:.6g}" for name, value in found.items()} == {name: reported(log, name)[-1] for name in found}
+    # From its last checkpoint it knows that it is over; with more patience it goes on.
+    assert "finished at step 3: ended early" in torchrun(job, *judges)
+    longer = torchrun(job, *judges, "evaluate.patience=4")
+    assert "finished at step 5: ended early at step 5: eval/hard/acc has not improved in 4 evaluations" in longer
 
 
 # ------------------------------------------------------------------------------------------------- refused

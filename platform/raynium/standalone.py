@@ -25,6 +25,7 @@ from raynium.config.load import load_config
 from raynium.config.schema import Config
 from raynium.config.world import World
 from raynium.convert.beginning import adopt_weights, describe
+from raynium.data.judges import keep_judges
 from raynium.errors import RayniumError
 from raynium.launch.preparation import checked, identified, keep_tokenizer, prepare_data
 from raynium.launch.settle import settled
@@ -137,6 +138,7 @@ def main() -> None:
             for note in notes:
                 logger.info("note: %s", note)
             keep_tokenizer(store, documents[0])
+            keep_judges(config, store, documents[0].tokenizer())
         checkpoint = resume_point(store, if_damaged=config.checkpoint.if_damaged).checkpoint
         with temporary_folder("images") as images:
             plan = RankPlan(
@@ -150,7 +152,7 @@ def main() -> None:
             outcome = run(plan, StandaloneLink(config, world, store))
     except RayniumError as error:
         sys.exit(f"error: {error}")
-    logger.info("%s at step %d", outcome.reason, outcome.step)
+    logger.info("%s at step %d%s", outcome.reason, outcome.step, f": {outcome.why}" if outcome.why else "")
 
 
 if __name__ == "__main__":

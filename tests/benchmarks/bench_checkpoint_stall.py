@@ -57,6 +57,7 @@ from raynium.checkpoint.state import Chunk
 from raynium.node.uploader import Uploader
 from raynium.rank.snapshots import Snapshots
 from raynium.train.link import IMAGE_SLOTS
+from raynium.train.patience import Patience
 
 MOST_STALL = 1.15  # × one warm memcpy
 MOST_MEAN_STEP = 1.05  # × idle
@@ -162,7 +163,9 @@ class Ours:
     def __init__(self, state: dict[str, torch.Tensor], target: str):
         self._images = tempfile.TemporaryDirectory(dir="/dev/shm")
         self._link = UploadLink(target)
-        self._snapshots = Snapshots(Engine(state), self._link, Path(self._images.name), if_busy="wait")  # pyright: ignore[reportArgumentType]
+        engine: Any = Engine(state)
+        images = Path(self._images.name)
+        self._snapshots = Snapshots(engine, self._link, images, if_busy="wait", patience=Patience())
         self._step = 0
 
     def save(self) -> None:

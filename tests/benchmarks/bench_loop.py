@@ -45,6 +45,7 @@ from raynium.tasks.pretraining import Pretraining
 from raynium.train.link import MemoryLink
 from raynium.train.loop import Cadence, train
 from raynium.train.metrics import Throughput
+from raynium.train.patience import Patience
 
 LEAST_RATIO = 0.97
 REQUIRED = {(1, "plain"), (2, "FSDP2")}
@@ -192,6 +193,7 @@ def ours(task: Task, step_done: StepDone) -> None:
         cadence=_Never(task.num_steps, checkpoint_every=1, evaluate_every=1),
         start_step=0,
         evaluate=dict,
+        patience=Patience(),
         snapshots=_NoSnapshots(),
         throughput=Throughput(
             Pretraining(), world.size, config.tokens_per_step, config.train.global_batch_size, 1.0, 1.0, 1.0

@@ -18,6 +18,7 @@ from raynium.checkpoint.catalog import (
 )
 from raynium.checkpoint.format.manifest import CHECKPOINTS_FOLDER, step_folder
 from raynium.checkpoint.ref import CheckpointRef
+from raynium.config.judged import Best, best_value_of
 from raynium.config.schema import CheckpointSection
 from raynium.errors import CheckpointDamaged
 from raynium.storage.store import Store
@@ -38,13 +39,14 @@ class Retention:
     """A whole checkpoint is kept for any one of these reasons, or because it is tagged.
 
     keep_last: the newest so many, at least 1. keep_every_steps: those of steps that are multiples of it. keep_best: so
-    many with the lowest `best_metric`, among those that were evaluated.
+    many with the best `best_metric`, the lowest or the highest, among those that were evaluated.
     """
 
     keep_last: int
     keep_every_steps: int | None = None
     keep_best: int = 0
     best_metric: str = "eval/loss"
+    best_is: Best = "lowest"
 
     def __post_init__(self) -> None:
         assert self.keep_last >= 1, "the newest checkpoint is never deleted"
@@ -52,7 +54,8 @@ class Retention:
     @classmethod
     def of(cls, section: CheckpointSection) -> Self:
         """What the run's config says."""
-        return cls(section.keep_last, section.keep_every_steps, section.keep_best, section.best_metric)
+        best_is = best_value_of(section) or "lowest"
+        return cls(section.keep_last, section.keep_every_steps, section.keep_best, section.best_metric, best_is)
 
 
 def reasons_to_keep(checkpoints: Sequence[CheckpointSummary], policy: Retention) -> dict[int, tuple[str, ...]]:
@@ -66,7 +69,8 @@ def reasons_to_keep(checkpoints: Sequence[CheckpointSummary], policy: Retention)
     last = {each.step for each in whole[: policy.keep_last]}
     scored = [each for each in whole if policy.best_metric in each.metrics]
     # The sort is stable: of equals the newer comes first.
-    scored.sort(key=lambda each: each.metrics[policy.best_metric])
+    sign = -1 if policy.best_is == "highest" else 1
+    scored.sort(key=lambda each: sign * each.metrics[policy.best_metric])
     best = {each.step for each in scored[: policy.keep_best]}
     every = policy.keep_every_steps
 

@@ -10,6 +10,8 @@ if TYPE_CHECKING:
 
 # Of the names of parameters.
 MODEL_PREFIX = "model/"
+# Of what evaluate.patience counts; the metric that it counts for follows.
+PATIENCE_NAME = "patience/"
 
 
 @dataclass(frozen=True)

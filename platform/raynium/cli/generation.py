@@ -1,4 +1,4 @@
-"""`raynium sample` and `raynium chat`: text from a run's model."""
+"""`raynium sample` and `raynium evaluate`: what a run's model says."""
 
 from typing import Annotated
 
@@ -40,7 +40,7 @@ def sample(
         # The prompt is judged before it is printed.
         context = sampler.texts.prompt(prompts[0])
         typer.echo(prompts[0], nl=False)
-        for piece in sampler.pieces([context], drawing):
+        for piece in sampler.pieces(sampler.begin([context], drawing)):
             typer.echo(piece.text, nl=False)
         typer.echo()
         return
@@ -50,3 +50,27 @@ def sample(
         print_json([fields | {"ended": each.ended} for fields, each in zip(shown, answers, strict=True)])
         return
     typer.echo("\n----------\n".join(each.prompt + each.text for each in answers))
+
+
+def evaluate(
+    name: CheckpointArgument,
+    task: Annotated[list[str], Option(help="A .jsonl of questions (context, choices, answer); may be given again.")],
+    root: RootOption = "runs",
+    step: StepOption = None,
+    limit: Annotated[int | None, Option(min=1, help="So many questions of each file.")] = None,
+    track: Annotated[bool, Option("--track", help="Write the results into the run's MLflow page, too.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Let a run's model answer multiple choice."""
+    from raynium.sdk import find_run
+
+    name, step = split_name(name, step)
+    found = find_run(name, root).evaluate(*task, step=step, limit=limit, track=track)
+    if as_json:
+        print_json(found)
+        return
+    names = sorted({metric.split("/")[1] for metric in found})
+    width = max(len("task"), *map(len, names))
+    typer.echo(f"{'task':{width}}  {'acc':>8}  {'acc_norm':>8}")
+    for each in names:
+        typer.echo(f"{each:{width}}  {found[f'eval/{each}/acc']:8.4f}  {found[f'eval/{each}/acc_norm']:8.4f}")

@@ -80,6 +80,12 @@ def resolve(config: Config, *, base_folder: str | Path | None = None) -> Config:
                     else place("data.chat_template", data.chat_template),
                 }
             ),
+            "evaluate": config.evaluate.model_copy(
+                update={
+                    name: tuple(place(f"evaluate.{name}[{number}]", each) for number, each in enumerate(places))
+                    for name, places in (("sets", config.evaluate.sets), ("tasks", config.evaluate.tasks))
+                }
+            ),
             "tracking": tracking.model_copy(update={"uri": tracking.uri and _tracking_uri(tracking.uri, place)}),
         }
     )

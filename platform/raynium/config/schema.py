@@ -11,13 +11,13 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from raynium.config.adapter import AdapterSection
+from raynium.config.evaluating import EvaluateSection
 from raynium.config.families import FAMILIES, Family, FamilyName
 from raynium.config.section import (
     Accepts,
     Bytes,
     Checkpoints,
     Columns,
-    Documents,
     Failures,
     Features,
     Fraction,
@@ -391,18 +391,11 @@ class CheckpointSection(Section):
     keep_every_steps: Steps | None = None
     """Also those of steps that are multiples of it, for ever. null: none for that."""
     keep_best: Annotated[NonNegativeInt, Unit("checkpoints")] = 0
-    """Also so many with the lowest best_metric, among those that were evaluated."""
-    best_metric: Literal["eval/loss", "eval/bits_per_byte"] = "eval/loss"
-    """What keep_best compares."""
-
-
-class EvaluateSection(Section):
-    """Held-out loss in bits per byte."""
-
-    every_steps: Steps = 100
-    """Evaluate after each multiple of it, and at the end."""
-    max_documents: Documents = 64
-    """Held-out documents that are read each time; the same ones."""
+    """Also so many with the best best_metric, among those that were evaluated."""
+    best_metric: Annotated[str, Field(pattern=r"^eval/[\w./-]+$"), Accepts("a metric under eval/")] = "eval/loss"
+    """What keep_best compares, and evaluate.patience: any metric of the run's evaluations, as eval/arc/acc."""
+    best_mode: Literal["auto", "lowest", "highest"] = "auto"
+    """Which value of best_metric is the best. auto: by its name, where that is known."""
 
 
 class TrackingSection(Section):

@@ -18,12 +18,23 @@ class Continuation:
     A row that outgrows the model's `max_seq_len` goes on from its later half: see `window_start`.
     """
 
-    def __init__(self, model: Decoder, contexts: Sequence[Sequence[int]], *, silent: Sequence[int], drawing: Drawing):
-        """contexts: at least one token each. silent: tokens that are never drawn."""
+    def __init__(
+        self,
+        model: Decoder,
+        contexts: Sequence[Sequence[int]],
+        *,
+        silent: Sequence[int],
+        drawing: Drawing,
+        earlier: "Continuation | None" = None,
+    ):
+        """contexts: at least one token each. silent: tokens that are never drawn. earlier: of one row, as this one,
+        which may begin as that went: then what both hold is not computed again.
+        """
         assert contexts and all(contexts)
         self.contexts = [list(context) for context in contexts]
+        self.drawing = drawing
         self._model = model
-        self._drawing = drawing
+        self._earlier = earlier
         self._silent = torch.tensor(silent, dtype=torch.int64)
         self._generators = [torch.Generator().manual_seed(drawing.seed + row) for row in range(len(contexts))]
         self._seen_BV: Tensor | None = None
@@ -39,7 +50,7 @@ class Continuation:
         """The next token of each row, which it then has. CheckpointDamaged for logits that are no numbers."""
         logits_BV = self._logits()
         if self._seen_BV is not None:
-            logits_BV = penalised(logits_BV, self._seen_BV, self._drawing.repetition_penalty)
+            logits_BV = penalised(logits_BV, self._seen_BV, self.drawing.repetition_penalty)
         logits_BV[:, self._silent] = -torch.inf
         highest = logits_BV.max(-1)
         if not highest.values.isfinite().all():
@@ -47,10 +58,10 @@ class Continuation:
                 "the model's logits are not all numbers: its weights are damaged, or training had diverged; sample an "
                 "earlier checkpoint (RUN@STEP)"
             )
-        if self._drawing.temperature == 0:
+        if self.drawing.temperature == 0:
             tokens_B = highest.indices
         else:
-            chances_BV = probabilities(logits_BV, self._drawing)
+            chances_BV = probabilities(logits_BV, self.drawing)
             drawn = zip(chances_BV, self._generators, strict=True)
             tokens_B = torch.cat([torch.multinomial(chances_V, 1, generator=own) for chances_V, own in drawn])
         if self._seen_BV is not None:
@@ -82,11 +93,23 @@ class Continuation:
         windows = [context[start:] for context, start in zip(self.contexts, starts, strict=True)]
         longest = max(map(len, windows))
         pads = [longest - len(window) for window in windows]
-        room = min(most, longest + self._drawing.max_new_tokens)
+        room = min(most, longest + self.drawing.max_new_tokens)
         dtype = self._model.embedding.weight.dtype
         self._cache = Cache(self._model.config, pads=pads, num_tokens=room, dtype=dtype)
+        self._begin_as_earlier()
         tokens_BT = torch.tensor([[0] * pad + window for pad, window in zip(pads, windows, strict=True)])
-        return self._model(tokens_BT, cache=self._cache)[:, -1].float()
+        return self._model(tokens_BT[:, self._cache.length :], cache=self._cache)[:, -1].float()
+
+    def _begin_as_earlier(self) -> None:
+        earlier, self._earlier = self._earlier, None
+        if earlier is None or earlier._cache is None or any((*earlier._starts, *self._starts)):
+            return
+        assert self._cache is not None
+        [before], [context] = earlier.contexts, self.contexts
+        # The last one's logits are wanted, so it is always computed.
+        most = min(earlier._cache.length, len(context) - 1)
+        common = next((place for place in range(most) if before[place] != context[place]), most)
+        self._cache.begin_with(earlier._cache, common)
 
 
 def window_start(num_tokens: int, max_seq_len: int) -> int:

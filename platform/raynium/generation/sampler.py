@@ -60,10 +60,12 @@ class Sampler:
         """The continuations of several prompts, of any lengths, computed together; each as it would be alone, with the
         seed of its place. ConfigError for a prompt that is no text.
         """
+        if not prompts:
+            return []
         tokens: list[list[int]] = [[] for _ in prompts]
         said: list[list[str]] = [[] for _ in prompts]
         ended: dict[int, Ended] = {}
-        for piece in self.pieces([self.texts.prompt(prompt) for prompt in prompts], drawing):
+        for piece in self.pieces(self.begin([self.texts.prompt(prompt) for prompt in prompts], drawing)):
             said[piece.row].append(piece.text)
             if piece.token is not None:
                 tokens[piece.row].append(piece.token)
@@ -79,21 +81,26 @@ class Sampler:
 
     def stream(self, prompt: str, drawing: Drawing) -> Iterator[str]:
         """The continuation of one prompt in pieces, as they come."""
-        return (piece.text for piece in self.pieces([self.texts.prompt(prompt)], drawing) if piece.text)
+        pieces = self.pieces(self.begin([self.texts.prompt(prompt)], drawing))
+        return (piece.text for piece in pieces if piece.text)
 
-    def pieces(self, contexts: Sequence[Sequence[int]], drawing: Drawing) -> Iterator[Piece]:
-        """The continuations of rows of tokens. Each row ends with one piece that says why."""
+    def begin(
+        self, contexts: Sequence[Sequence[int]], drawing: Drawing, *, earlier: Continuation | None = None
+    ) -> Continuation:
+        """Rows of tokens for `pieces`, one at least. earlier: see `Continuation`."""
+        return Continuation(self.model, contexts, silent=self.texts.silent, drawing=drawing, earlier=earlier)
+
+    def pieces(self, continuation: Continuation) -> Iterator[Piece]:
+        """The continuations of its rows. Each ends with one piece that says why."""
+        drawing, contexts = continuation.drawing, continuation.contexts
         ends = {*self.texts.ends, *(stop for stop in drawing.stops if isinstance(stop, int))}
         stops = [stop for stop in drawing.stops if isinstance(stop, str)]
         # Decoded after what was given: alone, a first token may lose the space that it begins with.
         streams = [TextStream(self.tokenizer.decode, given=context[1:], stops=stops) for context in contexts]
         rows = list(range(len(contexts)))
-        if not rows:
-            return
-        threads = _threads_for(self.model)
-        continuation = Continuation(self.model, contexts, silent=self.texts.silent, drawing=drawing)
+        threads = threads_for(self.model)
         for number in range(1, drawing.max_new_tokens + 1):
-            with _on_threads(threads):
+            with on_threads(threads):
                 drawn = continuation.draw()
             going = []
             for row, token in zip(rows, drawn, strict=True):
@@ -116,7 +123,7 @@ class Sampler:
                 rows = going
 
 
-def _threads_for(model: Decoder) -> int:
+def threads_for(model: Decoder) -> int:
     """One thread for a small model: its products are too short to share, and threads that meet wait for busy cores.
 
     Quickstart's 120 tokens on two cores with other work, without a cache: 1.4 s with one thread, 10 to 18 s with two.
@@ -126,7 +133,7 @@ def _threads_for(model: Decoder) -> int:
 
 
 @contextmanager
-def _on_threads(count: int) -> Iterator[None]:
+def on_threads(count: int) -> Iterator[None]:
     given = torch.get_num_threads()
     torch.set_num_threads(count)
     try:

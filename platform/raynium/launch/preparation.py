@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
+from raynium.config.judged import judged_alike
 from raynium.config.load import dump_yaml
 from raynium.config.local_folders import ignored_tmpdir, scratch_folder
 from raynium.config.paths import collisions, placeholders, resolve
@@ -18,6 +19,7 @@ from raynium.config.schema import Config
 from raynium.convert.beginning import adopt_weights, with_own_tokenizer
 from raynium.data.build.prepare import check_stores, prepare_stores
 from raynium.data.build.survey import Survey
+from raynium.data.judges import check_judges, keep_judges
 from raynium.data.mixed import with_steps
 from raynium.data.packed_index import ensure_index
 from raynium.data.records.template import OWN_NAME
@@ -67,7 +69,10 @@ def finished_record(config: Config, past: Past) -> RunRecord | None:
     Raises ConfigError when what finished under this name was trained in another way.
     """
     record = past.record
-    if record is None or record.state != "finished" or record.step != config.train.steps:
+    if record is None or record.state != "finished":
+        return None
+    # One that evaluate.patience ended is over for as long as it is judged the same way.
+    if record.step != config.train.steps and (record.cause is None or not judged_alike(record.config, config)):
         return None
     if conflicts := resume_conflicts(record.config, identified(config), step=record.step):
         raise ConfigError(conflicts)
@@ -103,6 +108,7 @@ def survey_data(config: Config, past: Past, tell: Callable[[str], None]) -> Surv
 
     Returns the survey of the source, where there is no store yet. Raises DataError.
     """
+    check_judges(config)
     found = check_stores(with_own_tokenizer(config, scratch_folder() / "tokenizers"), tell=tell)
     # An imported model, which no driver has trained yet. One that trains here may build the same store anew.
     imported = past.record is None and past.store.exists(TOKENIZER_NAME)
@@ -151,6 +157,7 @@ def prepare(
             config = adopt_weights(config, store, past.config, tell)
             config, documents = prepare_data(config, past, tell, surveyed, runner)
             keep_tokenizer(store, documents[0])
+            keep_judges(config, store, documents[0].tokenizer())
             store.replace("config.yaml", dump_yaml(config).encode())
             open_mlflow = partial(_open_mlflow, config, documents, keeper.record, uri, tags, tell)
             try:

@@ -93,7 +93,9 @@ def _run_prepared(prepared: Prepared, display: Display) -> RunRecord:
     finished = status.ended == "finished"
     with prepared.keeper.beating():
         result = _result(prepared, status) if finished else None
+    # The cause is of a run that finished before its last step.
     end = {"state": status.ended, "stopped_by": None if finished else driver.stopped_by, "result": result}
+    end |= {"cause": status.cause if finished else None}
     prepared.keeper.update(**driver.facts(status) | end)
     _end_mlflow_run(prepared, display, prepared.keeper.record)
     return prepared.keeper.record

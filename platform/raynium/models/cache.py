@@ -48,9 +48,11 @@ class Cache:
             for keys, values in zip(self._keys, self._values, strict=True)
         ]
 
-    def cut(self, length: int) -> None:
-        """Forget all tokens after the first `length`."""
-        assert length <= self.length
+    def begin_with(self, other: "Cache", length: int) -> None:
+        """With the first tokens of another one, of the same model and as many rows; neither is filled up."""
+        assert self.length == 0 and length <= other.length and not (self._padded or other._padded)
+        self._keys[:, :, :, :length] = other._keys[:, :, :, :length]
+        self._values[:, :, :, :length] = other._values[:, :, :, :length]
         self.length = length
 
     def keep_rows(self, rows: Sequence[int]) -> None:

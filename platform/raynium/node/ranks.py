@@ -79,7 +79,8 @@ class RankProcess:
         assert exit_code is not None
         lines = tuple(self.last_lines)
         if exit_code == 0 and self.outcome is not None:
-            return RankExit(self.rank, 0, None, retry=False, outcome=Outcome(self.outcome.step, self.outcome.reason))
+            ended = self.outcome
+            return RankExit(self.rank, 0, None, retry=False, outcome=Outcome(ended.step, ended.reason, ended.why))
         if self.failure is not None:
             return RankExit(
                 self.rank,

@@ -6,20 +6,19 @@ earlier one (memory needs a whole data-parallel size) yields nothing where that 
 """
 
 import difflib
-import re
 from collections.abc import Iterator, Mapping
 
+from raynium.config.judged import STORE_NAME
 from raynium.config.schema import Config
 from raynium.config.section import Section
 from raynium.hardware.catalog import INSTANCES, Instance
 from raynium.models.adapter import ALL_LINEAR, TARGETS, unknown_targets
 from raynium.models.plan import divided_sizes
+from raynium.planning.judges import judged_by
 from raynium.planning.memory import GIB, USABLE_FRACTION, estimate_memory
 
 # A document store keeps token ids as uint16 or, from 65,537 ids on, uint32.
 MAX_VOCAB_SIZE = 2**32
-# Part of the names of metrics, and of a folder.
-STORE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
 def check(config: Config, hardware: Mapping[str, Instance] = INSTANCES) -> list[str]:
@@ -425,6 +424,7 @@ def _differs(section: Section, name: str) -> bool:
 
 
 RULES = (
+    judged_by,
     *(
         head_counts,
         mixture,

@@ -6,7 +6,7 @@ This is the only place that knows every constructor. A node agent forks it (`ran
 
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -18,7 +18,8 @@ from raynium.accelerators.timeouts import PROCESS_GROUP_TIMEOUT_SECONDS
 from raynium.config.schema import Config
 from raynium.config.world import World
 from raynium.data.access import open_fetched
-from raynium.data.evaluation import EvaluationSet, counts_of_all, evaluation_set
+from raynium.data.evaluation import EvaluationSet, evaluation_set
+from raynium.data.judges import kept_questions, open_sets
 from raynium.data.loader import open_loader
 from raynium.data.store import OpenStore
 from raynium.engines.base import Engine
@@ -26,17 +27,20 @@ from raynium.engines.native import build_native_engine
 from raynium.engines.nxd import build_nxd_engine
 from raynium.engines.torch_compiles import TorchCompiles
 from raynium.models.flops import flops_per_token
+from raynium.rank.evaluation import Evaluation, QuestionRows
 from raynium.rank.group import join_group
 from raynium.rank.origin import Origin, resumes
 from raynium.rank.pairs import pair_data
 from raynium.rank.plan import RankPlan
 from raynium.rank.snapshots import NoSnapshots, Snapshots
-from raynium.tasks.base import Sums, Task
+from raynium.storage.store import Store
+from raynium.tasks.base import Task
 from raynium.tasks.registry import task_of
 from raynium.train.compiles import WatchedEngine
 from raynium.train.link import Link
 from raynium.train.loop import Cadence, Outcome, train
 from raynium.train.metrics import Throughput
+from raynium.train.patience import Patience
 
 logger = logging.getLogger(__name__)
 
@@ -77,17 +81,15 @@ def run(plan: RankPlan, link: Link) -> Outcome:
             config, plan.world, accelerator, task, compile_backend=backend, weights=weights, base=base
         )
     engine = WatchedEngine(built, torch_compiles=compiles, device_counts=accelerator.metrics, link=link)
-    snapshots = Snapshots(engine, link, Path(plan.image_folder), if_busy=config.checkpoint.if_busy)
+    patience = Patience.of(config)
+    snapshots = Snapshots(engine, link, Path(plan.image_folder), if_busy=config.checkpoint.if_busy, patience=patience)
     origin = Origin(plan, engine, snapshots)
     link.phase("restore", at)
     start_step = origin.restore()
 
     # ---- data ------------------------------------------------------------------------------------------------------
     link.phase("data", start_step)
-    documents = [
-        open_fetched(config.data, place, identity=store.identity, run=config.run.place)
-        for place, store in zip(plan.data_places, config.data.stores, strict=True)
-    ]
+    documents = _documents(plan)
     # Ranks that see the same samples read the same blocks.
     sharers = max(1, plan.world.ranks_per_node // (plan.world.tensor * plan.world.pipeline))
     # A pipeline takes as many micro-batches as a step has; without one a single one needs the least memory.
@@ -102,7 +104,8 @@ def run(plan: RankPlan, link: Link) -> Outcome:
         columns={column.name for column in task.columns},
         references=pairs.references,
     )
-    evaluation = Evaluation(engine, task, pairs.held_out or _held_out(engine, documents, config, batch_size=of_call))
+    held_out = pairs.held_out or _held_out(plan, engine, _by_name(plan, documents), batch_size=of_call)
+    evaluation = _evaluation(plan, engine, task, documents, held_out, batch_size=of_call)
 
     # ---- train -----------------------------------------------------------------------------------------------------
     link.phase("step", start_step)
@@ -112,6 +115,7 @@ def run(plan: RankPlan, link: Link) -> Outcome:
         cadence=Cadence(config.train.num_steps, config.checkpoint.every_steps, config.evaluate.every_steps),
         start_step=start_step,
         evaluate=lambda: evaluation.metrics(link.evaluating) | accelerator.metrics() | engine.compile_metrics(),
+        patience=patience,
         snapshots=snapshots if config.checkpoint.save == "steps" else NoSnapshots(),
         throughput=_throughput(config, plan.world, accelerator, task),
         link=link,
@@ -122,54 +126,55 @@ def run(plan: RankPlan, link: Link) -> Outcome:
     return outcome
 
 
-class Evaluation:
-    """The task's sums over held-out rows. Every rank calls `metrics()` at the same step; all get the same numbers."""
+def _documents(plan: RankPlan) -> list[OpenStore]:
+    data, run = plan.config.data, plan.config.run.place
+    places = zip(plan.data_places, data.stores, strict=True)
+    return [open_fetched(data, place, identity=store.identity, run=run) for place, store in places]
 
-    def __init__(self, engine: Engine, task: Task, held_out: Mapping[str, EvaluationSet]):
-        """held_out: by the names of their stores."""
-        self._engine = engine
-        self._task = task
-        self._held_out = held_out
 
-    def metrics(self, tell: Callable[[int, int], None]) -> dict[str, float]:
-        """Over the documents of all stores; of a mixture, over those of each store, too (`eval/<store>/loss`).
-
-        tell: is given the batches done and in all, before each.
-        """
-        total, of_stores, done = Sums(), dict[str, float](), 0
-        num_batches = sum(len(held_out.batches) for held_out in self._held_out.values())
-        for store, held_out in self._held_out.items():
-            sums = Sums()
-            for batch in held_out.batches:
-                tell(done, num_batches)
-                _add(sums, self._engine.evaluate(batch))
-                done += 1
-            for name, value in self._task.evaluation(sums, held_out).items():
-                of_stores[f"eval/{store}/{name.removeprefix('eval/')}"] = value
-            _add(total, sums)
-        whole = self._task.evaluation(total, counts_of_all([*self._held_out.values()]))
-        return whole | of_stores if len(self._held_out) > 1 else whole
+def _by_name(plan: RankPlan, documents: list[OpenStore]) -> dict[str, OpenStore]:
+    return {entry.name: store for entry, store in zip(plan.config.data.stores, documents, strict=True)}
 
 
 def _held_out(
-    engine: Engine, documents: list[OpenStore], config: Config, *, batch_size: int
+    plan: RankPlan, engine: Engine, stores: Mapping[str, OpenStore], *, batch_size: int
 ) -> dict[str, EvaluationSet]:
     return {
-        entry.name: evaluation_set(
+        name: evaluation_set(
             store,
-            seq_len=config.data.seq_len,
+            seq_len=plan.config.data.seq_len,
             batch_size=batch_size,
             data_rank=engine.data_rank,
             data_size=engine.data_size,
-            max_documents=config.evaluate.max_documents,
+            max_documents=plan.config.evaluate.max_documents,
         )
-        for entry, store in zip(config.data.stores, documents, strict=True)
+        for name, store in stores.items()
     }
 
 
-def _add(total: Sums, more: Sums) -> None:
-    for name, value in more.items():
-        total[name] = total.get(name, 0.0) + value
+def _evaluation(
+    plan: RankPlan,
+    engine: Engine,
+    task: Task,
+    documents: list[OpenStore],
+    held_out: Mapping[str, EvaluationSet],
+    *,
+    batch_size: int,
+) -> Evaluation:
+    config, tokenizer = plan.config, documents[0].tokenizer()
+    sets = _held_out(plan, engine, open_sets(config), batch_size=batch_size)
+    questions = {
+        name: QuestionRows(
+            each,
+            tokenizer,
+            config,
+            batch_size=batch_size,
+            data_rank=engine.data_rank,
+            data_size=engine.data_size,
+        )
+        for name, each in kept_questions(config, Store(plan.run_url)).items()
+    }
+    return Evaluation(engine, task, held_out, sets=sets, questions=questions)
 
 
 def _throughput(config: Config, world: World, accelerator: Accelerator, task: Task) -> Throughput:

@@ -85,7 +85,7 @@ def main(
         sys.stderr.flush()
         # Not sys.exit: a collective's background thread may still wait for a peer.
         os._exit(1)
-    link.outcome(outcome.step, outcome.reason)
+    link.outcome(outcome.step, outcome.reason, outcome.why)
     link.close()
 
 

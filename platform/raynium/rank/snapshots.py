@@ -24,6 +24,7 @@ from raynium.errors import CheckpointDamaged, CheckpointMismatch
 from raynium.models.adapter import is_adapters
 from raynium.storage.store import Store
 from raynium.train.link import IMAGE_SLOTS, Link
+from raynium.train.patience import Patience
 
 logger = logging.getLogger(__name__)
 
@@ -41,11 +42,14 @@ class NoSnapshots:
 class Snapshots:
     """Saves and restores one rank. Every rank builds its own, after its engine; CheckpointError if memory is short."""
 
-    def __init__(self, engine: Engine, link: Link, folder: Path, *, if_busy: Literal["wait", "skip"]):
+    def __init__(
+        self, engine: Engine, link: Link, folder: Path, *, if_busy: Literal["wait", "skip"], patience: Patience
+    ):
         """folder: shared memory that outlives the rank. All of it is taken here, before the first step."""
         self._engine = engine
         self._link = link
         self._if_busy = if_busy
+        self._patience = patience
         self._rank = dist.get_rank()
         # uint8 [5056], the same tensor each time: chunks hold it.
         self._random_state = torch.get_rng_state()
@@ -83,7 +87,7 @@ class Snapshots:
         """Reads the checkpoint of `step` into the engine, in whatever layout it was written; returns the step."""
         loaded = load_checkpoint(open_checkpoint(store, step), self._chunks())
         # A rank that did not exist when it was saved keeps its fresh seed.
-        if not loaded.absent:
+        if not any(name.startswith("rng/") for name in loaded.absent):
             torch.set_rng_state(self._random_state)
         logger.info("resumed from the checkpoint of step %d, %.1f MB read", step, loaded.num_bytes_read / 1e6)
         return self._restored(step)
@@ -132,7 +136,7 @@ class Snapshots:
     def _chunks(self) -> list[Chunk]:
         name = f"rng/rank-{self._rank:05d}"
         random = Chunk(name, tuple(self._random_state.shape), (0,), self._random_state, saved_here=True)
-        return [*self._engine.state(), random]
+        return [*self._engine.state(), random, *self._patience.chunks(saved_here=self._rank == 0)]
 
 
 _UNTIL_SAVED = "until the run has a checkpoint of its own"

@@ -117,7 +117,7 @@ class RunCoordinator:
             await self._saves.commit_last(outcome.step, living=self._roster.uploading)
             async with self._changing():
                 problem = self._saves.problem(outcome.step)
-                self._lives.finished(current, outcome.step, outcome.reason, problem)
+                self._lives.finished(current, outcome, problem)
 
     async def commits(self, sent: protocol.Commit | None) -> list[protocol.Commit] | None:
         async with self._changed:

@@ -9,7 +9,7 @@ from raynium.config.schema import FaultSection
 from raynium.config.world import World
 from raynium.health.faults import Fault
 from raynium.run.board import Board
-from raynium.run.protocol import AgentInfo, EndKind, NodeFault, Order, RankExit
+from raynium.run.protocol import AgentInfo, EndKind, NodeFault, Order, Outcome, RankExit
 from raynium.run.recovery import Origin, Recovery
 from raynium.run.roster import Roster
 from raynium.run.verdicts import Verdicts, blamed, blames_a_peer
@@ -216,15 +216,17 @@ class Lives:
         if self.running is None:
             self.end("stopped")
 
-    def finished(self, current: Generation, step: int, reason: EndKind, problem: str | None) -> None:
+    def finished(self, current: Generation, outcome: Outcome, problem: str | None) -> None:
         """All ranks ended as they should. problem: why the run has no checkpoint of that step."""
         if problem is not None and current.found:
             # Agents may have told a coordinator that died: their images are still there, and they tell it again.
             self.over(current, "its last checkpoint is not known to be whole")
             return
         if problem is None:
-            self._board.step = step
-        self.end(reason if problem is None else "failed", problem)
+            self._board.step = outcome.step
+            self.end(outcome.reason, outcome.why)
+        else:
+            self.end("failed", problem)
 
     def end(self, ended: EndKind, cause: str | None = None) -> None:
         if self.ended is None:

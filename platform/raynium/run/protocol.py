@@ -89,10 +89,11 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Of a rank whose loop ended as it should: its last step, and why there."""
+    """Of a rank whose loop ended as it should: its last step, and why there, if the run finished before its last."""
 
     step: int
     reason: Literal["finished", "stopped"]
+    why: str | None = None
 
 
 @dataclass(frozen=True)

@@ -42,8 +42,8 @@ class RunRecord:
 
     config: resolved; enough to run the job again. agents: host and pid of each node's agent, by node rank. metrics: the
     last value of every metric. log_path: of the driver, on its host. job_id: Ray's job submission id, when it runs as
-    one. cause: of a failure. node_faults: nodes that a verdict named, oldest first, as NodeFault.to_json. result: of a
-    finished run: evaluation, baselines, samples.
+    one. cause: of a failure, or why a run finished before its last step. node_faults: nodes that a verdict named,
+    oldest first, as NodeFault.to_json. result: of a finished run: evaluation, baselines, samples.
     """
 
     name: str

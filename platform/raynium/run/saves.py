@@ -26,7 +26,6 @@ from raynium.run.protocol import Commit, ShardSaved
 from raynium.storage.store import Store
 
 # A checkpoint keeps those of its step.
-HELD_OUT_METRICS = ("eval/loss", "eval/bits_per_byte")
 # Saves whose shards still come in. A rank has two images, so a generation has no more than three; what is older lacks a
 # shard that failed or whose rank died, and the checksums of a terabyte's shards take hundreds of megabytes
 MOST_COMING_IN = 8
@@ -74,8 +73,8 @@ class Saves:
         self.committed_uri: str | None = None
 
     def note_evaluation(self, step: int, metrics: dict[str, float]) -> None:
-        """Metrics of rank 0's report; the checkpoint of that step keeps those of the held-out text, where finite."""
-        found = {name: metrics[name] for name in HELD_OUT_METRICS if math.isfinite(metrics.get(name, math.nan))}
+        """Metrics of rank 0's report; the checkpoint of that step keeps those of its evaluation, where finite."""
+        found = {name: value for name, value in metrics.items() if name.startswith("eval/") and math.isfinite(value)}
         if found:
             self._evaluations[step] = found
 

@@ -80,7 +80,7 @@ METRICS: dict[str, str] = {
     "goodput/other_seconds": "seconds of none of these: between steps, and messages on their way",
 }
 
-# Of one store of a mixture, whose name stands for the star. A run with one store alone has none.
+# Of one store of a mixture or of evaluate.sets, or of a file of questions, whose name stands for the star.
 METRICS_OF_STORES: dict[str, str] = {
     "eval/*/loss": "nats per token: eval/loss on the held-out documents of that store",
     "eval/*/perplexity": "the exponential of that",
@@ -89,6 +89,8 @@ METRICS_OF_STORES: dict[str, str] = {
     "eval/*/rewards_rejected": "eval/rewards_rejected of these",
     "eval/*/rewards_margins": "eval/rewards_margins of these",
     "eval/*/rewards_accuracies": "eval/rewards_accuracies of these",
+    "eval/*/acc": "share of that file's questions whose right choice is the likeliest (evaluate.tasks)",
+    "eval/*/acc_norm": "share of those whose right choice is the likeliest for each byte of its text",
     "data/*/tokens": "tokens of that store trained on since step 0, over all ranks, without what fills packed rows up",
     "data/*/epochs": "how often the rows of that store were gone through since step 0",
 }

@@ -26,7 +26,7 @@ from raynium.tracking.client import (
     refuse_stranger,
     sqlite_path,
 )
-from raynium.tracking.metrics import LAST_IN_MLFLOW, name_in_mlflow
+from raynium.tracking.metrics import LAST_IN_MLFLOW, check_metrics, name_in_mlflow
 from raynium.tracking.provenance import flatten_config
 
 if TYPE_CHECKING:
@@ -223,6 +223,17 @@ def end_abandoned(uri: str, run_id: str, tags: Mapping[str, str], *, unix: float
         client.set_terminated(run_id, "FAILED", end_time=int(unix * 1000))
         if not still():
             client.update_run(run_id, status="RUNNING")
+
+
+def log_evaluation(uri: str, run_id: str, metrics: Mapping[str, float], *, step: int) -> None:
+    """Points of an evaluation that somebody asked for, at once, whatever state the run is in. Raises TrackingError, and
+    ValueError for a name outside METRICS.
+    """
+    check_metrics(metrics)
+    refuse_stranger(uri)
+    with mlflow_client(uri, timeout_seconds=REQUEST_TIMEOUT_SECONDS) as client:
+        for name, value in metrics.items():
+            client.log_metric(run_id, name_in_mlflow(name), value, step=step)
 
 
 def log_dataset(uri: str, run_id: str, *, path: str, identity: str, facts: Mapping[str, int | float]) -> None:

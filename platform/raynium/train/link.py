@@ -70,10 +70,11 @@ class Compiled:
 
 @dataclass(frozen=True)
 class Ended:
-    """The loop ended as it should: `reason` is finished or stopped."""
+    """The loop ended as it should; see `train/loop.py`, Outcome."""
 
     step: int
     reason: Literal["finished", "stopped"]
+    why: str | None = None
 
 
 @dataclass(frozen=True)
@@ -210,9 +211,9 @@ class AgentLink:
             self._free_images.remove(slot)
         self._post(ImageWritten(slot, info, replicas))
 
-    def outcome(self, step: int, reason: Literal["finished", "stopped"]) -> None:
+    def outcome(self, step: int, reason: Literal["finished", "stopped"], why: str | None = None) -> None:
         """The last message of a rank that ended as it should."""
-        self._post(Ended(step, reason))
+        self._post(Ended(step, reason, why))
 
     def failed(self, error: Exception, *, retry: bool) -> None:
         """The last message of a rank that an exception ended."""

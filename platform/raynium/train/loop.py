@@ -14,6 +14,7 @@ from raynium.engines.base import Engine, StepResult, Votes
 from raynium.train.guard import judge
 from raynium.train.link import Link
 from raynium.train.metrics import Throughput
+from raynium.train.patience import Patience
 
 
 class Batches(Protocol):
@@ -59,11 +60,12 @@ class Cadence:
 class Outcome:
     """How one generation ended on this rank; equal on all ranks.
 
-    step: the last one taken, whose state is in the last checkpoint.
+    step: the last one taken, whose state is in the last checkpoint. why: of a run that finished before its last step.
     """
 
     step: int
     reason: Literal["finished", "stopped"]
+    why: str | None = None
 
 
 def train(
@@ -73,6 +75,7 @@ def train(
     cadence: Cadence,
     start_step: int,
     evaluate: Callable[[], dict[str, float]],
+    patience: Patience,
     snapshots: Snapshots,
     throughput: Throughput,
     link: Link,
@@ -83,9 +86,10 @@ def train(
     agents kill the others, which may be waiting for it in a collective.
     """
     assert start_step <= cadence.total_steps
-    if start_step == cadence.total_steps:
+    if start_step == cadence.total_steps or patience.is_over():
         # Killed between the last save and the end of the run: only the last evaluation may not have been reported.
         link.step(start_step, evaluate())
+        return Outcome(start_step, "finished", patience.is_over())
 
     skipped_saves = 0
     for step in range(start_step + 1, cadence.total_steps + 1):
@@ -108,24 +112,25 @@ def train(
         metrics |= batches.metrics(step)
 
         # ---- evaluate before saving, so that a checkpoint at this step implies its evaluation was reported ------
-        stopping = result.agreed.stop
+        stopping, enough = result.agreed.stop, None
         if cadence.evaluates(step):
             link.phase("evaluate", step)
             metrics |= evaluate()
+            enough = patience.judge(step, metrics)
             metrics["time/eval_seconds"] = time.perf_counter() - stepped
         link.step(step, metrics)
 
         # ---- save: the copy into shared memory is the only stall, unless two uploads are behind -----------------
-        last = stopping or step == cadence.total_steps
+        last = stopping or enough is not None or step == cadence.total_steps
         if cadence.saves(step) and result.agreed.skip_save and not last:
             skipped_saves += 1
             link.step(step, {"checkpoint/skipped_saves": float(skipped_saves)})
-        elif stopping or cadence.saves(step):
+        elif last or cadence.saves(step):
             link.phase("save", step)
             link.step(step, snapshots.save(step))
 
         # ---- stop: agreed inside the step's all-reduce, so all ranks leave at the same step ---------------------
-        if stopping and step < cadence.total_steps:
-            return Outcome(step, "stopped")
+        if last and step < cadence.total_steps:
+            return Outcome(step, "stopped" if enough is None else "finished", enough)
 
     return Outcome(cadence.total_steps, "finished")

@@ -1,23 +1,13 @@
-"""The Python SDK: submit a run to a cluster and look at it. Importing it loads neither torch, ray nor mlflow.
-
-from raynium import Client
-
-run = Client("http://127.0.0.1:8265").submit("jobs/configs/quickstart.yaml", overrides={"train.steps": 200})
-for text in run.follow():
-    print(text, end="")
-run.wait()
-run.dataframe("train/loss", "eval/bits_per_byte")
-"""
+"""A run: looked at, waited for, and what its model can be asked."""
 
 import codecs
-import json
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, Protocol, overload
 
 from raynium.errors import ConfigError, LaunchError, RayniumError, RunFailed, StoreError
 
@@ -28,10 +18,8 @@ if TYPE_CHECKING:
     from raynium.checkpoint.compare import Comparison
     from raynium.checkpoint.retention import Retention
     from raynium.checkpoint.verify import Damage, Depth
-    from raynium.config.schema import Config
     from raynium.convert.config_json import Dtype
     from raynium.convert.export import Exported
-    from raynium.data.manifest import StoreManifest
     from raynium.generation.sampler import Sampler
     from raynium.run.record import RunRecord
     from raynium.storage.store import Store
@@ -46,6 +34,14 @@ LOG_LINES_IN_ERRORS = 30
 ENDED_JOBS = ("SUCCEEDED", "FAILED", "STOPPED")
 
 
+class Jobs(Protocol):
+    """What knows the job of a submitted run: a `Client`. Each raises LaunchError if it gets no answer."""
+
+    def job_state(self, job_id: str) -> str: ...
+
+    def job_logs(self, job_id: str) -> str: ...
+
+
 @dataclass(frozen=True)
 class Run:
     """A run, by where it lives. It need not run, nor exist yet: a submitted job takes its name when it starts.
@@ -55,7 +51,7 @@ class Run:
 
     name: str
     url: str
-    client: "Client | None" = None
+    client: Jobs | None = None
     job_id: str | None = None
 
     def record(self) -> "RunRecord":
@@ -243,6 +239,23 @@ class Run:
         texts = [answer.prompt + answer.text for answer in answers]
         return texts[0] if isinstance(prompt, str) else texts
 
+    def evaluate(
+        self, *files: str | Path, step: int | None = None, limit: int | None = None, track: bool = False
+    ) -> dict[str, float]:
+        """`acc` and `acc_norm` of files of questions, as eval/<file>/acc, by the newest checkpoint, or that of `step`.
+
+        Each line of a file is {"context": …, "choices": […], "answer": …}; limit: so many of each. track: also into the
+        run's MLflow page, at the checkpoint's step. Runs here, on the CPU. DataError for a file with file and line.
+        """
+        from raynium.generation.choices import evaluate_files
+
+        places = [os.fspath(file) for file in files]
+        sampler = self.sampler(step)
+        found = evaluate_files(sampler, places, limit=limit)
+        if track:
+            self._track_evaluation(found, step=sampler.step)
+        return found
+
     def sampler(self, step: int | None = None) -> "Sampler":
         """The model of the newest checkpoint, or that of `step`, in memory: for text as it comes, for many texts."""
         from raynium.generation.sampler import open_sampler
@@ -313,6 +326,14 @@ class Run:
 
         request_stop(self._store())
 
+    def _track_evaluation(self, metrics: Mapping[str, float], *, step: int) -> None:
+        from raynium.tracking.runs import log_evaluation
+
+        record = self.record()
+        if record.mlflow_uri is None or record.mlflow_run_id is None:
+            raise ConfigError([f"run {self.name!r} has no MLflow page yet: evaluate it without tracking, or train it"])
+        log_evaluation(record.mlflow_uri, record.mlflow_run_id, metrics, step=step)
+
     def _store(self) -> "Store":
         from raynium.storage.store import Store
 
@@ -363,86 +384,6 @@ class Run:
         return "\n".join(self.logs().splitlines()[-LOG_LINES_IN_ERRORS:])
 
 
-class Client:
-    """A Ray cluster, by the address of its dashboard (`http://127.0.0.1:8265`).
-
-    If the cluster asks for a token, it is read from RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token.
-    Raises LaunchError for another kind of address; whether the cluster answers is seen when it is asked.
-    """
-
-    def __init__(self, address: str):
-        # Ray would take another kind of address, and wait for it.
-        if not address.startswith(("http://", "https://")):
-            raise LaunchError(
-                f"{address!r} is not the address of a Ray dashboard: it begins with http:// or https://, as in "
-                f"http://127.0.0.1:8265 (`ray start --head` prints it)"
-            )
-        self.address = address
-        self._jobs: Any = None
-
-    def submit(
-        self,
-        config: str | Path | Mapping[str, Any],
-        overrides: Mapping[str, Any] | Sequence[str] = (),
-        *,
-        name: str | None = None,
-    ) -> Run:
-        """Checks a job file, then starts it as a job of the cluster; returns at once.
-
-        config: a YAML file, the name of a preset, or what such a file holds, as nested dicts. Raises ConfigError with
-        every problem, RunInUse while a live run has this name, LaunchError if the cluster cannot be reached. Nothing
-        is started then.
-        """
-        from raynium.config.load import dump_yaml
-        from raynium.launch.jobs import submit_job
-        from raynium.launch.preparation import checked
-        from raynium.run.past import Past
-
-        resolved = checked(_loaded(config, _with_name(overrides, name)))
-        past = Past.read(resolved)
-        past.refuse_live()
-        past.check_resume(resolved)
-        job_id = self._ask(lambda jobs: submit_job(jobs, resolved.run.name, dump_yaml(resolved)))
-        return Run(resolved.run.name, past.store.url, self, job_id)
-
-    def job_state(self, job_id: str) -> str:
-        """Ray's word: PENDING, RUNNING, SUCCEEDED, STOPPED or FAILED."""
-        return self._ask(lambda jobs: str(jobs.get_job_status(job_id).value))
-
-    def job_logs(self, job_id: str) -> str:
-        """All output of the job's driver so far."""
-        return self._ask(lambda jobs: str(jobs.get_job_logs(job_id)))
-
-    def _ask(self, question: Callable[[Any], str]) -> str:
-        """The answer of Ray's JobSubmissionClient. Raises LaunchError if there is none."""
-        jobs = self._connected()
-        try:
-            return question(jobs)
-        except (OSError, RuntimeError) as error:
-            # What its HTTP library raises, and Ray for an answer other than 200.
-            raise LaunchError(f"the Ray cluster at {self.address} did not do what it was asked: {error}") from error
-
-    def _connected(self) -> Any:
-        if self._jobs is None:
-            from raynium.launch.jobs import connect_jobs
-
-            self._jobs = connect_jobs(self.address)
-        return self._jobs
-
-
-def build_data(
-    store: str, sources: Sequence[str], *, tokenizer: str, root: str | Path = "runs", **options: Any
-) -> "StoreManifest":
-    """Tokenises text into the document store of this name, path or URL, and waits for it.
-
-    options: of `raynium data build` (text_field, end_of_document, dedup, heldout_fraction, max_left_out, address).
-    Raises ConfigError, DataError, LaunchError.
-    """
-    from raynium.launch.data.build import build_data
-
-    return build_data(store, sources=sources, tokenizer=tokenizer, root=str(root), tell=logger.info, **options)
-
-
 def find_run(name: str, root: "str | os.PathLike[str]" = "runs") -> Run:
     """The run of this name under `root` (a folder or URL; relative ones as in a config's run.root)."""
     from raynium.config.paths import absolute_root
@@ -475,26 +416,3 @@ def list_runs(root: "str | os.PathLike[str]" = "runs") -> "list[RunRecord]":
         if record is not None:
             records.append(record)
     return sorted(records, key=lambda each: -each.created_unix)
-
-
-def _loaded(config: str | Path | Mapping[str, Any], overrides: Mapping[str, Any] | Sequence[str]) -> "Config":
-    from raynium.config.load import load_config, parse_config
-    from raynium.convert.beginning import describe
-
-    if not isinstance(config, Mapping):
-        return load_config(config, overrides, describe=describe)
-    try:
-        # Python values take the road of text, so that both are judged by the same rules.
-        text = json.dumps(config, default=os.fspath)
-    except (TypeError, ValueError) as error:
-        raise ConfigError([f"the config holds what no job file can hold: {error}"]) from error
-    return parse_config(text, overrides, describe=describe)
-
-
-def _with_name(overrides: Mapping[str, Any] | Sequence[str], name: str | None) -> Mapping[str, Any] | Sequence[str]:
-    """The overrides with `run.name` laid over them; they are judged by `load_config`."""
-    if name is None or isinstance(overrides, str):
-        return overrides
-    if isinstance(overrides, Mapping):
-        return {**overrides, "run.name": name}
-    return [*overrides, f"run.name={name}"]
