@@ -258,6 +258,7 @@ def ui(
 
 
 app.command(epilog='Example: raynium sample first@400 "def main(" --temperature 0')(cli_generation.sample)
+app.command(epilog='Example: raynium chat my-sft --system "Answer in one sentence."')(cli_generation.chat)
 app.command(epilog="Example: raynium evaluate first --task arc.jsonl")(cli_generation.evaluate)
 app.command(epilog="Example: raynium init mine --preset llama3-1b data.source=my-text")(cli_config.init)
 app.command(epilog="Example: raynium config train.steps; raynium config --diff llama3-8b")(cli_config.config)

@@ -21,7 +21,8 @@ from raynium.config.plain_file import plain_size
 from raynium.config.schema import ModelSection
 from raynium.convert.config_json import Dtype, config_from_model, model_from_config
 from raynium.convert.folder import Folder
-from raynium.data.tokenizer import TOKENIZER_NAME, Tokenizer
+from raynium.data.records.template import ChatTemplate
+from raynium.data.tokenizer import TOKENIZER_NAME, Tokenizer, reader
 from raynium.errors import CheckpointError, CheckpointMismatch, ConfigError
 from raynium.storage.store import Store
 
@@ -99,13 +100,20 @@ class RunText:
 
         ConfigError for bytes that are no UTF-8.
         """
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise ConfigError(
-                [f"the prompt {text!a} holds bytes that are no UTF-8; check the locale (LC_ALL=C.UTF-8 is right)"]
-            ) from error
+        _refuse_bytes(text)
         return self._exported.encode(text).ids
+
+    def markup(self, text: str) -> list[int]:
+        """Token ids of what a chat template rendered, which itself begins the text. Raises as `prompt`."""
+        _refuse_bytes(text)
+        [(ids, _)] = self.tokenizer.encode_markup([text])
+        return ids.tolist()
+
+    def chat_template(self, store: Store) -> ChatTemplate | None:
+        """That of the data which the run at `store` trained on, or of an imported model; None if there is neither."""
+        own = ChatTemplate.load(reader(store), store.url)
+        files = {name: text.encode() for name, text in self.described.files.items()}
+        return own or ChatTemplate.load(files.get, f"{store.url}/{KEPT_NAME}")
 
     @property
     def ends(self) -> list[int]:
@@ -186,6 +194,15 @@ class RunText:
         }
         processor = {"type": "Sequence", "processors": [*offsets, begin]} if offsets else begin
         return fields | {"post_processor": processor, "truncation": None, "padding": None}
+
+
+def _refuse_bytes(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError(
+            [f"the prompt {text!a} holds bytes that are no UTF-8; check the locale (LC_ALL=C.UTF-8 is right)"]
+        ) from error
 
 
 def described_model(

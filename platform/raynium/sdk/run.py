@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from raynium.checkpoint.verify import Damage, Depth
     from raynium.convert.config_json import Dtype
     from raynium.convert.export import Exported
+    from raynium.generation.chat import Chat
     from raynium.generation.sampler import Sampler
     from raynium.run.record import RunRecord
     from raynium.storage.store import Store
@@ -255,6 +256,16 @@ class Run:
         if track:
             self._track_evaluation(found, step=sampler.step)
         return found
+
+    def chat(self, *, step: int | None = None, system: str | None = None, **drawing: Any) -> "Chat":
+        """A conversation with the model of the newest checkpoint, or of that of `step`: `for piece in chat.say("Hi")`.
+
+        drawing: as of `sample`, of each answer. ConfigError if the run has no chat template.
+        """
+        from raynium.generation.chat import open_chat
+        from raynium.generation.drawing import Drawing
+
+        return open_chat(self.url, Drawing(**drawing), step=step, system=system)
 
     def sampler(self, step: int | None = None) -> "Sampler":
         """The model of the newest checkpoint, or that of `step`, in memory: for text as it comes, for many texts."""
