@@ -72,7 +72,7 @@ def part_content(part: PackedPart) -> tuple[bytes, PartFacts]:
     arrays = (np.array(facts), part.row_begins, part.pieces)
     content = b"".join(each.astype(_INDEX_DTYPE).tobytes() for each in arrays)
     crc = checksum(content)
-    return content + crc.to_bytes(8, "little"), PartFacts._make([*facts, crc])
+    return content + crc.to_bytes(8, "little"), PartFacts(*facts, crc)
 
 
 def part_facts(content: bytes) -> PartFacts | None:
@@ -80,7 +80,7 @@ def part_facts(content: bytes) -> PartFacts | None:
     crc = int.from_bytes(content[-8:], "little")
     if len(content) < 8 * _NUM_FACTS + 8 or checksum(memoryview(content)[:-8]) != crc:
         return None
-    return PartFacts._make([*np.frombuffer(content, _INDEX_DTYPE, _NUM_FACTS).tolist(), crc])
+    return PartFacts(*np.frombuffer(content, _INDEX_DTYPE, _NUM_FACTS).tolist(), crc)
 
 
 def part_name(number: int) -> str:
