@@ -20,7 +20,7 @@ from raynium.data.mixed import metrics_of_stores
 from raynium.data.order import Order, RowShuffle, Samples, Shuffle, seed_of_store
 from raynium.data.order.block_shuffle import BlockShuffle
 from raynium.data.order.mixture import mixture_of
-from raynium.data.packing.pairs import ReferencedRows, nats_weights_of_step
+from raynium.data.packing.pairs import PairRows, ReferencedRows, nats_weights_of_step
 from raynium.data.rows import Rows, num_labels, open_rows
 from raynium.data.store import OpenStore
 from raynium.data.streamed import StreamedStore
@@ -170,14 +170,16 @@ def open_loader(
         open_rows(store, data, entry.store, config.run.place, with_answers="answer" in columns)
         for store, entry in zip(stores, data.stores, strict=True)
     ]
-    of_step = nats_weights_of_step(rows, data_size=data_size) if "nats_weight" in columns else lambda samples: {}
+    # None or all: the stores of a run hold records of one format.
+    pairs = [each for each in rows if isinstance(each, PairRows)]
+    of_step = nats_weights_of_step(pairs, data_size=data_size) if "nats_weight" in columns else lambda samples: {}
     samples_per_step = train.global_batch_size // rows[0].rows_per_sample
     shuffles = [_shuffle(config, number, store, len(rows[number])) for number, store in enumerate(stores)]
     order = Order(shuffles, mixture_of(data, samples_per_step))
     num_rows = [len(each) for each in rows]
     labels = [num_labels(each, data.seq_len) for each in rows]
     for number, reference in enumerate(references):
-        rows[number] = ReferencedRows(rows[number], reference)
+        rows[number] = ReferencedRows(pairs[number], reference)
     streamed = any(isinstance(store, StreamedStore) for store in stores)
     bytes_per_step = 16 * data.seq_len * train.global_batch_size // data_size
     for number, store in enumerate(stores):

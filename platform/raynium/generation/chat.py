@@ -1,7 +1,7 @@
 """A conversation with a run's model, in the form of its chat template."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import closing
 from dataclasses import replace
 from typing import Any
@@ -47,7 +47,7 @@ class Chat:
         """What the model can read of a chat, in tokens, with the answer."""
         return self.sampler.model.config.max_seq_len
 
-    def say(self, text: str) -> Iterator[str]:
+    def say(self, text: str) -> Generator[str]:
         """The answer, in pieces as they come. Closed before its end, what was said until then is the answer.
 
         ConfigError if the template refuses the turn, or if the chat with it leaves no room for an answer; it then is no

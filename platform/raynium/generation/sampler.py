@@ -1,6 +1,6 @@
 """Text from a checkpoint: reads the model's weights and continues prompts. One process, on the CPU; imports torch."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -90,7 +90,7 @@ class Sampler:
         """Rows of tokens for `pieces`, one at least. earlier: see `Continuation`."""
         return Continuation(self.model, contexts, silent=self.texts.silent, drawing=drawing, earlier=earlier)
 
-    def pieces(self, continuation: Continuation) -> Iterator[Piece]:
+    def pieces(self, continuation: Continuation) -> Generator[Piece]:
         """The continuations of its rows. Each ends with one piece that says why."""
         drawing, contexts = continuation.drawing, continuation.contexts
         ends = {*self.texts.ends, *(stop for stop in drawing.stops if isinstance(stop, int))}

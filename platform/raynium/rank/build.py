@@ -27,7 +27,7 @@ from raynium.engines.native import build_native_engine
 from raynium.engines.nxd import build_nxd_engine
 from raynium.engines.torch_compiles import TorchCompiles
 from raynium.models.flops import flops_per_token
-from raynium.rank.evaluation import Evaluation, QuestionRows
+from raynium.rank.evaluation import Evaluation, QuestionRows, rows_of_call
 from raynium.rank.group import join_group
 from raynium.rank.origin import Origin, resumes
 from raynium.rank.pairs import pair_data
@@ -92,8 +92,7 @@ def run(plan: RankPlan, link: Link) -> Outcome:
     documents = _documents(plan)
     # Ranks that see the same samples read the same blocks.
     sharers = max(1, plan.world.ranks_per_node // (plan.world.tensor * plan.world.pipeline))
-    # A pipeline takes as many micro-batches as a step has; without one a single one needs the least memory.
-    of_call = config.train.micro_batch_size * (plan.world.num_micro_batches if plan.world.pipeline > 1 else 1)
+    of_call = rows_of_call(config, plan.world)
     pairs = pair_data(config, task, engine, documents, origin, batch_size=of_call, tell=link.evaluating)
     loader = open_loader(
         config,

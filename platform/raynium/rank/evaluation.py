@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 import torch
 
 from raynium.config.schema import Config
+from raynium.config.world import World
 from raynium.data.batch import IGNORED_LABEL, Batch
 from raynium.data.evaluation import EvaluationSet, counts_of_all
 from raynium.data.questions import Question, judged, rows_of
@@ -17,6 +18,13 @@ from raynium.tasks.base import Sums, Task
 
 # The fewest tokens of a row of a question's choice.
 LEAST_WIDTH = 16
+
+
+def rows_of_call(config: Config, world: World) -> int:
+    """Of one call of `Engine.evaluate`: a pipeline takes as many micro-batches as a step has; without one a single
+    micro-batch needs the least memory.
+    """
+    return config.train.micro_batch_size * (world.num_micro_batches if world.pipeline > 1 else 1)
 
 
 class Evaluation:

@@ -80,7 +80,8 @@ def part_facts(content: bytes) -> PartFacts | None:
     crc = int.from_bytes(content[-8:], "little")
     if len(content) < 8 * _NUM_FACTS + 8 or checksum(memoryview(content)[:-8]) != crc:
         return None
-    return PartFacts(*np.frombuffer(content, _INDEX_DTYPE, _NUM_FACTS).tolist(), crc)
+    facts = np.frombuffer(content, _INDEX_DTYPE, _NUM_FACTS).tolist()
+    return PartFacts(**dict(zip(PartFacts._fields, [*facts, crc], strict=True)))
 
 
 def part_name(number: int) -> str:

@@ -89,6 +89,6 @@ def nats_weights_of_step(rows: Sequence[PairRows], *, data_size: int) -> Callabl
         tokens = sum(
             int(chosen_tokens[store][samples.rows[samples.stores == store]].sum()) for store in range(len(rows))
         )
-        return {"nats_weight": np.tile(np.float32([pairs / tokens, 0.0]), pairs // data_size)}
+        return {"nats_weight": np.tile(np.array([pairs / tokens, 0.0], np.float32), pairs // data_size)}
 
     return of_step
