@@ -112,6 +112,22 @@ def test_compiled_blocks_hold_their_collectives_and_stop_compiling_after_the_fir
         assert set(zip(gathers, reductions, strict=True)) == {(9, 0), (0, 9)}
 
 
+@pytest.mark.parametrize("layout", ["fsdp 2"])
+def test_adapters_learn_what_they_do_on_the_cpu_and_stop_compiling_after_the_first_steps(
+    layout: str, site: dict[str, str], document_folder: Path, tmp_path: Path
+) -> None:
+    """The first block has a graph of its own: nothing before it learns, so its input needs no gradient."""
+    adapter = {"adapter.rank": 4, "adapter.dropout": 0.2, "optimizer.learning_rate": 0.03}
+    expected = play(tmp_path / "cpu", document_folder, {}, **{"cluster.accelerator": "cpu"} | adapter)
+    compiled = {"engine.compile": "block", "engine.activation_checkpointing": "full"}
+    twin = play(tmp_path / "twin", document_folder, site, **LAYOUTS[layout] | compiled | adapter)
+    for name in ("train/loss", "eval/loss"):
+        assert values(twin, name) == pytest.approx(values(expected, name), rel=1e-5), name
+    assert values(twin, "device/fallback_operators") == [0, 0], "an operation that Neuron lacks"
+    first, last = values(twin, "compile/graphs")
+    assert first == last > 0, "every shape had been seen at the first evaluation"
+
+
 def test_a_checkpoint_of_the_twin_goes_on_on_the_cpu(
     site: dict[str, str], on_the_cpu: dict[str, Any], document_folder: Path, tmp_path: Path
 ) -> None:

@@ -18,7 +18,6 @@ from raynium.models.decoder import Decoder
 
 # Odd numbers whose products spread bits well (splitmix's and xxHash's kind), as int32.
 _SPREAD = (0x7FEB352D, -0x7B935975, 0x27D4EB2F, 0x165667B1)
-_POSITIVE = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -82,15 +81,23 @@ class AdaptedLinear(nn.Module):
         inputs_I = torch.arange(num_inputs, dtype=torch.int32, device=x_BTI.device) + self.first_input
         of_layer_B = _mixed(self.dropout.keys_B + self.number * _SPREAD[2])
         of_token_BT = _mixed(of_layer_B[:, None] + places_T * _SPREAD[3])
-        drawn_BTI = _mixed(of_token_BT[..., None] ^ (inputs_I * _SPREAD[2])) & _POSITIVE
-        return x_BTI.where(drawn_BTI < int((1 - self.dropout.probability) * _POSITIVE), 0)
+        drawn_BTI = _mixed(of_token_BT[..., None] ^ (inputs_I * _SPREAD[2]))
+        # Drawn from all of int32.
+        bound = int((1 - self.dropout.probability) * (2**32 - 1)) - 2**31
+        return x_BTI.where(drawn_BTI < bound, 0)
 
 
 def _mixed(x: Tensor) -> Tensor:
-    """int32 → int32 in which every bit depends on every bit (lowbias32, with shifts that keep no sign)."""
-    x = (x ^ ((x >> 16) & 0xFFFF)) * _SPREAD[0]
-    x = (x ^ ((x >> 15) & 0x1FFFF)) * _SPREAD[1]
-    return x ^ ((x >> 16) & 0xFFFF)
+    """int32 → int32 in which every bit depends on every bit (lowbias32)."""
+    x = (x ^ _shifted(x, 16)) * _SPREAD[0]
+    x = (x ^ _shifted(x, 15)) * _SPREAD[1]
+    return x ^ _shifted(x, 16)
+
+
+def _shifted(x: Tensor, bits: int) -> Tensor:
+    """int32 shifted to the right, zeros following. The mask is a tensor: with a number, `&` in a compiled graph becomes
+    an operation that a device of torch's PrivateUse1 may be handed in a form it cannot run."""
+    return (x >> bits) & x.new_full((), 2 ** (32 - bits) - 1)
 
 
 def adapt(
