@@ -19,7 +19,7 @@ from raynium.data.records.template import CHATML, CHATML_TOKENS, OWN_NAME, ChatT
 from raynium.data.tokenizer import Tokenizer
 from raynium.errors import ConfigError
 from raynium.generation import chat as module
-from raynium.generation.chat import Chat, open_chat, turn_end
+from raynium.generation.chat import Chat, open_chat
 from raynium.generation.drawing import Drawing
 from raynium.generation.sampler import Sampler
 from raynium.models.decoder import Decoder
@@ -119,9 +119,11 @@ def test_a_chat_that_outgrows_the_model_is_told_and_not_cut(store: Store) -> Non
 
 
 def test_what_a_template_puts_after_an_answer_ends_one() -> None:
-    assert turn_end(TEMPLATE) == END
-    assert turn_end(ChatTemplate({"default": "{% for m in messages %}[{{ m.content }}]\nnext {% endfor %}"}, {})) == "]"
-    assert turn_end(ChatTemplate({"default": "{{ messages[-1].content }}"}, {})) == ""
+    assert TEMPLATE.answer_end() == END
+    assert (
+        ChatTemplate({"default": "{% for m in messages %}[{{ m.content }}]\nnext {% endfor %}"}, {}).answer_end() == "]"
+    )
+    assert ChatTemplate({"default": "{{ messages[-1].content }}"}, {}).answer_end() == ""
 
 
 def test_a_turn_that_the_template_refuses_is_told(store: Store) -> None:

@@ -21,6 +21,7 @@ from raynium.checkpoint.catalog import choose_checkpoint
 from raynium.cli.app import app
 from raynium.convert.export import export_checkpoint
 from raynium.convert.import_folder import import_folder
+from raynium.data.records.template import CHATML, OWN_NAME, ChatTemplate
 from raynium.data.store import TOKENIZER_NAME
 from raynium.data.tokenizer import SPLIT_PATTERN, Tokenizer
 from raynium.errors import CheckpointError, CheckpointMismatch
@@ -298,6 +299,45 @@ def test_what_training_puts_after_a_text_ends_one_even_if_the_import_had_another
         sampler.model.head.register_forward_hook(lambda _, __, out, end=end: out.index_fill(-1, torch.tensor(end), 9.0))
         assert sampler.answers(["a"], Drawing(3, temperature=0))[0].tokens == ()
         sampler = open_sampler(store.url)
+
+
+def test_a_base_model_that_learned_chats_goes_out_with_their_template_and_the_end_of_an_answer(
+    transformers: Any, published: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = published("Qwen 3")
+    (folder / "chat_template.jinja").unlink()
+    end = json.loads((folder / "config.json").read_text())["bos_token_id"]
+    for name in ("config.json", "generation_config.json"):
+        change_json(folder / name, eos_token_id=end)
+    store = Store(tmp_path / "runs/imported")
+    ref = import_folder(folder, store).ref
+    assert open_sampler(store.url).texts.ends == [end]
+    store.replace(OWN_NAME, ChatTemplate({"default": CHATML}, {}).to_json())
+    export_checkpoint(ref, tmp_path / "out")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    turn = theirs.convert_tokens_to_ids("<|im_end|>")
+    assert open_sampler(store.url).texts.ends == [end, turn]
+    generates = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").generation_config
+    assert generates.eos_token_id == [end, turn]
+    asked = [{"role": "user", "content": "main?"}]
+    rendered = theirs.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+    assert rendered == "<|im_start|>user\nmain?<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_templates_of_several_names_go_out_with_their_names(
+    transformers: Any, published: Callable[[str], Path], tmp_path: Path
+) -> None:
+    store = Store(tmp_path / "runs/imported")
+    ref = import_folder(published("Qwen 3"), store).ref
+    # One refuses a turn of the user, and both end an answer with no special token.
+    templates = {"default": "{{ messages[1].content }}", "tool_use": "{{ tools }}"}
+    store.replace(OWN_NAME, ChatTemplate(templates, {}).to_json())
+    before = open_sampler(store.url).texts.ends
+    export_checkpoint(ref, tmp_path / "out")
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == templates
+    assert json.loads((tmp_path / "out/generation_config.json").read_text())["eos_token_id"] == before
+    store.replace(OWN_NAME, ChatTemplate({"default": "{{ raise_exception('no') }}"}, {}).to_json())
+    assert open_sampler(store.url).texts.ends == before
 
 
 @pytest.mark.parametrize("ids", [True, -1, VOCAB_SIZE, 1.0, "2", [2, True], [[2]], {"id": 2}])

@@ -12,6 +12,7 @@ import typer
 from raynium.cli.data import _fields
 from raynium.config.schema import DataSection
 from raynium.data.batch import IGNORED_LABEL
+from raynium.data.build.prepare import check_data
 from raynium.data.build.show import describe
 from raynium.data.build.store_build import build_store
 from raynium.data.evaluation import evaluation_set
@@ -23,6 +24,7 @@ from raynium.data.records.registry import records_of
 from raynium.data.records.template import CHATML
 from raynium.data.rows import open_rows, packable
 from raynium.data.store import DocumentStore
+from raynium.data.tokenizer import Tokenizer
 from raynium.errors import ConfigError, DataError
 
 
@@ -250,6 +252,10 @@ GOOD = chat(1)
             {"messages": [{"role": "assistant"}]},
             "the chat template refuses it: .* has no attribute 'content'",
         ),
+        (
+            {"messages": [{"role": "user", "content": 5}, *GOOD["messages"]]},
+            r"message 0 \(from 0\) has the content 5: it must be a text",
+        ),
         ({"conversation": GOOD["messages"]}, "no field 'messages'; there are: 'conversation'"),
         ([1], "a list, and a document is an object with its text in 'messages'"),
     ],
@@ -270,6 +276,43 @@ def test_a_role_that_the_template_refuses_is_told_in_its_words(tmp_path):
     messages = [*GOOD["messages"], {"role": "tool", "content": "x"}]
     with pytest.raises(DataError, match="line 1: the chat template refuses it: no tools here"):
         build(tmp_path, [{"messages": messages}], chat_template=str(template))
+
+
+PARTS = [{"role": "user", "content": [{"type": "text", "text": "a"}]}, {"role": "assistant", "content": "b"}]
+
+
+@pytest.mark.parametrize("marks", ["", "{% generation %}{{ m.content }}{% endgeneration %}"])
+def test_parts_that_a_template_of_texts_would_write_as_python_are_refused(tmp_path, marks):
+    template = tmp_path / "template.jinja"
+    shown = "{% if m.role == 'assistant' %}" + (marks or "{{ m.content }}") + "{% else %}{{ m.content }}{% endif %}"
+    template.write_text("{% for m in messages %}" + shown + "|{% endfor %}", encoding="utf-8")
+    with pytest.raises(DataError, match=r"line 1: message 0 \(from 0\) has a list of parts .* takes texts alone"):
+        build(tmp_path, [{"messages": PARTS}], chat_template=str(template))
+
+
+def test_parts_are_learned_where_the_template_takes_them(tmp_path):
+    template = tmp_path / "template.jinja"
+    template.write_text(
+        "{% for m in messages %}{% if m.content is string %}{{ m.content }}{% else %}"
+        "{% for part in m.content %}{{ part.text }}{% endfor %}{% endif %}|{% endfor %}",
+        encoding="utf-8",
+    )
+    store = build(tmp_path, [{"messages": PARTS}] * 20, chat_template=str(template))
+    assert {whole for _, whole in learned_and_all(store)} == {"a|b|"}
+
+
+def test_chatml_for_a_tokenizer_without_its_tokens_is_refused(tmp_path):
+    source = write_lines(tmp_path / "chats.jsonl", [chat(number) for number in range(60)])
+    data = {"path": str(tmp_path / "store"), "source": str(source), "packing": "documents", "records": "chats"}
+    data |= {"tokenizer": str(tmp_path / "tokenizer.json"), "chat_template": "chatml", "heldout_fraction": 0.2}
+    plain = Tokenizer.train(["it is"], vocab_size=300, special_tokens=["<|im_start|>"])
+    (tmp_path / "tokenizer.json").write_text(plain.file_text, encoding="utf-8")
+    told = r"has no token <\|im_end\|>: set model\.add_tokens to '<\|im_end\|>', or give a template"
+    with pytest.raises(DataError, match=told):
+        check_data(DataSection.model_validate(data), model_vocab_size=300, tell=print)
+    whole = Tokenizer.train(["it is"], vocab_size=300, special_tokens=["<|im_start|>", "<|im_end|>"])
+    (tmp_path / "tokenizer.json").write_text(whole.file_text, encoding="utf-8")
+    assert check_data(DataSection.model_validate(data), model_vocab_size=300, tell=print) is not None
 
 
 def test_a_record_of_which_nothing_is_learned_is_refused(tmp_path):

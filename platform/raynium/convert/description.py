@@ -2,8 +2,9 @@
 
 Pretraining puts the end-of-document token before every text and nothing else around it, and so does `raynium sample`.
 The exported tokenizer adds that token and no other, whatever the imported one added; after another task it adds what
-the imported one did. All else of an imported model's small
-files comes out as it went in: the ids of beginnings and ends, the chat template, how to generate, special tokens.
+the imported one did. A run that learned chats gives the template they were rendered by, and what ends an answer there
+ends a text. All else of an imported model's small files comes out as it went in: the ids of beginnings and ends, the
+chat template, how to generate, special tokens.
 """
 
 import json
@@ -21,7 +22,7 @@ from raynium.config.plain_file import plain_size
 from raynium.config.schema import ModelSection
 from raynium.convert.config_json import Dtype, config_from_model, model_from_config
 from raynium.convert.folder import Folder
-from raynium.data.records.template import ChatTemplate
+from raynium.data.records.template import ChatTemplate, TemplateRefusal
 from raynium.data.tokenizer import TOKENIZER_NAME, Tokenizer, reader
 from raynium.errors import CheckpointError, CheckpointMismatch, ConfigError
 from raynium.storage.store import Store
@@ -75,20 +76,23 @@ class RunText:
     """How a run's model begins and ends a text; `raynium sample` and exported folders both follow it.
 
     begins_anew: whether the model was trained with the end-of-document token before every text, as pretraining does.
-    Other tasks render what they learn, and leave the tokenizer as it came.
+    Other tasks render what they learn, and leave the tokenizer as it came. rendered_by: the chat template of what it
+    learned, if that had one.
     """
 
     model: ModelSection
     tokenizer: Tokenizer
     described: Described
     begins_anew: bool = True
+    rendered_by: ChatTemplate | None = None
 
     @classmethod
     def of_checkpoint(cls, ref: CheckpointRef, model: ModelSection) -> Self:
         """Of the run that saved it."""
         config = ref.manifest.state.get("config")
         task = config.get("task", "pretraining") if isinstance(config, dict) else "pretraining"
-        return cls(model, Tokenizer.kept(ref.store), Described.of_run(ref.store), task == "pretraining")
+        rendered_by = ChatTemplate.load(reader(ref.store), ref.store.url)
+        return cls(model, Tokenizer.kept(ref.store), Described.of_run(ref.store), task == "pretraining", rendered_by)
 
     @property
     def start(self) -> int:
@@ -109,15 +113,21 @@ class RunText:
         [(ids, _)] = self.tokenizer.encode_markup([text])
         return ids.tolist()
 
-    def chat_template(self, store: Store) -> ChatTemplate | None:
-        """That of the data which the run at `store` trained on, or of an imported model; None if there is neither."""
-        own = ChatTemplate.load(reader(store), store.url)
+    @property
+    def chat_template(self) -> ChatTemplate | None:
+        """That of the data which the run trained on, or of an imported model; None if there is neither."""
+        return self.rendered_by or self._template_that_came
+
+    @property
+    def _template_that_came(self) -> ChatTemplate | None:
         files = {name: text.encode() for name, text in self.described.files.items()}
-        return own or ChatTemplate.load(files.get, f"{store.url}/{KEPT_NAME}")
+        return ChatTemplate.load(files.get, KEPT_NAME)
 
     @property
     def ends(self) -> list[int]:
-        """The tokens that end a text: what training put after one, and those that an imported model brought along."""
+        """The tokens that end a text: what training put after one or after an answer, and those that an imported model
+        brought along.
+        """
         return _listed(self.generation["eos_token_id"])
 
     @property
@@ -127,16 +137,32 @@ class RunText:
 
     @cached_property
     def generation(self) -> dict[str, Any]:
-        """generation_config.json. An imported one as it came, with the end of a document among its ends."""
+        """generation_config.json. An imported one as it came, with our ends of a document and of an answer."""
         config, fields = self.described.fields(_CONFIG), self.described.fields(_GENERATION)
         if self.described.files:
             fields = fields or {name: config[name] for name in _IDS if name in config}
             eos = fields.get("eos_token_id", config.get("eos_token_id"))
-            return fields | {"eos_token_id": eos if self.start in _listed(eos) else [*_listed(eos), self.start]}
+            return fields | {"eos_token_id": self._with_own_ends(eos)}
         # A model's vocabulary may be padded: ids that the tokenizer does not have stand for no text.
         padding = list(range(self.tokenizer.vocab_size, self.model.vocab_size))
-        ends = {"bos_token_id": self.start, "eos_token_id": self.start}
+        ends = {"bos_token_id": self.start, "eos_token_id": self._with_own_ends(self.start)}
         return ends | ({"suppress_tokens": padding} if padding else {})
+
+    def _with_own_ends(self, ids: Any) -> Any:
+        lacking = [each for each in (self.start, self._answer_end) if each is not None and each not in _listed(ids)]
+        return [*_listed(ids), *lacking] if lacking else ids
+
+    @property
+    def _answer_end(self) -> int | None:
+        """The special token that the template puts after an answer; None where it puts another text there."""
+        try:
+            end = "" if self.rendered_by is None else self.rendered_by.answer_end()
+        except TemplateRefusal:
+            return None
+        [(ids, _)] = self.tokenizer.encode_markup([end])
+        # A text that only spells a special token is other tokens.
+        special = len(ids) > 0 and ids[0] not in self.tokenizer.encode(self.tokenizer.decode(ids[:1]))
+        return int(ids[0]) if special else None
 
     def files(self, dtype: Dtype) -> dict[str, bytes]:
         """The small files of an exported folder, by name."""
@@ -148,7 +174,18 @@ class RunText:
         made = {_CONFIG: config, _TOKENIZER: self._tokenizer_config(), TOKENIZER_NAME: self._tokenizer_json}
         if self.generation != self.described.fields(_GENERATION):
             made[_GENERATION] = self.generation
-        texts = dict(self.described.files) | {name: _json(fields) for name, fields in made.items()}
+        texts = dict(self.described.files)
+        theirs = self._template_that_came
+        if self.rendered_by is not None and (theirs is None or theirs.templates != self.rendered_by.templates):
+            templates = self.rendered_by.templates
+            made[_TOKENIZER].pop("chat_template", None)
+            if [*templates] == ["default"]:
+                texts[_CHAT_TEMPLATE] = templates["default"]
+            else:
+                texts.pop(_CHAT_TEMPLATE, None)
+                named = [{"name": name, "template": text} for name, text in templates.items()]
+                made[_TOKENIZER]["chat_template"] = named
+        texts |= {name: _json(fields) for name, fields in made.items()}
         return {name: text.encode() for name, text in texts.items()}
 
     def _tokenizer_config(self) -> dict[str, Any]:

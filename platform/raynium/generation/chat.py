@@ -11,10 +11,6 @@ from raynium.errors import ConfigError
 from raynium.generation.continuation import Continuation
 from raynium.generation.drawing import Drawing
 from raynium.generation.sampler import Ended, Sampler, open_sampler
-from raynium.storage.store import Store
-
-# Stands for an answer where what a template puts after one is asked for.
-_ANSWER = "An answer."
 
 
 class Chat:
@@ -32,7 +28,10 @@ class Chat:
         self.ended: Ended | str = "stop"
         self._template = template
         self._turns: list[dict[str, Any]] = []
-        end = turn_end(template)
+        try:
+            end = template.answer_end()
+        except TemplateRefusal as error:
+            raise _refused(error) from error
         self._drawing = replace(drawing, stop=(*drawing.stops, end)) if end else drawing
         self._continuation: Continuation | None = None
 
@@ -98,7 +97,7 @@ def open_chat(run_url: str, drawing: Drawing, *, step: int | None = None, system
     CheckpointError if it has no such checkpoint.
     """
     sampler = open_sampler(run_url, step)
-    template = sampler.texts.chat_template(Store(run_url))
+    template = sampler.texts.chat_template
     if template is None:
         raise ConfigError(
             [
@@ -109,18 +108,12 @@ def open_chat(run_url: str, drawing: Drawing, *, step: int | None = None, system
     return Chat(sampler, template, drawing, system=system)
 
 
-def turn_end(template: ChatTemplate) -> str:
-    """What a template puts after an answer, up to the line's end; "" for nothing. Raises ConfigError."""
-    text = _rendered(
-        template,
-        [{"role": "user", "content": "A question."}, {"role": "assistant", "content": _ANSWER}],
-        asks=False,
-    )
-    return text.rpartition(_ANSWER)[2].strip().partition("\n")[0].strip()
-
-
-def _rendered(template: ChatTemplate, messages: list[dict[str, Any]], *, asks: bool = True) -> str:
+def _rendered(template: ChatTemplate, messages: list[dict[str, Any]]) -> str:
     try:
-        return template.render(messages, add_generation_prompt=asks)
+        return template.render(messages, add_generation_prompt=True)
     except TemplateRefusal as error:
-        raise ConfigError([f"the run's chat template refuses this turn: {error}"]) from error
+        raise _refused(error) from error
+
+
+def _refused(error: TemplateRefusal) -> ConfigError:
+    return ConfigError([f"the run's chat template refuses this turn: {error}"])

@@ -1,6 +1,8 @@
 """Whether the store that is there is the one that is asked for."""
 
 from raynium.data.manifest import Recipe, StoreManifest
+from raynium.data.records.registry import Records
+from raynium.data.records.template import CHATML, CHATML_TOKENS
 from raynium.data.tokenizer import Tokenizer
 from raynium.errors import DataError
 
@@ -47,6 +49,18 @@ def refuse_end_in_text(tokenizer: Tokenizer, path: str) -> None:
         raise DataError(
             f"tokenizer {path!r} makes {end!r} of a text that spells it, so that a document could end itself: name "
             "another token to end documents with (end_of_document), a special one that its model makes of no text"
+        )
+
+
+def refuse_unfit_tokens(tokenizer: Tokenizer, path: str, records: Records | None) -> None:
+    """Raises DataError if a text could end itself, or if ChatML's marks would be letters to the model."""
+    refuse_end_in_text(tokenizer, path)
+    if records is None or records.template is None or CHATML not in records.template.templates.values():
+        return
+    if lacking := [token for token in CHATML_TOKENS if len(tokenizer.encode_markup([token])[0][0]) != 1]:
+        raise DataError(
+            f"data.chat_template is chatml, and tokenizer {path!r} has no token {' and none '.join(lacking)}: set "
+            "model.add_tokens to " + " and ".join(map(repr, lacking)) + ", or give a template whose tokens it has"
         )
 
 

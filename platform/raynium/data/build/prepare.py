@@ -8,10 +8,10 @@ from pathlib import Path
 from raynium.config.schema import Config, DataSection
 from raynium.data.access import fetch_store, open_fetched, refuse_small_cache
 from raynium.data.build.fit import (
-    refuse_end_in_text,
     refuse_other_recipe,
     refuse_other_tokenizer,
     refuse_small_vocabulary,
+    refuse_unfit_tokens,
 )
 from raynium.data.build.store_build import build_from_source
 from raynium.data.build.survey import Survey, Tell, survey
@@ -125,9 +125,10 @@ def check_data(data: DataSection, *, model_vocab_size: int, tell: Tell) -> Surve
         return None
     if data.source is None:
         raise no_store(data.place)
+    records = records_of_data(data)
     if data.tokenizer is not None:
         tokenizer = Tokenizer.load(data.tokenizer, end_of_document=data.end_of_document)
-        refuse_end_in_text(tokenizer, data.tokenizer)
+        refuse_unfit_tokens(tokenizer, data.tokenizer, records)
         refuse_small_vocabulary(model_vocab_size, tokenizer.vocab_size, f"tokenizer {data.tokenizer!r}")
     else:
         check_vocab_size(model_vocab_size)
@@ -138,7 +139,7 @@ def check_data(data: DataSection, *, model_vocab_size: int, tell: Tell) -> Surve
         heldout_fraction=data.heldout_fraction,
         max_left_out=data.max_left_out,
         tell=tell,
-        records=records_of_data(data),
+        records=records,
     )
     # No tokenizer makes more of a document than a token of each byte, one before it and one after it.
     most_tokens = found.num_train_bytes + 2 * len(found.train_bytes)

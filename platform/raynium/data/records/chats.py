@@ -59,12 +59,25 @@ def rendered_chat(
                     "the template has {% generation %} marks, and none around what this chat's assistant says: mend "
                     "the template, or take one without marks"
                 )
+            _refuse_python(messages, whole.text)
             return Rendered(whole.text, spans, markup=True, ends=False)
         text = template.render(messages, tools)
+        _refuse_python(messages, text)
         spans = tuple(_span(template, messages, tools, number, text) for number in learned)
     except TemplateRefusal as error:
         raise RecordError(f"the chat template refuses it: {error}") from error
     return Rendered(text, spans, markup=True, ends=False)
+
+
+def _refuse_python(messages: Sequence[Mapping[str, Any]], text: str) -> None:
+    """Raises RecordError for a content that a template for texts alone has written as Python shows it."""
+    for number, message in enumerate(messages):
+        content = message.get("content")
+        if isinstance(content, list) and str(content) in text:
+            raise RecordError(
+                f"message {number} (from 0) has a list of parts as its content, {_shown(content)}, and the chat "
+                "template takes texts alone: give the text in place of the list"
+            )
 
 
 def _span(
@@ -107,6 +120,11 @@ def checked_messages(messages: Any) -> list[dict[str, Any]]:
             raise RecordError(
                 f"message {number} (from 0) has the role {_shown(message['role'])}: it must be one of "
                 + ", ".join(ROLES)
+            )
+        if not isinstance(message.get("content"), str | list | None):
+            raise RecordError(
+                f"message {number} (from 0) has the content {_shown(message['content'])}: it must be a text, or a list "
+                "of parts where the template takes one"
             )
     return messages
 

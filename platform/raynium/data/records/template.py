@@ -34,6 +34,9 @@ _MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 # Names under which a message's thinking is passed; templates read the first.
 _THINKING = ("reasoning_content", "thinking", "reasoning")
 
+# Stands for an answer where what a template puts after one is asked for.
+_ANSWER = "An answer."
+
 # A file of this name, of the folder of a tokenizer; None where there is none.
 ReadBeside = Callable[[str], bytes | None]
 
@@ -141,6 +144,12 @@ class ChatTemplate:
         except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError, RecursionError) as error:
             raise TemplateRefusal(str(error) or type(error).__name__) from error
         return Marked("".join(blocks), tuple(spans))
+
+    def answer_end(self) -> str:
+        """What the template puts after an answer, up to the line's end; "" for nothing. Raises TemplateRefusal."""
+        question = {"role": "user", "content": "A question."}
+        text = self.render([question, {"role": "assistant", "content": _ANSWER}])
+        return text.rpartition(_ANSWER)[2].strip().partition("\n")[0].strip()
 
     def _text(self, tools: Any) -> str:
         if tools is not None and TOOLS_NAME in self.templates:

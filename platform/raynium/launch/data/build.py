@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from raynium.config.local_folders import temporary_parent
 from raynium.config.paths import WORDS_FOR_SOURCE, WORDS_FOR_TEMPLATE, absolute_path, absolute_root, lies_in
-from raynium.data.build.fit import refuse_end_in_text
+from raynium.data.build.fit import refuse_unfit_tokens
 from raynium.data.build.store_build import build_from_recipe
 from raynium.data.manifest import Recipe, StoreManifest
 from raynium.data.records.registry import records_of
@@ -97,7 +97,7 @@ def build_data(
         problems = [f"{'.'.join(map(str, each['loc']))} = {each['input']!r}: {each['msg']}" for each in error.errors()]
         raise ConfigError(problems) from error
     loaded = Tokenizer.load(tokenizer_place, end_of_document=end_of_document)
-    refuse_end_in_text(loaded, tokenizer_place)
+    refuse_unfit_tokens(loaded, tokenizer_place, made)
     if find_manifest(place) is not None:
         tell(f"data: {place} is there already")
     with ExitStack() as connected:
