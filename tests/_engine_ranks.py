@@ -24,8 +24,9 @@ from raynium.engines.native import build_native_engine
 from raynium.storage.store import Store
 from raynium.tasks.base import Task
 from raynium.tasks.pretraining import Pretraining
+from raynium.tasks.sft import Sft
 
-TASKS: dict[str, Task] = {"pretraining": Pretraining(), **PAIR_TASKS}
+TASKS: dict[str, Task] = {"pretraining": Pretraining(), "sft": Sft(), **PAIR_TASKS}
 
 
 class TestAccelerator(CpuAccelerator):

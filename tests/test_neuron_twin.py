@@ -112,7 +112,7 @@ def test_compiled_blocks_hold_their_collectives_and_stop_compiling_after_the_fir
         assert set(zip(gathers, reductions, strict=True)) == {(9, 0), (0, 9)}
 
 
-@pytest.mark.parametrize("layout", ["fsdp 2"])
+@pytest.mark.parametrize("layout", ["fsdp 2", "tp 2"])
 def test_adapters_learn_what_they_do_on_the_cpu_and_stop_compiling_after_the_first_steps(
     layout: str, site: dict[str, str], document_folder: Path, tmp_path: Path
 ) -> None:

@@ -344,6 +344,13 @@ def test_the_nxd_engine_trains_on_packed_rows_as_on_each_document_alone(
     check_packed(nxd_forker, tmp_path, packed(nxd_config(**NXD[layout])))
 
 
+@pytest.mark.slow
+def test_fine_tuning_under_the_nxd_engine_is_that_of_each_document_alone(
+    nxd_forker: subprocess.Popen[str], tmp_path: Path
+) -> None:
+    check_packed(nxd_forker, tmp_path, packed(nxd_config(**NXD["tp 2"])), task="sft")
+
+
 def check_packed(forker: subprocess.Popen[str], folder: Path, made: Config, **arguments: Any) -> None:
     """Losses, norms and gradients are those of the documents alone; one document's tokens reach no other's loss."""
     # One reference for all layouts of a model.

@@ -489,6 +489,23 @@ def test_nxd_has_no_place_for_adapters():
     ]
 
 
+def test_added_tokens_learn_beside_an_adapter():
+    config = load_config("quickstart", ["adapter.rank=8"])
+
+    def said(embeddings: str, *train_also: str) -> list[str]:
+        changes = {"embeddings": embeddings, "init": "/weights", "add_tokens": ("<|im_start|>", "<|im_end|>")}
+        section = config.adapter.model_copy(update={"train_also": train_also})
+        model = config.model.model_copy(update=changes)
+        return check(config.model_copy(update={"model": model, "adapter": section}))
+
+    rows = (
+        "model.add_tokens has 2 tokens, whose rows would stay as they begin under an adapter: set adapter.train_also to"
+    )
+    assert said("untied") == said("untied", "head") == said("untied", "embedding") == [f"{rows} [embedding, head]"]
+    assert said("tied") == [f"{rows} [embedding]"]
+    assert said("untied", "head", "embedding") == said("tied", "head") == said("tied", "embedding") == []
+
+
 def test_epochs_are_of_one_store():
     assert only_problem("quickstart", *TWO, "train.steps=null", "train.epochs=2") == (
         "train.epochs is 2 with data.mixture, whose stores have epochs of their own: set train.steps, and "
