@@ -19,8 +19,12 @@ from raynium.checkpoint.state import MODEL_PREFIX
 from raynium.config.schema import Config
 from raynium.config.world import World
 from raynium.data.batch import Batch
+from raynium.data.evaluation import EvaluationSet
+from raynium.data.questions import parse
+from raynium.data.tokenizer import Tokenizer
 from raynium.engines.base import Engine, Votes
 from raynium.engines.native import build_native_engine
+from raynium.rank.evaluation import Evaluation, QuestionRows, rows_of_call
 from raynium.storage.store import Store
 from raynium.tasks.base import Task
 from raynium.tasks.pretraining import Pretraining
@@ -81,6 +85,8 @@ def run_rank(rank: int, folder: Path, scenario: dict) -> None:
     state = [(c.name, c.global_shape, c.offsets, c.tensor, c.saved_here) for c in engine.state()]
     kept = {"results": results, "evaluations": evaluations, "state": state}
     kept["rows"] = log_probs_of_all_rows(engine, batch(scenario["last_step"]))
+    if scenario["questions"] is not None:
+        kept["asked"] = asked(engine, config, world, task, scenario["questions"], batch(1))
     torch.save(kept, folder / f"rank-{rank}.pt")
     engine.close()
     if world.size > 1:
@@ -94,6 +100,26 @@ def log_probs_of_all_rows(engine: Engine, batch: Batch) -> torch.Tensor:
     all_DB = torch.zeros(engine.data_size, len(mine_B))
     all_DB[engine.data_rank] = mine_B
     return engine.sum_over_ranks(all_DB.flatten())
+
+
+class Heard(QuestionRows):
+    """Keeps the scores of all rows."""
+
+    def judged(self, scores_R: torch.Tensor) -> dict[str, float]:
+        self.scores_R = scores_R.clone()
+        return super().judged(scores_R)
+
+
+def asked(
+    engine: Engine, config: Config, world: World, task: Task, questions: str, held_out: Batch
+) -> tuple[torch.Tensor, dict[str, float]]:
+    """What an evaluation with these questions scores each choice, and its metrics."""
+    tokenizer = Tokenizer.train([questions], vocab_size=300)
+    ranks = {"data_rank": engine.data_rank, "data_size": engine.data_size}
+    rows = Heard(parse(questions.encode(), "q"), tokenizer, config, batch_size=rows_of_call(config, world), **ranks)
+    documents = {"own": EvaluationSet([held_out], num_documents=1, num_tokens=1, num_bytes=1)}
+    metrics = Evaluation(engine, task, documents, questions={"q": rows}).metrics(lambda done, total: None)
+    return rows.scores_R[: rows._num_rows], metrics
 
 
 def load(chunks: list, folder: Path) -> None:

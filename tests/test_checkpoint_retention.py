@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny import job_text
 
 from raynium.checkpoint.catalog import (
     CheckpointSummary,
@@ -76,6 +77,16 @@ def test_multiples_and_tagged_ones_are_kept_for_ever() -> None:
         [0], [0, 10], [0, 10, 20], [0, 20, 30], [0, 30, 40], [0, 30, 40, 50], [0, 30, 40, 50, 60],
         [0, 30, 40, 60, 70], [0, 30, 40, 60, 70, 80], [0, 30, 40, 60, 80, 90],
     ]  # fmt: skip
+
+
+def test_where_high_is_good_the_highest_are_kept() -> None:
+    policy = Retention(keep_last=1, keep_best=1, best_metric="eval/bits_per_byte", best_is="highest")
+    run = [checkpoint(step, bits=bits) for step, bits in ((10, 0.5), (20, 0.75), (30, 0.25), (40, 0.75), (50, 0.5))]
+    # Of equals the newer is kept.
+    assert kept_over_time(policy, run) == [[10], [20], [20, 30], [40], [40, 50]]
+    assert reasons_to_keep(run, policy)[40] == ("best eval/bits_per_byte",)
+    section = parse_config(job_text({"checkpoint.best_metric": "eval/arc/acc"})).checkpoint
+    assert Retention.of(section).best_is == "highest"
 
 
 def test_the_best_are_kept_until_better_ones_come() -> None:

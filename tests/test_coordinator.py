@@ -244,6 +244,20 @@ def test_a_stop_reaches_running_ranks_once_and_ends_a_run_that_has_none(tmp_path
     asyncio.run(play())
 
 
+def test_why_a_run_finished_before_its_last_step_is_in_its_status(tmp_path: Path) -> None:
+    async def play() -> None:
+        run = coordinator(tmp_path)
+        order, _ = await asyncio.gather(run.join(agent(0)), run.join(agent(1)))
+        await save(run, tmp_path, order, 2)
+        early = Outcome(2, "finished", "ended early at step 2")
+        for rank in (0, 1):
+            await ended(run, 1, rank, [RankExit(rank, 0, None, retry=False, outcome=early)])
+        status = await run.status(0)
+        assert (status.ended, status.step, status.cause) == ("finished", 2, "ended early at step 2")
+
+    asyncio.run(play())
+
+
 def test_reaching_the_end_without_a_committed_checkpoint_is_a_failure(tmp_path: Path) -> None:
     async def play() -> None:
         run = coordinator(tmp_path, **{"cluster.nodes": 1})

@@ -172,7 +172,8 @@ def test_greedy_tokens_are_those_of_transformers(
                 for context in contexts
             ]
         assert ours == out
-        assert len({token for row in ours for token in row}) > 10
+        # Of random models those with biases say least.
+        assert len({token for row in ours for token in row}) > 5
 
 
 @pytest.mark.parametrize("temperature", [0.3, 1.0, 2.5])

@@ -81,6 +81,8 @@ class Run(NamedTuple):
     evaluations: list[list[dict[str, float]]]  # [rank][evaluation]
     states: list[list[tuple[str, tuple[int, ...], tuple[int, ...], torch.Tensor, bool]]]  # [rank][chunk]
     rows: list[torch.Tensor]  # [rank], each all rows' log-probabilities after the last step
+    # [rank], the scores of the questions' choices, and what the evaluation made of them.
+    asked: list[tuple[torch.Tensor, dict[str, float]] | None]
 
     @property
     def losses(self) -> list[float]:
@@ -119,10 +121,11 @@ def run(
     load_from: Path | None = None,
     stop: tuple[int, int] | None = None,
     data: Mapping[str, torch.Tensor] | None = None,
+    questions: str | None = None,
 ) -> Run:
     """All ranks of `config` take the steps; stop: the (rank, step) that asks to stop. memory_bytes: of each rank.
 
-    data: instead of `samples()`.
+    data: instead of `samples()`. questions: a file of them, for an evaluation at the end.
     """
     folder.mkdir()
     torch.save(dict(data or samples()), folder / "batches.pt")
@@ -134,6 +137,7 @@ def run(
         "last_step": last_step,
         "load_from": None if load_from is None else str(load_from),
         "stop": stop,
+        "questions": questions,
     }
     (folder / "scenario.json").write_text(json.dumps(scenario))
     assert forker.stdin is not None and forker.stdout is not None
@@ -141,7 +145,9 @@ def run(
     forker.stdin.flush()
     assert forker.stdout.readline() == "0\n", (folder / "stderr").read_text()[-6000:]
     ranks = [torch.load(folder / f"rank-{rank}.pt") for rank in range(World.of(config).size)]
-    return Run(folder, *([rank[key] for rank in ranks] for key in ("results", "evaluations", "state", "rows")))
+    return Run(
+        folder, *([rank.get(key) for rank in ranks] for key in ("results", "evaluations", "state", "rows", "asked"))
+    )
 
 
 class Reference(NamedTuple):

@@ -65,7 +65,9 @@ def test_what_was_seen_goes_on_from_a_checkpoint_and_the_same_evaluation_counts_
 
 
 def problems(**changes: Any) -> list[str]:
-    return check(parse_config(job_text({name.replace("__", "."): value for name, value in changes.items()})))
+    task = changes.pop("task", "pretraining")
+    job = f"task: {task}\n" + job_text({name.replace("__", "."): value for name, value in changes.items()})
+    return check(parse_config(job))
 
 
 QUESTIONS, SET = ["/x/arc.jsonl"], ["s3://bucket/books"]
@@ -97,6 +99,10 @@ QUESTIONS, SET = ["/x/arc.jsonl"], ["s3://bucket/books"]
         ),
         ({"evaluate__tasks": ["/x/arc.jsonl", "/y/arc.jsonl"]}, r"tasks\[1\]: metrics know it as 'arc', and evaluate"),
         ({"evaluate__tasks": ["/x/a b.jsonl"]}, r"evaluate.tasks\[0\]: metrics know it as 'a b', the last part"),
+        *(
+            ({"task": task, "evaluate__sets": SET}, f"evaluate.sets is given with task {task}, which judges pairs of")
+            for task in ("dpo", "orpo")
+        ),
         ({"evaluate__sets": ["/x/arc"], "evaluate__tasks": QUESTIONS}, "metrics know it as 'arc', and evaluate.sets"),
     ],
 )

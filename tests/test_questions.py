@@ -24,7 +24,9 @@ from raynium.generation import choices
 from raynium.generation.choices import evaluate_questions
 from raynium.generation.sampler import open_sampler
 from raynium.models.decoder import Decoder
+from raynium.run.record import claim
 from raynium.storage.store import Store
+from raynium.tracking.runs import open_run
 
 QUESTIONS: list[dict[str, Any]] = [
     {"context": "def main(", "choices": ["arguments", "return", "arguments): return 1"], "answer": 0},
@@ -180,3 +182,22 @@ def test_a_run_is_evaluated_by_command_and_in_python(
     assert ended.code == 1 and "/elsewhere/arc.jsonl cannot be read" in ended.err
     with pytest.raises(ConfigError, match="two of the files are named made-up, and so would their metrics be: rename"):
         find_run("first", tmp_path / "runs").evaluate(file, file)
+
+
+def test_an_evaluation_by_command_goes_into_the_runs_page_if_it_is_to(
+    store: Store, file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = partial(run_command, monkeypatch=monkeypatch, capsys=capsys)
+    words = ("evaluate", "first", "--task", str(file), "--root", str(tmp_path / "runs"))
+    keeper = claim(store, "first", {"run": {"root": "runs"}, "train": {"steps": 4}})
+    without: Ended = run(*words, "--track")
+    assert without.code == 2 and "run 'first' has no MLflow page yet: evaluate it without tracking, or" in without.err
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    page = open_run(uri, experiment="raynium", run_name="first", run_id=None, params={}, tags={})
+    keeper.update(mlflow_uri=uri, mlflow_run_id=page.run_id, mlflow_experiment_id=page.experiment_id)
+    found = find_run("first", tmp_path / "runs")
+    assert run(*words).code == 0 and found.metrics("eval/made-up/acc") == []
+    assert run(*words, "--track").code == 0
+    for metric, value in found.evaluate(file).items():
+        [point] = found.metrics(metric)
+        assert (point.step, point.value) == (4, value)

@@ -14,7 +14,9 @@ from raynium.config.schema import Config
 from raynium.errors import ClusterLost, ConfigError, RunFailed, RunInUse, StoreError, TrackingError
 from raynium.launch import driver as driver_module
 from raynium.launch import run as run_module
+from raynium.launch.preparation import finished_record
 from raynium.launch.run import run
+from raynium.run.past import Past
 from raynium.run.protocol import Status
 from raynium.run.record import Owner, RunRecord, read_record
 from raynium.storage.store import Store
@@ -102,6 +104,22 @@ def test_a_finished_run_is_written_down_and_not_run_again(
     with pytest.raises(ConfigError, match=r"run\.seed is 1, but the checkpoint was trained with 0"):
         run(config.model_copy(update={"run": config.run.model_copy(update={"seed": 1})}), address=None)
     assert record_of(config) == record
+
+
+def test_a_run_that_ended_early_says_why_and_is_over(config: Config, train: Callable[..., list[str | None]]) -> None:
+    why = "ended early at step 4: eval/loss has not improved in 2 evaluations; its best was 2 at step 2"
+    config = config.model_copy(update={"evaluate": config.evaluate.model_copy(update={"patience": 2})})
+    train(replace(ended("finished", 4), cause=why))
+    record = run(config, address=None)
+    assert (record.state, record.step, record.cause, mlflow_status(record)) == ("finished", 4, why, "FINISHED")
+    assert record.mlflow_uri is not None and record.mlflow_run_id is not None
+    with mlflow_client(record.mlflow_uri, timeout_seconds=10) as client:
+        note = client.get_run(record.mlflow_run_id).data.tags["mlflow.note.content"]
+    assert note.startswith("**finished** at step 4 of 6") and "has not improved in 2 evaluations" in note
+    train(RunFailed("it was run again"))
+    assert run(config, address=None) == record
+    more = config.model_copy(update={"evaluate": config.evaluate.model_copy(update={"patience": 3})})
+    assert finished_record(config, Past.read(config)) == record and finished_record(more, Past.read(more)) is None
 
 
 def test_a_stopped_run_has_no_result(config: Config, train: Callable[..., list[str | None]]) -> None:

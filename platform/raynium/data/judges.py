@@ -34,11 +34,10 @@ def keep_judges(config: Config, store: Store, tokenizer: Tokenizer) -> None:
         store.replace(_key(place), content)
     for place in config.evaluate.sets:
         manifest = find_manifest(place)
-        if manifest is None or manifest.tokenizer_sha256 not in tokenizer.sha256s or not manifest.heldout.documents:
+        if manifest is None or manifest.tokenizer_sha256 not in tokenizer.sha256s:
             raise DataError(
-                f"evaluate.sets names {place!r}, which "
-                + ("holds no document out" if manifest and not manifest.heldout.documents else "has another tokenizer")
-                + ": build it from that text with the run's tokenizer and --heldout-fraction 0.99"
+                f"evaluate.sets names {place!r}, which has another tokenizer: build it from that text with the run's "
+                "tokenizer and --heldout-fraction 0.99"
             )
 
 
