@@ -20,6 +20,7 @@ BENCHMARKS = {
     ("bench_packed_attention.py",): 4,
     ("bench_lora.py",): 6,
     ("bench_sft.py",): 6,
+    ("bench_sampling.py",): 6,
     ("bench_streaming.py",): 10,
     ("bench_tokenising.py",): 12,
     ("bench_tracking.py",): 5,
