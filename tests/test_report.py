@@ -13,7 +13,7 @@ import pytest
 from raynium.health.faults import Fault
 from raynium.run.protocol import NodeFault
 from raynium.run.record import Owner, RunRecord, this_process
-from raynium.terminal.report import exit_code, goodput_line, report_lines, table_row, ui_lines
+from raynium.terminal.report import exit_code, goodput_line, record_json, report_lines, table_row, ui_lines
 from raynium.tracking.ledger import Ledger
 
 pytestmark = pytest.mark.quick
@@ -44,6 +44,17 @@ def free_ports(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 TRACKED = {"mlflow_uri": "sqlite:////data/my runs/mlflow.db", "mlflow_run_id": "m1", "mlflow_experiment_id": "1"}
+
+
+def test_a_run_says_its_task_what_it_begins_with_and_its_adapter() -> None:
+    tuned = CONFIG | {"task": "sft", "model": {"init": "/models/qwen"}, "adapter": {"rank": 8}}
+    assert report_lines(record(config=tuned, state="stopped"))[1] == (
+        "task: sft, begins with /models/qwen, adapter of rank 8"
+    )
+    said = record_json(record(config=tuned), 0.0)
+    assert (said["task"], said["base"], said["adapter_rank"]) == ("sft", "/models/qwen", 8)
+    plain = CONFIG | {"task": "pretraining", "model": {"init": None}, "adapter": {"rank": None}}
+    assert report_lines(record(config=plain, state="stopped")) == report_lines(record(state="stopped"))
 
 
 def test_a_finished_run_ends_with_its_words_its_numbers_and_its_page(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,6 +27,8 @@ def report_lines(record: RunRecord) -> list[str]:
     now = time.time()
     state = record.shown_state(now)
     lines = [f"run {record.name}: {state} at step {record.step:,} of {_total(record)}"]
+    if tuned := _tuned(record.config):
+        lines.append(tuned)
     if cause := record.shown_cause(now):
         lines.append(f"cause: {cause}")
     lines += [f"generation {each['generation']}: {each['text']}" for each in record.node_faults or ()]
@@ -38,6 +40,24 @@ def report_lines(record: RunRecord) -> list[str]:
     if state in ("stopped", "interrupted", "failed"):
         lines.append("start it again to go on from its newest checkpoint")
     return lines
+
+
+def _tuned(config: dict[str, Any]) -> str:
+    """What a run learns that is no plain pretraining: `task: sft, begins with /models/qwen, adapter of rank 8`."""
+    said = _what_it_learns(config)
+    parts = [f"task: {said['task']}"] if said["task"] != "pretraining" else []
+    parts += [f"begins with {said['base']}"] if said["base"] is not None else []
+    parts += [f"adapter of rank {said['adapter_rank']}"] if said["adapter_rank"] is not None else []
+    return ", ".join(parts)
+
+
+def _what_it_learns(config: dict[str, Any]) -> dict[str, Any]:
+    """task, base (model.init) and adapter_rank, as a run's config has them; a run of an older release lacks some."""
+    return {
+        "task": config.get("task", "pretraining"),
+        "base": config.get("model", {}).get("init"),
+        "adapter_rank": (config.get("adapter") or {}).get("rank"),
+    }
 
 
 def _total(record: RunRecord) -> str:
@@ -126,6 +146,7 @@ def record_json(record: RunRecord, now_unix: float) -> dict[str, Any]:
         "name": record.name,
         "state": record.shown_state(now_unix),
         "cause": record.shown_cause(now_unix),
+        **_what_it_learns(record.config),
         "step": record.step,
         "steps": record.config["train"]["steps"],
         "generation": record.generation,
