@@ -375,6 +375,29 @@ def test_data_show_marks_what_is_learned(tmp_path):
     ]
 
 
+def test_a_store_of_another_template_or_other_turns_is_refused_by_the_field_that_differs(tmp_path):
+    store = chats_store(tmp_path)
+    data = {"path": str(store.path), "source": str(tmp_path / "chats.jsonl"), "packing": "documents"}
+    data |= {"records": "chats", "heldout_fraction": 0.2}
+    for changed, told in [
+        (
+            {"chat_template": "chatml", "train_on": "last"},
+            r"built with data\.train_on = 'all', the config says 'last'; set",
+        ),
+        (
+            {"chat_template": str(write_template(tmp_path))},
+            r"data\.chat_template = 'a template with the sha256 \w{12}…', the config says 'a template with the sha256",
+        ),
+    ]:
+        with pytest.raises(DataError, match=told):
+            check_data(DataSection.model_validate(data | changed), model_vocab_size=400, tell=print)
+
+
+def write_template(folder: Path) -> Path:
+    (folder / "template.jinja").write_text("{{ messages[-1].content }}", encoding="utf-8")
+    return folder / "template.jinja"
+
+
 @pytest.mark.ray
 def test_the_command_builds_a_store_of_chats(tmp_path):
     from raynium.launch.data.build import build_data

@@ -1,5 +1,7 @@
 """Whether the store that is there is the one that is asked for."""
 
+from typing import Any
+
 from raynium.data.manifest import Recipe, StoreManifest
 from raynium.data.records.registry import Records
 from raynium.data.records.template import CHATML, CHATML_TOKENS
@@ -15,10 +17,22 @@ def refuse_other_recipe(manifest: StoreManifest, asked: Recipe, *, where: str) -
             name, values = field, [built_with, asked_for[field]]
             if field == "sources":
                 name, values = "source", [each[0] if len(each) == 1 else each for each in values]
+            elif field == "records" and None not in values:
+                name, values = _records_apart(*values)
             raise DataError(
                 f"document store {where} was built with data.{name} = {values[0]!r}, the config says "
                 f"{values[1]!r}; set it back, give another data.path, or delete the folder to build it anew"
             )
+
+
+def _records_apart(built_with: dict[str, Any], asked_for: dict[str, Any]) -> tuple[str, list[Any]]:
+    """The first field of the config in which two recipes of records differ, and its values."""
+    names = {"format": "records", "template_sha256": "chat_template"}
+    field = next(name for name in built_with if built_with[name] != asked_for[name])
+    values = [built_with[field], asked_for[field]]
+    if field == "template_sha256":
+        values = [None if value is None else f"a template with the sha256 {value[:12]}…" for value in values]
+    return names.get(field, field), values
 
 
 def refuse_other_tokenizer(
