@@ -21,7 +21,7 @@ from raynium.checkpoint.catalog import choose_checkpoint
 from raynium.cli.app import app
 from raynium.convert.export import export_checkpoint
 from raynium.convert.import_folder import import_folder
-from raynium.data.records.template import CHATML, OWN_NAME, ChatTemplate
+from raynium.data.records.template import CHATML, OWN_NAME, TOOLS_FILE, ChatTemplate
 from raynium.data.store import TOKENIZER_NAME
 from raynium.data.tokenizer import SPLIT_PATTERN, Tokenizer
 from raynium.errors import CheckpointError, CheckpointMismatch
@@ -338,6 +338,21 @@ def test_templates_of_several_names_go_out_with_their_names(
     assert json.loads((tmp_path / "out/generation_config.json").read_text())["eos_token_id"] == before
     store.replace(OWN_NAME, ChatTemplate({"default": "{{ raise_exception('no') }}"}, {}).to_json())
     assert open_sampler(store.url).texts.ends == before
+
+
+def test_a_template_for_tools_is_kept_and_goes_out_as_it_came(
+    transformers: Any, published: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = published("Qwen 3")
+    (folder / "additional_chat_templates").mkdir()
+    (folder / TOOLS_FILE).write_text("{{ tools }}")
+    store = Store(tmp_path / "runs/imported")
+    export_checkpoint(import_folder(folder, store).ref, tmp_path / "out")
+    templates = transformers.AutoTokenizer.from_pretrained(folder).chat_template
+    assert templates.keys() == {"default", "tool_use"}
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == templates
+    own = open_sampler(store.url).texts.chat_template
+    assert own is not None and own.templates == templates
 
 
 @pytest.mark.parametrize("ids", [True, -1, VOCAB_SIZE, 1.0, "2", [2, True], [[2]], {"id": 2}])

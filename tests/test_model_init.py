@@ -36,8 +36,9 @@ from raynium.convert.beginning import adopt_weights
 from raynium.convert.config_json import saved_model
 from raynium.convert.export import export_checkpoint
 from raynium.data.build.store_build import build_store
+from raynium.data.records.template import OWN_NAME, ChatTemplate
 from raynium.data.store import TOKENIZER_NAME, open_store
-from raynium.data.tokenizer import Tokenizer
+from raynium.data.tokenizer import Tokenizer, beside
 from raynium.engines.native import build_native_engine
 from raynium.errors import CheckpointDamaged, CheckpointError, CheckpointMismatch, ConfigError, StoreError
 from raynium.generation.drawing import Drawing
@@ -293,6 +294,22 @@ def test_another_runs_checkpoint_is_kept_for_the_runs_that_begin_with_it(
     first.delete("tokenizer.json")
     with pytest.raises(CheckpointError, match=r"runs/first has no tokenizer\.json, as a run keeps one: give another"):
         find(str(tmp_path / "runs/first"))
+
+
+def test_a_run_that_goes_on_finds_the_chat_template_of_the_run_that_it_began_with(
+    save_run: Callable[..., Store], tmp_path: Path
+) -> None:
+    first, tuned = save_run(Decoder(config_of("llama").model), config_of("llama")), Store(tmp_path / "runs/tuned")
+    first.replace(OWN_NAME, ChatTemplate({"default": "{{ eos_token }}"}, {"eos_token": "</s>"}).to_json())
+    templates, places = [], []
+    for _ in ("as it begins", "as it goes on"):
+        config = config_at(tmp_path, f"data.source={tmp_path}", model__init=str(tmp_path / "runs/first"))
+        assert config.data.tokenizer is not None
+        templates.append(ChatTemplate.load(beside(config.data.tokenizer)[0], config.data.tokenizer))
+        places.append(config.data.tokenizer)
+        adopt_weights(config, tuned, None, print)
+    assert templates[0] is not None and templates[0] == templates[1]
+    assert "/runs/first/" in places[0] and "/runs/tuned/" in places[1]
 
 
 def test_weights_that_changed_since_are_not_used(folder: Path, tmp_path: Path) -> None:

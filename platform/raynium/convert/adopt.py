@@ -24,6 +24,7 @@ from raynium.convert.folder import Folder
 from raynium.convert.merged import saved_adapter
 from raynium.convert.parameters import check_shapes, parameter_shapes
 from raynium.convert.weights import base_of_folder, find_weights
+from raynium.data.records.template import OWN_NAME
 from raynium.data.tokenizer import TOKENIZER_NAME
 from raynium.errors import CheckpointError, CheckpointMismatch, ConfigError
 from raynium.models.names import hugging_face_names
@@ -162,9 +163,12 @@ def extended_tokenizer(config: Config, cache: Path) -> str:
 
 def text_files(text: RunText) -> dict[str, bytes]:
     """A tokenizer's folder, for whoever looks beside tokenizer.json for a chat template or the end of a document."""
-    return {name: content.encode() for name, content in text.described.files.items()} | {
-        TOKENIZER_NAME: text.tokenizer.file_text.encode()
-    }
+    own = {} if text.rendered_by is None else {OWN_NAME: text.rendered_by.to_json()}
+    return (
+        {name: content.encode() for name, content in text.described.files.items()}
+        | own
+        | {TOKENIZER_NAME: text.tokenizer.file_text.encode()}
+    )
 
 
 def _alone(model: ModelSection) -> ModelSection:

@@ -22,7 +22,7 @@ from raynium.config.plain_file import plain_size
 from raynium.config.schema import ModelSection
 from raynium.convert.config_json import Dtype, config_from_model, model_from_config
 from raynium.convert.folder import Folder
-from raynium.data.records.template import ChatTemplate, TemplateRefusal
+from raynium.data.records.template import TOOLS_FILE, ChatTemplate, TemplateRefusal
 from raynium.data.tokenizer import TOKENIZER_NAME, Tokenizer, reader
 from raynium.errors import CheckpointError, CheckpointMismatch, ConfigError
 from raynium.storage.store import Store
@@ -49,6 +49,7 @@ class Described:
         there = folder.names()
         kept = (_CONFIG, _GENERATION, _TOKENIZER, _SPECIAL_TOKENS, "added_tokens.json", _CHAT_TEMPLATE)
         found = [file for file in kept if file == _CONFIG or file in there]
+        found += [TOOLS_FILE] if folder.store.exists(TOOLS_FILE) else []
         for file in found:
             fields = folder.json(file) if file.endswith(".json") else {}
             for name in _CHECKED_IDS if file in (_CONFIG, _GENERATION) else ():
@@ -178,6 +179,7 @@ class RunText:
         theirs = self._template_that_came
         if self.rendered_by is not None and (theirs is None or theirs.templates != self.rendered_by.templates):
             templates = self.rendered_by.templates
+            texts.pop(TOOLS_FILE, None)
             made[_TOKENIZER].pop("chat_template", None)
             if [*templates] == ["default"]:
                 texts[_CHAT_TEMPLATE] = templates["default"]

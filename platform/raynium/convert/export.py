@@ -77,6 +77,7 @@ def export_checkpoint(
     with written_folder(target, num_bytes=weights.num_bytes) as temporary:
         weights.write(temporary)
         for name, content in text.files(dtype).items():
+            (temporary / name).parent.mkdir(exist_ok=True)
             write_durably(temporary / name, content)
     logger.info("exported step %d to %s: %d bytes", ref.step, target, weights.num_bytes)
     return Exported(target, ref.step, len(weights.entries), weights.num_bytes, tuple(weights.files))

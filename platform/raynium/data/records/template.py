@@ -29,6 +29,7 @@ JINJA_NAME = "chat_template.jinja"
 CONFIG_NAME = "tokenizer_config.json"
 # What a folder may have a second template for.
 TOOLS_NAME = "tool_use"
+TOOLS_FILE = f"additional_chat_templates/{TOOLS_NAME}.jinja"
 TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 # Names under which a message's thinking is passed; templates read the first.
@@ -95,7 +96,7 @@ class ChatTemplate:
             templates = {each["name"]: each["template"] for each in listed}
         if (jinja := read(JINJA_NAME)) is not None:
             templates = {"default": jinja.decode()}
-            if (second := read(f"additional_chat_templates/{TOOLS_NAME}.jinja")) is not None:
+            if (second := read(TOOLS_FILE)) is not None:
                 templates[TOOLS_NAME] = second.decode()
         if not templates:
             return None
