@@ -1,27 +1,42 @@
 """Runs that train an adapter of published weights, from a job file to a checkpoint and back."""
 
+import os
 import re
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from conversions import same_tensors, weights_in
-from test_model_init import folder, job, torchrun, trained  # noqa: F401  (folder: a fixture)
+from test_agent import Played
+from test_model_init import config_at, folder, job, torchrun, trained  # noqa: F401  (folder: a fixture)
 from tiny import loader_of
+from waiting import wait_for
 
+from raynium.accelerators.cpu import CpuAccelerator
+from raynium.checkpoint.base import ADAPTER_NAME, base_of
 from raynium.checkpoint.catalog import latest, open_checkpoint
 from raynium.checkpoint.load import read_tensors
 from raynium.checkpoint.ref import CheckpointRef
 from raynium.cli.app import app
+from raynium.config.world import World
+from raynium.convert.beginning import adopt_weights
 from raynium.convert.export import export_checkpoint
 from raynium.convert.merged import merged_weights
+from raynium.convert.peft_folder import export_adapter
 from raynium.data.store import open_store
+from raynium.engines.native import build_native_engine
 from raynium.errors import CheckpointMismatch
 from raynium.generation.sampler import open_sampler
+from raynium.rank.snapshots import Snapshots
 from raynium.sdk import find_run
 from raynium.storage.store import Store
+from raynium.tasks.pretraining import Pretraining
+from raynium.train.link import MemoryLink
+from raynium.train.patience import Patience
 
 pytestmark = pytest.mark.usefixtures("folder")
 
@@ -81,12 +96,69 @@ def test_a_stopped_run_goes_on_bit_equal_on_its_base(tmp_path: Path) -> None:
     trained(path, *ADAPTER, "run.name=whole", "engine.dtype=bfloat16", ranks=2)
     # The rate is constant: the first half of the run is that of a shorter one.
     trained(path, *ADAPTER, "train.steps=2", "engine.dtype=bfloat16", ranks=2)
-    shutil.copytree(tmp_path / "runs/tuned", tmp_path / "runs/alone")
     assert sorted(trained(path, *ADAPTER, "engine.dtype=bfloat16", ranks=2)) == [3, 4]
     whole, halves = (
         read_tensors(open_checkpoint(Store(tmp_path / f"runs/{name}"), 4), "") for name in ("whole", "tuned")
     )
     assert whole.keys() == halves.keys() and all(torch.equal(whole[name], halves[name]) for name in whole)
+
+
+def test_a_killed_rank_changes_no_bit_and_one_rank_goes_on_with_what_two_have_trained(tmp_path: Path) -> None:
+    """With dropout: which inputs are left out follows from the sample, at any world size."""
+
+    def played(name: str, *overrides: str, hold_uploads: bool = False) -> Played:
+        every = ("train.steps=12", "checkpoint.every_steps=4", "adapter.dropout=0.2", "cluster.ranks_per_node=2")
+        config = config_at(tmp_path, *ADAPTER, *every, f"run.name={name}", *overrides)
+        store = Store(tmp_path / "runs" / name)
+        newest = latest(store)
+        saved: Any = None if newest is None else newest.manifest.state["config"]
+        run = Played(adopt_weights(config, store, saved, print), tmp_path / "runs" / name, tmp_path / "data")
+        if hold_uploads:
+            run.hold_uploads()
+        run.thread.start()
+        return run
+
+    whole = played("whole")
+    assert whole.finish().ended == "finished"
+    reference = whole.losses()
+    assert reference[12] < reference[1]
+
+    killed = played("killed", "train.steps=8", hold_uploads=True)
+    wait_for(lambda: any(len(held.ranks) == 2 for held in killed.agent._saving.images.held()))
+    os.kill(killed.agent.rank_pids()[1], signal.SIGKILL)
+    wait_for(lambda: killed.status().generation == 2)
+    killed.let_uploads_go()
+    assert killed.finish().ended == "finished"
+    assert sorted(killed.losses()) == list(range(1, 9))
+    for step, losses in killed.losses().items():
+        assert set(losses) == set(reference[step]), f"step {step}"
+    states = [read_tensors(open_checkpoint(Store(tmp_path / f"runs/{name}"), 8), "") for name in ("whole", "killed")]
+    assert same_tensors(*states) and all("lora_" in name or name.startswith("rng/") for name in states[0])
+
+    alone = played("killed", "cluster.ranks_per_node=1")
+    assert alone.finish().ended == "finished"
+    assert sorted(alone.losses()) == list(range(9, 13))
+    for step, losses in alone.losses().items():
+        assert losses == pytest.approx(reference[step], rel=1e-5), f"step {step}"
+
+
+def test_a_rank_that_does_not_find_the_base_or_the_adapter_says_who_must_see_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained(job(tmp_path), *ADAPTER, "train.steps=1")
+    export_adapter(last(tmp_path), tmp_path / "adapter")
+    store = Store(tmp_path / "runs/second")
+    config = config_at(tmp_path, *ADAPTER, "run.name=second", f"adapter.init={tmp_path}/adapter")
+    config = adopt_weights(config, store, None, print)
+    engine = build_native_engine(config, World.of(config), CpuAccelerator(), Pretraining(), base="loaded")
+    monkeypatch.setattr(dist, "get_rank", lambda: 0)
+    snapshots = Snapshots(engine, MemoryLink(), tmp_path, if_busy="wait", patience=Patience())
+    for name in ("hugging-face", "adapter"):
+        shutil.move(tmp_path / name, tmp_path / f"{name}, away")
+    with pytest.raises(CheckpointMismatch, match=r"the weights at model\.init = .* as long as the run trains:"):
+        snapshots.read_frozen(base_of(store))
+    with pytest.raises(CheckpointMismatch, match=r"must see the weights at adapter\.init = .*unchanged, until "):
+        snapshots.begin_with_adapter(base_of(store, name=ADAPTER_NAME))
 
 
 def test_without_its_base_or_with_another_an_adapter_goes_no_further(tmp_path: Path) -> None:
