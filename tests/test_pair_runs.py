@@ -10,8 +10,9 @@ import yaml
 from test_pairs import sums
 from test_standalone import losses, torchrun
 
-from raynium.checkpoint.catalog import latest
+from raynium.checkpoint.catalog import choose_checkpoint, latest
 from raynium.checkpoint.compare import compare
+from raynium.convert.peft_folder import export_adapter
 from raynium.storage.store import Store
 
 STEPS = 6
@@ -132,5 +133,41 @@ def test_orpo_learns_without_a_reference_and_goes_on_to_the_bit(job: Path, whole
 def test_another_runs_weights_have_a_reference_of_their_own(job: Path, whole: str) -> None:
     before = references(job)
     log = torchrun(job, "run.name=next", f"model.init={job.parent}/runs/whole", ranks=1)
+    assert metrics(log, 1)["train/loss"] == pytest.approx(0.693147, abs=1e-6)
+    assert len(references(job).keys() - before.keys()) == 2
+
+
+def test_an_adapters_reference_is_the_base_it_begins_as(job: Path, whole: str) -> None:
+    """B is 0 at first: it has the reference of its base, so the pass of another run on that base serves it."""
+    base = f"model.init={job.parent}/runs/whole"
+    torchrun(job, "run.name=all-learns", "train.steps=1", base, ranks=1)
+    before = references(job)
+    tuned = (base, "adapter.rank=4", "adapter.dropout=0.1", "optimizer.learning_rate=0.01")
+    log = torchrun(job, "run.name=tuned", *tuned, ranks=1)
+    assert references(job) == before
+    first, last = metrics(log, 1), metrics(log, STEPS)
+    assert first["train/loss"] == pytest.approx(0.693147, abs=1e-6)
+    assert first["rewards/chosen"] == first["rewards/rejected"] == first["rewards/margins"] == 0
+    assert last["train/loss"] < 0.69 and last["rewards/margins"] > 0 and last["eval/rewards_margins"] > 0
+
+    # One that goes on without it computes it of the base again, and not of what the adapter has learned.
+    torchrun(job, "run.name=tuned-halves", "train.steps=3", *tuned, ranks=1)
+    contents = {path: path.read_bytes() for path in before}
+    for path in before:
+        path.unlink()
+    torchrun(job, "run.name=tuned-halves", *tuned, ranks=1)
+    found = references(job)
+    assert {path: path.read_bytes() for path in found} == {path: contents[path] for path in found}
+    assert len(found) == 2 and same_bits(job, "tuned", "tuned-halves")
+
+
+def test_an_adapter_that_was_begun_with_has_a_reference_of_its_own(job: Path, whole: str) -> None:
+    tuned = (f"model.init={job.parent}/runs/whole", "adapter.rank=4", "optimizer.learning_rate=0.01")
+    torchrun(job, "run.name=first-adapter", "train.steps=3", *tuned, ranks=1)
+    export_adapter(choose_checkpoint(Store(job.parent / "runs/first-adapter")), job.parent / "adapter")
+    before = references(job)
+    log = torchrun(
+        job, "run.name=second-adapter", "train.steps=1", *tuned, f"adapter.init={job.parent}/adapter", ranks=1
+    )
     assert metrics(log, 1)["train/loss"] == pytest.approx(0.693147, abs=1e-6)
     assert len(references(job).keys() - before.keys()) == 2
