@@ -190,6 +190,13 @@ def test_what_our_adapters_do_not_do_is_refused(exported: tuple[Config, Path]) -
     ]
 
 
+def test_targets_that_are_a_pattern_are_refused(exported: tuple[Config, Path]) -> None:
+    config, folder = exported
+    rewritten(folder, target_modules=".*_proj")
+    with pytest.raises(ConfigError, match=r"adapter\.targets are q_proj, up_proj, and .* has '\.\*_proj': set"):
+        check_adapter(begins(config, folder))
+
+
 def test_an_adapter_of_another_model_is_refused_by_the_tensors(exported: tuple[Config, Path]) -> None:
     config, folder = exported
     wider = config_of("llama", hidden_size=64).model_copy(update={"adapter": config.adapter})

@@ -60,7 +60,7 @@ class Completions:
 
 
 def text_of(record: Mapping[str, Any], name: str) -> str:
-    """Raises RecordError for what is no text, or an empty one."""
+    """Raises RecordError for what is no text."""
     value = record[name]
     if not isinstance(value, str):
         raise RecordError(f"{name} is {type(value).__name__}, not a text")
