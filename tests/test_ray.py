@@ -23,6 +23,8 @@ import pytest
 import yaml
 from neuron_twin import RECORD_VARIABLE, write_site
 from sessions import kill_started
+from test_pairs import sums
+from test_records import chat, write_lines
 from test_standalone import torchrun
 from tiny import build_documents, job_text
 from waiting import wait_for
@@ -478,3 +480,41 @@ def test_a_job_begins_with_published_weights_that_its_ranks_read(
     assert "begins with" in run.logs()
     # The driver leaves them where they are.
     assert not list(Path(run.url.removeprefix("file://")).glob("*.safetensors"))
+
+
+def fine_tuning(cluster: Cluster, task: str, records: list[dict[str, Any]], **data: Any) -> Path:
+    """The job file of two steps on these records, whose store and tokenizer the driver makes."""
+    fields = yaml.safe_load(
+        job_text(CHANGES | {"train.steps": 2, "train.micro_batch_size": 2, "data.path": None}, root=cluster.folder)
+    )
+    source = write_lines(cluster.folder / f"{task}.jsonl", records)
+    fields["data"] = {"source": str(source), "seq_len": 64, "chat_template": "chatml"} | data
+    fields["run"]["name"] = fields["task"] = task
+    del fields["sample"]
+    path = cluster.folder / f"{task}.yaml"
+    path.write_text(yaml.safe_dump(fields))
+    return path
+
+
+def test_a_job_by_the_sdk_learns_from_chats_and_the_run_can_be_talked_to(cluster: Cluster, tmp_path: Path) -> None:
+    job_file = fine_tuning(cluster, "sft", [chat(number, 2) for number in range(80)], packing="documents")
+    run = cluster.client().submit(job_file)
+    record = run.wait(timeout_seconds=300)
+    assert (record.state, record.step, record.config["task"]) == ("finished", 2, "sft")
+    assert [point.step for point in run.metrics("eval/perplexity")] == [2] and set(losses(run)) == {1, 2}
+    answer = run.chat(system="Be brief.").say("what is 3 and 4?")
+    assert isinstance(next(answer), str)
+    questions = write_lines(tmp_path / "asked.jsonl", [{"context": "it is", "choices": ["3", "four"], "answer": 0}])
+    assert run.evaluate(questions).keys() == {"eval/asked/acc", "eval/asked/acc_norm"}
+
+
+def test_a_job_by_the_command_learns_preferences(cluster: Cluster) -> None:
+    job_file = fine_tuning(cluster, "dpo", [sums(number) for number in range(80)])
+    command = [str(Path(sys.executable).parent / "raynium"), "submit", str(job_file), "--address", cluster.address]
+    done = subprocess.run([*command, "--wait"], capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stdout + done.stderr
+    run = find_run("dpo", str(cluster.folder))
+    # The first policy is its own reference.
+    assert losses(run)[1] == [pytest.approx(0.693147, abs=1e-5)]
+    assert [point.step for point in run.metrics("rewards/margins")] == [1, 2]
+    assert list((cluster.folder / "data").rglob("reference/*/*.bin"))
