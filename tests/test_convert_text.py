@@ -19,12 +19,14 @@ from typer.testing import CliRunner
 
 from raynium.checkpoint.catalog import choose_checkpoint
 from raynium.cli.app import app
+from raynium.config.load import load_config
+from raynium.convert.adopt import check_weights, describe
 from raynium.convert.export import export_checkpoint
 from raynium.convert.import_folder import import_folder
 from raynium.data.records.template import CHATML, OWN_NAME, TOOLS_FILE, ChatTemplate
 from raynium.data.store import TOKENIZER_NAME
 from raynium.data.tokenizer import SPLIT_PATTERN, Tokenizer
-from raynium.errors import CheckpointError, CheckpointMismatch
+from raynium.errors import CheckpointError, CheckpointMismatch, ConfigError
 from raynium.generation.drawing import Drawing
 from raynium.generation.sampler import open_sampler
 from raynium.models.decoder import Decoder
@@ -353,6 +355,28 @@ def test_a_template_for_tools_is_kept_and_goes_out_as_it_came(
     assert transformers.AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == templates
     own = open_sampler(store.url).texts.chat_template
     assert own is not None and own.templates == templates
+
+
+def test_a_run_with_another_tokenizer_than_that_of_its_weights_is_refused_before_data_is_built(
+    published: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder, other, same = published("Qwen 3"), tmp_path / "other.json", tmp_path / "same.json"
+    other.write_text(Tokenizer.train(["quite another text"], vocab_size=270).file_text)
+    same.write_text((folder / TOKENIZER_NAME).read_text())
+    (tmp_path / "job.yaml").write_text(
+        f"run: {{name: tuned, root: {tmp_path}/runs}}\nmodel: {{init: {folder}}}\n"
+        f"data: {{source: {tmp_path}, seq_len: 16}}\ntrain: {{steps: 1, global_batch_size: 1}}\n"
+    )
+
+    def checked(*overrides: str) -> None:
+        check_weights(load_config(tmp_path / "job.yaml", overrides, describe=describe))
+
+    with pytest.raises(
+        ConfigError, match=r"data\.tokenizer is '.*other\.json', another than that of the weights at mod"
+    ):
+        checked(f"data.tokenizer={other}")
+    checked(f"data.tokenizer={same}", "data.end_of_document=<|endoftext|>")
+    checked()
 
 
 @pytest.mark.parametrize("ids", [True, -1, VOCAB_SIZE, 1.0, "2", [2, True], [[2]], {"id": 2}])

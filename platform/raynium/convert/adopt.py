@@ -25,7 +25,7 @@ from raynium.convert.merged import saved_adapter
 from raynium.convert.parameters import check_shapes, parameter_shapes
 from raynium.convert.weights import base_of_folder, find_weights
 from raynium.data.records.template import OWN_NAME
-from raynium.data.tokenizer import TOKENIZER_NAME
+from raynium.data.tokenizer import TOKENIZER_NAME, Tokenizer
 from raynium.errors import CheckpointError, CheckpointMismatch, ConfigError
 from raynium.models.names import hugging_face_names
 from raynium.storage.backend import KeyMissing
@@ -115,8 +115,19 @@ def check_weights(config: Config) -> Found:
     """What the config begins with, if it fits. ConfigError naming what does not; and as `find`. Writes nothing."""
     assert config.model.init is not None
     found = find(config.model.init, end_of_document=config.data.end_of_document)
-    of_weights = with_tokens(found.text, config.model.add_tokens).model.model_dump(mode="json")
-    if problems := [*contradictions(config.model.model_dump(mode="json"), of_weights, init=config.model.init)]:
+    text = with_tokens(found.text, config.model.add_tokens)
+    of_weights = text.model.model_dump(mode="json")
+    problems = [*contradictions(config.model.model_dump(mode="json"), of_weights, init=config.model.init)]
+    given = config.data.tokenizer
+    # That of the weights is read with the added tokens.
+    if given is not None and given != found.tokenizer.removeprefix("file://"):
+        own = Tokenizer.load(given, end_of_document=config.data.end_of_document)
+        if text.tokenizer.sha256 not in own.sha256s:
+            problems.append(
+                f"data.tokenizer is {given!r}, another than that of the weights at model.init = {config.model.init!r}: "
+                "token ids would mean other text. Leave it out"
+            )
+    if problems:
         raise ConfigError(problems)
     return found
 
