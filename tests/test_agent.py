@@ -427,7 +427,8 @@ def test_a_rank_that_cannot_start_is_quoted_and_not_tried_again(play: Callable[.
     status = run.finish()
     assert (status.ended, status.generation) == ("failed", 1)
     assert "DataError" in (status.cause or "") and "is no document store" in (status.cause or "")
-    assert any("Traceback" in each.text for each in status.events)
+    quoted = [each.text for each in status.events if "rank 1 |" in each.text or "rank 0 |" in each.text]
+    assert any("return run(RankPlan.from_json(plan_json), link)" in text for text in quoted)
 
 
 def test_damaged_data_ends_the_run_with_the_cause_before_it_is_trained_on(

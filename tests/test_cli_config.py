@@ -25,7 +25,9 @@ def raynium(
 
 
 def test_config_prints_the_reference_of_a_field_a_section_or_all(raynium: Callable[..., Ended]) -> None:
-    assert raynium("config", "train.steps").out.startswith("train.steps (required): a whole number of at least 1, in s")
+    assert raynium("config", "train.steps").out.startswith(
+        "train.steps (default null): a whole number of at least 1, or null, in s"
+    )
     assert "train.micro_batch_size (default 1)" in raynium("config", "train").out
     assert "sample.temperature (default 0.8)" in raynium("config").out
     assert raynium("config", "--markdown").out == reference_markdown()
@@ -115,7 +117,7 @@ def complete(*words: str, cwd: Path) -> list[str]:
         (["raynium", "preflight", "quickstart", "engine.kind=n"], ["engine.kind=native", "engine.kind=nxd"]),
         # As bash splits it
         (["raynium", "submit", "quickstart", "run.name", "=", "a", "engine.kind", "=", "na"], ["native"]),
-        (["raynium", "submit", "quickstart", "model.preset", "=", "qw"], ["qwen3-8b"]),
+        (["raynium", "submit", "quickstart", "model.preset", "=", "qw"], ["qwen3-8b", "qwen3-8b-sft"]),
         (["raynium", "submit", "quickstart", "engine.kind", "="], ["native", "nxd"]),
         (["raynium", "config", "model.rope_s"], [f"model.rope_scaling{end}" for end in ("", *(
             f".{name}" for name in ("factor", "low_freq_factor", "high_freq_factor", "original_max_seq_len")))]),

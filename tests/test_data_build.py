@@ -417,7 +417,9 @@ def test_a_mistake_in_the_command_is_said_before_anything_starts(source: Path, t
     for fraction, rule in ((0.0, "greater than 0"), (1.0, "less than 1"), (float("nan"), "less than 1")):
         with pytest.raises(ConfigError, match=f"heldout_fraction = {fraction}: Input should be {rule}"):
             ask(heldout_fraction=fraction)
-    with pytest.raises(DataError, match=r"tokenizer '.*/source/tokenizer\.json' cannot be read"):
+    with pytest.raises(
+        DataError, match=r"tokenizer '.*/source' cannot be read: it is a folder without a tokenizer\.json"
+    ):
         ask(tokenizer=str(source))
     with pytest.raises(ConfigError, match=r"the source '.*' holds the store, '.*/source/runs/data/web'"):
         ask(root=str(source / "runs"))

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from fractions import Fraction
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -289,7 +290,7 @@ def test_the_samples_of_a_step_are_the_same_at_every_world_size(
             BlockShuffle(97, seed=store, block_rows=8, lanes=4) if blocks else RowShuffle(97, seed=store)
             for store in range(len(stages[0].weights))
         ]
-        rows: list[Any] = [None] * len(shuffles)
+        rows: list[Any] = [SimpleNamespace(rows_per_sample=1)] * len(shuffles)
         order = Order(shuffles, Mixture(stages))
         return Loader(rows, order, global_batch_size=batch, data_rank=data_rank, data_size=size)
 

@@ -219,7 +219,7 @@ def test_problems_of_a_mixture_are_told_at_once(root: Path) -> None:
 def test_what_came_of_each_store_is_a_function_of_the_step() -> None:
     config = parse_config(job_text(CHANGES))
     order = Order([RowShuffle(rows, seed=0) for rows in (10, 20, 5)], mixture_of(config.data, 4))
-    assert metrics_of_stores(config, order.counts(6 * 8), num_rows=[10, 20, 5], num_labels=[320, 640, 160]) == {
+    assert metrics_of_stores(config, order.counts(6 * 4), num_rows=[10, 20, 5], num_labels=[320, 640, 160]) == {
         "data/web/tokens": 6 * 32.0,
         "data/web/epochs": 0.6,
         "data/code/tokens": 7 * 32.0,

@@ -232,10 +232,10 @@ def test_the_commands_and_the_sdk_read_it_too(folder: Path, tmp_path: Path, monk
     assert f"model.init: {folder}" in shown and "model.num_layers: 3" in shown
     assert f"data.tokenizer: {folder}/tokenizer.json" in shown
     of_folder = config_of(MODEL).model.model_copy(update={"init": str(folder)})
-    assert sdk._loaded("mine.yaml", {}).model == of_folder
+    assert sdk.client._loaded("mine.yaml", {}).model == of_folder
     fields = {"run": {"name": "x"}, "model": {"init": folder}, "data": {"path": "/data"}}
     fields |= {"train": {"steps": 1, "global_batch_size": 1}}
-    assert sdk._loaded(fields, {}).model == of_folder
+    assert sdk.client._loaded(fields, {}).model == of_folder
 
 
 def test_what_contradicts_the_weights_is_refused_with_both_values(folder: Path, tmp_path: Path) -> None:

@@ -224,4 +224,4 @@ def test_a_browser_shows_the_verdict_in_the_training_view_and_the_charts_of_lear
     lines = look(page.replace("?", "/model-metrics?"), until=words).splitlines()
     areas = {name.rpartition("/")[0] for name in METRICS}
     shown_areas = [line.removeprefix("vitals/") for line in lines if line.removeprefix("vitals/") in areas]
-    assert shown_areas[:3] == ["eval", "throughput", "train"] and {*shown_areas} == areas
+    assert shown_areas[:4] == ["eval", "rewards", "throughput", "train"] and {*shown_areas} == areas

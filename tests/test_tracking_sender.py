@@ -93,7 +93,7 @@ def test_what_is_learned_and_its_speed_are_what_mlflow_charts_first(store: str, 
     with mlflow_client(store, timeout_seconds=10) as client:
         names = client.get_run(run_id).data.metrics
     first = {name for name in names if not name.startswith("vitals/")}
-    assert {name.partition("/")[0] for name in first} == {"eval", "throughput", "train"}
+    assert {name.partition("/")[0] for name in first} == {"eval", "rewards", "throughput", "train"}
     assert max(first) < min(names.keys() - first), "its charts are sorted"
     assert "vitals/goodput/ratio" in names and {name.removeprefix("vitals/") for name in names} == METRICS.keys()
     assert metric_names(store, run_id) == sorted(METRICS), "nobody else knows these longer names"

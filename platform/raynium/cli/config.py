@@ -82,7 +82,7 @@ def presets() -> None:
     from raynium.config.load import preset_names, preset_path
 
     for name in preset_names():
-        typer.echo(f"{name:12}{preset_path(name).read_text(encoding='utf-8').partition(chr(10))[0].lstrip('# ')}")
+        typer.echo(f"{name:16}{preset_path(name).read_text(encoding='utf-8').partition(chr(10))[0].lstrip('# ')}")
 
 
 def init(

@@ -122,7 +122,8 @@ class Tokenizer:
             read, name = beside(path)
             content = read(name)
             if content is None:
-                raise DataError(f"{described_as} cannot be read: there is no such file; give that of a tokenizer.json")
+                missing = f"it is a folder without a {name}" if name != Path(path).name else "there is no such file"
+                raise DataError(f"{described_as} cannot be read: {missing}; give the path of a tokenizer.json")
             return cls._of(content.decode(), read, described_as, end_of_document)
         except (OSError, UnicodeDecodeError, StoreError) as error:
             raise DataError(f"{described_as} cannot be read: {error}; give the path of a tokenizer.json") from error

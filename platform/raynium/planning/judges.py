@@ -10,12 +10,14 @@ def judged_by(config: Config) -> Iterator[str]:
     """Names under eval/, and checkpoint.best_metric, which must be one that the run's evaluations report."""
     names: dict[str, str] = {}
     for field, name in names_of(config):
-        if not STORE_NAME.fullmatch(name):
+        # The stores of a mixture have a rule of their own.
+        named_here = not field.startswith("data.")
+        if named_here and not STORE_NAME.fullmatch(name):
             yield (
                 f"{field}: metrics know it as {name!r}, the last part of its place, which must be 1 to 64 of letters, "
                 "digits, '.', '_' and '-'; rename it"
             )
-        elif name in names:
+        elif named_here and name in names:
             yield f"{field}: metrics know it as {name!r}, and {names[name]} as the same; rename one of them"
         names.setdefault(name, field)
     if config.evaluate.sets and config.task in ("dpo", "orpo"):
