@@ -15,6 +15,7 @@ all of this true.
 import os
 import re
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -168,30 +169,9 @@ def peft(transformers: Any) -> Any:
 @pytest.fixture(scope="session")
 def transformers_model(transformers: Any) -> Callable[..., Any]:
     """transformers_model(model, **more) -> transformers' own model of a ModelSection, its weights drawn by it."""
+    import peer_models
 
-    def make(model: Any, **more: Any) -> Any:
-        rope: dict[str, Any] = {"rope_type": "default", "rope_theta": model.rope_theta}
-        if (scaling := model.rope_scaling) is not None:
-            rope |= {"rope_type": "llama3"} | scaling.model_dump(exclude={"original_max_seq_len"})
-            rope["original_max_position_embeddings"] = scaling.original_max_seq_len
-        model_class = getattr(transformers, model.traits.class_name)
-        config = model_class.config_class(
-            vocab_size=model.vocab_size,
-            hidden_size=model.hidden_size,
-            intermediate_size=model.ffn_size,
-            num_hidden_layers=model.num_layers,
-            num_attention_heads=model.num_heads,
-            num_key_value_heads=model.num_kv_heads,
-            head_dim=model.head_dim,
-            max_position_embeddings=model.max_seq_len,
-            rms_norm_eps=model.norm_eps,
-            rope_parameters=rope,
-            tie_word_embeddings=model.embeddings == "tied",
-            **{**model.traits.own_fields, **more},
-        )
-        return model_class(config)
-
-    return make
+    return partial(peer_models.transformers_model, transformers)
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from peer_models import gradients_of_the_first_step, trainer_arguments
 from torch import Tensor
 
 from raynium.accelerators.cpu import CpuAccelerator
@@ -97,43 +98,24 @@ def their_run(
         theirs = transformers.PreTrainedTokenizerFast(
             tokenizer_file=str(tmp_path / "tokenizer.json"), eos_token=END, pad_token=END
         )
-        gradients: dict[str, Tensor] = {}
-
-        class Look(transformers.TrainerCallback):
-            def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-                if state.global_step == 0:
-                    gradients.update({name: p.grad.clone() for name, p in model.named_parameters()})
-
+        gradients, look = gradients_of_the_first_step(transformers, model)
         datasets = import_module("datasets")
         orpo = import_module("trl.experimental.orpo") if task == "orpo" else None
         configs, trainers = (orpo.ORPOConfig, orpo.ORPOTrainer) if orpo is not None else (trl.DPOConfig, trl.DPOTrainer)
-        optimizer = made.optimizer
         trainer = trainers(
             model=model,
             args=configs(
                 output_dir=str(tmp_path / "out"),
                 per_device_train_batch_size=PAIRS,
-                max_steps=STEPS,
                 max_length=SEQ_LEN,
-                learning_rate=optimizer.learning_rate,
-                lr_scheduler_type="constant",
-                adam_beta1=optimizer.betas[0],
-                adam_beta2=optimizer.betas[1],
-                adam_epsilon=optimizer.eps,
-                weight_decay=optimizer.weight_decay,
-                max_grad_norm=optimizer.clip_norm,
-                bf16=False,
-                use_cpu=True,
                 activation_checkpointing=False,
                 logging_steps=1,
-                save_strategy="no",
-                report_to="none",
-                disable_tqdm=True,
+                **trainer_arguments(made),
                 **settings,
             ),
             train_dataset=datasets.Dataset.from_list(records()),
             processing_class=theirs,
-            callbacks=[Look()],
+            callbacks=[look],
         )
         seen: list[tuple[dict[str, Tensor], float]] = []
         compute = trainer.compute_loss

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from peer_models import gradients_of_the_first_step, trainer_arguments
 from test_trl_preferences import STEPS, TheirRun, TheirStep, check_run, config
 from torch import Tensor
 
@@ -60,40 +61,21 @@ def test_sft_trains_as_trl_does_on_the_tokens_and_labels_that_our_records_have(
         tokenizer_file=str(tmp_path / "tokenizer.json"), eos_token=END, pad_token=END
     )
     theirs.chat_template = CHATML
-    gradients: dict[str, Tensor] = {}
-
-    class Look(transformers.TrainerCallback):
-        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if state.global_step == 0:
-                gradients.update({name: p.grad.clone() for name, p in model.named_parameters()})
-
-    optimizer = made.optimizer
+    gradients, look = gradients_of_the_first_step(transformers, model)
     trainer = trl.SFTTrainer(
         model=model,
         args=trl.SFTConfig(
             output_dir=str(tmp_path / "out"),
             per_device_train_batch_size=CHATS,
-            max_steps=STEPS,
             max_length=SEQ_LEN,
             assistant_only_loss=True,
-            learning_rate=optimizer.learning_rate,
-            lr_scheduler_type="constant",
-            adam_beta1=optimizer.betas[0],
-            adam_beta2=optimizer.betas[1],
-            adam_epsilon=optimizer.eps,
-            weight_decay=optimizer.weight_decay,
-            max_grad_norm=optimizer.clip_norm,
-            bf16=False,
-            use_cpu=True,
             gradient_checkpointing=False,
             logging_steps=1,
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
+            **trainer_arguments(made),
         ),
         train_dataset=import_module("datasets").Dataset.from_list(records()),
         processing_class=theirs,
-        callbacks=[Look()],
+        callbacks=[look],
     )
     seen: list[tuple[dict[str, Tensor], float]] = []
     compute = trainer.compute_loss

@@ -7,7 +7,6 @@ of resident memory over what the process had before it built its model. Passes i
 PEFT's, in the median of turns, and our peak is at most PEFT's.
 """
 
-import multiprocessing
 import statistics
 import sys
 import time
@@ -20,12 +19,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from benchmark import heading, parser, verdict
+from turns import by_turns, in_processes
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from peer_models import transformers_model
 from peft_twin import first_weights, peft_model
 
 from raynium.accelerators.cpu import CpuAccelerator
-from raynium.config.schema import Config
+from raynium.config.schema import Config, ModelSection
 from raynium.config.world import World
 from raynium.data.batch import Batch
 from raynium.engines.base import Votes
@@ -68,25 +69,10 @@ def ours(config: Config) -> Callable[[int], float]:
 
 def theirs(config: Config) -> Callable[[int], float]:
     import peft
-    from transformers import LlamaConfig, LlamaForCausalLM
+    import transformers
 
-    def model_of(model: Any) -> Any:
-        return LlamaForCausalLM(
-            LlamaConfig(
-                vocab_size=model.vocab_size,
-                hidden_size=model.hidden_size,
-                intermediate_size=model.ffn_size,
-                num_hidden_layers=model.num_layers,
-                num_attention_heads=model.num_heads,
-                num_key_value_heads=model.num_kv_heads,
-                head_dim=model.head_dim,
-                max_position_embeddings=model.max_seq_len,
-                rms_norm_eps=model.norm_eps,
-                rope_parameters={"rope_type": "default", "rope_theta": model.rope_theta},
-                tie_word_embeddings=False,
-                use_cache=False,
-            )
-        )
+    def model_of(model: ModelSection) -> Any:
+        return transformers_model(transformers, model, use_cache=False)
 
     model = peft_model(peft, model_of, config, first_weights(config)).train()
     learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -145,31 +131,14 @@ def main() -> int:
     arguments = options.parse_args()
     turns, steps = (1, 1) if arguments.tiny else (arguments.turns, arguments.steps)
     heading()
-    spawn, connections, processes = multiprocessing.get_context("spawn"), {}, []
-    try:
-        for name in LOOPS:
-            connections[name], there = spawn.Pipe()
-            process = spawn.Process(target=run, args=(name, arguments.tiny, steps, there), daemon=True)
-            process.start()
-            processes.append(process)
-            there.close()
-        seconds: dict[str, list[float]] = {name: [] for name in LOOPS}
-        losses: dict[str, float] = {}
-        # The first turn warms up.
-        for turn in range(turns + 1):
-            for name, connection in connections.items():
-                connection.send("go")
-                taken, losses[name] = connection.recv()
-                if turn > 0:
-                    seconds[name].append(taken / steps)
+    with in_processes(run, LOOPS, arguments.tiny, steps) as connections:
+        answers = by_turns(connections, turns)
         memory = {}
         for name, connection in connections.items():
             connection.send("memory")
             memory[name] = connection.recv()
-    finally:
-        for process in processes:
-            process.kill()
-            process.join()
+    seconds = {name: [taken / steps for taken, _ in of_loop] for name, of_loop in answers.items()}
+    losses = {name: of_loop[-1][1] for name, of_loop in answers.items()}
     ratio = statistics.median(mine / peer for mine, peer in zip(seconds["ours"], seconds["PEFT"], strict=True))
     print("| loop | step, s | peak memory, MB | last loss |")
     print("|---|---|---|---|")

@@ -9,11 +9,15 @@ equal. Passes if ours draws at least as many tokens a second in every row.
 import statistics
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from benchmark import heading, parser, verdict
-from transformers import LlamaConfig, LlamaForCausalLM
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from peer_models import transformers_model
 
 from raynium.config.schema import ModelSection
 from raynium.generation.continuation import Continuation
@@ -32,28 +36,11 @@ TINY |= {"head_dim": 8, "ffn_size": 32, "max_seq_len": 64}
 DRAWN = {"temperature": 0.8, "top_p": 0.9}
 
 
-def models(sizes: dict[str, Any]) -> tuple[Decoder, LlamaForCausalLM]:
+def models(sizes: dict[str, Any]) -> tuple[Decoder, Any]:
     """Ours and theirs, with the very same tensors."""
     section = ModelSection(**sizes, embeddings="tied")
     torch.manual_seed(0)
-    theirs = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=section.vocab_size,
-            hidden_size=section.hidden_size,
-            intermediate_size=section.ffn_size,
-            num_hidden_layers=section.num_layers,
-            num_attention_heads=section.num_heads,
-            num_key_value_heads=section.num_kv_heads,
-            head_dim=section.head_dim,
-            max_position_embeddings=section.max_seq_len,
-            rms_norm_eps=section.norm_eps,
-            rope_parameters={"rope_type": "default", "rope_theta": section.rope_theta},
-            tie_word_embeddings=True,
-            pad_token_id=0,
-            eos_token_id=None,
-            bos_token_id=None,
-        )
-    ).eval()
+    theirs = transformers_model(transformers, section, pad_token_id=0, eos_token_id=None, bos_token_id=None).eval()
     with torch.no_grad():
         for parameter in theirs.parameters():
             if parameter.ndim == 2:
@@ -71,7 +58,7 @@ def our_tokens(model: Decoder, prompts: list[list[int]], count: int, drawing: Dr
     return [list(row) for row in zip(*(continuation.draw() for _ in range(count)), strict=True)]
 
 
-def their_tokens(model: LlamaForCausalLM, prompts: list[list[int]], count: int, drawing: Drawing) -> list[list[int]]:
+def their_tokens(model: Any, prompts: list[list[int]], count: int, drawing: Drawing) -> list[list[int]]:
     ids = torch.tensor(prompts)
     asked: dict[str, Any] = {"max_new_tokens": count, "attention_mask": torch.ones_like(ids), "use_cache": True}
     if drawing.temperature == 0:

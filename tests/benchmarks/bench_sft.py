@@ -7,7 +7,6 @@ within a chat. A step is everything between two batches: forward, backward, clip
 most as long, in the median of turns.
 """
 
-import multiprocessing
 import statistics
 import sys
 import tempfile
@@ -16,10 +15,15 @@ import warnings
 from collections.abc import Callable
 from importlib import import_module
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import torch
 from benchmark import heading, parser, verdict
+from turns import by_turns, in_processes
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from peer_models import trainer_arguments, transformers_model
 
 from raynium.accelerators.cpu import CpuAccelerator
 from raynium.config.schema import Config
@@ -85,22 +89,7 @@ def theirs(config: Config, look: "Look") -> None:
     # Its classes are loaded when they are asked for, which a checker of types does not see.
     trl: Any = import_module("trl")
 
-    model = config.model
-    built = transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(
-            vocab_size=model.vocab_size,
-            hidden_size=model.hidden_size,
-            intermediate_size=model.ffn_size,
-            num_hidden_layers=model.num_layers,
-            num_attention_heads=model.num_heads,
-            num_key_value_heads=model.num_kv_heads,
-            head_dim=model.head_dim,
-            max_position_embeddings=model.max_seq_len,
-            rms_norm_eps=model.norm_eps,
-            tie_word_embeddings=False,
-            use_cache=False,
-        )
-    )
+    built = transformers_model(transformers, config.model, use_cache=False)
 
     class Steps(transformers.TrainerCallback):
         def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -125,19 +114,11 @@ def theirs(config: Config, look: "Look") -> None:
             args=trl.SFTConfig(
                 output_dir=folder,
                 per_device_train_batch_size=ROWS,
-                max_steps=MOST_STEPS,
                 max_length=None,
-                learning_rate=1e-3,
-                lr_scheduler_type="constant",
-                weight_decay=0.0,
-                bf16=False,
-                use_cpu=True,
                 gradient_checkpointing=False,
                 remove_unused_columns=False,
                 logging_steps=MOST_STEPS,
-                save_strategy="no",
-                report_to="none",
-                disable_tqdm=True,
+                **trainer_arguments(config),
                 dataset_kwargs={"skip_prepare_dataset": True},
             ),
             train_dataset=datasets.Dataset.from_list(rows),
@@ -191,26 +172,8 @@ def main() -> int:
     arguments = options.parse_args()
     turns, steps = (1, 1) if arguments.tiny else (arguments.turns, arguments.steps)
     heading()
-    spawn, connections, processes = multiprocessing.get_context("spawn"), {}, []
-    try:
-        for name in LOOPS:
-            connections[name], there = spawn.Pipe()
-            process = spawn.Process(target=run, args=(name, arguments.tiny, steps, there), daemon=True)
-            process.start()
-            processes.append(process)
-            there.close()
-        seconds: dict[str, list[float]] = {name: [] for name in LOOPS}
-        # The first turn warms up.
-        for turn in range(turns + 1):
-            for name, connection in connections.items():
-                connection.send("go")
-                taken = connection.recv()
-                if turn > 0:
-                    seconds[name].append(taken)
-    finally:
-        for process in processes:
-            process.kill()
-            process.join()
+    with in_processes(run, LOOPS, arguments.tiny, steps) as connections:
+        seconds = by_turns(connections, turns)
     ratio = statistics.median(mine / peer for mine, peer in zip(seconds["ours"], seconds["TRL"], strict=True))
     print("| loop | step, s |")
     print("|---|---|")
