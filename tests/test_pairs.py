@@ -12,6 +12,7 @@ from raynium.config.load import parse_config
 from raynium.config.schema import Config, DataSection
 from raynium.data.batch import IGNORED_LABEL
 from raynium.data.build.store_build import build_store
+from raynium.data.evaluation import dealt_out
 from raynium.data.loader import Loader, open_loader
 from raynium.data.packed_index import ensure_index
 from raynium.data.records.formats import RecordError
@@ -22,7 +23,7 @@ from raynium.data.rows import open_rows, packable
 from raynium.data.store import DocumentStore
 from raynium.errors import ConfigError, DataError
 from raynium.launch.preparation import checked
-from raynium.rank.held_out_pairs import held_out_pairs, pair_evaluation_set
+from raynium.rank.held_out_pairs import held_out_pairs
 from raynium.tasks.preferences import Orpo
 from raynium.tasks.registry import refuse_other_samples
 
@@ -349,9 +350,7 @@ def test_held_out_pairs_are_whole_and_dealt_out_alike_at_every_world_size(store:
     columns["reference"] = np.arange(len(texts), dtype=np.float32)
     rows = []
     for size in (1, 2):
-        sets = [
-            pair_evaluation_set(columns, batch_size=4, data_rank=rank, data_size=size, filler=0) for rank in range(size)
-        ]
+        sets = [dealt_out(columns, filler=0, batch_size=4, data_rank=rank, data_size=size) for rank in range(size)]
         assert len({len(each.batches) for each in sets}) == 1
         batches = [each.batches[call] for call in range(len(sets[0].batches)) for each in sets]
         rows.append(np.concatenate([batch.tokens_BT.numpy() for batch in batches])[: len(texts)])

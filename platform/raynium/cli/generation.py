@@ -2,7 +2,7 @@
 
 import os
 import sys
-from contextlib import closing
+from contextlib import closing, suppress
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -133,14 +133,11 @@ def _asked() -> str | None:
 
 
 def _answer(talk: "Chat", text: str) -> None:
-    try:
-        with closing(talk.say(text)) as pieces:
-            for piece in pieces:
-                typer.echo(piece, nl=False)
-                sys.stdout.flush()
-    except KeyboardInterrupt:
-        # The chat goes on with what was said until now.
-        pass
+    # The chat goes on with what was said until Ctrl-C.
+    with suppress(KeyboardInterrupt), closing(talk.say(text)) as pieces:
+        for piece in pieces:
+            typer.echo(piece, nl=False)
+            sys.stdout.flush()
     typer.echo()
     if talk.ended == "interrupted":
         typer.echo("(interrupted)")

@@ -8,8 +8,9 @@ B: sequences per call, T: seq_len.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -45,7 +46,6 @@ def evaluation_set(
 
     The same rows for every `data_size`, dealt out differently; rows that fill up the last call count no label.
     """
-    assert 0 <= data_rank < data_size
     documents = store.heldout_documents(max_documents)
     stream = store.heldout_stream()
     end_of_document = store.manifest.end_of_document_id
@@ -59,29 +59,60 @@ def evaluation_set(
             labels = stored.astype(np.int64)
             tokens = np.concatenate([[end_of_document], labels[:-1]])
         rows += [(tokens[i : i + seq_len], labels[i : i + seq_len]) for i in range(0, len(labels), seq_len)]
-    import torch
-
-    rows_per_call = batch_size * data_size
-    num_calls = math.ceil(len(rows) / rows_per_call)
-    tokens_RT = np.full((num_calls * rows_per_call, seq_len), end_of_document, dtype=np.int64)
-    labels_RT = np.full((num_calls * rows_per_call, seq_len), IGNORED_LABEL, dtype=np.int64)
+    tokens_RT = np.full((len(rows), seq_len), end_of_document, dtype=np.int64)
+    labels_RT = np.full_like(tokens_RT, IGNORED_LABEL)
     for row, (tokens, labels) in enumerate(rows):
         tokens_RT[row, : len(tokens)] = tokens
         labels_RT[row, : len(labels)] = labels
-    # call c of rank r takes rows [(c·data_size + r)·B, +B), so that padding falls in the last call only
-    firsts = [(call * data_size + data_rank) * batch_size for call in range(num_calls)]
+    columns = {"tokens": tokens_RT, "labels": labels_RT}
     return EvaluationSet(
-        batches=[
-            Batch(
-                tokens_BT=torch.from_numpy(tokens_RT[first : first + batch_size].copy()),
-                labels_BT=torch.from_numpy(labels_RT[first : first + batch_size].copy()),
-            )
-            for first in firsts
-        ],
+        batches=dealt_out(
+            columns, filler=end_of_document, batch_size=batch_size, data_rank=data_rank, data_size=data_size
+        ).batches,
         num_documents=len(documents),
-        num_tokens=sum(int((labels != IGNORED_LABEL).sum()) for _, labels in rows),
+        num_tokens=int((labels_RT != IGNORED_LABEL).sum()),
         num_bytes=sum(document.utf8_bytes for document in documents),
     )
+
+
+class Dealt(NamedTuple):
+    """One data rank's share of rows. begins: of each batch, its first row's place among the rows of all ranks, of which
+    there are `num_places` with those that fill up the last call.
+    """
+
+    batches: list[Batch]
+    begins: list[int]
+    num_places: int
+
+
+def dealt_out(
+    columns: Mapping[str, np.ndarray], *, filler: int, batch_size: int, data_rank: int, data_size: int
+) -> Dealt:
+    """Rows as batches of [batch_size, …], as many on every rank: call c of rank r takes rows [(c·data_size + r)·B, +B),
+    so that only the last call is filled up, with rows without a label.
+
+    columns: as of a batch, each [rows, …]. filler: the token of rows that fill up.
+    """
+    import torch
+
+    assert 0 <= data_rank < data_size
+    num_rows, rows_per_call = len(columns["labels"]), batch_size * data_size
+    num_calls = -(-num_rows // rows_per_call)
+    fill = {"tokens": filler, "labels": IGNORED_LABEL}
+    whole = {
+        name: np.pad(
+            column,
+            [(0, num_calls * rows_per_call - num_rows), *[(0, 0)] * (column.ndim - 1)],
+            constant_values=fill.get(name, 0),
+        )
+        for name, column in columns.items()
+    }
+    begins = [(call * data_size + data_rank) * batch_size for call in range(num_calls)]
+    batches = [
+        Batch.of({name: torch.from_numpy(column[at : at + batch_size].copy()) for name, column in whole.items()})
+        for at in begins
+    ]
+    return Dealt(batches, begins, num_calls * rows_per_call)
 
 
 def counts_of_all(sets: Sequence[EvaluationSet]) -> EvaluationSet:

@@ -119,10 +119,9 @@ def pack_to(work: PackWork, number: int) -> tuple[int, PartFacts]:
     """A task: a part that is whole at the target once this returns. DataError, StoreError where the store fails."""
     target, name = Store(work.target), part_name(number)
     try:
-        if (facts := part_facts(target.read(name, max_bytes=_MAX_PART_BYTES))) is not None:
-            return number, facts
-    except KeyMissing:
-        pass
+        with contextlib.suppress(KeyMissing):
+            if (facts := part_facts(target.read(name, max_bytes=_MAX_PART_BYTES))) is not None:
+                return number, facts
     except StoreError as error:
         raise NotKept(str(error)) from error
     with work.opened() as stream:

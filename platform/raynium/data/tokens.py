@@ -3,6 +3,7 @@
 import os
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
@@ -116,12 +117,9 @@ class Shards:
 def mapped_file(folder: Path, file: StoredFile) -> memoryview:
     """A file of a store, not yet verified. Raises DataError unless it is there in its right size."""
     found = None
-    try:
-        with (folder / file.name).open("rb") as opened:
-            if (found := os.fstat(opened.fileno()).st_size) == file.size_bytes:
-                return mapped(opened, found)
-    except FileNotFoundError:
-        pass
+    with suppress(FileNotFoundError), (folder / file.name).open("rb") as opened:
+        if (found := os.fstat(opened.fileno()).st_size) == file.size_bytes:
+            return mapped(opened, found)
     raise DataError(
         f"document store {folder} is damaged: {file.name} ({size_in_words(found, file.size_bytes)}); "
         "delete the folder and build or copy the store again"

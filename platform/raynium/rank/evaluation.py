@@ -5,12 +5,13 @@ B: rows of a call, T: tokens of a row.
 
 from collections.abc import Callable, Mapping
 
+import numpy as np
 import torch
 
 from raynium.config.schema import Config
 from raynium.config.world import World
-from raynium.data.batch import IGNORED_LABEL, Batch
-from raynium.data.evaluation import EvaluationSet, counts_of_all
+from raynium.data.batch import IGNORED_LABEL
+from raynium.data.evaluation import EvaluationSet, counts_of_all, dealt_out
 from raynium.data.questions import Question, judged, rows_of
 from raynium.data.tokenizer import Tokenizer
 from raynium.engines.base import Engine
@@ -102,19 +103,19 @@ class QuestionRows:
         # Sequence parallelism splits a row's tokens.
         if width > config.data.seq_len or width % config.parallel.tensor:
             width = config.data.seq_len
-        num_calls = -(-len(rows) // (batch_size * data_size))
-        self._num_places = num_calls * batch_size * data_size
-        tokens_RT = torch.full((self._num_places, width), tokenizer.end_of_document_id, dtype=torch.int64)
-        labels_RT = torch.full_like(tokens_RT, IGNORED_LABEL)
+        tokens_RT = np.full((len(rows), width), tokenizer.end_of_document_id)
+        labels_RT = np.full_like(tokens_RT, IGNORED_LABEL)
         for number, row in enumerate(rows):
-            tokens, end = torch.from_numpy(row.tokens), len(row.tokens) - 1
-            tokens_RT[number, :end] = tokens[:-1]
-            labels_RT[number, end - row.num_labels : end] = tokens[-row.num_labels :]
-        self.begins = [(call * data_size + data_rank) * batch_size for call in range(num_calls)]
-        self.batches = [
-            Batch(tokens_RT[begin : begin + batch_size].clone(), labels_RT[begin : begin + batch_size].clone())
-            for begin in self.begins
-        ]
+            end = len(row.tokens) - 1
+            tokens_RT[number, :end] = row.tokens[:-1]
+            labels_RT[number, end - row.num_labels : end] = row.tokens[-row.num_labels :]
+        self.batches, self.begins, self._num_places = dealt_out(
+            {"tokens": tokens_RT, "labels": labels_RT},
+            filler=tokenizer.end_of_document_id,
+            batch_size=batch_size,
+            data_rank=data_rank,
+            data_size=data_size,
+        )
 
     def empty_scores(self) -> torch.Tensor:
         """float32, one for each row of all ranks."""

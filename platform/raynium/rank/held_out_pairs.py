@@ -1,13 +1,9 @@
-"""Held-out pairs as batches, of the columns that a task asks for. R: rows, chosen and rejected by turns."""
-
-from collections.abc import Mapping
+"""Held-out pairs as the columns that a task asks for: rows, chosen and rejected by turns."""
 
 import numpy as np
-import torch
 
 from raynium.config.schema import DataSection
-from raynium.data.batch import IGNORED_LABEL, Batch
-from raynium.data.evaluation import EvaluationSet
+from raynium.data.batch import IGNORED_LABEL
 from raynium.data.packing.pairs import ROWS_PER_PAIR, with_answer_column
 from raynium.data.records.flags import is_label, token_ids
 from raynium.data.store import OpenStore
@@ -49,31 +45,3 @@ def held_out_pairs(
         return with_answer_column(columns, learned_RT)
     columns["labels"][~learned_RT] = IGNORED_LABEL
     return columns
-
-
-def pair_evaluation_set(
-    columns: Mapping[str, np.ndarray], *, batch_size: int, data_rank: int, data_size: int, filler: int
-) -> EvaluationSet:
-    """Rows in whole pairs, dealt out as `evaluation_set` does. filler: the token of rows that fill up the last call."""
-    rows = len(columns["labels"])
-    rows_per_call = batch_size * data_size
-    num_calls = -(-rows // rows_per_call)
-    fill = {"tokens": filler, "labels": IGNORED_LABEL}
-    whole = {
-        name: np.pad(
-            column,
-            [(0, num_calls * rows_per_call - rows), *[(0, 0)] * (column.ndim - 1)],
-            constant_values=fill.get(name, 0),
-        )
-        for name, column in columns.items()
-    }
-    firsts = [(call * data_size + data_rank) * batch_size for call in range(num_calls)]
-    return EvaluationSet(
-        batches=[
-            Batch.of({name: torch.from_numpy(column[at : at + batch_size].copy()) for name, column in whole.items()})
-            for at in firsts
-        ],
-        num_documents=rows,
-        num_tokens=int((columns["labels"] != IGNORED_LABEL).sum()),
-        num_bytes=0,
-    )

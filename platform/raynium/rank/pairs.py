@@ -6,11 +6,12 @@ from typing import NamedTuple
 import numpy as np
 
 from raynium.config.schema import Config
-from raynium.data.evaluation import EvaluationSet
+from raynium.data.batch import IGNORED_LABEL
+from raynium.data.evaluation import EvaluationSet, dealt_out
 from raynium.data.rows import packed_rows
 from raynium.data.store import OpenStore
 from raynium.engines.base import Engine
-from raynium.rank.held_out_pairs import held_out_pairs, pair_evaluation_set
+from raynium.rank.held_out_pairs import held_out_pairs
 from raynium.rank.origin import Origin
 from raynium.rank.reference import ReferencePass
 from raynium.tasks.base import Task
@@ -78,13 +79,16 @@ def pair_data(
         if "nats_weight" in asked:
             # Of an evaluation both means are made of the sums.
             columns["nats_weight"] = np.zeros(len(columns["labels"]), np.float32)
-        held_out[entry.name] = pair_evaluation_set(
+        labels = columns["labels"]
+        dealt = dealt_out(
             columns,
+            filler=store.manifest.end_of_document_id,
             batch_size=batch_size,
             data_rank=engine.data_rank,
             data_size=engine.data_size,
-            filler=store.manifest.end_of_document_id,
         )
+        num_tokens = int((labels != IGNORED_LABEL).sum())
+        held_out[entry.name] = EvaluationSet(dealt.batches, len(labels), num_tokens, num_bytes=0)
     if references.computed:
         origin.restore()
     return PairData(of_train, held_out)
