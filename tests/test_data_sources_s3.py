@@ -40,8 +40,13 @@ def bucket(s3_server: Any, monkeypatch: pytest.MonkeyPatch, request: pytest.Fixt
     reading._bucket.cache_clear()
 
 
+def client() -> Any:
+    """Of this test's environment: boto3's default session keeps the credentials of whoever used it first."""
+    return boto3.Session().client("s3")
+
+
 def put(bucket: str, key: str, content: bytes) -> None:
-    boto3.client("s3").put_object(Bucket=bucket.removeprefix("s3://"), Key=key, Body=content)
+    client().put_object(Bucket=bucket.removeprefix("s3://"), Key=key, Body=content)
 
 
 def lines(first: int, number: int) -> bytes:
@@ -206,7 +211,7 @@ def test_small_objects_are_opened_ahead_of_use_and_fetched_in_one_piece(bucket: 
     items.close()
     assert 1 <= len(asked) <= reading.OPEN_AHEAD
     assert list(read_split(split)) == [Document(f"{number:02}.txt", f"text {number}") for number in range(40)]
-    boto3.client("s3").delete_object(Bucket=bucket.removeprefix("s3://"), Key="d/20.txt")
+    client().delete_object(Bucket=bucket.removeprefix("s3://"), Key="d/20.txt")
     items = read_split(split)
     assert [next(items)[1] for _ in range(20)] == [f"text {number}" for number in range(20)]
     with pytest.raises(DataError, match=r"d/20\.txt cannot be read: .* does not exist"):
@@ -355,6 +360,6 @@ def test_an_object_that_changed_or_went_since_it_was_listed_is_refused(bucket: s
     put(bucket, "a.txt", b"yx")
     with pytest.raises(DataError, match=r"a\.txt was written to after its folder was listed: let nothing write"):
         list(source.items())
-    boto3.client("s3").delete_object(Bucket=bucket.removeprefix("s3://"), Key="a.txt")
+    client().delete_object(Bucket=bucket.removeprefix("s3://"), Key="a.txt")
     with pytest.raises(DataError, match=r"a\.txt cannot be read: .* does not exist"):
         list(source.items())
