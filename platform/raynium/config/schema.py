@@ -13,12 +13,12 @@ from pydantic import Field
 from raynium.config.adapter import AdapterSection
 from raynium.config.evaluating import EvaluateSection
 from raynium.config.families import FAMILIES, Family, FamilyName
+from raynium.config.fault import FaultSection
 from raynium.config.section import (
     Accepts,
     Bytes,
     Checkpoints,
     Columns,
-    Failures,
     Features,
     Fraction,
     FractionBelowOne,
@@ -405,19 +405,6 @@ class TrackingSection(Section):
     """Of the MLflow server. null: MLFLOW_TRACKING_URI, else SQLite at `<run.root>/mlflow.db`."""
     experiment: str = "raynium"
     """MLflow's experiment that the run's page is in."""
-
-
-class FaultSection(Section):
-    """What a failure may cost before the run gives up."""
-
-    max_restarts_without_progress: Failures = 3
-    """Generations that failed with no new checkpoint between."""
-    max_node_failures_without_progress: Failures = 8
-    """Lost nodes and agents with no new checkpoint between."""
-    upload_silence_seconds: Seconds = 300.0
-    """An upload of which nothing moves for so long is given up: training goes on without it."""
-    stop_seconds: Seconds = 900.0
-    """Ranks that have not saved and ended so long after the run was asked to stop are killed."""
 
 
 class PreferenceSection(Section):

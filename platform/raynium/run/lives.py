@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from raynium.config.schema import FaultSection
+from raynium.config.fault import FaultSection
 from raynium.config.world import World
 from raynium.health.faults import Fault
 from raynium.run.board import Board

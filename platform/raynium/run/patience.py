@@ -1,6 +1,6 @@
 """When failures are too many. Pure: what is counted is what failed since the newest checkpoint."""
 
-from raynium.config.schema import FaultSection
+from raynium.config.fault import FaultSection
 
 
 class Patience:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from raynium.config.schema import FaultSection
+from raynium.config.fault import FaultSection
 from raynium.health.faults import CORES_TAKEN, Fault
 from raynium.run.patience import Patience
 from raynium.run.protocol import NodeFault, RankExit
