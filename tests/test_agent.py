@@ -217,7 +217,7 @@ def test_a_killed_rank_costs_one_generation_and_changes_no_bit(
     assert (status.ended, status.generation) == ("finished", 2)
     told = "\n".join(each.text for each in status.events)
     assert f"generation 1 failed: rank {victim}: killed by SIGKILL" in told
-    phases = ["settle", "drain", "agree", "fork", "start", "group", "build", "restore", "data", "step"]
+    phases = ["settle", "drain", "agree", "fork", "start", "group", "build", "restore", "data", "fetch", "step"]
     (recovery,) = re.findall(r"the next step was done \S+ s after the failure was seen: (.*)", told)
     assert [part.split()[0] for part in recovery.split(", ")] == phases
     reference = uninterrupted.losses()
@@ -379,7 +379,7 @@ def test_an_upload_that_hangs_stops_neither_the_ranks_nor_the_end(
 def test_a_rank_that_stands_still_is_named_on_the_terminal(
     play: Callable[..., Played], uninterrupted: Played, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("raynium.node.reports.STILL_SECONDS", 0.2)
+    monkeypatch.setattr("raynium.node.reports.POSITIONS_SECONDS", 0.2)
     monkeypatch.setattr("raynium.run.board.SILENCE_SECONDS", 0.5)
     run = play(hold_uploads=True)
     wait_for(lambda: run.status().step >= 1)
@@ -394,6 +394,32 @@ def test_a_rank_that_stands_still_is_named_on_the_terminal(
     status = run.finish()
     assert (status.ended, status.generation) == ("finished", 1)
     assert run.losses() == uninterrupted.losses()
+
+
+def test_a_stopped_rank_is_named_its_stacks_are_kept_and_the_run_goes_on_from_memory(
+    play: Callable[..., Played], uninterrupted: Played
+) -> None:
+    run = play(hold_uploads=True, **{"fault.hang_seconds": 2})
+    wait_for(lambda: run.status().step >= 4)
+    victim = run.agent.rank_pids()[1]
+    os.kill(victim, signal.SIGSTOP)
+    # The others' third save waits for the uploads, which is no hang of theirs.
+    run.let_uploads_go()
+    status = run.finish()
+    assert (status.ended, status.generation) == ("finished", 2)
+    assert status.incident is not None
+    assert re.match(
+        r"generation 1 failed: hang: rank 1 on node 0 \(127\.0\.0\.1\) is .*, stopped by a signal: nothing came from "
+        r"there for 2\.\d s \(limit 2 s, fault\.hang_seconds\); 1 other rank\(s\) wait; its process was stopped",
+        status.incident,
+    ), status.incident
+    stacks = run.tracker.artifacts["hangs/generation-00001/stacks.txt"]
+    of_rank_0, of_rank_1 = stacks.split("==== rank 1, node 0: T (stopped)")
+    assert of_rank_0.startswith("==== rank 0, node 0: S (sleeping)")
+    assert all("rank/build.py" in each and "in train" in each for each in (of_rank_0, of_rank_1)), stacks
+    assert "hangs/generation-00001/collectives.json" in run.tracker.artifacts
+    for step, losses in run.losses().items():
+        assert set(losses) == set(uninterrupted.losses()[step])
 
 
 def test_rank_0_listens_at_its_nodes_address_only_and_nobody_goes_on_when_it_is_dead(

@@ -37,7 +37,10 @@ def test_a_line_says_after_2_4_and_8_minutes_that_no_step_came_and_a_step_begins
         ({0: RankPosition(4, "save"), 1: RankPosition(4, "evaluate")}, "rank 1 is evaluating after step 4"),
         ({0: RankPosition(4, "save"), 1: RankPosition(5)}, "rank 0 is saving step 4"),
         ({0: RankPosition(4), 1: RankPosition(4, halted=True)}, "rank 1 is in step 4, stopped by a signal"),
-        ({0: RankPosition(9, "compile"), 1: RankPosition(10)}, "rank 0 is in phase 'compile'"),
+        ({0: RankPosition(9, "compile"), 1: RankPosition(10)}, "rank 0 is compiling in step 9"),
+        ({0: RankPosition(9, "fetch"), 1: RankPosition(9)}, "rank 0 is waiting for the data of step 9"),
+        ({0: RankPosition(9, still_seconds=3.0), 1: RankPosition(9, still_seconds=4.0)}, "all 2 ranks are in step 9"),
+        ({0: RankPosition(9, "dance"), 1: RankPosition(10)}, "rank 0 is in phase 'dance'"),
         (
             {rank: RankPosition(7 if rank < 6 else 8) for rank in range(8)},
             "ranks 0, 1, 2, 3 and 2 more are in step 7",

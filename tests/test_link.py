@@ -77,6 +77,7 @@ CONVERSATION = """
 link.phase("start", 0)
 link.step(7, {"train/loss": 2.5})
 link.compiled(7, graphs=2, seconds=1.5, surprises=["forward was compiled again"])
+while not link.has_free_image(): time.sleep(0.001)
 slot = link.wait_free_image()
 link.image(slot, '{"step": 7}', '{"replicas": 7}')
 link.failed(ValueError("no"), retry=True)
@@ -103,7 +104,7 @@ def test_other_ranks_report_a_step_as_a_heartbeat_without_numbers(start: Callabl
     rank = start(CONVERSATION, rank=1)
     rank.send("ImageFree", slot=0)
     messages = rank.receive_all()
-    assert messages[1] == {"kind": "Phase", "name": "step", "step": 7}
+    assert messages[1] == {"kind": "Phase", "name": "fetch", "step": 8}
     assert len(messages) == 6
 
 
@@ -122,17 +123,19 @@ def test_a_stop_arrives(start: Callable[..., Rank]) -> None:
 def test_an_image_is_written_only_once_the_agent_says_that_it_is_free(start: Callable[..., Rank]) -> None:
     rank = start(
         "for number in range(4):\n"
-        "    link.phase('waiting' if not link.has_free_image() else 'free', number)\n"
+        "    link.phase('save', number)\n"
         "    link.image(link.wait_free_image(), str(number), '')\n"
         "link.close()"
     )
-    assert rank.receive()["name"] == "waiting"
+    assert rank.receive()["name"] == "save"
     for number, slot in enumerate((0, 1, 1)):
+        assert rank.receive() == {"kind": "Phase", "name": "upload", "step": number}, "what it waits for"
         assert not rank.connection.poll(0.2)
         rank.send("ImageFree", slot=slot)
         image = rank.receive()
         assert (image["info"], image["slot"]) == (str(number), slot)
-        assert rank.receive() == {"kind": "Phase", "name": "waiting", "step": number + 1}
+        assert rank.receive() == {"kind": "Phase", "name": "save", "step": number + 1}
+    assert rank.receive()["name"] == "upload"
     rank.send("ImageFree", slot=0)
     assert rank.receive()["slot"] == 0
     assert rank.end() == (0, "")

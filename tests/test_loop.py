@@ -129,7 +129,7 @@ class Play:
 
 
 def plain(step: int) -> list[str]:
-    return [f"fetch {step}", f"step {step}"]
+    return [f"fetch {step}", f"phase step {step}", f"step {step}"]
 
 
 REPORT = "data, throughput, time, train"
@@ -171,7 +171,7 @@ def test_a_run_that_died_after_its_last_save_only_evaluates() -> None:
 def test_a_stop_saves_at_the_very_step_at_which_it_is_agreed() -> None:
     play = Play(Cadence(total_steps=9, checkpoint_every=100, evaluate_every=100), stop_at=2)
     assert play.run() == Outcome(3, "stopped")
-    assert play.journal[-6:] == [*plain(3), f"report 3: {REPORT}", *saved(3)]
+    assert play.journal[-7:] == [*plain(3), f"report 3: {REPORT}", *saved(3)]
 
 
 def test_saves_are_left_out_and_counted_while_uploads_are_behind_but_never_the_last() -> None:

@@ -20,6 +20,10 @@ USED = {
         "forkserver._forkserver._forkserver_alive_fd",
     ),
     "test_ranks.py::test_a_template_that_is_dying_is_replaced": ("forkserver._forkserver._forkserver_pid",),
+    "test_agent.py::test_a_stopped_rank_is_named_its_stacks_are_kept_and_the_run_goes_on_from_memory": (
+        "c10d._dump_fr_trace_json",
+        "torch._C._distributed_c10d",
+    ),
     "test_rank_template.py::test_a_rank_that_is_started_again_imports_nothing": ("torch._inductor.config",),
     "test_simple_fsdp.py::test_two_data_ranks_train_to_the_bits_of_fsdp2": (
         "module._parameters",

@@ -27,6 +27,9 @@ class CpuAccelerator:
 
     def environment(self, place: Place) -> dict[str, str]:
         variables = {
+            # torch, when the first process group starts: how many collectives it remembers, for a run that hangs. To
+            # write out its default of 2,000 takes two seconds.
+            "TORCH_FR_BUFFER_SIZE": "128",
             # OpenMP under torch, and our own set_device: without it each rank starts a thread per core of the machine.
             "OMP_NUM_THREADS": str(max(1, usable_cores() // place.local_world_size)),
         }

@@ -36,6 +36,9 @@ class CudaAccelerator:
             # cuBLAS, when its first handle is made: fixed workspaces, so that equal inputs give equal bits and a
             # resumed run repeats the losses of an uninterrupted one.
             "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+            # torch, when the first process group starts: how many collectives it remembers, for a run that hangs. To
+            # write out its default of 2,000 takes two seconds.
+            "TORCH_FR_BUFFER_SIZE": "128",
         }
 
     def compile_cache(self, inherited: Mapping[str, str]) -> CompileCache | None:

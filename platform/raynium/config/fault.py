@@ -14,3 +14,8 @@ class FaultSection(Section):
     """An upload of which nothing moves for so long is given up: training goes on without it."""
     stop_seconds: Seconds = 900.0
     """Ranks that have not saved and ended so long after the run was asked to stop are killed."""
+    hang_seconds: Seconds | None = None
+    """If the rank that is behind makes a step, or waits for its data, for so long, the run hangs: what every rank does
+    is kept, and all start again. null: 10 times the slowest of the last 100 steps, at least 180 s, on Neuron at least
+    660 s. A process that a signal has stopped is given as long in any phase; others have their own time: loading, the
+    first two steps and an evaluation's batch 30 minutes, a compilation 3 hours."""

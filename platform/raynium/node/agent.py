@@ -15,6 +15,7 @@ from pathlib import Path
 
 from raynium.accelerators.base import Accelerator, Place
 from raynium.accelerators.detect import look
+from raynium.accelerators.timeouts import EXECUTION_TIMEOUT_SECONDS
 from raynium.checkpoint.format.manifest import ImageInfo
 from raynium.config.schema import Config
 from raynium.errors import DataError
@@ -22,6 +23,7 @@ from raynium.health.neuron_monitor import DeviceMonitor, DeviceSample, has_devic
 from raynium.node.compile_cache import node_cache
 from raynium.node.diagnosis import KERNEL_LOG, Diagnosis, KernelLog, seconds_for_others
 from raynium.node.images import Snapshot
+from raynium.node.looking import look_at
 from raynium.node.orphans import end_orphans
 from raynium.node.ranks import RankGroup, start_template
 from raynium.node.recovery_clock import AGREE, DRAIN, FORK
@@ -31,6 +33,7 @@ from raynium.node.uploader import Uploader
 from raynium.rank.plan import RankPlan
 from raynium.rank.ports import rendezvous_socket
 from raynium.run.protocol import (
+    LOOKS_SECONDS,
     PEER_WORD_SECONDS,
     AgentInfo,
     CannotGoOn,
@@ -40,6 +43,7 @@ from raynium.run.protocol import (
     NodeEnded,
     Order,
     Said,
+    StacksTaken,
     Verdict,
 )
 from raynium.storage.own_folder import drop_folder, own_folder, shared_memory_folder
@@ -164,6 +168,7 @@ class NodeAgent:
             tracker,
             peak_flops_per_rank=lambda: self.accelerator.peak_flops(self.config.engine.dtype),
             halted=self._is_halted,
+            device_seconds=EXECUTION_TIMEOUT_SECONDS if self.accelerator.name.startswith("neuron") else 0.0,
         )
         commits = CommitLog(self.coordinator, tracker) if tracker is not None else None
         devices = self._watch_devices(reports)
@@ -266,17 +271,22 @@ class NodeAgent:
 
     def _stay_with(self, group: RankGroup, agent: AgentInfo, order: Order, reports: Reports) -> None:
         """Until all ranks have ended, or the rest must: one failed, or the coordinator says so."""
-        verdict = self._watch(group, agent, order, stop_known=False)
-        first_death: float | None = None
+        stop_known, first_death = False, None
+        verdict = self._watch(group, agent, order, stop_known=stop_known)
+        poll_seconds = min(POLL_SECONDS, reports.positions_seconds)
         while group.alive():
-            self._handle(order, reports, *group.poll(POLL_SECONDS if first_death is None else SETTLE_SECONDS))
+            self._handle(order, reports, *group.poll(poll_seconds if first_death is None else SETTLE_SECONDS))
             if verdict.done():
                 if verdict.result().kind == "over":
                     logger.info("generation %d is over: %s", order.generation, verdict.result().cause)
                     reports.recovery.failed(time.monotonic())
                     return
-                group.broadcast(Stop())
-                verdict = self._watch(group, agent, order, stop_known=True)
+                if verdict.result().kind == "stop":
+                    group.broadcast(Stop())
+                    stop_known = True
+                else:
+                    self._look(group, order, reports)
+                verdict = self._watch(group, agent, order, stop_known=stop_known)
             failed = [each for each in group.ended() if each.process.exitcode != 0]
             if failed:
                 if first_death is None:
@@ -291,9 +301,21 @@ class NodeAgent:
                 )
                 if time.monotonic() - first_death >= patience:
                     return
-            reports.check_stillness()
+            reports.tell_positions()
         if any(each.process.exitcode != 0 for each in group.ended()):
             reports.recovery.failed(time.monotonic())
+
+    def _look(self, group: RankGroup, order: Order, reports: Reports) -> None:
+        """The run hangs: what the ranks of all nodes do is kept, before the coordinator says that they are to die."""
+        reports.recovery.failed(time.monotonic())
+        looks = look_at(group, lambda messages, lines: self._handle(order, reports, messages, lines))
+        for rank, each in sorted(looks.items()):
+            logger.warning("the run hangs, and rank %d is here: %s", rank, each.stacks)
+        told = self.coordinator.tell(StacksTaken(order.generation, self.node.node_rank, looks))
+        try:
+            reports.keep_artifacts(told.result(2 * LOOKS_SECONDS).artifacts)
+        except TimeoutError:
+            logger.warning("the coordinator did not take the stacks of this node's ranks in time: they are here only")
 
     def _watch(self, group: RankGroup, agent: AgentInfo, order: Order, *, stop_known: bool) -> "Future[Verdict]":
         verdict = self.coordinator.watch(agent, order, stop_known=stop_known)

@@ -30,7 +30,7 @@ from raynium.node.scratch import sockets_parent
 from raynium.rank import entry as rank_entry
 from raynium.run.protocol import Outcome, RankExit
 from raynium.storage.own_folder import drop_folder, own_folder
-from raynium.train.link import AgentMessage, Ended, Failed, ImageFree, RankMessage, Stop, from_bytes, to_bytes
+from raynium.train.link import AgentMessage, Ended, Failed, RankMessage, from_bytes, to_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -62,12 +62,16 @@ LONGEST_LINE_BYTES = 1 << 16
 
 @dataclass
 class RankProcess:
-    """One rank as its agent sees it. connection: messages both ways (train/link.py). output: its stdout and stderr."""
+    """One rank as its agent sees it. connection: messages both ways (train/link.py). output: its stdout and stderr.
+
+    stacks: what its threads do, once it is asked (node/looking.py).
+    """
 
     rank: int
     process: ForkServerProcess
     connection: Connection
     output: Connection
+    stacks: Connection
     last_lines: deque[str] = field(default_factory=lambda: deque(maxlen=LAST_LINES))
     partial_line: bytes = b""
     outcome: Ended | None = None
@@ -224,6 +228,7 @@ class RankGroup:
         for rank, environment in environments.items():
             ours, theirs = context.Pipe(duplex=True)
             output_reader, output_writer = context.Pipe(duplex=False)
+            stacks_reader, stacks_writer = context.Pipe(duplex=False)
             process = context.Process(
                 target=rank_entry.main,
                 args=(
@@ -231,6 +236,7 @@ class RankGroup:
                     plan_json,
                     theirs,
                     output_writer,
+                    stacks_writer,
                     program,
                     rendezvous if rank == 0 else None,
                 ),
@@ -240,7 +246,8 @@ class RankGroup:
             start_process(process)
             theirs.close()
             output_writer.close()
-            self.ranks[rank] = RankProcess(rank, process, ours, output_reader)
+            stacks_writer.close()
+            self.ranks[rank] = RankProcess(rank, process, ours, output_reader, stacks_reader)
         self._bell_reader, self._bell_writer = context.Pipe(duplex=False)
         self._open: dict[Any, RankProcess] = {}
         for each in self.ranks.values():
@@ -324,6 +331,7 @@ class RankGroup:
         for each in self.ranks.values():
             each.connection.close()
             each.output.close()
+            each.stacks.close()
             each.process.close()
         self._bell_reader.close()
         self._bell_writer.close()
@@ -335,7 +343,7 @@ class RankGroup:
         except (EOFError, OSError):
             del self._open[each.connection]
             return
-        assert not isinstance(message, Stop | ImageFree), "a rank sends no messages of its agent's"
+        assert not isinstance(message, AgentMessage), "a rank sends no messages of its agent's"
         if isinstance(message, Ended):
             each.outcome = message
         elif isinstance(message, Failed):

@@ -5,13 +5,23 @@ import math
 import re
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 
 from raynium.config.schema import Config
 from raynium.errors import TrackingError
 from raynium.node.recovery_clock import RecoveryClock
-from raynium.run.protocol import Commit, Coordinator, Evaluates, News, Order, Progressed, RankPosition, RanksSeen, Said
+from raynium.run.protocol import (
+    Commit,
+    Coordinator,
+    Evaluates,
+    News,
+    Order,
+    Progressed,
+    RankPosition,
+    RanksSeen,
+    Said,
+)
 from raynium.tracking.ledger import GenerationBook, Ledger
 from raynium.tracking.tracker import Tracker
 from raynium.train.link import Compiled, Evaluating, Phase, RankMessage, Stepped
@@ -24,8 +34,9 @@ COMPILES_TOLD = 20
 REPORT_SECONDS = 0.5
 LEDGER_SECONDS = 10.0
 COMMIT_LOG_CLOSE_SECONDS = 10.0
-# Ranks that no step came from for so long are told of, and again as often.
-STILL_SECONDS = 30.0
+# Where the ranks are is told so often, and where fault.hang_seconds is short, so often within it.
+POSITIONS_SECONDS = 5.0
+POSITIONS_IN_A_LIMIT = 20
 
 
 class Reports:
@@ -39,8 +50,16 @@ class Reports:
         *,
         peak_flops_per_rank: Callable[[], float | None],
         halted: Callable[[int], bool],
+        device_seconds: float = 0.0,
     ):
-        """peak_flops_per_rank: of the config's dtype. halted: whether a rank's process is stopped by a signal."""
+        """peak_flops_per_rank: of the config's dtype. halted: whether a rank's process is stopped by a signal.
+
+        device_seconds: as in RanksSeen.
+        """
+        limit = config.fault.hang_seconds
+        # How often `tell_positions` tells something.
+        self.positions_seconds = min(POSITIONS_SECONDS, (limit or math.inf) / POSITIONS_IN_A_LIMIT)
+        self._device_seconds = device_seconds
         self._total_steps = config.train.num_steps
         self._coordinator = coordinator
         self._tracker = tracker
@@ -52,7 +71,9 @@ class Reports:
         # As the coordinator knows, unless it was started again.
         self._trained_step = 0
         self._positions: dict[int, RankPosition] = {}
-        self._moved = self._told_still = 0.0
+        # Rank → how long it has said nothing, as far as this process looked: it may have been stopped with them.
+        self._still: dict[int, float] = {}
+        self._looked = 0.0
         self._compiles_told: set[tuple[int, int, str]] = set()
         # A steady clock may begin at 0 when the machine starts.
         self._last_report = self._last_ledger = -math.inf
@@ -65,38 +86,53 @@ class Reports:
         self._order = order
         self._book = GenerationBook(trained_step=max(self._trained_step, order.ledger.step), now=now)
         self._positions = {rank: RankPosition(order.resume_step or 0, "start") for rank in ranks}
-        self._moved = self._told_still = now
+        self._still = dict.fromkeys(ranks, 0.0)
+        self._looked = now
 
     def take(self, rank: int, message: RankMessage) -> None:
         """A message of one of this node's ranks; images are somebody else's."""
+        self._still[rank] = 0.0
         match message:
             case Stepped(step, metrics):
-                self._moves(rank, RankPosition(step + 1))
+                self._positions[rank] = RankPosition(step + 1, "fetch")
                 self._book.step(step, metrics, time.monotonic())
                 self._step(step, metrics)
                 if (recovered := self.recovery.stepped(time.monotonic())) is not None:
                     self._coordinator.tell(Said(recovered))
             case Phase(name, step):
-                self._moves(rank, RankPosition(step + 1) if name == "step" else RankPosition(step, name))
+                self._positions[rank] = RankPosition(step, name)
                 if rank == 0:
                     self.recovery.begins(name, time.monotonic())
             case Evaluating(done, total):
-                self._coordinator.tell(Evaluates(done, total))
+                if rank == 0:
+                    self._coordinator.tell(Evaluates(done, total))
             case Compiled():
                 self._compiled(rank, message)
             case _:
                 pass
 
-    def check_stillness(self) -> None:
-        """Tells the coordinator where the ranks are, while no step comes."""
+    def tell_positions(self) -> None:
+        """Tells the coordinator, now and then, where the ranks are and how long they have been still."""
         now = time.monotonic()
-        if min(now - self._moved, now - self._told_still) < STILL_SECONDS or self._order is None:
+        if now - self._looked < self.positions_seconds or self._order is None:
             return
-        self._told_still = now
+        # Of a pause in which this process did not run either, which shows as one long look, no more counts than of two.
+        seconds, self._looked = min(now - self._looked, 2 * self.positions_seconds), now
+        self._still = {rank: still + seconds for rank, still in self._still.items()}
         positions = {
-            rank: RankPosition(each.step, each.phase, self._halted(rank)) for rank, each in self._positions.items()
+            rank: RankPosition(each.step, each.phase, self._halted(rank), self._still[rank])
+            for rank, each in self._positions.items()
         }
-        self._coordinator.tell(RanksSeen(self._order.generation, positions))
+        self._coordinator.tell(RanksSeen(self._order.generation, positions, self._device_seconds))
+
+    def keep_artifacts(self, artifacts: Mapping[str, str]) -> None:
+        """Path → text, into MLflow. What does not fit on a full disk is said in the log."""
+        for path, text in artifacts.items():
+            try:
+                assert self._tracker is not None, "they come to node 0"
+                self._tracker.artifact(path, text)
+            except TrackingError as error:
+                logger.warning("%s does not reach MLflow: %s", path, error)
 
     def end_generation(self) -> Ledger | None:
         """All is read that the ranks left. What rank 0's agent has booked of the generation."""
@@ -116,10 +152,6 @@ class Reports:
         if now - self._last_ledger >= LEDGER_SECONDS:
             self._last_ledger = now
             self._goodput_metrics = news.ledger.metrics()
-
-    def _moves(self, rank: int, position: RankPosition) -> None:
-        self._positions[rank] = position
-        self._moved = time.monotonic()
 
     def _step(self, step: int, metrics: dict[str, float]) -> None:
         assert self._order is not None and self._tracker is not None, "only rank 0 tells its steps"

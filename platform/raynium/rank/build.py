@@ -107,7 +107,7 @@ def run(plan: RankPlan, link: Link) -> Outcome:
     evaluation = _evaluation(plan, engine, task, documents, held_out, batch_size=of_call)
 
     # ---- train -----------------------------------------------------------------------------------------------------
-    link.phase("step", start_step)
+    link.phase("fetch", start_step + 1)
     outcome = train(
         engine=engine,
         batches=loader,

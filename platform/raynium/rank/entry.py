@@ -31,6 +31,9 @@ PR_SET_PDEATHSIG = 1
 # The template's variable that names torch.compile's backend, if its ranks will compile; see `rank/template.py`.
 COMPILE_BACKEND_VARIABLE = "RAYNIUM_TEMPLATE_COMPILE_BACKEND"
 
+# At this one a rank writes the stacks of all its threads to its agent; `node/looking.py` sends it.
+STACKS_SIGNAL = signal.SIGUSR2
+
 
 def train_plan(plan_json: str, link: "AgentLink") -> "Outcome":
     """The program of every rank; tests give others."""
@@ -45,6 +48,7 @@ def main(
     plan_json: str,
     connection: Connection,
     output: Connection,
+    stacks: Connection,
     program: "Program",
     rendezvous: socket.socket | None,
 ) -> None:
@@ -52,6 +56,7 @@ def main(
 
     environment: every variable the rank needs, set before any device library is imported.
     connection: to the node agent, messages of `train/link.py`. output: becomes this process's stdout and stderr.
+    stacks: what its threads do is written there at STACKS_SIGNAL.
     rendezvous: where it is to listen, if it is rank 0.
     """
     os.environ.update(environment)
@@ -63,6 +68,9 @@ def main(
     # A kill loses no line, and a crash in native code leaves Python's stack among the last lines.
     sys.stdout.reconfigure(line_buffering=True)  # pyright: ignore[reportAttributeAccessIssue]
     faulthandler.enable()
+    # Whoever does not read must not stop a rank.
+    os.set_blocking(stacks.fileno(), False)
+    faulthandler.register(STACKS_SIGNAL, file=stacks.fileno(), all_threads=True)
     die_with_the_agent()
     # A group of its own: a compiler that this rank starts ends with it, and Ctrl-C in a terminal is for the agent
     os.setpgid(0, 0)
@@ -70,10 +78,11 @@ def main(
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s", force=True)
 
     from raynium.errors import CheckpointMismatch, ConfigError, DataError, SnapshotMemoryShort
+    from raynium.rank.collectives import collectives
     from raynium.train.guard import BadStep
     from raynium.train.link import AgentLink
 
-    link = AgentLink(connection, reports_steps=environment["RANK"] == "0")
+    link = AgentLink(connection, reports_steps=environment["RANK"] == "0", collectives=collectives)
     try:
         outcome = program(plan_json, link)
     except Exception as error:

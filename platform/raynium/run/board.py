@@ -87,7 +87,8 @@ def _who_is_behind(positions: Mapping[int, RankPosition]) -> str:
     if not positions:
         return "no rank has said where it is"
     last = min(positions.values(), key=lambda each: (*each.progress, not each.halted))
-    behind = [rank for rank, each in sorted(positions.items()) if each == last]
+    place = (*last.progress, last.halted)
+    behind = [rank for rank, each in sorted(positions.items()) if (*each.progress, each.halted) == place]
     if len(behind) == len(positions) > 1:
         return f"all {len(behind)} ranks are {last}"
     names = ", ".join(map(str, behind[:4])) + (f" and {len(behind) - 4} more" if len(behind) > 4 else "")

@@ -17,8 +17,9 @@ from raynium.config.world import World
 from raynium.errors import CheckpointError, ConfigError, StoreError
 from raynium.run import protocol
 from raynium.run.board import Board
+from raynium.run.hangs import artifacts_of
 from raynium.run.last_save import pause_before_next_try
-from raynium.run.lives import Lives
+from raynium.run.lives import Generation, Lives
 from raynium.run.protocol import AgentInfo, GoHome, Order, Status, Verdict
 from raynium.run.recovery import Recovery
 from raynium.run.roster import Roster
@@ -87,11 +88,16 @@ class RunCoordinator:
             if not self._saves.caught_up:
                 self._in_task(self._catch_up())
             await self._wait(
-                lambda: current.state == "over" or lives.ended is not None or (lives.stop_requested and not stop_known)
+                lambda: (
+                    current.state == "over"
+                    or lives.ended is not None
+                    or (lives.stop_requested and not stop_known)
+                    or current.wants_look(agent.node_rank)
+                )
             )
-            if current.state == "running" and lives.ended is None:
-                return Verdict("stop")
-            return Verdict("over", current.cause)
+            if current.state == "over" or lives.ended is not None:
+                return Verdict("over", current.cause)
+            return Verdict("look" if current.wants_look(agent.node_rank) else "stop")
 
     async def exited(self, agent: AgentInfo, order: Order, ended: protocol.NodeEnded) -> None:
         """One rank that should not have ended takes the generation down."""
@@ -128,7 +134,7 @@ class RunCoordinator:
             return saves.unsent() or None
 
     async def tell(self, event: protocol.AgentEvent) -> protocol.News:
-        now, device_metrics = time.monotonic(), dict[str, float]()
+        now, device_metrics, artifacts = time.monotonic(), dict[str, float](), dict[str, str]()
         match event:
             case protocol.Said(text):
                 self._board.tell(text)
@@ -138,12 +144,17 @@ class RunCoordinator:
                 newest = self._lives.newest
                 if newest is not None and newest.order.generation_id == generation_id:
                     self._recovery.stepped()
+                    self._lives.stepped(metrics.get("time/step_seconds"))
                     self._board.report(step, metrics, now=now)
             case protocol.Evaluates(done, total):
                 self._board.evaluates(done, total, now=now)
             case protocol.RanksSeen(generation, positions):
                 if generation == self._lives.number:
                     self._board.positions(positions)
+                    if (hung := self._lives.seen(event)) is not None:
+                        self._in_task(self._end_hang(hung))
+            case protocol.StacksTaken():
+                artifacts = await self._looked(event)
             case protocol.ShardSaved():
                 if (whole := self._saves.shard_saved(event)) is not None:
                     await self._commit(whole)
@@ -154,7 +165,7 @@ class RunCoordinator:
             case protocol.CannotGoOn(cause):
                 async with self._changing():
                     self._lives.end("failed", cause)
-        return protocol.News(self._run_ledger(), device_metrics)
+        return protocol.News(self._run_ledger(), device_metrics, artifacts)
 
     # ---- driver ----------------------------------------------------------------------------------------------------
 
@@ -261,6 +272,20 @@ class RunCoordinator:
         await self._saves.catch_up()
         async with self._changing():
             pass
+
+    async def _looked(self, taken: protocol.StacksTaken) -> dict[str, str]:
+        """Of all nodes' ranks, for node 0, which has MLflow; else nothing."""
+        async with self._changing():
+            current = self._lives.looked(taken)
+            if current is None or taken.node_rank != 0:
+                return {}
+            await self._wait(current.all_have_looked, protocol.LOOKS_SECONDS)
+            return artifacts_of(current.order.generation, current.looks)
+
+    async def _end_hang(self, current: Generation) -> None:
+        async with self._changing():
+            await self._wait(current.all_have_looked, protocol.LOOKS_SECONDS)
+            self._lives.end_hang(current)
 
     async def _end_a_stop_that_hangs(self) -> None:
         """Ranks or uploads that never come to an end do not keep a run that nobody wants any more."""

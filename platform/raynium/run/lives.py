@@ -1,7 +1,7 @@
 """The run's generations: which one runs, what its end means, and whether another follows. Neither ray nor I/O."""
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -9,7 +9,18 @@ from raynium.config.fault import FaultSection
 from raynium.config.world import World
 from raynium.health.faults import Fault
 from raynium.run.board import Board
-from raynium.run.protocol import AgentInfo, EndKind, NodeFault, Order, Outcome, RankExit
+from raynium.run.hangs import Hang, Hangs, folder_of, with_looks
+from raynium.run.protocol import (
+    AgentInfo,
+    EndKind,
+    Look,
+    NodeFault,
+    Order,
+    Outcome,
+    RankExit,
+    RanksSeen,
+    StacksTaken,
+)
 from raynium.run.recovery import Origin, Recovery
 from raynium.run.roster import Roster
 from raynium.run.verdicts import Verdicts, blamed, blames_a_peer
@@ -27,6 +38,9 @@ class Generation:
     # Ordered by a coordinator that has died: this one does not know all that was told of it.
     found: bool = False
     exits: dict[int, Sequence[RankExit]] = field(default_factory=dict)
+    # It hangs: what the ranks of each node do, as they have told so far.
+    hang: Hang | None = None
+    looks: dict[int, Mapping[int, Look]] = field(default_factory=dict)
 
     def first_cause(self) -> RankExit | None:
         """Of all nodes, as far as they have said."""
@@ -34,6 +48,12 @@ class Generation:
 
     def all_have_ended(self) -> bool:
         return len(self.exits) == self.order.world.nodes
+
+    def wants_look(self, node_rank: int) -> bool:
+        return self.hang is not None and node_rank not in self.looks
+
+    def all_have_looked(self) -> bool:
+        return len(self.looks) == self.order.world.nodes
 
 
 class Lives:
@@ -50,7 +70,10 @@ class Lives:
         self.incident: str | None = None
         # No generation is ordered before this time.
         self.not_before = 0.0
+        self._fault = fault
         self._verdicts = Verdicts(fault)
+        # Of the newest generation.
+        self._hangs: Hangs | None = None
         self._generations: dict[int, Generation] = {}
         self._board, self._book, self._roster, self._recovery = board, book, roster, recovery
 
@@ -88,6 +111,7 @@ class Lives:
             ledger=self._book.whole_run(now),
         )
         self._generations[self.number] = Generation(order, {agent.node_rank: agent for agent in agents})
+        self._watch_for_hangs(order)
         self._roster.departs()
         self._roster.may_upload(order.generation_id)
         self._board.generation_begins(origin.step or 0, now=now)
@@ -109,6 +133,7 @@ class Lives:
                 current.state, current.found = "running", True
                 self.number = order.generation
                 self._generations[self.number] = current
+                self._watch_for_hangs(order)
                 self._roster.may_upload(order.generation_id)
                 self._board.generation_begins(order.resume_step or 0, now=now)
                 self._board.tell(f"the run coordinator was started again and found generation {self.number}")
@@ -175,6 +200,48 @@ class Lives:
         elif self._recovery.refuses(current.order.resume_step, images, first.error):
             self.end("failed", cause)
 
+    # ---- how one hangs ---------------------------------------------------------------------------------------------
+
+    def _watch_for_hangs(self, order: Order) -> None:
+        self._hangs = Hangs(self._fault, world_size=order.world.size, resume_step=order.resume_step or 0)
+
+    def stepped(self, seconds: float | None) -> None:
+        """A step of the newest generation took so long; None: it was not told."""
+        if self._hangs is not None and seconds is not None:
+            self._hangs.stepped(seconds)
+
+    def seen(self, seen: RanksSeen) -> Generation | None:
+        """Where the newest generation's ranks of one node are. The generation, if it was just found to hang."""
+        current = self.running
+        if current is None or current.hang is not None or self._hangs is None:
+            return None
+        current.hang = self._hangs.seen(seen.positions, device_seconds=seen.device_seconds)
+        return current if current.hang is not None else None
+
+    def looked(self, taken: StacksTaken) -> Generation | None:
+        """What one node's ranks of a generation that hangs do; None: it has been given up without it."""
+        current = self._generations.get(taken.generation)
+        if current is None or current.hang is None:
+            return None
+        current.looks[taken.node_rank] = taken.looks
+        return current
+
+    def end_hang(self, current: Generation) -> None:
+        """All nodes have told what their ranks do, or had the time to."""
+        if current.state != "running" or current.hang is None:
+            return
+        hang = with_looks(
+            current.hang, {rank: look for looks in current.looks.values() for rank, look in looks.items()}
+        )
+        hosts = {node_rank: agent.host for node_rank, agent in current.agents.items()}
+        cause = f"hang: {hang.describe(hosts, current.order.world.ranks_per_node)}"
+        self._failed(
+            current.order.generation, f"{cause}; what each rank did is in {folder_of(current.order.generation)}"
+        )
+        self.over(current, cause)
+        if (too_many := self._verdicts.hung()) is not None:
+            self.end("failed", f"{cause}. {too_many}")
+
     def _failed(self, generation: int, cause: str) -> None:
         self.incident = f"generation {generation} failed: {cause}"
         self._board.tell(self.incident)
@@ -195,6 +262,7 @@ class Lives:
         current.state, current.cause = "over", cause
         # A run of months has thousands of generations, each with the last lines of its ranks.
         current.exits.clear()
+        current.looks.clear()
         self._book.failed()
         if self.stop_requested:
             self.end("stopped")

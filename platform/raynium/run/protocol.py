@@ -14,6 +14,8 @@ EndKind = Literal["finished", "stopped", "failed"]
 
 # A rank whose connection broke says so at once; the one that broke it may come to word later, and so long is waited.
 PEER_WORD_SECONDS = 0.5
+# Of a run that hangs: until every node must have told what its ranks do, or is not waited for.
+LOOKS_SECONDS = 2.0
 
 
 # ---- what an agent is, and is ordered ------------------------------------------------------------------------------
@@ -81,9 +83,12 @@ class GoHome:
 
 @dataclass(frozen=True)
 class Verdict:
-    """The coordinator's answer to `watch`. stop: save at the next step and end; over: kill the ranks and join again."""
+    """The coordinator's answer to `watch`. stop: save at the next step and end; over: kill the ranks and join again.
 
-    kind: Literal["stop", "over"]
+    look: the run hangs: tell what your ranks do (`StacksTaken`), and watch again.
+    """
+
+    kind: Literal["stop", "look", "over"]
     cause: str = ""
 
 
@@ -158,21 +163,30 @@ class Evaluates:
 
 @dataclass(frozen=True)
 class RankPosition:
-    """Where a rank is: the step it works on, or the phase it is in. halted: its process was stopped by a signal."""
+    """Where a rank is: the step it works on, or the phase it is in. halted: its process was stopped by a signal.
+
+    still_seconds: since it last told anything, as far as its agent could look.
+    """
 
     step: int
     phase: str = "step"
     halted: bool = False
+    still_seconds: float = 0.0
 
     @property
     def progress(self) -> tuple[int, int]:
         """Less is farther behind."""
-        order = ("start", "group", "build", "restore", "data", "step", "evaluate", "save")
+        order = ("start", "group", "build", "restore", "data", "fetch", "compile", "step", "evaluate", "save", "upload")
         return self.step, order.index(self.phase) if self.phase in order else 0
 
     def __str__(self) -> str:
         places = {"start": "starting", "group": "meeting the other ranks", "build": "building its engine"}
         places |= {"restore": "loading its state", "data": "opening its data"}
+        places |= {
+            "fetch": f"waiting for the data of step {self.step:,}",
+            "compile": f"compiling in step {self.step:,}",
+        }
+        places |= {"upload": f"waiting with the save of step {self.step:,} for an earlier one's upload"}
         places |= {"evaluate": f"evaluating after step {self.step:,}"}
         places |= {"step": f"in step {self.step:,}", "save": f"saving step {self.step:,}"}
         place = places.get(self.phase, f"in phase {self.phase!r}")
@@ -181,10 +195,31 @@ class RankPosition:
 
 @dataclass(frozen=True)
 class RanksSeen:
-    """Where a node's ranks are, told while no step comes."""
+    """Where a node's ranks are, told now and then. device_seconds: after which its devices tell of a hang; 0: never."""
 
     generation: int
     positions: dict[int, RankPosition]
+    device_seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Look:
+    """What one rank of a run that hangs was doing. stacks: Python's, of all threads, or why there are none.
+
+    collectives: torch's record of its last ones, as JSON; "" without.
+    """
+
+    stacks: str
+    collectives: str = ""
+
+
+@dataclass(frozen=True)
+class StacksTaken:
+    """The answer to the verdict "look", of one node's ranks."""
+
+    generation: int
+    node_rank: int
+    looks: dict[int, Look]
 
 
 @dataclass(frozen=True)
@@ -226,15 +261,21 @@ class CannotGoOn:
     cause: str
 
 
-AgentEvent = Said | Progressed | Evaluates | RanksSeen | ShardSaved | ShardFailed | DevicesSeen | CannotGoOn
+AgentEvent = (
+    Said | Progressed | Evaluates | RanksSeen | StacksTaken | ShardSaved | ShardFailed | DevicesSeen | CannotGoOn
+)
 
 
 @dataclass(frozen=True)
 class News:
-    """The answer to every event, for the run's page. device_metrics: of all nodes, in the answer to `DevicesSeen`."""
+    """The answer to every event, for the run's page. device_metrics: of all nodes, in the answer to `DevicesSeen`.
+
+    artifacts: path → text, for node 0, in the answer to `StacksTaken`.
+    """
 
     ledger: Ledger
     device_metrics: dict[str, float]
+    artifacts: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -43,6 +43,10 @@ class Verdicts:
         too_many = self._patience.node_failure()
         return None if too_many is None else f"a node agent was lost. {too_many}"
 
+    def hung(self) -> str | None:
+        """A generation was ended because it hung. Why that ends the run; None: it goes on."""
+        return self._patience.restart()
+
     def ranks_failed(self, exit: RankExit, *, now: float) -> Judgement:
         """A generation failed of this exit (see `blamed`) on nodes that live. now: seconds of a steady clock."""
         cause = f"rank {exit.rank}: {exit.cause}"

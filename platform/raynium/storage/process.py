@@ -40,6 +40,23 @@ def is_halted(pid: int) -> bool:
     return bool(fields) and fields[0] in ("T", "t")
 
 
+def catches(pid: int, number: int) -> bool:
+    """Whether the process has a handler for this signal. True where nobody can say."""
+    caught = _status(pid).get("SigCgt")
+    return caught is None or bool(int(caught, 16) >> (number - 1) & 1)
+
+
+def where_it_waits(pid: int) -> str:
+    """The process's state in words, and the kernel's function that it sleeps in: "S (sleeping), in futex_wait"."""
+    state = _status(pid).get("State", "state unknown")
+    try:
+        with open(f"/proc/{pid}/wchan", encoding="utf-8") as file:
+            place = file.read().strip()
+    except OSError:
+        place = ""
+    return f"{state}, in {place}" if place not in ("", "0") else state
+
+
 def cpu_ticks(pid: int) -> int | None:
     """Processor time that all threads of the process have used; None where nobody can say."""
     fields = _stat(pid)
@@ -57,6 +74,15 @@ def pid_started(pid: int) -> str:
     fields = _stat(pid)
     # One that has ended stays in the table until its parent asks how.
     return fields[19] if fields and fields[0] not in ("Z", "X") else ""
+
+
+def _status(pid: int) -> dict[str, str]:
+    """Fields of /proc/PID/status by their names; {} if there is none."""
+    try:
+        with open(f"/proc/{pid}/status", encoding="utf-8", errors="replace") as file:
+            return {name: text.strip() for name, _, text in (line.partition(":") for line in file)}
+    except (FileNotFoundError, ProcessLookupError):
+        return {}
 
 
 def _stat(pid: int) -> list[str]:

@@ -8,9 +8,10 @@ import os
 import queue
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
-from typing import Literal, NoReturn, Protocol
+from typing import Literal, NoReturn, Protocol, get_args
 
 # Images of one rank: one is being uploaded, or kept for a restart, while the other is written.
 IMAGE_SLOTS = 2
@@ -27,7 +28,7 @@ AGENT_LOST_EXIT_CODE = 69
 
 @dataclass(frozen=True)
 class Phase:
-    """Heartbeat: what the rank does from now on. "step": the next step, and `step` is done."""
+    """Heartbeat: what the rank does from now on, and of which step. "fetch" of a step: the one before it is done."""
 
     name: str
     step: int
@@ -43,7 +44,7 @@ class Stepped:
 
 @dataclass(frozen=True)
 class Evaluating:
-    """Rank 0 only: batches that it has evaluated, of them all."""
+    """Batches that this rank has evaluated, of them all."""
 
     done: int
     total: int
@@ -66,6 +67,13 @@ class Compiled:
     graphs: int
     seconds: float
     surprises: list[str]
+
+
+@dataclass(frozen=True)
+class Collectives:
+    """The answer to `TellCollectives`: torch's record of this rank's last ones, as JSON; "" if it keeps none."""
+
+    record: str
 
 
 @dataclass(frozen=True)
@@ -101,11 +109,14 @@ class ImageFree:
     slot: int
 
 
-RankMessage = Phase | Stepped | Evaluating | ImageWritten | Compiled | Ended | Failed
-AgentMessage = Stop | ImageFree
-_KINDS = {
-    kind.__name__: kind for kind in (Phase, Stepped, Evaluating, ImageWritten, Compiled, Ended, Failed, Stop, ImageFree)
-}
+@dataclass(frozen=True)
+class TellCollectives:
+    """The run hangs: which collectives did this rank come to?"""
+
+
+RankMessage = Phase | Stepped | Evaluating | ImageWritten | Compiled | Collectives | Ended | Failed
+AgentMessage = Stop | ImageFree | TellCollectives
+_KINDS = {kind.__name__: kind for kind in (*get_args(RankMessage), *get_args(AgentMessage))}
 
 
 def to_bytes(message: RankMessage | AgentMessage) -> bytes:
@@ -163,11 +174,15 @@ class Link(Protocol):
 class AgentLink:
     """The link of a rank that a node agent forked. Sends from a thread of its own, so that training never waits."""
 
-    def __init__(self, connection: Connection, *, reports_steps: bool):
+    def __init__(self, connection: Connection, *, reports_steps: bool, collectives: Callable[[], str] = lambda: ""):
+        """collectives: this process's record of them, asked for when the run hangs, on a thread of the link."""
         self._connection = connection
+        self._collectives = collectives
         # Rank 0's numbers are everybody's: the others stay silent.
         self._reports_steps = reports_steps
         self._told_evaluation = 0.0
+        # That the last phase was of.
+        self._step = 0
         self._outbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self._stop = threading.Event()
         # The agent says which, since older uploads may outlive a generation.
@@ -178,17 +193,18 @@ class AgentLink:
         threading.Thread(target=self._receive_all, name="agent-link-receive", daemon=True).start()
 
     def phase(self, name: str, step: int) -> None:
+        self._step = step
         self._post(Phase(name, step))
 
     def step(self, step: int, metrics: dict[str, float]) -> None:
         if self._reports_steps:
             self._post(Stepped(step, metrics))
         else:
-            self.phase("step", step)
+            self.phase("fetch", step + 1)
 
     def evaluating(self, done: int, total: int) -> None:
         now = time.monotonic()
-        if self._reports_steps and now - self._told_evaluation >= EVALUATION_SECONDS:
+        if now - self._told_evaluation >= EVALUATION_SECONDS:
             self._told_evaluation = now
             self._post(Evaluating(done, total))
 
@@ -203,6 +219,8 @@ class AgentLink:
 
     def wait_free_image(self) -> int:
         with self._image_freed:
+            if not self._free_images:
+                self.phase("upload", self._step)
             self._image_freed.wait_for(self.has_free_image)
             return min(self._free_images)
 
@@ -248,6 +266,8 @@ class AgentLink:
                     with self._image_freed:
                         self._free_images.add(slot)
                         self._image_freed.notify_all()
+                case TellCollectives():
+                    self._post(Collectives(self._collectives()))
 
 
 def _end_without_agent() -> NoReturn:

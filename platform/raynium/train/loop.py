@@ -98,6 +98,7 @@ def train(
         # ---- fetch: the samples of this step are a pure function of the step ------------------------------------
         batch = batches.batch(step)
         fetched = time.perf_counter()
+        link.phase("step", step)
 
         # ---- step: forward, backward, clip, update. Ends with the loss known on every rank ----------------------
         votes = Votes(stop=link.stop_requested(), skip_save=snapshots.wants_to_skip())
