@@ -76,7 +76,8 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "standalone": ("launch",),
     "cluster": (),
     "sdk": ("launch.data",),
-    "cli": ("sdk", "cluster"),
+    "chaos": ("run", "rank"),
+    "cli": ("sdk", "cluster", "chaos"),
     "": ("cli",),
 }
 

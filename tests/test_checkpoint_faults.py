@@ -18,11 +18,11 @@ from uuid import uuid4
 
 import boto3
 import pytest
-from flaky_s3 import FlakyS3, cut, delay, hold, refuse, swallow
 from held_images import held_images
 from tiny import job_text
 from waiting import wait_for
 
+from raynium.chaos.flaky_s3 import FlakyS3, cut, delay, hold, refuse, swallow
 from raynium.checkpoint.catalog import latest, list_checkpoints, open_checkpoint
 from raynium.checkpoint.verify import verify_checkpoint
 from raynium.storage.store import Store

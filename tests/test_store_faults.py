@@ -15,8 +15,8 @@ from uuid import uuid4
 import pytest
 import trustme
 from checkpoints import halves, random_tensor, same_bits, save
-from flaky_s3 import FlakyS3, cut, delay, hold, refuse, slow, swallow
 
+from raynium.chaos.flaky_s3 import FlakyS3, cut, delay, hold, refuse, slow, swallow
 from raynium.checkpoint.catalog import open_checkpoint
 from raynium.checkpoint.load import read_tensors
 from raynium.checkpoint.verify import verify_checkpoint

@@ -11,11 +11,11 @@ import pytest
 import s3fs
 import torch
 from cache_folders import bytes_in_cache
-from flaky_s3 import FlakyS3, refuse
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny import publish
 
+from raynium.chaos.flaky_s3 import FlakyS3, refuse
 from raynium.config.schema import DataSection
 from raynium.data import access, ahead
 from raynium.data import streamed as streamed_tokens

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from typer import Argument, Option
 
+from raynium.cli import chaos as cli_chaos
 from raynium.cli import checkpoints as cli_checkpoints
 from raynium.cli import checks as cli_checks
 from raynium.cli import cluster as cli_cluster
@@ -265,6 +266,7 @@ app.command(epilog="Example: raynium config train.steps; raynium config --diff l
 app.command(epilog="Example: raynium presets")(cli_config.presets)
 app.command(epilog="Example: raynium doctor --json")(cli_checks.doctor)
 app.command(epilog="Example: raynium preflight job.yaml --address auto")(cli_checks.preflight)
+app.command(epilog="Example: raynium chaos quickstart --faults 12 train.steps=650")(cli_chaos.chaos)
 app.add_typer(cli_checkpoints.app, name="checkpoints")
 app.add_typer(cli_data.app, name="data")
 app.add_typer(cli_cluster.app, name="cluster")

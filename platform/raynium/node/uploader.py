@@ -180,6 +180,7 @@ class _Child:
 def main(run_url: str, connection: Connection) -> None:
     """Takes jobs until its agent is gone. Ctrl-C reaches the whole terminal group; the agent decides."""
     rank_entry.die_with_the_agent()
+    rank_entry.name_this_process("uploader")
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     os.nice(NICENESS)

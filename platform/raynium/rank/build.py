@@ -27,6 +27,7 @@ from raynium.engines.native import build_native_engine
 from raynium.engines.nxd import build_nxd_engine
 from raynium.engines.torch_compiles import TorchCompiles
 from raynium.models.flops import flops_per_token
+from raynium.rank.armed import armed
 from raynium.rank.evaluation import Evaluation, QuestionRows, rows_of_call
 from raynium.rank.group import join_group
 from raynium.rank.origin import Origin, resumes
@@ -80,7 +81,8 @@ def run(plan: RankPlan, link: Link) -> Outcome:
         built = build_native_engine(
             config, plan.world, accelerator, task, compile_backend=backend, weights=weights, base=base
         )
-    engine = WatchedEngine(built, torch_compiles=compiles, device_counts=accelerator.metrics, link=link)
+    armed_engine = armed(built, rank=rank)
+    engine = WatchedEngine(armed_engine, torch_compiles=compiles, device_counts=accelerator.metrics, link=link)
     patience = Patience.of(config)
     snapshots = Snapshots(engine, link, Path(plan.image_folder), if_busy=config.checkpoint.if_busy, patience=patience)
     origin = Origin(plan, engine, snapshots)

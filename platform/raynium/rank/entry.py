@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     Program = Callable[[str, AgentLink], Outcome]
 
 # From linux/prctl.h.
-PR_SET_PDEATHSIG = 1
+PR_SET_PDEATHSIG, PR_SET_NAME = 1, 15
 
 # The template's variable that names torch.compile's backend, if its ranks will compile; see `rank/template.py`.
 COMPILE_BACKEND_VARIABLE = "RAYNIUM_TEMPLATE_COMPILE_BACKEND"
@@ -72,6 +72,7 @@ def main(
     os.set_blocking(stacks.fileno(), False)
     faulthandler.register(STACKS_SIGNAL, file=stacks.fileno(), all_threads=True)
     die_with_the_agent()
+    name_this_process(f"rank-{environment['RANK']}")
     # A group of its own: a compiler that this rank starts ends with it, and Ctrl-C in a terminal is for the agent
     os.setpgid(0, 0)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -108,3 +109,9 @@ def die_with_the_agent() -> None:
     forkserver._forkserver._forkserver_alive_fd = None  # pyright: ignore[reportAttributeAccessIssue]
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def name_this_process(name: str) -> None:
+    """What `ps -o comm`, top and py-spy show: up to 15 characters. Else all forks of the template look alike."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_NAME, name.encode(), 0, 0, 0)

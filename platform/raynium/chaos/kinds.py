@@ -1,0 +1,251 @@
+"""The kinds of faults: a small class each, which does to a living run what the world does to it.
+
+`strike` raises NotThere where what it wants to hit does not exist at this moment; it is tried again then.
+"""
+
+import contextlib
+import os
+import resource
+import signal
+import sqlite3
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from random import Random
+from typing import Protocol
+
+from raynium.chaos.flaky_s3 import Fault, FlakyS3, cut, delay, refuse, swallow
+from raynium.chaos.processes import Process, RunProcesses
+from raynium.tracking.client import sqlite_path
+
+# How long a fault lasts that does not end by itself: seconds, drawn between them.
+LASTS_SECONDS = (0.5, 4.0)
+
+
+class NotThere(Exception):
+    """What a fault wants to hit does not exist now: the run starts it, or has not needed it yet."""
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What faults find to hit. proxy: before the run's S3; None: it writes to a folder."""
+
+    processes: RunProcesses
+    mlflow_uri: str
+    proxy: FlakyS3 | None = None
+
+
+@dataclass(frozen=True)
+class Struck:
+    """What was done, in words. It lasts so many seconds, until `end` is called.
+
+    ends_ranks: no step follows before other ranks were started. ends_driver: nor before somebody starts the run again.
+    """
+
+    what: str
+    seconds: float = 0.0
+    end: Callable[[], None] = lambda: None
+    ends_ranks: bool = False
+    ends_driver: bool = False
+
+
+class Kind(Protocol):
+    """name: as the schedule has it. needs: "s3" or "sqlite", without which it cannot happen; "" if it always can."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def needs(self) -> str: ...
+
+    def strike(self, scene: Scene, dice: Random) -> Struck:
+        """Does it. Raises NotThere."""
+        ...
+
+
+def _one(found: Sequence[Process], what: str, dice: Random) -> Process:
+    if not found:
+        raise NotThere(f"the run has no {what} now")
+    return dice.choice(found)
+
+
+def _signal(process: Process, number: signal.Signals) -> None:
+    try:
+        os.kill(process.pid, number)
+    except ProcessLookupError:
+        raise NotThere(f"process {process.pid} has just ended") from None
+
+
+# ---- processes that die ----------------------------------------------------------------------------------------------
+
+
+class KillRank:
+    name, needs = "kill-rank", ""
+
+    def strike(self, scene: Scene, dice: Random) -> Struck:
+        rank = _one(scene.processes.ranks(), "rank", dice)
+        _signal(rank, signal.SIGKILL)
+        return Struck(f"{rank.name} (process {rank.pid}) is killed", ends_ranks=True)
+
+
+class KillUploader:
+    name, needs = "kill-uploader", ""
+
+    def strike(self, scene: Scene, dice: Random) -> Struck:
+        uploader = _one(scene.processes.uploaders(), "uploader", dice)
+        _signal(uploader, signal.SIGKILL)
+        return Struck(f"the uploader (process {uploader.pid}) is killed")
+
+
+class KillAgent:
+    name, needs = "kill-agent", ""
+
+    def strike(self, scene: Scene, dice: Random) -> Struck:
+        agent = _one(scene.processes.agents(), "agent with ranks", dice)
+        _signal(agent, signal.SIGKILL)
+        return Struck(f"the node agent (process {agent.pid}) is killed", ends_ranks=True)
+
+
+class KillCoordinator:
+    name, needs = "kill-coordinator", ""
+
+    def strike(self, scene: Scene, dice: Random) -> Struck:
+        coordinator = _one(scene.processes.coordinators(), "coordinator", dice)
+        _signal(coordinator, signal.SIGKILL)
+        return Struck(f"the run coordinator (process {coordinator.pid}) is killed")
+
+
+class KillController:
+    name, needs = "kill-controller", ""
+
+    def strike(self, scene: Scene, dice: Random) -> Struck:
+        controller = _one(scene.processes.controllers(), "controller", dice)
+        _signal(controller, signal.SIGKILL)
+        return Struck(f"Ray Train's controller (process {controller.pid}) is killed", ends_ranks=True)
+
+
+class KillDriver:
+    name, needs = "kill-driver", ""
+
+    def strike(self, scene: Scene, dice: Random) -> Struck:
+        driver = scene.processes.driver
+        os.kill(driver, signal.SIGKILL)
+        return Struck(
+            f"the driver (process {driver}) is killed, and the run is started again", ends_ranks=True, ends_driver=True
+        )
+
+
+# ---- processes that stand still for a while --------------------------------------------------------------------------
+
+
+def _halted(process: Process, what: str, dice: Random) -> Struck:
+    _signal(process, signal.SIGSTOP)
+    seconds = dice.uniform(*LASTS_SECONDS)
+
+    def goes_on() -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process.pid, signal.SIGCONT)
+
+    return Struck(f"{what} (process {process.pid}) stands still for {seconds:.1f} s", seconds, goes_on)
+
+
+class SlowRank:
+    name, needs = "slow-rank", ""
+
+    def strike(self, scene: Scene, dice: Random) -> Struck:
+        rank = _one(scene.processes.ranks(), "rank", dice)
+        return _halted(rank, rank.name, dice)
+
+
+class SlowUploader:
+    name, needs = "slow-uploader", ""
+
+    def strike(self, scene: Scene, dice: Random) -> Struck:
+        return _halted(_one(scene.processes.uploaders(), "uploader", dice), "the uploader", dice)
+
+
+# ---- a store that fails ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _StoreFails:
+    """Requests of every process of the run, for a while."""
+
+    name: str
+    what: str
+    faults: tuple[Fault, ...]
+    needs: str = "s3"
+
+    def strike(self, scene: Scene, dice: Random) -> Struck:
+        assert scene.proxy is not None
+        seconds = dice.uniform(*LASTS_SECONDS)
+        scene.proxy.set(*self.faults)
+        return Struck(f"for {seconds:.1f} s the store {self.what}", seconds, scene.proxy.set)
+
+
+STORE_KINDS = (
+    _StoreFails("store-refuses", "answers with 503 SlowDown", (refuse(503, "SlowDown"),)),
+    _StoreFails("store-delays", "answers 2 s late", (delay(2.0),)),
+    _StoreFails("store-cuts", "breaks connections", (cut(0, 2**20),)),
+    _StoreFails("store-silent", "does what it is asked and says nothing", (swallow(times=None),)),
+)
+
+
+# ---- what is full, or away -------------------------------------------------------------------------------------------
+
+
+class DiskFull:
+    """For the run alone: its driver, coordinator, agent and uploader may write no byte to a file.
+
+    A limit of the kernel's for each process (RLIMIT_FSIZE), which spares everybody else on this machine; a write fails
+    with EFBIG in place of ENOSPC.
+    """
+
+    name, needs = "disk-full", ""
+
+    def strike(self, scene: Scene, dice: Random) -> Struck:
+        processes = scene.processes
+        agent = _one(processes.agents(), "agent with ranks", dice)
+        pids = [processes.driver, agent.pid]
+        pids += [each.pid for each in (*processes.coordinators(), *processes.uploaders())]
+        seconds = dice.uniform(*LASTS_SECONDS)
+        _limit_files(pids, 0)
+
+        def has_room() -> None:
+            _limit_files(pids, resource.RLIM_INFINITY)
+
+        return Struck(f"for {seconds:.1f} s nothing of the run can write to a file", seconds, has_room)
+
+
+def _limit_files(pids: Sequence[int], num_bytes: int) -> None:
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            _, most = resource.prlimit(pid, resource.RLIMIT_FSIZE)
+            resource.prlimit(pid, resource.RLIMIT_FSIZE, (num_bytes if num_bytes == 0 else most, most))
+
+
+class MlflowAway:
+    """Its database is locked by somebody else."""
+
+    name, needs = "mlflow-away", "sqlite"
+
+    def strike(self, scene: Scene, dice: Random) -> Struck:
+        seconds = dice.uniform(*LASTS_SECONDS)
+        database = sqlite3.connect(sqlite_path(scene.mlflow_uri), timeout=10.0, isolation_level=None)
+        try:
+            database.execute("BEGIN EXCLUSIVE")
+        except sqlite3.OperationalError as error:
+            database.close()
+            raise NotThere(f"MLflow's database is in use: {error}") from None
+        return Struck(f"for {seconds:.1f} s MLflow's database is locked", seconds, database.close)
+
+
+KINDS: tuple[Kind, ...] = (
+    *(KillRank(), SlowRank(), KillUploader(), SlowUploader(), KillAgent(), KillCoordinator(), KillController()),
+    *(KillDriver(), *STORE_KINDS, DiskFull(), MlflowAway()),
+)
+
+
+def kinds_for(*, s3: bool, sqlite: bool) -> tuple[list[Kind], list[Kind]]:
+    """Those that can happen to a run, and those that cannot. s3: a proxy can stand before its store."""
+    has = {"": True, "s3": s3, "sqlite": sqlite}
+    return [kind for kind in KINDS if has[kind.needs]], [kind for kind in KINDS if not has[kind.needs]]

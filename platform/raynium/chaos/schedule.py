@@ -1,0 +1,49 @@
+"""Which fault happens when, from a seed alone. Pure."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from random import Random
+
+from raynium.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One fault of a schedule: the `number`-th from 1 on, of this kind, once the run has taken `step` steps.
+
+    seed: of what the kind itself leaves to chance, such as which rank.
+    """
+
+    number: int
+    step: int
+    kind: str
+    seed: int
+
+
+def schedule(kinds: Sequence[str], *, faults: int, steps: int, seed: int) -> list[Fault]:
+    """`faults` of them over a run of `steps` steps, in the order in which they happen.
+
+    Kinds are dealt like cards, a shuffled deck after the other: each comes as often as any other, or once more. The
+    last steps of the run are left in peace, to heal in.
+    """
+    dice = Random(seed)
+    dealt: list[str] = []
+    while len(dealt) < faults:
+        dealt += dice.sample(kinds, len(kinds))
+    share = steps / (faults + 1)
+    return [
+        Fault(number, 1 + int(share * (number - 1 + dice.random())), dealt[number - 1], dice.getrandbits(32))
+        for number in range(1, faults + 1)
+    ]
+
+
+def refuse_crowd(*, faults: int, steps: int, checkpoint_every: int) -> None:
+    """Raises ConfigError where the run has too few steps to heal between faults: it would give up, and rightly so."""
+    needed = (faults + 1) * checkpoint_every
+    if needed > steps:
+        problem = (
+            f"{faults} faults in train.steps = {steps} steps with checkpoint.every_steps = {checkpoint_every}: between "
+            f"two faults a run must get from one checkpoint to the next. Set train.steps={needed} or more, a lower "
+            "checkpoint.every_steps, or fewer --faults"
+        )
+        raise ConfigError([problem])

@@ -1,0 +1,238 @@
+"""Trains a config twice, without faults and under a schedule of them, and holds the two runs against each other."""
+
+import contextlib
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+
+from raynium.chaos.driver import DrivenRun
+from raynium.chaos.flaky_s3 import FlakyS3
+from raynium.chaos.kinds import Kind, NotThere, Scene, Struck, kinds_for
+from raynium.chaos.schedule import Fault, refuse_crowd, schedule
+from raynium.chaos.steps import Cost, Steps, cost
+from raynium.chaos.verdict import Claim, claims
+from raynium.checkpoint.catalog import step_folders
+from raynium.config.schema import Config
+from raynium.errors import ConfigError, LaunchError
+from raynium.rank.armed import CHAOS_VARIABLE, STEPS_NAME
+from raynium.run.past import run_store
+from raynium.run.record import read_record
+from raynium.tracking.runs import resolve_uri
+
+POLL_SECONDS = 0.02
+# Until a new step is done after a fault, or what it wants to hit is there. The slowest thing is a driver's start.
+HEAL_SECONDS = 600.0
+# Between two looks whether the store has a newer checkpoint.
+COMMIT_SECONDS = 0.2
+ENDPOINT_VARIABLE = "AWS_ENDPOINT_URL"
+
+
+@dataclass(frozen=True)
+class Happened:
+    """A fault that the run has survived."""
+
+    fault: Fault
+    what: str
+    cost: Cost
+
+
+@dataclass(frozen=True)
+class Soak:
+    """What came of it. claims: what was promised, and whether it held."""
+
+    happened: list[Happened]
+    claims: list[Claim]
+
+    @property
+    def passed(self) -> bool:
+        return all(claim.holds for claim in self.claims)
+
+    def table(self) -> list[tuple[str, ...]]:
+        """A row for each kind: how often, the median and the worst seconds, the most steps done again."""
+        rows = []
+        for kind in sorted({each.fault.kind for each in self.happened}):
+            costs = [each.cost for each in self.happened if each.fault.kind == kind]
+            seconds = sorted(each.seconds for each in costs)
+            again = max(each.steps for each in costs)
+            rows.append((kind, str(len(costs)), f"{seconds[len(seconds) // 2]:.2f}", f"{seconds[-1]:.2f}", str(again)))
+        return rows
+
+
+class GivenUp(Exception):
+    """The run did not live on after a fault; the message says which and what the driver said."""
+
+
+def soak(config: Config, *, faults: int, seed: int, folder: Path, tell: Callable[[str], None]) -> Soak:
+    """Starts both runs on this machine, one after the other. folder: for their output, empty.
+
+    Raises ConfigError and LaunchError before anything is started; LaunchError if the run without faults fails.
+    """
+    steps = config.train.steps
+    if steps is None:
+        raise ConfigError(["faults are spread over train.steps, which train.epochs leaves open: set train.steps"])
+    if config.cluster.nodes > 1:
+        raise LaunchError("chaos reaches the processes of this machine only: set cluster.nodes=1")
+    refuse_crowd(faults=faults, steps=steps, checkpoint_every=config.checkpoint.every_steps)
+    plain, faulted = _named(config)
+    endpoint = os.environ.get(ENDPOINT_VARIABLE, "")
+    proxied = config.run.root.startswith("s3://") and endpoint.startswith("http://")
+    mlflow_uri = resolve_uri(config.tracking.uri, config.run.root)
+    kinds, missing = kinds_for(s3=proxied, sqlite=mlflow_uri.startswith("sqlite"))
+    for kind in missing:
+        why = "an http:// store behind AWS_ENDPOINT_URL" if kind.needs == "s3" else "MLflow in an SQLite file"
+        tell(f"left out: {kind.name}, which needs {why}")
+    planned = schedule([kind.name for kind in kinds], faults=faults, steps=steps, seed=seed)
+
+    tell(f"run {plain.run.name}: {steps:,} steps without faults")
+    began = time.monotonic()
+    first = _watched(plain, folder / "plain", {})
+    with first:
+        first.driven.start()
+        if first.driven.wait() != 0:
+            raise LaunchError(f"the run without faults failed:\n{first.driven.last_lines()}")
+        first.steps.look()
+    tell(f"run {plain.run.name}: finished after {time.monotonic() - began:.0f} s")
+
+    tell(f"run {faulted.run.name}: the same with {faults} faults of seed {seed}; its output: {folder / 'faulted/log'}")
+    happened: list[Happened] = []
+    with contextlib.ExitStack() as open_things:
+        proxy = open_things.enter_context(FlakyS3(endpoint)) if proxied else None
+        environment = {ENDPOINT_VARIABLE: proxy.endpoint} if proxy is not None else {}
+        second = open_things.enter_context(_watched(faulted, folder / "faulted", environment))
+        second.driven.start()
+        scenes = _Scenes(second, mlflow_uri, proxy)
+        by_name = {kind.name: kind for kind in kinds}
+        try:
+            for fault in planned:
+                happened.append(_one_fault(fault, by_name[fault.kind], scenes, tell, of=faults))
+            second.until_finished()
+            found = claims(plain, faulted, steps=(first.steps, second.steps), starts=second.driven.starts, tell=tell)
+        except GivenUp as error:
+            found = [Claim(False, f"the run went on after every fault: {error}")]
+    return Soak(happened, found)
+
+
+def _named(config: Config) -> tuple[Config, Config]:
+    """The config under two names that no run has yet."""
+    number = 1
+    while True:
+        names = [f"{config.run.name}-{what}-{number}" for what in ("plain", "chaos")]
+        both = [config.model_copy(update={"run": config.run.model_copy(update={"name": name})}) for name in names]
+        if all(read_record(run_store(each)) is None for each in both):
+            return both[0], both[1]
+        number += 1
+
+
+@dataclass
+class _WatchedRun:
+    driven: DrivenRun
+    steps: Steps
+
+    def __enter__(self) -> "_WatchedRun":
+        self.driven.__enter__()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.driven.__exit__(*exception)
+
+    def look(self) -> None:
+        """Raises GivenUp if the driver has ended as it should not."""
+        self.steps.look()
+        code = self.driven.exit_code()
+        if code is not None and code != 0:
+            raise GivenUp(f"the driver ended with {code}:\n{self.driven.last_lines()}")
+
+    def until_finished(self) -> None:
+        """Raises GivenUp."""
+        if (code := self.driven.wait()) != 0:
+            raise GivenUp(f"after the last fault the driver ended with {code}:\n{self.driven.last_lines()}")
+        self.steps.look()
+
+    def newest_checkpoint(self) -> int:
+        folders = step_folders(run_store(self.driven.config))
+        return max((each.step for each in folders if each.manifest is not None), default=0)
+
+
+def _watched(config: Config, folder: Path, environment: Mapping[str, str]) -> _WatchedRun:
+    folder.mkdir(parents=True)
+    driven = DrivenRun(config, folder, {**environment, CHAOS_VARIABLE: str(folder)})
+    return _WatchedRun(driven, Steps(folder / STEPS_NAME))
+
+
+@dataclass(frozen=True)
+class _Scenes:
+    run: _WatchedRun
+    mlflow_uri: str
+    proxy: FlakyS3 | None
+
+    def now(self) -> Scene:
+        return Scene(self.run.driven.processes(), self.mlflow_uri, self.proxy)
+
+
+def _one_fault(fault: Fault, kind: Kind, scenes: _Scenes, tell: Callable[[str], None], *, of: int) -> Happened:
+    """Waits for its step, strikes, and stays until the run is as well as before. Raises GivenUp."""
+    run = scenes.run
+    for _ in _patiently(run, f"fault {fault.number} waits for step {fault.step}", seconds=float("inf")):
+        if run.steps.newest >= fault.step:
+            break
+    checkpoint = run.newest_checkpoint()
+    struck, before, struck_unix = _strike(fault, kind, scenes)
+    reached = run.steps.newest
+    tell(f"fault {fault.number}/{of} at step {reached:,}: {kind.name}: {struck.what}")
+    if struck.ends_driver:
+        run.driven.wait()
+        run.driven.start()
+    if struck.seconds:
+        time.sleep(struck.seconds)
+    struck.end()
+    over_unix = time.time() if struck.seconds else struck_unix
+    paid: Cost | None = None
+    for _ in _patiently(run, f"no new step since fault {fault.number} ({struck.what})"):
+        paid = cost(
+            run.steps, struck_unix=struck_unix, over_unix=over_unix, ends_ranks=struck.ends_ranks, before=before
+        )
+        # A run that finishes meanwhile has no further step to show; what it lacks is seen afterwards.
+        if paid is not None or run.driven.exit_code() == 0:
+            break
+    paid = paid or Cost(0.0, 0)
+    tell(f"    a new step after {paid.seconds:.2f} s; {paid.steps} step(s) done again")
+    # The next one finds a run that has got on, as a run of weeks does between two faults.
+    looked = 0.0
+    for _ in _patiently(run, f"no new checkpoint since fault {fault.number} ({struck.what})"):
+        if run.driven.exit_code() == 0:
+            break
+        if time.monotonic() - looked >= COMMIT_SECONDS:
+            looked = time.monotonic()
+            if run.newest_checkpoint() > checkpoint:
+                break
+    return Happened(fault, struck.what, paid)
+
+
+def _strike(fault: Fault, kind: Kind, scenes: _Scenes) -> tuple[Struck, int, float]:
+    """What was done, how many steps had been written down until then, and when (Unix time). Raises GivenUp."""
+    run, problem = scenes.run, ""
+    for _ in _patiently(run, f"fault {fault.number} ({kind.name}) found nothing to hit"):
+        if run.driven.exit_code() == 0:
+            raise GivenUp(
+                f"the run had finished before fault {fault.number} ({kind.name}) could happen{problem}. Set more "
+                "train.steps, so that there is time to heal"
+            )
+        try:
+            before, struck_unix = len(run.steps.taken), time.time()
+            return kind.strike(scenes.now(), Random(fault.seed)), before, struck_unix
+        except NotThere as error:
+            problem = f" ({error})"
+    raise AssertionError
+
+
+def _patiently(run: _WatchedRun, what: str, *, seconds: float = HEAL_SECONDS) -> Iterator[None]:
+    """Looks again and again. Raises GivenUp where it takes longer than any healing may."""
+    began = time.monotonic()
+    while time.monotonic() - began < seconds:
+        run.look()
+        yield
+        time.sleep(POLL_SECONDS)
+    raise GivenUp(f"{what} for {seconds:.0f} s:\n{run.driven.last_lines()}")

@@ -1,0 +1,81 @@
+"""The steps that a run has taken, as its ranks write them down for chaos (`rank/armed.py`)."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of one life of rank 0: `process` is its pid. loss: all its bits, as `float.hex` writes them."""
+
+    step: int
+    unix: float
+    process: int
+    loss: str
+
+
+@dataclass
+class Steps:
+    """All of them so far, oldest first; read on by `look`."""
+
+    file: Path
+    taken: list[Step] = field(default_factory=list)
+    # The farthest step that any life has taken.
+    newest: int = 0
+    _read_bytes: int = 0
+
+    def look(self) -> None:
+        """Reads what was written since."""
+        if not self.file.exists():
+            return
+        with self.file.open("rb") as file:
+            file.seek(self._read_bytes)
+            new = file.read()
+        # The last line may be half there.
+        whole = new[: new.rfind(b"\n") + 1]
+        self._read_bytes += len(whole)
+        for line in whole.decode().splitlines():
+            step, unix, process, loss = line.split()
+            self.taken.append(Step(int(step), float(unix), int(process), loss))
+            self.newest = max(self.newest, int(step))
+
+    def usual_seconds(self) -> float:
+        """From one step to the next of the same life, the median."""
+        pairs = zip(self.taken, self.taken[1:], strict=False)
+        gaps = sorted(after.unix - before.unix for before, after in pairs if before.process == after.process)
+        return gaps[len(gaps) // 2] if gaps else 0.0
+
+    def losses(self) -> dict[int, set[str]]:
+        """Step → every loss that it had. More than one: what was done again came out differently."""
+        found: dict[int, set[str]] = {}
+        for each in self.taken:
+            found.setdefault(each.step, set()).add(each.loss)
+        return found
+
+
+@dataclass(frozen=True)
+class Cost:
+    """seconds: until a step was done that no life had done before, over what a step takes. steps: done once more."""
+
+    seconds: float
+    steps: int
+
+
+def cost(steps: Steps, *, struck_unix: float, over_unix: float, ends_ranks: bool, before: int) -> Cost | None:
+    """Of a fault at `struck_unix`; None while no new step has come after it.
+
+    over_unix: when it was taken back, if it was one that lasts. ends_ranks: a step of the old ranks does not count,
+    which may have been under way. before: how many entries `steps.taken` had.
+    """
+    old = steps.taken[:before]
+    reached = max((each.step for each in old), default=0)
+    process = old[-1].process if old else 0
+    again = 0
+    for each in steps.taken[before:]:
+        if ends_ranks and each.process == process:
+            reached = max(reached, each.step)
+        elif each.step <= reached:
+            again += 1
+        elif each.unix >= over_unix:
+            return Cost(max(0.0, each.unix - struck_unix - steps.usual_seconds()), again)
+    return None

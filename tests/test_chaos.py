@@ -1,0 +1,216 @@
+"""`raynium chaos`: its schedule, what a fault cost, what it hits of a run's processes, and ten faults in a real run."""
+
+import os
+import resource
+import signal
+import sqlite3
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from random import Random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny import build_documents, job_text
+from waiting import wait_for
+
+from raynium.chaos.kinds import KINDS, NotThere, Scene, kinds_for
+from raynium.chaos.processes import RunProcesses
+from raynium.chaos.schedule import refuse_crowd, schedule
+from raynium.chaos.steps import Cost, Step, Steps, cost
+from raynium.errors import ConfigError
+from raynium.storage.process import is_halted
+
+NAMES = [kind.name for kind in KINDS]
+
+
+# ---- the schedule ---------------------------------------------------------------------------------------------------
+
+
+@given(seed=st.integers(0, 2**40), faults=st.integers(1, 400), kinds=st.integers(1, len(NAMES)))
+def test_every_kind_comes_as_often_as_any_other_or_once_more(seed: int, faults: int, kinds: int) -> None:
+    planned = schedule(NAMES[:kinds], faults=faults, steps=10_000, seed=seed)
+    assert [fault.number for fault in planned] == list(range(1, faults + 1))
+    times = Counter(fault.kind for fault in planned)
+    assert {times[name] for name in NAMES[:kinds]} <= {faults // kinds, -(-faults // kinds)}
+
+
+@given(seed=st.integers(0, 2**40), faults=st.integers(1, 400), steps=st.integers(1, 100_000))
+def test_faults_come_in_the_order_of_their_steps_and_leave_the_last_ones_in_peace(
+    seed: int, faults: int, steps: int
+) -> None:
+    at = [fault.step for fault in schedule(NAMES, faults=faults, steps=steps, seed=seed)]
+    assert at == sorted(at) and at[0] >= 1
+    assert at[-1] <= 1 + steps * faults / (faults + 1)
+
+
+def test_in_200_faults_every_kind_comes_at_least_three_times() -> None:
+    times = Counter(fault.kind for fault in schedule(NAMES, faults=200, steps=2000, seed=1))
+    assert set(times) == set(NAMES) and min(times.values()) >= 3
+
+
+def test_a_seed_is_a_schedule_and_another_seed_another() -> None:
+    def planned(seed: int) -> list[tuple[int, str, int]]:
+        return [(each.step, each.kind, each.seed) for each in schedule(NAMES, faults=20, steps=500, seed=seed)]
+
+    assert planned(1) == planned(1) and planned(1) != planned(2)
+
+
+def test_a_run_too_short_to_heal_between_its_faults_is_refused_with_what_to_set() -> None:
+    with pytest.raises(ConfigError, match=r"10 faults in train.steps = 100 .* Set train.steps=110 or more"):
+        refuse_crowd(faults=10, steps=100, checkpoint_every=10)
+    refuse_crowd(faults=10, steps=110, checkpoint_every=10)
+
+
+# ---- what a fault cost ----------------------------------------------------------------------------------------------
+
+
+def taken(*steps: tuple[int, float, int]) -> Steps:
+    """Of (step, Unix time, process)."""
+    return Steps(Path("/nowhere"), [Step(step, unix, process, "0x1p0") for step, unix, process in steps])
+
+
+def test_a_fault_costs_the_time_until_a_step_that_no_life_had_taken_before_and_the_steps_done_again() -> None:
+    steps = taken((1, 1.0, 7), (2, 2.0, 7), (3, 3.0, 7))
+    killed_at = 3.5
+
+    def paid() -> Cost | None:
+        return cost(steps, struck_unix=killed_at, over_unix=killed_at, ends_ranks=True, before=3)
+
+    assert paid() is None
+    # The old rank 0 had a step under way.
+    steps.taken.append(Step(4, 3.6, 7, "0x1p0"))
+    assert paid() is None
+    steps.taken += [Step(3, 9.0, 8, "0x1p0"), Step(4, 10.0, 8, "0x1p0")]
+    assert paid() is None
+    steps.taken.append(Step(5, 11.0, 8, "0x1p0"))
+    assert paid() == Cost(seconds=11.0 - 3.5 - 1.0, steps=2)
+
+
+def test_a_fault_that_lasts_is_over_with_the_first_step_after_its_end_and_one_that_nobody_felt_costs_nothing() -> None:
+    steps = taken((1, 1.0, 7), (2, 2.0, 7), (3, 3.0, 7), (4, 8.0, 7))
+    assert cost(steps, struck_unix=2.5, over_unix=7.0, ends_ranks=False, before=2) == Cost(4.5, 0)
+    assert cost(steps, struck_unix=2.5, over_unix=2.5, ends_ranks=False, before=2) == Cost(0.0, 0)
+
+
+def test_steps_are_read_on_and_half_a_line_waits_for_its_rest(tmp_path: Path) -> None:
+    steps = Steps(tmp_path / "steps")
+    steps.look()
+    assert steps.newest == 0
+    (tmp_path / "steps").write_text("1 10.5 7 0x1p0\n2 11")
+    steps.look()
+    assert steps.newest == 1 and steps.losses() == {1: {"0x1p0"}}
+    with (tmp_path / "steps").open("a") as file:
+        file.write(".5 7 0x1p1\n1 12.5 8 0x1.8p0\n")
+    steps.look()
+    assert steps.newest == 2 and steps.losses() == {1: {"0x1p0", "0x1.8p0"}, 2: {"0x1p1"}}
+    assert steps.usual_seconds() == 1.0
+
+
+# ---- the kinds ------------------------------------------------------------------------------------------------------
+
+
+def kind(name: str):
+    (found,) = (each for each in KINDS if each.name == name)
+    return found
+
+
+def test_what_needs_s3_or_a_database_of_its_own_is_left_out_where_there_is_none() -> None:
+    can, cannot = kinds_for(s3=False, sqlite=True)
+    assert {each.name for each in cannot} == {"store-refuses", "store-delays", "store-cuts", "store-silent"}
+    assert {each.name for each in can} == set(NAMES) - {each.name for each in cannot}
+    assert [each.name for each in kinds_for(s3=True, sqlite=False)[1]] == ["mlflow-away"]
+
+
+def test_a_run_without_ranks_has_nothing_to_hit() -> None:
+    scene = Scene(RunProcesses(os.getpid(), {}), "sqlite:////nowhere.db")
+    for name in (each for each in NAMES if each not in ("kill-driver", "mlflow-away") and not each.startswith("store")):
+        with pytest.raises(NotThere, match="the run has no"):
+            kind(name).strike(scene, Random(1))
+
+
+# A driver, an agent, the process that it forks from, and two ranks and an uploader that name themselves.
+FAMILY = """
+import os, time
+from raynium.rank.entry import name_this_process
+if os.fork() == 0:
+    if os.fork() == 0:
+        for name in ("rank-0", "rank-1", "uploader"):
+            if os.fork() == 0:
+                name_this_process(name)
+                break
+time.sleep(600)
+"""
+
+
+@pytest.fixture
+def family():
+    driver = subprocess.Popen([sys.executable, "-c", FAMILY])
+    try:
+        wait_for(lambda: len(RunProcesses.of(driver.pid).ranks()) == 2 and RunProcesses.of(driver.pid).uploaders())
+        yield driver
+    finally:
+        for pid in (*RunProcesses.of(driver.pid).others, driver.pid):
+            os.kill(pid, signal.SIGKILL)
+        driver.wait()
+
+
+def test_a_run_s_processes_are_found_below_its_driver_and_hit(family: subprocess.Popen[bytes]) -> None:
+    found = RunProcesses.of(family.pid)
+    assert [each.name for each in found.ranks()] == ["rank-0", "rank-1"]
+    (agent,) = found.agents()
+    assert agent.parent == family.pid
+    scene = Scene(found, "sqlite:////nowhere.db")
+
+    slow = kind("slow-rank").strike(scene, Random(1))
+    (halted,) = wait_for(lambda: [each for each in found.ranks() if is_halted(each.pid)])
+    assert f"{halted.name} (process {halted.pid}) stands still" in slow.what and slow.seconds > 0
+    slow.end()
+    wait_for(lambda: not is_halted(halted.pid))
+
+    full = kind("disk-full").strike(scene, Random(1))
+    limits = [resource.prlimit(pid, resource.RLIMIT_FSIZE)[0] for pid in (family.pid, agent.pid)]
+    assert limits == [0, 0]
+    full.end()
+    assert resource.prlimit(agent.pid, resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY
+
+    killed = kind("kill-rank").strike(scene, Random(1))
+    assert killed.ends_ranks and "is killed" in killed.what
+    wait_for(lambda: len(RunProcesses.of(family.pid).ranks()) == 1)
+
+
+def test_mlflow_s_database_is_locked_and_free_again(tmp_path: Path) -> None:
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    with sqlite3.connect(tmp_path / "mlflow.db") as made:
+        made.execute("CREATE TABLE points (value)")
+    away = kind("mlflow-away").strike(Scene(RunProcesses(1, {}), uri), Random(1))
+    other = sqlite3.connect(tmp_path / "mlflow.db", timeout=0)
+    with pytest.raises(sqlite3.OperationalError, match="locked"):
+        other.execute("SELECT * FROM points")
+    away.end()
+    assert other.execute("SELECT * FROM points").fetchall() == []
+
+
+# ---- a real run -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.timeout(900)
+def test_a_run_under_ten_faults_ends_as_the_one_without(tmp_path: Path) -> None:
+    build_documents(tmp_path)
+    changes = {
+        "run.name": "soak",
+        "train.steps": 330,
+        "checkpoint.every_steps": 10,
+        "evaluate.every_steps": 100,
+        "evaluate.max_documents": 2,
+    }
+    (tmp_path / "job.yaml").write_text(job_text(changes, root=tmp_path))
+    command = [sys.executable, "-m", "raynium.cli.app", "chaos", str(tmp_path / "job.yaml"), "--faults", "10"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("a new step after") == 10
+    assert "are bit-equal" in done.stdout and "nobody typed anything" in done.stdout
