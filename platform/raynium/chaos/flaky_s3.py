@@ -1,14 +1,13 @@
 """A proxy before a real S3 server that fails as told: cut, refuse, swallow, delay, slow, hold.
 
-    with FlakyS3(s3_server.endpoint) as proxy:
-        store = Store(bucket, options=s3_server.options | {"endpoint_url": proxy.endpoint})   # or, for a process:
-        env = s3_server.env | {"AWS_ENDPOINT_URL": proxy.endpoint}
-        proxy.set(cut(0, 2**20, times=5), refuse(503, "SlowDown", of=["UploadPart"]))   # the first that fits, each time
+    with FlakyS3(endpoint) as proxy:
+        store = Store(bucket, options={..., "endpoint_url": proxy.endpoint})
+        proxy.set(cut(0, 2**20, times=5), refuse(503, "SlowDown", of=["UploadPart"]))
         ...
-        proxy.set()   # works again
-        proxy.seen    # operations that arrived, in order: ["PutObject", "HeadObject", ...]
+        proxy.set()
 
-    with FlakyS3(s3_server.endpoint, tls=context) as proxy:   # the same over TLS, as AWS's own S3 speaks it
+A process finds it by AWS_ENDPOINT_URL. Each request meets the first fault that fits; after `set()` all works again.
+`proxy.seen` are the operations that arrived, in order. With `tls`, it speaks TLS to its clients, as AWS's own S3 does.
 
 It runs on a thread of its own, on loopback, one connection per request. What it forwards it does not change, so
 signatures stay valid; a client's `Host` is the proxy's, which the server accepts.
@@ -32,13 +31,16 @@ class Fault:
     """What happens to the requests it fits. Made by the functions below."""
 
     kind: Literal["cut", "refuse", "swallow", "delay", "slow", "hold"]
-    operations: frozenset[str]  # empty: all
-    times: int | None  # so many requests, then no more; None: always
+    # Empty: all.
+    operations: frozenset[str]
+    # So many requests, then no more; None: always.
+    times: int | None
     status: int = 0
     code: str = ""
     seconds: float = 0
     bytes_between: tuple[int, int] = (0, 0)
-    after: tuple[str, ...] = ()  # operations that must have been answered first, in this order
+    # Operations that must have been answered first, in this order.
+    after: tuple[str, ...] = ()
     keeps_answer: bool = False
 
     def fits(self, operation: str) -> bool:
@@ -152,7 +154,8 @@ class FlakyS3:
 
     async def _close(self) -> None:
         self._listener.close()
-        for _ in range(5):  # what was just accepted becomes a task, and transports close, in the loop's next turns
+        # What was just accepted becomes a task, and transports close, in the loop's next turns.
+        for _ in range(5):
             others = asyncio.all_tasks() - {asyncio.current_task()}
             for task in others:
                 task.cancel()
@@ -161,13 +164,15 @@ class FlakyS3:
 
     async def _serve(self, client: asyncio.StreamReader, answers: asyncio.StreamWriter) -> None:
         request, task = None, asyncio.current_task()
-        self._tasks.add(task)  # asyncio itself may forget a task whose client was killed, before it has cleaned up
+        # asyncio itself may forget a task whose client was killed, before it has cleaned up.
+        self._tasks.add(task)
         try:
             request = await _Request.receive(client)
             self.seen.append(request.operation)
             await self._handle(request, client, answers)
         except (OSError, asyncio.IncompleteReadError):
-            pass  # the client or the server went away: so will the other
+            # The client or the server went away: so will the other.
+            pass
         finally:
             answers.transport.abort() if request is None else answers.close()
             self._tasks.discard(task)
@@ -269,10 +274,12 @@ class _Meter:
 @dataclass(frozen=True)
 class _Request:
     method: str
-    operation: str  # in S3's words
+    # In S3's words.
+    operation: str
     body_bytes: int
     waits_for_go_ahead: bool
-    head: bytes = field(repr=False)  # to forward
+    # To forward.
+    head: bytes = field(repr=False)
 
     @staticmethod
     async def receive(client: asyncio.StreamReader) -> "_Request":
@@ -293,7 +300,8 @@ class _Request:
 def _operation(method: str, target: str) -> str:
     parts = urlsplit(target)
     query = parse_qs(parts.query, keep_blank_values=True)
-    if not parts.path.strip("/").partition("/")[2]:  # the bucket itself
+    # Of the bucket itself.
+    if not parts.path.strip("/").partition("/")[2]:
         if "uploads" in query:
             return "ListMultipartUploads"
         return "DeleteObjects" if "delete" in query else "ListObjectsV2"

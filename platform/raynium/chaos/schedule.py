@@ -37,9 +37,14 @@ def schedule(kinds: Sequence[str], *, faults: int, steps: int, seed: int) -> lis
     ]
 
 
+def healing_steps(checkpoint_every: int) -> int:
+    """In which a run certainly commits another checkpoint, wherever it is."""
+    return 2 * checkpoint_every
+
+
 def refuse_crowd(*, faults: int, steps: int, checkpoint_every: int) -> None:
     """Raises ConfigError where the run has too few steps to heal between faults: it would give up, and rightly so."""
-    needed = (faults + 1) * checkpoint_every
+    needed = (faults + 1) * healing_steps(checkpoint_every)
     if needed > steps:
         problem = (
             f"{faults} faults in train.steps = {steps} steps with checkpoint.every_steps = {checkpoint_every}: between "

@@ -11,13 +11,13 @@ from random import Random
 from raynium.chaos.driver import DrivenRun
 from raynium.chaos.flaky_s3 import FlakyS3
 from raynium.chaos.kinds import Kind, NotThere, Scene, Struck, kinds_for
-from raynium.chaos.schedule import Fault, refuse_crowd, schedule
+from raynium.chaos.schedule import Fault, healing_steps, refuse_crowd, schedule
 from raynium.chaos.steps import Cost, Steps, cost
 from raynium.chaos.verdict import Claim, claims
 from raynium.checkpoint.catalog import step_folders
 from raynium.config.schema import Config
 from raynium.errors import ConfigError, LaunchError
-from raynium.rank.armed import CHAOS_VARIABLE, STEPS_NAME
+from raynium.rank.armed import CHAOS_VARIABLE, LIMIT_NAME, STEPS_NAME
 from raynium.run.past import run_store
 from raynium.run.record import read_record
 from raynium.tracking.runs import resolve_uri
@@ -108,6 +108,7 @@ def soak(config: Config, *, faults: int, seed: int, folder: Path, tell: Callable
         try:
             for fault in planned:
                 happened.append(_one_fault(fault, by_name[fault.kind], scenes, tell, of=faults))
+            second.may_finish()
             second.until_finished()
             found = claims(plain, faulted, steps=(first.steps, second.steps), starts=second.driven.starts, tell=tell)
         except GivenUp as error:
@@ -151,6 +152,17 @@ class _WatchedRun:
             raise GivenUp(f"after the last fault the driver ended with {code}:\n{self.driven.last_lines()}")
         self.steps.look()
 
+    def may_take(self, step: int) -> None:
+        """Steps until this one and as many as it takes to heal."""
+        limit = self.steps.file.with_name(LIMIT_NAME)
+        last = max(step, self.steps.newest) + healing_steps(self.driven.config.checkpoint.every_steps)
+        replacement = limit.with_suffix(".new")
+        replacement.write_text(str(last), encoding="utf-8")
+        replacement.replace(limit)
+
+    def may_finish(self) -> None:
+        self.steps.file.with_name(LIMIT_NAME).unlink(missing_ok=True)
+
     def newest_checkpoint(self) -> int:
         folders = step_folders(run_store(self.driven.config))
         return max((each.step for each in folders if each.manifest is not None), default=0)
@@ -175,12 +187,14 @@ class _Scenes:
 def _one_fault(fault: Fault, kind: Kind, scenes: _Scenes, tell: Callable[[str], None], *, of: int) -> Happened:
     """Waits for its step, strikes, and stays until the run is as well as before. Raises GivenUp."""
     run = scenes.run
+    run.may_take(fault.step)
     for _ in _patiently(run, f"fault {fault.number} waits for step {fault.step}", seconds=float("inf")):
         if run.steps.newest >= fault.step:
             break
     checkpoint = run.newest_checkpoint()
     struck, before, struck_unix = _strike(fault, kind, scenes)
     reached = run.steps.newest
+    run.may_take(reached)
     tell(f"fault {fault.number}/{of} at step {reached:,}: {kind.name}: {struck.what}")
     if struck.ends_driver:
         run.driven.wait()
@@ -198,7 +212,7 @@ def _one_fault(fault: Fault, kind: Kind, scenes: _Scenes, tell: Callable[[str], 
         if paid is not None or run.driven.exit_code() == 0:
             break
     paid = paid or Cost(0.0, 0)
-    tell(f"    a new step after {paid.seconds:.2f} s; {paid.steps} step(s) done again")
+    tell(f"    it stood still for {paid.seconds:.2f} s, and took {paid.steps} step(s) again")
     # The next one finds a run that has got on, as a run of weeks does between two faults.
     looked = 0.0
     for _ in _patiently(run, f"no new checkpoint since fault {fault.number} ({struck.what})"):

@@ -55,27 +55,27 @@ class Steps:
 
 @dataclass(frozen=True)
 class Cost:
-    """seconds: until a step was done that no life had done before, over what a step takes. steps: done once more."""
+    """seconds: that the run stood still, over what a step takes. steps: done once more."""
 
     seconds: float
     steps: int
 
 
 def cost(steps: Steps, *, struck_unix: float, over_unix: float, ends_ranks: bool, before: int) -> Cost | None:
-    """Of a fault at `struck_unix`; None while no new step has come after it.
+    """Of a fault at `struck_unix`; None until a step was taken, after it was over, that no life had taken before.
 
-    over_unix: when it was taken back, if it was one that lasts. ends_ranks: a step of the old ranks does not count,
+    over_unix: when it was taken back, if it was one that lasts. ends_ranks: the old ranks' steps do not count, one of
     which may have been under way. before: how many entries `steps.taken` had.
     """
     old = steps.taken[:before]
     reached = max((each.step for each in old), default=0)
     process = old[-1].process if old else 0
-    again = 0
+    again, moved_unix, still = 0, struck_unix, 0.0
     for each in steps.taken[before:]:
-        if ends_ranks and each.process == process:
-            reached = max(reached, each.step)
-        elif each.step <= reached:
+        if each.step <= reached:
             again += 1
-        elif each.unix >= over_unix:
-            return Cost(max(0.0, each.unix - struck_unix - steps.usual_seconds()), again)
+            continue
+        reached, still, moved_unix = each.step, max(still, each.unix - moved_unix), each.unix
+        if each.unix >= over_unix and not (ends_ranks and each.process == process):
+            return Cost(max(0.0, still - steps.usual_seconds()), again)
     return None
