@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from descriptors import no_free_descriptor
 
 from raynium.errors import RunInUse, StoreError
 from raynium.run.record import (
@@ -163,6 +164,14 @@ def test_an_owner_on_another_host_is_alive_while_its_heart_beats(tmp_path: Path)
     assert record.owner_is_alive(now + OWNER_LOST_SECONDS - 1)
     assert not record.owner_is_alive(now + OWNER_LOST_SECONDS + 1)
     assert not replace(record, state="finished").owner_is_alive(now)
+
+
+def test_an_owner_who_cannot_be_looked_at_is_alive_while_its_heart_beats() -> None:
+    now = time.time()
+    record = RunRecord("first", CONFIG, "running", this_process(), created_unix=now, heartbeat_unix=now)
+    with no_free_descriptor():
+        assert record.owner_is_alive(now)
+        assert not record.owner_is_alive(now + OWNER_LOST_SECONDS + 1)
 
 
 def test_a_pid_that_was_given_away_is_not_the_owner() -> None:

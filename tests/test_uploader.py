@@ -1,7 +1,6 @@
 """The uploading process: what comes back from it, and what is left when it is killed."""
 
 import os
-import resource
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -9,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from descriptors import no_free_descriptor
 from waiting import wait_for
 
 from raynium.checkpoint.format.manifest import ImageInfo, SavedBlocks, ShardEntry
@@ -160,17 +160,29 @@ def test_a_process_that_cannot_be_started_is_told_and_tried_again(
     pid = uploader.pid()
     assert pid is not None
     os.kill(pid, signal.SIGKILL)
-    wait_for(lambda: not Path(f"/proc/{pid}").exists())
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    lowest_free = os.dup(0)
-    os.close(lowest_free)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest_free, hard))
-    try:
-        with pytest.raises(StoreError, match=r"cannot be started: .*Too many open files; this node lacks"):
-            uploader.upload(info, generation="g2", rank=3)
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    wait_for(lambda: uploader.pid() is None)
+    with no_free_descriptor(), pytest.raises(StoreError, match=r"cannot be started: .*Too many open files; this node"):
+        uploader.upload(info, generation="g2", rank=3)
     uploader.upload(info, generation="g2", rank=3)
+
+
+def test_an_upload_that_is_watched_without_a_free_descriptor_goes_on(
+    uploader: Uploader, image: Callable[[int], ImageInfo], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether the process does something cannot be seen then, and that is no news of it."""
+    monkeypatch.setattr("raynium.node.uploader.WATCH_SECONDS", 0.05)
+    info = image(10)
+    uploader.upload(info, generation="g1", rank=3)
+    pid = uploader.pid()
+    assert pid is not None
+    os.kill(pid, signal.SIGSTOP)
+    with no_free_descriptor():
+        uploading = InThread(uploader, info.model_copy(update={"step": 8}))
+        uploading.join(0.5)
+    assert uploading.is_alive()
+    os.kill(pid, signal.SIGCONT)
+    uploading.join()
+    assert uploading.error is None and uploading.entry is not None and uploader.pid() == pid
 
 
 def test_closing_ends_the_process_and_fails_what_it_did(uploader: Uploader, image: Callable[[int], ImageInfo]) -> None:

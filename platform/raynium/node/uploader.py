@@ -88,7 +88,7 @@ class Uploader:
 
     def pid(self) -> int | None:
         """Of the process, if it runs; for tests and debuggers."""
-        return self._child.process.pid if self._child is not None else None
+        return self._child.process.pid if self._child is not None and not self._child.dead else None
 
     def close(self) -> None:
         """Ends the process; uploads that still run fail."""

@@ -1,5 +1,6 @@
 """Telling one process from another on this machine, also from a later one that got its pid. Standard library only."""
 
+import contextlib
 import os
 import platform
 import socket
@@ -16,10 +17,11 @@ class Owner:
     pid_started: str
 
     def lives_here(self) -> bool | None:
-        """Whether it lives, if it is of this host; None where only what it writes can tell."""
-        if self.host != socket.gethostname() or self.boot_id != boot_id():
-            return None
-        return pid_started(self.pid) == self.pid_started
+        """Whether it lives, if it is of this host and can be looked at; None where only what it writes can tell."""
+        with contextlib.suppress(OSError):
+            if self.host == socket.gethostname() and self.boot_id == boot_id():
+                return pid_started(self.pid) == self.pid_started
+        return None
 
 
 def this_process() -> Owner:
@@ -36,7 +38,7 @@ def boot_id() -> str:
 
 def is_halted(pid: int) -> bool:
     """Whether a signal or a debugger has stopped the process. False where nobody can say."""
-    fields = _stat(pid)
+    fields = _stat_if_readable(pid)
     return bool(fields) and fields[0] in ("T", "t")
 
 
@@ -59,12 +61,15 @@ def where_it_waits(pid: int) -> str:
 
 def cpu_ticks(pid: int) -> int | None:
     """Processor time that all threads of the process have used; None where nobody can say."""
-    fields = _stat(pid)
+    fields = _stat_if_readable(pid)
     return int(fields[11]) + int(fields[12]) if fields else None
 
 
 def pid_started(pid: int) -> str:
-    """The process's start time in clock ticks since boot; empty when there is no such process."""
+    """The process's start time in clock ticks since boot; empty when there is no such process.
+
+    OSError when this process may not look, or has no file descriptor left to look with: that says nothing of the other.
+    """
     if platform.system() != "Linux":
         try:
             os.kill(pid, 0)
@@ -92,3 +97,9 @@ def _stat(pid: int) -> list[str]:
             return file.read().rpartition(")")[2].split()
     except (FileNotFoundError, ProcessLookupError):
         return []
+
+
+def _stat_if_readable(pid: int) -> list[str]:
+    with contextlib.suppress(OSError):
+        return _stat(pid)
+    return []
