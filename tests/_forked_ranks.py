@@ -14,6 +14,15 @@ from typing import Any, TextIO
 RunRank = Callable[[int, Path, dict[str, Any]], None]
 
 
+def load_compiler() -> None:
+    """What torch imports when it first compiles: 4 s of each rank's time otherwise. Starts no thread."""
+    import torch._dynamo
+    import torch._inductor.compile_fx
+    import torch.distributed.tensor.experimental  # noqa: F401
+
+    torch._dynamo.list_backends()
+
+
 def serve_folders(run_rank: RunRank, replies: TextIO = sys.stdout) -> None:
     """For each FOLDER of stdin: `run_rank(rank, FOLDER, scenario)` in every rank of FOLDER/scenario.json's config.
 
@@ -24,6 +33,8 @@ def serve_folders(run_rank: RunRank, replies: TextIO = sys.stdout) -> None:
     for line in sys.stdin:
         folder = Path(line.rstrip("\n"))
         scenario = json.loads((folder / "scenario.json").read_text())
+        if scenario["config"]["engine"]["compile"] != "none":
+            load_compiler()
         ranks = range(scenario["config"]["cluster"]["ranks_per_node"])
         processes = [fork.Process(target=run_rank, args=(rank, folder, scenario)) for rank in ranks]
         for process in processes:

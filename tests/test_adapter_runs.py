@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from conversions import same_tensors, weights_in
 from test_agent import Played
-from test_model_init import config_at, folder, job, torchrun, trained  # noqa: F401  (folder: a fixture)
+from test_model_init import config_at, ended, folder, job, trained  # noqa: F401  (folder: a fixture)
 from tiny import loader_of
 from waiting import wait_for
 
@@ -166,10 +166,10 @@ def test_without_its_base_or_with_another_an_adapter_goes_no_further(tmp_path: P
     trained(path, *ADAPTER, "train.steps=2")
     other = tmp_path / "other"
     shutil.copytree(tmp_path / "hugging-face", other)
-    done = torchrun(path, *ADAPTER, f"model.init={other}")
-    assert re.search(r"model\.init is .*other.*, but the checkpoint was trained with .*hugging-face", done.stderr)
-    done = torchrun(path, *ADAPTER[1:], "adapter.rank=8")
-    assert "adapter.rank is 8, but the checkpoint was trained with 4" in done.stderr
+    done = ended(path, *ADAPTER, f"model.init={other}")
+    assert re.search(r"model\.init is .*other.*, but the checkpoint was trained with .*hugging-face", done.log)
+    done = ended(path, *ADAPTER[1:], "adapter.rank=8")
+    assert "adapter.rank is 8, but the checkpoint was trained with 4" in done.log
 
     ref = last(tmp_path)
     ref.manifest.state["config"]["model"]["init_identity"] = "0" * 64  # pyright: ignore
@@ -178,6 +178,6 @@ def test_without_its_base_or_with_another_an_adapter_goes_no_further(tmp_path: P
     ):
         merged_weights(ref)
     shutil.move(tmp_path / "hugging-face", tmp_path / "away")
-    done = torchrun(path, *ADAPTER)
-    assert done.returncode != 0 and re.search(r"hugging-face/model-\S+ is missing", done.stderr), done.stderr[-3000:]
+    done = ended(path, *ADAPTER)
+    assert done.returncode != 0 and re.search(r"hugging-face/model-\S+ is missing", done.log), done.log[-3000:]
     assert weights_in(tmp_path / "away")

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from mlflow import MlflowClient
-from test_standalone import torchrun
+from standalone_ranks import trained
 from tiny import job_text
 
 from raynium.checkpoint.catalog import latest
@@ -86,14 +86,14 @@ def metrics(log: str, name: str) -> dict[int, float]:
 def test_a_run_that_was_broken_off_before_a_stage_and_in_it_has_the_bits_of_a_whole_one(
     root: Path, job: Callable[..., Path]
 ) -> None:
-    whole = torchrun(job("whole"))
-    pieces = [torchrun(job("broken"), f"train.steps={steps}") for steps in (2, 5, 6)]
+    whole = trained(job("whole"))
+    pieces = [trained(job("broken"), f"train.steps={steps}") for steps in (2, 5, 6)]
     one, other = latest(Store(root / "whole")), latest(Store(root / "broken"))
     assert one is not None and other is not None and one.step == other.step == 6
     assert not list(differences(one, other))
     expected = metrics(whole, "train/loss")
     assert {step: loss for log in pieces for step, loss in metrics(log, "train/loss").items()} == expected
-    alone = torchrun(job("alone", **{"cluster.ranks_per_node": 1}), ranks=1)
+    alone = trained(job("alone", **{"cluster.ranks_per_node": 1}), ranks=1)
     assert metrics(alone, "train/loss") == pytest.approx(expected, rel=1e-5)
     # 4 sequences of 32 tokens a step: 12 before the stage, half of them of `web`, and none in it.
     for log in (whole, alone):
@@ -104,7 +104,7 @@ def test_a_run_that_was_broken_off_before_a_stage_and_in_it_has_the_bits_of_a_wh
 
 
 def test_the_held_out_loss_is_that_of_all_documents_and_of_each_store(root: Path, job: Callable[..., Path]) -> None:
-    log = torchrun(job("judged", **{"train.steps": 1}))
+    log = trained(job("judged", **{"train.steps": 1}))
     tokens, num_bytes, nats, bits = 0, 0, 0.0, 0.0
     for name in ("web", "code", "logs"):
         documents = open_store(root / "data" / name).heldout_documents(3)
@@ -120,8 +120,8 @@ def test_the_held_out_loss_is_that_of_all_documents_and_of_each_store(root: Path
 
 def test_a_store_alone_has_no_metrics_of_its_own(root: Path, job: Callable[..., Path]) -> None:
     one = {"data.mixture": [MIXTURE[1]], "data.stages": None, "train.steps": 1}
-    mixture = torchrun(job("one", **one))
-    path = torchrun(job("path", **one | {"data.mixture": None, "data.path": f"{root}/data/code"}))
+    mixture = trained(job("one", **one))
+    path = trained(job("path", **one | {"data.mixture": None, "data.path": f"{root}/data/code"}))
     assert metrics(mixture, "train/loss") == metrics(path, "train/loss") != {}
     assert "eval/loss" in mixture and "code/" not in mixture
 

@@ -2,11 +2,8 @@
 
 import errno
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +15,7 @@ import torch.distributed as dist
 import yaml
 from conversions import config_of, weights_in
 from safetensors.torch import save_file
+from standalone_ranks import Ended, standalone
 from tiny import loader_of
 from typer.testing import CliRunner
 
@@ -44,7 +42,6 @@ from raynium.errors import CheckpointDamaged, CheckpointError, CheckpointMismatc
 from raynium.generation.drawing import Drawing
 from raynium.generation.sampler import open_sampler
 from raynium.models.decoder import Decoder
-from raynium.rank.ports import free_port
 from raynium.rank.snapshots import Snapshots
 from raynium.storage.store import Store
 from raynium.tasks.pretraining import Pretraining
@@ -78,24 +75,15 @@ def config_at(tmp_path: Path, *overrides: str, **changes: Any) -> Config:
     return load_config(job(tmp_path, **changes), overrides, describe=describe)
 
 
-def torchrun(job: Path, *overrides: str, ranks: int = 1) -> subprocess.CompletedProcess[str]:
-    port = str(free_port("127.0.0.1"))
-    launcher = ("-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--master-addr", "127.0.0.1")
-    overrides = (f"cluster.ranks_per_node={ranks}", *overrides)
-    return subprocess.run(
-        [sys.executable, *launcher, "--master-port", port, "-m", "raynium.standalone", str(job), *overrides],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
+def ended(job: Path, *overrides: str, ranks: int = 1) -> Ended:
+    return standalone(job, f"cluster.ranks_per_node={ranks}", *overrides, ranks=ranks)
 
 
 def trained(job: Path, *overrides: str, ranks: int = 1) -> dict[int, float]:
     """Losses by step."""
-    done = torchrun(job, *overrides, ranks=ranks)
-    assert done.returncode == 0, done.stderr
-    return {int(step): float(loss) for step, loss in re.findall(r"step (\d+): train/loss ([\d.]+)", done.stderr)}
+    done = ended(job, *overrides, ranks=ranks)
+    assert done.returncode == 0, done.log
+    return {int(step): float(loss) for step, loss in re.findall(r"step (\d+): train/loss ([\d.]+)", done.log)}
 
 
 @pytest.fixture
@@ -167,9 +155,9 @@ def test_a_run_goes_on_bit_equal_without_its_base(folder: Path, tmp_path: Path) 
     assert whole.keys() == halves.keys() and all(torch.equal(whole[name], halves[name]) for name in whole)
 
     shutil.copytree(tmp_path / "runs/tuned", tmp_path / "other")
-    done = torchrun(path, f"model.init={tmp_path / 'other'}", "train.steps=5")
+    done = ended(path, f"model.init={tmp_path / 'other'}", "train.steps=5")
     assert done.returncode != 0
-    assert re.search(r"model\.init is .*other.*, but the checkpoint was trained with .*hugging-face", done.stderr)
+    assert re.search(r"model\.init is .*other.*, but the checkpoint was trained with .*hugging-face", done.log)
 
 
 @pytest.mark.slow

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 import yaml
+from standalone_ranks import trained
 from test_pairs import sums
-from test_standalone import losses, torchrun
+from test_standalone import losses
 
 from raynium.checkpoint.catalog import choose_checkpoint, latest
 from raynium.checkpoint.compare import compare
@@ -45,7 +46,7 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def whole(job: Path) -> str:
     """The log of an uninterrupted run."""
-    return torchrun(job, ranks=1)
+    return trained(job, ranks=1)
 
 
 def same_bits(job: Path, one: str, other: str) -> bool:
@@ -80,19 +81,19 @@ def test_dpo_begins_at_its_reference_learns_the_pairs_and_those_held_out(job: Pa
 
 def test_a_run_that_goes_on_changes_no_bit_and_reads_its_reference(job: Path, whole: str) -> None:
     before = references(job)
-    torchrun(job, "run.name=halves", "train.steps=3", ranks=1)
-    torchrun(job, "run.name=halves", ranks=1)
+    trained(job, "run.name=halves", "train.steps=3", ranks=1)
+    trained(job, "run.name=halves", ranks=1)
     assert same_bits(job, "whole", "halves")
     assert references(job) == before, "another run on the same weights and pairs computes nothing"
 
 
 def test_a_run_that_goes_on_without_its_reference_computes_it_of_the_first_weights(job: Path, whole: str) -> None:
-    torchrun(job, "run.name=bereft", "train.steps=3", ranks=1)
+    trained(job, "run.name=bereft", "train.steps=3", ranks=1)
     before = references(job)
     contents = {path: path.read_bytes() for path in before}
     for path in before:
         path.unlink()
-    torchrun(job, "run.name=bereft", ranks=1)
+    trained(job, "run.name=bereft", ranks=1)
     assert {path: path.read_bytes() for path in references(job)} == contents
     assert same_bits(job, "whole", "bereft")
 
@@ -100,7 +101,7 @@ def test_a_run_that_goes_on_without_its_reference_computes_it_of_the_first_weigh
 def test_two_ranks_learn_the_same_from_the_same_pairs(job: Path, whole: str) -> None:
     for path in references(job):
         path.unlink()
-    log = torchrun(job, "run.name=two", "cluster.ranks_per_node=2", "train.micro_batch_size=2", ranks=2)
+    log = trained(job, "run.name=two", "cluster.ranks_per_node=2", "train.micro_batch_size=2", ranks=2)
     assert losses(log) == pytest.approx(losses(whole), rel=1e-5)
     expected, found = metrics(whole, STEPS), metrics(log, STEPS)
     names = [name for name in expected if name.startswith(("eval/", "rewards/"))]
@@ -111,28 +112,28 @@ def test_two_ranks_learn_the_same_from_the_same_pairs(job: Path, whole: str) -> 
 def test_a_tensor_group_learns_the_same(job: Path, whole: str) -> None:
     for path in references(job):
         path.unlink()
-    log = torchrun(job, "run.name=tensor", "cluster.ranks_per_node=2", "parallel.tensor=2", ranks=2)
+    log = trained(job, "run.name=tensor", "cluster.ranks_per_node=2", "parallel.tensor=2", ranks=2)
     assert losses(log) == pytest.approx(losses(whole), rel=1e-5)
 
 
 def test_orpo_learns_without_a_reference_and_goes_on_to_the_bit(job: Path, whole: str) -> None:
     before = references(job)
-    log = torchrun(job, "task=orpo", "run.name=odds", ranks=1)
+    log = trained(job, "task=orpo", "run.name=odds", ranks=1)
     first, last = metrics(log, 1), metrics(log, STEPS)
     assert last["train/loss"] < first["train/loss"] and last["eval/loss"] < first["train/loss"]
     assert {"rewards/accuracies", "rewards/margins"} <= set(last)
-    torchrun(job, "task=orpo", "run.name=odds-halves", "train.steps=3", ranks=1)
-    torchrun(job, "task=orpo", "run.name=odds-halves", ranks=1)
+    trained(job, "task=orpo", "run.name=odds-halves", "train.steps=3", ranks=1)
+    trained(job, "task=orpo", "run.name=odds-halves", ranks=1)
     assert same_bits(job, "odds", "odds-halves")
     assert references(job) == before
-    two = torchrun(job, "task=orpo", "run.name=odds-two", "cluster.ranks_per_node=2", "train.micro_batch_size=2")
+    two = trained(job, "task=orpo", "run.name=odds-two", "cluster.ranks_per_node=2", "train.micro_batch_size=2")
     assert losses(two) == pytest.approx(losses(log), rel=1e-5)
     assert metrics(two, STEPS)["eval/loss"] == pytest.approx(last["eval/loss"], rel=1e-5)
 
 
 def test_another_runs_weights_have_a_reference_of_their_own(job: Path, whole: str) -> None:
     before = references(job)
-    log = torchrun(job, "run.name=next", f"model.init={job.parent}/runs/whole", ranks=1)
+    log = trained(job, "run.name=next", f"model.init={job.parent}/runs/whole", ranks=1)
     assert metrics(log, 1)["train/loss"] == pytest.approx(0.693147, abs=1e-6)
     assert len(references(job).keys() - before.keys()) == 2
 
@@ -140,10 +141,10 @@ def test_another_runs_weights_have_a_reference_of_their_own(job: Path, whole: st
 def test_an_adapters_reference_is_the_base_it_begins_as(job: Path, whole: str) -> None:
     """B is 0 at first: it has the reference of its base, so the pass of another run on that base serves it."""
     base = f"model.init={job.parent}/runs/whole"
-    torchrun(job, "run.name=all-learns", "train.steps=1", base, ranks=1)
+    trained(job, "run.name=all-learns", "train.steps=1", base, ranks=1)
     before = references(job)
     tuned = (base, "adapter.rank=4", "adapter.dropout=0.1", "optimizer.learning_rate=0.01")
-    log = torchrun(job, "run.name=tuned", *tuned, ranks=1)
+    log = trained(job, "run.name=tuned", *tuned, ranks=1)
     assert references(job) == before
     first, last = metrics(log, 1), metrics(log, STEPS)
     assert first["train/loss"] == pytest.approx(0.693147, abs=1e-6)
@@ -151,11 +152,11 @@ def test_an_adapters_reference_is_the_base_it_begins_as(job: Path, whole: str) -
     assert last["train/loss"] < 0.69 and last["rewards/margins"] > 0 and last["eval/rewards_margins"] > 0
 
     # One that goes on without it computes it of the base again, and not of what the adapter has learned.
-    torchrun(job, "run.name=tuned-halves", "train.steps=3", *tuned, ranks=1)
+    trained(job, "run.name=tuned-halves", "train.steps=3", *tuned, ranks=1)
     contents = {path: path.read_bytes() for path in before}
     for path in before:
         path.unlink()
-    torchrun(job, "run.name=tuned-halves", *tuned, ranks=1)
+    trained(job, "run.name=tuned-halves", *tuned, ranks=1)
     found = references(job)
     assert {path: path.read_bytes() for path in found} == {path: contents[path] for path in found}
     assert len(found) == 2 and same_bits(job, "tuned", "tuned-halves")
@@ -163,10 +164,10 @@ def test_an_adapters_reference_is_the_base_it_begins_as(job: Path, whole: str) -
 
 def test_an_adapter_that_was_begun_with_has_a_reference_of_its_own(job: Path, whole: str) -> None:
     tuned = (f"model.init={job.parent}/runs/whole", "adapter.rank=4", "optimizer.learning_rate=0.01")
-    torchrun(job, "run.name=first-adapter", "train.steps=3", *tuned, ranks=1)
+    trained(job, "run.name=first-adapter", "train.steps=3", *tuned, ranks=1)
     export_adapter(choose_checkpoint(Store(job.parent / "runs/first-adapter")), job.parent / "adapter")
     before = references(job)
-    log = torchrun(
+    log = trained(
         job, "run.name=second-adapter", "train.steps=1", *tuned, f"adapter.init={job.parent}/adapter", ranks=1
     )
     assert metrics(log, 1)["train/loss"] == pytest.approx(0.693147, abs=1e-6)

@@ -23,9 +23,9 @@ import pytest
 import yaml
 from neuron_twin import RECORD_VARIABLE, write_site
 from sessions import kill_started
+from standalone_ranks import trained
 from test_pairs import sums
 from test_records import chat, write_lines
-from test_standalone import torchrun
 from tiny import build_documents, job_text
 from waiting import wait_for
 
@@ -332,7 +332,7 @@ def test_a_mixture_of_packed_stores_outlives_a_rank_and_its_driver_on_two_nodes(
     job_file = cluster.folder / "mixed.yaml"
     job_file.write_text(job_text({"run.root": str(cluster.folder)} | CHANGES | mixture))
     # Without Ray: two ranks that nothing happens to.
-    torchrun(job_file, "run.name=mixed", "cluster.nodes=1", "cluster.ranks_per_node=2")
+    trained(job_file, "run.name=mixed", "cluster.nodes=1", "cluster.ranks_per_node=2")
     killed = cluster.client().submit(job_file, name="mixed-killed")
     record = record_when_saved(killed, step=10)
     assert record.agents is not None and len(record.agents) == 2

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from standalone_ranks import trained
 from tiny import build_documents, job_text
 
 from raynium import find_run, standalone
@@ -41,20 +42,12 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "job.yaml"
 
 
-def torchrun(job: Path, *overrides: str, ranks: int = 2) -> str:
-    """The log of ranks that have ended well."""
+def torchrun(job: Path, *overrides: str) -> str:
+    """The log of two ranks that have ended well."""
     port = free_port("127.0.0.1")
     done = subprocess.run(
         [
-            *(
-                sys.executable,
-                "-m",
-                "torch.distributed.run",
-                "--nproc-per-node",
-                str(ranks),
-                "--master-addr",
-                "127.0.0.1",
-            ),
+            *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-addr", "127.0.0.1"),
             *("--master-port", str(port), "-m", "raynium.standalone", str(job), *overrides),
         ],
         env=os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
@@ -79,7 +72,7 @@ def test_it_trains_saves_and_goes_on_where_it_ended_with_the_same_data(
     assert "eval/bits_per_byte" in first and "rank 0 INFO: finished at step 2" in first
     checkpoint = latest(store)
     assert checkpoint is not None and checkpoint.step == 2 and checkpoint.manifest.world_size == 2
-    second = torchrun(job)
+    second = trained(job)
     assert "note: train.steps changed from 2 to 4" in second
     assert "resumed from the checkpoint of step 2" in second and sorted(losses(second)) == [3, 4]
     assert losses(second)[4] < losses(first)[1]
@@ -114,7 +107,7 @@ def test_it_is_judged_by_other_stores_and_questions_and_ends_when_they_say_so(jo
         f"evaluate.sets=[{tmp_path}/copy]",
         f"evaluate.tasks=[{tmp_path}/easy.jsonl, {tmp_path}/hard.jsonl]",
     ]
-    log = torchrun(job, *judges)
+    log = trained(job, *judges)
     assert reported(log, "eval/hard/acc") == ["0", "0", "0"]
     assert "finished at step 3: ended early at step 3: eval/hard/acc has not improved in 2 evaluations" in log
     assert reported(log, "eval/copy/loss") == reported(log, "eval/loss") and len(reported(log, "eval/loss")) == 3
@@ -124,8 +117,8 @@ def test_it_is_judged_by_other_stores_and_questions_and_ends_when_they_say_so(jo
     found = find_run("judged", job.parent).evaluate(tmp_path / "easy.jsonl", tmp_path / "hard.jsonl")
     assert {name: f"{value:.6g}" for name, value in found.items()} == {name: reported(log, name)[-1] for name in found}
     # From its last checkpoint it knows that it is over; with more patience it goes on.
-    assert "finished at step 3: ended early" in torchrun(job, *judges)
-    longer = torchrun(job, *judges, "evaluate.patience=4")
+    assert "finished at step 3: ended early" in trained(job, *judges)
+    longer = trained(job, *judges, "evaluate.patience=4")
     assert "finished at step 5: ended early at step 5: eval/hard/acc has not improved in 4 evaluations" in longer
 
 

@@ -1,16 +1,12 @@
 """A run that streams its data is the run that copies it, to the last bit, also after a kill."""
 
-import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from standalone_ranks import standalone, trained
 from tiny import build_documents, job_text, publish
-from waiting import wait_for
 
 from raynium.checkpoint.catalog import list_checkpoints, open_checkpoint
 from raynium.config.load import parse_config
@@ -22,7 +18,6 @@ from raynium.data.loader import open_loader
 from raynium.data.store import DocumentStore, open_store
 from raynium.data.streamed import StreamedStore
 from raynium.errors import DataError
-from raynium.rank.ports import free_port
 from raynium.storage.range_cache import CachedRange
 from raynium.storage.store import Store
 
@@ -50,26 +45,6 @@ def url(s3_server: Any, tmp_path_factory: pytest.TempPathFactory) -> str:
     return url
 
 
-def started(job: Path, scratch: Path, env: dict[str, str]) -> "subprocess.Popen[bytes]":
-    """Two ranks."""
-    scratch.mkdir(exist_ok=True)
-    with job.with_suffix(".log").open("ab") as log:
-        return subprocess.Popen(
-            [
-                *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-addr", "127.0.0.1"),
-                *("--master-port", str(free_port("127.0.0.1")), "-m", "raynium.standalone", str(job)),
-            ],
-            env=os.environ | env | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "TMPDIR": str(scratch)},
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-
-
-def trained(job: Path, scratch: Path, env: dict[str, str]) -> None:
-    assert started(job, scratch, env).wait(300) == 0, job.with_suffix(".log").read_text()
-
-
 def checksums(run: Path) -> list[str]:
     """Of the files of the last checkpoint: weights and moments of each rank."""
     return [file.crc64nvme for file in open_checkpoint(Store(run), STEPS).manifest.shards]
@@ -81,16 +56,18 @@ def test_copied_streamed_and_killed_runs_end_with_the_same_bits(url: str, s3_ser
         changes = CHANGES | {"run.name": name, "data.path": url, "data.access": access}
         jobs[name] = tmp_path / f"{name}.yaml"
         jobs[name].write_text(job_text(changes, root=tmp_path))
+    environments = {}
+    for name in jobs:
+        scratch = tmp_path / f"scratch-{name}"
+        scratch.mkdir()
+        environments[name] = s3_server.env | {"TMPDIR": str(scratch)}
     for name in ("copied", "streamed"):
-        trained(jobs[name], tmp_path / f"scratch-{name}", s3_server.env)
+        trained(jobs[name], more_environment=environments[name])
 
-    process = started(jobs["killed"], tmp_path / "scratch-killed", s3_server.env)
-    wait_for(lambda: process.poll() is not None or list_checkpoints(Store(tmp_path / "killed")))
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    first = tmp_path / "killed/checkpoints" / f"step-{STEPS // 3:09}" / "manifest.json"
+    assert standalone(jobs["killed"], more_environment=environments["killed"], kill_once=first).returncode
     assert [each.step for each in list_checkpoints(Store(tmp_path / "killed"))] != [40, 80, 120]
-    trained(jobs["killed"], tmp_path / "scratch-killed", s3_server.env)
-    assert "resumed from the checkpoint" in jobs["killed"].with_suffix(".log").read_text()
+    assert "resumed from the checkpoint" in trained(jobs["killed"], more_environment=environments["killed"])
 
     same = checksums(tmp_path / "copied")
     assert same and checksums(tmp_path / "streamed") == checksums(tmp_path / "killed") == same
