@@ -231,6 +231,7 @@ def test_what_came_of_each_store_is_a_function_of_the_step() -> None:
 
 def test_tokens_of_a_store_leave_out_what_fills_rows_up_exactly_after_an_epoch(root: Path) -> None:
     changes = {"data.stages": None, "data.packing": "documents", "data.seq_len": 256, "model.max_seq_len": 256}
+    changes |= {"data.mixture": [each | {"store": str(root / "data" / each["store"])} for each in MIXTURE]}
     config = parse_config(job_text(CHANGES | changes | {"train.global_batch_size": 1, "train.steps": 200}))
     stores = [open_store(root / "data" / name) for name in ("web", "code", "logs")]
     loader = open_loader(config, stores, data_rank=0, data_size=1)
