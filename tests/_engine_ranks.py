@@ -26,7 +26,7 @@ from raynium.engines.base import Engine, Votes
 from raynium.engines.native import build_native_engine
 from raynium.rank.evaluation import Evaluation, QuestionRows, rows_of_call
 from raynium.storage.store import Store
-from raynium.tasks.base import Task
+from raynium.tasks.base import Scored, Task
 from raynium.tasks.pretraining import Pretraining
 from raynium.tasks.sft import Sft
 
@@ -57,6 +57,8 @@ def run_rank(rank: int, folder: Path, scenario: dict) -> None:
         dist.init_process_group("gloo", store=store, rank=rank, world_size=world.size)
     weights = "first" if scenario["load_from"] is None else "loaded"
     task = TASKS[scenario["task"]]
+    if scenario["poison"] is not None and scenario["poison"][0] == rank:
+        task = Poisoned(task, *scenario["poison"][1:])
     engine = build_native_engine(config, world, TestAccelerator(scenario["memory_bytes"][rank]), task, weights=weights)
     samples = torch.load(folder / "batches.pt")
     rows = config.train.global_batch_size // engine.data_size
@@ -73,12 +75,16 @@ def run_rank(rank: int, folder: Path, scenario: dict) -> None:
         # Evaluated first: weights that a forward pass gathered must not survive the load.
         engine.evaluate(batch(1))
         load(engine.state(), Path(scenario["load_from"]))
-        engine.set_step(scenario["first_step"] - 1)
-    results = []
+        engine.set_updates(scenario["first_step"] - 1)
+    results, before = [], bits(engine)
     for step in range(scenario["first_step"], scenario["last_step"] + 1):
         wish = scenario["stop"] == [rank, step]
-        result = engine.step(batch(step), step=step, votes=Votes(stop=wish, skip_save=[rank, step] == [0, 2]))
+        votes = Votes(stop=wish, skip_save=[rank, step] == [0, 2], leave_out=[rank, step] == scenario["leave_out"])
+        result = engine.step(batch(step), step=step, votes=votes)
         results.append(vars(result) | {"agreed": tuple(result.agreed)})
+        if not result.updated:
+            assert same_bits(before, engine), f"step {step} was left out"
+        before = bits(engine)
         if step % 5 == 0:
             evaluations.append(engine.evaluate(batch(step)))
     assert pointers == [chunk.tensor.data_ptr() for chunk in engine.state()], "a chunk aliases the same memory always"
@@ -92,6 +98,36 @@ def run_rank(rank: int, folder: Path, scenario: dict) -> None:
     if world.size > 1:
         dist.destroy_process_group()
     assert not dist.is_initialized()
+
+
+def bits(engine: Engine) -> list[torch.Tensor]:
+    """All that a step may change: parameters, moments, and AdamW's counts of updates."""
+    moments = engine._moments if hasattr(engine, "_moments") else engine._optimizer.state.values()  # pyright: ignore
+    counts = [each["step"] for each in moments]
+    return [tensor.clone() for tensor in (*(chunk.tensor for chunk in engine.state()), *counts)]
+
+
+def same_bits(before: list[torch.Tensor], engine: Engine) -> bool:
+    return all(torch.equal(old, new) for old, new in zip(before, bits(engine), strict=True))
+
+
+class Poisoned:
+    """A task, and one micro-batch of its training whose objective has slopes of `value`."""
+
+    def __init__(self, task: Task, step: int, micro_batch: int, value: float, per_step: int):
+        """per_step: micro-batches of a step on this rank."""
+        self._task = task
+        self._at = (step - 1) * per_step + micro_batch
+        self._value = value
+        self._seen = -1
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._task, name)
+
+    def score(self, log_probs_BT: torch.Tensor, batch: Batch) -> Scored:
+        scored = self._task.score(log_probs_BT, batch)
+        self._seen += log_probs_BT.requires_grad or torch.is_grad_enabled()
+        return scored._replace(slope_BT=scored.slope_BT * self._value) if self._seen == self._at else scored
 
 
 def log_probs_of_all_rows(engine: Engine, batch: Batch) -> torch.Tensor:

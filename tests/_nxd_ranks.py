@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from _engine_ranks import TASKS, TestAccelerator, load, log_probs_of_all_rows
+from _engine_ranks import TASKS, Poisoned, TestAccelerator, bits, load, log_probs_of_all_rows, same_bits
 from _forked_ranks import serve_folders
 
 from raynium.config.schema import Config
@@ -59,6 +59,8 @@ def run_rank(rank: int, folder: Path, scenario: dict, library: str) -> None:
     dist.init_process_group(backend, store=store, rank=rank, world_size=world.size)
     weights = "first" if scenario["load_from"] is None else "loaded"
     task = TASKS[scenario["task"]]
+    if scenario["poison"] is not None and scenario["poison"][0] == rank:
+        task = Poisoned(task, *scenario["poison"][1:])
     engine: Engine
     if config.engine.kind == "nxd":
         engine = build_nxd_engine(config, world, task, weights=weights)
@@ -79,13 +81,17 @@ def run_rank(rank: int, folder: Path, scenario: dict, library: str) -> None:
     if scenario["load_from"] is not None:
         engine.evaluate(batch(1))
         load(engine.state(), Path(scenario["load_from"]))
-        engine.set_step(scenario["first_step"] - 1)
+        engine.set_updates(scenario["first_step"] - 1)
         loaded = saved_state(engine)
-    evaluations, results = [], []
+    evaluations, results, before = [], [], bits(engine)
     for step in range(scenario["first_step"], scenario["last_step"] + 1):
         wish = scenario["stop"] == [rank, step]
-        result = engine.step(batch(step), step=step, votes=Votes(stop=wish))
+        votes = Votes(stop=wish, leave_out=[rank, step] == scenario["leave_out"])
+        result = engine.step(batch(step), step=step, votes=votes)
         results.append(vars(result) | {"agreed": tuple(result.agreed)})
+        if not result.updated:
+            assert same_bits(before, engine), f"step {step} was left out"
+        before = bits(engine) if library != "xla" else []
         if step % 5 == 0:
             evaluations.append(engine.evaluate(batch(step)))
     graphs_before = compiled_graphs(library)

@@ -43,7 +43,7 @@ def run_rank(rank: int, folder: Path, scenario: dict[str, Any]) -> None:
     first, last = scenario["first_step"], scenario["last_step"]
     if scenario["load_from"] is not None:
         load_checkpoint(open_checkpoint(Store(scenario["load_from"]), first - 1), engine.state())
-        engine.set_step(first - 1)
+        engine.set_updates(first - 1)
         save(engine, Store(folder / "resaved"), first - 1, folder)
     losses, sample_ids = [], []
     for step in range(first, last + 1):

@@ -35,6 +35,7 @@ from raynium.rank.snapshots import Snapshots
 from raynium.sdk import find_run
 from raynium.storage.store import Store
 from raynium.tasks.pretraining import Pretraining
+from raynium.train.guard import Guard
 from raynium.train.link import MemoryLink
 from raynium.train.patience import Patience
 
@@ -152,7 +153,7 @@ def test_a_rank_that_does_not_find_the_base_or_the_adapter_says_who_must_see_the
     config = adopt_weights(config, store, None, print)
     engine = build_native_engine(config, World.of(config), CpuAccelerator(), Pretraining(), base="loaded")
     monkeypatch.setattr(dist, "get_rank", lambda: 0)
-    snapshots = Snapshots(engine, MemoryLink(), tmp_path, if_busy="wait", patience=Patience())
+    snapshots = Snapshots(engine, MemoryLink(), tmp_path, Guard(), Patience(), if_busy="wait")
     for name in ("hugging-face", "adapter"):
         shutil.move(tmp_path / name, tmp_path / f"{name}, away")
     with pytest.raises(CheckpointMismatch, match=r"the weights at model\.init = .* as long as the run trains:"):

@@ -7,18 +7,21 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from raynium.data.batch import Batch
 from raynium.engines.base import FakeEngine, StepResult, Votes
 from raynium.tasks.pretraining import Pretraining
 from raynium.tracking.metrics import METRICS, check_metrics
-from raynium.train.guard import BadStep, judge
+from raynium.train.guard import BAD_AMONG, Guard, TooManyBadSteps, Verdict
 from raynium.train.link import MemoryLink
 from raynium.train.loop import Cadence, Outcome, train
 from raynium.train.metrics import Throughput
 from raynium.train.patience import Patience
 
 SUMS = {"nats": 160.0, "tokens": 64.0}
+BAD = {"updated": False, "loss": math.nan}
 GOOD = StepResult(loss=2.5, grad_norm=0.5, sums=SUMS, learning_rate=1e-3, agreed=Votes())
 THROUGHPUT = Throughput(
     task=Pretraining(),
@@ -39,6 +42,9 @@ class Batches:
 
     def metrics(self, step: int) -> dict[str, float]:
         return dict.fromkeys(("data/requests", "data/fetched_bytes", "data/used_bytes", "data/wait_seconds"), 3.0)
+
+    def names(self, step: int) -> str:
+        return f"its samples are those of {step}"
 
     def batch(self, step: int) -> Batch:
         self._tell(f"fetch {step}")
@@ -89,6 +95,7 @@ class Play:
         change: dict[int, dict[str, Any]] | None = None,
         busy_until: int = 0,
         patience: int | None = None,
+        guard: Guard | None = None,
     ):
         self.busy_until = busy_until  # the step until which this rank would rather leave saves out
         self.journal: list[str] = []
@@ -103,6 +110,7 @@ class Play:
             cadence=cadence,
             start_step=start_step,
             evaluate=self._evaluate,
+            guard=guard or Guard(),
             patience=Patience(most=patience),
             snapshots=self,
             throughput=THROUGHPUT,
@@ -212,18 +220,59 @@ def test_a_stop_at_the_last_step_is_a_finish() -> None:
     assert play.journal.count("save 3") == play.journal.count("evaluate") == 1
 
 
-@pytest.mark.parametrize("field", ["loss", "grad_norm"])
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_a_step_that_is_not_finite_ends_the_run_and_reaches_nothing(field: str, value: float) -> None:
-    play = Play(Cadence(total_steps=9, checkpoint_every=1, evaluate_every=1), change={3: {field: value}})
-    with pytest.raises(BadStep, match=r"step 3: loss .* both must be finite.*learning_rate"):
+def test_a_bad_step_is_told_with_its_samples_and_training_goes_on() -> None:
+    play = Play(Cadence(total_steps=4, checkpoint_every=2, evaluate_every=9), change={2: BAD}, guard=Guard(most_bad=1))
+    assert play.run() == Outcome(4, "finished")
+    [(step, why)] = play.link.bad_steps
+    assert step == 2 and why.startswith("loss nan, gradient norm 1: not finite") and why.endswith("are those of 2")
+    assert list(play.states) == [2, 4]
+    counts = {step: metrics.get("train/left_out_steps") for step, metrics in play.link.steps.items()}
+    assert counts == {1: None, 2: 1.0, 3: 1.0, 4: 1.0}
+
+
+def test_one_bad_step_too_many_ends_the_run_and_reaches_nothing() -> None:
+    change: dict[int, dict[str, Any]] = {2: BAD, 3: {"updated": False, "grad_norm": math.inf}}
+    play = Play(Cadence(total_steps=9, checkpoint_every=1, evaluate_every=99), change=change, guard=Guard(most_bad=1))
+    with pytest.raises(TooManyBadSteps, match=r"step 3: .*2 were bad \(2, 3; fault.max_bad_steps=1\).*learning_rate"):
         play.run()
     assert list(play.states) == list(play.link.steps) == [1, 2]
-    assert play.journal[-1] == "step 3"
+    assert [step for step, _ in play.link.bad_steps] == [2, 3]
 
 
-def test_a_finite_step_passes() -> None:
-    judge(1, GOOD)
+def test_steps_that_the_run_was_told_to_leave_out_are_voted_for_and_are_not_bad() -> None:
+    play = Play(Cadence(total_steps=4, checkpoint_every=9, evaluate_every=9), guard=Guard(told=(2, 3)))
+    assert play.run() == Outcome(4, "finished")
+    assert [why.partition(" (")[0] for _, why in play.link.bad_steps] == ["left out as data.leave_out_steps says"] * 2
+    losses = list(play.losses().values())
+    assert losses[0] == losses[1] == losses[2] != losses[3]
+
+
+def test_a_generation_that_goes_on_counts_what_was_left_out_before_it() -> None:
+    first = Guard(most_bad=3)
+    for step in (2, 5):
+        assert first.judge(step, replace(GOOD, **BAD)) is not None
+    second = Guard(most_bad=3)
+    second.chunks(saved_here=True)[0].tensor.copy_(first.chunks(saved_here=True)[0].tensor)
+    assert [second.updates(step) for step in (5, 9)] == [3, 7]
+    assert second.metrics() == {"train/left_out_steps": 2.0}
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.lists(st.integers(1, 3000), unique=True, max_size=300).map(sorted), st.integers(0, 255))
+def test_bad_steps_end_a_run_exactly_where_too_many_lie_close_together(steps: list[int], most_bad: int) -> None:
+    guard = Guard(most_bad=most_bad)
+    for number, step in enumerate(steps):
+        verdict = guard.judge(step, replace(GOOD, **BAD))
+        assert isinstance(verdict, Verdict)
+        close = [each for each in steps[: number + 1] if each > step - BAD_AMONG]
+        assert (verdict.ends is not None) == (len(close) > most_bad)
+        assert guard.updates(step) == step - number - 1
+        if verdict.ends is not None:
+            return
+
+
+def test_a_good_step_passes() -> None:
+    assert Guard().judge(1, GOOD) is None
 
 
 @pytest.mark.parametrize(
@@ -267,7 +316,12 @@ def test_without_a_known_peak_no_mfu_is_claimed() -> None:
 
 
 def test_every_name_that_a_run_reports_is_known_to_tracking() -> None:
-    play = Play(Cadence(total_steps=4, checkpoint_every=2, evaluate_every=2), busy_until=2)
+    play = Play(
+        Cadence(total_steps=4, checkpoint_every=2, evaluate_every=2),
+        busy_until=2,
+        change={1: BAD},
+        guard=Guard(most_bad=1),
+    )
     play.run()
     for metrics in play.link.steps.values():
         check_metrics(metrics)

@@ -45,6 +45,7 @@ from raynium.models.decoder import Decoder
 from raynium.rank.snapshots import Snapshots
 from raynium.storage.store import Store
 from raynium.tasks.pretraining import Pretraining
+from raynium.train.guard import Guard
 from raynium.train.link import MemoryLink
 from raynium.train.patience import Patience
 
@@ -331,7 +332,7 @@ def test_a_rank_that_does_not_find_the_weights_says_who_must_see_them(
     shutil.rmtree(folder)
     engine = build_native_engine(config, World.of(config), CpuAccelerator(), Pretraining(), weights="loaded")
     monkeypatch.setattr(dist, "get_rank", lambda: 0)
-    snapshots = Snapshots(engine, MemoryLink(), tmp_path, if_busy="wait", patience=Patience())
+    snapshots = Snapshots(engine, MemoryLink(), tmp_path, Guard(), Patience(), if_busy="wait")
     with pytest.raises(CheckpointMismatch, match=rf"is missing\. All nodes must see the weights at .* = '{folder}'"):
         snapshots.begin_with(base_of(store))
 

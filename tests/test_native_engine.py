@@ -1,6 +1,7 @@
 """The native engine on gloo ranks against a plain float64 loop, and its parts."""
 
 import json
+import math
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -120,10 +121,14 @@ def run(
     last_step: int = STEPS,
     load_from: Path | None = None,
     stop: tuple[int, int] | None = None,
+    leave_out: tuple[int, int] | None = None,
+    poison: tuple[int, int, int, float] | None = None,
     data: Mapping[str, torch.Tensor] | None = None,
     questions: str | None = None,
 ) -> Run:
     """All ranks of `config` take the steps; stop: the (rank, step) that asks to stop. memory_bytes: of each rank.
+
+    leave_out: the (rank, step) that votes for it. poison: (rank, step, micro-batch, what slopes are multiplied by).
 
     data: instead of `samples()`. questions: a file of them, for an evaluation at the end.
     """
@@ -137,6 +142,8 @@ def run(
         "last_step": last_step,
         "load_from": None if load_from is None else str(load_from),
         "stop": stop,
+        "leave_out": leave_out,
+        "poison": poison and (*poison, World.of(config).num_micro_batches),
         "questions": questions,
     }
     (folder / "scenario.json").write_text(json.dumps(scenario))
@@ -309,7 +316,35 @@ def test_ranks_on_unlike_machines_lay_the_model_out_alike(
 def test_all_ranks_learn_of_a_vote_at_the_same_step(tmp_path: Path, forker: subprocess.Popen[str]) -> None:
     asked = run(forker, tmp_path / "stop", config(ranks=4, tensor=2), last_step=4, stop=(3, 3))
     for results in asked.results:
-        assert [result["agreed"] for result in results] == [(step == 3, step == 2) for step in range(1, 5)]
+        assert [result["agreed"] for result in results] == [(step == 3, step == 2, False) for step in range(1, 5)]
+
+
+# ---- Steps that are left out -----------------------------------------------------------------------------------------
+
+MASKED: dict[str, tuple[dict[str, Any], int]] = {
+    "one rank": ({"ranks": 1}, PLENTY),
+    "fsdp 2": ({"ranks": 2}, PLENTY),
+    "fsdp 3, a group per block": ({"ranks": 3}, 0),
+    "fsdp 2 x tp 2, compiled": ({"ranks": 4, "tensor": 2, "compile": "block"}, PLENTY),
+    "simple, fsdp 2 x tp 2": ({"ranks": 4, "tensor": 2, "fsdp": "simple", "compile": "block"}, PLENTY),
+}
+
+
+@pytest.mark.parametrize(
+    ("layout", "value"), [*((name, math.nan) for name in MASKED), ("fsdp 2", math.inf), ("fsdp 2", 3e38)]
+)
+def test_a_step_that_is_not_finite_changes_no_bit_and_equals_one_that_was_left_out_beforehand(
+    layout: str, value: float, tmp_path: Path, forker: subprocess.Popen[str]
+) -> None:
+    """One micro-batch of the last rank has it; 3e38 is finite, and the square of its norm is not."""
+    arguments, memory = MASKED[layout]
+    made, last = config(**arguments), World.of(config(**arguments)).size - 1
+    common: dict[str, Any] = {"memory_bytes": memory, "last_step": 7}
+    spoilt = run(forker, tmp_path / "spoilt", made, poison=(last, 4, 1, value), **common)
+    told = run(forker, tmp_path / "told", made, leave_out=(last, 4), **common)
+    for results in (*spoilt.results, *told.results):
+        assert [result["updated"] for result in results] == [step != 4 for step in range(1, 8)]
+    assert all(torch.equal(tensor, told.whole_state()[name]) for name, tensor in spoilt.whole_state().items())
 
 
 # ---- Options ---------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ Three kinds of neuronx-distributed (`_nxd_ranks.py`):
 """
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -250,6 +251,19 @@ def test_a_checkpoint_that_the_library_saved_is_imported(
     )
     ran = run(fork("source", "trn1"), tmp_path / "run", saving, last_step=3)
     check_import(ran, saving, tmp_path)
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_a_step_that_is_not_finite_changes_no_bit_and_equals_one_that_was_left_out_beforehand(
+    library: str, fork: Fork, tmp_path: Path
+) -> None:
+    made = nxd_config(ranks=4, tensor=2)
+    worker = fork(library, "trn1")
+    spoilt = run(worker, tmp_path / "spoilt", made, last_step=5, poison=(3, 3, 1, math.nan))
+    told = run(worker, tmp_path / "told", made, last_step=5, leave_out=(3, 3))
+    for results in (*spoilt.results, *told.results):
+        assert [result["updated"] for result in results] == [step != 3 for step in range(1, 6)]
+    assert all(torch.equal(tensor, told.whole_state()[name]) for name, tensor in spoilt.whole_state().items())
 
 
 XLA_LAYOUTS: dict[str, dict[str, Any]] = {

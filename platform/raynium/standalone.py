@@ -60,6 +60,10 @@ class StandaloneLink:
         if dist.get_rank() == 0:
             logger.info("step %d: %s", step, ", ".join(f"{name} {value:.6g}" for name, value in metrics.items()))
 
+    def bad_step(self, step: int, why: str) -> None:
+        if dist.get_rank() == 0:
+            logger.warning("step %d: %s", step, why)
+
     def evaluating(self, done: int, total: int) -> None:
         pass
 

@@ -56,6 +56,7 @@ from raynium.checkpoint.format.manifest import ImageInfo, SavedBlocks
 from raynium.checkpoint.state import Chunk
 from raynium.node.uploader import Uploader
 from raynium.rank.snapshots import Snapshots
+from raynium.train.guard import Guard
 from raynium.train.link import IMAGE_SLOTS
 from raynium.train.patience import Patience
 
@@ -165,7 +166,7 @@ class Ours:
         self._link = UploadLink(target)
         engine: Any = Engine(state)
         images = Path(self._images.name)
-        self._snapshots = Snapshots(engine, self._link, images, if_busy="wait", patience=Patience())
+        self._snapshots = Snapshots(engine, self._link, images, Guard(), Patience(), if_busy="wait")
         self._step = 0
 
     def save(self) -> None:

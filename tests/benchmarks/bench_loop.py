@@ -42,6 +42,7 @@ from raynium.engines.native import build_native_engine
 from raynium.models.flops import parameter_count
 from raynium.rank.ports import free_port
 from raynium.tasks.pretraining import Pretraining
+from raynium.train.guard import Guard
 from raynium.train.link import MemoryLink
 from raynium.train.loop import Cadence, train
 from raynium.train.metrics import Throughput
@@ -193,6 +194,7 @@ def ours(task: Task, step_done: StepDone) -> None:
         cadence=_Never(task.num_steps, checkpoint_every=1, evaluate_every=1),
         start_step=0,
         evaluate=dict,
+        guard=Guard(),
         patience=Patience(),
         snapshots=_NoSnapshots(),
         throughput=Throughput(

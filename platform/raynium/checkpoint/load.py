@@ -19,13 +19,14 @@ from raynium.checkpoint.format.boxes import Box, boxes_of_flat_range, intersect,
 from raynium.checkpoint.format.image import TORCH_DTYPES, dtype_name
 from raynium.checkpoint.format.manifest import TensorEntry
 from raynium.checkpoint.reads import MAX_GAP_UNITS, Wanted, read_wanted
-from raynium.checkpoint.state import PATIENCE_NAME, Chunk
+from raynium.checkpoint.state import LEFT_OUT_NAME, PATIENCE_NAME, Chunk
 from raynium.errors import CheckpointMismatch, some
 
 logger = logging.getLogger(__name__)
 
-# Another layout has other generators. Without an optimizer the engine keeps the moments it was built with.
-_OPTIONAL_PREFIXES = ("rng/", PATIENCE_NAME)
+# Another layout has other generators, and an older checkpoint has left nothing out. Without an optimizer the engine
+# keeps the moments it was built with.
+_OPTIONAL_PREFIXES = ("rng/", PATIENCE_NAME, LEFT_OUT_NAME)
 _OPTIONAL_PREFIXES_WITH_WEIGHTS_ONLY = (*_OPTIONAL_PREFIXES, "optimizer/")
 
 
@@ -59,9 +60,9 @@ def load_checkpoint(
     dtypes: "converted" rounds to the destination's dtype where it is another. Memory beside the destination: at most
     16 MiB for each of 8 streams, where nothing can be read straight into place.
     CheckpointMismatch (before anything is read) if a tensor is missing or has another global shape or dtype, except
-    that `rng/…` may be missing, and `optimizer/…` where the manifest says weights only: those tensors stay as they
-    are. CheckpointDamaged if an object is missing, cut, or changed, with the tensors that it hit; tensors are then
-    partly filled, and what is in them must not be used.
+    that `rng/…` and what counts steps may be missing, and `optimizer/…` where the manifest says weights only: those
+    tensors stay as they are. CheckpointDamaged if an object is missing, cut, or changed, with the tensors that it hit;
+    tensors are then partly filled, and what is in them must not be used.
     """
     absent = _check_match(ref, chunks, dtypes)
     wanted = wanted_ranges(ref, [chunk for chunk in chunks if chunk.name not in absent])

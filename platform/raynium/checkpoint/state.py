@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 MODEL_PREFIX = "model/"
 # Of what evaluate.patience counts; the metric that it counts for follows.
 PATIENCE_NAME = "patience/"
+# The steps that were not learned from; see `train/guard.py`.
+LEFT_OUT_NAME = "data/left_out_steps"
 
 
 @dataclass(frozen=True)

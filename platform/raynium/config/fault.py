@@ -1,6 +1,10 @@
 """The section of a config that says what becomes of faults."""
 
-from raynium.config.section import Failures, Seconds, Section
+from typing import Annotated
+
+from pydantic import Field
+
+from raynium.config.section import Failures, Seconds, Section, Unit
 
 
 class FaultSection(Section):
@@ -19,3 +23,6 @@ class FaultSection(Section):
     is kept, and all start again. null: 10 times the slowest of the last 100 steps, at least 180 s, on Neuron at least
     660 s. A process that a signal has stopped is given as long in any phase; others have their own time: loading, the
     first two steps and an evaluation's batch 30 minutes, a compilation 3 hours."""
+    max_bad_steps: Annotated[int, Field(ge=0, lt=256), Unit("steps")] = 10
+    """Steps that are left out, of any 1,000 in a row, because their loss or gradient norm is not finite: nothing is
+    learned from them and training goes on. One more ends the run."""

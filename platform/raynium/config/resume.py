@@ -61,6 +61,7 @@ FIXED: Mapping[str, str] = {
 
 NOTED: Mapping[str, str] = {
     "adapter.dropout": "another share of inputs is left out from here on",
+    "data.leave_out_steps": "what comes after the checkpoint; what was left out before it stays so",
     "data.stages": "what begins after the checkpoint; what begins before may not change",
     "train.steps": "the learning-rate schedule now ends at another step, so the rate changes from here on",
     "engine.kind": "another engine rounds differently",

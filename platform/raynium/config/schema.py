@@ -203,6 +203,9 @@ class DataSection(Section):
     stages: tuple[MixtureStage, ...] = ()
     """Other weights from a step on, until the next stage: each names all stores of the mixture, by the last part of
     their places, and 0 takes one out."""
+    leave_out_steps: tuple[Steps, ...] = ()
+    """Steps that are not learned from: their samples pass, and parameters, moments and the count of updates stay as
+    they are, as at a step whose loss is not finite."""
     max_epochs: PositiveFloat | None = None
     """How often a store may be gone through, at most; checked before anything starts. null: as often as it takes."""
     identity: Identity | None = None

@@ -94,6 +94,11 @@ class Loader:
         of_step = slice(number * self._step_samples, (number + 1) * self._step_samples)
         return Samples(*(column[of_step] for column in self._of_steps(part)))
 
+    def names(self, step: int) -> str:
+        """The samples of a step, of all ranks, in words: their numbers in the run's order, counted from 0."""
+        first = (step - 1) * self._step_samples
+        return f"its samples are {first:,} to {first + self._step_samples - 1:,} of the run's order"
+
     def _place(self, step: int) -> tuple[Samples, slice]:
         """Samples of many steps, and which of them are this rank's of this one."""
         assert step >= 1

@@ -13,11 +13,13 @@ from raynium.tasks.base import Sums
 class Votes(NamedTuple):
     """What any one rank may wish for and then all do, since they must stay together.
 
-    stop: end after this step. skip_save: leave out the save that is due after this step.
+    stop: end after this step. skip_save: leave out the save that is due after this step. leave_out: do not learn from
+    this step.
     """
 
     stop: bool = False
     skip_save: bool = False
+    leave_out: bool = False
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,8 @@ class StepResult:
 
     loss: the task's objective, divided by what all micro-batches of all ranks counted. grad_norm: global 2-norm of that
     quotient's gradient, before clipping. sums: what the task added up, and its counts. agreed: true where some rank
-    said so.
+    said so. updated: False where nothing was learned: parameters, moments and the count of updates are what they were,
+    bit for bit, since a number was not finite or a rank voted so.
     """
 
     loss: float
@@ -34,6 +37,7 @@ class StepResult:
     sums: Sums
     learning_rate: float
     agreed: Votes
+    updated: bool = True
 
     @property
     def tokens(self) -> int:
@@ -42,7 +46,7 @@ class StepResult:
 
 
 class Engine(Protocol):
-    """A model and its optimizer on all ranks. Every method but `state`, `frozen_state` and `set_step` is collective:
+    """A model and its optimizer on all ranks. Every method but `state`, `frozen_state` and `set_updates` is collective:
     all ranks call it.
 
     If a rank dies, the others wait in (or fail out of) the step's collectives until the agents end the generation.
@@ -53,7 +57,10 @@ class Engine(Protocol):
     data_size: int
 
     def step(self, batch: Batch, *, step: int, votes: Votes) -> StepResult:
-        """One optimizer step; `step` counts from 1. B is micro_steps * micro_batch_size rows of this data rank."""
+        """One optimizer step; `step` counts from 1. B is micro_steps * micro_batch_size rows of this data rank.
+
+        Whether it updates anything is decided on the device, from numbers that all ranks have: see `StepResult`.
+        """
         ...
 
     def evaluate(self, batch: Batch) -> Sums:
@@ -80,8 +87,10 @@ class Engine(Protocol):
         builds the engine fills them, before a step."""
         ...
 
-    def set_step(self, step: int) -> None:
-        """Tells the optimizer how many steps the state just loaded has seen (AdamW's bias correction)."""
+    def set_updates(self, updates: int) -> None:
+        """Tells the optimizer how many updates the state just loaded has seen (AdamW's bias correction): as many as
+        steps, without those that were left out.
+        """
         ...
 
     def close(self) -> None:
@@ -103,13 +112,15 @@ class FakeEngine:
 
     def step(self, batch: Batch, *, step: int, votes: Votes) -> StepResult:
         seen = int(batch.tokens_BT.sum())
-        self._mixed.mul_(1_103_515_245).add_(seen + step).remainder_(2**31)
+        if not votes.leave_out:
+            self._mixed.mul_(1_103_515_245).add_(seen + step).remainder_(2**31)
         return StepResult(
             loss=self._loss(),
             grad_norm=1.0,
             sums=self._sums(batch),
             learning_rate=1e-3,
             agreed=votes,
+            updated=not votes.leave_out,
         )
 
     def evaluate(self, batch: Batch) -> Sums:
@@ -129,7 +140,7 @@ class FakeEngine:
     def frozen_state(self) -> list[Chunk]:
         return []
 
-    def set_step(self, step: int) -> None:
+    def set_updates(self, updates: int) -> None:
         """Nothing to keep: the step reaches the losses through `step()`."""
 
     def close(self) -> None:

@@ -177,6 +177,7 @@ class NativeEngine:
         divisor = total.sums[total.names.index(self._task.divisor)]
         divisor_or_1 = divisor.where(divisor != 0, 1)
         norm = total.square_norm.sqrt() / divisor_or_1
+        left_out = self._left_out(norm, total)
         scale = (self._config.optimizer.clip_norm / (norm + 1e-6)).clamp(max=1) / divisor_or_1
         torch._foreach_mul_(  # pyright: ignore[reportPrivateImportUsage]
             [gradient for _, gradient in gradients], scale.float()
@@ -187,16 +188,25 @@ class NativeEngine:
             group["lr"] = rate
         for part, gradient in gradients:
             part.local.grad = gradient
+        # What torch's GradScaler sets: where it is 1, the fused kernel touches neither parameters nor moments, and its
+        # count of updates stays.
+        self._optimizer.found_inf = left_out.float()  # pyright: ignore[reportAttributeAccessIssue]
         self._optimizer.step()
         for part in self._parts:
             part.local.grad = part.parameter.grad = None
 
         # The step's one wait for the device.
-        norm, *numbers = torch.cat((norm.reshape(1), total.sums, total.votes)).tolist()
+        flags = left_out.to(norm.dtype).reshape(1)
+        masked, norm, *numbers = torch.cat((flags, norm.reshape(1), total.sums, total.votes)).tolist()
         named = dict(zip(total.names, numbers, strict=False))
         agreed = Votes(*(count > 0 for count in numbers[len(named) :]))
         loss = loss_of(self._task, named)
-        return StepResult(loss=loss, grad_norm=norm, sums=named, learning_rate=rate, agreed=agreed)
+        return StepResult(loss=loss, grad_norm=norm, sums=named, learning_rate=rate, agreed=agreed, updated=not masked)
+
+    def _left_out(self, norm: Tensor, total: Total) -> Tensor:
+        """Bool on the device, equal on all ranks: whether this step must not change anything."""
+        unwanted = total.votes[Votes._fields.index("leave_out")] > 0
+        return unwanted | ~(norm.isfinite() & total.sums.isfinite().all())
 
     def _accumulate_gradients(self, batch: Batch, *, step: int) -> Tensor:
         """Forward and backward of every micro-batch; returns the task's sums over this data rank's rows."""
@@ -322,9 +332,9 @@ class NativeEngine:
             for part in self._frozen
         ]
 
-    def set_step(self, step: int) -> None:
+    def set_updates(self, updates: int) -> None:
         for moments in self._optimizer.state.values():
-            moments["step"].fill_(step)
+            moments["step"].fill_(updates)
 
     def close(self) -> None:
         if self._opened_group:

@@ -26,8 +26,9 @@ from raynium.config.world import World
 from raynium.data.batch import Batch
 from raynium.engines.base import StepResult, Votes
 from raynium.engines.nxd_layers import TaskLoss, mark_copies, parallel_decoder
+from raynium.engines.nxd_optimizer import Stored, UndoableOptimizer, base_optimizer, moments_of, nxd_optimizer
 from raynium.engines.nxd_pipeline import PipelinePasses, StagedDecoder, pipeline_config
-from raynium.engines.optim import decays, learning_rate
+from raynium.engines.optim import learning_rate
 from raynium.models.decoder import DecoderBlock
 from raynium.models.init import init_block
 from raynium.models.nxd_layout import (
@@ -63,28 +64,6 @@ class NxdPlace(NamedTuple):
     @property
     def is_last_stage(self) -> bool:
         return self.stage == self.num_stages - 1
-
-
-class Stored(NamedTuple):
-    """One parameter of the NxD model, and the tensor that the optimizer updates for it.
-
-    parameter: of compute dtype. master: float32; under ZeRO-1 this data rank's rows, padded at their end; else the
-    parameter itself. first_row: of the parameter, that master begins with. pieces: our parameters in master; their
-    `row` counts in the parameter.
-    """
-
-    parameter: Tensor
-    master: Tensor
-    first_row: int
-    pieces: tuple[Piece, ...]
-
-    def view(self, tensor: Tensor, piece: Piece) -> Tensor:
-        """The piece in a tensor of master's shape."""
-        # torch-xla would compile a graph to copy even a slice of everything.
-        if len(tensor) == piece.shape[0]:
-            return tensor
-        begin = piece.row - self.first_row
-        return tensor[begin : begin + piece.shape[0]]
 
 
 def build_nxd_engine(
@@ -151,7 +130,7 @@ def build_nxd_engine(
         # NxD overlooks parameters that children of the root share (0.18.0): each has memory.
         nxd_model.module.tie()
     mark_copies(nxd_model.original_module(), is_copy=heads_of_rank(config.model, **where).copy > 0)
-    optimizer = _optimizer(nxd_config, nxd_model, config, zero1=zero1)
+    optimizer = nxd_optimizer(nxd_config, nxd_model, config, zero1=zero1)
     found = _stored(nxd_model, optimizer, stored, place, zero1=zero1)
     if dtype != torch.float32 and weights == "first":
         with torch.no_grad():
@@ -270,7 +249,8 @@ class NxdEngine:
         self._zero1 = zero1
         # torch-xla compiles and runs what was traced since the last one.
         self._end_graph = mark_step
-        self._moments = _moments(_base_optimizer(optimizer, zero1=zero1), stored)
+        self._moments = moments_of(base_optimizer(optimizer, zero1=zero1), stored)
+        self._undoable = UndoableOptimizer(optimizer, stored, self._moments, zero1=zero1)
         # The parameters are older than the masters once a checkpoint was loaded into these.
         self._masters_are_newer = False
 
@@ -285,17 +265,20 @@ class NxdEngine:
         rate = learning_rate(self._config.optimizer, step=step, total_steps=self._config.train.num_steps)
         for group in self._optimizer.param_groups:
             group["lr"] = rate
-        self._optimizer.step()
-        norm = self._optimizer.grad_norm.reshape(1)
+        sums = self._sum_over_ranks(sums)
+        unwanted = counted.numbers[Votes._fields.index("leave_out") - len(Votes._fields)] > 0
+        norm, left_out = self._undoable.step(unwanted | ~sums.isfinite().all())
         self._optimizer.zero_grad(set_to_none=True)
-        numbers = torch.cat((norm, self._sum_over_ranks(sums), counted.numbers))
+        numbers = torch.cat((left_out, norm, sums, counted.numbers))
         self._end_graph()
 
         # The step's one wait for the device.
-        norm, *rest = numbers.tolist()
+        masked, norm, *rest = numbers.tolist()
+        if masked:
+            self._undoable.uncount()
         named, agreed = self._named(rest, counted.names)
         loss = loss_of(self._task, named)
-        return StepResult(loss=loss, grad_norm=norm, sums=named, learning_rate=rate, agreed=agreed)
+        return StepResult(loss=loss, grad_norm=norm, sums=named, learning_rate=rate, agreed=agreed, updated=not masked)
 
     def _counts(self, batch: Batch, votes: Votes) -> Counted:
         """Over all ranks, in one all-reduce.
@@ -372,9 +355,9 @@ class NxdEngine:
     def frozen_state(self) -> list[Chunk]:
         return []
 
-    def set_step(self, step: int) -> None:
+    def set_updates(self, updates: int) -> None:
         for moments in self._moments:
-            moments["step"].fill_(step)
+            moments["step"].fill_(updates)
         self._masters_are_newer = self._zero1
 
     def _refresh_parameters(self) -> None:
@@ -423,30 +406,6 @@ def _nxd_place(config: Config, world: World) -> NxdPlace:
     return place
 
 
-def _optimizer(nxd_config: dict[str, Any], model: Any, config: Config, *, zero1: bool) -> Any:
-    import neuronx_distributed as nxd
-
-    settings = config.optimizer
-    parameters = list(model.parameters())
-    decayed = [parameter for parameter in parameters if decays(tuple(parameter.shape))]
-    others = [parameter for parameter in parameters if not decays(tuple(parameter.shape))]
-    # NxD does not hand max_grad_norm to its ZeRO-1 optimizer, which would clip to 1.0 (0.18.0).
-    clip = {"max_norm": settings.clip_norm} if zero1 else {}
-    return nxd.initialize_parallel_optimizer(
-        nxd_config,
-        torch.optim.AdamW,
-        [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}],
-        lr=settings.learning_rate,
-        betas=settings.betas,
-        eps=settings.eps,
-        **clip,
-    )
-
-
-def _base_optimizer(optimizer: Any, *, zero1: bool) -> torch.optim.Optimizer:
-    return optimizer.optimizer.base_optimizer if zero1 else optimizer.optimizer
-
-
 def _masters(optimizer: Any) -> list[Tensor]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
@@ -458,7 +417,7 @@ def _stored(
     names = {parameter: name.replace(_CHECKPOINT_PREFIX, "") for name, parameter in model.named_parameters()}
     found = []
     parameters = _masters(optimizer)
-    masters = _masters(_base_optimizer(optimizer, zero1=zero1))
+    masters = _masters(base_optimizer(optimizer, zero1=zero1))
     for parameter, master in zip(parameters, masters, strict=True):
         whole, rows = by_name[names[parameter]], parameter.shape[0]
         assert sum(piece.shape[0] for piece in whole) == rows, f"{names[parameter]}: {parameter.shape}"
@@ -469,17 +428,6 @@ def _stored(
         else:
             found.append(Stored(parameter, master, 0, tuple(whole)))
     return found
-
-
-def _moments(optimizer: torch.optim.Optimizer, stored: Sequence[Stored]) -> list[dict[str, Tensor]]:
-    """AdamW's, made here and not in its first step: a checkpoint of step 0 is complete."""
-    for each in stored:
-        optimizer.state[each.master] = {
-            "step": torch.zeros((), dtype=torch.float32),
-            "exp_avg": torch.zeros_like(each.master.detach()),
-            "exp_avg_sq": torch.zeros_like(each.master.detach()),
-        }
-    return [optimizer.state[each.master] for each in stored]
 
 
 def _first_values(piece: Piece, config: Config) -> Tensor:

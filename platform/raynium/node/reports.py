@@ -24,7 +24,7 @@ from raynium.run.protocol import (
 )
 from raynium.tracking.ledger import GenerationBook, Ledger
 from raynium.tracking.tracker import Tracker
-from raynium.train.link import Compiled, Evaluating, Phase, RankMessage, Stepped
+from raynium.train.link import BadStep, Compiled, Evaluating, Phase, RankMessage, Stepped
 
 logger = logging.getLogger(__name__)
 
@@ -103,6 +103,9 @@ class Reports:
                 self._positions[rank] = RankPosition(step, name)
                 if rank == 0:
                     self.recovery.begins(name, time.monotonic())
+            case BadStep(step, why):
+                logger.warning("step %d: %s", step, why)
+                self._coordinator.tell(Said(f"BAD STEP {step}: {why}"))
             case Evaluating(done, total):
                 if rank == 0:
                     self._coordinator.tell(Evaluates(done, total))

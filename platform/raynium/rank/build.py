@@ -38,6 +38,7 @@ from raynium.storage.store import Store
 from raynium.tasks.base import Task
 from raynium.tasks.registry import task_of
 from raynium.train.compiles import WatchedEngine
+from raynium.train.guard import Guard
 from raynium.train.link import Link
 from raynium.train.loop import Cadence, Outcome, train
 from raynium.train.metrics import Throughput
@@ -83,8 +84,8 @@ def run(plan: RankPlan, link: Link) -> Outcome:
         )
     armed_engine = armed(built, rank=rank)
     engine = WatchedEngine(armed_engine, torch_compiles=compiles, device_counts=accelerator.metrics, link=link)
-    patience = Patience.of(config)
-    snapshots = Snapshots(engine, link, Path(plan.image_folder), if_busy=config.checkpoint.if_busy, patience=patience)
+    guard, patience, folder = Guard.of(config), Patience.of(config), Path(plan.image_folder)
+    snapshots = Snapshots(engine, link, folder, guard, patience, if_busy=config.checkpoint.if_busy)
     origin = Origin(plan, engine, snapshots)
     link.phase("restore", at)
     start_step = origin.restore()
@@ -116,6 +117,7 @@ def run(plan: RankPlan, link: Link) -> Outcome:
         cadence=Cadence(config.train.num_steps, config.checkpoint.every_steps, config.evaluate.every_steps),
         start_step=start_step,
         evaluate=lambda: evaluation.metrics(link.evaluating) | accelerator.metrics() | engine.compile_metrics(),
+        guard=guard,
         patience=patience,
         snapshots=snapshots if config.checkpoint.save == "steps" else NoSnapshots(),
         throughput=_throughput(config, plan.world, accelerator, task),

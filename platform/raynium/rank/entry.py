@@ -80,7 +80,7 @@ def main(
 
     from raynium.errors import CheckpointMismatch, ConfigError, DataError, SnapshotMemoryShort
     from raynium.rank.collectives import collectives
-    from raynium.train.guard import BadStep
+    from raynium.train.guard import TooManyBadSteps
     from raynium.train.link import AgentLink
 
     link = AgentLink(connection, reports_steps=environment["RANK"] == "0", collectives=collectives)
@@ -88,7 +88,9 @@ def main(
         outcome = program(plan_json, link)
     except Exception as error:
         traceback.print_exc()
-        happens_again = isinstance(error, BadStep | CheckpointMismatch | ConfigError | DataError | SnapshotMemoryShort)
+        happens_again = isinstance(
+            error, CheckpointMismatch | ConfigError | DataError | SnapshotMemoryShort | TooManyBadSteps
+        )
         link.failed(error, retry=not happens_again)
         link.close()
         sys.stdout.flush()

@@ -61,7 +61,7 @@ class Origin:
                 )
                 chunk.tensor.copy_(values)
         self._read_beginning()
-        self._engine.set_step(0)
+        self._engine.set_updates(0)
 
     def identity(self) -> str:
         """Of the weights that the run began with: a text that others do not have."""

@@ -23,6 +23,7 @@ from raynium.engines.base import Engine
 from raynium.errors import CheckpointDamaged, CheckpointMismatch
 from raynium.models.adapter import is_adapters
 from raynium.storage.store import Store
+from raynium.train.guard import Guard
 from raynium.train.link import IMAGE_SLOTS, Link
 from raynium.train.patience import Patience
 
@@ -43,13 +44,20 @@ class Snapshots:
     """Saves and restores one rank. Every rank builds its own, after its engine; CheckpointError if memory is short."""
 
     def __init__(
-        self, engine: Engine, link: Link, folder: Path, *, if_busy: Literal["wait", "skip"], patience: Patience
+        self,
+        engine: Engine,
+        link: Link,
+        folder: Path,
+        guard: Guard,
+        patience: Patience,
+        *,
+        if_busy: Literal["wait", "skip"],
     ):
         """folder: shared memory that outlives the rank. All of it is taken here, before the first step."""
         self._engine = engine
         self._link = link
         self._if_busy = if_busy
-        self._patience = patience
+        self._guard, self._patience = guard, patience
         self._rank = dist.get_rank()
         # uint8 [5056], the same tensor each time: chunks hold it.
         self._random_state = torch.get_rng_state()
@@ -130,13 +138,14 @@ class Snapshots:
         return self._restored(0)
 
     def _restored(self, step: int) -> int:
-        self._engine.set_step(step)
+        self._engine.set_updates(self._guard.updates(step))
         return step
 
     def _chunks(self) -> list[Chunk]:
         name = f"rng/rank-{self._rank:05d}"
         random = Chunk(name, tuple(self._random_state.shape), (0,), self._random_state, saved_here=True)
-        return [*self._engine.state(), random, *self._patience.chunks(saved_here=self._rank == 0)]
+        kept = (self._guard, self._patience)
+        return [*self._engine.state(), random, *(c for each in kept for c in each.chunks(saved_here=self._rank == 0))]
 
 
 _UNTIL_SAVED = "until the run has a checkpoint of its own"

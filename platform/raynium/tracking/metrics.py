@@ -12,6 +12,7 @@ METRICS: dict[str, str] = {
     "train/loss": "nats per token: cross-entropy of the step, before its update",
     "train/grad_norm": "L2 norm over all parameters, before clipping",
     "train/learning_rate": "rate used by this step's update",
+    "train/left_out_steps": "steps since step 0 whose update was left out: bad ones, and data.leave_out_steps",
     "train/tokens": "tokens that steps were given since step 0, over all ranks, what fills packed rows up too",
     "train/samples": "sequences trained on since step 0, over all ranks",
     "data/requests": "requests that rank 0 made for streamed training data since it started",
@@ -109,7 +110,10 @@ STEADY: dict[str, float | None] = {
     "run/generation": 1.0,
     **dict.fromkeys((name for name in METRICS if name.startswith("goodput/") and name != "goodput/ratio"), 0.0),
     **dict.fromkeys((name for name in METRICS if name.startswith("compile/") or name.endswith("_errors")), 0.0),
-    **dict.fromkeys(("checkpoint/skipped_saves", "device/execution_timeouts", "device/fallback_operators"), 0.0),
+    **dict.fromkeys(
+        ("checkpoint/skipped_saves", "train/left_out_steps", "device/execution_timeouts", "device/fallback_operators"),
+        0.0,
+    ),
 }
 
 

@@ -81,9 +81,8 @@ class WatchedEngine:
     def frozen_state(self) -> list[Chunk]:
         return self._engine.frozen_state()
 
-    def set_step(self, step: int) -> None:
-        self._step = step
-        self._engine.set_step(step)
+    def set_updates(self, updates: int) -> None:
+        self._engine.set_updates(updates)
 
     def close(self) -> None:
         self._torch_compiles.close()

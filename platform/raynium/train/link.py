@@ -43,6 +43,14 @@ class Stepped:
 
 
 @dataclass(frozen=True)
+class BadStep:
+    """Rank 0 only: see `Link.bad_step`."""
+
+    step: int
+    why: str
+
+
+@dataclass(frozen=True)
 class Evaluating:
     """Batches that this rank has evaluated, of them all."""
 
@@ -114,7 +122,7 @@ class TellCollectives:
     """The run hangs: which collectives did this rank come to?"""
 
 
-RankMessage = Phase | Stepped | Evaluating | ImageWritten | Compiled | Collectives | Ended | Failed
+RankMessage = Phase | Stepped | BadStep | Evaluating | ImageWritten | Compiled | Collectives | Ended | Failed
 AgentMessage = Stop | ImageFree | TellCollectives
 _KINDS = {kind.__name__: kind for kind in (*get_args(RankMessage), *get_args(AgentMessage))}
 
@@ -138,6 +146,10 @@ class Link(Protocol):
 
     def step(self, step: int, metrics: dict[str, float]) -> None:
         """One finished step."""
+        ...
+
+    def bad_step(self, step: int, why: str) -> None:
+        """A step that nothing was learned from; why: with the names of its samples."""
         ...
 
     def evaluating(self, done: int, total: int) -> None:
@@ -201,6 +213,10 @@ class AgentLink:
             self._post(Stepped(step, metrics))
         else:
             self.phase("fetch", step + 1)
+
+    def bad_step(self, step: int, why: str) -> None:
+        if self._reports_steps:
+            self._post(BadStep(step, why))
 
     def evaluating(self, done: int, total: int) -> None:
         now = time.monotonic()
@@ -281,6 +297,7 @@ class MemoryLink:
     def __init__(self, *, stop_at: int | None = None):
         self.steps: dict[int, dict[str, float]] = {}
         self.phases: list[tuple[str, int]] = []
+        self.bad_steps: list[tuple[int, str]] = []
         self.evaluations: list[tuple[int, int]] = []
         self.images: list[str] = []
         # Step, graphs, surprises.
@@ -292,6 +309,9 @@ class MemoryLink:
 
     def step(self, step: int, metrics: dict[str, float]) -> None:
         self.steps[step] = self.steps.get(step, {}) | metrics
+
+    def bad_step(self, step: int, why: str) -> None:
+        self.bad_steps.append((step, why))
 
     def evaluating(self, done: int, total: int) -> None:
         self.evaluations.append((done, total))

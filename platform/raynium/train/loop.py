@@ -11,7 +11,7 @@ from typing import Literal, Protocol
 
 from raynium.data.batch import Batch
 from raynium.engines.base import Engine, StepResult, Votes
-from raynium.train.guard import judge
+from raynium.train.guard import Guard
 from raynium.train.link import Link
 from raynium.train.metrics import Throughput
 from raynium.train.patience import Patience
@@ -22,6 +22,10 @@ class Batches(Protocol):
 
     def batch(self, step: int) -> Batch:
         """The batch of step `step` (steps count from 1)."""
+        ...
+
+    def names(self, step: int) -> str:
+        """The samples of `step`, of all ranks, in words."""
         ...
 
     def metrics(self, step: int) -> dict[str, float]:
@@ -75,6 +79,7 @@ def train(
     cadence: Cadence,
     start_step: int,
     evaluate: Callable[[], dict[str, float]],
+    guard: Guard,
     patience: Patience,
     snapshots: Snapshots,
     throughput: Throughput,
@@ -101,16 +106,19 @@ def train(
         link.phase("step", step)
 
         # ---- step: forward, backward, clip, update. Ends with the loss known on every rank ----------------------
-        votes = Votes(stop=link.stop_requested(), skip_save=snapshots.wants_to_skip())
+        votes = Votes(link.stop_requested(), snapshots.wants_to_skip(), leave_out=guard.leaves_out(step))
         result: StepResult = engine.step(batch, step=step, votes=votes)
         stepped = time.perf_counter()
 
-        # ---- judge: a bad step must not reach a checkpoint --------------------------------------------------------
-        judge(step, result)
+        # ---- judge: a bad step has changed nothing, on no rank; too many of them end the run --------------------
+        if (bad := guard.judge(step, result)) is not None:
+            link.bad_step(step, f"{bad.why}; {batches.names(step)}")
+            if bad.ends is not None:
+                raise bad.ends
 
         # ---- report: rank 0's go to MLflow through the agent, never on this thread's time -----------------------
         metrics = throughput.metrics(step, result, step_seconds=stepped - began, data_seconds=fetched - began)
-        metrics |= batches.metrics(step)
+        metrics |= batches.metrics(step) | guard.metrics()
 
         # ---- evaluate before saving, so that a checkpoint at this step implies its evaluation was reported ------
         stopping, enough = result.agreed.stop, None

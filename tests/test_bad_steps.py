@@ -1,0 +1,123 @@
+"""Steps that nothing is learned from, through the real loop, engine and snapshots: what a resume makes of them."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from test_loop import THROUGHPUT
+from tiny import job_text
+
+from raynium.accelerators.cpu import CpuAccelerator
+from raynium.checkpoint.format.manifest import ImageInfo
+from raynium.config.load import parse_config
+from raynium.config.schema import Config
+from raynium.config.world import World
+from raynium.data.batch import Batch
+from raynium.engines.base import Engine
+from raynium.engines.native import build_native_engine
+from raynium.rank.snapshots import Snapshots
+from raynium.tasks.base import Scored
+from raynium.tasks.pretraining import Pretraining
+from raynium.train.guard import Guard
+from raynium.train.link import MemoryLink
+from raynium.train.loop import Cadence, train
+from raynium.train.patience import Patience
+
+STEPS, SAVE_AT = 8, 5
+
+
+class Spoilt(Pretraining):
+    """Pretraining on texts of which one has a token that makes its micro-batch's gradient NaN."""
+
+    TOKEN = 511
+
+    def score(self, log_probs_BT: torch.Tensor, batch: Batch) -> Scored:
+        scored = super().score(log_probs_BT, batch)
+        # Without a look at it: as a task must.
+        poison = (batch.tokens_BT == self.TOKEN).any().float() * math.inf
+        return scored._replace(slope_BT=scored.slope_BT + poison.nan_to_num(nan=0.0, posinf=math.nan))
+
+
+class Batches:
+    """Random tokens, a function of the step. The second micro-batch of step `spoilt` holds the token."""
+
+    def __init__(self, spoilt: int | None):
+        self._spoilt = spoilt
+
+    def batch(self, step: int) -> Batch:
+        ids_BT = torch.randint(0, 511, (4, 33), generator=torch.Generator().manual_seed(step))
+        if step == self._spoilt:
+            ids_BT[3, 7] = Spoilt.TOKEN
+        return Batch(ids_BT[:, :-1].contiguous(), ids_BT[:, 1:].contiguous())
+
+    def names(self, step: int) -> str:
+        return f"step {step}"
+
+    def metrics(self, step: int) -> dict[str, float]:
+        return {}
+
+
+@pytest.fixture(autouse=True)
+def one_rank() -> Any:
+    store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+class Ran:
+    """One generation. losses: by step; state: of its end, by name; images: of its saves."""
+
+    def __init__(self, folder: Path, *, spoilt: int | None = None, start: str | None = None, **changes: Any):
+        config = config_of(changes)
+        folder.mkdir()
+        engine: Engine = build_native_engine(config, World.of(config), CpuAccelerator(), Spoilt())
+        link, guard = MemoryLink(), Guard.of(config)
+        snapshots = Snapshots(engine, link, folder, guard, Patience(), if_busy="wait")
+        start_step = snapshots.restore_images([ImageInfo.from_json(start)]) if start is not None else 0
+        train(
+            engine=engine,
+            batches=Batches(spoilt),
+            cadence=Cadence(STEPS, checkpoint_every=SAVE_AT, evaluate_every=100),
+            start_step=start_step,
+            evaluate=dict,
+            guard=guard,
+            patience=Patience(),
+            snapshots=snapshots,
+            throughput=THROUGHPUT,
+            link=link,
+        )
+        self.losses = {step: metrics["train/loss"] for step, metrics in link.steps.items()}
+        self.state = {chunk.name: chunk.tensor.clone() for chunk in engine.state()}
+        self.images, self.bad_steps = link.images, link.bad_steps
+
+
+def config_of(changes: dict[str, Any]) -> Config:
+    return parse_config(
+        job_text({"cluster.ranks_per_node": 1, "train.micro_batch_size": 2, "train.steps": STEPS, **changes})
+    )
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_nan_costs_its_step_alone_and_equals_a_run_told_to_leave_that_step_out(tmp_path: Path) -> None:
+    spoilt = Ran(tmp_path / "spoilt", spoilt=3)
+    told = Ran(tmp_path / "told", **{"data.leave_out_steps": [3]})
+    clean = Ran(tmp_path / "clean")
+    assert [step for step, _ in spoilt.bad_steps] == [step for step, _ in told.bad_steps] == [3]
+    assert sorted(spoilt.losses) == list(range(1, STEPS + 1))
+    assert {**spoilt.losses, 3: 0.0} == {**told.losses, 3: 0.0}
+    assert same(spoilt.state, told.state) and not same(spoilt.state, clean.state)
+
+
+def test_what_was_left_out_before_a_snapshot_is_known_to_the_generation_that_starts_from_it(tmp_path: Path) -> None:
+    """AdamW's bias correction counts updates, of which there were fewer than steps."""
+    whole = Ran(tmp_path / "whole", spoilt=3)
+    resumed = Ran(tmp_path / "resumed", spoilt=3, start=whole.images[0])
+    assert resumed.losses == {step: loss for step, loss in whole.losses.items() if step > SAVE_AT}
+    assert same(resumed.state, whole.state) and resumed.bad_steps == []
