@@ -4,8 +4,8 @@ import difflib
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from raynium.config.own_class import own_class
 from raynium.config.schema import Config
+from raynium.data.records.own_class import own_class
 from raynium.errors import ConfigError, DataError
 from raynium.tasks.base import Task, check_whole_samples
 from raynium.tasks.preferences import Dpo, Orpo

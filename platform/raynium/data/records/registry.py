@@ -9,10 +9,10 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from raynium.config.own_class import own_class
 from raynium.config.plain_file import read_plain
 from raynium.data.records.chats import Chats, TrainOn
 from raynium.data.records.formats import Completions, RecordFormat
+from raynium.data.records.own_class import own_class
 from raynium.data.records.preferences import Preferences
 from raynium.data.records.template import CHATML, ChatTemplate, ReadBeside, special_tokens
 from raynium.data.text.documents import Column
