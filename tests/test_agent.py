@@ -363,10 +363,9 @@ def test_a_coordinator_that_dies_in_the_last_save_hears_of_its_shards_again(
 
 
 def test_an_upload_that_hangs_stops_neither_the_ranks_nor_the_end(
-    play: Callable[..., Played], uninterrupted: Played, monkeypatch: pytest.MonkeyPatch
+    play: Callable[..., Played], uninterrupted: Played
 ) -> None:
     """As on a file system that answers nobody: the process is stopped, and both of a rank's images wait for it."""
-    monkeypatch.setattr("raynium.node.uploader.WATCH_SECONDS", 0.05)
     run = play(**{"fault.upload_silence_seconds": 0.5, "checkpoint.every_steps": 1})
     os.kill(wait_for(run.agent.uploader_pid), signal.SIGSTOP)
     status = run.finish()

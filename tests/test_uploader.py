@@ -117,9 +117,8 @@ def test_an_upload_whose_process_is_killed_is_done_again_and_nothing_is_left_ove
 
 
 def test_an_upload_of_which_nothing_moves_is_given_up_and_the_next_one_works(
-    image: Callable[[int], ImageInfo], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    image: Callable[[int], ImageInfo], tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("raynium.node.uploader.WATCH_SECONDS", 0.05)
     uploader = Uploader(str(tmp_path / "run"), silence_seconds=0.5)
     info = image(10)
     uploader.upload(info, generation="g1", rank=3)

@@ -30,8 +30,10 @@ UPLOADS_AT_ONCE = 4
 ATTEMPTS = 3
 # Below the ranks: where they share cores, training goes first.
 NICENESS = 10
-# How often it is looked whether the process still does something, and how long its end is waited for.
+# How often it is looked whether the process still does something: at most, and within the time in which it must.
 WATCH_SECONDS = 5.0
+LOOKS_IN_A_SILENCE = 20
+# How long its end is waited for.
 CLOSE_SECONDS = 10.0
 
 
@@ -79,10 +81,11 @@ class Uploader:
         child = self._living_child()
         # Looks are counted, not seconds: this process may have been stopped together with that one.
         answer, used, quiet_looks = child.ask(job), child.cpu_ticks(), 0
-        while not wait([answer], WATCH_SECONDS).done:
+        between = min(WATCH_SECONDS, self._silence_seconds / LOOKS_IN_A_SILENCE)
+        while not wait([answer], between).done:
             before, used = used, child.cpu_ticks()
             quiet_looks = quiet_looks + 1 if used is not None and used == before else 0
-            if quiet_looks * WATCH_SECONDS >= self._silence_seconds:
+            if quiet_looks * between >= self._silence_seconds:
                 child.give_up()
         return answer.result()
 
