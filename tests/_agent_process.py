@@ -1,10 +1,11 @@
 """One life of the run's node agents (mostly one) and their coordinator as a process, so that a test may kill all of it.
 
     python _agent_process.py FOLDER        FOLDER/job.yaml, and FOLDER/arguments.json:
-                                           {"run_url", "data_folder", "changes", "last_save_seconds"}
+                                           {"run_url", "data_folder", "changes", "last_save_seconds"}, and
+                                           "preload": modules of its template, if it needs more
 
-Writes FOLDER/losses.jsonl ([step, loss] as they are reported), FOLDER/pids.json (node 0's {"ranks", "uploader"}, as
-they change) and, when the run has ended, FOLDER/status.json.
+Writes FOLDER/losses.jsonl ([step, loss] as they are reported), FOLDER/artifacts/, FOLDER/pids.json (node 0's {"ranks",
+"uploader"}, as they change) and, when the run has ended, FOLDER/status.json.
 """
 
 import json
@@ -40,6 +41,11 @@ class LossFile(MemoryTracker):
             with self._path.open("a") as file:
                 file.write(json.dumps([step, metrics["train/loss"]]) + "\n")
 
+    def artifact(self, path: str, text: str) -> None:
+        file = self._path.parent / "artifacts" / path
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+
 
 def main() -> None:
     folder = Path(sys.argv[1])
@@ -47,7 +53,7 @@ def main() -> None:
     job = (folder / "job.yaml").read_text()
     config = parse_config(job, arguments["changes"])
     last_save.LAST_SAVE_SECONDS = arguments["last_save_seconds"]
-    ranks.PRELOADED_MODULES = (*ranks.PRELOADED_MODULES, "small_parts")
+    ranks.PRELOADED_MODULES = (*ranks.PRELOADED_MODULES, "small_parts", *arguments.get("preload", ()))
     cpu.usable_cores = lambda: 1  # on busy cores, threads of a small model mostly wait for each other
     coordinator = CoordinatorOnLoop(RunCoordinator(config.model_dump(mode="json"), arguments["run_url"], 0))
     agents = [

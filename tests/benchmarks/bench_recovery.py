@@ -1,4 +1,4 @@
-"""From a killed rank to the next finished step: python tests/benchmarks/bench_recovery.py
+"""From a killed, or a stopped, rank to the next finished step: python tests/benchmarks/bench_recovery.py
 
 Ranks are killed (SIGKILL) at random moments of a run, seeded, and the time is taken until a new rank 0 has finished a
 step. Quickstart's model on two CPU ranks. Ours is `raynium train` with its own Ray cluster, and says itself where the
@@ -6,9 +6,14 @@ time goes; "notice" is what it does not say: from the kill until the agent sees 
 DistributedDataParallel and a checkpoint every 5 steps (peer_restarts.py): torchrun's and Ray Train's own restarts, with
 their defaults; and the bare fork, a new process group and one step, which recovers nothing. Ray runs its workers, ours
 too, at nice 15, torchrun's are at 0: on a busy machine the figures say less. Passes if no other restart is faster.
+
+Then what hangs: ranks are stopped (SIGSTOP) with fault.hang_seconds=5, and the uploader with
+fault.upload_silence_seconds=10; of that the longest step after it counts. Passes if each is over within its limit and
+a second, the stopped rank is named, and the stacks of both ranks are artifacts. --kills 0: this only.
 """
 
 import contextlib
+import itertools
 import json
 import multiprocessing
 import os
@@ -41,6 +46,7 @@ FOLDER = Path(__file__).parent
 TINY = {"model.vocab_size": 512, "model.hidden_size": 32, "model.ffn_size": 64, "model.head_dim": 8, "data.seq_len": 32}
 # So long a run may take until its next step.
 PATIENCE_SECONDS = 180.0
+HANG_SECONDS, UPLOAD_SECONDS, WITHIN_SECONDS = 5.0, 10.0, 1.0
 RECOVERED = re.compile(r"the next step was done \S+ s after the failure was seen: (.+)$")
 
 
@@ -81,21 +87,39 @@ class Ours:
         )
         # Of each recovery, phase → seconds.
         self.recoveries: list[dict[str, float]] = []
+        self.lines: list[str] = []
         threading.Thread(target=self._listen, daemon=True).start()
 
     def _listen(self) -> None:
         assert self.process.stdout is not None
         for line in self.process.stdout:
-            if found := RECOVERED.search(line.decode().strip()):
+            self.lines.append(line.decode().strip())
+            if found := RECOVERED.search(self.lines[-1]):
                 parts = (part.split() for part in found.group(1).split(", "))
                 self.recoveries.append({phase: float(seconds) for phase, seconds in parts})
 
     def pids(self) -> dict[int, int]:
-        """Of what the agent's template has forked, ranks lead a process group."""
+        return dict(enumerate(pid for pid in self._forked() if os.getpgid(pid) == pid))
+
+    def uploader_pid(self) -> int:
+        (pid,) = (pid for pid in self._forked() if os.getpgid(pid) != pid)
+        return pid
+
+    def _forked(self) -> list[int]:
+        """By the agent's template: ranks, which lead a process group, and the uploader."""
         record = json.loads((self._folder / "runs/recovery/run.json").read_text())
-        templates = children(record["agents"][0]["pid"])
-        forked = [pid for template in templates for pid in children(template)]
-        return dict(enumerate(pid for pid in forked if os.getpgid(pid) == pid))
+        return [pid for template in children(record["agents"][0]["pid"]) for pid in children(template)]
+
+    def longest_step(self, since: float) -> float:
+        """Seconds between two steps, of which the second was done after this time (Unix)."""
+        file = f"file:{self._folder}/runs/mlflow.db?mode=ro"
+        with contextlib.closing(sqlite3.connect(file, uri=True)) as made:
+            rows = made.execute("select timestamp from metrics where key = 'train/loss' order by timestamp").fetchall()
+        times = [row[0] / 1000 for row in rows]
+        return max(later - earlier for earlier, later in itertools.pairwise(times) if later >= since)
+
+    def artifacts(self, name: str) -> list[str]:
+        return [file.read_text() for file in sorted((self._folder / "runs").rglob(name)) if "hangs" in file.parts]
 
     def newest_step(self) -> tuple[float, int]:
         done = self._query("train/loss", "order by timestamp desc")
@@ -190,6 +214,72 @@ def kill_ranks(run: Contender, kills: int, seed: int) -> list[float]:
     return seconds
 
 
+def stop_ranks(run: Ours, stops: int, seed: int) -> tuple[list[float], list[bool]]:
+    """Seconds from each SIGSTOP to the next step of a new generation, and whether that rank was named."""
+    choose = random.Random(seed)
+    seconds, named = [], []
+    for _ in range(stops):
+        began = time.time()
+        wait_for(run, lambda began=began: run.newest_step()[0] > began + 2)
+        time.sleep(choose.uniform(0.0, 2.0))
+        generation, ranks = run.newest_step()[1], run.pids()
+        rank, known = choose.choice(sorted(ranks)), len(run.lines)
+        stopped = time.time()
+        os.kill(ranks[rank], signal.SIGSTOP)
+        wait_for(run, lambda generation=generation: run.first_step_of_another(generation) is not None)
+        done = run.first_step_of_another(generation)
+        assert done is not None
+        seconds.append(done - stopped)
+        named.append(any(f"hang: rank {rank} on node 0 (" in line for line in run.lines[known:]))
+    return seconds, named
+
+
+def stop_uploads(run: Ours, stops: int) -> tuple[list[float], list[bool]]:
+    """The longest step after each SIGSTOP of the uploader, and whether it was told that an upload was given up."""
+    seconds, told, given_up = [], [], "so its upload was given up"
+    for _ in range(stops):
+        began = time.time()
+        wait_for(run, lambda began=began: run.newest_step()[0] > began + 2)
+        known, stopped = len(run.lines), time.time()
+        os.kill(run.uploader_pid(), signal.SIGSTOP)
+        wait_for(run, lambda known=known: any(given_up in line for line in run.lines[known:]))
+        resumed = time.time()
+        wait_for(run, lambda resumed=resumed: run.newest_step()[0] > resumed + 2)
+        seconds.append(run.longest_step(stopped))
+        told.append(any(given_up in line for line in run.lines[known:]))
+    return seconds, told
+
+
+def measure_hangs(folder: Path, config: Config, times: int, seed: int) -> bool:
+    """Prints a table; whether all was as it must be."""
+    (folder / "ours").mkdir(parents=True)
+    run = Ours(folder / "ours", config, folder / "log")
+    try:
+        stopped, named = stop_ranks(run, times, seed)
+        wait_for(run, lambda: len(run.artifacts("stacks.txt")) == times)
+        uploads, told = stop_uploads(run, max(1, times // 2))
+    except (RuntimeError, OSError, ValueError):
+        print((folder / "log").read_text()[-4000:], *run.lines[-20:], sep="\n", file=sys.stderr)
+        raise
+    finally:
+        run.close()
+    stacks = run.artifacts("stacks.txt")
+    kept = sum(each.count("==== rank ") == 2 and each.count("in train_plan") == 2 for each in stacks)
+    print("| what hangs | limit, s | median, s | min | max | named or told | stacks kept |")
+    print("|---|---|---|---|---|---|---|")
+    for name, limit, seconds, words, artifacts in (
+        ("SIGSTOP of a rank → next step", HANG_SECONDS, stopped, named, f"{kept} of {times}"),
+        ("SIGSTOP of the uploader → the longest step", UPLOAD_SECONDS, uploads, told, "–"),
+    ):
+        figures = " | ".join(f"{figure:.2f}" for figure in (statistics.median(seconds), min(seconds), max(seconds)))
+        print(f"| {name} | {limit:g} | {figures} | {sum(words)} of {len(words)} | {artifacts} |")
+    phases = dict.fromkeys(phase for recovery in run.recoveries for phase in recovery)
+    parts = {phase: 1000 * statistics.median(each.get(phase, 0.0) for each in run.recoveries) for phase in phases}
+    print(f"\nfrom the verdict on, median, ms: {', '.join(f'{phase} {taken:.0f}' for phase, taken in parts.items())}")
+    in_time = max(stopped) <= HANG_SECONDS + WITHIN_SECONDS and max(uploads) <= UPLOAD_SECONDS + WITHIN_SECONDS
+    return in_time and all(named) and all(told) and kept == times
+
+
 def wait_for(run: Contender, condition: Callable[[], bool]) -> None:
     deadline = time.monotonic() + PATIENCE_SECONDS
     while not condition():
@@ -230,55 +320,32 @@ def row(name: str, seconds: list[float], ours: float) -> str:
     return f"| {name} | " + " | ".join(f"{figure:.2f}" for figure in figures) + " |"
 
 
-def main() -> int:
-    options = parser(__doc__)
-    options.add_argument("--kills", type=int, default=15, help="of each run")
-    options.add_argument("--seed", type=int, default=0)
-    arguments = options.parse_args()
-    kills = 1 if arguments.tiny else arguments.kills
-    heading()
-    with tempfile.TemporaryDirectory(prefix="recovery") as temporary:
-        folder = Path(temporary)
-        if arguments.tiny:
-            build_documents(folder)
-        else:
-            build_store(folder / "data", source="python-stdlib", vocab_size=2048)
-        settings = {
-            "run.name": "recovery",
-            "run.root": str(folder / "ours/runs"),
-            "data.path": str(folder / "data"),
-            "train.steps": 1_000_000,
-            "checkpoint.every_steps": 5,
-            "evaluate.every_steps": 1_000_000,
-            "fault.max_restarts_without_progress": 1000,
-            "engine.dtype": "float32",
-        }
-        tiny = TINY | {"data.source": str(folder / "text"), "data.heldout_fraction": 0.2}
-        config = load_config("quickstart", settings | (tiny if arguments.tiny else {}))
-        seconds: dict[str, list[float]] = {}
-        runs: dict[str, Callable[[Path, Path], Ours | Peer]] = {"ours": lambda at, log: Ours(at, config, log)}
-        if not arguments.tiny:
-            elastic = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1000"]
-            program = str(FOLDER / "peer_restarts.py")
-            runs["torchrun"] = lambda at, log: Peer(at, config, log, [*elastic, program, "elastic", str(at)])
-            runs["Ray Train"] = lambda at, log: Peer(at, config, log, [program, "ray", str(at)])
-        recoveries: list[dict[str, float]] = []
-        for name, start in runs.items():
-            at = folder / name.split()[0]
-            at.mkdir()
-            run = start(at, folder / f"{at.name}.log")
-            try:
-                seconds[name] = kill_ranks(run, kills, arguments.seed)
-                if isinstance(run, Ours):
-                    wait_for(run, lambda run=run: len(run.recoveries) == kills)
-                    recoveries = run.recoveries
-            except (RuntimeError, OSError, ValueError):
-                print((folder / f"{at.name}.log").read_text()[-4000:], file=sys.stderr)
-                raise
-            finally:
-                run.close()
-        (folder / "bare").mkdir()
-        seconds["bare fork, group and step"] = bare_forks(folder / "bare", config, kills)
+def measure_restarts(folder: Path, config: Config, *, kills: int, seed: int, tiny: bool) -> bool:
+    """Prints two tables; whether no other restart is faster than ours."""
+    seconds: dict[str, list[float]] = {}
+    runs: dict[str, Callable[[Path, Path], Ours | Peer]] = {"ours": lambda at, log: Ours(at, config, log)}
+    if not tiny:
+        elastic = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1000"]
+        program = str(FOLDER / "peer_restarts.py")
+        runs["torchrun"] = lambda at, log: Peer(at, config, log, [*elastic, program, "elastic", str(at)])
+        runs["Ray Train"] = lambda at, log: Peer(at, config, log, [program, "ray", str(at)])
+    recoveries: list[dict[str, float]] = []
+    for name, start in runs.items():
+        at = folder / name.split()[0]
+        at.mkdir()
+        run = start(at, folder / f"{at.name}.log")
+        try:
+            seconds[name] = kill_ranks(run, kills, seed)
+            if isinstance(run, Ours):
+                wait_for(run, lambda run=run: len(run.recoveries) == kills)
+                recoveries = run.recoveries
+        except (RuntimeError, OSError, ValueError):
+            print((folder / f"{at.name}.log").read_text()[-4000:], file=sys.stderr)
+            raise
+        finally:
+            run.close()
+    (folder / "bare").mkdir()
+    seconds["bare fork, group and step"] = bare_forks(folder / "bare", config, kills)
 
     ours = statistics.median(seconds["ours"])
     print("| restart | median, s | min | max | times ours |")
@@ -290,9 +357,49 @@ def main() -> int:
     print("\n| phase of ours | median, ms |\n|---|---|")
     for phase in phases[0]:
         print(f"| {phase} | {1000 * statistics.median(each.get(phase, 0.0) for each in phases):.0f} |")
-    print(f"\n{kills} kills each, seed {arguments.seed}")
+    print(f"\n{kills} kills each, seed {seed}\n")
     peers = [statistics.median(taken) for name, taken in seconds.items() if name in ("torchrun", "Ray Train")]
-    return verdict(all(peer >= ours for peer in peers), arguments.tiny)
+    return all(peer >= ours for peer in peers)
+
+
+def main() -> int:
+    options = parser(__doc__)
+    options.add_argument("--kills", type=int, default=15, help="of each run")
+    options.add_argument("--hangs", type=int, default=6, help="stops of a rank, and half as many of the uploader")
+    options.add_argument("--seed", type=int, default=0)
+    arguments = options.parse_args()
+    kills, hangs = (1, 1) if arguments.tiny else (arguments.kills, arguments.hangs)
+    heading()
+    with tempfile.TemporaryDirectory(prefix="recovery") as temporary:
+        folder = Path(temporary)
+        if arguments.tiny:
+            build_documents(folder)
+        else:
+            build_store(folder / "data", source="python-stdlib", vocab_size=2048)
+
+        def config(runs: Path, **changes: float) -> Config:
+            settings = {
+                "run.name": "recovery",
+                "run.root": str(runs),
+                "data.path": str(folder / "data"),
+                "train.steps": 1_000_000,
+                "checkpoint.every_steps": 5,
+                "evaluate.every_steps": 1_000_000,
+                "fault.max_restarts_without_progress": 1000,
+                "engine.dtype": "float32",
+            }
+            tiny = TINY | {"data.source": str(folder / "text"), "data.heldout_fraction": 0.2}
+            return load_config("quickstart", settings | changes | (tiny if arguments.tiny else {}))
+
+        fine = True
+        if kills:
+            killed = config(folder / "ours/runs")
+            fine = measure_restarts(folder, killed, kills=kills, seed=arguments.seed, tiny=arguments.tiny)
+        if hangs:
+            at = folder / "hangs"
+            limits = {"fault.hang_seconds": HANG_SECONDS, "fault.upload_silence_seconds": UPLOAD_SECONDS}
+            fine &= measure_hangs(at, config(at / "ours/runs", **limits), hangs, arguments.seed)
+    return verdict(fine, arguments.tiny)
 
 
 if __name__ == "__main__":
