@@ -30,14 +30,18 @@ from raynium.run.protocol import (
     Commit,
     GoHome,
     HeldImages,
+    Look,
     NodeEnded,
     Order,
     Outcome,
     Progressed,
     RankExit,
+    RankPosition,
+    RanksSeen,
     Said,
     ShardFailed,
     ShardSaved,
+    StacksTaken,
     Verdict,
 )
 from raynium.storage.store import Store
@@ -815,5 +819,80 @@ def test_uploads_that_a_dead_attempt_left_open_are_removed_and_living_ones_are_n
         assert (folder / ".tmp-living").exists(), "one that knows nothing is told so by the agents"
         await asyncio.gather(*(asyncio.create_task(run.join(agent(rank, "b"))) for rank in (0, 1)))
         assert not (folder / ".tmp-living").exists()
+
+    asyncio.run(play())
+
+
+# ---- hangs -----------------------------------------------------------------------------------------------------------
+
+HANGING = {"fault.hang_seconds": 5, "fault.max_restarts_without_progress": 0}
+
+
+def seen(node_rank: int, position: RankPosition, generation: int = 1) -> RanksSeen:
+    return RanksSeen(generation, {node_rank: position})
+
+
+async def hangs(run: RunCoordinator) -> None:
+    """Two nodes of which the second's rank waits for data."""
+    await asyncio.gather(run.join(agent(0)), run.join(agent(1)))
+    await run.tell(seen(0, RankPosition(9, still_seconds=5.25)))
+    await run.tell(seen(1, RankPosition(9, "fetch", still_seconds=5.5)))
+
+
+def test_every_node_is_looked_at_before_any_rank_may_be_killed(tmp_path: Path) -> None:
+    async def play() -> None:
+        run = coordinator(tmp_path, **HANGING | {"fault.max_restarts_without_progress": 1})
+        await hangs(run)
+        assert (await watch(run)).kind == "look"
+        told = asyncio.create_task(run.tell(StacksTaken(1, 0, {0: Look("waits", '{"entries": []}')})))
+        again = asyncio.create_task(watch(run))
+        await asyncio.sleep(0.05)
+        assert not told.done() and not again.done(), "node 1 has not told"
+        await run.tell(StacksTaken(1, 1, {1: Look("hangs")}))
+        artifacts = (await told).artifacts
+        assert set(artifacts) == {"hangs/generation-00001/stacks.txt", "hangs/generation-00001/collectives.json"}
+        assert "rank 0, node 0: waits" in artifacts["hangs/generation-00001/stacks.txt"]
+        assert "rank 1, node 1: hangs" in artifacts["hangs/generation-00001/stacks.txt"]
+        verdict = await again
+        assert verdict.kind == "over"
+        assert verdict.cause.startswith("hang: rank 1 on node 1 (127.0.0.3) is waiting for the data of step 9: ")
+        orders = await asyncio.gather(run.join(agent(0)), run.join(agent(1)))
+        assert {order.generation for order in orders} == {2}
+        # A word of the generation before judges nobody.
+        await run.tell(seen(1, RankPosition(9, "fetch", still_seconds=60)))
+        assert (await run.tell(StacksTaken(1, 1, {1: Look("late")}))).artifacts == {}
+        assert (await run.status(0)).running
+
+    asyncio.run(play())
+
+
+def test_a_node_that_cannot_tell_what_its_ranks_do_is_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("raynium.run.protocol.LOOKS_SECONDS", 0.05)
+
+    async def play() -> None:
+        run = coordinator(tmp_path, **HANGING)
+        await hangs(run)
+        told = await run.tell(StacksTaken(1, 0, {0: Look("waits")}))
+        assert list(told.artifacts) == ["hangs/generation-00001/stacks.txt"]
+        verdict = await watch(run)
+        assert verdict.kind == "over" and "rank 1 on node 1" in verdict.cause
+        status = await run.status(0)
+        assert status.ended == "failed" and status.cause is not None
+        assert "hang: rank 1 on node 1" in status.cause and "max_restarts_without_progress=0" in status.cause
+
+    asyncio.run(play())
+
+
+def test_ranks_that_die_while_they_are_looked_at_are_the_cause(tmp_path: Path) -> None:
+    async def play() -> None:
+        run = coordinator(tmp_path, **HANGING | {"fault.max_restarts_without_progress": 1})
+        await hangs(run)
+        await ended(run, 1, 1, [DIED])
+        verdict = await watch(run)
+        assert verdict.kind == "over" and "SIGKILL" in verdict.cause
+        await run.tell(StacksTaken(1, 0, {0: Look("waits")}))
+        assert [each.text for each in (await run.status(0)).events if "hang:" in each.text] == []
 
     asyncio.run(play())

@@ -279,8 +279,10 @@ class RunCoordinator:
             current = self._lives.looked(taken)
             if current is None or taken.node_rank != 0:
                 return {}
+            # The generation forgets them when it is over.
+            looks = current.looks
             await self._wait(current.all_have_looked, protocol.LOOKS_SECONDS)
-            return artifacts_of(current.order.generation, current.looks)
+            return artifacts_of(current.order.generation, looks)
 
     async def _end_hang(self, current: Generation) -> None:
         async with self._changing():

@@ -53,7 +53,8 @@ class Generation:
         return self.hang is not None and node_rank not in self.looks
 
     def all_have_looked(self) -> bool:
-        return len(self.looks) == self.order.world.nodes
+        """Or nobody is waited for any more."""
+        return self.state == "over" or len(self.looks) == self.order.world.nodes
 
 
 class Lives:
@@ -262,7 +263,7 @@ class Lives:
         current.state, current.cause = "over", cause
         # A run of months has thousands of generations, each with the last lines of its ranks.
         current.exits.clear()
-        current.looks.clear()
+        current.looks = {}
         self._book.failed()
         if self.stop_requested:
             self.end("stopped")
