@@ -287,7 +287,7 @@ class RunCoordinator:
     async def _end_hang(self, current: Generation) -> None:
         async with self._changing():
             await self._wait(current.all_have_looked, protocol.LOOKS_SECONDS)
-            self._lives.end_hang(current)
+            self._lives.end_hang(current, now=time.monotonic())
 
     async def _end_a_stop_that_hangs(self) -> None:
         """Ranks or uploads that never come to an end do not keep a run that nobody wants any more."""

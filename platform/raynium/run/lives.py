@@ -190,7 +190,7 @@ class Lives:
         self._failed(current.order.generation, cause)
         if first.fault is not None:
             self.node_fault(current.order.generation, node_rank, first.fault)
-        judgement = self._verdicts.ranks_failed(first, now=now)
+        judgement = self._verdicts.ranks_failed(first, step=self._board.step, now=now)
         images = current.order.resume_images
         if images is not None and self._board.step <= images.step and judgement.doubts_images:
             self._recovery.distrust(images)
@@ -227,7 +227,7 @@ class Lives:
         current.looks[taken.node_rank] = taken.looks
         return current
 
-    def end_hang(self, current: Generation) -> None:
+    def end_hang(self, current: Generation, *, now: float) -> None:
         """All nodes have told what their ranks do, or had the time to."""
         if current.state != "running" or current.hang is None:
             return
@@ -239,9 +239,11 @@ class Lives:
         self._failed(
             current.order.generation, f"{cause}; what each rank did is in {folder_of(current.order.generation)}"
         )
+        judgement = self._verdicts.hung(cause, step=self._board.step)
         self.over(current, cause)
-        if (too_many := self._verdicts.hung()) is not None:
-            self.end("failed", f"{cause}. {too_many}")
+        self.not_before = now + judgement.pause_seconds
+        if judgement.ends is not None:
+            self.end("failed", judgement.ends)
 
     def _failed(self, generation: int, cause: str) -> None:
         self.incident = f"generation {generation} failed: {cause}"

@@ -43,24 +43,30 @@ class Verdicts:
         too_many = self._patience.node_failure()
         return None if too_many is None else f"a node agent was lost. {too_many}"
 
-    def hung(self) -> str | None:
-        """A generation was ended because it hung. Why that ends the run; None: it goes on."""
-        return self._patience.restart()
+    def hung(self, cause: str, *, step: int) -> Judgement:
+        """A generation was ended because it hung, after this step."""
+        too_many = self._patience.restart(step=step)
+        ends = None if too_many is None else f"{cause}. {too_many}"
+        return Judgement(ends, pause_seconds=self._patience.pause_seconds(), doubts_images=False)
 
-    def ranks_failed(self, exit: RankExit, *, now: float) -> Judgement:
-        """A generation failed of this exit (see `blamed`) on nodes that live. now: seconds of a steady clock."""
+    def ranks_failed(self, exit: RankExit, *, step: int, now: float) -> Judgement:
+        """A generation failed of this exit (see `blamed`) on nodes that live, after this step.
+
+        now: seconds of a steady clock.
+        """
         cause = f"rank {exit.rank}: {exit.cause}"
         cores_taken = exit.fault is not None and exit.fault.name == CORES_TAKEN
         self._cores_taken_since = (self._cores_taken_since or now) if cores_taken else None
         if self._cores_taken_since is not None and now - self._cores_taken_since < CORES_RETURN_SECONDS:
             too_many = None
         else:
-            too_many = self._patience.restart()
+            too_many = self._patience.restart(step=step)
+            too_many = self._patience.repeats(exit, step=step) or too_many
         if not exit.retry:
             return Judgement(cause)
         return Judgement(
             None if too_many is None else f"{cause}. {too_many}",
-            pause_seconds=CORES_PAUSE_SECONDS if cores_taken else 0.0,
+            pause_seconds=CORES_PAUSE_SECONDS if cores_taken else self._patience.pause_seconds(),
             doubts_images=not cores_taken,
         )
 
