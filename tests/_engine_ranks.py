@@ -90,7 +90,8 @@ def run_rank(rank: int, folder: Path, scenario: dict) -> None:
     assert pointers == [chunk.tensor.data_ptr() for chunk in engine.state()], "a chunk aliases the same memory always"
     state = [(c.name, c.global_shape, c.offsets, c.tensor, c.saved_here) for c in engine.state()]
     kept = {"results": results, "evaluations": evaluations, "state": state}
-    kept["rows"] = log_probs_of_all_rows(engine, batch(scenario["last_step"]))
+    if scenario["rows"]:
+        kept["rows"] = log_probs_of_all_rows(engine, batch(scenario["last_step"]))
     if scenario["questions"] is not None:
         kept["asked"] = asked(engine, config, world, task, scenario["questions"], batch(1))
     torch.save(kept, folder / f"rank-{rank}.pt")

@@ -11,16 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO
 
+from raynium.rank.template import warm_up_compiler
+
 RunRank = Callable[[int, Path, dict[str, Any]], None]
-
-
-def load_compiler() -> None:
-    """What torch imports when it first compiles: 4 s of each rank's time otherwise. Starts no thread."""
-    import torch._dynamo
-    import torch._inductor.compile_fx
-    import torch.distributed.tensor.experimental  # noqa: F401
-
-    torch._dynamo.list_backends()
 
 
 def serve_folders(run_rank: RunRank, replies: TextIO = sys.stdout) -> None:
@@ -30,11 +23,14 @@ def serve_folders(run_rank: RunRank, replies: TextIO = sys.stdout) -> None:
     """
     os.environ["GLOO_SOCKET_IFNAME"] = "lo0" if sys.platform == "darwin" else "lo"
     fork = multiprocessing.get_context("fork")
+    compiler_is_warm = False
     for line in sys.stdin:
         folder = Path(line.rstrip("\n"))
         scenario = json.loads((folder / "scenario.json").read_text())
-        if scenario["config"]["engine"]["compile"] != "none":
-            load_compiler()
+        if scenario["config"]["engine"]["compile"] != "none" and not compiler_is_warm:
+            # As a node's template does: 5 s of each rank otherwise.
+            warm_up_compiler("aot_eager")
+            compiler_is_warm = True
         ranks = range(scenario["config"]["cluster"]["ranks_per_node"])
         processes = [fork.Process(target=run_rank, args=(rank, folder, scenario)) for rank in ranks]
         for process in processes:

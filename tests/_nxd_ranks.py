@@ -97,7 +97,8 @@ def run_rank(rank: int, folder: Path, scenario: dict, library: str) -> None:
     graphs_before = compiled_graphs(library)
     kept = {"results": results, "evaluations": evaluations, "state": saved_state(engine), "loaded": loaded}
     kept["save_graphs"] = compiled_graphs(library) - graphs_before
-    kept["rows"] = log_probs_of_all_rows(engine, batch(scenario["last_step"]))
+    if scenario["rows"]:
+        kept["rows"] = log_probs_of_all_rows(engine, batch(scenario["last_step"]))
     torch.save(kept, folder / f"rank-{rank}.pt")
     if config.run.name == "saves-with-nxd":
         save_with_nxd(engine, str(folder / "nxd"))

@@ -13,6 +13,8 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
+# What a node's template loads for its ranks.
+import raynium.rank.template  # noqa: F401
 from raynium import standalone
 
 

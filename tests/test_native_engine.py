@@ -81,7 +81,7 @@ class Run(NamedTuple):
     results: list[list[dict[str, Any]]]  # [rank][step]
     evaluations: list[list[dict[str, float]]]  # [rank][evaluation]
     states: list[list[tuple[str, tuple[int, ...], tuple[int, ...], torch.Tensor, bool]]]  # [rank][chunk]
-    rows: list[torch.Tensor]  # [rank], each all rows' log-probabilities after the last step
+    rows: list[torch.Tensor]  # [rank], each all rows' log-probabilities after the last step, if asked for
     # [rank], the scores of the questions' choices, and what the evaluation made of them.
     asked: list[tuple[torch.Tensor, dict[str, float]] | None]
 
@@ -125,12 +125,14 @@ def run(
     poison: tuple[int, int, int, float] | None = None,
     data: Mapping[str, torch.Tensor] | None = None,
     questions: str | None = None,
+    rows: bool = False,
 ) -> Run:
     """All ranks of `config` take the steps; stop: the (rank, step) that asks to stop. memory_bytes: of each rank.
 
     leave_out: the (rank, step) that votes for it. poison: (rank, step, micro-batch, what slopes are multiplied by).
 
-    data: instead of `samples()`. questions: a file of them, for an evaluation at the end.
+    data: instead of `samples()`. questions: a file of them, for an evaluation at the end. rows: their log-probabilities
+    are asked for at the end.
     """
     folder.mkdir()
     torch.save(dict(data or samples()), folder / "batches.pt")
@@ -145,6 +147,7 @@ def run(
         "leave_out": leave_out,
         "poison": poison and (*poison, World.of(config).num_micro_batches),
         "questions": questions,
+        "rows": rows,
     }
     (folder / "scenario.json").write_text(json.dumps(scenario))
     assert forker.stdin is not None and forker.stdout is not None

@@ -50,6 +50,29 @@ def on_the_cpu(tmp_path_factory: pytest.TempPathFactory, document_folder: Path) 
     return play(tmp_path_factory.mktemp("cpu") / "run", document_folder, {}, **{"cluster.accelerator": "cpu"})
 
 
+@pytest.fixture(scope="module")
+def short_documents(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_short_documents(tmp_path_factory.mktemp("short"))
+
+
+PACKED = {"data.packing": "documents"}
+
+
+@pytest.fixture(scope="module")
+def packed_on_the_cpu(tmp_path_factory: pytest.TempPathFactory, short_documents: Path) -> dict[str, Any]:
+    on_cpu = {"cluster.accelerator": "cpu"}
+    return play(tmp_path_factory.mktemp("packed-cpu") / "run", short_documents, {}, **on_cpu | PACKED)
+
+
+ADAPTER = {"adapter.rank": 4, "adapter.dropout": 0.2, "optimizer.learning_rate": 0.03}
+
+
+@pytest.fixture(scope="module")
+def adapter_on_the_cpu(tmp_path_factory: pytest.TempPathFactory, document_folder: Path) -> dict[str, Any]:
+    on_cpu = {"cluster.accelerator": "cpu"}
+    return play(tmp_path_factory.mktemp("adapter-cpu") / "run", document_folder, {}, **on_cpu | ADAPTER)
+
+
 LAYOUTS = {
     "one rank": {},
     "fsdp 2": {"cluster.ranks_per_node": 2},
@@ -77,14 +100,12 @@ def test_the_unchanged_path_learns_what_the_cpu_learns(
 
 @pytest.mark.parametrize("layout", [*LAYOUTS, "tp 2, compiled blocks"])
 def test_rows_of_several_documents_learn_what_they_do_on_the_cpu(
-    layout: str, site: dict[str, str], tmp_path: Path
+    layout: str, site: dict[str, str], packed_on_the_cpu: dict[str, Any], short_documents: Path, tmp_path: Path
 ) -> None:
-    documents, packed = build_short_documents(tmp_path), {"data.packing": "documents"}
     compiled = {"cluster.ranks_per_node": 2, "parallel.tensor": 2, "engine.compile": "block"}
-    expected = play(tmp_path / "cpu", documents, {}, **{"cluster.accelerator": "cpu"} | packed)
-    twin = play(tmp_path / "twin", documents, site, **LAYOUTS.get(layout, compiled) | packed)
+    twin = play(tmp_path / "twin", short_documents, site, **LAYOUTS.get(layout, compiled) | PACKED)
     for name in ("train/loss", "eval/loss"):
-        assert values(twin, name) == pytest.approx(values(expected, name), rel=1e-5), name
+        assert values(twin, name) == pytest.approx(values(packed_on_the_cpu, name), rel=1e-5), name
     assert values(twin, "device/fallback_operators") == [0, 0], "an operation that Neuron lacks"
 
 
@@ -114,15 +135,13 @@ def test_compiled_blocks_hold_their_collectives_and_stop_compiling_after_the_fir
 
 @pytest.mark.parametrize("layout", ["fsdp 2", "tp 2"])
 def test_adapters_learn_what_they_do_on_the_cpu_and_stop_compiling_after_the_first_steps(
-    layout: str, site: dict[str, str], document_folder: Path, tmp_path: Path
+    layout: str, site: dict[str, str], adapter_on_the_cpu: dict[str, Any], document_folder: Path, tmp_path: Path
 ) -> None:
     """The first block has a graph of its own: nothing before it learns, so its input needs no gradient."""
-    adapter = {"adapter.rank": 4, "adapter.dropout": 0.2, "optimizer.learning_rate": 0.03}
-    expected = play(tmp_path / "cpu", document_folder, {}, **{"cluster.accelerator": "cpu"} | adapter)
     compiled = {"engine.compile": "block", "engine.activation_checkpointing": "full"}
-    twin = play(tmp_path / "twin", document_folder, site, **LAYOUTS[layout] | compiled | adapter)
+    twin = play(tmp_path / "twin", document_folder, site, **LAYOUTS[layout] | compiled | ADAPTER)
     for name in ("train/loss", "eval/loss"):
-        assert values(twin, name) == pytest.approx(values(expected, name), rel=1e-5), name
+        assert values(twin, name) == pytest.approx(values(adapter_on_the_cpu, name), rel=1e-5), name
     assert values(twin, "device/fallback_operators") == [0, 0], "an operation that Neuron lacks"
     first, last = values(twin, "compile/graphs")
     assert first == last > 0, "every shape had been seen at the first evaluation"

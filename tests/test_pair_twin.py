@@ -41,7 +41,15 @@ def numbers(found: dict[str, Any], name: str) -> list[float]:
     return [metrics[name] for _, metrics in found["points"] if name in metrics]
 
 
-@pytest.mark.parametrize("task", ["dpo", "orpo"])
+@pytest.fixture(scope="module", params=["dpo", "orpo"])
+def of_task(
+    request: pytest.FixtureRequest, store: DocumentStore, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[str, dict[str, Any]]:
+    """A task, and its run on the CPU."""
+    on_cpu = {"task": request.param, "cluster.accelerator": "cpu"}
+    return request.param, play(store, tmp_path_factory.mktemp("cpu"), {}, **on_cpu)
+
+
 @pytest.mark.parametrize(
     "layout",
     [
@@ -51,9 +59,13 @@ def numbers(found: dict[str, Any], name: str) -> list[float]:
     ids=["two data ranks", "a tensor group"],
 )
 def test_pairs_teach_the_twin_what_they_teach_the_cpu_and_every_shape_is_seen_early(
-    task: str, layout: dict[str, Any], site: dict[str, str], store: DocumentStore, tmp_path: Path
+    of_task: tuple[str, dict[str, Any]],
+    layout: dict[str, Any],
+    site: dict[str, str],
+    store: DocumentStore,
+    tmp_path: Path,
 ) -> None:
-    expected = play(store, tmp_path / "cpu", {}, **{"task": task, "cluster.accelerator": "cpu"})
+    task, expected = of_task
     twin = play(store, tmp_path / "twin", site, task=task, **layout)
     for name in ("train/loss", "eval/loss", "rewards/margins", "eval/rewards_margins"):
         assert numbers(twin, name) == pytest.approx(numbers(expected, name), rel=1e-4, abs=1e-6), name
