@@ -22,6 +22,7 @@ def raynium(*arguments: str | bytes, **environment: str) -> subprocess.Completed
     )
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.timeout(300)
 def test_a_run_in_ascii_on_text_and_names_beyond_it_ends_without_folders_for_what_is_temporary(tmp_path: Path) -> None:

@@ -118,7 +118,10 @@ def forker() -> Iterator[subprocess.Popen[str]]:
         yield it
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "layout",
+    [pytest.param(name, marks=pytest.mark.slow if "compile" in made else ()) for name, (made, *_) in LAYOUTS.items()],
+)
 def test_every_layout_learns_what_one_rank_does(layout: str, forker: subprocess.Popen[str], tmp_path: Path) -> None:
     arguments, targets, memory = LAYOUTS[layout]
     it = adapted(targets=targets, **arguments)

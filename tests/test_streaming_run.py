@@ -50,6 +50,7 @@ def checksums(run: Path) -> list[str]:
     return [file.crc64nvme for file in open_checkpoint(Store(run), STEPS).manifest.shards]
 
 
+@pytest.mark.slow
 def test_copied_streamed_and_killed_runs_end_with_the_same_bits(url: str, s3_server: Any, tmp_path: Path):
     jobs = {}
     for name, access in (("copied", "copy"), ("streamed", "stream"), ("killed", "stream")):

@@ -109,7 +109,13 @@ OF_DPO = [
 ]
 
 
-@pytest.mark.parametrize(("task", "name"), [*(("orpo", name) for name in RUNS), *(("dpo", name) for name in OF_DPO)])
+@pytest.mark.parametrize(
+    ("task", "name"),
+    [
+        *(pytest.param("orpo", name, marks=pytest.mark.slow if "simple" in name else ()) for name in RUNS),
+        *(("dpo", name) for name in OF_DPO),
+    ],
+)
 def test_a_task_of_rows_in_pairs_trains_as_a_plain_float64_loop_does(
     task: str, name: str, forker: subprocess.Popen[str], tmp_path: Path
 ) -> None:

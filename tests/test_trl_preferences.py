@@ -2,8 +2,8 @@
 
 import random
 from collections.abc import Callable, Mapping
+from functools import cache
 from importlib import import_module
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -78,14 +78,15 @@ def records() -> list[dict[str, str]]:
     return made
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def their_run(
-    trl: Any, transformers: Any, transformers_model: Callable[..., Any], tmp_path: Path
+    trl: Any, transformers: Any, transformers_model: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[..., Any]:
     """their_run("dpo" or "orpo", **settings) -> TheirRun, of TRL's trainer with our optimizer's settings."""
 
+    @cache
     def train(task: str, **settings: Any) -> TheirRun:
-        made = config()
+        made, tmp_path = config(), tmp_path_factory.mktemp(task)
         torch.manual_seed(0)
         model = transformers_model(made.model)
         # Larger than first weights, so that answers differ in their log-probabilities.
