@@ -76,7 +76,7 @@ def run_rank(rank: int, folder: Path, scenario: dict) -> None:
         engine.evaluate(batch(1))
         load(engine.state(), Path(scenario["load_from"]))
         engine.set_updates(scenario["first_step"] - 1)
-    results, before = [], bits(engine)
+    results, before, first_state = [], bits(engine), None
     for step in range(scenario["first_step"], scenario["last_step"] + 1):
         wish = scenario["stop"] == [rank, step]
         votes = Votes(stop=wish, skip_save=[rank, step] == [0, 2], leave_out=[rank, step] == scenario["leave_out"])
@@ -85,11 +85,12 @@ def run_rank(rank: int, folder: Path, scenario: dict) -> None:
         if not result.updated:
             assert same_bits(before, engine), f"step {step} was left out"
         before = bits(engine)
+        if step == 1 and scenario["first_state"]:
+            first_state = saved_state(engine)
         if step % 5 == 0:
             evaluations.append(engine.evaluate(batch(step)))
     assert pointers == [chunk.tensor.data_ptr() for chunk in engine.state()], "a chunk aliases the same memory always"
-    state = [(c.name, c.global_shape, c.offsets, c.tensor, c.saved_here) for c in engine.state()]
-    kept = {"results": results, "evaluations": evaluations, "state": state}
+    kept = {"results": results, "evaluations": evaluations, "state": saved_state(engine), "first_state": first_state}
     if scenario["rows"]:
         kept["rows"] = log_probs_of_all_rows(engine, batch(scenario["last_step"]))
     if scenario["questions"] is not None:
@@ -129,6 +130,14 @@ class Poisoned:
         scored = self._task.score(log_probs_BT, batch)
         self._seen += log_probs_BT.requires_grad or torch.is_grad_enabled()
         return scored._replace(slope_BT=scored.slope_BT * self._value) if self._seen == self._at else scored
+
+
+def saved_state(engine: Engine) -> list[tuple[str, tuple[int, ...], tuple[int, ...], torch.Tensor, bool]]:
+    """A copy of it, on the CPU."""
+    return [
+        (c.name, c.global_shape, c.offsets, c.tensor.to("cpu", copy=True).contiguous(), c.saved_here)
+        for c in engine.state()
+    ]
 
 
 def log_probs_of_all_rows(engine: Engine, batch: Batch) -> torch.Tensor:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from _engine_ranks import TASKS, Poisoned, TestAccelerator, bits, load, log_probs_of_all_rows, same_bits
+from _engine_ranks import TASKS, Poisoned, TestAccelerator, bits, load, log_probs_of_all_rows, same_bits, saved_state
 from _forked_ranks import serve_folders
 
 from raynium.config.schema import Config
@@ -83,7 +83,7 @@ def run_rank(rank: int, folder: Path, scenario: dict, library: str) -> None:
         load(engine.state(), Path(scenario["load_from"]))
         engine.set_updates(scenario["first_step"] - 1)
         loaded = saved_state(engine)
-    evaluations, results, before = [], [], bits(engine)
+    evaluations, results, before, first_state = [], [], bits(engine), None
     for step in range(scenario["first_step"], scenario["last_step"] + 1):
         wish = scenario["stop"] == [rank, step]
         votes = Votes(stop=wish, leave_out=[rank, step] == scenario["leave_out"])
@@ -92,10 +92,13 @@ def run_rank(rank: int, folder: Path, scenario: dict, library: str) -> None:
         if not result.updated:
             assert same_bits(before, engine), f"step {step} was left out"
         before = bits(engine) if library != "xla" else []
+        if step == 1 and scenario["first_state"]:
+            first_state = saved_state(engine)
         if step % 5 == 0:
             evaluations.append(engine.evaluate(batch(step)))
     graphs_before = compiled_graphs(library)
     kept = {"results": results, "evaluations": evaluations, "state": saved_state(engine), "loaded": loaded}
+    kept["first_state"] = first_state
     kept["save_graphs"] = compiled_graphs(library) - graphs_before
     if scenario["rows"]:
         kept["rows"] = log_probs_of_all_rows(engine, batch(scenario["last_step"]))
@@ -124,13 +127,6 @@ def write_signatures() -> None:
 
 def parameters_of(function: object) -> list[list[str]]:
     return [[each.name, str(each.kind)] for each in inspect.signature(function).parameters.values()]  # pyright: ignore[reportArgumentType]
-
-
-def saved_state(engine: Engine) -> list[tuple]:
-    return [
-        (c.name, c.global_shape, c.offsets, c.tensor.to("cpu", copy=True).contiguous(), c.saved_here)
-        for c in engine.state()
-    ]
 
 
 def compiled_graphs(library: str) -> int:

@@ -29,8 +29,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 # Given to the workers first, the longest before all: what begins late would hold up the end.
 LONGEST = (
-    *("test_ray.py", "test_preflight_ray.py", "test_checkpoint_faults.py", "test_neuron_twin.py", "test_nxd.py"),
-    *("test_native_engine.py", "test_train_here.py", "test_simple_fsdp.py", "test_benchmarks.py"),
+    *("test_ray.py", "test_benchmarks.py", "test_checkpoint_faults.py", "test_neuron_twin.py", "test_chaos.py"),
+    *("test_train_here.py", "test_preflight_ray.py", "test_nxd.py", "test_pair_twin.py", "test_packed_rows.py"),
+    *("test_simple_fsdp.py", "test_native_engine.py", "test_walkthrough.py", "test_compile_twin.py", "test_lora.py"),
+    *("test_pack_ray.py", "test_build_ray.py", "test_head_deaths.py", "test_tracking_sender.py"),
 )
 
 

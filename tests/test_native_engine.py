@@ -85,6 +85,9 @@ class Run(NamedTuple):
     # [rank], the scores of the questions' choices, and what the evaluation made of them.
     asked: list[tuple[torch.Tensor, dict[str, float]] | None]
 
+    # [rank], as `states`, after step 1 if asked for.
+    first_states: list[list[tuple[str, tuple[int, ...], tuple[int, ...], torch.Tensor, bool]]]
+
     @property
     def losses(self) -> list[float]:
         return [result["loss"] for result in self.results[0]]
@@ -126,13 +129,14 @@ def run(
     data: Mapping[str, torch.Tensor] | None = None,
     questions: str | None = None,
     rows: bool = False,
+    first_state: bool = False,
 ) -> Run:
     """All ranks of `config` take the steps; stop: the (rank, step) that asks to stop. memory_bytes: of each rank.
 
     leave_out: the (rank, step) that votes for it. poison: (rank, step, micro-batch, what slopes are multiplied by).
 
     data: instead of `samples()`. questions: a file of them, for an evaluation at the end. rows: their log-probabilities
-    are asked for at the end.
+    are asked for at the end. first_state: what the ranks hold after step 1 is kept too.
     """
     folder.mkdir()
     torch.save(dict(data or samples()), folder / "batches.pt")
@@ -148,6 +152,7 @@ def run(
         "poison": poison and (*poison, World.of(config).num_micro_batches),
         "questions": questions,
         "rows": rows,
+        "first_state": first_state,
     }
     (folder / "scenario.json").write_text(json.dumps(scenario))
     assert forker.stdin is not None and forker.stdout is not None
@@ -156,7 +161,11 @@ def run(
     assert forker.stdout.readline() == "0\n", (folder / "stderr").read_text()[-6000:]
     ranks = [torch.load(folder / f"rank-{rank}.pt") for rank in range(World.of(config).size)]
     return Run(
-        folder, *([rank.get(key) for rank in ranks] for key in ("results", "evaluations", "state", "rows", "asked"))
+        folder,
+        *(
+            [rank.get(key) for rank in ranks]
+            for key in ("results", "evaluations", "state", "rows", "asked", "first_state")
+        ),
     )
 
 
