@@ -229,6 +229,32 @@ def test_a_killed_rank_costs_one_generation_and_changes_no_bit(
     assert 0 < status.ledger.booked.total < time.monotonic() - run.began
 
 
+def test_a_run_goes_on_from_a_snapshot_that_is_no_checkpoint_and_changes_no_bit(
+    play: Callable[..., Played], tmp_path: Path, document_folder: Path
+) -> None:
+    """With both checkpoints on their way to a store that does not answer, the third image still takes snapshots."""
+    changes = {"train.steps": 40, "checkpoint.every_steps": 10, "fault.snapshot_every_steps": 1}
+    reference = Played(parse_config(JOB, changes), tmp_path / "reference", document_folder)
+    reference.thread.start()
+    assert reference.finish().ended == "finished"
+    run = play(hold_uploads=True, **changes)
+    wait_for(lambda: any(held.step > 20 and len(held.ranks) == 2 for held in run.agent._saving.images.held()))
+    os.kill(run.agent.rank_pids()[1], signal.SIGKILL)
+    wait_for(lambda: run.status().generation == 2)
+    run.let_uploads_go()
+    status = run.finish()
+    assert status.ended == "finished"
+    told = "\n".join(each.text for each in status.events)
+    (step,) = re.findall(r"from the snapshot of step (\d+) in memory", told)
+    assert 20 < int(step) < 30
+    for number, losses in run.losses().items():
+        assert set(losses) == set(reference.losses()[number]), f"step {number}"
+        assert len(losses) == 1 or number > int(step), "steps before the snapshot are not made again"
+    assert [each.step for each in list_checkpoints(Store(run.run_folder))] == [30, 40]
+    assert {number for number, _ in reference.tracker.values("snapshot/stall_seconds")} <= set(range(1, 40))
+    assert len(reference.tracker.values("snapshot/stall_seconds")) > 10
+
+
 def test_commits_go_on_being_written_down_after_a_disk_was_full() -> None:
     class FullOnce(MemoryTracker):
         def artifact(self, path: str, text: str) -> None:

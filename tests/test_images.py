@@ -21,16 +21,16 @@ def snapshot(step: int, generation: str = "g1") -> Snapshot:
 def test_a_rank_always_has_one_image_to_write_and_one_to_start_from() -> None:
     images = NodeImages([0])
     images.start_generation(None)
-    assert images.take_offers() == [(0, 0), (0, 1)] and images.take_offers() == []
+    assert images.take_offers() == [(0, 0)] and images.take_offers() == []
 
-    images.complete(0, 0, snapshot(10))
-    assert images.take_offers() == [] and images.held() == (HeldImages("g1", 10, (0,), WORLD),)
+    images.complete(0, 0, snapshot(10), upload=True)
+    assert images.take_offers() == [(0, 1)] and images.held() == (HeldImages("g1", 10, (0,), WORLD),)
     images.uploaded(0, 0, failure=None)
     assert images.take_offers() == [], "the only complete one: a restart needs it"
-    images.complete(0, 1, snapshot(20))
+    images.complete(0, 1, snapshot(20), upload=True)
     assert images.take_offers() == [(0, 0)], "uploaded, and a newer one is complete"
 
-    images.complete(0, 0, snapshot(30))
+    images.complete(0, 0, snapshot(30), upload=True)
     assert images.take_offers() == [], "the upload of step 20 still runs"
     assert images.uploading() == ("g1",)
     images.uploaded(0, 1, failure=None)
@@ -43,9 +43,9 @@ def test_a_new_generation_keeps_what_it_starts_from_and_what_is_being_uploaded()
     images.start_generation(None)
     images.take_offers()
     for rank in (4, 5):
-        images.complete(rank, 0, snapshot(10))
+        images.complete(rank, 0, snapshot(10), upload=True)
         images.uploaded(rank, 0, failure=None)
-    images.complete(5, 1, snapshot(20))
+    images.complete(5, 1, snapshot(20), upload=True)
     kept = HeldImages("g1", 10, (0, 1, 4, 5), WORLD)
     assert set(images.held()) == {HeldImages("g1", 10, (4, 5), WORLD), HeldImages("g1", 20, (5,), WORLD)}
 
@@ -59,11 +59,28 @@ def test_a_new_generation_keeps_what_it_starts_from_and_what_is_being_uploaded()
     assert images.take_offers() == [(4, 1)], "rank 5's other image is still being uploaded"
     images.uploaded(5, 1, failure=None)
     assert images.take_offers() == [(5, 1)]
-    images.complete(4, 1, snapshot(12, "g2"))
+    images.complete(4, 1, snapshot(12, "g2"), upload=True)
     assert images.take_offers() == [(4, 0)]
 
     images.start_generation(None)
-    assert images.held() == () and sorted(images.take_offers()) == [(4, 0), (5, 0), (5, 1)]
+    assert images.held() == () and sorted(images.take_offers()) == [(4, 0), (5, 0)]
+
+
+def test_snapshots_between_checkpoints_go_into_the_oldest_image_while_another_is_uploaded() -> None:
+    images = NodeImages([0], num_images=3)
+    images.start_generation(None)
+    assert images.take_offers() == [(0, 0)]
+    images.complete(0, 0, snapshot(10), upload=True)
+    for step, slot, next_slot in ((11, 1, 2), (12, 2, 1), (13, 1, 2)):
+        assert images.take_offers() == [(0, slot)]
+        images.complete(0, slot, snapshot(step), upload=False)
+        assert images.uploading() == ("g1",) and images.saved() == []
+        assert max(held.step for held in images.held()) == step
+        assert next_slot != slot
+    images.uploaded(0, 0, failure=None)
+    assert images.take_offers() == [(0, 0)], "step 10 is older than step 12"
+    images.complete(0, 0, snapshot(14), upload=False)
+    assert {held.step for held in images.held()} == {12, 13, 14} and images.failed() == []
 
 
 def test_of_failed_uploads_the_newest_of_each_rank_may_be_tried_again() -> None:
@@ -71,12 +88,12 @@ def test_of_failed_uploads_the_newest_of_each_rank_may_be_tried_again() -> None:
     images.start_generation(None)
     images.take_offers()
     for rank in (0, 1):
-        images.complete(rank, 0, snapshot(10))
+        images.complete(rank, 0, snapshot(10), upload=True)
         images.uploaded(rank, 0, failure="denied")
     assert [(each.rank, each.slot, each.failure) for each in images.failed()] == [(0, 0, "denied"), (1, 0, "denied")]
-    assert images.take_offers() == [], "they are the newest"
+    assert images.take_offers() == [(0, 1), (1, 1)], "the failed ones are the newest"
 
-    images.complete(0, 1, snapshot(20))
+    images.complete(0, 1, snapshot(20), upload=True)
     assert [each.rank for each in images.failed()] == [1], "a newer one of rank 0 is on its way"
     images.uploaded(0, 1, failure="denied again")
     assert [(each.rank, each.snapshot.info.step) for each in images.failed()] == [(0, 20), (1, 10)]

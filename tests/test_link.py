@@ -79,7 +79,7 @@ link.step(7, {"train/loss": 2.5})
 link.compiled(7, graphs=2, seconds=1.5, surprises=["forward was compiled again"])
 while not link.has_free_image(): time.sleep(0.001)
 slot = link.wait_free_image()
-link.image(slot, '{"step": 7}', '{"replicas": 7}')
+link.image(slot, '{"step": 7}', '{"replicas": 7}', upload=True)
 link.failed(ValueError("no"), retry=True)
 link.outcome(7, "stopped")
 link.close()
@@ -93,7 +93,7 @@ def test_the_messages_are_as_documented(start: Callable[..., Rank]) -> None:
         {"kind": "Phase", "name": "start", "step": 0},
         {"kind": "Stepped", "step": 7, "metrics": {"train/loss": 2.5}},
         {"kind": "Compiled", "step": 7, "graphs": 2, "seconds": 1.5, "surprises": ["forward was compiled again"]},
-        {"kind": "ImageWritten", "slot": 1, "info": '{"step": 7}', "replicas": '{"replicas": 7}'},
+        {"kind": "ImageWritten", "slot": 1, "info": '{"step": 7}', "replicas": '{"replicas": 7}', "upload": True},
         {"kind": "Failed", "error": "ValueError", "cause": "ValueError: no", "retry": True},
         {"kind": "Ended", "step": 7, "reason": "stopped", "why": None},
     ]
@@ -124,7 +124,7 @@ def test_an_image_is_written_only_once_the_agent_says_that_it_is_free(start: Cal
     rank = start(
         "for number in range(4):\n"
         "    link.phase('save', number)\n"
-        "    link.image(link.wait_free_image(), str(number), '')\n"
+        "    link.image(link.wait_free_image(), str(number), '', upload=True)\n"
         "link.close()"
     )
     assert rank.receive()["name"] == "save"

@@ -127,12 +127,14 @@ class Play:
         self.journal.append("evaluate")
         return {"eval/loss": 1.0, "eval/bits_per_byte": 0.5}
 
-    def wants_to_skip(self) -> bool:
+    def wants_to_skip(self, *, upload: bool) -> bool:
         return self.busy_until > max(self.link.steps, default=0)
 
-    def save(self, step: int) -> dict[str, float]:
-        self.journal.append(f"save {step}")
+    def save(self, step: int, *, upload: bool) -> dict[str, float]:
+        self.journal.append(f"save {step}" if upload else f"keep {step}")
         self.states[step] = self.engine.state()[0].tensor.clone()
+        if not upload:
+            return {"snapshot/stall_seconds": 0.1}
         return {"checkpoint/stall_seconds": 0.5, "checkpoint/wait_seconds": 0.0}
 
 
@@ -158,6 +160,22 @@ def test_the_whole_sequence_of_a_run() -> None:
         *plain(4), "phase evaluate 4", "evaluate", f"report 4: {EVALUATED}",
         *plain(5), "phase evaluate 5", "evaluate", f"report 5: {EVALUATED}", *saved(5),
     ]  # fmt: skip
+
+
+def test_snapshots_between_checkpoints_are_kept_and_not_uploaded() -> None:
+    play = Play(Cadence(total_steps=5, checkpoint_every=4, evaluate_every=100, snapshot_every=2))
+    play.run()
+    kept = ["phase save 2", "keep 2", "report 2: snapshot"]
+    begin = [*plain(1), f"report 1: {REPORT}", *plain(2), f"report 2: {REPORT}", *kept]
+    assert play.journal[: len(begin)] == begin
+    assert [line for line in play.journal if line.startswith(("save", "keep"))] == ["keep 2", "save 4", "save 5"]
+
+
+def test_a_snapshot_that_would_have_to_wait_is_left_out_untold() -> None:
+    play = Play(Cadence(total_steps=5, checkpoint_every=100, evaluate_every=100, snapshot_every=1), busy_until=3)
+    play.run()
+    assert [line for line in play.journal if line.startswith(("save", "keep"))] == ["keep 4", "save 5"]
+    assert not any("checkpoint/skipped_saves" in metrics for metrics in play.link.steps.values())
 
 
 def test_a_resumed_run_takes_the_steps_that_are_left_with_the_same_losses() -> None:
@@ -317,7 +335,7 @@ def test_without_a_known_peak_no_mfu_is_claimed() -> None:
 
 def test_every_name_that_a_run_reports_is_known_to_tracking() -> None:
     play = Play(
-        Cadence(total_steps=4, checkpoint_every=2, evaluate_every=2),
+        Cadence(total_steps=4, checkpoint_every=2, evaluate_every=2, snapshot_every=3),
         busy_until=2,
         change={1: BAD},
         guard=Guard(most_bad=1),

@@ -83,8 +83,11 @@ class StandaloneLink:
         # `image` returns when the image is no longer needed.
         return 0
 
-    def image(self, slot: int, info: str, replicas: str) -> None:
+    def image(self, slot: int, info: str, replicas: str, *, upload: bool) -> None:
         """Uploads this rank's shard; rank 0 commits when all are in. A rank that dies in here stops the others."""
+        if not upload:
+            # For a restart, and nobody restarts this run.
+            return
         if not self._generation:
             names = [f"torchrun-{secrets.token_hex(4)}"]
             dist.broadcast_object_list(names)

@@ -116,7 +116,7 @@ class UploadLink:
             self._freed.wait_for(self.has_free_image)
             return min(self._free)
 
-    def image(self, slot: int, info: str, replicas: str) -> None:
+    def image(self, slot: int, info: str, replicas: str, *, upload: bool) -> None:
         self._free.remove(slot)
         self._agent.send((slot, info))
 
@@ -171,7 +171,7 @@ class Ours:
 
     def save(self) -> None:
         self._step += 1
-        self._snapshots.save(self._step)
+        self._snapshots.save(self._step, upload=True)
 
     def wait(self) -> None:
         self._link.wait()
@@ -219,7 +219,7 @@ class Control:
         info = ImageInfo(
             step=self._step, path=str(self._path), size=self._size, tensors=SavedBlocks.of(()), stall_seconds=0
         )
-        self._link.image(0, info.to_json(), "")
+        self._link.image(0, info.to_json(), "", upload=True)
 
     def wait(self) -> None:
         self._link.wait()

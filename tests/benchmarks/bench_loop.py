@@ -215,10 +215,10 @@ class _Never(Cadence):
 
 
 class _NoSnapshots:
-    def wants_to_skip(self) -> bool:
+    def wants_to_skip(self, *, upload: bool) -> bool:
         return False
 
-    def save(self, step: int) -> dict[str, float]:
+    def save(self, step: int, *, upload: bool) -> dict[str, float]:
         raise AssertionError("this run saves nothing")
 
 

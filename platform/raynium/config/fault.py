@@ -4,7 +4,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from raynium.config.section import Failures, Seconds, Section, Unit
+from raynium.config.section import Failures, Seconds, Section, Steps, Unit
 
 
 class FaultSection(Section):
@@ -26,3 +26,6 @@ class FaultSection(Section):
     max_bad_steps: Annotated[int, Field(ge=0, lt=256), Unit("steps")] = 10
     """Steps that are left out, of any 1,000 in a row, because their loss or gradient norm is not finite: nothing is
     learned from them and training goes on. One more ends the run."""
+    snapshot_every_steps: Steps | None = None
+    """Also keep the state in the node's memory after each multiple of it, without an upload: a restart begins there. It
+    takes a third image of the state, and is left out where it would have to wait. null: at checkpoints only."""

@@ -49,7 +49,7 @@ from raynium.run.protocol import (
 from raynium.storage.own_folder import drop_folder, own_folder, shared_memory_folder
 from raynium.storage.process import is_halted
 from raynium.tracking.tracker import Tracker
-from raynium.train.link import Compiled, ImageWritten, RankMessage, Stop
+from raynium.train.link import Compiled, ImageWritten, RankMessage, Stop, image_slots
 
 logger = logging.getLogger(__name__)
 
@@ -107,7 +107,7 @@ class NodeAgent:
         per_node = config.cluster.ranks_per_node
         ranks = range(node.node_rank * per_node, (node.node_rank + 1) * per_node)
         uploader = Uploader(run_url, silence_seconds=config.fault.upload_silence_seconds)
-        self._saving = Saving(ranks, coordinator, uploader)
+        self._saving = Saving(ranks, coordinator, uploader, num_images=image_slots(config.fault))
         self._cache = node_cache(accelerator, run_url, node_rank=node.node_rank, inherited=os.environ)
         self._kernel_log = KernelLog(kernel_log)
         self._diagnosis = Diagnosis(self._kernel_log)
@@ -337,7 +337,7 @@ class NodeAgent:
             if isinstance(message, ImageWritten):
                 info, replicas = ImageInfo.from_json(message.info), ImageInfo.from_json(message.replicas)
                 snapshot = Snapshot(order.generation_id, order.world, order.resume_step, info, replicas)
-                self._saving.take(rank, message.slot, snapshot)
+                self._saving.take(rank, message.slot, snapshot, upload=message.upload)
                 continue
             reports.take(rank, message)
             if isinstance(message, Compiled) and self._cache.sync is not None:

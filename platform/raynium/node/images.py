@@ -62,8 +62,8 @@ class NodeImages:
     An image may be written once it is uploaded and its rank has a newer one: so a rank always has one to start from.
     """
 
-    def __init__(self, ranks: Iterable[int]):
-        self._slots = {rank: [_Slot() for _ in range(IMAGE_SLOTS)] for rank in ranks}
+    def __init__(self, ranks: Iterable[int], num_images: int = IMAGE_SLOTS):
+        self._slots = {rank: [_Slot() for _ in range(num_images)] for rank in ranks}
         self._newest: dict[int, _Slot] = {}
         self._lock = threading.Lock()
 
@@ -79,10 +79,11 @@ class NodeImages:
                     else:
                         slot.snapshot = None
 
-    def complete(self, rank: int, slot: int, snapshot: Snapshot) -> None:
-        """The rank has written this image, and its upload begins."""
+    def complete(self, rank: int, slot: int, snapshot: Snapshot, *, upload: bool) -> None:
+        """The rank has written this image; upload: which begins now."""
         with self._lock:
-            self._slots[rank][slot] = self._newest[rank] = _Slot(snapshot, uploading=snapshot.generation_id)
+            uploading = snapshot.generation_id if upload else None
+            self._slots[rank][slot] = self._newest[rank] = _Slot(snapshot, uploading=uploading)
 
     def uploaded(self, rank: int, slot: int, *, saved: SavedShard | None = None, failure: str | None = None) -> None:
         """The upload has ended: what the store has now, or why it has not."""
@@ -111,14 +112,19 @@ class NodeImages:
             ]
 
     def take_offers(self) -> list[tuple[int, int]]:
-        """(rank, slot) of each image that may be written from now on; each is returned once."""
+        """(rank, slot) of each image that may be written from now on; each is returned once.
+
+        One of a rank at a time, the oldest: a rank that dies with its newest one untold may need the one before.
+        """
         offers: list[tuple[int, int]] = []
         with self._lock:
             for rank, slots in self._slots.items():
-                for number, slot in enumerate(slots):
-                    if not (slot.uploading or slot.offered or slot is self._newest.get(rank)):
-                        slot.offered = True
-                        offers.append((rank, number))
+                newest = self._newest.get(rank)
+                free = [number for number, slot in enumerate(slots) if not slot.uploading and slot is not newest]
+                if free and not any(slot.offered for slot in slots):
+                    oldest = min(free, key=lambda number: _step(slots[number]))
+                    slots[oldest].offered = True
+                    offers.append((rank, oldest))
         return offers
 
     def held(self) -> tuple[HeldImages, ...]:
@@ -141,6 +147,10 @@ class NodeImages:
                 for slot in slots
                 if slot.snapshot is not None and _holds(slot, wanted)
             }
+
+
+def _step(slot: _Slot) -> int:
+    return -1 if slot.snapshot is None else slot.snapshot.info.step
 
 
 def _holds(slot: _Slot, wanted: HeldImages) -> bool:

@@ -41,7 +41,7 @@ from raynium.rank.trial import run_trial
 from raynium.storage.backend import KeyMissing
 from raynium.storage.own_folder import temporary_folder
 from raynium.storage.store import Store
-from raynium.train.link import IMAGE_SLOTS, Phase
+from raynium.train.link import Phase, image_slots
 
 POLL_SECONDS = 0.5
 # After the first rank that failed: its peers' own reasons may follow.
@@ -85,7 +85,7 @@ def needs_of(config: Config, environment: Mapping[str, str]) -> NodeNeeds:
 def snapshot_bytes(config: Config) -> int:
     """Shared memory of one node, estimated: parameters and both moments of each rank, in every image slot."""
     estimate = estimate_memory(config, data_parallel=World.of(config).data)
-    return IMAGE_SLOTS * config.cluster.ranks_per_node * (estimate.parameters + estimate.optimizer)
+    return image_slots(config.fault) * config.cluster.ranks_per_node * (estimate.parameters + estimate.optimizer)
 
 
 def cache_folder(config: Config, environment: Mapping[str, str]) -> str | None:

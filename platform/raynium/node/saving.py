@@ -18,15 +18,15 @@ from raynium.train.link import IMAGE_SLOTS, ImageFree
 class Saving:
     """Of one node's ranks, over the life of its agent, whose thread calls it."""
 
-    def __init__(self, ranks: range, coordinator: Coordinator, uploader: Uploader):
-        self.images = NodeImages(ranks)
+    def __init__(self, ranks: range, coordinator: Coordinator, uploader: Uploader, *, num_images: int = IMAGE_SLOTS):
+        self.images = NodeImages(ranks, num_images)
         self._coordinator = coordinator
         self._uploader = uploader
         # The ranks of now, to whom images are offered, from any thread.
         self._group: RankGroup | None = None
         self._group_lock = threading.Lock()
         # Threads that wait for the uploader: one for each image that can be on its way.
-        self._threads = ThreadPoolExecutor(IMAGE_SLOTS * len(ranks), thread_name_prefix="upload")
+        self._threads = ThreadPoolExecutor(num_images * len(ranks), thread_name_prefix="upload")
         # Each is done when the coordinator knows how that upload ended.
         self._running: list[Future[None]] = []
 
@@ -42,10 +42,12 @@ class Saving:
             self._group = group
         self._offer_free()
 
-    def take(self, rank: int, slot: int, snapshot: Snapshot) -> None:
+    def take(self, rank: int, slot: int, snapshot: Snapshot, *, upload: bool) -> None:
         """The rank has written this image, and goes on training."""
-        self.images.complete(rank, slot, snapshot)
+        self.images.complete(rank, slot, snapshot, upload=upload)
         self._offer_free()
+        if not upload:
+            return
         self._running = [upload for upload in self._running if not upload.done()]
         self._running.append(self._threads.submit(self._upload, rank, slot, snapshot, again=False))
 

@@ -39,7 +39,7 @@ from raynium.tasks.base import Task
 from raynium.tasks.registry import task_of
 from raynium.train.compiles import WatchedEngine
 from raynium.train.guard import Guard
-from raynium.train.link import Link
+from raynium.train.link import Link, image_slots
 from raynium.train.loop import Cadence, Outcome, train
 from raynium.train.metrics import Throughput
 from raynium.train.patience import Patience
@@ -84,8 +84,8 @@ def run(plan: RankPlan, link: Link) -> Outcome:
         )
     armed_engine = armed(built, rank=rank)
     engine = WatchedEngine(armed_engine, torch_compiles=compiles, device_counts=accelerator.metrics, link=link)
-    guard, patience, folder = Guard.of(config), Patience.of(config), Path(plan.image_folder)
-    snapshots = Snapshots(engine, link, folder, guard, patience, if_busy=config.checkpoint.if_busy)
+    guard, patience = Guard.of(config), Patience.of(config)
+    snapshots = _snapshots(plan, engine, link, guard, patience)
     origin = Origin(plan, engine, snapshots)
     link.phase("restore", at)
     start_step = origin.restore()
@@ -114,7 +114,7 @@ def run(plan: RankPlan, link: Link) -> Outcome:
     outcome = train(
         engine=engine,
         batches=loader,
-        cadence=Cadence(config.train.num_steps, config.checkpoint.every_steps, config.evaluate.every_steps),
+        cadence=Cadence.of(config),
         start_step=start_step,
         evaluate=lambda: evaluation.metrics(link.evaluating) | accelerator.metrics() | engine.compile_metrics(),
         guard=guard,
@@ -127,6 +127,12 @@ def run(plan: RankPlan, link: Link) -> Outcome:
     engine.close()
     dist.destroy_process_group()
     return outcome
+
+
+def _snapshots(plan: RankPlan, engine: Engine, link: Link, guard: Guard, patience: Patience) -> Snapshots:
+    config, folder = plan.config, Path(plan.image_folder)
+    if_busy, num_images = config.checkpoint.if_busy, image_slots(config.fault)
+    return Snapshots(engine, link, folder, guard, patience, if_busy=if_busy, num_images=num_images)
 
 
 def _documents(plan: RankPlan) -> list[OpenStore]:

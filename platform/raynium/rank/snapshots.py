@@ -1,7 +1,7 @@
 """This rank's training state, to and from images in shared memory, and from checkpoints.
 
-A rank has two images: while one is being uploaded the next snapshot goes into the other, and the newer one that is
-complete stays until a newer one is, so that a generation that dies can be followed by one that starts from memory.
+A rank has two images, or three: while one is being uploaded the next snapshot goes into another, and the newest one
+that is complete stays until a newer one is, so that a generation that dies can be followed by one from memory.
 """
 
 import logging
@@ -33,10 +33,10 @@ logger = logging.getLogger(__name__)
 class NoSnapshots:
     """For a run that keeps nothing (checkpoint.save=never)."""
 
-    def wants_to_skip(self) -> bool:
+    def wants_to_skip(self, *, upload: bool) -> bool:
         return False
 
-    def save(self, step: int) -> dict[str, float]:
+    def save(self, step: int, *, upload: bool) -> dict[str, float]:
         return {}
 
 
@@ -52,6 +52,7 @@ class Snapshots:
         patience: Patience,
         *,
         if_busy: Literal["wait", "skip"],
+        num_images: int = IMAGE_SLOTS,
     ):
         """folder: shared memory that outlives the rank. All of it is taken here, before the first step."""
         self._engine = engine
@@ -65,18 +66,21 @@ class Snapshots:
         self._plan = plan_image(chunks)
         # What another rank saves and this one holds too is not uploaded, but a restart from memory needs it.
         self._replica_plan = plan_image(chunks, of="replicas")
-        names = [f"rank-{self._rank:05d}.{slot}" for slot in range(IMAGE_SLOTS)]
+        names = [f"rank-{self._rank:05d}.{slot}" for slot in range(num_images)]
         self._images = [_reserved(folder / f"{name}.safetensors", self._plan) for name in names]
         self._replicas = [_reserved(folder / f"{name}.replicas.safetensors", self._replica_plan) for name in names]
 
-    def wants_to_skip(self) -> bool:
-        """Whether the policy would leave out a save that came now. Ranks may differ: they agree in the step."""
-        return self._if_busy == "skip" and not self._link.has_free_image()
+    def wants_to_skip(self, *, upload: bool) -> bool:
+        """Whether the policy would leave out a save that came now: nothing waits for a snapshot that is not uploaded.
 
-    def save(self, step: int) -> dict[str, float]:
+        Ranks may differ: they agree in the step.
+        """
+        return (self._if_busy == "skip" or not upload) and not self._link.has_free_image()
+
+    def save(self, step: int, *, upload: bool) -> dict[str, float]:
         """Copies the state into a free image and hands it to the agent; returns what it cost.
 
-        Waits only if both images are still being uploaded. All ranks call it after the same step, without talking.
+        Waits only if all images are still being uploaded. All ranks call it after the same step, without talking.
         """
         began = time.perf_counter()
         slot = self._link.wait_free_image()
@@ -88,7 +92,9 @@ class Snapshots:
         stall_seconds = time.perf_counter() - began
         info = self._plan.info(step=step, path=self._images[slot].path, stall_seconds=stall_seconds)
         replicas = self._replica_plan.info(step=step, path=self._replicas[slot].path)
-        self._link.image(slot, info.to_json(), replicas.to_json())
+        self._link.image(slot, info.to_json(), replicas.to_json(), upload=upload)
+        if not upload:
+            return {"snapshot/stall_seconds": stall_seconds}
         return {"checkpoint/stall_seconds": stall_seconds, "checkpoint/wait_seconds": free - began}
 
     def restore(self, store: Store, step: int) -> int:

@@ -104,7 +104,7 @@ class GenerationBook:
                 evaluate=evaluate_seconds - in_evaluation,
                 step=step,
             )
-        self._measured += Ledger(save=metrics.get("checkpoint/stall_seconds", 0.0))
+        self._measured += Ledger(save=sum(metrics.get(f"{of}/stall_seconds", 0.0) for of in ("checkpoint", "snapshot")))
         if self._measured.total:
             # The messages of two steps may be read at once: then the first one came late, and the second one shows it.
             unexplained = max(0.0, now - self._began - self._measured.total)

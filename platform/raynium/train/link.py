@@ -13,8 +13,16 @@ from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
 from typing import Literal, NoReturn, Protocol, get_args
 
-# Images of one rank: one is being uploaded, or kept for a restart, while the other is written.
+from raynium.config.fault import FaultSection
+
+# Images of one rank at least: one is being uploaded, or kept for a restart, while the other is written.
 IMAGE_SLOTS = 2
+
+
+def image_slots(fault: FaultSection) -> int:
+    """Images of each rank. Snapshots between checkpoints need one more, while an older one is being uploaded."""
+    return IMAGE_SLOTS + (fault.snapshot_every_steps is not None)
+
 
 # An evaluation's progress is not told more often.
 EVALUATION_SECONDS = 1.0
@@ -60,11 +68,12 @@ class Evaluating:
 
 @dataclass(frozen=True)
 class ImageWritten:
-    """A snapshot lies complete in shared memory. info, replicas: see `Link.image`."""
+    """A snapshot lies complete in shared memory. info, replicas, upload: see `Link.image`."""
 
     slot: int
     info: str
     replicas: str
+    upload: bool
 
 
 @dataclass(frozen=True)
@@ -172,13 +181,13 @@ class Link(Protocol):
         ...
 
     def wait_free_image(self) -> int:
-        """Blocks until one of this rank's images may be written; its slot, 0 to IMAGE_SLOTS - 1."""
+        """Blocks until one of this rank's images may be written; its slot, from 0 on."""
         ...
 
-    def image(self, slot: int, info: str, replicas: str) -> None:
+    def image(self, slot: int, info: str, replicas: str, *, upload: bool) -> None:
         """Hands over a complete image: the file to upload, and what else a restart from memory needs.
 
-        Both are a checkpoint.manifest.ImageInfo as JSON.
+        Both are a checkpoint.manifest.ImageInfo as JSON. upload: else it is for a restart only.
         """
         ...
 
@@ -240,10 +249,10 @@ class AgentLink:
             self._image_freed.wait_for(self.has_free_image)
             return min(self._free_images)
 
-    def image(self, slot: int, info: str, replicas: str) -> None:
+    def image(self, slot: int, info: str, replicas: str, *, upload: bool) -> None:
         with self._image_freed:
             self._free_images.remove(slot)
-        self._post(ImageWritten(slot, info, replicas))
+        self._post(ImageWritten(slot, info, replicas, upload))
 
     def outcome(self, step: int, reason: Literal["finished", "stopped"], why: str | None = None) -> None:
         """The last message of a rank that ended as it should."""
@@ -328,5 +337,5 @@ class MemoryLink:
     def wait_free_image(self) -> int:
         return len(self.images) % IMAGE_SLOTS
 
-    def image(self, slot: int, info: str, replicas: str) -> None:
+    def image(self, slot: int, info: str, replicas: str, *, upload: bool) -> None:
         self.images.append(info)

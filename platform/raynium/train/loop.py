@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+from raynium.config.schema import Config
 from raynium.data.batch import Batch
 from raynium.engines.base import Engine, StepResult, Votes
 from raynium.train.guard import Guard
@@ -36,12 +37,15 @@ class Batches(Protocol):
 class Snapshots(Protocol):
     """Saves the training state; see `raynium/rank/snapshots.py`."""
 
-    def wants_to_skip(self) -> bool:
+    def wants_to_skip(self, *, upload: bool) -> bool:
         """Whether this rank would rather leave out a save that came now."""
         ...
 
-    def save(self, step: int) -> dict[str, float]:
-        """Hands over a snapshot; returns metrics of what it cost. All ranks call it after the same step."""
+    def save(self, step: int, *, upload: bool) -> dict[str, float]:
+        """Hands over a snapshot; returns metrics of what it cost. All ranks call it after the same step.
+
+        upload: it becomes a checkpoint; else it is for a restart from memory.
+        """
         ...
 
 
@@ -52,9 +56,18 @@ class Cadence:
     total_steps: int
     checkpoint_every: int
     evaluate_every: int
+    snapshot_every: int | None = None
+
+    @classmethod
+    def of(cls, config: Config) -> "Cadence":
+        every = config.checkpoint.every_steps, config.evaluate.every_steps, config.fault.snapshot_every_steps
+        return cls(config.train.num_steps, *every)
 
     def saves(self, step: int) -> bool:
         return step % self.checkpoint_every == 0 or step == self.total_steps
+
+    def snapshots(self, step: int) -> bool:
+        return self.snapshot_every is not None and step % self.snapshot_every == 0
 
     def evaluates(self, step: int) -> bool:
         return step % self.evaluate_every == 0 or step == self.total_steps
@@ -106,7 +119,9 @@ def train(
         link.phase("step", step)
 
         # ---- step: forward, backward, clip, update. Ends with the loss known on every rank ----------------------
-        votes = Votes(link.stop_requested(), snapshots.wants_to_skip(), leave_out=guard.leaves_out(step))
+        upload = cadence.saves(step)
+        skip = snapshots.wants_to_skip(upload=upload)
+        votes = Votes(link.stop_requested(), skip, leave_out=guard.leaves_out(step))
         result: StepResult = engine.step(batch, step=step, votes=votes)
         stepped = time.perf_counter()
 
@@ -131,12 +146,12 @@ def train(
 
         # ---- save: the copy into shared memory is the only stall, unless two uploads are behind -----------------
         last = stopping or enough is not None or step == cadence.total_steps
-        if cadence.saves(step) and result.agreed.skip_save and not last:
+        if upload and result.agreed.skip_save and not last:
             skipped_saves += 1
             link.step(step, {"checkpoint/skipped_saves": float(skipped_saves)})
-        elif last or cadence.saves(step):
+        elif last or upload or (cadence.snapshots(step) and not result.agreed.skip_save):
             link.phase("save", step)
-            link.step(step, snapshots.save(step))
+            link.step(step, snapshots.save(step, upload=last or upload))
 
         # ---- stop: agreed inside the step's all-reduce, so all ranks leave at the same step ---------------------
         if last and step < cadence.total_steps:
