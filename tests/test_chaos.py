@@ -93,6 +93,8 @@ def test_a_fault_that_lasts_costs_the_longest_time_without_a_step_until_it_is_ov
     steps = taken((1, 1.0, 7), (2, 2.0, 7), (3, 3.0, 7), (4, 8.0, 7))
     assert cost(steps, struck_unix=2.5, over_unix=7.0, ends_ranks=False, before=2) == Cost(4.0, 0)
     assert cost(steps, struck_unix=2.5, over_unix=2.5, ends_ranks=False, before=2) == Cost(0.0, 0)
+    held = Steps(Path("/nowhere"), [*steps.taken[:3], Step(4, 8.0, 7, "0x1p0", held=3.0)])
+    assert cost(held, struck_unix=2.5, over_unix=7.0, ends_ranks=False, before=2) == Cost(1.0, 0)
     through = taken(*((step, float(step), 7) for step in range(1, 9)))
     assert cost(through, struck_unix=2.5, over_unix=7.0, ends_ranks=False, before=2) == Cost(0.0, 0)
 
@@ -101,14 +103,14 @@ def test_steps_are_read_on_and_half_a_line_waits_for_its_rest(tmp_path: Path) ->
     steps = Steps(tmp_path / "steps")
     steps.look()
     assert steps.newest == 0
-    (tmp_path / "steps").write_text("1 10.5 7 0x1p0\n2 11")
+    (tmp_path / "steps").write_text("1 10.5 7 0x1p0 0.0\n2 11")
     steps.look()
     assert steps.newest == 1 and steps.losses() == {1: {"0x1p0"}}
     with (tmp_path / "steps").open("a") as file:
-        file.write(".5 7 0x1p1\n1 12.5 8 0x1.8p0\n")
+        file.write(".5 7 0x1p1 0.25\n1 12.5 8 0x1.8p0 0.0\n")
     steps.look()
     assert steps.newest == 2 and steps.losses() == {1: {"0x1p0", "0x1.8p0"}, 2: {"0x1p1"}}
-    assert steps.usual_seconds() == 1.0
+    assert steps.usual_seconds() == 0.75
 
 
 # ---- the kinds ------------------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from raynium.errors import ConfigError, LaunchError
 from raynium.rank.armed import CHAOS_VARIABLE, LIMIT_NAME, STEPS_NAME
 from raynium.run.past import run_store
 from raynium.run.record import read_record
+from raynium.storage.process import pid_started
 from raynium.tracking.runs import resolve_uri
 
 POLL_SECONDS = 0.02
@@ -137,6 +138,8 @@ class _WatchedRun:
         return self
 
     def __exit__(self, *exception: object) -> None:
+        # A rank that is held back could not save and end.
+        self.may_finish()
         self.driven.__exit__(*exception)
 
     def look(self) -> None:
@@ -192,7 +195,8 @@ def _one_fault(fault: Fault, kind: Kind, scenes: _Scenes, tell: Callable[[str], 
         if run.steps.newest >= fault.step:
             break
     checkpoint = run.newest_checkpoint()
-    struck, before, struck_unix = _strike(fault, kind, scenes)
+    hit = _strike(fault, kind, scenes)
+    struck = hit.struck
     reached = run.steps.newest
     run.may_take(reached)
     tell(f"fault {fault.number}/{of} at step {reached:,}: {kind.name}: {struck.what}")
@@ -202,11 +206,15 @@ def _one_fault(fault: Fault, kind: Kind, scenes: _Scenes, tell: Callable[[str], 
     if struck.seconds:
         time.sleep(struck.seconds)
     struck.end()
-    over_unix = time.time() if struck.seconds else struck_unix
+    over_unix = time.time() if struck.seconds else hit.unix
     paid: Cost | None = None
     for _ in _patiently(run, f"no new step since fault {fault.number} ({struck.what})"):
+        # Ranks of a dead driver go on for some seconds: the next ones need steps of their own.
+        if struck.ends_ranks and hit.ranks and not any(map(pid_started, hit.ranks)):
+            hit.ranks.clear()
+            run.may_take(run.steps.newest)
         paid = cost(
-            run.steps, struck_unix=struck_unix, over_unix=over_unix, ends_ranks=struck.ends_ranks, before=before
+            run.steps, struck_unix=hit.unix, over_unix=over_unix, ends_ranks=struck.ends_ranks, before=hit.before
         )
         # A run that finishes meanwhile has no further step to show; what it lacks is seen afterwards.
         if paid is not None or run.driven.exit_code() == 0:
@@ -225,8 +233,18 @@ def _one_fault(fault: Fault, kind: Kind, scenes: _Scenes, tell: Callable[[str], 
     return Happened(fault, struck.what, paid)
 
 
-def _strike(fault: Fault, kind: Kind, scenes: _Scenes) -> tuple[Struck, int, float]:
-    """What was done, how many steps had been written down until then, and when (Unix time). Raises GivenUp."""
+@dataclass(frozen=True)
+class _Hit:
+    """before: how many steps had been written down. ranks: pids of those that ran."""
+
+    struck: Struck
+    unix: float
+    before: int
+    ranks: set[int]
+
+
+def _strike(fault: Fault, kind: Kind, scenes: _Scenes) -> _Hit:
+    """Raises GivenUp."""
     run, problem = scenes.run, ""
     for _ in _patiently(run, f"fault {fault.number} ({kind.name}) found nothing to hit"):
         if run.driven.exit_code() == 0:
@@ -235,8 +253,9 @@ def _strike(fault: Fault, kind: Kind, scenes: _Scenes) -> tuple[Struck, int, flo
                 "train.steps, so that there is time to heal"
             )
         try:
-            before, struck_unix = len(run.steps.taken), time.time()
-            return kind.strike(scenes.now(), Random(fault.seed)), before, struck_unix
+            before, unix, scene = len(run.steps.taken), time.time(), scenes.now()
+            struck = kind.strike(scene, Random(fault.seed))
+            return _Hit(struck, unix, before, {each.pid for each in scene.processes.ranks()})
         except NotThere as error:
             problem = f" ({error})"
     raise AssertionError

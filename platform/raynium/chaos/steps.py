@@ -6,12 +6,16 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Step:
-    """One step of one life of rank 0: `process` is its pid. loss: all its bits, as `float.hex` writes them."""
+    """One step of one life of rank 0: `process` is its pid. loss: all its bits, as `float.hex` writes them.
+
+    held: seconds for which chaos itself kept the rank from taking it.
+    """
 
     step: int
     unix: float
     process: int
     loss: str
+    held: float = 0.0
 
 
 @dataclass
@@ -35,14 +39,16 @@ class Steps:
         whole = new[: new.rfind(b"\n") + 1]
         self._read_bytes += len(whole)
         for line in whole.decode().splitlines():
-            step, unix, process, loss = line.split()
-            self.taken.append(Step(int(step), float(unix), int(process), loss))
+            step, unix, process, loss, held = line.split()
+            self.taken.append(Step(int(step), float(unix), int(process), loss, float(held)))
             self.newest = max(self.newest, int(step))
 
     def usual_seconds(self) -> float:
         """From one step to the next of the same life, the median."""
         pairs = zip(self.taken, self.taken[1:], strict=False)
-        gaps = sorted(after.unix - before.unix for before, after in pairs if before.process == after.process)
+        gaps = sorted(
+            after.unix - before.unix - after.held for before, after in pairs if before.process == after.process
+        )
         return gaps[len(gaps) // 2] if gaps else 0.0
 
     def losses(self) -> dict[int, set[str]]:
@@ -75,7 +81,7 @@ def cost(steps: Steps, *, struck_unix: float, over_unix: float, ends_ranks: bool
         if each.step <= reached:
             again += 1
             continue
-        reached, still, moved_unix = each.step, max(still, each.unix - moved_unix), each.unix
+        reached, still, moved_unix = each.step, max(still, each.unix - moved_unix - each.held), each.unix
         if each.unix >= over_unix and not (ends_ranks and each.process == process):
             return Cost(max(0.0, still - steps.usual_seconds()), again)
     return None

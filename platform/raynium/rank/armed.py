@@ -1,7 +1,7 @@
 """What `raynium chaos` has in a rank, armed by an environment variable that only chaos sets. It names a folder:
 
 steps   written here: a line for each step of rank 0, those of a lost life too: the step, when it was done (Unix time),
-        the process that did it, and the loss with all its bits
+        the process that did it, the loss with all its bits, and for how many seconds it was held back by the limit
 limit   written by chaos, which replaces it: the last step that may be taken until then, so that a fast run does not end
         before all faults have happened
 """
@@ -31,10 +31,12 @@ class _ArmedEngine:
         return getattr(self._engine, name)
 
     def step(self, batch: Batch, *, step: int, votes: Votes) -> StepResult:
+        began = time.time()
         while self._limit.exists() and step > int(self._limit.read_text(encoding="utf-8")):
             time.sleep(LIMIT_POLL_SECONDS)
+        held = time.time() - began
         result = self._engine.step(batch, step=step, votes=votes)
-        os.write(self._steps, f"{step} {time.time():.6f} {os.getpid()} {result.loss.hex()}\n".encode())
+        os.write(self._steps, f"{step} {time.time():.6f} {os.getpid()} {result.loss.hex()} {held:.6f}\n".encode())
         return result
 
 
