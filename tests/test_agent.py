@@ -432,12 +432,13 @@ def test_a_stopped_rank_is_named_its_stacks_are_kept_and_the_run_goes_on_from_me
     run.let_uploads_go()
     status = run.finish()
     assert (status.ended, status.generation) == ("finished", 2)
-    assert status.incident is not None
+    (incident,) = status.incidents
+    assert incident.what == "ranks" and incident.where == "127.0.0.1" and incident.seconds is not None
     assert re.match(
-        r"generation 1 failed: hang: rank 1 on node 0 \(127\.0\.0\.1\) is .*, stopped by a signal: nothing came from "
+        r"hang: rank 1 on node 0 \(127\.0\.0\.1\) is .*, stopped by a signal: nothing came from "
         r"there for 2\.\d s \(limit 2 s, fault\.hang_seconds\); 1 other rank\(s\) wait; its process was stopped",
-        status.incident,
-    ), status.incident
+        incident.cause,
+    ), incident.cause
     stacks = run.tracker.artifacts["hangs/generation-00001/stacks.txt"]
     of_rank_0, of_rank_1 = stacks.split("==== rank 1, node 0: T (stopped)")
     assert of_rank_0.startswith("==== rank 0, node 0: S (sleeping)")

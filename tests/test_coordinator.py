@@ -157,7 +157,7 @@ def test_lost_nodes_are_counted_apart_from_failed_ranks_and_only_without_progres
             assert isinstance(order, Order)
             if number in (1, 3, 5):  # else no third loss would be survived
                 await save(run, tmp_path, order, 2 * number)
-        await run.leave()
+        await run.leave("agents", "the run leaves this node")
         await run.attempt_begins("on other nodes")
         await asyncio.gather(run.join(agent(0, "on other nodes")), run.join(agent(1, "on other nodes")))
         for attempt in ("whose agents die before they join", "likewise"):
@@ -747,7 +747,7 @@ def test_each_second_of_a_run_is_booked_whatever_happens_to_its_generations(tmp_
         assert booked.train == 0.003 and booked.load > 0.004, "the second is being loaded"
         await asyncio.sleep(0.01)
         await account(run, 2, Ledger(load=0.001, train=0.001, step=10))
-        await run.leave()
+        await run.leave("agents", "the run leaves this node")
         home = await run.join(ALONE)
         assert isinstance(home, GoHome) and home.ledger.restart > second.ledger.restart
         asked = time.monotonic()

@@ -41,7 +41,7 @@ PREPARED = cast(
     Any,
     SimpleNamespace(
         config=CONFIG,
-        keeper=SimpleNamespace(record=SimpleNamespace(node_faults=None, incident=None)),
+        keeper=SimpleNamespace(record=SimpleNamespace(node_faults=None, incidents=None)),
         mlflow=MLFLOW,
         open_mlflow=None,
     ),

@@ -21,6 +21,7 @@ from raynium.launch.page import DESCRIPTION, STATE, Page, describe, end_abandone
 from raynium.run.protocol import Status
 from raynium.run.record import Owner, RecordKeeper, RunRecord, claim
 from raynium.storage.store import Store
+from raynium.tracking.incidents import Incident
 from raynium.tracking.ledger import Ledger
 from raynium.tracking.metrics import METRICS
 from raynium.tracking.runs import TrackedRun, end_abandoned, open_run, page_url
@@ -58,18 +59,28 @@ def shown(mlflow: TrackedRun) -> Any:
 
 
 def test_the_description_says_the_verdict_first_then_why_and_how_to_go_on(keeper: RecordKeeper) -> None:
+    incidents = [
+        Incident("a-1", 60.0, "agents", "10.0.0.3", "lost | found", 90, 12.25).to_json(),
+        Incident("a-2", 86400.0, "ranks", "10.0.0.4", CAUSE, 3990, None).to_json(),
+        Incident("a-3", 90000.0, "ranks", "", CAUSE, 3999, 0.5, steps=1400).to_json(),
+    ]
     record = replace(
-        keeper.record, generation=3, committed_step=3500, incident=CAUSE, ledger=Ledger(train=90.0, start=10.0)
+        keeper.record, generation=3, committed_step=3500, incidents=incidents, ledger=Ledger(train=90.0, start=10.0)
     )
     root = record.config["run"]["root"]
     live = describe(record, now_unix=0.0, eta_seconds=75.0).splitlines()
     assert live[0] == "**running** at step 4,000 of 6,000 · ETA 1:15 · held-out 2.125 bits/byte · goodput 90 %"
     words = "rank 1: killed by <b>SIGKILL</b> 'now' and **then** nothing"
-    assert live[2:6] == [
+    assert live[2:11] == [
         f"- to go on, should it break off: `raynium train {root}/first/config.yaml`",
         "- last checkpoint: step 3,500; restarts: 2",
-        f"- last incident: `{words}`",
         "- goodput: 90 % of 1:40: train 1:30, start 0:10",
+        "",
+        "| when (UTC) | what failed | why | at step | lost |",
+        "|---|---|---|---|---|",
+        f"| 01-02 01:00:00 | ranks | `{words}` | 3,999 | 0.5 s, 1,400 step(s) again |",
+        f"| 01-02 00:00:00 | ranks on 10.0.0.4 | `{words}` | 3,990 | not over yet |",
+        "| 01-01 00:01:00 | agents on 10.0.0.3 | `lost   found` | 90 | 12.2 s |",
     ]
     failed = describe(replace(record, state="failed", cause=CAUSE), now_unix=0.0).splitlines()
     assert failed[0].startswith("**failed** at step 4,000 of 6,000")

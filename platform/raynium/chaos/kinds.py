@@ -156,6 +156,17 @@ class SlowRank:
         return _halted(rank, rank.name, dice)
 
 
+class StopRank:
+    """Nobody sends SIGCONT: the run has to notice (`fault.hang_seconds`)."""
+
+    name, needs = "stop-rank", ""
+
+    def strike(self, scene: Scene, dice: Random) -> Struck:
+        rank = _one(scene.processes.ranks(), "rank", dice)
+        _signal(rank, signal.SIGSTOP)
+        return Struck(f"{rank.name} (process {rank.pid}) is stopped for good", ends_ranks=True)
+
+
 class SlowUploader:
     name, needs = "slow-uploader", ""
 
@@ -240,7 +251,16 @@ class MlflowAway:
 
 
 KINDS: tuple[Kind, ...] = (
-    *(KillRank(), SlowRank(), KillUploader(), SlowUploader(), KillAgent(), KillCoordinator(), KillController()),
+    *(
+        KillRank(),
+        StopRank(),
+        SlowRank(),
+        KillUploader(),
+        SlowUploader(),
+        KillAgent(),
+        KillCoordinator(),
+        KillController(),
+    ),
     *(KillDriver(), *STORE_KINDS, DiskFull(), MlflowAway()),
 )
 

@@ -206,6 +206,9 @@ def _one_fault(fault: Fault, kind: Kind, scenes: _Scenes, tell: Callable[[str], 
     if struck.seconds:
         time.sleep(struck.seconds)
     struck.end()
+    # What it took while the fault lasted is not what it needs afterwards.
+    run.look()
+    run.may_take(run.steps.newest)
     over_unix = time.time() if struck.seconds else hit.unix
     paid: Cost | None = None
     for _ in _patiently(run, f"no new step since fault {fault.number} ({struck.what})"):

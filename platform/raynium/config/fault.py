@@ -29,3 +29,8 @@ class FaultSection(Section):
     snapshot_every_steps: Steps | None = None
     """Also keep the state in the node's memory after each multiple of it, without an upload: a restart begins there. It
     takes a third image of the state, and is left out where it would have to wait. null: at checkpoints only."""
+    notify_command: tuple[str, ...] = ()
+    """Run by the driver, without a shell, for each incident, which it reads as JSON from its standard input."""
+    notify_url: str | None = None
+    """$NAME of an environment variable where the driver runs, with an address to which each incident is sent (POST,
+    JSON whose `text` is what Slack shows); null for none."""

@@ -8,6 +8,7 @@ import contextlib
 import json
 import logging
 import math
+import os
 import signal
 import threading
 import time
@@ -36,6 +37,7 @@ from raynium.launch.nodes import (
     raylet_address,
     release_nodes,
 )
+from raynium.launch.notify import Notifier
 from raynium.launch.page import Page
 from raynium.launch.preflight_cluster import Level, check_nodes
 from raynium.launch.preparation import Prepared
@@ -45,6 +47,8 @@ from raynium.run.last_save import pause_before_next_try
 from raynium.run.protocol import NodeFault, Status
 from raynium.run.record import RecordKeeper
 from raynium.terminal.display import Display
+from raynium.terminal.report import page_of
+from raynium.tracking.incidents import Incidents, merged, settled
 from raynium.tracking.ledger import Before
 from raynium.tracking.runs import log_artifact_text
 
@@ -59,6 +63,8 @@ STOP_POLL_SECONDS = 2.0
 AGENTS_SPEAK_SECONDS = 10.0
 # A coordinator that died is back sooner.
 CLUSTER_LOST_SECONDS = 30.0
+# The first one is a process that Ray starts, which on a busy machine takes longer.
+FIRST_ANSWER_SECONDS = 180.0
 # After a failure, agents still upload the last checkpoint before it.
 AGENTS_END_SECONDS = 600.0
 
@@ -66,6 +72,9 @@ AGENTS_END_SECONDS = 600.0
 # Placements and starts of agents that fail, before Ray Train gives up; its default is never. It counts all of a
 # driver's life: in a month a few nodes die while agents start.
 CONTROLLER_FAILURE_LIMIT = 100
+
+# The incident that it is to start anew on other nodes.
+LEFT = "agents", "the run leaves a node that a verdict named"
 
 
 class Driver:
@@ -86,6 +95,10 @@ class Driver:
         self._told_to_stop = False
         # Of the whole run, also of earlier drivers, as the record keeps them.
         self._node_faults: list[dict[str, Any]] = list(prepared.keeper.record.node_faults or [])
+        # That the coordinator cannot see.
+        self._incidents = Incidents(f"driver-{time.time():.0f}", unix=time.time, steady=time.monotonic)
+        self._notifier = Notifier(self.config.fault, environment=os.environ, tell=display.line)
+        self._notified = {each["key"] for each in prepared.keeper.record.incidents or ()}
         # Seen by this driver; a coordinator that starts again forgets its own.
         self._faults_seen: set[NodeFault] = set()
         # What the coordinator was told last of the time before its life, and how many words that makes.
@@ -229,7 +242,12 @@ class Driver:
             new_faults = [fault for fault in status.node_faults if fault not in self._faults_seen]
             self._faults_seen.update(new_faults)
             self._node_faults += [fault.to_json() for fault in new_faults]
-            self._page.show(status, replace(keeper.record, **self.facts(status)))
+            record = replace(keeper.record, **self.facts(status))
+            self._page.show(status, record)
+            for incident in record.incidents or ():
+                if incident["key"] not in self._notified:
+                    self._notified.add(incident["key"])
+                    self._notifier.send(record.name, page_of(record), incident)
             if status.ended is not None or over:
                 return status
             self._leave_bad_nodes(coordinator, status, new_faults)
@@ -272,7 +290,7 @@ class Driver:
             "its newest checkpoint. If memory ran out on this node, the kernel's log (`dmesg`) says so"
         )
         # The generation is over, and no agent of before is waited for.
-        self._calls.submit(coordinator.leave.remote)
+        self._calls.submit(coordinator.leave.remote, "controller", "Ray Train's controller died, and its node agents")
         release_nodes()
         with self.prepared.keeper.beating():
             self._stop.wait(pause_before_next_try(lost - 1, 0.0))
@@ -298,7 +316,7 @@ class Driver:
         self._excluded += bad
         self._moving = True
         self.display.line(f"the run leaves {hosts} and goes on on other nodes, from its newest checkpoint")
-        self._calls.submit(coordinator.leave.remote)
+        self._calls.submit(coordinator.leave.remote, *LEFT)
 
     def _status(self, coordinator: Any) -> Status:
         """What the coordinator knows; what one that has ordered no generation yet cannot know is as in the record.
@@ -310,8 +328,10 @@ class Driver:
         if status.ledger.life != self._life:
             if self._life:
                 self._life_began = time.monotonic()
+                cause = "the run coordinator died, and was started again"
+                self._incidents.notes("coordinator", where="", cause=cause, step=self.prepared.keeper.record.step)
                 if self._moving:
-                    self._calls.submit(coordinator.leave.remote)
+                    self._calls.submit(coordinator.leave.remote, *LEFT)
             self._life, self._events_seen, self._told_to_stop = status.ledger.life, 0, False
             status = self._ask(coordinator)
         if status.agents:
@@ -325,14 +345,14 @@ class Driver:
         Asked in a thread: when the cluster's processes are killed even a call with a timeout does not come back.
         """
         asked = self._calls.submit(lambda: ray.get(coordinator.status.remote(self._events_seen)))
-        began = time.monotonic()
+        began, limit = time.monotonic(), CLUSTER_LOST_SECONDS if self._life else FIRST_ANSWER_SECONDS
         while True:
             if self._cluster is not None:
                 self._cluster.check()
             try:
                 return cast(Status, asked.result(STATUS_SECONDS))
             except (ray.exceptions.RayError, TimeoutError) as error:
-                if isinstance(error, TimeoutError) and time.monotonic() - began < CLUSTER_LOST_SECONDS:
+                if isinstance(error, TimeoutError) and time.monotonic() - began < limit:
                     continue
                 raise ClusterLost(
                     "the Ray cluster no longer answers: its processes were killed, or this machine was cut off. "
@@ -349,7 +369,7 @@ class Driver:
     def _keep_record(self, keeper: RecordKeeper, status: Status) -> None:
         """Writes what changed at once, and else a heartbeat now and then."""
         facts = self.facts(status)
-        told_at_once = ("generation", "state", "node_faults")
+        told_at_once = ("generation", "state", "node_faults", "incidents")
         changed = any(facts[name] != getattr(keeper.record, name) for name in told_at_once)
         (keeper.update if changed else keeper.beat)(**facts)
 
@@ -364,8 +384,16 @@ class Driver:
             "metrics": status.metrics,
             "node_faults": list(self._node_faults) or None,
             "committed_step": record.committed_step if status.committed_step is None else status.committed_step,
-            "incident": status.incident or record.incident,
+            "incidents": self._incidents_with(status) or None,
         }
+
+    def _incidents_with(self, status: Status) -> list[dict[str, Any]]:
+        """Of the whole run. Once a step was done, those of processes that died are over too."""
+        known = self.prepared.keeper.record.incidents or []
+        resume_step = status.resume_step or 0
+        if status.running and status.step > resume_step:
+            known = settled(known, unix=time.time(), resume_step=resume_step)
+        return merged(known, [*status.incidents, *self._incidents.seen()])
 
 
 def start_coordinator(config: Config, run_url: str, last_generation: int) -> Any:

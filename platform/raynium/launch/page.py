@@ -17,6 +17,7 @@ from raynium.storage.store import Store
 from raynium.terminal.display import Pace, clock
 from raynium.terminal.report import goodput_line
 from raynium.tracking.client import sqlite_path
+from raynium.tracking.incidents import SHOWN, row
 from raynium.tracking.runs import TrackedRun, end_abandoned, finish_run, set_tags
 
 logger = logging.getLogger(__name__)
@@ -52,10 +53,14 @@ def describe(record: RunRecord, *, now_unix: float, eta_seconds: float | None = 
         lines.append(f"- to go on{', should it break off' if state in LIVE_STATES else ''}: {_command(record)}")
     committed = "none yet" if record.committed_step is None else f"step {record.committed_step:,}"
     lines.append(f"- last checkpoint: {committed}; restarts: {max(0, record.generation - 1)}")
-    if record.incident:
-        lines.append(f"- last incident: {_literal(record.incident)}")
     if record.ledger.total:
         lines.append(f"- {goodput_line(record.ledger)}")
+    if record.incidents:
+        lines += ["", "| when (UTC) | what failed | why | at step | lost |", "|---|---|---|---|---|"]
+        for each in record.incidents[: -SHOWN - 1 : -1]:
+            when = f"{datetime.fromtimestamp(each['unix'], UTC):%m-%d %H:%M:%S}"
+            what, why, *rest = row(each)
+            lines.append(f"| {' | '.join([when, what, _literal(why).replace('|', ' '), *rest])} |")
     return "\n".join([*lines, "", f"As of {datetime.fromtimestamp(now_unix, UTC):%Y-%m-%d %H:%M:%S} UTC."])
 
 

@@ -26,6 +26,7 @@ from raynium.run.roster import Roster
 from raynium.run.saves import Saves, WholeSave
 from raynium.run.verdicts import blamed
 from raynium.storage.store import Store
+from raynium.tracking.incidents import What
 from raynium.tracking.ledger import Before, CoordinatorBook, Ledger
 
 
@@ -144,6 +145,7 @@ class RunCoordinator:
                 newest = self._lives.newest
                 if newest is not None and newest.order.generation_id == generation_id:
                     self._recovery.stepped()
+                    self._lives.incidents.stepped()
                     self._lives.stepped(metrics.get("time/step_seconds"))
                     self._board.report(step, metrics, now=now)
             case protocol.Evaluates(done, total):
@@ -159,7 +161,8 @@ class RunCoordinator:
                 if (whole := self._saves.shard_saved(event)) is not None:
                     await self._commit(whole)
             case protocol.ShardFailed(step, rank, cause):
-                self._saves.shard_failed(step, rank, cause)
+                if self._saves.shard_failed(step, rank, cause):
+                    self._lives.incidents.notes("checkpoint", where="", cause=cause, step=step)
             case protocol.DevicesSeen(node_rank, sample):
                 device_metrics = self._board.sample(node_rank, sample, now=now)
             case protocol.CannotGoOn(cause):
@@ -186,10 +189,13 @@ class RunCoordinator:
                 self._in_task(self._end_a_stop_that_hangs())
             self._lives.request_stop()
 
-    async def leave(self) -> None:
-        """Every agent of this attempt goes home, once its uploads are in; the driver starts others on other nodes."""
+    async def leave(self, what: What, cause: str) -> None:
+        """Every agent of this attempt goes home, once its uploads are in; the driver starts others.
+
+        what, cause: of the incident that this is.
+        """
         async with self._changing():
-            self._lives.leave()
+            self._lives.leave(what, cause)
 
     async def status(self, events_after: int) -> Status:
         """Events numbered above `events_after` come along."""
@@ -209,7 +215,7 @@ class RunCoordinator:
             ended=ended,
             cause=cause,
             events=self._board.events(after=events_after),
-            incident=self._lives.incident,
+            incidents=self._lives.incidents.seen(),
             evaluation=self._board.evaluation if running else None,
             node_faults=self._lives.node_faults,
             ledger=self._book.ledger(now),

@@ -1,6 +1,7 @@
 """The run's generations: which one runs, what its end means, and whether another follows. Neither ray nor I/O."""
 
 import secrets
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -24,6 +25,7 @@ from raynium.run.protocol import (
 from raynium.run.recovery import Origin, Recovery
 from raynium.run.roster import Roster
 from raynium.run.verdicts import Verdicts, blamed, blames_a_peer
+from raynium.tracking.incidents import Incidents, What
 from raynium.tracking.ledger import CoordinatorBook
 
 
@@ -67,8 +69,7 @@ class Lives:
         self.number = last_generation
         self.ended: tuple[EndKind, str | None] | None = None
         self.stop_requested = False
-        # How the last generation that failed did so.
-        self.incident: str | None = None
+        self.incidents = Incidents(board.life, unix=time.time, steady=time.monotonic)
         # No generation is ordered before this time.
         self.not_before = 0.0
         self._fault = fault
@@ -115,6 +116,7 @@ class Lives:
         self._watch_for_hangs(order)
         self._roster.departs()
         self._roster.may_upload(order.generation_id)
+        self.incidents.began_from(origin.step or 0)
         self._board.generation_begins(origin.step or 0, now=now)
         self._board.tell(f"generation {self.number}: {world.size} ranks on {world.nodes} node(s), from {origin}")
 
@@ -151,7 +153,7 @@ class Lives:
             self._board.forget_devices()
             if (current := self.running) is not None:
                 cause = "a node agent was lost; Ray Train started the node agents again"
-                self._failed(self.number, cause)
+                self._failed(self.number, cause, what="agents")
                 # It was counted when Ray Train placed the new ones.
                 self.over(current, cause)
 
@@ -170,7 +172,7 @@ class Lives:
         current = self.running
         if current is not None and self.order_for(agent) is None and agent.node_rank not in current.exits:
             cause = f"the ranks of node {agent.node_rank} ended while nobody could hear of it"
-            self._failed(self.number, cause)
+            self._failed(self.number, cause, node_rank=agent.node_rank)
             self.over(current, cause)
 
     def needs_more_words(self, current: Generation) -> bool:
@@ -187,7 +189,7 @@ class Lives:
         for line in first.last_lines:
             self._board.tell(f"  rank {first.rank} | {line}")
         cause = f"rank {first.rank}: {first.cause}"
-        self._failed(current.order.generation, cause)
+        self._failed(current.order.generation, cause, node_rank=node_rank)
         if first.fault is not None:
             self.node_fault(current.order.generation, node_rank, first.fault)
         judgement = self._verdicts.ranks_failed(first, step=self._board.step, now=now)
@@ -245,9 +247,12 @@ class Lives:
         if judgement.ends is not None:
             self.end("failed", judgement.ends)
 
-    def _failed(self, generation: int, cause: str) -> None:
-        self.incident = f"generation {generation} failed: {cause}"
-        self._board.tell(self.incident)
+    def _failed(self, generation: int, cause: str, *, what: What = "ranks", node_rank: int | None = None) -> None:
+        """node_rank: of the node that it came from, where somebody can say."""
+        self._board.tell(f"generation {generation} failed: {cause}")
+        agents = self._generations[generation].agents
+        hosts = [agent.host for rank, agent in agents.items() if rank == node_rank or len(agents) == 1]
+        self.incidents.opens(what, where=", ".join(hosts), cause=cause, step=self._board.step)
 
     def node_fault(self, generation: int, node_rank: int, fault: Fault) -> None:
         """Names the node that somebody has to see to, with the line that says so."""
@@ -274,11 +279,12 @@ class Lives:
         """A newer checkpoint than any before."""
         self._verdicts.progress()
 
-    def leave(self) -> None:
+    def leave(self, what: What, cause: str) -> None:
         """The agents of this attempt go home; others go on elsewhere."""
         self._roster.leave()
         if (current := self.running) is not None:
-            current.state, current.cause = "over", "the run leaves these nodes"
+            self.incidents.opens(what, where="", cause=cause, step=self._board.step)
+            current.state, current.cause = "over", cause
             self._book.failed()
 
     def request_stop(self) -> None:

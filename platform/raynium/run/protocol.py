@@ -8,6 +8,7 @@ from typing import Any, Literal, Protocol
 from raynium.config.world import World
 from raynium.health.faults import ACTIONS, Fault
 from raynium.health.neuron_monitor import DeviceSample
+from raynium.tracking.incidents import Incident
 from raynium.tracking.ledger import Ledger, LifeLedger
 
 EndKind = Literal["finished", "stopped", "failed"]
@@ -367,7 +368,7 @@ class Status:
     running: ranks have been ordered and have not ended. metrics: the last value of every one. agents: of the current
     generation, by node rank. cause: of a failure. evaluation: batches done and in all, while one goes on. node_faults:
     all of this coordinator's life, oldest first.
-    incident: how its last generation that failed did so. ledger: what this life of the coordinator has booked.
+    incidents: the same. ledger: what this life of the coordinator has booked.
     """
 
     generation: int
@@ -383,5 +384,5 @@ class Status:
     events: Sequence[Event] = ()
     evaluation: tuple[int, int] | None = None
     node_faults: Sequence[NodeFault] = ()
-    incident: str | None = None
+    incidents: Sequence[Incident] = ()
     ledger: LifeLedger = field(default_factory=LifeLedger)

@@ -22,6 +22,7 @@ from raynium.errors import RunInUse, StoreError
 from raynium.storage.backend import KeyExists, KeyMissing
 from raynium.storage.process import Owner, this_process
 from raynium.storage.store import Store
+from raynium.tracking.incidents import Incident, merged
 from raynium.tracking.ledger import Before, Ledger, LifeLedger, RunBook
 
 logger = logging.getLogger(__name__)
@@ -68,9 +69,10 @@ class RunRecord:
     result: dict[str, Any] | None = None
     # Under data.packing documents, what became of them: rows, efficiency (the share of positions filled), …
     packing: dict[str, int | float] | None = None
-    # Of the newest checkpoint; and how the last generation that failed did so, once one has.
+    # Of the newest checkpoint.
     committed_step: int | None = None
-    incident: str | None = None
+    # What went wrong, oldest first, and what it cost: Incident.to_json of the newest ones.
+    incidents: list[dict[str, Any]] | None = None
     # From created_unix to heartbeat_unix, without idle_seconds.
     ledger: Ledger = field(default_factory=Ledger)
     # In which it had ended, and nobody wanted it to go on.
@@ -276,10 +278,21 @@ def claim(store: Store, name: str, config: dict[str, Any]) -> RecordKeeper:
             heartbeat_unix=now,
             ledger=earlier.ledger + Ledger(down=silent if wanted else 0.0),
             idle_seconds=earlier.idle_seconds + (0.0 if wanted else silent),
+            incidents=_with_death(earlier),
         )
     keeper = RecordKeeper(store, record, number)
     keeper.take_over()
     return keeper
+
+
+def _with_death(earlier: RunRecord) -> list[dict[str, Any]] | None:
+    """The incidents of a run whose driver may have ended without a word."""
+    if earlier.state not in LIVE_STATES:
+        return earlier.incidents
+    owner, unix = earlier.owner, earlier.heartbeat_unix
+    cause = f"process {owner.pid} ended without a word: it was killed, or its machine was lost"
+    death = Incident(f"driver-{owner.pid}-{unix:.0f}", unix, "driver", owner.host, cause, earlier.step)
+    return merged(earlier.incidents or [], [death])
 
 
 def request_stop(store: Store) -> None:

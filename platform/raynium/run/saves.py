@@ -101,15 +101,16 @@ class Saves:
         entries = tuple(entry for entry, _ in found)
         return WholeSave(*save, shard.parent_step, entries, max(seconds for _, seconds in found), shard.world)
 
-    def shard_failed(self, step: int, rank: int, cause: str) -> None:
-        """Told once a step: where one shard fails, the others mostly do."""
+    def shard_failed(self, step: int, rank: int, cause: str) -> bool:
+        """Told once a step, which then is true: where one shard fails, the others mostly do."""
         if self.committed_step is not None and step <= self.committed_step:
             # Another generation committed it.
-            return
+            return False
         told = step in self._causes
         self._causes[step] = f"rank {rank}'s shard could not be uploaded: {cause}"
         if not told:
             self._tell(f"checkpoint of step {step} is not saved; training goes on: {self._causes[step]}")
+        return not told
 
     def problem(self, step: int) -> str | None:
         """Why a run that ended well at this step has no checkpoint of it; None: it has, or never saves."""

@@ -1,6 +1,7 @@
 """What the person at the terminal sees: lines as things happen, and one live line of progress."""
 
 import contextlib
+import errno
 import textwrap
 import time
 from collections.abc import Callable
@@ -129,7 +130,10 @@ class Display:
         """A terminal that was closed, or a pipe that nobody reads any more, does not end the run: the log goes on."""
         try:
             call()
-        except (OSError, SystemExit):
+        except (OSError, SystemExit) as error:
+            # A disk has room again at some time.
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                return
             # rich answers a broken pipe with SystemExit.
             self.console = Console(quiet=True)
             self._live = None

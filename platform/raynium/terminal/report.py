@@ -13,6 +13,7 @@ from typing import Any
 from raynium.rank.ports import is_free
 from raynium.run.record import RunRecord
 from raynium.terminal.display import clock
+from raynium.tracking.incidents import SHOWN, row
 from raynium.tracking.ledger import Ledger
 from raynium.tracking.runs import page_url
 
@@ -32,6 +33,7 @@ def report_lines(record: RunRecord) -> list[str]:
     if cause := record.shown_cause(now):
         lines.append(f"cause: {cause}")
     lines += [f"generation {each['generation']}: {each['text']}" for each in record.node_faults or ()]
+    lines += _incident_lines(record.incidents or [])
     if record.result is not None:
         lines += _result_lines(record.result)
     if record.ledger.total:
@@ -40,6 +42,13 @@ def report_lines(record: RunRecord) -> list[str]:
     if state in ("stopped", "interrupted", "failed"):
         lines.append("start it again to go on from its newest checkpoint")
     return lines
+
+
+def _incident_lines(incidents: list[dict[str, Any]]) -> list[str]:
+    """The newest ones, the last one last."""
+    rows = [(datetime.fromtimestamp(each["unix"]), row(each)) for each in incidents[-SHOWN:]]
+    lines = [f"  {when:%m-%d %H:%M:%S} step {step}: {what}: {why}: {lost}" for when, (what, why, step, lost) in rows]
+    return [f"incidents: {len(incidents)}", *lines] if lines else []
 
 
 def _tuned(config: dict[str, Any]) -> str:
@@ -156,6 +165,7 @@ def record_json(record: RunRecord, now_unix: float) -> dict[str, Any]:
         "goodput": record.ledger.goodput if record.ledger.total else None,
         "ledger_seconds": record.ledger.seconds(),
         "node_faults": record.node_faults or [],
+        "incidents": record.incidents or [],
         "page": page_of(record),
         "job_id": record.job_id,
         "log_path": record.log_path,

@@ -1,6 +1,6 @@
 """What went wrong in a run, and what it cost: one record for each fault. Pure; clocks are handed in."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
@@ -18,8 +18,8 @@ class Incident:
     """One fault of a run.
 
     key: it has it in every process that tells of it. unix: when it was seen. where: hosts, "" if it was on none. step:
-    the farthest that the run had come. seconds: until the next step was done; None while that is not. phases: what they
-    went to, where the agent saw it all. steps: that had to be taken again.
+    the farthest that the run had come. seconds: until the next step was done; None while that is not. steps:
+    that had to be taken again.
     """
 
     key: str
@@ -30,35 +30,34 @@ class Incident:
     step: int
     seconds: float | None = None
     steps: int = 0
-    phases: dict[str, float] | None = None
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
 
 class Incidents:
-    """Of one process that sees them, in the order in which they were seen. now: of its steady clock."""
+    """Of one process that sees them, in the order in which they were seen."""
 
-    def __init__(self, life: str):
-        """life: a name that no other process has."""
-        self._life = life
+    def __init__(self, life: str, *, unix: Callable[[], float], steady: Callable[[], float]):
+        """life: a name that no other process has. unix, steady: clocks."""
+        self._life, self._unix, self._steady = life, unix, steady
         self._number = 0
         self._seen: dict[str, Incident] = {}
         # Those that the run has not recovered from → when they were seen.
         self._open: dict[str, float] = {}
 
-    def opens(self, what: What, *, where: str, cause: str, step: int, unix: float, now: float) -> None:
+    def opens(self, what: What, *, where: str, cause: str, step: int) -> None:
         """The run does not get on."""
         self._number += 1
         key = f"{self._life}-{self._number}"
-        self._seen[key] = Incident(key, unix, what, where, cause, step)
-        self._open[key] = now
+        self._seen[key] = Incident(key, self._unix(), what, where, cause, step)
+        self._open[key] = self._steady()
         for old in list(self._seen)[:-KEPT]:
             del self._seen[old]
 
-    def notes(self, what: What, *, where: str, cause: str, step: int, unix: float) -> None:
-        """The run got on."""
-        self.opens(what, where=where, cause=cause, step=step, unix=unix, now=0.0)
+    def notes(self, what: What, *, where: str, cause: str, step: int) -> None:
+        """The run gets on all the same."""
+        self.opens(what, where=where, cause=cause, step=step)
         key, _ = self._open.popitem()
         self._seen[key] = replace(self._seen[key], seconds=0.0)
 
@@ -68,13 +67,11 @@ class Incidents:
             if (each := self._seen.get(key)) is not None:
                 self._seen[key] = replace(each, steps=max(0, each.step - step))
 
-    def stepped(self, *, now: float, phases: dict[str, float] | None = None) -> None:
-        """The ranks that follow have done a step. phases: of the recovery, in seconds, from the fault that was last."""
+    def stepped(self) -> None:
+        """The ranks that follow have done a step."""
         for key, since in self._open.items():
             if (each := self._seen.get(key)) is not None:
-                self._seen[key] = replace(each, seconds=now - since)
-        if self._open and phases is not None and (last := self._seen.get(list(self._open)[-1])) is not None:
-            self._seen[last.key] = replace(last, phases=phases)
+                self._seen[key] = replace(each, seconds=self._steady() - since)
         self._open.clear()
 
     def seen(self) -> tuple[Incident, ...]:
@@ -86,3 +83,24 @@ def merged(known: Sequence[dict[str, Any]], news: Iterable[Incident]) -> list[di
     """Those of the run record with what was heard since, by time, the newest KEPT of them."""
     by_key = {each["key"]: each for each in known} | {each.key: each.to_json() for each in news}
     return sorted(by_key.values(), key=lambda each: each["unix"])[-KEPT:]
+
+
+def settled(known: Sequence[dict[str, Any]], *, unix: float, resume_step: int) -> list[dict[str, Any]]:
+    """A step was done after `resume_step`, before which nobody who saw these lived to tell that they were over."""
+    return [
+        each
+        if each["seconds"] is not None
+        else each | {"seconds": max(0.0, unix - each["unix"]), "steps": max(0, each["step"] - resume_step)}
+        for each in known
+    ]
+
+
+def row(incident: dict[str, Any]) -> tuple[str, str, str, str]:
+    """What failed and where, why, at which step, and what it cost: of one of the run record."""
+    where = f" on {incident['where']}" if incident["where"] else ""
+    if (seconds := incident["seconds"]) is None:
+        lost = "not over yet"
+    else:
+        again = f", {incident['steps']:,} step(s) again" if incident["steps"] else ""
+        lost = f"{seconds:.1f} s{again}"
+    return f"{incident['what']}{where}", " ".join(incident["cause"].split()), f"{incident['step']:,}", lost

@@ -1,0 +1,188 @@
+"""What went wrong in a run: one record for each fault, what it cost, and who outside is told of it."""
+
+import json
+import sys
+import threading
+from collections.abc import Iterator, Mapping
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+from tiny import job_text
+from waiting import wait_for
+
+from raynium.config.fault import FaultSection
+from raynium.config.load import parse_config
+from raynium.config.paths import resolve
+from raynium.errors import ConfigError
+from raynium.launch.notify import Notifier
+from raynium.run.record import claim, read_record
+from raynium.storage.store import Store
+from raynium.tracking.incidents import KEPT, Incidents, merged, row, settled
+
+
+class Clock:
+    now = 100.0
+
+
+@pytest.fixture
+def incidents() -> Incidents:
+    return Incidents("a", unix=lambda: 1000.0 + Clock.now, steady=lambda: Clock.now)
+
+
+@pytest.fixture(autouse=True)
+def clock() -> None:
+    Clock.now = 100.0
+
+
+def test_an_incident_lasts_until_a_step_is_done_and_counts_what_is_taken_again(incidents: Incidents) -> None:
+    incidents.opens("ranks", where="10.0.0.3", cause="rank 1: killed by SIGKILL", step=57)
+    incidents.began_from(50)
+    (lasting,) = incidents.seen()
+    assert (lasting.key, lasting.unix, lasting.seconds, lasting.steps) == ("a-1", 1100.0, None, 7)
+    Clock.now += 1.5
+    incidents.stepped()
+    Clock.now += 10
+    incidents.stepped()
+    (over,) = incidents.seen()
+    assert (over.seconds, over.steps) == (1.5, 7)
+    assert row(over.to_json()) == ("ranks on 10.0.0.3", "rank 1: killed by SIGKILL", "57", "1.5 s, 7 step(s) again")
+
+
+def test_a_second_failure_before_any_step_is_an_incident_of_its_own_and_both_end_with_that_step(
+    incidents: Incidents,
+) -> None:
+    incidents.opens("ranks", where="", cause="first", step=57)
+    incidents.began_from(50)
+    Clock.now += 2
+    incidents.opens("agents", where="", cause="second", step=50)
+    incidents.began_from(40)
+    Clock.now += 3
+    incidents.stepped()
+    assert [(each.cause, each.seconds, each.steps) for each in incidents.seen()] == [
+        ("first", 5.0, 17),
+        ("second", 3.0, 10),
+    ]
+
+
+def test_what_the_run_gets_on_with_costs_nothing_and_closes_nothing_else(incidents: Incidents) -> None:
+    incidents.opens("ranks", where="", cause="lasts", step=9)
+    incidents.notes("checkpoint", where="", cause="AccessDenied", step=10)
+    assert [(each.what, each.seconds) for each in incidents.seen()] == [("ranks", None), ("checkpoint", 0.0)]
+    Clock.now += 1
+    incidents.stepped()
+    assert [each.seconds for each in incidents.seen()] == [1.0, 0.0]
+
+
+def test_a_run_of_months_keeps_the_newest(incidents: Incidents) -> None:
+    for number in range(KEPT + 5):
+        incidents.notes("coordinator", where="", cause=f"{number}", step=number)
+    assert len(incidents.seen()) == KEPT and incidents.seen()[-1].cause == str(KEPT + 4)
+    known = [each.to_json() for each in incidents.seen()]
+    Clock.now += 1
+    incidents.notes("coordinator", where="", cause="newest", step=0)
+    both = merged(known, incidents.seen())
+    assert len(both) == KEPT and both[-1]["cause"] == "newest" and len({each["key"] for each in both}) == KEPT
+
+
+def test_what_nobody_lived_to_see_the_end_of_is_over_once_a_step_is_done() -> None:
+    lost = {"key": "b-1", "unix": 1000.0, "what": "driver", "where": "head", "cause": "?", "step": 30, "seconds": None}
+    (over,) = settled([lost | {"steps": 0}], unix=1090.0, resume_step=25)
+    assert (over["seconds"], over["steps"]) == (90.0, 5)
+    assert settled([over], unix=2000.0, resume_step=99) == [over]
+
+
+def test_a_driver_that_was_killed_is_an_incident_of_the_run_that_goes_on(tmp_path: Path) -> None:
+    store, config = Store(tmp_path / "run"), parse_config(job_text()).model_dump(mode="json")
+    claim(store, "test", config)
+    left = json.loads(store.read("run.json"))
+    left["owner"] |= {"pid_started": "0"}
+    store.replace("run.json", json.dumps(left).encode())
+    (died,) = claim(store, "test", config).record.incidents or []
+    assert died["what"] == "driver" and "ended without a word" in died["cause"] and died["seconds"] is None
+    found = read_record(store)
+    assert found is not None and found.incidents == [died]
+
+
+# ---- who is told ----------------------------------------------------------------------------------------------------
+
+INCIDENT: dict[str, Any] = {"what": "ranks", "step": 1200, "cause": "rank 1: killed by SIGKILL"}
+TEXT = "Raynium run first: ranks failed at step 1,200: rank 1: killed by SIGKILL"
+
+
+class Webhook(BaseHTTPRequestHandler):
+    got: ClassVar[list[Any]] = []
+
+    def do_POST(self) -> None:
+        self.got.append((self.path, json.loads(self.rfile.read(int(self.headers["Content-Length"])))))
+        self.send_response(200 if "good" in self.path else 500)
+        self.end_headers()
+
+    def log_message(self, format: str, *args: Any) -> None: ...
+
+
+@pytest.fixture
+def webhook() -> Iterator[str]:
+    Webhook.got = []
+    server = HTTPServer(("127.0.0.1", 0), Webhook)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def notifier(told: list[str], environment: Mapping[str, str], **fault: Any) -> Notifier:
+    return Notifier(FaultSection(**fault), environment=environment, tell=told.append)
+
+
+def test_a_command_reads_the_incident_and_a_webhook_gets_the_same(webhook: str, tmp_path: Path) -> None:
+    told: list[str] = []
+    command = (sys.executable, "-c", f"import sys; open({str(tmp_path / 'got')!r}, 'w').write(sys.stdin.read())")
+    sender = notifier(told, {"HOOK": f"{webhook}/good/secret"}, notify_command=command, notify_url="$HOOK")
+    sender.send("first", "http://page", INCIDENT)
+    (posted,) = wait_for(lambda: Webhook.got)
+    sender.close()
+    message = {"text": TEXT, "run": "first", "page": "http://page", "incident": INCIDENT}
+    assert posted == ("/good/secret", message)
+    assert json.loads((tmp_path / "got").read_text()) == message and told == []
+
+
+@pytest.mark.parametrize(
+    ("fault", "environment", "words"),
+    [
+        ({"notify_url": "$HOOK"}, {}, "is $HOOK, which holds no http(s) address"),
+        ({"notify_url": "$HOOK"}, {"HOOK": "file:///secret"}, "is $HOOK, which holds no http(s) address"),
+        ({"notify_url": "$HOOK"}, {"HOOK": "http://[secret"}, "did not take an incident: ValueError"),
+        ({"notify_command": (sys.executable, "-c", "import sys; sys.exit('secret')")}, {}, "ended with 1"),
+        ({"notify_command": ("/proc/secret",)}, {}, "could not be run: FileNotFoundError"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_told_is_said_once_without_what_is_secret(
+    fault: dict[str, Any], environment: dict[str, str], words: str
+) -> None:
+    told: list[str] = []
+    sender = notifier(told, environment, **fault)
+    for _ in range(2):
+        sender.send("first", None, INCIDENT)
+    sender._thread.shutdown()
+    (line,) = told
+    assert words in line and "secret" not in line
+
+
+def test_a_webhook_that_refuses_is_told_without_its_address(webhook: str) -> None:
+    told: list[str] = []
+    sender = notifier(told, {"HOOK": f"{webhook}/bad/secret"}, notify_url="$HOOK")
+    sender.send("first", None, INCIDENT)
+    (line,) = wait_for(lambda: told)
+    sender.close()
+    assert "did not take an incident: HTTP Error 500" in line and "secret" not in line
+
+
+def test_an_address_in_the_config_itself_is_refused_without_being_repeated() -> None:
+    config = parse_config(job_text({"fault.notify_url": "https://hooks.example/secret"}))
+    with pytest.raises(ConfigError, match=r"fault.notify_url must be \$NAME") as refused:
+        resolve(config)
+    assert "secret" not in str(refused.value).replace("is a secret", "")
