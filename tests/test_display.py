@@ -1,6 +1,7 @@
 """What the person at the terminal sees while a run goes on."""
 
 import contextlib
+import errno
 import io
 import os
 import pty
@@ -161,6 +162,23 @@ def test_a_full_disk_costs_the_log(tmp_path: Path) -> None:
     with Display(30, Console(file=output), Path("/dev/full")) as display:
         display.line("shown")
     assert output.getvalue() == "shown\n"
+
+
+def test_a_full_disk_costs_the_lines_that_come_while_it_is_full(tmp_path: Path) -> None:
+    class Disk(io.StringIO):
+        full = False
+
+        def write(self, text: str) -> int:
+            if self.full:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return super().write(text)
+
+    output = Disk()
+    with Display(30, Console(file=output), tmp_path / "driver.log") as display:
+        for text, output.full in (("before", False), ("lost", True), ("after", False)):
+            display.line(text)
+    assert "before" in output.getvalue() and "after" in output.getvalue()
+    assert lines_of(tmp_path / "driver.log") == ["before", "lost", "after"]
 
 
 def test_a_second_driver_adds_to_the_log(tmp_path: Path) -> None:
