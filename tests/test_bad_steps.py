@@ -1,5 +1,6 @@
 """Steps that nothing is learned from, through the real loop, engine and snapshots: what a resume makes of them."""
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -7,11 +8,14 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from test_agent import JOB, Played
 from test_loop import THROUGHPUT
 from tiny import job_text
 
 from raynium.accelerators.cpu import CpuAccelerator
+from raynium.checkpoint.catalog import open_checkpoint
 from raynium.checkpoint.format.manifest import ImageInfo
+from raynium.checkpoint.load import read_tensors
 from raynium.config.load import parse_config
 from raynium.config.schema import Config
 from raynium.config.world import World
@@ -19,6 +23,7 @@ from raynium.data.batch import Batch
 from raynium.engines.base import Engine
 from raynium.engines.native import build_native_engine
 from raynium.rank.snapshots import Snapshots
+from raynium.storage.store import Store
 from raynium.tasks.base import Scored
 from raynium.tasks.pretraining import Pretraining
 from raynium.train.guard import Guard
@@ -60,7 +65,7 @@ class Batches:
         return {}
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def one_rank() -> Any:
     store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
     dist.init_process_group("gloo", store=store, rank=0, world_size=1)
@@ -105,6 +110,7 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
+@pytest.mark.usefixtures("one_rank")
 def test_a_nan_costs_its_step_alone_and_equals_a_run_told_to_leave_that_step_out(tmp_path: Path) -> None:
     spoilt = Ran(tmp_path / "spoilt", spoilt=3)
     told = Ran(tmp_path / "told", **{"data.leave_out_steps": [3]})
@@ -115,9 +121,34 @@ def test_a_nan_costs_its_step_alone_and_equals_a_run_told_to_leave_that_step_out
     assert same(spoilt.state, told.state) and not same(spoilt.state, clean.state)
 
 
+@pytest.mark.usefixtures("one_rank")
 def test_what_was_left_out_before_a_snapshot_is_known_to_the_generation_that_starts_from_it(tmp_path: Path) -> None:
     """AdamW's bias correction counts updates, of which there were fewer than steps."""
     whole = Ran(tmp_path / "whole", spoilt=3)
     resumed = Ran(tmp_path / "resumed", spoilt=3, start=whole.images[0])
     assert resumed.losses == {step: loss for step, loss in whole.losses.items() if step > SAVE_AT}
     assert same(resumed.state, whole.state) and resumed.bad_steps == []
+
+
+def test_a_leap_is_undone_from_memory_and_the_run_equals_one_told_to_leave_that_step_out(
+    tmp_path: Path, document_folder: Path
+) -> None:
+    """Two ranks, an agent and a coordinator: they go back to the snapshot of step 56."""
+    common = {"train.steps": 80, "checkpoint.every_steps": 8, "evaluate.every_steps": 80}
+    spiking = Played(
+        parse_config(JOB, common | {"task": "spiking_task:Spiking"}), tmp_path / "spiking", document_folder
+    )
+    told = Played(parse_config(JOB, common | {"data.leave_out_steps": [60]}), tmp_path / "told", document_folder)
+    for run in (spiking, told):
+        run.thread.start()
+        assert run.finish().ended == "finished"
+    losses, expected = spiking.losses(), told.losses()
+    assert {step: set(values) for step, values in losses.items()} == {
+        step: set(values) for step, values in expected.items()
+    }
+    assert [step for step, values in losses.items() if len(values) == 2] == [57, 58, 59]
+    weights = [read_tensors(open_checkpoint(Store(run.run_folder), 80), "") for run in (spiking, told)]
+    assert weights[0].keys() == weights[1].keys()
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0] if not name.startswith("guard/"))
+    assert spiking.tracker.values("train/left_out_steps")[-1] == (80, 1.0)
+    assert json.loads(Store(spiking.run_folder).read("undone-steps.json")) == [60]

@@ -107,6 +107,14 @@ def test_the_best_are_kept_until_better_ones_come() -> None:
     assert reasons_to_keep([*run, checkpoint(3)], by_bits) == {1: (), 2: ("best eval/bits_per_byte",), 3: ("last",)}
 
 
+def test_a_run_that_gets_worse_does_not_push_its_best_checkpoint_out_by_default() -> None:
+    policy = Retention.of(parse_config(job_text()).checkpoint)
+    run = [checkpoint(step, loss) for step, loss in ((10, 3.0), (20, 2.0), (30, 4.0), (40, 7.0))]
+    # Where its evaluations are no numbers any more there are none.
+    run += [checkpoint(50), checkpoint(60)]
+    assert kept_over_time(policy, run) == [[10], [10, 20], [20, 30], [20, 30, 40], [20, 40, 50], [20, 50, 60]]
+
+
 def test_every_reason_is_told() -> None:
     policy = Retention(keep_last=1, keep_every_steps=1000, keep_best=1)
     found = [checkpoint(1000), checkpoint(1500, 2.0, "v1", "v2"), checkpoint(1700), checkpoint(2000, 1.0)]

@@ -145,6 +145,25 @@ def test_it_gives_up_after_failures_without_progress_and_says_so(tmp_path: Path)
     asyncio.run(play())
 
 
+def test_a_step_that_leapt_is_left_out_by_all_generations_to_come_and_is_no_failure(tmp_path: Path) -> None:
+    leapt = RankExit(1, 1, "Spike: step 7: loss 40", retry=True, error="Spike", undo=7)
+
+    async def play() -> None:
+        run = coordinator(tmp_path)
+        for generation in (1, 2, 3):
+            orders = await asyncio.gather(run.join(agent(0)), run.join(agent(1)))
+            expected = {1: (), 2: (7,), 3: (7, 9)}[generation]
+            assert [order.undone_steps for order in orders if isinstance(order, Order)] == [expected] * 2
+            await ended(run, generation, 1, [replace(leapt, undo=2 * generation + 5)])
+        # Another life of the coordinator, or another driver, knows them from the run's store.
+        other = coordinator(tmp_path)
+        orders = await asyncio.gather(other.join(agent(0)), other.join(agent(1)))
+        # The last one was told when nobody asked for another generation, and is found again when it leaps.
+        assert [order.undone_steps for order in orders if isinstance(order, Order)] == [(7, 9)] * 2
+
+    asyncio.run(play())
+
+
 def test_lost_nodes_are_counted_apart_from_failed_ranks_and_only_without_progress(tmp_path: Path) -> None:
     limits = {"fault.max_restarts_without_progress": 0, "fault.max_node_failures_without_progress": 2}
 

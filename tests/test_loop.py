@@ -14,7 +14,7 @@ from raynium.data.batch import Batch
 from raynium.engines.base import FakeEngine, StepResult, Votes
 from raynium.tasks.pretraining import Pretraining
 from raynium.tracking.metrics import METRICS, check_metrics
-from raynium.train.guard import BAD_AMONG, Guard, TooManyBadSteps, Verdict
+from raynium.train.guard import BAD_AMONG, Guard, Spike, TooManyBadSteps, Verdict, leap
 from raynium.train.link import MemoryLink
 from raynium.train.loop import Cadence, Outcome, train
 from raynium.train.metrics import Throughput
@@ -287,6 +287,105 @@ def test_bad_steps_end_a_run_exactly_where_too_many_lie_close_together(steps: li
         assert guard.updates(step) == step - number - 1
         if verdict.ends is not None:
             return
+
+
+# ---------------------------------------------------------------------------------------------------------- leaps
+
+
+def steady(step: int) -> StepResult:
+    """Losses and norms that vary by some percent, and fall."""
+    return replace(GOOD, loss=3.0 - step / 1000 + 0.05 * math.sin(step), grad_norm=0.5 + 0.1 * math.cos(3 * step))
+
+
+@pytest.mark.parametrize("field", ["loss", "grad_norm"])
+def test_a_loss_or_norm_that_leaps_is_to_be_undone_and_passes_once_it_was(field: str) -> None:
+    guard = Guard(most_bad=1, spike_score=20)
+    assert [guard.judge(step, steady(step)) for step in range(1, 81)] == [None] * 80
+    bad = replace(steady(81), **{field: 40.0})
+    verdict = guard.judge(81, bad)
+    assert verdict is not None and isinstance(verdict.ends, Spike) and verdict.ends.step == 81
+    assert "robust standard deviations above the median" in verdict.why and "last snapshot" in str(verdict.ends)
+
+    again = Guard(most_bad=1, spike_score=20, undone=(81,))
+    assert again.leaves_out(81) and not again.leaves_out(80)
+    assert [again.judge(step, steady(step)) for step in range(1, 81)] == [None] * 80
+    passed = again.judge(81, replace(bad, updated=False))
+    assert passed is not None and passed.ends is None and "left out, since it leapt" in passed.why
+    assert again.judge(82, steady(82)) is None and again.updates(82) == 81
+
+
+def test_leaps_count_as_bad_steps_and_too_many_end_the_run() -> None:
+    guard = Guard(most_bad=0, spike_score=20)
+    for step in range(1, 81):
+        guard.judge(step, steady(step))
+    verdict = guard.judge(81, replace(GOOD, loss=40.0))
+    assert verdict is not None and isinstance(verdict.ends, TooManyBadSteps)
+
+
+def test_a_better_loss_a_short_past_other_data_and_no_limit_are_no_leap() -> None:
+    falls = Guard(spike_score=20)
+    assert [falls.judge(step, steady(step)) for step in range(1, 60)] == [None] * 59
+    assert falls.judge(60, replace(GOOD, loss=0.01, grad_norm=0.001)) is None
+    short = Guard(spike_score=20)
+    assert [short.judge(step, steady(step)) for step in range(1, 50)] == [None] * 49
+    assert short.judge(50, replace(GOOD, loss=40.0)) is None
+    other = Guard(spike_score=20, begins=(60,))
+    assert [other.judge(step, steady(step)) for step in range(1, 60)] == [None] * 59
+    assert other.judge(60, replace(GOOD, loss=40.0)) is None
+    unlimited = Guard()
+    assert [unlimited.judge(step, steady(step)) for step in range(1, 60)] == [None] * 59
+    assert unlimited.judge(60, replace(GOOD, loss=40.0)) is None
+
+
+def test_the_score_of_a_leap() -> None:
+    recent = [2.0, 2.1, 1.9, 2.2, 1.8] * 12
+    assert leap(5.0, recent) == (pytest.approx(3.0 / (1.4826 * 0.1)), 2.0)
+    assert leap(2.1, [2.0] * 60) == (pytest.approx(0.1 / 0.02), 2.0), "one percent where nothing varies"
+    assert leap(1.0, [0.0] * 60)[0] > 1e200
+    assert leap(math.inf, recent)[0] == math.inf
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.sets(st.integers(1, 200), max_size=6), st.sets(st.integers(60, 200), max_size=4), st.integers(0, 200))
+def test_every_replay_and_resume_judges_as_the_run_that_was_never_interrupted(
+    spoilt: set[int], leaping: set[int], cut: int
+) -> None:
+    """Ranks that start again from any step, with what the training state holds of it, leave out the same steps."""
+
+    def generation(state: list[torch.Tensor], start: int, undone: set[int], end: int) -> tuple[int, set[int]]:
+        guard = Guard(most_bad=99, spike_score=20, undone=undone)
+        for chunk, tensor in zip(guard.chunks(saved_here=True), state, strict=False):
+            chunk.tensor.copy_(tensor)
+        for step in range(start + 1, end + 1):
+            result = steady(step)
+            if step in spoilt:
+                result = replace(result, loss=math.nan, updated=False)
+            elif step in leaping:
+                result = replace(result, loss=50.0, updated=not guard.leaves_out(step))
+            elif guard.leaves_out(step):
+                result = replace(result, updated=False)
+            verdict = guard.judge(step, result)
+            if verdict is not None and isinstance(verdict.ends, Spike):
+                return step, undone | {step}
+        state[:] = [chunk.tensor.clone() for chunk in guard.chunks(saved_here=True)]
+        return end, undone
+
+    def run(cuts: list[int]) -> list[torch.Tensor]:
+        state: list[torch.Tensor] = []
+        start, undone = 0, set[int]()
+        for end in [*cuts, 200]:
+            reached = start
+            while reached < end or (reached == end and not state):
+                before = set(undone)
+                reached, undone = generation(state, start, undone, end)
+                if undone == before:
+                    break
+                reached = start
+            start = end
+        return state
+
+    assert all(torch.equal(a, b) for a, b in zip(run([]), run([cut]), strict=True) if not a.is_floating_point())
+    assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(run([]), run([cut]), strict=True))
 
 
 def test_a_good_step_passes() -> None:

@@ -19,14 +19,14 @@ from raynium.checkpoint.format.boxes import Box, boxes_of_flat_range, intersect,
 from raynium.checkpoint.format.image import TORCH_DTYPES, dtype_name
 from raynium.checkpoint.format.manifest import TensorEntry
 from raynium.checkpoint.reads import MAX_GAP_UNITS, Wanted, read_wanted
-from raynium.checkpoint.state import LEFT_OUT_NAME, PATIENCE_NAME, Chunk
+from raynium.checkpoint.state import LEFT_OUT_NAME, PATIENCE_NAME, RECENT_NAME, Chunk
 from raynium.errors import CheckpointMismatch, some
 
 logger = logging.getLogger(__name__)
 
 # Another layout has other generators, and an older checkpoint has left nothing out. Without an optimizer the engine
 # keeps the moments it was built with.
-_OPTIONAL_PREFIXES = ("rng/", PATIENCE_NAME, LEFT_OUT_NAME)
+_OPTIONAL_PREFIXES = ("rng/", PATIENCE_NAME, LEFT_OUT_NAME, RECENT_NAME)
 _OPTIONAL_PREFIXES_WITH_WEIGHTS_ONLY = (*_OPTIONAL_PREFIXES, "optimizer/")
 
 

@@ -14,6 +14,8 @@ MODEL_PREFIX = "model/"
 PATIENCE_NAME = "patience/"
 # The steps that were not learned from; see `train/guard.py`.
 LEFT_OUT_NAME = "data/left_out_steps"
+# What is told apart from a leap by it; see there.
+RECENT_NAME = "guard/recent"
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from raynium.config.section import Failures, Seconds, Section, Steps, Unit
+from raynium.config.section import Failures, PositiveFloat, Seconds, Section, Steps, Unit
 
 
 class FaultSection(Section):
@@ -24,8 +24,12 @@ class FaultSection(Section):
     660 s. A process that a signal has stopped is given as long in any phase; others have their own time: loading, the
     first two steps and an evaluation's batch 30 minutes, a compilation 3 hours."""
     max_bad_steps: Annotated[int, Field(ge=0, lt=256), Unit("steps")] = 10
-    """Steps that are left out, of any 1,000 in a row, because their loss or gradient norm is not finite: nothing is
-    learned from them and training goes on. One more ends the run."""
+    """Steps that are left out, of any 1,000 in a row, because their loss or gradient norm is not finite, or leaps:
+    nothing is learned from them and training goes on. One more ends the run."""
+    spike_score: PositiveFloat | None = 30.0
+    """A step whose loss or gradient norm lies more than so many robust standard deviations (1.4826 × the median
+    deviation, at least 1 % of the median) above the median of the last 100 is undone: all ranks go back to the last
+    snapshot and leave it out. null: none is."""
     snapshot_every_steps: Steps | None = None
     """Also keep the state in the node's memory after each multiple of it, without an upload: a restart begins there. It
     takes a third image of the state, and is left out where it would have to wait. null: at checkpoints only."""

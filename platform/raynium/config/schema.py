@@ -393,8 +393,9 @@ class CheckpointSection(Section):
     """The newest are kept."""
     keep_every_steps: Steps | None = None
     """Also those of steps that are multiples of it, for ever. null: none for that."""
-    keep_best: Annotated[NonNegativeInt, Unit("checkpoints")] = 0
-    """Also so many with the best best_metric, among those that were evaluated."""
+    keep_best: Annotated[NonNegativeInt, Unit("checkpoints")] = 1
+    """Also so many with the best best_metric, among those that were evaluated: a run that gets worse does not push the
+    best out. While it gets better that is one of the newest."""
     best_metric: Annotated[str, Field(pattern=r"^eval/[\w./-]+$"), Accepts("a metric under eval/")] = "eval/loss"
     """What keep_best compares, and evaluate.patience: any metric of the run's evaluations, as eval/arc/acc."""
     best_mode: Literal["auto", "lowest", "highest"] = "auto"

@@ -244,6 +244,7 @@ class NodeAgent:
             data_places=data_places,
             image_folder=str(image_folder),
             resume_images=images,
+            undone_steps=list(order.undone_steps),
         )
         return RankGroup(self._environments(order), plan.to_json(), rendezvous=rendezvous)
 

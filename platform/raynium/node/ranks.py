@@ -93,6 +93,7 @@ class RankProcess:
                 self.failure.retry,
                 error=self.failure.error,
                 last_lines=lines,
+                undo=self.failure.undo,
             )
         if exit_code < 0:
             name = _signal_name(-exit_code)

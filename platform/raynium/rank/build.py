@@ -84,7 +84,7 @@ def run(plan: RankPlan, link: Link) -> Outcome:
         )
     armed_engine = armed(built, rank=rank)
     engine = WatchedEngine(armed_engine, torch_compiles=compiles, device_counts=accelerator.metrics, link=link)
-    guard, patience = Guard.of(config), Patience.of(config)
+    guard, patience = Guard.of(config, undone=plan.undone_steps), Patience.of(config)
     snapshots = _snapshots(plan, engine, link, guard, patience)
     origin = Origin(plan, engine, snapshots)
     link.phase("restore", at)

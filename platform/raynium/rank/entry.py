@@ -80,18 +80,20 @@ def main(
 
     from raynium.errors import CheckpointMismatch, ConfigError, DataError, SnapshotMemoryShort
     from raynium.rank.collectives import collectives
-    from raynium.train.guard import TooManyBadSteps
+    from raynium.train.guard import Spike, TooManyBadSteps
     from raynium.train.link import AgentLink
 
     link = AgentLink(connection, reports_steps=environment["RANK"] == "0", collectives=collectives)
     try:
         outcome = program(plan_json, link)
     except Exception as error:
-        traceback.print_exc()
+        undo = error.step if isinstance(error, Spike) else None
+        if undo is None:
+            traceback.print_exc()
         happens_again = isinstance(
             error, CheckpointMismatch | ConfigError | DataError | SnapshotMemoryShort | TooManyBadSteps
         )
-        link.failed(error, retry=not happens_again)
+        link.failed(error, retry=not happens_again, undo=undo)
         link.close()
         sys.stdout.flush()
         sys.stderr.flush()

@@ -111,6 +111,7 @@ class Lives:
             resume_step=origin.step,
             resume_images=origin.images,
             ledger=self._book.whole_run(now),
+            undone_steps=origin.undone_steps,
         )
         self._generations[self.number] = Generation(order, {agent.node_rank: agent for agent in agents})
         self._watch_for_hangs(order)
@@ -192,6 +193,8 @@ class Lives:
         self._failed(current.order.generation, cause, node_rank=node_rank)
         if first.fault is not None:
             self.node_fault(current.order.generation, node_rank, first.fault)
+        if first.undo is not None:
+            self._recovery.undo(first.undo)
         judgement = self._verdicts.ranks_failed(first, step=self._board.step, now=now)
         images = current.order.resume_images
         if images is not None and self._board.step <= images.step and judgement.doubts_images:

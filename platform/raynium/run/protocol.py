@@ -62,7 +62,7 @@ class Order:
 
     generation_id is in every key that the generation writes, so that an older one can never overwrite. resume_step:
     None for the initial weights. resume_images: all ranks have these in their nodes' memory, and need not read the
-    store. ledger: of the whole run until now.
+    store. ledger: of the whole run until now. undone_steps: see `RankPlan`.
     """
 
     world: World
@@ -73,6 +73,7 @@ class Order:
     resume_step: int | None = None
     resume_images: HeldImages | None = None
     ledger: Ledger = field(default_factory=Ledger)
+    undone_steps: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,7 @@ class RankExit:
 
     exit_code: negative is the signal that killed it. cause: None when it ended as it should. retry: False where the
     same would happen again. error: class of the exception that ended it, if one did. outcome: of a rank that ended as
-    it should. fault: a known one that ended it; see node/diagnosis.py.
+    it should. fault: a known one that ended it; see node/diagnosis.py. undo: the step that it is to leave out.
     """
 
     rank: int
@@ -119,6 +120,7 @@ class RankExit:
     outcome: Outcome | None = None
     last_lines: tuple[str, ...] = ()
     fault: Fault | None = None
+    undo: int | None = None
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,8 @@
 """From where a generation starts: a snapshot in the nodes' memory, a checkpoint, or the first step."""
 
 import asyncio
+import contextlib
+import json
 import math
 from collections import defaultdict
 from collections.abc import Callable, Collection, Sequence
@@ -10,17 +12,24 @@ from raynium.checkpoint.catalog import IfDamaged, resume_point, set_aside
 from raynium.checkpoint.format.manifest import CHECKPOINTS_FOLDER
 from raynium.checkpoint.ref import CheckpointRef
 from raynium.config.world import World
-from raynium.errors import CheckpointDamaged
+from raynium.errors import CheckpointDamaged, StoreError
 from raynium.run.protocol import AgentInfo, HeldImages
+from raynium.storage.backend import KeyMissing
 from raynium.storage.store import Store
+
+# In the run's store: a list of steps whose loss leapt.
+UNDONE_NAME = "undone-steps.json"
 
 
 @dataclass(frozen=True)
 class Origin:
-    """images: what all ranks have in their nodes' memory; else checkpoint; else the run begins."""
+    """images: what all ranks have in their nodes' memory; else checkpoint; else the run begins. undone_steps: of the
+    run, those that are to be left out.
+    """
 
     images: HeldImages | None = None
     checkpoint: CheckpointRef | None = None
+    undone_steps: tuple[int, ...] = ()
 
     @property
     def step(self) -> int | None:
@@ -48,6 +57,9 @@ class Recovery:
         self._reading: int | None = None
         self._damaged: int | None = None
         self._distrusted: set[tuple[str, int]] = set()
+        # The newest of the run, and those that the store has: None until it was asked.
+        self._undone: set[int] = set()
+        self._undone_kept: set[int] | None = None
 
     @property
     def reading(self) -> list[int]:
@@ -62,8 +74,11 @@ class Recovery:
         """Of the next generation. uploading: as the roster says. Raises StoreError and CheckpointError."""
         images = newest_images(agents, world, distrusted=self._distrusted)
         if images is not None:
-            # It is as new as any checkpoint, since every checkpoint was such an image.
-            return Origin(images)
+            # It is as new as any checkpoint, since every checkpoint was such an image. Nor does it wait for the store.
+            with contextlib.suppress(StoreError):
+                await asyncio.to_thread(self._keep_undone)
+            return Origin(images, undone_steps=tuple(sorted(self._undone)))
+        await asyncio.to_thread(self._keep_undone)
         async with self.choosing:
             if not uploading:
                 # No agent of an earlier attempt lives: what is open will never be finished.
@@ -74,13 +89,29 @@ class Recovery:
             point = await asyncio.to_thread(resume_point, self._store, if_damaged=self._if_damaged)
             for note in point.set_aside:
                 self._tell(f"CHECKPOINT DAMAGED: {note}")
-            origin = Origin(checkpoint=point.checkpoint)
+            origin = Origin(checkpoint=point.checkpoint, undone_steps=tuple(sorted(self._undone)))
             self._reading = origin.step
             return origin
 
     def distrust(self, images: HeldImages) -> None:
         """Ranks that started from them made no step: they are not tried again."""
         self._distrusted.add((images.generation_id, images.step))
+
+    def undo(self, step: int) -> None:
+        """The run leaves it out from now on, whatever it goes on from: known to drivers to come, too."""
+        self._undone.add(step)
+
+    def _keep_undone(self) -> None:
+        """Reads and writes the store where there is need. Raises StoreError."""
+        if self._undone_kept is None:
+            found: list[int] = []
+            with contextlib.suppress(KeyMissing):
+                found = json.loads(self._store.read(UNDONE_NAME, max_bytes=2**20))
+            self._undone_kept = set(found)
+        self._undone |= self._undone_kept
+        if self._undone != self._undone_kept:
+            self._store.replace(UNDONE_NAME, json.dumps(sorted(self._undone)).encode())
+            self._undone_kept = set(self._undone)
 
     def refuses(self, step: int | None, images: HeldImages | None, error: str | None) -> bool:
         """Whether the run must end because its ranks found, only while they read it, that their checkpoint is damaged.

@@ -54,6 +54,9 @@ class Verdicts:
 
         now: seconds of a steady clock.
         """
+        if exit.undo is not None:
+            # The ranks count those, and go back to a state that is good.
+            return Judgement(doubts_images=False)
         cause = f"rank {exit.rank}: {exit.cause}"
         cores_taken = exit.fault is not None and exit.fault.name == CORES_TAKEN
         self._cores_taken_since = (self._cores_taken_since or now) if cores_taken else None

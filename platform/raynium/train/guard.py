@@ -1,17 +1,19 @@
 """Judges each step before it can reach a checkpoint, and keeps which steps the run has not learned from.
 
 That list is part of the training state, beside the step: it is saved and restored with the weights, so that a
-generation that goes on from there counts the same updates, at any world size.
+generation that goes on from there counts the same updates, at any world size. So are the recent losses and norms that a
+leap is told by: a step is judged alike however often it is taken.
 """
 
 import math
-from collections.abc import Collection
+import statistics
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Self
 
 import torch
 
-from raynium.checkpoint.state import LEFT_OUT_NAME, Chunk
+from raynium.checkpoint.state import LEFT_OUT_NAME, RECENT_NAME, Chunk
 from raynium.config.schema import Config
 from raynium.engines.base import StepResult
 
@@ -19,15 +21,29 @@ from raynium.engines.base import StepResult
 MOST_KEPT = 256
 # fault.max_bad_steps of so many steps in a row are lived with.
 BAD_AMONG = 1000
+# A leap is told by so many losses and norms, once half of them are there.
+RECENT_STEPS = 100
+# Of a normal distribution the median deviation from the median times this is the standard deviation.
+DEVIATIONS = 1.4826
+# Where numbers hardly vary, less than this share of them is no leap of one deviation.
+LEAST_DEVIATION = 0.01
 
 
 class TooManyBadSteps(Exception):
     """The run cannot be trained on like this. Not retried: the same steps would give the same numbers."""
 
 
+class Spike(Exception):
+    """A step that is to be undone: who starts the ranks again has them go back, and leave it out."""
+
+    def __init__(self, step: int, why: str):
+        super().__init__(f"step {step}: {why}")
+        self.step = step
+
+
 @dataclass(frozen=True)
 class Verdict:
-    """On a step that was not learned from. why: a sentence's end, after "step 7: ". ends: what is to be raised."""
+    """On a step that is not to be learned from. why: a sentence's end, after "step 7: ". ends: what is to be raised."""
 
     why: str
     ends: Exception | None = None
@@ -36,35 +52,63 @@ class Verdict:
 class Guard:
     """The same on every rank: all are given the same numbers, in the order of the steps."""
 
-    def __init__(self, *, told: Collection[int] = (), most_bad: int = 0):
-        """told: steps that are to be left out. most_bad: of others, among any BAD_AMONG in a row."""
+    def __init__(
+        self,
+        *,
+        told: Collection[int] = (),
+        undone: Collection[int] = (),
+        most_bad: int = 0,
+        spike_score: float | None = None,
+        begins: Collection[int] = (),
+    ):
+        """told: steps that are to be left out. undone: others that are, since they leapt when they were taken before.
+        most_bad: of all but those told, among any BAD_AMONG in a row. spike_score: see `leap`; None: nothing leaps.
+        begins: steps from which on the data is another, so that no loss before is like those to come.
+        """
         assert most_bad < MOST_KEPT
-        self._told, self._most_bad = frozenset(told), most_bad
+        self._told, self._undone, self._most_bad = frozenset(told), frozenset(undone), most_bad
+        self._spike_score, self._begins = spike_score, frozenset(begins)
+        # Losses and gradient norms of steps that were learned from, each at its step modulo RECENT_STEPS. NaN: none.
+        self._recent = torch.full((2, RECENT_STEPS), math.nan, dtype=torch.float64)
         # How many steps were left out since step 0, then the newest of them, the last one first; 0: none.
         self._left_out = torch.zeros(1 + MOST_KEPT, dtype=torch.int64)
 
     @classmethod
-    def of(cls, config: Config) -> Self:
-        """What the run's config says."""
-        return cls(told=config.data.leave_out_steps, most_bad=config.fault.max_bad_steps)
+    def of(cls, config: Config, *, undone: Collection[int] = ()) -> Self:
+        """What the run's config says. undone: as above."""
+        return cls(
+            told=config.data.leave_out_steps,
+            undone=undone,
+            most_bad=config.fault.max_bad_steps,
+            spike_score=config.fault.spike_score,
+            begins=[stage.from_step for stage in config.data.stages],
+        )
 
     def leaves_out(self, step: int) -> bool:
         """Whether this step, which comes next, is not to be learned from."""
-        return step in self._told
+        return step in self._told or step in self._undone
 
     def judge(self, step: int, result: StepResult) -> Verdict | None:
-        """None: it was learned from."""
-        if result.updated:
+        """None: it was learned from, and stays so."""
+        if step in self._begins:
+            self._recent.fill_(math.nan)
+        numbers = f"loss {result.loss:.6g}, gradient norm {result.grad_norm:.6g}"
+        leapt = self._leaps(result) if result.updated else None
+        if result.updated and leapt is None:
+            self._recent[:, step % RECENT_STEPS] = torch.tensor((result.loss, result.grad_norm))
             return None
         self._note(step)
-        numbers = f"loss {result.loss:.6g}, gradient norm {result.grad_norm:.6g}"
         if step in self._told:
             return Verdict(f"left out as data.leave_out_steps says ({numbers})")
-        assert not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)) or result.agreed.leave_out
-        why = f"{numbers}: not finite, so nothing was learned from it"
+        if leapt is not None:
+            why = f"{numbers}: {leapt}, so all go back to the last snapshot and leave it out"
+        elif step in self._undone:
+            why = f"{numbers}: left out, since it leapt when it was taken before"
+        else:
+            why = f"{numbers}: not finite, so nothing was learned from it"
         bad = self._bad_by(step)
         if len(bad) <= self._most_bad:
-            return Verdict(why)
+            return Verdict(why, None if leapt is None else Spike(step, why))
         return Verdict(
             why,
             TooManyBadSteps(
@@ -86,7 +130,22 @@ class Guard:
 
     def chunks(self, *, saved_here: bool) -> list[Chunk]:
         """What checkpoints hold of it."""
-        return [Chunk.whole(LEFT_OUT_NAME, self._left_out, saved_here=saved_here)]
+        kept = {LEFT_OUT_NAME: self._left_out, RECENT_NAME: self._recent}
+        return [Chunk.whole(name, tensor, saved_here=saved_here) for name, tensor in kept.items()]
+
+    def _leaps(self, result: StepResult) -> str | None:
+        if self._spike_score is None:
+            return None
+        for name, value, recent in zip(
+            ("loss", "gradient norm"), (result.loss, result.grad_norm), self._recent.tolist(), strict=True
+        ):
+            score, median = leap(value, [each for each in recent if not math.isnan(each)])
+            if score > self._spike_score:
+                return (
+                    f"the {name} lies {score:.0f} robust standard deviations above the median {median:.6g} of the last "
+                    f"{RECENT_STEPS} steps (fault.spike_score={self._spike_score:g})"
+                )
+        return None
 
     def _note(self, step: int) -> None:
         newest = self._left_out[1:]
@@ -98,3 +157,15 @@ class Guard:
         """Of the last BAD_AMONG steps those that nobody wanted to leave out, oldest first."""
         recent = (each for each in self._left_out[1:].tolist() if each > max(0, step - BAD_AMONG))
         return sorted(each for each in recent if each not in self._told)
+
+
+def leap(value: float, recent: Sequence[float]) -> tuple[float, float]:
+    """By how many robust standard deviations a value lies above the median of recent ones, and that median.
+
+    Too few of them tell nothing: 0.
+    """
+    if len(recent) < RECENT_STEPS // 2:
+        return 0.0, math.nan
+    median = statistics.median(recent)
+    deviation = DEVIATIONS * statistics.median([abs(each - median) for each in recent])
+    return (value - median) / max(deviation, LEAST_DEVIATION * abs(median), 1e-300), median

@@ -104,11 +104,14 @@ class Ended:
 
 @dataclass(frozen=True)
 class Failed:
-    """An exception of class `error` ended the rank. retry: False where the same would happen again."""
+    """An exception of class `error` ended the rank. retry: False where the same would happen again. undo: the step that
+    is to be left out then.
+    """
 
     error: str
     cause: str
     retry: bool
+    undo: int | None = None
 
 
 # ---- agent → rank ----------------------------------------------------------------------------------------------------
@@ -258,10 +261,10 @@ class AgentLink:
         """The last message of a rank that ended as it should."""
         self._post(Ended(step, reason, why))
 
-    def failed(self, error: Exception, *, retry: bool) -> None:
-        """The last message of a rank that an exception ended."""
+    def failed(self, error: Exception, *, retry: bool, undo: int | None = None) -> None:
+        """The last message of a rank that an exception ended. retry, undo: as of a `Failed`."""
         name = type(error).__name__
-        self._post(Failed(name, f"{name}: {error}", retry))
+        self._post(Failed(name, f"{name}: {error}", retry, undo))
 
     def close(self) -> None:
         """Returns when everything posted has been handed to the kernel."""
