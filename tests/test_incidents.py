@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any, ClassVar
+from xml.etree import ElementTree
 
 import pytest
 from tiny import job_text
@@ -19,7 +20,9 @@ from raynium.errors import ConfigError
 from raynium.launch.notify import Notifier
 from raynium.run.record import claim, read_record
 from raynium.storage.store import Store
+from raynium.tracking.chart import COLOURS, time_chart
 from raynium.tracking.incidents import KEPT, Incidents, merged, row, settled
+from raynium.tracking.ledger import CAUSES, Ledger
 
 
 class Clock:
@@ -186,3 +189,17 @@ def test_an_address_in_the_config_itself_is_refused_without_being_repeated() -> 
     with pytest.raises(ConfigError, match=r"fault.notify_url must be \$NAME") as refused:
         resolve(config)
     assert "secret" not in str(refused.value).replace("is a secret", "")
+
+
+# ---- the chart of the run's time ------------------------------------------------------------------------------------
+
+
+def test_the_chart_is_one_bar_of_the_whole_time_cut_by_cause() -> None:
+    ledger = Ledger(train=75.0, restart=20.0, load=5.0)
+    chart = ElementTree.fromstring(time_chart(ledger))
+    bars = [each.attrib for each in chart if each.tag.endswith("rect") and each.attrib["y"] == "0"]
+    assert [(float(bar["x"]), float(bar["width"])) for bar in bars] == [(0, 540), (540, 144), (684, 36)]
+    words = [each.text for each in chart if each.tag.endswith("text")]
+    assert words == ["train 75.0 s (75.0 %)", "restart 20.0 s (20.0 %)", "load 5.0 s (5.0 %)"]
+    assert set(COLOURS) == set(CAUSES) and len(set(COLOURS.values())) == len(CAUSES)
+    assert len(ElementTree.fromstring(time_chart(Ledger()))) == 1

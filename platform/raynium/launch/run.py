@@ -1,6 +1,7 @@
 """Runs one config to its end and writes down the result: what `raynium train` and `jobs/train.py` call."""
 
 import contextlib
+import json
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -20,6 +21,7 @@ from raynium.run.past import Past, run_store
 from raynium.run.protocol import Status
 from raynium.run.record import RunRecord
 from raynium.terminal.display import Display
+from raynium.tracking.chart import time_chart
 from raynium.tracking.client import ArtifactsAway
 from raynium.tracking.runs import log_artifact_text
 
@@ -146,9 +148,12 @@ def _end_mlflow_run(prepared: Prepared, display: Display, record: RunRecord) -> 
     samples = record.result["samples"] if record.result is not None else []
     try:
         end_page(mlflow, record)
+        log_artifact_text(mlflow.uri, mlflow.run_id, "time.svg", time_chart(record.ledger))
+        if record.incidents:
+            log_artifact_text(mlflow.uri, mlflow.run_id, "incidents.json", json.dumps(record.incidents, indent=1))
         if samples:
             log_artifact_text(mlflow.uri, mlflow.run_id, "samples.txt", "\n\n----------\n\n".join(samples))
     except ArtifactsAway as error:
-        display.line(f"the MLflow page does not show the samples: {error}")
+        display.line(f"the MLflow page does not show all files of the run: {error}")
     except TrackingError as error:
         display.line(f"the MLflow page does not show how the run ended: {error}")

@@ -1,0 +1,42 @@
+"""Where a run's time went, as a picture: SVG, which is text, so that it needs no library."""
+
+from raynium.tracking.ledger import Cause, Ledger
+
+COLOURS: dict[Cause, str] = {
+    "train": "#2e7d32",
+    "compile": "#6a1b9a",
+    "evaluate": "#1565c0",
+    "save": "#00838f",
+    "repeat": "#ef6c00",
+    "load": "#f9a825",
+    "restart": "#c62828",
+    "start": "#78909c",
+    "finish": "#90a4ae",
+    "down": "#212121",
+    "other": "#bdbdbd",
+}
+WIDTH, BAR, LINE = 720, 40, 22
+
+
+def time_chart(ledger: Ledger) -> str:
+    """One bar, the whole wall time, cut by cause; below it what each colour is, in seconds and in percent."""
+    total = ledger.total or 1.0
+    longest_first = sorted(ledger.seconds().items(), key=lambda item: -item[1])
+    shown = [(cause, seconds) for cause, seconds in longest_first if seconds]
+    height = BAR + LINE * (len(shown) + 2)
+    lines = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{height}" font-family="sans-serif" '
+        'font-size="14">',
+        f"<title>goodput {100 * ledger.goodput:.1f} % of {ledger.total:,.0f} s</title>",
+    ]
+    left = 0.0
+    for number, (cause, seconds) in enumerate(shown, start=1):
+        wide, down = WIDTH * seconds / total, BAR + LINE * (number + 0.5)
+        words = f"{cause} {seconds:,.1f} s ({100 * seconds / total:.1f} %)"
+        lines += [
+            f'<rect x="{left:.2f}" y="0" width="{wide:.2f}" height="{BAR}" fill="{COLOURS[cause]}"/>',
+            f'<rect x="0" y="{down - 12:.0f}" width="14" height="14" fill="{COLOURS[cause]}"/>',
+            f'<text x="22" y="{down:.0f}">{words}</text>',
+        ]
+        left += wide
+    return "\n".join([*lines, "</svg>", ""])
