@@ -150,6 +150,17 @@ def test_ranks_keep_their_lanes_and_the_samples_of_a_step_are_the_same_at_every_
             assert len({lane for step in in_rounds for lane in rank.samples(step).lanes}) == 6 // data_size
 
 
+def test_the_samples_of_a_step_are_named_alike_by_every_rank_and_can_be_looked_up(store: DocumentStore):
+    whole, half = loader_of(store), loader_of(store, data_rank=1, data_size=2)
+    assert whole.names(3) == half.names(3)
+    numbers, _, places = whole.names(3).partition(", store:row ")
+    assert numbers == "its samples are 24 to 35 of the run's order"
+    rows = np.array([int(place.removeprefix("0:")) for place in places.split(", ")])
+    found = StreamRows(store, SEQ_LEN).read(rows)["tokens"].astype(np.int64)
+    assert np.array_equal(found, whole.batch(3).tokens_BT.numpy())
+    assert loader_of(store, global_batch_size=48).names(1).endswith(" and 16 more")
+
+
 def test_steps_can_be_asked_for_in_any_order_by_a_fresh_loader(store: DocumentStore):
     first = loader_of(store)
     # more steps than a block of samples, so that batches cross the blocks' borders

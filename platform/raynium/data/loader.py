@@ -29,6 +29,8 @@ from raynium.data.streamed import StreamedStore
 SAMPLES_AT_ONCE = 4096
 # So are rows read, where no store is streamed: about so many bytes of tokens and labels.
 BYTES_AT_ONCE = 2**19
+# Of a step's samples so many are named one by one.
+NAMED = 32
 
 
 class Loader:
@@ -95,9 +97,16 @@ class Loader:
         return Samples(*(column[of_step] for column in self._of_steps(part)))
 
     def names(self, step: int) -> str:
-        """The samples of a step, of all ranks, in words: their numbers in the run's order, counted from 0."""
-        first = (step - 1) * self._step_samples
-        return f"its samples are {first:,} to {first + self._step_samples - 1:,} of the run's order"
+        """The samples of a step, of all ranks, in words: their numbers in the run's order, counted from 0, and where
+        they lie: rows of stores, which are numbered as the mixture has them.
+        """
+        first, samples = (step - 1) * self._step_samples, self.samples_of_all(step)
+        places = [f"{store}:{row}" for store, row in zip(samples.stores.tolist(), samples.rows.tolist(), strict=True)]
+        more = f" and {len(places) - NAMED:,} more" if len(places) > NAMED else ""
+        return (
+            f"its samples are {first:,} to {first + self._step_samples - 1:,} of the run's order, store:row "
+            f"{', '.join(places[:NAMED])}{more}"
+        )
 
     def _place(self, step: int) -> tuple[Samples, slice]:
         """Samples of many steps, and which of them are this rank's of this one."""
