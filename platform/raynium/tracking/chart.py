@@ -1,6 +1,6 @@
 """Where a run's time went, as a picture: SVG, which is text, so that it needs no library."""
 
-from raynium.tracking.ledger import Cause, Ledger
+from raynium.tracking.ledger import CAUSES, Cause, Ledger
 
 COLOURS: dict[Cause, str] = {
     "train": "#2e7d32",
@@ -21,17 +21,18 @@ WIDTH, BAR, LINE = 720, 40, 22
 def time_chart(ledger: Ledger) -> str:
     """One bar, the whole wall time, cut by cause; below it what each colour is, in seconds and in percent."""
     total = ledger.total or 1.0
-    longest_first = sorted(ledger.seconds().items(), key=lambda item: -item[1])
-    shown = [(cause, seconds) for cause, seconds in longest_first if seconds]
+    seconds_of = ledger.seconds()
+    shown = sorted((cause for cause in CAUSES if seconds_of[cause]), key=lambda cause: -seconds_of[cause])
     height = BAR + LINE * (len(shown) + 2)
     lines = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{height}" font-family="sans-serif" '
         'font-size="14">',
         f"<title>goodput {100 * ledger.goodput:.1f} % of {ledger.total:,.0f} s</title>",
     ]
-    left = 0.0
-    for number, (cause, seconds) in enumerate(shown, start=1):
-        wide, down = WIDTH * seconds / total, BAR + LINE * (number + 0.5)
+    left, down = 0.0, BAR + LINE * 0.5
+    for cause in shown:
+        seconds = seconds_of[cause]
+        wide, down = WIDTH * seconds / total, down + LINE
         words = f"{cause} {seconds:,.1f} s ({100 * seconds / total:.1f} %)"
         lines += [
             f'<rect x="{left:.2f}" y="0" width="{wide:.2f}" height="{BAR}" fill="{COLOURS[cause]}"/>',
