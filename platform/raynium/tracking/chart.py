@@ -22,7 +22,8 @@ def time_chart(ledger: Ledger) -> str:
     """One bar, the whole wall time, cut by cause; below it what each colour is, in seconds and in percent."""
     total = ledger.total or 1.0
     seconds_of = ledger.seconds()
-    shown = sorted((cause for cause in CAUSES if seconds_of[cause]), key=lambda cause: -seconds_of[cause])
+    shown: list[Cause] = [cause for cause in CAUSES if seconds_of[cause]]
+    shown.sort(key=lambda cause: -seconds_of[cause])
     height = BAR + LINE * (len(shown) + 2)
     lines = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{height}" font-family="sans-serif" '
