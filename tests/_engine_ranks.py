@@ -24,6 +24,7 @@ from raynium.data.questions import parse
 from raynium.data.tokenizer import Tokenizer
 from raynium.engines.base import Engine, Votes
 from raynium.engines.native import build_native_engine
+from raynium.models import pieces
 from raynium.rank.evaluation import Evaluation, QuestionRows, rows_of_call
 from raynium.storage.store import Store
 from raynium.tasks.base import Scored, Task
@@ -50,6 +51,7 @@ def run_rank(rank: int, folder: Path, scenario: dict) -> None:
     with (folder / "stderr").open("ab") as stderr:
         os.dup2(stderr.fileno(), 2)
     torch.set_num_threads(1)
+    pieces.LOGITS_BYTES = scenario["logits_bytes"] or pieces.LOGITS_BYTES
     world = World.of(config)
     if world.size > 1:
         # A file and not a port: nothing to collide with.
@@ -126,9 +128,15 @@ class Poisoned:
     def __getattr__(self, name: str) -> object:
         return getattr(self._task, name)
 
+    @property
+    def slopes(self) -> str:
+        """Never "fixed", or the native engine would ask twice for a micro-batch's."""
+        return "signed" if self._task.slopes == "signed" else "negative"
+
     def score(self, log_probs_BT: torch.Tensor, batch: Batch) -> Scored:
         scored = self._task.score(log_probs_BT, batch)
-        self._seen += log_probs_BT.requires_grad or torch.is_grad_enabled()
+        # The native engine asks while it makes gradients itself; a step that is poisoned comes before any evaluation.
+        self._seen += 1
         return scored._replace(slope_BT=scored.slope_BT * self._value) if self._seen == self._at else scored
 
 

@@ -13,18 +13,15 @@ import torch
 import torch.nn.functional as F
 from _engine_ranks import extent
 from first_weights import initialise
-from torch.multiprocessing.reductions import StorageWeakRef
+from pair_task import in_pairs
 
-from raynium.accelerators.cpu import CpuAccelerator
 from raynium.config.schema import Config
 from raynium.config.world import World
 from raynium.data.batch import IGNORED_LABEL, Batch
 from raynium.engines.base import FakeEngine, Votes
 from raynium.engines.log_probs import ROWS_AT_ONCE, label_log_probs, turn_into_gradient
-from raynium.engines.native import build_native_engine
 from raynium.engines.optim import decays, learning_rate
 from raynium.models.decoder import Decoder
-from raynium.tasks.pretraining import Pretraining
 
 STEPS, ROWS, SEQ_LEN, VOCAB = 20, 12, 16, 64
 PLENTY = 1 << 40
@@ -130,8 +127,10 @@ def run(
     questions: str | None = None,
     rows: bool = False,
     first_state: bool = False,
+    logits_bytes: int | None = None,
 ) -> Run:
     """All ranks of `config` take the steps; stop: the (rank, step) that asks to stop. memory_bytes: of each rank.
+    logits_bytes: of a piece of the head's rows, where it is not the usual one.
 
     leave_out: the (rank, step) that votes for it. poison: (rank, step, micro-batch, what slopes are multiplied by).
 
@@ -153,6 +152,7 @@ def run(
         "questions": questions,
         "rows": rows,
         "first_state": first_state,
+        "logits_bytes": logits_bytes,
     }
     (folder / "scenario.json").write_text(json.dumps(scenario))
     assert forker.stdin is not None and forker.stdout is not None
@@ -359,6 +359,45 @@ def test_a_step_that_is_not_finite_changes_no_bit_and_equals_one_that_was_left_o
     assert all(torch.equal(tensor, told.whole_state()[name]) for name, tensor in spoilt.whole_state().items())
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_head_in_pieces_gives_the_same_losses_in_every_layout(
+    layout: str, runs: dict[str, Run], tmp_path: Path, forker: subprocess.Popen[str]
+) -> None:
+    arguments, memory = LAYOUTS[layout]
+    pieces = run(
+        forker, tmp_path / "run", config(**arguments), memory_bytes=memory, last_step=5, logits_bytes=9 * VOCAB * 4
+    )
+    assert pieces.losses == pytest.approx(runs[layout].losses[:5], rel=3e-6)
+    # The model learns from it, whatever the loss says of the model before.
+    assert pieces.evaluations[0][0]["nats"] == pytest.approx(runs[layout].evaluations[0][0]["nats"], rel=3e-6)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "memory"),
+    [
+        ({"ranks": 4, "tensor": 2}, 0),
+        ({"ranks": 2, "fsdp": "simple", "compile": "block"}, PLENTY),
+        ({"ranks": 2, "tensor": 2, "dtype": "bfloat16"}, PLENTY),
+    ],
+    ids=str,
+)
+def test_slopes_that_wait_for_whole_rows_are_the_same_in_pieces(
+    arguments: dict[str, Any], memory: int, tmp_path: Path, forker: subprocess.Popen[str]
+) -> None:
+    more: dict[str, Any] = {
+        "task": "dpo",
+        "data": in_pairs(samples()),
+        "memory_bytes": memory,
+        "last_step": 5,
+        "rows": True,
+    }
+    whole = run(forker, tmp_path / "whole", config(micro_batches=3, **arguments), **more)
+    pieces = run(forker, tmp_path / "pieces", config(micro_batches=3, **arguments), **more, logits_bytes=9 * VOCAB * 4)
+    assert pieces.losses == pytest.approx(whole.losses, rel=3e-6 if "dtype" not in arguments else 2e-3)
+    for mine, theirs in zip(pieces.rows, whole.rows, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5 if "dtype" not in arguments else 1e-2, atol=1e-3)
+
+
 # ---- Options ---------------------------------------------------------------------------------------------------------
 
 
@@ -391,21 +430,6 @@ def test_compiled_blocks_give_the_same_losses(
     assert compiled.losses == pytest.approx(runs["fsdp 2"].losses[:5], rel=3e-6)
 
 
-def test_logits_do_not_outlive_their_micro_batch() -> None:
-    """They are the largest activation, and the next micro-batch is about to make its own."""
-    made = config(micro_batches=3)
-    engine = build_native_engine(made, World.of(made), CpuAccelerator(), Pretraining())
-    made: list[StorageWeakRef] = []
-    alive: list[int] = []
-    engine._model.register_forward_pre_hook(lambda *_: alive.append(sum(not each.expired() for each in made)))
-    engine._model.register_forward_hook(lambda _, __, logits: made.append(StorageWeakRef(logits.untyped_storage())))
-    data = samples()
-    batch = Batch(data["tokens"][0], data["labels"][0])
-    engine.step(batch, step=1, votes=Votes())
-    engine.evaluate(batch)
-    assert alive == [0] * 6
-
-
 # ---- Parts -----------------------------------------------------------------------------------------------------------
 
 
@@ -435,7 +459,7 @@ def test_logits_become_the_gradient_that_autograd_has(dtype: torch.dtype, slopes
     found = label_log_probs(logits, labels, vocabulary_group=None)
     assert torch.equal(logits, untouched)
     torch.testing.assert_close(found.log_probs_N, -nats.detach())
-    turn_into_gradient(logits, found, slope, slopes="signed" if slopes == "signed" else "negative")
+    turn_into_gradient(logits, found, slope, signed=slopes == "signed")
     torch.testing.assert_close(logits, theirs.grad)
 
 
@@ -443,7 +467,7 @@ def test_a_slope_that_was_not_announced_is_no_number() -> None:
     """Rather than a gradient of the wrong sign: the guard then ends the run at this step."""
     logits = torch.randn(2, 8)
     found = label_log_probs(logits, torch.tensor([1, 2]), vocabulary_group=None)
-    turn_into_gradient(logits, found, torch.tensor([-1.0, 1.0]), slopes="negative")
+    turn_into_gradient(logits, found, torch.tensor([-1.0, 1.0]), signed=False)
     assert logits[0].isfinite().all() and logits[1].isnan().all()
 
 

@@ -63,11 +63,22 @@ def test_a_stage_holds_its_blocks_and_one_table_but_the_activations_of_all_micro
 
 
 def test_activations_and_logits_follow_the_tokens_of_a_micro_batch():
-    one, two = estimate("llama3-8b"), estimate("llama3-8b", "train.micro_batch_size=2")
+    one, two = estimate("llama3-8b", "data.seq_len=2048"), estimate("llama3-8b", "data.seq_len=4096")
     assert (two.activations, two.logits) == (2 * one.activations, 2 * one.logits)
     assert two.parameters == one.parameters
-    half = estimate("llama3-8b", "data.seq_len=4096")
-    assert (half.activations, half.logits) == (one.activations // 2, one.logits // 2)
+    rows = estimate("llama3-8b", "data.seq_len=2048", "train.micro_batch_size=2")
+    assert (rows.activations, rows.logits) == (two.activations, two.logits)
+
+
+def test_logits_of_many_tokens_are_a_piece_and_what_sums_up_over_pieces():
+    vocabulary = 128256 // 4
+    whole, pieces = estimate("llama3-8b"), estimate("llama3-8b", "train.micro_batch_size=2")
+    assert whole.logits == 8192 * vocabulary * 2, "pieces would take 256 MiB, and 4096 × 4 bytes for each column"
+    assert pieces.logits == 4096 * vocabulary * 2 + vocabulary * 4096 * 4
+    adapted = estimate("llama3-8b", "train.micro_batch_size=2", "adapter.rank=8")
+    assert adapted.logits == 4096 * vocabulary * 2, "the head does not learn"
+    under_nxd = estimate("llama3-8b", "train.micro_batch_size=2", "engine.kind=nxd", "engine.compile=none")
+    assert under_nxd.logits == 2 * 8192 * vocabulary * (2 + 4)
 
 
 def test_rows_of_several_documents_have_one_mask_for_all_layers():
@@ -84,7 +95,7 @@ def test_rows_of_several_documents_have_one_mask_for_all_layers():
 
 def test_float32_takes_twice_the_bytes_of_compute_but_not_of_state():
     half, full = estimate("llama3-8b"), estimate("llama3-8b", "engine.dtype=float32")
-    assert full.logits == 2 * half.logits
+    assert full.logits == half.logits // 2, "in pieces, whose sum takes no more than the gradient itself"
     assert full.gathered_blocks == 2 * half.gathered_blocks
     assert full.parameters == half.parameters
 

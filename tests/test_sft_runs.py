@@ -172,7 +172,7 @@ class LastWords:
     sums = ("weighted", "weight")
     objective = "weighted"
     divisor = "weights"
-    slopes = "negative"
+    slopes = "fixed"
 
     def counts(self, batch):
         return {"weights": float(self.weights(batch).sum())}

@@ -205,7 +205,7 @@ def test_one_graph_of_a_block_holds_its_collectives_and_keeps_no_whole_parameter
     backend = RecordingBackend(PARTITIONS[partition])
     made = config(**SHAPES[shape], model={**LLAMA3, "num_layers": 3}, compile="block", fsdp="simple")
     engine, batch = pretended(made, backend)
-    logits = engine._model(engine._micro_batches(batch)[0].tokens_BT)
+    logits = engine._model(next(engine._micro_batches(batch))[0].tokens_BT)
     assert len(backend.gathered) == 3 * BLOCK_PARAMETERS, "every parameter of every block was gathered"
     assert backend.alive() == 0, "between forward and backward"
     logits.backward(logits.detach())
@@ -233,7 +233,7 @@ def test_a_model_that_fits_keeps_what_it_gathered(
     backend = RecordingBackend(PARTITIONS[partition])
     made = config(ranks=2, model=LLAMA3, compile="block", fsdp="simple", activation_checkpointing=checkpointing)
     engine, batch = pretended(made, backend, PLENTY)
-    logits = engine._model(engine._micro_batches(batch)[0].tokens_BT)
+    logits = engine._model(next(engine._micro_batches(batch))[0].tokens_BT)
     assert backend.alive() == len(backend.gathered) == 2 * BLOCK_PARAMETERS
     logits.backward(logits.detach())
     assert len(backend.gathered) == 2 * BLOCK_PARAMETERS, "nothing was gathered twice"

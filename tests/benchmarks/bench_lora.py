@@ -103,13 +103,13 @@ def run(name: str, tiny: bool, steps: int, connection: Connection) -> None:
         import transformers  # noqa: F401
 
         del peft
-    before = _status("VmRSS")
+    before = status_bytes("VmRSS")
     step, number, loss = LOOPS[name](config(tiny)), 0, 0.0
     # From here on the peak is that of steps: what building took does not count.
     Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
     while True:
         if connection.recv() == "memory":
-            connection.send(_status("VmHWM") - before)
+            connection.send(status_bytes("VmHWM") - before)
             return
         began = time.perf_counter()
         for _ in range(steps):
@@ -118,7 +118,7 @@ def run(name: str, tiny: bool, steps: int, connection: Connection) -> None:
         connection.send((time.perf_counter() - began, loss))
 
 
-def _status(field: str) -> int:
+def status_bytes(field: str) -> int:
     """Bytes."""
     lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))

@@ -61,6 +61,8 @@ class Accelerator(Protocol):
     compile_backend: str
     # "float64", or "float32" where the device has no wider: what sums over tokens and parameters are taken in
     sum_dtype: str
+    # Whether each new shape of an operation is compiled, in seconds or minutes.
+    static_shapes: bool
 
     def environment(self, place: Place) -> dict[str, str]:
         """Every variable that a rank's libraries read, to be set before they are imported.

@@ -24,6 +24,7 @@ class CpuAccelerator:
     process_group_backend = "gloo"
     compile_backend = "inductor"
     sum_dtype = "float64"
+    static_shapes = False
 
     def environment(self, place: Place) -> dict[str, str]:
         variables = {

@@ -30,6 +30,7 @@ class CudaAccelerator:
     process_group_backend = "nccl"
     compile_backend = "inductor"
     sum_dtype = "float64"
+    static_shapes = False
 
     def environment(self, place: Place) -> dict[str, str]:
         return {

@@ -51,6 +51,7 @@ class NeuronAccelerator:
     process_group_backend = "neuron"
     compile_backend = "neuron"
     sum_dtype = "float32"
+    static_shapes = True
 
     def __init__(self, instance: Instance | None = None):
         self._instance = instance

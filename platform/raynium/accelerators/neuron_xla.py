@@ -41,6 +41,7 @@ class NeuronXlaAccelerator:
     # Not used: torch-xla compiles whatever it is given.
     compile_backend = "openxla"
     sum_dtype = "float32"
+    static_shapes = True
 
     def __init__(self, instance: Instance | None = None):
         self._instance = instance

@@ -7,7 +7,7 @@ vocabulary split over tensor-parallel ranks the ranks exchange two numbers per t
 Shapes: N tokens (B * T), V the vocabulary's part on this rank.
 """
 
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -62,18 +62,16 @@ def label_log_probs(
 
 
 @torch.no_grad()
-def turn_into_gradient(
-    logits_NV: Tensor, found: LabelLogProbs, slope_N: Tensor, *, slopes: Literal["negative", "signed"]
-) -> None:
+def turn_into_gradient(logits_NV: Tensor, found: LabelLogProbs, slope_N: Tensor, *, signed: bool) -> None:
     """Overwrites the logits with the gradient of a function that has these slopes in the log-probabilities `found`.
 
     That is weight * (softmax(logits) - one_hot(label)) with weight = -slope, and 0 where no label counts.
-    slopes: "signed" if some slope may be positive; under "negative" such a row becomes NaN.
+    signed: some slope may be positive; without, such a row becomes NaN.
     """
     weight_N = -slope_N.to(found.log_norm_N.dtype).where(found.counted_N, 0)
     # weight * exp(logit - norm) is exp(logit - (norm - log weight)), which costs no pass over the logits. A weight of 0
     # makes the norm infinite, and the row 0.
-    log_norm_N = found.log_norm_N - (weight_N.abs() if slopes == "signed" else weight_N).log()
+    log_norm_N = found.log_norm_N - (weight_N.abs() if signed else weight_N).log()
     one_hot_N = -(found.here_N * weight_N)
     rows = (log_norm_N, weight_N.sign(), one_hot_N, found.columns_N)
     for chunk_NV, log_norm, sign, one_hot, columns in zip(
@@ -81,7 +79,7 @@ def turn_into_gradient(
     ):
         in_place = chunk_NV if chunk_NV.dtype == log_norm.dtype else chunk_NV.to(log_norm.dtype)
         in_place.sub_(log_norm[:, None]).exp_()
-        if slopes == "signed":
+        if signed:
             in_place.mul_(sign[:, None])
         in_place.scatter_add_(1, columns[:, None], one_hot[:, None])
         if in_place is not chunk_NV:

@@ -6,7 +6,8 @@ divides by what was counted and clips, and AdamW. The scale stays on the device,
 step is over.
 """
 
-from typing import Literal, NamedTuple
+from collections.abc import Iterator
+from typing import Any, Literal, NamedTuple
 
 import torch
 
@@ -26,7 +27,7 @@ from raynium.config.schema import Config
 from raynium.config.world import World
 from raynium.data.batch import Batch
 from raynium.engines.base import StepResult, Votes
-from raynium.engines.log_probs import LabelLogProbs, label_log_probs, turn_into_gradient
+from raynium.engines.head import Finish, PiecewiseHead, counted_places
 from raynium.engines.optim import decays, learning_rate
 from raynium.engines.parallelize import apply_fsdp, apply_tensor_parallel, fsdp_modules, parameter_names, wrap_blocks
 from raynium.engines.recompute import with_recompute_marks
@@ -151,6 +152,7 @@ class NativeEngine:
         # Without an index: on Neuron only the bare name is right.
         self._device = torch.device(accelerator.device_type)
         self._sum_dtype: torch.dtype = getattr(torch, accelerator.sum_dtype)
+        self._static_shapes = accelerator.static_shapes
         self._task = task
         self._place = place
         self._model, self._dropout = held.model, held.dropout
@@ -158,9 +160,8 @@ class NativeEngine:
         self._frozen = [part for part in held.parts if not part.parameter.requires_grad]
         self._opened_group = opened_group
         self._optimizer = _build_optimizer(config, self._parts)
-        self._vocabulary_group = (
-            place.mesh.get_group("tensor") if place.mesh is not None and place.tensor_size > 1 else None
-        )
+        group = place.mesh.get_group("tensor") if place.mesh is not None and place.tensor_size > 1 else None
+        self._head = PiecewiseHead(task, vocabulary_group=group, sum_dtype=self._sum_dtype)
         # With whole gradients kept between micro-batches, only the last one talks to other ranks. (FSDP2 only: under
         # SimpleFSDP the reduction is part of the graph, so every micro-batch reduces, into this rank's rows.)
         self._syncs_last_only = gathered
@@ -210,9 +211,9 @@ class NativeEngine:
 
     def _accumulate_gradients(self, batch: Batch, *, step: int) -> Tensor:
         """Forward and backward of every micro-batch; returns the task's sums over this data rank's rows."""
-        micro_batches = self._micro_batches(batch)
+        micro_batches = list(self._micro_batches(batch))
         sums = torch.zeros(len(self._task.sums), dtype=self._sum_dtype, device=self._device)
-        for index, micro_batch in enumerate(micro_batches):
+        for index, (micro_batch, places_C) in enumerate(micro_batches):
             if self._syncs_last_only and isinstance(self._model, FSDPModule):
                 last = index == len(micro_batches) - 1
                 self._model.set_requires_gradient_sync(last)
@@ -222,12 +223,9 @@ class NativeEngine:
                 first = (self.data_rank * len(micro_batches) + index) * len(self._dropout.keys_B)
                 rows = range(first, first + len(self._dropout.keys_B))
                 self._dropout.keys_B.copy_(row_keys(seed=self._config.run.seed, step=step, rows=rows))
-            logits_BTV = self._logits(micro_batch)
-            # `.data`, since autograd must not learn that the logits become their own gradient: no backward reads them.
-            sums += self._score(logits_BTV.data, micro_batch, want_gradient=True)
-            logits_BTV.backward(logits_BTV.data)
-            # Kept, the logits would stand in memory beside the next micro-batch's.
-            del logits_BTV
+            objective, sums_here = self._finished(micro_batch, self._head.learning(micro_batch, places_C))
+            objective.backward()
+            sums += sums_here
         return sums
 
     def _local_gradients(self) -> list[tuple[HeldPart, Tensor]]:
@@ -265,8 +263,8 @@ class NativeEngine:
     def evaluate(self, batch: Batch) -> Sums:
         counts = counts_of(self._task, batch)
         sums = torch.zeros(len(self._task.sums), dtype=self._sum_dtype, device=self._device)
-        for micro_batch in self._micro_batches(batch):
-            sums += self._score(self._logits(micro_batch), micro_batch, want_gradient=False)
+        for micro_batch, places_C in self._micro_batches(batch):
+            sums += self._finished(micro_batch, self._head.evaluating(micro_batch, places_C))
         self._reshard()
         total = self._sum_over_ranks(sums, counts, square_norm=0.0, votes=Votes())
         return dict(zip(total.names, total.sums.tolist(), strict=True))
@@ -274,8 +272,8 @@ class NativeEngine:
     @torch.no_grad()
     def row_log_probs(self, batch: Batch) -> Tensor:
         rows = [
-            self._label_log_probs(self._logits(part), part).log_probs_N.view_as(part.labels_BT).sum(1)
-            for part in self._micro_batches(batch)
+            self._finished(micro_batch, self._head.row_log_probs(micro_batch, places_C))
+            for micro_batch, places_C in self._micro_batches(batch)
         ]
         self._reshard()
         return torch.cat(rows).float().cpu()
@@ -291,25 +289,15 @@ class NativeEngine:
         for module in fsdp_modules(self._model):
             module.reshard()
 
-    def _micro_batches(self, batch: Batch) -> list[Batch]:
-        return batch.to(self._device).split(self._config.train.micro_batch_size)
+    def _micro_batches(self, batch: Batch) -> Iterator[tuple[Batch, Tensor | None]]:
+        """Each on the device, with the places of its labels that count, if others need no logits."""
+        rows = self._config.train.micro_batch_size
+        for here, on_device in zip(batch.split(rows), batch.to(self._device).split(rows), strict=True):
+            places_C = None if self._static_shapes else counted_places(here.labels_BT)
+            yield on_device, None if places_C is None else places_C.to(self._device, non_blocking=True)
 
-    def _logits(self, batch: Batch) -> Tensor:
-        return self._model(batch.tokens_BT, batch.documents_BT)
-
-    def _score(self, logits_BTV: Tensor, batch: Batch, *, want_gradient: bool) -> Tensor:
-        """The task's sums over a micro-batch. With `want_gradient` the logits end up as the objective's gradient."""
-        found = self._label_log_probs(logits_BTV, batch)
-        scored = self._task.score(found.log_probs_N.view_as(batch.labels_BT), batch)
-        assert scored.slope_BT.shape == batch.labels_BT.shape
-        if want_gradient:
-            turn_into_gradient(logits_BTV.flatten(0, 1), found, scored.slope_BT.flatten(), slopes=self._task.slopes)
-        return torch.stack([scored.terms[name].sum(dtype=self._sum_dtype) for name in self._task.sums])
-
-    def _label_log_probs(self, logits_BTV: Tensor, batch: Batch) -> LabelLogProbs:
-        return label_log_probs(
-            logits_BTV.flatten(0, 1), batch.labels_BT.flatten(), vocabulary_group=self._vocabulary_group
-        )
+    def _finished(self, batch: Batch, finish: Finish) -> Any:
+        return self._model(batch.tokens_BT, batch.documents_BT, finish=finish)
 
     # ---- state -------------------------------------------------------------------------------------------------------
 

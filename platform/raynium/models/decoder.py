@@ -10,6 +10,9 @@ given (tensor parallelism leaves H / tp of them), and RoPE tables are arguments,
 the meta device, to cast to bfloat16, or to store in a checkpoint).
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -36,11 +39,18 @@ class Decoder(nn.Module):
         if self.config.embeddings == "tied":
             self.head.weight = self.embedding.weight
 
-    def forward(self, tokens_BT: Tensor, documents_BT: Tensor | None = None, *, cache: Cache | None = None) -> Tensor:
+    def forward(
+        self,
+        tokens_BT: Tensor,
+        documents_BT: Tensor | None = None,
+        *,
+        cache: Cache | None = None,
+        finish: Callable[[nn.Linear, Tensor], Any] | None = None,
+    ) -> Any:
         """tokens_BT: integers below V, T <= max_seq_len. documents_BT: as in `data/batch.py`. cache: of the tokens
         before these, and then of these, too; only the logits of the last token of each row are computed with one.
 
-        Returns logits_BTV in the dtype of the parameters.
+        Returns logits_BTV in the dtype of the parameters; or what `finish` makes of the head and its input, hidden_BTD.
         """
         hidden_BTD = self.embedding(tokens_BT)
         if cache is None:
@@ -52,7 +62,8 @@ class Decoder(nn.Module):
             hidden_BTD = block(hidden_BTD, places=where)
         if cache is not None:
             hidden_BTD = hidden_BTD[:, -1:]
-        return self.head(self.final_norm(hidden_BTD))
+        hidden_BTD = self.final_norm(hidden_BTD)
+        return self.head(hidden_BTD) if finish is None else finish(self.head, hidden_BTD)
 
 
 class DecoderBlock(nn.Module):

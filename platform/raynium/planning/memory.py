@@ -10,7 +10,9 @@ What it counts, for the native engine (FSDP2 over the data-parallel ranks × ten
 - activations saved for the backward pass, after Korthikanti et al. 2022 (arXiv 2205.05198, §4), with their terms
   recounted for this decoder: RMSNorm, grouped-query attention by a fused kernel (no seq × seq scores), SwiGLU, no
   dropout. DTensor keeps the gathered input of a column-parallel layer: that term is not divided by the tensor degree;
-- logits: once, in the compute type, because the loss turns them into their gradient in place.
+- logits: those of a piece of the tokens (models/pieces.py), once, in the compute type, because the loss turns them into
+  their gradient in place; with more than one piece, the gradient of the head's weight too, summed in float32. Under nxd
+  they are whole, and float32 beside.
 
 With pipeline parallelism it is the stages' worst parts together: an equal share of the blocks; of a table and the final
 norm what the first or last stage has; activations as without, because the first stage holds as many micro-batches as
@@ -22,7 +24,9 @@ Not counted: the compiler's scratch space, collective buffers, fragmentation. `U
 from dataclasses import dataclass, fields, replace
 
 from raynium.config.schema import Config, ModelSection
+from raynium.models.adapter import learns_whole
 from raynium.models.flops import learned_count, norms_per_block, parameter_count
+from raynium.models.pieces import tokens_of_a_piece
 
 GIB = 2**30
 FLOAT32_BYTES = 4
@@ -179,5 +183,12 @@ def _mask_bytes(config: Config, compute_bytes: int) -> int:
 
 def _logit_bytes(config: Config, compute_bytes: int) -> int:
     tokens = config.train.micro_batch_size * config.data.seq_len
-    logits = tokens * config.model.vocab_size // config.parallel.tensor
-    return logits * compute_bytes
+    vocabulary = config.model.vocab_size // config.parallel.tensor
+    if config.engine.kind == "nxd":
+        # Its cross-entropy takes float32, and makes none where they are.
+        return tokens * vocabulary * (compute_bytes + (FLOAT32_BYTES if compute_bytes != FLOAT32_BYTES else 0))
+    head_learns = learns_whole("head.weight", config.model, config.adapter)
+    widens = head_learns and compute_bytes != FLOAT32_BYTES
+    sum_bytes = vocabulary * config.model.hidden_size * FLOAT32_BYTES if widens else 0
+    piece = tokens_of_a_piece(tokens, token_bytes=vocabulary * compute_bytes, sum_bytes=sum_bytes)
+    return piece * vocabulary * compute_bytes + (sum_bytes if piece < tokens else 0)

@@ -57,8 +57,10 @@ class Task(Protocol):
     sums: tuple[str, ...]
     objective: str
     divisor: str
-    # "signed": some slope may be positive, which makes a label less likely; that costs a pass over the logits more.
-    slopes: Literal["negative", "signed"]
+    # "fixed": never positive, and the same whatever the log-probabilities are; `score` is asked beforehand, with zeros.
+    # "negative": never positive. "signed": some may be positive, which makes a label less likely, and costs a pass over
+    # the logits more.
+    slopes: Literal["fixed", "negative", "signed"]
 
     def counts(self, batch: Batch) -> Sums:
         """Numbers that these rows have by their columns alone, so that they are known before the step; without

@@ -31,7 +31,7 @@ class Dpo:
     sums: tuple[str, ...] = ("objective", *_REWARDS)
     objective = "objective"
     divisor = "pairs"
-    slopes: Literal["negative", "signed"] = "signed"
+    slopes: Literal["fixed", "negative", "signed"] = "signed"
 
     def __init__(self, *, beta: float, label_smoothing: float = 0.0):
         """label_smoothing: the share of pairs that people are believed to have confused, below 0.5."""
@@ -75,7 +75,7 @@ class Orpo:
     sums: tuple[str, ...] = ("objective", "nats", "odds", *_REWARDS)
     objective = "objective"
     divisor = "pairs"
-    slopes: Literal["negative", "signed"] = "signed"
+    slopes: Literal["fixed", "negative", "signed"] = "signed"
 
     def __init__(self, *, weight: float):
         self._weight = weight

@@ -20,7 +20,7 @@ class Pretraining:
     sums: tuple[str, ...] = ("nats",)
     objective = "nats"
     divisor = "tokens"
-    slopes: Literal["negative", "signed"] = "negative"
+    slopes: Literal["fixed", "negative", "signed"] = "fixed"
 
     def counts(self, batch: Batch) -> Sums:
         return {}
