@@ -38,3 +38,6 @@ class FaultSection(Section):
     notify_url: str | None = None
     """$NAME of an environment variable where the driver runs, with an address to which each incident is sent (POST,
     JSON whose `text` is what Slack shows); null for none."""
+    bad_node_seconds: Seconds = 86_400.0
+    """A node that a verdict named is left out so long by later drivers, and by other runs of run.root, if they find
+    enough others. Where a reboot was the remedy, until its Ray is started anew."""

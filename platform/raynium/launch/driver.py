@@ -26,6 +26,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from raynium.config.schema import Config
 from raynium.errors import ClusterLost, LaunchError, RunFailed, StoreError, TrackingError
 from raynium.launch.backend import NodeAgentConfig, ray_storage
+from raynium.launch.bad_nodes import BadNodes
 from raynium.launch.head import ClusterWatch
 from raynium.launch.nodes import (
     Waiting,
@@ -129,7 +130,7 @@ class Driver:
         LaunchError, if the preflight finds too few nodes that are fit.
         """
         keeper = self.prepared.keeper
-        self._excluded += self._preflight()
+        self._excluded += [*self._preflight(), *self._bad_nodes().ids()]
         name_job(self.config.run.name)
         coordinator = start_coordinator(self.config, self.prepared.store.url, keeper.record.generation)
         # Told again, with the time until now, once it has answered.
@@ -182,6 +183,9 @@ class Driver:
         if (refusal := report.refusal()) is not None:
             raise LaunchError(refusal)
         return [node.node_id for node in report.bad_nodes]
+
+    def _bad_nodes(self) -> BadNodes:
+        return BadNodes(self.config, self.prepared.store, self.display.line)
 
     def _asked_to_stop(self) -> bool:
         """By a signal, or by `raynium stop` through the run's store."""
@@ -242,6 +246,8 @@ class Driver:
             new_faults = [fault for fault in status.node_faults if fault not in self._faults_seen]
             self._faults_seen.update(new_faults)
             self._node_faults += [fault.to_json() for fault in new_faults]
+            for fault in new_faults:
+                self._bad_nodes().remember(fault)
             record = replace(keeper.record, **self.facts(status))
             self._page.show(status, record)
             for incident in record.incidents or ():

@@ -45,6 +45,11 @@ def fitting_nodes(resources: Mapping[str, float]) -> list[str]:
     ]
 
 
+def node_hosts() -> dict[str, str]:
+    """Id → address of the living nodes."""
+    return {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
+
+
 def free_nodes(resources: Mapping[str, float], *, besides: Collection[str]) -> list[str]:
     """Ids of those `fitting_nodes` that have these resources free at this moment, without asking Ray for any: a request
     that waits makes an autoscaler buy nodes.

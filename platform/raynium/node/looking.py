@@ -20,9 +20,11 @@ from raynium.train.link import Collectives, RankMessage, TellCollectives
 Handle = Callable[[Sequence[tuple[int, RankMessage]], Sequence[tuple[int, str]]], None]
 
 # For those that run, and again for those that were stopped: training stands meanwhile.
-LOOK_SECONDS = 0.6
-# A process writes its stacks at one go: after so long without more, that was all.
-QUIET_SECONDS = 0.05
+LOOK_SECONDS = 1.0
+# The main thread is written last, and this is the end of its outermost frame. Where a dump was cut (at 100 frames, by a
+# full pipe) nobody can tell its end, but the process writes at one go: after so long without more, that was all.
+LAST_FRAME = b" in <module>\n"
+QUIET_SECONDS = 0.25
 POLL_SECONDS = 0.01
 
 
@@ -49,7 +51,10 @@ def _ask(group: RankGroup, ranks: Sequence[RankProcess], handle: Handle) -> dict
             if text := _read(each):
                 stacks[each.rank] += text
                 quiet_since[each.rank] = now
-        written = all(now - quiet_since.get(each.rank, now) >= QUIET_SECONDS for each in asked)
+        written = all(
+            stacks[each.rank].endswith(LAST_FRAME) or now - quiet_since.get(each.rank, now) >= QUIET_SECONDS
+            for each in asked
+        )
         if written and len(records) == len(ranks):
             break
         messages, lines = group.poll(POLL_SECONDS)

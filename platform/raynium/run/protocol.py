@@ -16,7 +16,7 @@ EndKind = Literal["finished", "stopped", "failed"]
 # A rank whose connection broke says so at once; the one that broke it may come to word later, and so long is waited.
 PEER_WORD_SECONDS = 0.5
 # Of a run that hangs: until every node must have told what its ranks do, or is not waited for.
-LOOKS_SECONDS = 2.0
+LOOKS_SECONDS = 3.0
 
 
 # ---- what an agent is, and is ordered ------------------------------------------------------------------------------
