@@ -211,6 +211,7 @@ def test_a_run_under_ten_faults_ends_as_the_one_without(tmp_path: Path) -> None:
         "checkpoint.every_steps": 5,
         "evaluate.every_steps": 100,
         "evaluate.max_documents": 2,
+        "fault.hang_seconds": 10.0,
     }
     (tmp_path / "job.yaml").write_text(job_text(changes, root=tmp_path))
     command = [sys.executable, "-m", "raynium.cli.app", "chaos", str(tmp_path / "job.yaml"), "--faults", "10"]
