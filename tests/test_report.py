@@ -20,6 +20,7 @@ pytestmark = pytest.mark.quick
 
 CONFIG = {"train": {"steps": 2000}, "run": {"root": "/data/my runs"}}
 RESULT = {
+    "held_out": {"eval/bits_per_byte": 2.0},
     "bits_per_byte": 2.0,
     "unigram_bits_per_byte": 4.25,
     "zlib_bits_per_byte": 2.5,
@@ -109,6 +110,13 @@ def test_without_prompts_there_is_no_frame_around_nothing() -> None:
     assert lines[1].startswith("held-out documents") and len(lines) == 3
 
 
+def test_questions_that_were_answered_are_told_at_the_end() -> None:
+    held_out = {"eval/loss": 0.79, "eval/arc/acc": 0.425, "eval/arc/acc_norm": 0.45, "eval/books/loss": 1.0}
+    result = {"samples": [], "held_out": held_out, "checkpoint": "file:///c"}
+    lines = report_lines(record(result=result))
+    assert lines[1:3] == ["held-out documents: loss 0.79", "questions of arc: 42.5 % right"]
+
+
 AGAIN = "start it again to go on from its newest checkpoint"
 
 
@@ -181,7 +189,9 @@ def test_a_line_of_the_list() -> None:
         metrics={"eval/bits_per_byte": 2.34567},
     )  # fmt: skip
     started = datetime.fromtimestamp(now).strftime("%Y-%m-%d %H:%M")
-    assert table_row(running, now) == ("first", "running", "1,500/2,000", "2.346", started, "")
+    assert table_row(running, now) == ("first", "running", "1,500/2,000", "2.346 bits/byte", started, "")
+    tuned = replace(running, metrics={"eval/loss": 0.5123})
+    assert table_row(tuned, now)[3] == "loss 0.512"
     gone = replace(running, owner=NOBODY, metrics=None)
     assert table_row(gone, now + 3600)[1:4] == ("interrupted", "1,500/2,000", "")
     assert table_row(gone, now + 3600)[5] == gone.shown_cause(now + 3600)

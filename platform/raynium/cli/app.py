@@ -135,7 +135,7 @@ def runs(root: RootOption = "runs", as_json: JsonOption = False) -> None:
     if not rows:
         _print(f"no runs under {root}")
         return
-    columns = [Column("run", overflow="fold"), "state", "step", "held-out bits/byte", "created"]
+    columns = [Column("run", overflow="fold"), "state", "step", "held-out", "created"]
     fits = console.width >= WIDE
     table = Table(*columns, *([Column("cause", overflow="fold")] if fits else []), box=None)
     for row in rows:

@@ -14,7 +14,7 @@ from raynium.run.record import LIVE_STATES, RunRecord, read_record
 from raynium.storage.backend import KeyMissing
 from raynium.storage.local_files import look
 from raynium.storage.store import Store
-from raynium.terminal.display import Pace, clock
+from raynium.terminal.display import Pace, clock, held_out
 from raynium.terminal.report import goodput_line
 from raynium.tracking.client import sqlite_path
 from raynium.tracking.incidents import SHOWN, row
@@ -39,10 +39,8 @@ def describe(record: RunRecord, *, now_unix: float, eta_seconds: float | None = 
     verdict = [f"**{state}** at step {record.step:,} of {record.config['train']['steps']:,}"]
     if eta_seconds is not None:
         verdict.append(f"ETA {clock(eta_seconds)}")
-    if (bits := (record.metrics or {}).get("eval/bits_per_byte")) is not None:
-        verdict.append(f"held-out {bits:.3f} bits/byte")
-    elif (loss := (record.metrics or {}).get("eval/loss")) is not None:
-        verdict.append(f"held-out loss {loss:.3f}")
+    if found := held_out(record.metrics or {}):
+        verdict.append(f"held-out {found}")
     if record.ledger.total:
         verdict.append(f"goodput {100 * record.ledger.goodput:.0f} %")
     # MLflow folds all but the first lines.

@@ -4,7 +4,7 @@ import contextlib
 import errno
 import textwrap
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import datetime
 from pathlib import Path
 
@@ -26,10 +26,8 @@ def progress_line(status: Status, total_steps: int, steps_per_second: float | No
         parts.append(f"evaluating {done:,}/{total:,}")
     if "train/loss" in status.metrics:
         parts.append(f"loss {status.metrics['train/loss']:.3f}")
-    if "eval/bits_per_byte" in status.metrics:
-        parts.append(f"held-out {status.metrics['eval/bits_per_byte']:.3f} bits/byte")
-    elif "eval/loss" in status.metrics:
-        parts.append(f"held-out loss {status.metrics['eval/loss']:.3f}")
+    if found := held_out(status.metrics):
+        parts.append(f"held-out {found}")
     if "throughput/tokens_per_second" in status.metrics:
         parts.append(f"{status.metrics['throughput/tokens_per_second']:,.0f} tokens/s")
     if steps_per_second:
@@ -37,6 +35,14 @@ def progress_line(status: Status, total_steps: int, steps_per_second: float | No
     if status.committed_step is not None:
         parts.append(f"checkpoint {status.committed_step:,}")
     return " · ".join(parts)
+
+
+def held_out(metrics: Mapping[str, float]) -> str:
+    """`1.883 bits/byte`, or `loss 0.790` where no bytes are counted; empty before the first evaluation."""
+    if (bits := metrics.get("eval/bits_per_byte")) is not None:
+        return f"{bits:.3f} bits/byte"
+    loss = metrics.get("eval/loss")
+    return f"loss {loss:.3f}" if loss is not None else ""
 
 
 def clock(seconds: float) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 
 from raynium.rank.ports import is_free
 from raynium.run.record import RunRecord
-from raynium.terminal.display import clock
+from raynium.terminal.display import clock, held_out
 from raynium.tracking.incidents import SHOWN, row
 from raynium.tracking.ledger import Ledger
 from raynium.tracking.runs import page_url
@@ -91,13 +91,17 @@ def _result_lines(result: dict) -> list[str]:
         lines += ["-" * 64, ""]
     if "bits_per_byte" in result:
         bits, unigram, zlib = (result[f"{prefix}bits_per_byte"] for prefix in ("", "unigram_", "zlib_"))
-        held_out = f"{bits:.3f} bits per byte (its tokens' unigram model {unigram:.3f}, zlib {zlib:.3f})"
+        found = f"{bits:.3f} bits per byte (its tokens' unigram model {unigram:.3f}, zlib {zlib:.3f})"
     else:
         whole = {
             name.removeprefix("eval/"): value for name, value in result["held_out"].items() if name.count("/") == 1
         }
-        held_out = ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in whole.items())
-    return [*lines, f"held-out documents: {held_out}", f"checkpoint: {result['checkpoint']}"]
+        found = ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in whole.items())
+    lines.append(f"held-out documents: {found}")
+    for name, value in result["held_out"].items():
+        if name.endswith("/acc"):
+            lines.append(f"questions of {name.split('/')[1]}: {100 * value:.1f} % right")
+    return [*lines, f"checkpoint: {result['checkpoint']}"]
 
 
 def goodput_line(ledger: Ledger) -> str:
@@ -140,13 +144,11 @@ def ui_lines(record: RunRecord, port: int | None = None) -> list[str]:
 
 
 def table_row(record: RunRecord, now_unix: float) -> tuple[str, str, str, str, str, str]:
-    """name, state, step, held-out bits per byte, started, why it does not go on."""
-    bits = (record.metrics or {}).get("eval/bits_per_byte")
+    """name, state, step, how it does on held-out documents, started, why it does not go on."""
     started = datetime.fromtimestamp(record.created_unix).strftime("%Y-%m-%d %H:%M")
     step = f"{record.step:,}/{_total(record)}"
-    held_out = f"{bits:.3f}" if bits is not None else ""
     cause = " ".join((record.shown_cause(now_unix) or "").split())
-    return record.name, record.shown_state(now_unix), step, held_out, started, cause
+    return record.name, record.shown_state(now_unix), step, held_out(record.metrics or {}), started, cause
 
 
 def record_json(record: RunRecord, now_unix: float) -> dict[str, Any]:
