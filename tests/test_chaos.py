@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from tiny import build_documents, job_text
 from waiting import wait_for
 
-from raynium.chaos.kinds import KINDS, NotThere, Scene, kinds_for
+from raynium.chaos.kinds import KINDS, NEEDS, NotThere, Scene, kinds_for
 from raynium.chaos.processes import RunProcesses
 from raynium.chaos.schedule import refuse_crowd, schedule
 from raynium.chaos.steps import Cost, Step, Steps, cost
@@ -49,6 +49,20 @@ def test_faults_come_in_the_order_of_their_steps_and_leave_the_last_ones_in_peac
 def test_in_200_faults_every_kind_comes_at_least_three_times() -> None:
     times = Counter(fault.kind for fault in schedule(NAMES, faults=200, steps=2000, seed=1))
     assert set(times) == set(NAMES) and min(times.values()) >= 3
+
+
+@given(seed=st.integers(0, 2**40), faults=st.integers(1, 100), first=st.integers(1, 1500))
+def test_a_kind_that_must_come_late_changes_places_with_another(seed: int, faults: int, first: int) -> None:
+    planned = schedule(NAMES, faults=faults, steps=1000, seed=seed, not_before={"spike": first})
+    assert all(fault.step >= first for fault in planned if fault.kind == "spike")
+    usual = schedule(NAMES, faults=faults, steps=1000, seed=seed)
+    left_out = len(usual) - len(planned)
+    late = sum(fault.step >= first for fault in usual)
+    spikes = sum(fault.kind == "spike" for fault in usual)
+    assert left_out == max(0, spikes - late)
+    assert {(fault.number, fault.step, fault.seed) for fault in planned} <= {
+        (fault.number, fault.step, fault.seed) for fault in usual
+    }
 
 
 def test_a_seed_is_a_schedule_and_another_seed_another() -> None:
@@ -122,15 +136,17 @@ def kind(name: str):
 
 
 def test_what_needs_s3_or_a_database_of_its_own_is_left_out_where_there_is_none() -> None:
-    can, cannot = kinds_for(s3=False, sqlite=True)
+    can, cannot = kinds_for(s3=False, sqlite=True, leaps=True)
     assert {each.name for each in cannot} == {"store-refuses", "store-delays", "store-cuts", "store-silent"}
     assert {each.name for each in can} == set(NAMES) - {each.name for each in cannot}
-    assert [each.name for each in kinds_for(s3=True, sqlite=False)[1]] == ["mlflow-away"]
+    assert [each.name for each in kinds_for(s3=True, sqlite=False, leaps=False)[1]] == ["mlflow-away", "spike"]
+    assert {each.needs for each in KINDS} - {""} == set(NEEDS)
 
 
 def test_a_run_without_ranks_has_nothing_to_hit() -> None:
     scene = Scene(RunProcesses(os.getpid(), {}), "sqlite:////nowhere.db")
-    for name in (each for each in NAMES if each not in ("kill-driver", "mlflow-away") and not each.startswith("store")):
+    others = {"kill-driver", "mlflow-away", "not-finite", "spike"}
+    for name in (each for each in NAMES if each not in others and not each.startswith("store")):
         with pytest.raises(NotThere, match="the run has no"):
             kind(name).strike(scene, Random(1))
 

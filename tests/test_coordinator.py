@@ -42,6 +42,7 @@ from raynium.run.protocol import (
     ShardFailed,
     ShardSaved,
     StacksTaken,
+    StepLeftOut,
     Verdict,
 )
 from raynium.storage.store import Store
@@ -621,6 +622,18 @@ def test_events_are_told_once(tmp_path: Path, events_after: int, expected: list[
         await run.tell(Said("one"))
         await run.tell(Said("two"))
         assert [event.text for event in (await run.status(events_after)).events] == expected
+
+    asyncio.run(play())
+
+
+def test_a_step_that_was_left_out_is_told_and_is_an_incident_that_cost_nothing(tmp_path: Path) -> None:
+    async def play() -> None:
+        run = coordinator(tmp_path)
+        await run.tell(StepLeftOut(7, "loss nan: not finite"))
+        status = await run.status(0)
+        assert [event.text for event in status.events] == ["BAD STEP 7: loss nan: not finite"]
+        (seen,) = status.incidents
+        assert (seen.what, seen.step, seen.cause, seen.seconds) == ("step", 7, "loss nan: not finite", 0.0)
 
     asyncio.run(play())
 

@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import math
 import os
 import resource
 import signal
@@ -19,6 +20,14 @@ from raynium.tracking.client import sqlite_path
 
 # How long a fault lasts that does not end by itself: seconds, drawn between them.
 LASTS_SECONDS = (0.5, 4.0)
+
+
+# What a kind may need, in words.
+NEEDS = {
+    "s3": "an http:// store behind AWS_ENDPOINT_URL",
+    "sqlite": "MLflow in an SQLite file",
+    "leaps": "fault.spike_score, no data.stages, and a fault after a hundred steps",
+}
 
 
 class NotThere(Exception):
@@ -49,7 +58,7 @@ class Struck:
 
 
 class Kind(Protocol):
-    """name: as the schedule has it. needs: "s3" or "sqlite", without which it cannot happen; "" if it always can."""
+    """name: as the schedule has it. needs: without which it cannot happen, as in `NEEDS`; "" if it always can."""
 
     @property
     def name(self) -> str: ...
@@ -250,6 +259,30 @@ class MlflowAway:
         return Struck(f"for {seconds:.1f} s MLflow's database is locked", seconds, database.close)
 
 
+# ---- steps that go wrong ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class BadStep:
+    """Of one rank in the fault's own step, each time that it is taken: its slopes are multiplied by `factor`.
+
+    The ranks know the step beforehand (`rank/armed.py`): by the time it is struck it has happened. The run without
+    faults is told to leave the same steps out.
+    """
+
+    name: str
+    factor: float
+    what: str
+    needs: str = ""
+
+    def strike(self, scene: Scene, dice: Random) -> Struck:
+        return Struck(self.what)
+
+
+NOT_FINITE = BadStep("not-finite", math.nan, "the gradient is not a number")
+SPIKE = BadStep("spike", 1e4, "the gradient norm leaps by 10,000", needs="leaps")
+
+
 KINDS: tuple[Kind, ...] = (
     *(
         KillRank(),
@@ -261,11 +294,13 @@ KINDS: tuple[Kind, ...] = (
         KillCoordinator(),
         KillController(),
     ),
-    *(KillDriver(), *STORE_KINDS, DiskFull(), MlflowAway()),
+    *(KillDriver(), *STORE_KINDS, DiskFull(), MlflowAway(), NOT_FINITE, SPIKE),
 )
 
 
-def kinds_for(*, s3: bool, sqlite: bool) -> tuple[list[Kind], list[Kind]]:
-    """Those that can happen to a run, and those that cannot. s3: a proxy can stand before its store."""
-    has = {"": True, "s3": s3, "sqlite": sqlite}
+def kinds_for(*, s3: bool, sqlite: bool, leaps: bool) -> tuple[list[Kind], list[Kind]]:
+    """Those that can happen to a run, and those that cannot. s3: a proxy can stand before its store. leaps: they are
+    undone, and the run is long enough to tell one.
+    """
+    has = {"": True, "s3": s3, "sqlite": sqlite, "leaps": leaps}
     return [kind for kind in KINDS if has[kind.needs]], [kind for kind in KINDS if not has[kind.needs]]

@@ -1,6 +1,6 @@
 """Which fault happens when, from a seed alone. Pure."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from random import Random
 
@@ -20,21 +20,29 @@ class Fault:
     seed: int
 
 
-def schedule(kinds: Sequence[str], *, faults: int, steps: int, seed: int) -> list[Fault]:
+def schedule(
+    kinds: Sequence[str], *, faults: int, steps: int, seed: int, not_before: Mapping[str, int] = {}
+) -> list[Fault]:
     """`faults` of them over a run of `steps` steps, in the order in which they happen.
 
     Kinds are dealt like cards, a shuffled deck after the other: each comes as often as any other, or once more. The
-    last steps of the run are left in peace, to heal in.
+    last steps of the run are left in peace, to heal in. not_before: the first step at which a kind may come; one that
+    was dealt too early changes places with the next that may come there, or is left out if there is none.
     """
     dice = Random(seed)
     dealt: list[str] = []
     while len(dealt) < faults:
         dealt += dice.sample(kinds, len(kinds))
     share = steps / (faults + 1)
-    return [
-        Fault(number, 1 + int(share * (number - 1 + dice.random())), dealt[number - 1], dice.getrandbits(32))
-        for number in range(1, faults + 1)
-    ]
+    rolled = [(1 + int(share * (number + dice.random())), dice.getrandbits(32)) for number in range(faults)]
+    for place, (step, _) in enumerate(rolled):
+        first = not_before.get(dealt[place], 0)
+        if step < first:
+            late = [other for other in range(place, faults) if rolled[other][0] >= first]
+            if other := next((other for other in late if dealt[other] not in not_before), None):
+                dealt[place], dealt[other] = dealt[other], dealt[place]
+    planned = [Fault(place + 1, step, dealt[place], own_seed) for place, (step, own_seed) in enumerate(rolled)]
+    return [fault for fault in planned if fault.step >= not_before.get(fault.kind, 0)]
 
 
 def healing_steps(checkpoint_every: int) -> int:

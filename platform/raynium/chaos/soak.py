@@ -3,21 +3,21 @@
 import contextlib
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
 from raynium.chaos.driver import DrivenRun
 from raynium.chaos.flaky_s3 import FlakyS3
-from raynium.chaos.kinds import Kind, NotThere, Scene, Struck, kinds_for
+from raynium.chaos.kinds import NEEDS, SPIKE, BadStep, Kind, NotThere, Scene, Struck, kinds_for
 from raynium.chaos.schedule import Fault, healing_steps, refuse_crowd, schedule
 from raynium.chaos.steps import Cost, Steps, cost
 from raynium.chaos.verdict import Claim, claims
 from raynium.checkpoint.catalog import step_folders
 from raynium.config.schema import Config
 from raynium.errors import ConfigError, LaunchError
-from raynium.rank.armed import CHAOS_VARIABLE, LIMIT_NAME, STEPS_NAME
+from raynium.rank.armed import BAD_NAME, CHAOS_VARIABLE, LIMIT_NAME, STEPS_NAME
 from raynium.run.past import run_store
 from raynium.run.record import read_record
 from raynium.storage.process import pid_started
@@ -29,6 +29,10 @@ HEAL_SECONDS = 600.0
 # Between two looks whether the store has a newer checkpoint.
 COMMIT_SECONDS = 0.2
 ENDPOINT_VARIABLE = "AWS_ENDPOINT_URL"
+# A leap is told by the fifty steps before it that were learned from (train/guard.py); some of them are bad ones.
+LEAPS_FROM = 70
+# The most that fault.max_bad_steps can be.
+MOST_BAD = 255
 
 
 @dataclass(frozen=True)
@@ -81,11 +85,14 @@ def soak(config: Config, *, faults: int, seed: int, folder: Path, tell: Callable
     endpoint = os.environ.get(ENDPOINT_VARIABLE, "")
     proxied = config.run.root.startswith("s3://") and endpoint.startswith("http://")
     mlflow_uri = resolve_uri(config.tracking.uri, config.run.root)
-    kinds, missing = kinds_for(s3=proxied, sqlite=mlflow_uri.startswith("sqlite"))
+    leaps = config.fault.spike_score is not None and not config.data.stages and steps > LEAPS_FROM
+    kinds, missing = kinds_for(s3=proxied, sqlite=mlflow_uri.startswith("sqlite"), leaps=leaps)
     for kind in missing:
-        why = "an http:// store behind AWS_ENDPOINT_URL" if kind.needs == "s3" else "MLflow in an SQLite file"
-        tell(f"left out: {kind.name}, which needs {why}")
-    planned = schedule([kind.name for kind in kinds], faults=faults, steps=steps, seed=seed)
+        tell(f"left out: {kind.name}, which needs {NEEDS[kind.needs]}")
+    by_name = {kind.name: kind for kind in kinds}
+    planned = schedule(list(by_name), faults=faults, steps=steps, seed=seed, not_before={SPIKE.name: LEAPS_FROM})
+    bad = {fault.step: kind.factor for fault in planned if isinstance(kind := by_name[fault.kind], BadStep)}
+    plain, faulted = _with_bad_steps(plain, faulted, bad)
 
     tell(f"run {plain.run.name}: {steps:,} steps without faults")
     began = time.monotonic()
@@ -97,24 +104,37 @@ def soak(config: Config, *, faults: int, seed: int, folder: Path, tell: Callable
         first.steps.look()
     tell(f"run {plain.run.name}: finished after {time.monotonic() - began:.0f} s")
 
-    tell(f"run {faulted.run.name}: the same with {faults} faults of seed {seed}; its output: {folder / 'faulted/log'}")
+    log = folder / "faulted/log"
+    tell(f"run {faulted.run.name}: the same with {len(planned)} faults of seed {seed}; its output: {log}")
     happened: list[Happened] = []
     with contextlib.ExitStack() as open_things:
         proxy = open_things.enter_context(FlakyS3(endpoint)) if proxied else None
         environment = {ENDPOINT_VARIABLE: proxy.endpoint} if proxy is not None else {}
         second = open_things.enter_context(_watched(faulted, folder / "faulted", environment))
+        bad_file = second.steps.file.with_name(BAD_NAME)
+        bad_file.write_text("".join(f"{step} {factor}\n" for step, factor in bad.items()), encoding="utf-8")
         second.driven.start()
         scenes = _Scenes(second, mlflow_uri, proxy)
-        by_name = {kind.name: kind for kind in kinds}
         try:
             for fault in planned:
-                happened.append(_one_fault(fault, by_name[fault.kind], scenes, tell, of=faults))
+                happened.append(_one_fault(fault, by_name[fault.kind], scenes, tell, of=len(planned)))
             second.may_finish()
             second.until_finished()
-            found = claims(plain, faulted, steps=(first.steps, second.steps), starts=second.driven.starts, tell=tell)
+            both = first.steps, second.steps
+            found = claims(plain, faulted, steps=both, bad_steps=bad, starts=second.driven.starts, tell=tell)
         except GivenUp as error:
             found = [Claim(False, f"the run went on after every fault: {error}")]
     return Soak(happened, found)
+
+
+def _with_bad_steps(plain: Config, faulted: Config, bad: Collection[int]) -> tuple[Config, Config]:
+    """One is told which steps to leave out, and the other lives with so many, whatever its limit."""
+    told = tuple(sorted({*plain.data.leave_out_steps, *bad}))
+    most = max(faulted.fault.max_bad_steps, min(len(bad), MOST_BAD))
+    return (
+        plain.model_copy(update={"data": plain.data.model_copy(update={"leave_out_steps": told})}),
+        faulted.model_copy(update={"fault": faulted.fault.model_copy(update={"max_bad_steps": most})}),
+    )
 
 
 def _named(config: Config) -> tuple[Config, Config]:
@@ -257,6 +277,10 @@ def _strike(fault: Fault, kind: Kind, scenes: _Scenes) -> _Hit:
             )
         try:
             before, unix, scene = len(run.steps.taken), time.time(), scenes.now()
+            if isinstance(kind, BadStep):
+                # It has happened, maybe while the run healed from the one before.
+                before = 1 + next(place for place, each in enumerate(run.steps.taken) if each.step == fault.step)
+                unix = run.steps.taken[before - 1].unix
             struck = kind.strike(scene, Random(fault.seed))
             return _Hit(struck, unix, before, {each.pid for each in scene.processes.ranks()})
         except NotThere as error:

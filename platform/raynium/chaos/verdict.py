@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 from raynium.chaos.steps import Steps
@@ -16,8 +16,11 @@ from raynium.tracking.runs import metric_names, read_metric
 
 # Of the metrics, those that are functions of weights and data alone.
 SAME_AREAS = ("train", "eval", "rewards")
+# But this one, which each life of the ranks tells anew.
+RETOLD = "train/left_out_steps"
 # The record's two times are of the wall clock, and its ledger is of the steady one.
 LEDGER_SECONDS = 0.5
+NORM = "train/grad_norm"
 
 
 @dataclass(frozen=True)
@@ -29,9 +32,18 @@ class Claim:
 
 
 def claims(
-    plain: Config, faulted: Config, *, steps: tuple[Steps, Steps], starts: int, tell: Callable[[str], None]
+    plain: Config,
+    faulted: Config,
+    *,
+    steps: tuple[Steps, Steps],
+    bad_steps: Collection[int],
+    starts: int,
+    tell: Callable[[str], None],
 ) -> list[Claim]:
-    """All of them, of two runs that have finished. Reads both last checkpoints: this needs torch."""
+    """All of them, of two runs that have finished. Reads both last checkpoints: this needs torch.
+
+    bad_steps: whose gradient was made to leap or to be none; the other run left them out, and has their true norm.
+    """
     records = [read_record(run_store(each)) for each in (plain, faulted)]
     first, second = records
     assert first is not None and second is not None, "both runs have finished"
@@ -39,7 +51,7 @@ def claims(
     return [
         _weights(plain, faulted),
         _losses(*steps),
-        *_points(first, second),
+        *_points(first, second, bad_steps),
         _checkpoints(faulted),
         _ledger(second),
         Claim(True, f"nobody typed anything: drivers that died were started again, {starts - 1} time(s)"),
@@ -70,7 +82,7 @@ def _losses(plain: Steps, faulted: Steps) -> Claim:
     return Claim(True, f"losses: all of {len(found):,} steps are bit-equal, and of {again:,} that were done again")
 
 
-def _points(plain: RunRecord, faulted: RunRecord) -> list[Claim]:
+def _points(plain: RunRecord, faulted: RunRecord, bad_steps: Collection[int]) -> list[Claim]:
     try:
         wanted, found = _all_points(plain), _all_points(faulted)
     except RayniumError as error:
@@ -82,7 +94,10 @@ def _points(plain: RunRecord, faulted: RunRecord) -> list[Claim]:
         if count > 1
     ]
     number = sum(map(len, found.values()))
-    same = [name for name in sorted(wanted.keys() | found.keys()) if name.partition("/")[0] in SAME_AREAS]
+    all_names = (wanted.keys() | found.keys()) - {RETOLD}
+    same = sorted(name for name in all_names if name.partition("/")[0] in SAME_AREAS)
+    for points in (wanted, found):
+        points[NORM] = [(step, value) for step, value in points.get(NORM, []) if step not in bad_steps]
     other = [name for name in same if not _equal(wanted.get(name, []), found.get(name, []))]
     but = _some(other, ", but for ")
     compared = sum(len(found[name]) for name in same if name in found)

@@ -21,6 +21,7 @@ from raynium.run.protocol import (
     RankPosition,
     RanksSeen,
     Said,
+    StepLeftOut,
 )
 from raynium.tracking.ledger import GenerationBook, Ledger
 from raynium.tracking.tracker import Tracker
@@ -105,7 +106,7 @@ class Reports:
                     self.recovery.begins(name, time.monotonic())
             case BadStep(step, why):
                 logger.warning("step %d: %s", step, why)
-                self._coordinator.tell(Said(f"BAD STEP {step}: {why}"))
+                self._coordinator.tell(StepLeftOut(step, why))
             case Evaluating(done, total):
                 if rank == 0:
                     self._coordinator.tell(Evaluates(done, total))

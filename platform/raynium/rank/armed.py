@@ -4,6 +4,8 @@ steps   written here: a line for each step of rank 0, those of a lost life too: 
         the process that did it, the loss with all its bits, and for how many seconds it was held back by the limit
 limit   written by chaos, which replaces it: the last step that may be taken until then, so that a fast run does not end
         before all faults have happened
+bad     written by chaos before the run: lines of a step and a factor. In that step, each time that it is taken, the
+        slopes of rank 0 are multiplied by it, so that the gradient leaps or is none
 """
 
 import os
@@ -11,18 +13,38 @@ import time
 from pathlib import Path
 from typing import Any, cast
 
+from torch import Tensor
+
 from raynium.data.batch import Batch
 from raynium.engines.base import Engine, StepResult, Votes
+from raynium.tasks.base import Scored, Task
 
 # A folder of this machine.
 CHAOS_VARIABLE = "RAYNIUM_CHAOS"
-STEPS_NAME, LIMIT_NAME = "steps", "limit"
+STEPS_NAME, LIMIT_NAME, BAD_NAME = "steps", "limit", "bad"
 LIMIT_POLL_SECONDS = 0.005
 
 
+class _ArmedTask:
+    factor = 1.0
+
+    def __init__(self, task: Task):
+        self._task = task
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._task, name)
+
+    def score(self, log_probs_BT: Tensor, batch: Batch) -> Scored:
+        scored = self._task.score(log_probs_BT, batch)
+        return scored if self.factor == 1.0 else scored._replace(slope_BT=scored.slope_BT * self.factor)
+
+
 class _ArmedEngine:
-    def __init__(self, engine: Engine, folder: Path):
-        self._engine = engine
+    def __init__(self, engine: Engine, task: _ArmedTask, folder: Path):
+        self._engine, self._task = engine, task
+        bad = folder / BAD_NAME
+        lines = bad.read_text(encoding="utf-8").splitlines() if bad.exists() else []
+        self._factors = {int(step): float(factor) for step, factor in (line.split() for line in lines)}
         self._limit = folder / LIMIT_NAME
         # Appended to in one write each, so that a kill leaves no half a line before the next rank's first.
         self._steps = os.open(folder / STEPS_NAME, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
@@ -35,12 +57,20 @@ class _ArmedEngine:
         while self._limit.exists() and step > int(self._limit.read_text(encoding="utf-8")):
             time.sleep(LIMIT_POLL_SECONDS)
         held = time.time() - began
+        self._task.factor = self._factors.get(step, 1.0)
         result = self._engine.step(batch, step=step, votes=votes)
+        self._task.factor = 1.0
         os.write(self._steps, f"{step} {time.time():.6f} {os.getpid()} {result.loss.hex()} {held:.6f}\n".encode())
         return result
 
 
-def armed(engine: Engine, *, rank: int) -> Engine:
-    """The engine as it is, unless chaos asked for more of rank 0."""
-    folder = os.environ.get(CHAOS_VARIABLE)
-    return engine if folder is None or rank != 0 else cast(Engine, _ArmedEngine(engine, Path(folder)))
+def armed_task(task: Task, *, rank: int) -> Task:
+    """The task as it is, unless chaos asked for more of rank 0."""
+    return cast(Task, _ArmedTask(task)) if rank == 0 and CHAOS_VARIABLE in os.environ else task
+
+
+def armed(engine: Engine, task: Task) -> Engine:
+    """The engine as it is, unless its task, of `armed_task`, is armed."""
+    if not isinstance(task, _ArmedTask):
+        return engine
+    return cast(Engine, _ArmedEngine(engine, task, Path(os.environ[CHAOS_VARIABLE])))

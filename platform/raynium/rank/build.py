@@ -27,7 +27,7 @@ from raynium.engines.native import build_native_engine
 from raynium.engines.nxd import build_nxd_engine
 from raynium.engines.torch_compiles import TorchCompiles
 from raynium.models.flops import flops_per_token
-from raynium.rank.armed import armed
+from raynium.rank.armed import armed, armed_task
 from raynium.rank.evaluation import Evaluation, QuestionRows, rows_of_call
 from raynium.rank.group import join_group
 from raynium.rank.origin import Origin, resumes
@@ -71,7 +71,7 @@ def run(plan: RankPlan, link: Link) -> Outcome:
 
     # ---- model, optimizer, and the state they start from -----------------------------------------------------------
     link.phase("build", at)
-    task = task_of(config)
+    task = armed_task(task_of(config), rank=rank)
     compiles = TorchCompiles()
     weights = "loaded" if resumes(plan) else "first"
     base = "loaded" if config.model.init is not None else "first"
@@ -82,8 +82,7 @@ def run(plan: RankPlan, link: Link) -> Outcome:
         built = build_native_engine(
             config, plan.world, accelerator, task, compile_backend=backend, weights=weights, base=base
         )
-    armed_engine = armed(built, rank=rank)
-    engine = WatchedEngine(armed_engine, torch_compiles=compiles, device_counts=accelerator.metrics, link=link)
+    engine = WatchedEngine(armed(built, task), torch_compiles=compiles, device_counts=accelerator.metrics, link=link)
     guard, patience = Guard.of(config, undone=plan.undone_steps), Patience.of(config)
     snapshots = _snapshots(plan, engine, link, guard, patience)
     origin = Origin(plan, engine, snapshots)

@@ -139,6 +139,9 @@ class RunCoordinator:
         match event:
             case protocol.Said(text):
                 self._board.tell(text)
+            case protocol.StepLeftOut(step, why):
+                self._board.tell(f"BAD STEP {step}: {why}")
+                self._lives.incidents.notes("step", where="", cause=why, step=step)
             case protocol.Progressed(generation_id, step, metrics, ledger):
                 self._saves.note_evaluation(step, metrics)
                 self._book.account(generation_id, ledger, now)

@@ -147,6 +147,14 @@ class Said:
 
 
 @dataclass(frozen=True)
+class StepLeftOut:
+    """The run did not learn from this step. why: see `train/guard.py`, Verdict, and its samples."""
+
+    step: int
+    why: str
+
+
+@dataclass(frozen=True)
 class Progressed:
     """Rank 0's numbers at a step, and what its agent has booked of the generation so far."""
 
@@ -265,7 +273,16 @@ class CannotGoOn:
 
 
 AgentEvent = (
-    Said | Progressed | Evaluates | RanksSeen | StacksTaken | ShardSaved | ShardFailed | DevicesSeen | CannotGoOn
+    Said
+    | StepLeftOut
+    | Progressed
+    | Evaluates
+    | RanksSeen
+    | StacksTaken
+    | ShardSaved
+    | ShardFailed
+    | DevicesSeen
+    | CannotGoOn
 )
 
 
