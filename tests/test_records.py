@@ -301,6 +301,17 @@ def test_parts_are_learned_where_the_template_takes_them(tmp_path):
     assert {whole for _, whole in learned_and_all(store)} == {"a|b|"}
 
 
+def test_a_template_may_lie_at_a_url(tmp_path):
+    text = "{% for m in messages %}{{ m.content }}|{% endfor %}"
+    (tmp_path / "template.jinja").write_text(text, encoding="utf-8")
+    url = f"file://{tmp_path}/template.jinja"
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    store = build(tmp_path, [{"messages": turns}] * 20, chat_template=url)
+    assert {whole for _, whole in learned_and_all(store)} == {"a|b|"}
+    with pytest.raises(DataError, match=rf"data\.chat_template = '{url}x' cannot be read"):
+        records_of("chats", chat_template=f"{url}x")
+
+
 def test_chatml_for_a_tokenizer_without_its_tokens_is_refused(tmp_path):
     source = write_lines(tmp_path / "chats.jsonl", [chat(number) for number in range(60)])
     data = {"path": str(tmp_path / "store"), "source": str(source), "packing": "documents", "records": "chats"}

@@ -9,15 +9,13 @@ questions whose right choice has the highest score; `acc_norm`, the highest scor
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from raynium.config.plain_file import read_plain
 from raynium.data.tokenizer import Tokenizer
 from raynium.errors import DataError, StoreError
-from raynium.storage.store import Store
+from raynium.storage.store import read_place
 
 # Of a file of questions.
 MAX_BYTES = 2**28
@@ -44,10 +42,7 @@ class Choice(NamedTuple):
 def read_file(place: str) -> bytes:
     """A file of questions, by its path or URL. DataError where it cannot be read."""
     try:
-        if "://" in place:
-            folder, _, name = place.rpartition("/")
-            return Store(folder).read(name, max_bytes=MAX_BYTES)
-        return read_plain(Path(place), max_bytes=MAX_BYTES)
+        return read_place(place, max_bytes=MAX_BYTES)
     except (OSError, StoreError) as error:
         raise DataError(f"the questions {place} cannot be read: {error}; give a .jsonl file") from error
 

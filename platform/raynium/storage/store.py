@@ -16,6 +16,7 @@ from typing import Any
 from uuid import uuid4
 
 from raynium.config.local_folders import local_path
+from raynium.config.plain_file import read_plain
 from raynium.errors import StoreError
 from raynium.storage.backend import Backend, KeyMissing, Listing
 from raynium.storage.checksum import UNIT_BYTES, FileChecksums
@@ -160,6 +161,14 @@ def checked_key(key: str) -> str:
             f"digit, joined by single slashes, at most {_MAX_KEY_CHARS} characters in all"
         )
     return key
+
+
+def read_place(place: str, *, max_bytes: int) -> bytes:
+    """All of one file that a user has named, by its path or URL. Raises OSError or StoreError."""
+    if "://" not in place:
+        return read_plain(place, max_bytes=max_bytes)
+    folder, _, name = place.rpartition("/")
+    return Store(folder).read(name, max_bytes=max_bytes)
 
 
 def open_backend(url: str, options: Mapping[str, Any]) -> tuple[str, Backend]:

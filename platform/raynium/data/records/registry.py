@@ -4,19 +4,18 @@ import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from raynium.config.plain_file import read_plain
 from raynium.data.records.chats import Chats, TrainOn
 from raynium.data.records.formats import Completions, RecordFormat
 from raynium.data.records.own_class import own_class
 from raynium.data.records.preferences import Preferences
 from raynium.data.records.template import CHATML, ChatTemplate, ReadBeside, special_tokens
 from raynium.data.text.documents import Column
-from raynium.errors import ConfigError, DataError
+from raynium.errors import ConfigError, DataError, StoreError
+from raynium.storage.store import read_place
 
 TEXT = "text"
 NAMES = (TEXT, "chats", "completions", "preferences")
@@ -143,8 +142,8 @@ def _template(chat_template: str | None, read: ReadBeside, where: str) -> ChatTe
     if chat_template == "chatml":
         return ChatTemplate({"default": CHATML}, tokens)
     try:
-        text = read_plain(Path(chat_template.removeprefix("file://")), max_bytes=MAX_TEMPLATE_BYTES).decode()
-    except (OSError, UnicodeDecodeError) as error:
+        text = read_place(chat_template, max_bytes=MAX_TEMPLATE_BYTES).decode()
+    except (OSError, StoreError, UnicodeDecodeError) as error:
         raise DataError(f"data.chat_template = {chat_template!r} cannot be read: {error}; give a Jinja file") from error
     return ChatTemplate({"default": text}, tokens)
 
