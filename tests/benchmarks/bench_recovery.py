@@ -337,10 +337,11 @@ def measure_restarts(folder: Path, config: Config, *, kills: int, seed: int, tin
         try:
             seconds[name] = kill_ranks(run, kills, seed)
             if isinstance(run, Ours):
-                wait_for(run, lambda run=run: len(run.recoveries) == kills)
+                wait_for(run, lambda run=run: len(run.recoveries) >= kills)
                 recoveries = run.recoveries
         except (RuntimeError, OSError, ValueError):
-            print((folder / f"{at.name}.log").read_text()[-4000:], file=sys.stderr)
+            lines = run.lines[-20:] if isinstance(run, Ours) else []
+            print((folder / f"{at.name}.log").read_text()[-4000:], *lines, sep="\n", file=sys.stderr)
             raise
         finally:
             run.close()
