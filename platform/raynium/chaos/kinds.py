@@ -87,49 +87,30 @@ def _signal(process: Process, number: signal.Signals) -> None:
 # ---- processes that die ----------------------------------------------------------------------------------------------
 
 
-class KillRank:
-    name, needs = "kill-rank", ""
+@dataclass(frozen=True)
+class _Kill:
+    """what: the run has of these, in words. ends_ranks: see `Struck`."""
+
+    name: str
+    what: str
+    find: Callable[[RunProcesses], Sequence[Process]]
+    ends_ranks: bool = False
+    needs: str = ""
 
     def strike(self, scene: Scene, dice: Random) -> Struck:
-        rank = _one(scene.processes.ranks(), "rank", dice)
-        _signal(rank, signal.SIGKILL)
-        return Struck(f"{rank.name} (process {rank.pid}) is killed", ends_ranks=True)
+        hit = _one(self.find(scene.processes), self.what, dice)
+        _signal(hit, signal.SIGKILL)
+        words = hit.name if self.what == "rank" else f"the {self.what}"
+        return Struck(f"{words} (process {hit.pid}) is killed", ends_ranks=self.ends_ranks)
 
 
-class KillUploader:
-    name, needs = "kill-uploader", ""
-
-    def strike(self, scene: Scene, dice: Random) -> Struck:
-        uploader = _one(scene.processes.uploaders(), "uploader", dice)
-        _signal(uploader, signal.SIGKILL)
-        return Struck(f"the uploader (process {uploader.pid}) is killed")
-
-
-class KillAgent:
-    name, needs = "kill-agent", ""
-
-    def strike(self, scene: Scene, dice: Random) -> Struck:
-        agent = _one(scene.processes.agents(), "agent with ranks", dice)
-        _signal(agent, signal.SIGKILL)
-        return Struck(f"the node agent (process {agent.pid}) is killed", ends_ranks=True)
-
-
-class KillCoordinator:
-    name, needs = "kill-coordinator", ""
-
-    def strike(self, scene: Scene, dice: Random) -> Struck:
-        coordinator = _one(scene.processes.coordinators(), "coordinator", dice)
-        _signal(coordinator, signal.SIGKILL)
-        return Struck(f"the run coordinator (process {coordinator.pid}) is killed")
-
-
-class KillController:
-    name, needs = "kill-controller", ""
-
-    def strike(self, scene: Scene, dice: Random) -> Struck:
-        controller = _one(scene.processes.controllers(), "controller", dice)
-        _signal(controller, signal.SIGKILL)
-        return Struck(f"Ray Train's controller (process {controller.pid}) is killed", ends_ranks=True)
+KILLS = (
+    _Kill("kill-rank", "rank", RunProcesses.ranks, ends_ranks=True),
+    _Kill("kill-uploader", "uploader", RunProcesses.uploaders),
+    _Kill("kill-agent", "node agent", RunProcesses.agents, ends_ranks=True),
+    _Kill("kill-coordinator", "run coordinator", RunProcesses.coordinators),
+    _Kill("kill-controller", "controller of Ray Train", RunProcesses.controllers, ends_ranks=True),
+)
 
 
 class KillDriver:
@@ -284,17 +265,10 @@ SPIKE = BadStep("spike", 1e4, "the gradient norm leaps by 10,000", needs="leaps"
 
 
 KINDS: tuple[Kind, ...] = (
-    *(
-        KillRank(),
-        StopRank(),
-        SlowRank(),
-        KillUploader(),
-        SlowUploader(),
-        KillAgent(),
-        KillCoordinator(),
-        KillController(),
-    ),
-    *(KillDriver(), *STORE_KINDS, DiskFull(), MlflowAway(), NOT_FINITE, SPIKE),
+    *KILLS,
+    *(KillDriver(), StopRank(), SlowRank(), SlowUploader()),
+    *STORE_KINDS,
+    *(DiskFull(), MlflowAway(), NOT_FINITE, SPIKE),
 )
 
 
