@@ -106,7 +106,7 @@ def test_ls_says_why_each_is_kept(
     ], "no driver has said what it keeps"  # fmt: skip
     policy = {"checkpoint": {"keep_last": 1, "keep_every_steps": 2}}
     claim(store, "first", CONFIG.model_dump(mode="json") | policy)
-    assert find_run("first").retention() == Retention(1, 2)
+    assert find_run("first").retention() == Retention(1, 2, keep_best=1)
     save_run(model(1), CONFIG, step=7)
     kept = [re.split(r" s ago +|  +whole", line)[1] for line in checkpoints("ls", "first").out.splitlines()[1:]]
     assert kept == ["every 2 steps", "tag release", "every 2 steps", "goes after the next save", "last"]

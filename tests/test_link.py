@@ -94,7 +94,7 @@ def test_the_messages_are_as_documented(start: Callable[..., Rank]) -> None:
         {"kind": "Stepped", "step": 7, "metrics": {"train/loss": 2.5}},
         {"kind": "Compiled", "step": 7, "graphs": 2, "seconds": 1.5, "surprises": ["forward was compiled again"]},
         {"kind": "ImageWritten", "slot": 1, "info": '{"step": 7}', "replicas": '{"replicas": 7}', "upload": True},
-        {"kind": "Failed", "error": "ValueError", "cause": "ValueError: no", "retry": True},
+        {"kind": "Failed", "error": "ValueError", "cause": "ValueError: no", "retry": True, "undo": None},
         {"kind": "Ended", "step": 7, "reason": "stopped", "why": None},
     ]
     assert rank.end() == (0, "")

@@ -36,6 +36,7 @@ logger = logging.getLogger(__name__)
 
 # All that a rank would load, so that one started again imports nothing. It starts no thread and opens no device.
 PRELOADED_MODULES = (
+    "raynium.rank.collectives",
     "raynium.rank.entry",
     "raynium.rank.template",
     "raynium.storage.file_store",

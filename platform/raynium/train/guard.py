@@ -68,8 +68,9 @@ class Guard:
         assert most_bad < MOST_KEPT
         self._told, self._undone, self._most_bad = frozenset(told), frozenset(undone), most_bad
         self._spike_score, self._begins = spike_score, frozenset(begins)
-        # Losses and gradient norms of steps that were learned from, each at its step modulo RECENT_STEPS. NaN: none.
-        self._recent = torch.full((2, RECENT_STEPS), math.nan, dtype=torch.float64)
+        # Losses and gradient norms of steps that were learned from, each at its step modulo RECENT_STEPS. Infinite: none;
+        # NaN would not be equal to itself where two states are compared.
+        self._recent = torch.full((2, RECENT_STEPS), math.inf, dtype=torch.float64)
         # How many steps were left out since step 0, then the newest of them, the last one first; 0: none.
         self._left_out = torch.zeros(1 + MOST_KEPT, dtype=torch.int64)
 
@@ -91,7 +92,7 @@ class Guard:
     def judge(self, step: int, result: StepResult) -> Verdict | None:
         """None: it was learned from, and stays so."""
         if step in self._begins:
-            self._recent.fill_(math.nan)
+            self._recent.fill_(math.inf)
         numbers = f"loss {result.loss:.6g}, gradient norm {result.grad_norm:.6g}"
         leapt = self._leaps(result) if result.updated else None
         if result.updated and leapt is None:
@@ -139,7 +140,7 @@ class Guard:
         for name, value, recent in zip(
             ("loss", "gradient norm"), (result.loss, result.grad_norm), self._recent.tolist(), strict=True
         ):
-            score, median = leap(value, [each for each in recent if not math.isnan(each)])
+            score, median = leap(value, [each for each in recent if math.isfinite(each)])
             if score > self._spike_score:
                 return (
                     f"the {name} lies {score:.0f} robust standard deviations above the median {median:.6g} of the last "
