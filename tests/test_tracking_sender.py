@@ -84,8 +84,6 @@ def test_a_level_line_is_no_chart_and_every_change_is_a_point(store: str, tmp_pa
     assert [value for _, value in points("goodput/ratio")] == [0.5] * 5
     learned = {name for name in STEADY if name.startswith(("train/", "eval/"))}
     assert STEADY.keys() < METRICS.keys() and learned == {"train/left_out_steps"}
-        "train/left_out_steps"
-    }
 
 
 def test_what_is_learned_and_its_speed_are_what_mlflow_charts_first(store: str, tmp_path: Path):

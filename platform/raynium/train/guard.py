@@ -68,8 +68,8 @@ class Guard:
         assert most_bad < MOST_KEPT
         self._told, self._undone, self._most_bad = frozenset(told), frozenset(undone), most_bad
         self._spike_score, self._begins = spike_score, frozenset(begins)
-        # Losses and gradient norms of steps that were learned from, each at its step modulo RECENT_STEPS. Infinite: none,
-        # since NaN is not equal to itself where two states are compared.
+        # Losses and gradient norms of steps that were learned from, each at its step modulo RECENT_STEPS. Infinite
+        # where there is none, since NaN is not equal to itself when two states are compared.
         self._recent = torch.full((2, RECENT_STEPS), math.inf, dtype=torch.float64)
         # How many steps were left out since step 0, then the newest of them, the last one first; 0: none.
         self._left_out = torch.zeros(1 + MOST_KEPT, dtype=torch.int64)
