@@ -19,7 +19,7 @@ BENCHMARKS = {
     ("bench_mixture.py",): 4,
     ("bench_packed_attention.py",): 4,
     ("bench_lora.py",): 6,
-    ("bench_head.py",): 10,
+    ("bench_head.py", "--turns", "1"): 15,
     ("bench_sft.py",): 6,
     ("bench_sampling.py",): 6,
     ("bench_streaming.py",): 10,
