@@ -338,7 +338,10 @@ def measure_restarts(folder: Path, config: Config, *, kills: int, seed: int, tin
             seconds[name] = kill_ranks(run, kills, seed)
             if isinstance(run, Ours):
                 wait_for(run, lambda run=run: len(run.recoveries) >= kills)
-                recoveries = run.recoveries
+                # One that no kill of ours began is shown, and is no figure.
+                recoveries = run.recoveries[:kills]
+                if len(run.recoveries) > kills:
+                    print(*run.lines, sep="\n", file=sys.stderr)
         except (RuntimeError, OSError, ValueError):
             lines = run.lines[-20:] if isinstance(run, Ours) else []
             print((folder / f"{at.name}.log").read_text()[-4000:], *lines, sep="\n", file=sys.stderr)
