@@ -9,7 +9,6 @@ our peak is at most TRL's in each case. The whole table of logits alone would be
 
 import statistics
 import sys
-import time
 import warnings
 from collections.abc import Callable
 from importlib import import_module
@@ -19,9 +18,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from bench_lora import status_bytes
 from benchmark import heading, parser, verdict
-from turns import by_turns, in_processes
+from turns import by_turns, in_processes, peaks, take_turns
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from peer_models import transformers_model
@@ -101,7 +99,6 @@ LOOPS = {"ours": ours, "TRL": theirs}
 
 
 def run(name: str, tiny: bool, case: str, connection: Connection) -> None:
-    """Answers each "go" with seconds and the loss, and "memory" with the peak's bytes."""
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -109,18 +106,7 @@ def run(name: str, tiny: bool, case: str, connection: Connection) -> None:
         import transformers  # noqa: F401
 
         import_module("trl.trainer.utils")
-    before = status_bytes("VmRSS")
-    step, number = LOOPS[name](config(tiny), case), 0
-    # From here on the peak is that of steps: what building took does not count.
-    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
-    while True:
-        if connection.recv() == "memory":
-            connection.send(status_bytes("VmHWM") - before)
-            return
-        began = time.perf_counter()
-        number += 1
-        loss = step(number)
-        connection.send((time.perf_counter() - began, loss))
+    take_turns(lambda: LOOPS[name](config(tiny), case), connection)
 
 
 def main() -> int:
@@ -134,10 +120,7 @@ def main() -> int:
     for case in CASES:
         with in_processes(run, LOOPS, arguments.tiny, case) as connections:
             answers = by_turns(connections, 1 if arguments.tiny else arguments.turns)
-            memory = {}
-            for name, connection in connections.items():
-                connection.send("memory")
-                memory[name] = connection.recv()
+            memory = peaks(connections)
         seconds = {name: [taken for taken, _ in of_loop] for name, of_loop in answers.items()}
         for name, of_loop in answers.items():
             taken = statistics.median(seconds[name])

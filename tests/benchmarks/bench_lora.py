@@ -9,7 +9,6 @@ PEFT's, in the median of turns, and our peak is at most PEFT's.
 
 import statistics
 import sys
-import time
 import warnings
 from collections.abc import Callable
 from multiprocessing.connection import Connection
@@ -19,7 +18,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from benchmark import heading, parser, verdict
-from turns import by_turns, in_processes
+from turns import by_turns, in_processes, peaks, take_turns
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from peer_models import transformers_model
@@ -95,7 +94,6 @@ LOOPS = {"ours": ours, "PEFT": theirs}
 
 
 def run(name: str, tiny: bool, steps: int, connection: Connection) -> None:
-    """Answers each "go" with seconds and the last loss, and "memory" with the peak's bytes."""
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
     if name == "PEFT":
@@ -103,25 +101,7 @@ def run(name: str, tiny: bool, steps: int, connection: Connection) -> None:
         import transformers  # noqa: F401
 
         del peft
-    before = status_bytes("VmRSS")
-    step, number, loss = LOOPS[name](config(tiny)), 0, 0.0
-    # From here on the peak is that of steps: what building took does not count.
-    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
-    while True:
-        if connection.recv() == "memory":
-            connection.send(status_bytes("VmHWM") - before)
-            return
-        began = time.perf_counter()
-        for _ in range(steps):
-            number += 1
-            loss = step(number)
-        connection.send((time.perf_counter() - began, loss))
-
-
-def status_bytes(field: str) -> int:
-    """Bytes."""
-    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
+    take_turns(lambda: LOOPS[name](config(tiny)), connection, steps=steps)
 
 
 def main() -> int:
@@ -133,10 +113,7 @@ def main() -> int:
     heading()
     with in_processes(run, LOOPS, arguments.tiny, steps) as connections:
         answers = by_turns(connections, turns)
-        memory = {}
-        for name, connection in connections.items():
-            connection.send("memory")
-            memory[name] = connection.recv()
+        memory = peaks(connections)
     seconds = {name: [taken / steps for taken, _ in of_loop] for name, of_loop in answers.items()}
     losses = {name: of_loop[-1][1] for name, of_loop in answers.items()}
     ratio = statistics.median(mine / peer for mine, peer in zip(seconds["ours"], seconds["PEFT"], strict=True))

@@ -37,7 +37,6 @@ def claims(
     *,
     steps: tuple[Steps, Steps],
     bad_steps: Collection[int],
-    starts: int,
     tell: Callable[[str], None],
 ) -> list[Claim]:
     """All of them, of two runs that have finished. Reads both last checkpoints: this needs torch.
@@ -54,7 +53,6 @@ def claims(
         *_points(first, second, bad_steps),
         _checkpoints(faulted),
         _ledger(second),
-        Claim(True, f"nobody typed anything: drivers that died were started again, {starts - 1} time(s)"),
     ]
 
 

@@ -153,7 +153,8 @@ class _Pass:
         return logits_cV
 
     def add(self, piece: slice, gradient_cV: Tensor) -> None:
-        """What the gradient of a piece's logits is to hidden states and weight."""
+        """What the gradient of a piece's logits is to hidden states and weight. It stands where they stood."""
+        self._made = None
         if self._of_hidden_CD is None:
             self._of_hidden_CD = torch.empty_like(self._hidden_CD)
         torch.mm(gradient_cV, self._weight_VD, out=self._of_hidden_CD[piece])
