@@ -3,6 +3,7 @@
 import asyncio
 import json
 import pickle
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -20,8 +21,10 @@ from raynium.checkpoint.state import Chunk
 from raynium.checkpoint.upload import upload_shard
 from raynium.config.load import parse_config
 from raynium.config.world import World
+from raynium.errors import StoreError
 from raynium.health.faults import Fault, classify
 from raynium.rank.plan import RankPlan
+from raynium.run import recovery
 from raynium.run import verdicts as verdicts_module
 from raynium.run.coordinator import RunCoordinator
 from raynium.run.protocol import (
@@ -161,6 +164,33 @@ def test_a_step_that_leapt_is_left_out_by_all_generations_to_come_and_is_no_fail
         orders = await asyncio.gather(other.join(agent(0)), other.join(agent(1)))
         # The last one was told when nobody asked for another generation, and is found again when it leaps.
         assert [order.undone_steps for order in orders if isinstance(order, Order)] == [(7, 9)] * 2
+
+    asyncio.run(play())
+
+
+def test_ranks_with_a_snapshot_do_not_wait_for_a_silent_store_to_know_what_leapt(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    leapt = RankExit(0, 1, "Spike: step 7: loss 40", retry=True, error="Spike", undo=7)
+    answers = threading.Event()
+
+    def silent(self: Store, key: str, content: bytes) -> None:
+        answers.wait(60)
+        raise StoreError("nobody is there")
+
+    async def play() -> None:
+        run = coordinator(tmp_path, **{"cluster.nodes": 1})
+        order = await run.join(ALONE)
+        assert isinstance(order, Order)
+        await ended(run, 1, 0, [leapt])
+        monkeypatch.setattr(recovery, "STORE_SECONDS", 0.05)
+        monkeypatch.setattr(Store, "replace", silent)
+        images = (HeldImages(order.generation_id, 2, (0,), order.world),)
+        second = await run.join(replace(ALONE, last_generation=1, images=images))
+        assert isinstance(second, Order) and (second.resume_step, second.undone_steps) == (2, (7,))
+        told = [event.text for event in (await run.status(0)).events]
+        assert "undone-steps.json, the steps that leapt, is not up to date: the store is silent" in told
+        answers.set()
 
     asyncio.run(play())
 

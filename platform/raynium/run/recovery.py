@@ -1,7 +1,6 @@
 """From where a generation starts: a snapshot in the nodes' memory, a checkpoint, or the first step."""
 
 import asyncio
-import contextlib
 import json
 import math
 from collections import defaultdict
@@ -19,6 +18,8 @@ from raynium.storage.store import Store
 
 # In the run's store: a list of steps whose loss leapt.
 UNDONE_NAME = "undone-steps.json"
+# Ranks that can start from memory wait for that no longer.
+STORE_SECONDS = 2.0
 
 
 @dataclass(frozen=True)
@@ -74,11 +75,14 @@ class Recovery:
         """Of the next generation. uploading: as the roster says. Raises StoreError and CheckpointError."""
         images = newest_images(agents, world, distrusted=self._distrusted)
         if images is not None:
-            # It is as new as any checkpoint, since every checkpoint was such an image. Nor does it wait for the store.
-            with contextlib.suppress(StoreError):
-                await asyncio.to_thread(self._keep_undone)
+            # It is as new as any checkpoint, since every checkpoint was such an image. Nor does it wait for a silent
+            # store: a step that is not known to have leapt leaps again, and is undone again.
+            try:
+                await asyncio.wait_for(self._keep_undone(), STORE_SECONDS)
+            except (StoreError, TimeoutError) as error:
+                self._tell(f"{UNDONE_NAME}, the steps that leapt, is not up to date: {str(error) or 'the store is silent'}")
             return Origin(images, undone_steps=tuple(sorted(self._undone)))
-        await asyncio.to_thread(self._keep_undone)
+        await self._keep_undone()
         async with self.choosing:
             if not uploading:
                 # No agent of an earlier attempt lives: what is open will never be finished.
@@ -101,17 +105,21 @@ class Recovery:
         """The run leaves it out from now on, whatever it goes on from: known to drivers to come, too."""
         self._undone.add(step)
 
-    def _keep_undone(self) -> None:
+    async def _keep_undone(self) -> None:
         """Reads and writes the store where there is need. Raises StoreError."""
         if self._undone_kept is None:
-            found: list[int] = []
-            with contextlib.suppress(KeyMissing):
-                found = json.loads(self._store.read(UNDONE_NAME, max_bytes=2**20))
-            self._undone_kept = set(found)
-        self._undone |= self._undone_kept
+            self._undone_kept = await asyncio.to_thread(self._read_undone)
+            self._undone |= self._undone_kept
         if self._undone != self._undone_kept:
-            self._store.replace(UNDONE_NAME, json.dumps(sorted(self._undone)).encode())
-            self._undone_kept = set(self._undone)
+            wanted = set(self._undone)
+            await asyncio.to_thread(self._store.replace, UNDONE_NAME, json.dumps(sorted(wanted)).encode())
+            self._undone_kept = wanted
+
+    def _read_undone(self) -> set[int]:
+        try:
+            return set(json.loads(self._store.read(UNDONE_NAME, max_bytes=2**20)))
+        except KeyMissing:
+            return set()
 
     def refuses(self, step: int | None, images: HeldImages | None, error: str | None) -> bool:
         """Whether the run must end because its ranks found, only while they read it, that their checkpoint is damaged.
