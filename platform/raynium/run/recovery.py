@@ -80,7 +80,8 @@ class Recovery:
             try:
                 await asyncio.wait_for(self._keep_undone(), STORE_SECONDS)
             except (StoreError, TimeoutError) as error:
-                self._tell(f"{UNDONE_NAME}, the steps that leapt, is not up to date: {str(error) or 'the store is silent'}")
+                problem = str(error) or "the store is silent"
+                self._tell(f"{UNDONE_NAME}, the steps that leapt, is not up to date: {problem}")
             return Origin(images, undone_steps=tuple(sorted(self._undone)))
         await self._keep_undone()
         async with self.choosing:
