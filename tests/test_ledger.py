@@ -86,23 +86,53 @@ def generation(**seconds: Any) -> Ledger:
     return Ledger(**seconds)
 
 
-def test_what_a_failed_generation_had_not_finished_belongs_to_the_restart() -> None:
+def test_a_failure_is_noticed_then_the_ranks_are_restarted_and_restored() -> None:
     book = CoordinatorBook(life="a", now=0)
-    book.ordered("g1", now=4)
+    assert book.ordered("g1", now=4) == "load"
     assert nonzero(book.ledger(9).booked) == {"start": 4, "load": 5}
     book.account("g1", generation(load=5, train=10, step=10), 20)
     assert nonzero(book.ledger(20).booked) == {"start": 4, "load": 5, "train": 10, "other": 1}
-    book.failed()
+    book.failed(21)
+    assert nonzero(book.ledger(22).booked) == {"start": 4, "load": 5, "train": 10, "notice": 2, "restart": 1}
     # Node 0's last word comes after another node's rank died.
     book.account("g1", generation(load=5, train=11, step=11), 24)
-    book.ordered("g2", now=24)
-    assert nonzero(book.ledger(24).booked) == {"start": 4, "load": 5, "train": 11, "restart": 4}
-    book.account("g2", generation(repeat=2, train=3, step=12), 31)
-    book.ended()
-    assert nonzero(book.ledger(31).booked) == {
-        "start": 4, "load": 5, "train": 14, "restart": 4, "repeat": 2, "finish": 2,
+    assert book.ordered("g2", now=24) == "restore"
+    assert nonzero(book.ledger(24).booked) == {"start": 4, "load": 5, "train": 11, "notice": 1, "restart": 3}
+    assert nonzero(book.ledger(25).booked) == {
+        "start": 4, "load": 5, "train": 11, "notice": 1, "restart": 3, "restore": 1,
     }  # fmt: skip
-    assert book.ledger(31).booked.step == 12
+    book.account("g2", generation(restore=1, repeat=2, train=3, step=12), 32)
+    book.ended()
+    assert nonzero(book.ledger(32).booked) == {
+        "start": 4, "load": 5, "train": 14, "notice": 1, "restart": 3, "restore": 1, "repeat": 2, "finish": 2,
+    }  # fmt: skip
+    assert book.ledger(32).booked.step == 12
+
+
+def test_a_generation_that_takes_the_place_of_a_failed_one_is_restored_until_its_first_step() -> None:
+    book = GenerationBook(trained_step=7, now=100, begins="restore")
+    assert nonzero(book.ledger()) == {}
+    book.step(7, took(2), now=105)
+    assert nonzero(book.ledger()) == {"restore": 3, "repeat": 2}
+
+
+def test_the_time_in_which_agents_are_missing_after_a_failure_is_waited() -> None:
+    book = CoordinatorBook(life="a", now=0)
+    # Before the first order it is the start, whoever is waited for.
+    book.agents_missing(1, missing=True)
+    book.ordered("g1", now=2)
+    book.account("g1", generation(train=8, step=8), 10)
+    book.failed(11)
+    book.agents_missing(13, missing=True)
+    book.agents_missing(20, missing=False)
+    book.ordered("g2", now=21)
+    assert nonzero(book.ledger(21).booked) == {"start": 2, "train": 8, "notice": 1, "restart": 3, "wait": 7}
+    book.account("g2", generation(train=3, step=11), 24)
+    # Nobody knows when they died: others were waited for ever since they were heard last.
+    book.failed(31)
+    book.agents_lost()
+    book.ordered("g3", now=32)
+    assert nonzero(book.ledger(32).booked) == {"start": 2, "train": 11, "notice": 1, "restart": 3, "wait": 15}
 
 
 @pytest.mark.parametrize("ordered, failed, cause", [(False, False, "start"), (True, True, "restart")])
@@ -111,7 +141,7 @@ def test_a_run_that_ends_while_no_rank_lives_was_waiting_for_them(ordered: bool,
     if ordered:
         book.ordered("g1", now=0)
     if failed:
-        book.failed()
+        book.failed(0)
     book.ended()
     assert nonzero(book.ledger(8).booked) == {cause: 8}
 
@@ -187,7 +217,7 @@ def test_a_generation_that_outlives_its_coordinator_is_counted_once() -> None:
     second.ran_before(2, book.before_coordinator())
     assert nonzero(second.whole_run(16)) == {"start": 2, "load": 1, "train": 12, "other": 1}
     # The next generation closes it, for good.
-    second.failed()
+    second.failed(18)
     second.ordered("g2", now=20)
     book.heard(second.ledger(20), now=20)
     assert nonzero(book.ledger(20)) == nonzero(second.whole_run(20))
@@ -211,7 +241,9 @@ def test_a_run_that_has_ended_does_not_restart() -> None:
     book.ordered("g1", now=0)
     book.account("g1", Ledger(train=3, step=3), now=4)
     book.ended()
-    book.failed()
+    book.failed(5)
+    book.agents_lost()
+    book.agents_missing(6, missing=True)
     assert nonzero(book.ledger(9).booked) == {"train": 3, "finish": 6}
 
 
@@ -240,6 +272,9 @@ EVENTS = st.tuples(
             "save",
             "account",
             "fail",
+            "lose agents",
+            "miss agents",
+            "find agents",
             "end",
             "lose coordinator",
             "find running",
@@ -272,8 +307,9 @@ class Played:
         match what:
             case "order":
                 self.number += 1
-                self.coordinator.ordered(f"g{self.number}", self.now)
-                self.generation = GenerationBook(trained_step=self.run.ledger(self.now).step, now=self.now)
+                begins = self.coordinator.ordered(f"g{self.number}", self.now)
+                trained_step = self.run.ledger(self.now).step
+                self.generation = GenerationBook(trained_step=trained_step, now=self.now, begins=begins)
             case "compile":
                 self.generation.compiled(measured)
             case "step":
@@ -283,7 +319,13 @@ class Played:
             case "account":
                 self.coordinator.account(f"g{self.number}", self.generation.ledger(), self.now)
             case "fail":
-                self.coordinator.failed()
+                self.coordinator.failed(self.now)
+            case "lose agents":
+                self.coordinator.agents_lost()
+            case "miss agents":
+                self.coordinator.agents_missing(self.now, missing=True)
+            case "find agents":
+                self.coordinator.agents_missing(self.now, missing=False)
             case "end":
                 self.coordinator.ended()
             case "lose coordinator":

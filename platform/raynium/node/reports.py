@@ -85,7 +85,8 @@ class Reports:
     def begin_generation(self, order: Order, ranks: range) -> None:
         now = time.monotonic()
         self._order = order
-        self._book = GenerationBook(trained_step=max(self._trained_step, order.ledger.step), now=now)
+        trained_step = max(self._trained_step, order.ledger.step)
+        self._book = GenerationBook(trained_step=trained_step, now=now, begins=order.begins)
         self._positions = {rank: RankPosition(order.resume_step or 0, "start") for rank in ranks}
         self._still = dict.fromkeys(ranks, 0.0)
         self._looked = now

@@ -66,12 +66,13 @@ class RunCoordinator:
         async with self._changing():
             if self._roster.is_past(agent.attempt):
                 return GoHome(self._run_ledger())
-            self._lives.greet(agent)
+            self._lives.greet(agent, now=time.monotonic())
             if (given := self._lives.order_for(agent)) is not None:
                 # Ray repeats a call whose answer was lost on its way.
                 return given
-            self._lives.rejoined(agent)
+            self._lives.rejoined(agent, now=time.monotonic())
             self._roster.joins(agent)
+            self._lives.joined(now=time.monotonic())
             began, tries = time.monotonic(), 0
             while self._roster.is_complete() and not self._lives.are_over_for(agent):
                 tries += 1
@@ -124,7 +125,7 @@ class RunCoordinator:
             await self._saves.commit_last(outcome.step, living=self._roster.uploading)
             async with self._changing():
                 problem = self._saves.problem(outcome.step)
-                self._lives.finished(current, outcome, problem)
+                self._lives.finished(current, outcome, problem, now=time.monotonic())
 
     async def commits(self, sent: protocol.Commit | None) -> list[protocol.Commit] | None:
         async with self._changed:
@@ -198,7 +199,7 @@ class RunCoordinator:
         what, cause: of the incident that this is.
         """
         async with self._changing():
-            self._lives.leave(what, cause)
+            self._lives.leave(what, cause, now=time.monotonic())
 
     async def status(self, events_after: int) -> Status:
         """Events numbered above `events_after` come along."""

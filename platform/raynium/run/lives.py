@@ -101,7 +101,7 @@ class Lives:
         self.number = 1 + max(self.number, *(agent.last_generation for agent in agents))
         # The suffix keeps two drivers apart that count from the same number.
         generation_id = f"g{self.number:05d}-{secrets.token_hex(4)}"
-        self._book.ordered(generation_id, now)
+        begins = self._book.ordered(generation_id, now)
         order = Order(
             world,
             self.number,
@@ -112,6 +112,7 @@ class Lives:
             resume_images=origin.images,
             ledger=self._book.whole_run(now),
             undone_steps=origin.undone_steps,
+            begins=begins,
         )
         self._generations[self.number] = Generation(order, {agent.node_rank: agent for agent in agents})
         self._watch_for_hangs(order)
@@ -131,7 +132,7 @@ class Lives:
                 each.attempt == agent.attempt and each.last_generation < order.generation
                 for each in self._roster.ready()
             ):
-                self.greet(agent)
+                self.greet(agent, now=now)
                 # Those that wait for an order have not had this one.
                 self._roster.departs()
                 current.state, current.found = "running", True
@@ -148,7 +149,7 @@ class Lives:
 
     # ---- how one ends ----------------------------------------------------------------------------------------------
 
-    def greet(self, agent: AgentInfo) -> None:
+    def greet(self, agent: AgentInfo, *, now: float) -> None:
         """Ray Train starts all agents anew when one is lost: those of the attempt before are gone."""
         if self._roster.greets(agent):
             self._board.forget_devices()
@@ -156,7 +157,8 @@ class Lives:
                 cause = "a node agent was lost; Ray Train started the node agents again"
                 self._failed(self.number, cause, what="agents")
                 # It was counted when Ray Train placed the new ones.
-                self.over(current, cause)
+                self.over(current, cause, now=now)
+                self._book.agents_lost()
 
     def agents_placed(self, attempt: str) -> None:
         """By Ray Train. They may yet die before they join."""
@@ -168,13 +170,17 @@ class Lives:
         current = self.running
         return current.order if current is not None and current.order.generation > agent.last_generation else None
 
-    def rejoined(self, agent: AgentInfo) -> None:
+    def rejoined(self, agent: AgentInfo, *, now: float) -> None:
         """The agent runs no ranks. A coordinator that has died may be the one that heard how they ended."""
         current = self.running
         if current is not None and self.order_for(agent) is None and agent.node_rank not in current.exits:
             cause = f"the ranks of node {agent.node_rank} ended while nobody could hear of it"
             self._failed(self.number, cause, node_rank=agent.node_rank)
-            self.over(current, cause)
+            self.over(current, cause, now=now)
+
+    def joined(self, *, now: float) -> None:
+        """Agents are as far that a generation could be ordered, or wait for others."""
+        self._book.agents_missing(now, missing=not self._roster.is_complete())
 
     def needs_more_words(self, current: Generation) -> bool:
         """Whether all that is known of its end is that ranks missed a peer, which is on another node."""
@@ -199,7 +205,7 @@ class Lives:
         images = current.order.resume_images
         if images is not None and self._board.step <= images.step and judgement.doubts_images:
             self._recovery.distrust(images)
-        self.over(current, cause)
+        self.over(current, cause, now=now)
         self.not_before = now + judgement.pause_seconds
         if judgement.ends is not None:
             self.end("failed", judgement.ends)
@@ -245,7 +251,7 @@ class Lives:
             current.order.generation, f"{cause}; what each rank did is in {folder_of(current.order.generation)}"
         )
         judgement = self._verdicts.hung(cause, step=self._board.step)
-        self.over(current, cause)
+        self.over(current, cause, now=now)
         self.not_before = now + judgement.pause_seconds
         if judgement.ends is not None:
             self.end("failed", judgement.ends)
@@ -268,13 +274,13 @@ class Lives:
             self._board.tell(f"  node {node_rank} ({found.host}) | {fault.evidence}")
             self._board.tell(str(found))
 
-    def over(self, current: Generation, cause: str) -> None:
+    def over(self, current: Generation, cause: str, *, now: float) -> None:
         """The ranks are taken down; others follow unless a stop was asked for."""
         current.state, current.cause = "over", cause
         # A run of months has thousands of generations, each with the last lines of its ranks.
         current.exits.clear()
         current.looks = {}
-        self._book.failed()
+        self._book.failed(now)
         if self.stop_requested:
             self.end("stopped")
 
@@ -282,13 +288,14 @@ class Lives:
         """A newer checkpoint than any before."""
         self._verdicts.progress()
 
-    def leave(self, what: What, cause: str) -> None:
+    def leave(self, what: What, cause: str, *, now: float) -> None:
         """The agents of this attempt go home; others go on elsewhere."""
         self._roster.leave()
         if (current := self.running) is not None:
             self.incidents.opens(what, where="", cause=cause, step=self._board.step)
             current.state, current.cause = "over", cause
-            self._book.failed()
+            self._book.failed(now)
+            self._book.agents_missing(now, missing=True)
 
     def request_stop(self) -> None:
         """Every rank saves at the next step and ends. Before any rank runs, the run just ends."""
@@ -296,11 +303,11 @@ class Lives:
         if self.running is None:
             self.end("stopped")
 
-    def finished(self, current: Generation, outcome: Outcome, problem: str | None) -> None:
+    def finished(self, current: Generation, outcome: Outcome, problem: str | None, *, now: float) -> None:
         """All ranks ended as they should. problem: why the run has no checkpoint of that step."""
         if problem is not None and current.found:
             # Agents may have told a coordinator that died: their images are still there, and they tell it again.
-            self.over(current, "its last checkpoint is not known to be whole")
+            self.over(current, "its last checkpoint is not known to be whole", now=now)
             return
         if problem is None:
             self._board.step = outcome.step

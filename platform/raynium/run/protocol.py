@@ -9,7 +9,7 @@ from raynium.config.world import World
 from raynium.health.faults import ACTIONS, Fault
 from raynium.health.neuron_monitor import DeviceSample
 from raynium.tracking.incidents import Incident
-from raynium.tracking.ledger import Ledger, LifeLedger
+from raynium.tracking.ledger import Cause, Ledger, LifeLedger
 
 EndKind = Literal["finished", "stopped", "failed"]
 
@@ -62,7 +62,7 @@ class Order:
 
     generation_id is in every key that the generation writes, so that an older one can never overwrite. resume_step:
     None for the initial weights. resume_images: all ranks have these in their nodes' memory, and need not read the
-    store. ledger: of the whole run until now. undone_steps: see `RankPlan`.
+    store. ledger: of the whole run until now. undone_steps: see `RankPlan`. begins: see `GenerationBook`.
     """
 
     world: World
@@ -74,6 +74,7 @@ class Order:
     resume_images: HeldImages | None = None
     ledger: Ledger = field(default_factory=Ledger)
     undone_steps: tuple[int, ...] = ()
+    begins: Cause = "load"
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,12 @@ A time `now` is in seconds of the steady clock of the process that keeps the boo
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Literal, get_args
 
 Cause = Literal[
-    "train", "compile", "evaluate", "save", "repeat", "load", "restart", "start", "finish", "down", "other"
+    "train", "compile", "evaluate", "save", "load", "repeat", "notice", "wait", "restart", "restore", "start", "finish",
+    "down", "other",
 ]  # fmt: skip
 CAUSES: tuple[Cause, ...] = get_args(Cause)
 
@@ -21,16 +23,20 @@ CAUSES: tuple[Cause, ...] = get_args(Cause)
 class Ledger:
     """Seconds of wall time by cause; `tracking/metrics.py` says what each means.
 
-    step: the last one that is in `train`. One that is not later is repeated.
+    What failures cost is `repeat`, `notice`, `wait`, `restart` and `restore`. step: the last one that is in `train`. One
+    that is not later is repeated.
     """
 
     train: float = 0.0
     compile: float = 0.0
     evaluate: float = 0.0
     save: float = 0.0
-    repeat: float = 0.0
     load: float = 0.0
+    repeat: float = 0.0
+    notice: float = 0.0
+    wait: float = 0.0
     restart: float = 0.0
+    restore: float = 0.0
     start: float = 0.0
     finish: float = 0.0
     down: float = 0.0
@@ -76,13 +82,17 @@ def filled(parts: Ledger, wall_seconds: float, rest: Cause) -> Ledger:
 class GenerationBook:
     """What rank 0 did in one generation, from its messages (`train/link.py`)."""
 
-    def __init__(self, *, trained_step: int, now: float):
-        """trained_step: the last step that any generation of the run is known to have taken; now: of the order."""
+    def __init__(self, *, trained_step: int, now: float, begins: Cause = "load"):
+        """trained_step: the last step that any generation of the run is known to have taken; now: of the order.
+
+        begins: what the time until its first step is; of a generation that takes the place of a failed one `restore`.
+        """
         self._began = self._heard = now
+        self._begins: Cause = begins
         # Measured by rank 0 itself; compilations inside the step or evaluation it reports next; until its first step.
         self._measured = Ledger(step=trained_step)
         self._compile_seconds = 0.0
-        self._load_seconds: float | None = None
+        self._begin_seconds: float | None = None
 
     def compiled(self, seconds: float) -> None:
         """A message that precedes the one of its step."""
@@ -108,15 +118,16 @@ class GenerationBook:
         if self._measured.total:
             # The messages of two steps may be read at once: then the first one came late, and the second one shows it.
             unexplained = max(0.0, now - self._began - self._measured.total)
-            known = self._load_seconds
-            self._load_seconds = unexplained if known is None else min(known, unexplained)
+            known = self._begin_seconds
+            self._begin_seconds = unexplained if known is None else min(known, unexplained)
 
     def ledger(self) -> Ledger:
         """From the order to the last message; what came after that, only the coordinator can name."""
         wall_seconds = self._heard - self._began
-        if self._load_seconds is None:
-            return filled(self._measured, wall_seconds, "load")
-        return filled(self._measured + Ledger(load=self._load_seconds), wall_seconds, "other")
+        if self._begin_seconds is None:
+            return filled(self._measured, wall_seconds, self._begins)
+        begin = replace(Ledger(), **{self._begins: self._begin_seconds})
+        return filled(self._measured + begin, wall_seconds, "other")
 
 
 @dataclass(frozen=True)
@@ -167,8 +178,9 @@ class CoordinatorBook:
         self._before, self._before_number = Before(), -1
         self._closed = Ledger()
         self._since = now
-        # Of the time since then that the generation's agent does not explain.
+        # Of the time since then that the generation's agent does not explain; and what it is from a later time on.
         self._rest: Cause = "start"
+        self._later: list[tuple[float, Cause]] = []
         self._generation_id = self._continued = ""
         self._generation = Ledger()
         self._found_running = self._has_ended = False
@@ -178,11 +190,14 @@ class CoordinatorBook:
         if number > self._before_number:
             self._before_number, self._before = number, before
 
-    def ordered(self, generation_id: str, now: float) -> None:
-        """A generation was ordered; its agent explains the time from here on."""
+    def ordered(self, generation_id: str, now: float) -> Cause:
+        """A generation was ordered; its agent explains the time from here on. What that is until its first step."""
+        begins: Cause = "load" if self._rest == "start" else "restore"
         self._closed = self.ledger(now).booked
-        self._since, self._rest, self._generation_id, self._generation = now, "load", generation_id, Ledger()
+        self._since, self._rest, self._later = now, begins, []
+        self._generation_id, self._generation = generation_id, Ledger()
         self._found_running = False
+        return begins
 
     def found_running(self, generation_id: str, now: float) -> None:
         """A generation that a coordinator before this one has ordered goes on."""
@@ -200,23 +215,38 @@ class CoordinatorBook:
         # Calls may overtake each other.
         if generation.total >= self._generation.total:
             self._generation = generation
-        if self._rest == "load":
+        if self._rest in ("load", "restore"):
             self._rest = "other"
 
-    def failed(self) -> None:
-        """The generation is over, and another will follow."""
+    def failed(self, now: float) -> None:
+        """It is known that the generation is over, and another will follow."""
         if not self._has_ended:
-            self._rest = "restart"
+            self._rest, self._later = "notice", [(now, "restart")]
+
+    def agents_lost(self) -> None:
+        """The generation's agents are gone, nobody knows since when, and all that time others were waited for."""
+        if not self._has_ended:
+            self._rest, self._later = "wait", []
+
+    def agents_missing(self, now: float, *, missing: bool) -> None:
+        """Whether agents are waited for, of nodes that are lost or not as far as others yet; after a failure."""
+        if self._later and not self._has_ended:
+            self._later.append((now, "wait" if missing else "restart"))
 
     def ended(self) -> None:
         """The run has ended. What is left of a generation that did not fail was the upload of its last checkpoint."""
         self._has_ended = True
-        if self._rest in ("load", "other"):
+        if self._rest in ("load", "restore", "other"):
             self._rest = "finish"
 
     def ledger(self, now: float) -> LifeLedger:
         """Of the time since this coordinator began, or since the order of a generation that it found running."""
-        generation = filled(self._generation, now - self._since, self._rest)
+        explained = self._since + self._generation.total
+        later = Ledger()
+        for (began, cause), (ended, _) in pairwise([*self._later, (now, self._rest)]):
+            # What the agent explains, also after the generation was over, it has measured.
+            later += replace(Ledger(), **{cause: max(0.0, ended - max(began, explained))})
+        generation = filled(self._generation + later, now - self._since, self._rest)
         return LifeLedger(self._life, self._closed, self._generation_id, generation, self._continued)
 
     def whole_run(self, now: float) -> Ledger:
