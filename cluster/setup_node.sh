@@ -60,6 +60,8 @@ chmod 600 "$HOME/.ray/auth_token"    # the cluster's token: whoever can read it 
     echo "source $environment/bin/activate"
     echo 'export RAY_AUTH_MODE=token'
     echo 'export RAY_USAGE_STATS_ENABLED=0'    # nothing is sent to anybody
+    # Ray's workers, and so the ranks, at the priority of other processes; Ray's default adds 15.
+    echo 'export RAY_worker_niceness=0'
     # The head has the image of the workers and no device: importing torch must not look for one.
     [ -e /dev/neuron0 ] || echo 'export TORCH_DEVICE_BACKEND_AUTOLOAD=0'
 } >"$HOME/.raynium-env"

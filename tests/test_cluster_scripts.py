@@ -73,7 +73,7 @@ def test_a_neuron_node_keeps_what_its_image_brings(home: Path, images: Path):
     assert f"-e {CLUSTER.parent}" in (home / "pip.log").read_text()
     environment_file = (home / ".raynium-env").read_text()
     assert f"source {environment}/bin/activate" in environment_file
-    assert "export RAY_AUTH_MODE=token" in environment_file
+    assert "export RAY_AUTH_MODE=token" in environment_file and "export RAY_worker_niceness=0" in environment_file
     assert (home / ".bashrc").read_text().count(".raynium-env") == 1
     assert (home / ".ray/auth_token").stat().st_mode & 0o777 == 0o600
 

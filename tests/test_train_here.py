@@ -153,7 +153,9 @@ def test_agents_that_cannot_start_end_the_run_with_their_words(folder: Path, hom
 
 
 @pytest.mark.slow
-def test_ranks_of_a_local_run_listen_on_the_loopback_only(folder: Path, home: Path) -> None:
+def test_ranks_of_a_local_run_listen_on_the_loopback_only_and_are_as_nice_as_the_command(
+    folder: Path, home: Path
+) -> None:
     run = find_run("here", str(folder))
     process = start(folder)
     try:
@@ -161,6 +163,8 @@ def test_ranks_of_a_local_run_listen_on_the_loopback_only(folder: Path, home: Pa
         agents = run.record().agents
         assert agents is not None
         ranks = descendants(agents[0]["pid"])
+        forked = [psutil.Process(pid) for pid in ranks]
+        assert [each.nice() for each in forked if each.name().startswith("rank-")] == 2 * [os.nice(0)]
         sockets = [each for pid in ranks for each in psutil.Process(pid).net_connections("tcp")]
         heard = [each.laddr[0] for each in sockets if each.status == psutil.CONN_LISTEN]
         assert len(heard) > 1 and all(ipaddress.ip_address(host).is_loopback for host in heard), heard

@@ -26,6 +26,9 @@ RAY_DEFAULTS = {
     "RAY_TRAIN_METRICS_ENABLED": "0",
     # An actor (200 MB) for notices that no rank here asks Ray Train for.
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    # Ray adds it to its workers' niceness, by default 15: anything else on the machine would come before the ranks, and
+    # an agent that waits for a core does not see that one has died.
+    "RAY_worker_niceness": "0",
     # Nothing is sent to anybody.
     "RAY_USAGE_STATS_ENABLED": "0",
     # Under `uv run`, Ray would pack the current folder and have uv start every worker.

@@ -23,8 +23,9 @@ CAUSES: tuple[Cause, ...] = get_args(Cause)
 class Ledger:
     """Seconds of wall time by cause; `tracking/metrics.py` says what each means.
 
-    What failures cost is `repeat`, `notice`, `wait`, `restart` and `restore`. step: the last one that is in `train`. One
-    that is not later is repeated.
+    What failures cost is `repeat`, `notice`, `wait`, `restart` and `restore`.
+
+    step: the last one that is in `train`. One that is not later is repeated.
     """
 
     train: float = 0.0
