@@ -20,13 +20,13 @@ from raynium.config.load import parse_config
 from raynium.config.schema import Config
 from raynium.config.world import World
 from raynium.data.batch import Batch
-from raynium.engines.base import Engine
+from raynium.engines.base import Engine, StepResult
 from raynium.engines.native import build_native_engine
 from raynium.rank.snapshots import Snapshots
 from raynium.storage.store import Store
 from raynium.tasks.base import Scored
 from raynium.tasks.pretraining import Pretraining
-from raynium.train.guard import Guard
+from raynium.train.guard import Guard, evidence_path
 from raynium.train.link import MemoryLink
 from raynium.train.loop import Cadence, train
 from raynium.train.patience import Patience
@@ -65,6 +65,13 @@ class Batches:
         return {}
 
 
+class NoEvidence:
+    """No run of these ends."""
+
+    def of(self, step: int, batch: Batch, result: StepResult, why: str) -> str:
+        raise AssertionError(f"step {step} ended the run: {why}")
+
+
 @pytest.fixture
 def one_rank() -> Any:
     store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
@@ -90,6 +97,7 @@ class Ran:
             start_step=start_step,
             evaluate=dict,
             guard=guard,
+            evidence=NoEvidence(),
             patience=Patience(),
             snapshots=snapshots,
             throughput=THROUGHPUT,
@@ -151,4 +159,24 @@ def test_a_leap_is_undone_from_memory_and_the_run_equals_one_told_to_leave_that_
     assert weights[0].keys() == weights[1].keys()
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0] if not name.startswith("guard/"))
     assert spiking.tracker.values("train/left_out_steps")[-1] == (80, 1.0)
-    assert json.loads(Store(spiking.run_folder).read("undone-steps.json")) == [60]
+    assert json.loads(Store(spiking.run_folder).read("undone-steps.json")) == {"undone": [60], "suspected": []}
+
+
+def test_a_run_that_bad_steps_end_keeps_their_samples_and_the_norms_of_its_layers(
+    tmp_path: Path, document_folder: Path
+) -> None:
+    changes = {"train.steps": 80, "checkpoint.every_steps": 80, "evaluate.every_steps": 80, "fault.max_bad_steps": 0}
+    run = Played(parse_config(JOB, changes | {"task": "spiking_task:Spiking"}), tmp_path, document_folder)
+    run.thread.start()
+    status = run.finish()
+    path = evidence_path(60)
+    assert status.ended == "failed" and path in str(status.cause) and "TooManyBadSteps" in str(status.cause)
+    found = json.loads(run.tracker.artifacts[path])
+    assert found["step"] == 60 and found["loss"] > 100 and "robust standard deviations" in found["why"]
+    norms = found["layer_gradient_norms"]
+    assert list(norms) == ["embedding", "blocks.0", "blocks.1", "final_norm", "head"] and min(norms.values()) > 0
+    samples = found["samples"]
+    assert [each["sample"] for each in samples] == [236, 237, 238, 239] and {each["store"] for each in samples} == {
+        "nowhere"
+    }
+    assert all(0 < len(each["text"]) <= 2000 for each in samples)

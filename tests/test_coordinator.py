@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from checkpoints import save as save_checkpoint
 from tiny import job_text
 from waiting import stop
 
@@ -33,6 +34,7 @@ from raynium.run.protocol import (
     Commit,
     GoHome,
     HeldImages,
+    LeftOut,
     Look,
     NodeEnded,
     Order,
@@ -156,14 +158,14 @@ def test_a_step_that_leapt_is_left_out_by_all_generations_to_come_and_is_no_fail
         run = coordinator(tmp_path)
         for generation in (1, 2, 3):
             orders = await asyncio.gather(run.join(agent(0)), run.join(agent(1)))
-            expected = {1: (), 2: (7,), 3: (7, 9)}[generation]
-            assert [order.undone_steps for order in orders if isinstance(order, Order)] == [expected] * 2
-            await ended(run, generation, 1, [replace(leapt, undo=2 * generation + 5)])
+            expected = {1: (), 2: (7,), 3: (7, 47)}[generation]
+            assert [order.left_out for order in orders if isinstance(order, Order)] == [LeftOut(expected)] * 2
+            await ended(run, generation, 1, [replace(leapt, undo=40 * generation - 33)])
         # Another life of the coordinator, or another driver, knows them from the run's store.
         other = coordinator(tmp_path)
         orders = await asyncio.gather(other.join(agent(0)), other.join(agent(1)))
         # The last one was told when nobody asked for another generation, and is found again when it leaps.
-        assert [order.undone_steps for order in orders if isinstance(order, Order)] == [(7, 9)] * 2
+        assert [order.left_out for order in orders if isinstance(order, Order)] == [LeftOut((7, 47))] * 2
 
     asyncio.run(play())
 
@@ -187,10 +189,44 @@ def test_ranks_with_a_snapshot_do_not_wait_for_a_silent_store_to_know_what_leapt
         monkeypatch.setattr(Store, "replace", silent)
         images = (HeldImages(order.generation_id, 2, (0,), order.world),)
         second = await run.join(replace(ALONE, last_generation=1, images=images))
-        assert isinstance(second, Order) and (second.resume_step, second.undone_steps) == (2, (7,))
+        assert isinstance(second, Order) and (second.resume_step, second.left_out) == (2, LeftOut((7,)))
         told = [event.text for event in (await run.status(0)).events]
         assert "undone-steps.json, the steps that leapt, is not up to date: the store is silent" in told
         answers.set()
+
+    asyncio.run(play())
+
+
+def test_a_leap_that_comes_back_is_answered_from_an_older_checkpoint_without_the_steps_before_it(
+    tmp_path: Path,
+) -> None:
+    """The newest one is set aside, and what its generation still uploads does not become one either."""
+    store = Store(tmp_path / "run")
+    for step in (40, 60, 70):
+        save_checkpoint(store, [[Chunk.whole("w", torch.ones(4), saved_here=True)]], step=step)
+
+    async def play() -> None:
+        run = coordinator(tmp_path, **{"cluster.nodes": 1})
+        orders = []
+        for undo in (72, 80, 75, 300):
+            generation = len(orders)
+            order = await run.join(replace(ALONE, last_generation=generation))
+            assert isinstance(order, Order)
+            orders.append(order)
+            exit = RankExit(0, 1, f"Spike: step {undo}: loss 40", retry=True, error="Spike", undo=undo)
+            await ended(run, generation + 1, 0, [exit])
+        assert [order.resume_step for order in orders] == [70, 70, 60, 60]
+        assert orders[1].left_out == LeftOut((72,))
+        assert orders[2].left_out == LeftOut((72, 80), tuple(each for each in range(62, 80) if each != 72))
+        # The second time it would take a state before step 32, of which there is none.
+        assert orders[3].left_out.undone == (72, 75, 80) and orders[3].left_out.suspected[0] == 32
+        texts = [event.text for event in (await run.status(0)).events]
+        assert any("step 70 was saved before a leap that came back: it is now" in text for text in texts)
+        assert "there is no state of a step before 32, so the newest one is used again" in texts
+        assert [each.step for each in list_checkpoints(store)] == [40, 60]
+        shard = entry(store, tmp_path / "image", step=65, generation_id=orders[0].generation_id, rank=0)
+        await run.tell(ShardSaved(65, 0, shard, 1.0, 60, orders[0].world))
+        assert [each.step for each in list_checkpoints(store)] == [40, 60]
 
     asyncio.run(play())
 

@@ -14,7 +14,7 @@ from raynium.data.batch import Batch
 from raynium.engines.base import FakeEngine, StepResult, Votes
 from raynium.tasks.pretraining import Pretraining
 from raynium.tracking.metrics import METRICS, check_metrics
-from raynium.train.guard import BAD_AMONG, Guard, Spike, TooManyBadSteps, Verdict, leap
+from raynium.train.guard import BAD_AMONG, Guard, Spike, TooManyBadSteps, Verdict, evidence_path, leap
 from raynium.train.link import MemoryLink
 from raynium.train.loop import Cadence, Outcome, train
 from raynium.train.metrics import Throughput
@@ -111,11 +111,15 @@ class Play:
             start_step=start_step,
             evaluate=self._evaluate,
             guard=guard or Guard(),
+            evidence=self,
             patience=Patience(most=patience),
             snapshots=self,
             throughput=THROUGHPUT,
             link=self.link,
         )
+
+    def of(self, step: int, batch: Batch, result: StepResult, why: str) -> str:
+        return f"evidence of step {step}: {why}"
 
     def run(self) -> Outcome:
         return train(**self._arguments)
@@ -251,10 +255,15 @@ def test_a_bad_step_is_told_with_its_samples_and_training_goes_on() -> None:
 def test_one_bad_step_too_many_ends_the_run_and_reaches_nothing() -> None:
     change: dict[int, dict[str, Any]] = {2: BAD, 3: {"updated": False, "grad_norm": math.inf}}
     play = Play(Cadence(total_steps=9, checkpoint_every=1, evaluate_every=99), change=change, guard=Guard(most_bad=1))
-    with pytest.raises(TooManyBadSteps, match=r"step 3: .*2 were bad \(2, 3; fault.max_bad_steps=1\).*learning_rate"):
+    with pytest.raises(
+        TooManyBadSteps,
+        match=r"step 3: .*2 were bad \(2, 3; fault.max_bad_steps=1\).*bad-steps/step-000000003.json.*learning_rate",
+    ):
         play.run()
     assert list(play.states) == list(play.link.steps) == [1, 2]
     assert [step for step, _ in play.link.bad_steps] == [2, 3]
+    [(path, text)] = play.link.artifacts.items()
+    assert path == evidence_path(3) and text.startswith("evidence of step 3: loss 1.")
 
 
 def test_steps_that_the_run_was_told_to_leave_out_are_voted_for_and_are_not_bad() -> None:
@@ -337,12 +346,81 @@ def test_a_better_loss_a_short_past_other_data_and_no_limit_are_no_leap() -> Non
     assert unlimited.judge(60, replace(GOOD, loss=40.0)) is None
 
 
+def test_steps_before_a_leap_that_came_back_are_left_out_and_are_not_bad() -> None:
+    guard = Guard(most_bad=0, suspected=(7, 8))
+    assert [guard.leaves_out(step) for step in (6, 7, 8, 9)] == [False, True, True, False]
+    for step in (7, 8):
+        verdict = guard.judge(step, replace(GOOD, updated=False))
+        assert verdict is not None and verdict.ends is None and "a leap came back" in verdict.why
+    assert guard.updates(8) == 6
+
+
 def test_the_score_of_a_leap() -> None:
     recent = [2.0, 2.1, 1.9, 2.2, 1.8] * 12
     assert leap(5.0, recent) == (pytest.approx(3.0 / (1.4826 * 0.1)), 2.0)
     assert leap(2.1, [2.0] * 60) == (pytest.approx(0.1 / 0.02), 2.0), "one percent where nothing varies"
     assert leap(1.0, [0.0] * 60)[0] > 1e200
     assert leap(math.inf, recent)[0] == math.inf
+
+
+# Gradient norms of a model of two layers that learns 11 kB of text by heart at a learning rate of 0.01, in steps 2,401
+# to 2,501: the last is 128 robust standard deviations above the median, and the run is as healthy after it as before.
+BY_HEART = [
+    0.282, 0.569, 0.524, 0.266, 0.306, 4.2, 0.794, 0.196, 0.225, 0.365, 0.149, 0.211, 0.64, 0.206, 0.528, 0.297,
+    0.41, 0.752, 1.26, 0.552, 0.196, 0.76, 0.3, 0.384, 0.319, 0.515, 0.245, 0.666, 0.166, 3.06, 0.927, 0.279, 0.175,
+    1.04, 0.16, 0.285, 0.152, 0.276, 0.161, 0.269, 0.226, 0.415, 0.169, 0.288, 0.192, 0.353, 6.77, 0.216, 0.173,
+    0.262, 0.283, 0.246, 0.223, 0.555, 0.267, 0.271, 0.328, 0.157, 0.278, 0.254, 0.849, 0.167, 0.355, 0.3, 0.27,
+    0.291, 1.02, 0.954, 1.89, 0.835, 0.174, 2.11, 0.26, 0.247, 0.204, 0.184, 0.208, 0.76, 0.258, 0.252, 0.787,
+    0.168, 0.26, 0.281, 0.259, 0.915, 0.747, 0.194, 0.206, 0.17, 0.413, 0.483, 0.49, 0.726, 0.59, 0.482, 0.138,
+    0.19, 0.166, 0.176, 20.5,
+]  # fmt: skip
+
+
+def test_norms_of_a_model_that_learns_a_text_by_heart_are_no_leaps() -> None:
+    assert leap(BY_HEART[-1], BY_HEART[:-1])[0] > 100
+    guard = Guard(most_bad=10, spike_score=30)
+    results = [replace(GOOD, loss=0.07, grad_norm=norm) for norm in BY_HEART]
+    assert [guard.judge(step, result) for step, result in enumerate(results, 1)] == [None] * len(results)
+    # Nor is a usual norm after many that were nearly none.
+    still = Guard(most_bad=10, spike_score=30)
+    assert [still.judge(step, replace(GOOD, loss=1e-4, grad_norm=1e-5)) for step in range(1, 81)] == [None] * 80
+    assert still.judge(81, replace(GOOD, loss=0.4, grad_norm=0.9)) is None
+    assert still.judge(82, replace(GOOD, loss=0.4, grad_norm=11.0)) is not None
+    clipped = Guard(most_bad=10, spike_score=30, clip_norm=0.1)
+    assert [clipped.judge(step, replace(GOOD, grad_norm=1e-5)) for step in range(1, 81)] == [None] * 80
+    assert clipped.judge(81, replace(GOOD, grad_norm=0.2)) is not None
+
+
+NUMBERS = st.floats(0, 1e30)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(NUMBERS, min_size=60, max_size=130), st.integers(0, 5))
+def test_no_norms_whatever_end_a_run_whose_loss_stays(norms: list[float], most_bad: int) -> None:
+    guard = Guard(most_bad=most_bad, spike_score=30)
+    for step, norm in enumerate(norms, 1):
+        verdict = guard.judge(step, replace(steady(step), grad_norm=norm))
+        assert verdict is None or isinstance(verdict.ends, Spike)
+    assert guard.updates(len(norms)) >= len(norms) - most_bad
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.tuples(NUMBERS, NUMBERS), min_size=50, max_size=130), NUMBERS, NUMBERS)
+def test_a_leap_passes_all_that_was_before_it_and_what_passes_all_by_far_is_one(
+    recent: list[tuple[float, float]], loss: float, norm: float
+) -> None:
+    guard = Guard(most_bad=10, spike_score=30)
+    # As if they had been learned from.
+    guard.chunks(saved_here=True)[1].tensor[:, : len(recent[-100:])] = torch.tensor(recent[-100:]).T
+    (losses, norms), verdict = (
+        zip(*recent[-100:], strict=True),
+        guard.judge(131, replace(GOOD, loss=loss, grad_norm=norm)),
+    )
+    if verdict is not None:
+        assert loss > max(losses) + 0.4999 or norm > max(9.99 * max(norms), 0.999)
+    else:
+        # The median deviation is not greater than the greatest, so so much is a leap of anything.
+        assert loss <= 60 * (max(losses) + 1) and norm <= 60 * (max(norms) + 1)
 
 
 @settings(deadline=None, max_examples=30)

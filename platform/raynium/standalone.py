@@ -64,6 +64,10 @@ class StandaloneLink:
         if dist.get_rank() == 0:
             logger.warning("step %d: %s", step, why)
 
+    def artifact(self, path: str, text: str) -> None:
+        if dist.get_rank() == 0:
+            self._store.replace(path, text.encode())
+
     def evaluating(self, done: int, total: int) -> None:
         pass
 

@@ -25,11 +25,13 @@ class FaultSection(Section):
     first two steps and an evaluation's batch 30 minutes, a compilation 3 hours."""
     max_bad_steps: Annotated[int, Field(ge=0, lt=256), Unit("steps")] = 10
     """Steps that are left out, of any 1,000 in a row, because their loss or gradient norm is not finite, or leaps:
-    nothing is learned from them and training goes on. One more ends the run."""
+    nothing is learned from them and training goes on. One more ends the run, and keeps its samples and the gradient
+    norm of each layer as an artifact. Where as many were bad, norms that leap are clipped and learned from."""
     spike_score: PositiveFloat | None = 30.0
     """A step whose loss or gradient norm lies more than so many robust standard deviations (1.4826 × the median
     deviation, at least 1 % of the median) above the median of the last 100 is undone: all ranks go back to the last
-    snapshot and leave it out. null: none is."""
+    snapshot and leave it out. A loss also has to pass all 100 by 0.5, a norm to be 10 times the greatest of them, and
+    above 1, or optimizer.clip_norm where that is less. If it comes back, they go back further. null: none is."""
     snapshot_every_steps: Steps | None = None
     """Also keep the state in the node's memory after each multiple of it, without an upload: a restart begins there. It
     takes a third image of the state, and is left out where it would have to wait. null: at checkpoints only."""

@@ -5,7 +5,7 @@ where the shuffle has lanes, so that each rank reads the same few blocks for lon
 B: sequences per step over all ranks, T: `data.seq_len`.
 """
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -107,6 +107,16 @@ class Loader:
             f"its samples are {first:,} to {first + self._step_samples - 1:,} of the run's order, store:row "
             f"{', '.join(places[:NAMED])}{more}"
         )
+
+    def tokens(self, step: int, *, most: int) -> Iterator[tuple[int, int, int, np.ndarray]]:
+        """The first samples of a step, of all ranks: number in the run's order, store, row, and tokens, [T] or more.
+
+        Raises as `batch`. It reads one after the other, whatever was fetched ahead: for a step that went wrong.
+        """
+        first, samples = (step - 1) * self._step_samples, self.samples_of_all(step)
+        for place, (store, row) in enumerate(zip(samples.stores[:most], samples.rows[:most], strict=True)):
+            tokens = self._rows[store].read(np.array([row]))["tokens"]
+            yield first + place, int(store), int(row), tokens.reshape(-1)
 
     def _place(self, step: int) -> tuple[Samples, slice]:
         """Samples of many steps, and which of them are this rank's of this one."""

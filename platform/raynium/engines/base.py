@@ -63,6 +63,13 @@ class Engine(Protocol):
         """
         ...
 
+    def layer_norms(self, batch: Batch, *, step: int) -> dict[str, float]:
+        """The gradient's 2-norm in each layer by name, of a step's batch and the parameters of now. Learns nothing.
+
+        For a step that ended the run: it computes the gradient once more. {}: this engine's gradients cannot be had.
+        """
+        ...
+
     def evaluate(self, batch: Batch) -> Sums:
         """The task's sums and counts, without learning. B is the same on all ranks; rows without a label fill it up."""
         ...
@@ -122,6 +129,9 @@ class FakeEngine:
             agreed=votes,
             updated=not votes.leave_out,
         )
+
+    def layer_norms(self, batch: Batch, *, step: int) -> dict[str, float]:
+        return {"mixed": 1.0}
 
     def evaluate(self, batch: Batch) -> Sums:
         return self._sums(batch)

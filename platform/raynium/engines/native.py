@@ -38,7 +38,7 @@ from raynium.models.decoder import Decoder
 from raynium.models.flops import learned_count
 from raynium.models.init import init_block
 from raynium.models.lora import Dropout, adapt, row_keys
-from raynium.models.plan import divided_sizes
+from raynium.models.plan import divided_sizes, layer_of
 from raynium.tasks.base import Sums, Task, check_whole_samples, counts_of, loss_of
 
 
@@ -203,6 +203,21 @@ class NativeEngine:
         agreed = Votes(*(count > 0 for count in numbers[len(named) :]))
         loss = loss_of(self._task, named)
         return StepResult(loss=loss, grad_norm=norm, sums=named, learning_rate=rate, agreed=agreed, updated=not masked)
+
+    def layer_norms(self, batch: Batch, *, step: int) -> dict[str, float]:
+        sums = self._accumulate_gradients(batch, step=step)
+        # Of all parameters: on another rank one without elements here may have some.
+        names = list(dict.fromkeys(layer_of(name) for name in parameter_names(self._model)))
+        squares = torch.zeros(len(names), dtype=self._sum_dtype, device=self._device)
+        for part, gradient in self._local_gradients():
+            squares[names.index(layer_of(part.name))] += self._square_norm([(part, gradient)])
+            part.parameter.grad = None
+        total = self._sum_over_ranks(sums, counts_of(self._task, batch), square_norm=0.0, votes=Votes())
+        if dist.is_initialized():
+            dist.all_reduce(squares)
+        divisor = total.sums[total.names.index(self._task.divisor)]
+        norms = (squares.sqrt() / divisor.where(divisor != 0, 1)).tolist()
+        return dict(zip(names, norms, strict=True))
 
     def _left_out(self, norm: Tensor, total: Total) -> Tensor:
         """Bool on the device, equal on all ranks: whether this step must not change anything."""

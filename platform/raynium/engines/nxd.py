@@ -280,6 +280,10 @@ class NxdEngine:
         loss = loss_of(self._task, named)
         return StepResult(loss=loss, grad_norm=norm, sums=named, learning_rate=rate, agreed=agreed, updated=not masked)
 
+    def layer_norms(self, batch: Batch, *, step: int) -> dict[str, float]:
+        """None: NxD sums gradients over the data ranks inside its optimizer's step, which keeps them to itself."""
+        return {}
+
     def _counts(self, batch: Batch, votes: Votes) -> Counted:
         """Over all ranks, in one all-reduce.
 

@@ -64,3 +64,9 @@ def divided_sizes(model: ModelSection, *, seq_len: int) -> dict[str, int]:
         "model.vocab_size": model.vocab_size,
         "data.seq_len": seq_len,
     }
+
+
+def layer_of(name: str) -> str:
+    """That a parameter belongs to: "blocks.3" of "blocks.3.ffn.up.weight", "head" of "head.weight"."""
+    first, second, *_ = name.split(".")
+    return f"{first}.{second}" if second.isdigit() else first

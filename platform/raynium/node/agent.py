@@ -244,7 +244,8 @@ class NodeAgent:
             data_places=data_places,
             image_folder=str(image_folder),
             resume_images=images,
-            undone_steps=list(order.undone_steps),
+            undone_steps=list(order.left_out.undone),
+            suspected_steps=list(order.left_out.suspected),
         )
         return RankGroup(self._environments(order), plan.to_json(), rendezvous=rendezvous)
 

@@ -25,7 +25,7 @@ from raynium.run.protocol import (
 )
 from raynium.tracking.ledger import GenerationBook, Ledger
 from raynium.tracking.tracker import Tracker
-from raynium.train.link import BadStep, Compiled, Evaluating, Phase, RankMessage, Stepped
+from raynium.train.link import Artifact, BadStep, Compiled, Evaluating, Phase, RankMessage, Stepped
 
 logger = logging.getLogger(__name__)
 
@@ -108,6 +108,8 @@ class Reports:
             case BadStep(step, why):
                 logger.warning("step %d: %s", step, why)
                 self._coordinator.tell(StepLeftOut(step, why))
+            case Artifact(path, text):
+                self.keep_artifacts({path: text})
             case Evaluating(done, total):
                 if rank == 0:
                     self._coordinator.tell(Evaluates(done, total))

@@ -8,8 +8,10 @@ bad     written by chaos before the run: lines of a step and a factor. In that s
         slopes of rank 0 are multiplied by it, so that the gradient leaps or is none
 """
 
+import contextlib
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -57,11 +59,20 @@ class _ArmedEngine:
         while self._limit.exists() and step > int(self._limit.read_text(encoding="utf-8")):
             time.sleep(LIMIT_POLL_SECONDS)
         held = time.time() - began
-        self._task.factor = self._factors.get(step, 1.0)
-        result = self._engine.step(batch, step=step, votes=votes)
-        self._task.factor = 1.0
+        with self._spoilt(step):
+            result = self._engine.step(batch, step=step, votes=votes)
         os.write(self._steps, f"{step} {time.time():.6f} {os.getpid()} {result.loss.hex()} {held:.6f}\n".encode())
         return result
+
+    def layer_norms(self, batch: Batch, *, step: int) -> dict[str, float]:
+        with self._spoilt(step):
+            return self._engine.layer_norms(batch, step=step)
+
+    @contextlib.contextmanager
+    def _spoilt(self, step: int) -> Iterator[None]:
+        self._task.factor = self._factors.get(step, 1.0)
+        yield
+        self._task.factor = 1.0
 
 
 def armed_task(task: Task, *, rank: int) -> Task:

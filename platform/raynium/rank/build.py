@@ -20,7 +20,7 @@ from raynium.config.world import World
 from raynium.data.access import open_fetched
 from raynium.data.evaluation import EvaluationSet, evaluation_set
 from raynium.data.judges import kept_questions, open_sets
-from raynium.data.loader import open_loader
+from raynium.data.loader import Loader, open_loader
 from raynium.data.store import OpenStore
 from raynium.engines.base import Engine
 from raynium.engines.native import build_native_engine
@@ -29,6 +29,7 @@ from raynium.engines.torch_compiles import TorchCompiles
 from raynium.models.flops import flops_per_token
 from raynium.rank.armed import armed, armed_task
 from raynium.rank.evaluation import Evaluation, QuestionRows, rows_of_call
+from raynium.rank.evidence import Evidence
 from raynium.rank.group import join_group
 from raynium.rank.origin import Origin, resumes
 from raynium.rank.pairs import pair_data
@@ -83,7 +84,7 @@ def run(plan: RankPlan, link: Link) -> Outcome:
             config, plan.world, accelerator, task, compile_backend=backend, weights=weights, base=base
         )
     engine = WatchedEngine(armed(built, task), torch_compiles=compiles, device_counts=accelerator.metrics, link=link)
-    guard, patience = Guard.of(config, undone=plan.undone_steps), Patience.of(config)
+    guard, patience = _guard(plan), Patience.of(config)
     snapshots = _snapshots(plan, engine, link, guard, patience)
     origin = Origin(plan, engine, snapshots)
     link.phase("restore", at)
@@ -117,6 +118,7 @@ def run(plan: RankPlan, link: Link) -> Outcome:
         start_step=start_step,
         evaluate=lambda: evaluation.metrics(link.evaluating) | accelerator.metrics() | engine.compile_metrics(),
         guard=guard,
+        evidence=_evidence(plan, engine, loader, documents),
         patience=patience,
         snapshots=snapshots if config.checkpoint.save == "steps" else NoSnapshots(),
         throughput=_throughput(config, plan.world, accelerator, task),
@@ -138,6 +140,15 @@ def _documents(plan: RankPlan) -> list[OpenStore]:
     data, run = plan.config.data, plan.config.run.place
     places = zip(plan.data_places, data.stores, strict=True)
     return [open_fetched(data, place, identity=store.identity, run=run) for place, store in places]
+
+
+def _guard(plan: RankPlan) -> Guard:
+    return Guard.of(plan.config, undone=plan.undone_steps, suspected=plan.suspected_steps)
+
+
+def _evidence(plan: RankPlan, engine: Engine, loader: Loader, documents: list[OpenStore]) -> Evidence:
+    names = [each.name for each in plan.config.data.stores]
+    return Evidence(engine, loader, stores=names, text=lambda tokens: documents[0].tokenizer().decode(tokens))
 
 
 def _by_name(plan: RankPlan, documents: list[OpenStore]) -> dict[str, OpenStore]:

@@ -25,8 +25,9 @@ class RankPlan:
     # Rank → the images its predecessor left there of `resume_step`, as checkpoint.manifest.ImageInfo in JSON: they are
     # used in place of the checkpoint. Empty: the checkpoint is read.
     resume_images: dict[int, list[str]] = field(default_factory=dict)
-    # Steps whose loss leapt when they were taken before: they are left out.
+    # Steps that are left out; see `run/protocol.py`, LeftOut.
     undone_steps: list[int] = field(default_factory=list)
+    suspected_steps: list[int] = field(default_factory=list)
 
     def to_json(self) -> str:
         return json.dumps(vars(self) | {"config": self.config.model_dump(mode="json"), "world": self.world.to_json()})

@@ -271,6 +271,9 @@ class RunCoordinator:
         return 0.0
 
     async def _commit(self, whole: WholeSave) -> None:
+        if self._recovery.is_spoilt(whole.generation_id, whole.step):
+            self._board.tell(f"step {whole.step} becomes no checkpoint: it was saved before a leap that came back")
+            return
         async with self._recovery.choosing:
             living = [*self._roster.uploading, whole.generation_id]
             is_newest = await self._saves.commit(whole, living=living, reading=self._recovery.reading)

@@ -11,6 +11,7 @@ from raynium.config.world import World
 from raynium.health.faults import Fault
 from raynium.run.board import Board
 from raynium.run.hangs import Hang, Hangs, folder_of, with_looks
+from raynium.run.leaps import Leaps
 from raynium.run.protocol import (
     AgentInfo,
     EndKind,
@@ -74,6 +75,7 @@ class Lives:
         self.not_before = 0.0
         self._fault = fault
         self._verdicts = Verdicts(fault)
+        self._leaps = Leaps()
         # Of the newest generation.
         self._hangs: Hangs | None = None
         self._generations: dict[int, Generation] = {}
@@ -111,7 +113,7 @@ class Lives:
             resume_step=origin.step,
             resume_images=origin.images,
             ledger=self._book.whole_run(now),
-            undone_steps=origin.undone_steps,
+            left_out=origin.left_out,
             begins=begins,
         )
         self._generations[self.number] = Generation(order, {agent.node_rank: agent for agent in agents})
@@ -200,7 +202,8 @@ class Lives:
         if first.fault is not None:
             self.node_fault(current.order.generation, node_rank, first.fault)
         if first.undo is not None:
-            self._recovery.undo(first.undo)
+            ids = [each.order.generation_id for each in self._generations.values()]
+            self._recovery.undo(self._leaps.undo(first.undo), generations=ids)
         judgement = self._verdicts.ranks_failed(first, step=self._board.step, now=now)
         images = current.order.resume_images
         if images is not None and self._board.step <= images.step and judgement.doubts_images:

@@ -57,12 +57,27 @@ class AgentInfo:
 
 
 @dataclass(frozen=True)
+class LeftOut:
+    """Steps that the run leaves out, though its config does not say so, in order. undone: their loss or norm leapt when
+    they were taken before. suspected: a leap came back after them (`run/leaps.py`).
+    """
+
+    undone: tuple[int, ...] = ()
+    suspected: tuple[int, ...] = ()
+
+    def with_those_of(self, other: "LeftOut") -> "LeftOut":
+        undone = {*self.undone, *other.undone}
+        suspected = {*self.suspected, *other.suspected} - undone
+        return LeftOut(tuple(sorted(undone)), tuple(sorted(suspected)))
+
+
+@dataclass(frozen=True)
 class Order:
     """Run one generation.
 
     generation_id is in every key that the generation writes, so that an older one can never overwrite. resume_step:
     None for the initial weights. resume_images: all ranks have these in their nodes' memory, and need not read the
-    store. ledger: of the whole run until now. undone_steps: see `RankPlan`. begins: see `GenerationBook`.
+    store. ledger: of the whole run until now. begins: see `GenerationBook`.
     """
 
     world: World
@@ -73,7 +88,7 @@ class Order:
     resume_step: int | None = None
     resume_images: HeldImages | None = None
     ledger: Ledger = field(default_factory=Ledger)
-    undone_steps: tuple[int, ...] = ()
+    left_out: LeftOut = LeftOut()
     begins: Cause = "load"
 
 

@@ -5,18 +5,19 @@ import json
 import math
 from collections import defaultdict
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 
-from raynium.checkpoint.catalog import IfDamaged, resume_point, set_aside
+from raynium.checkpoint.catalog import IfDamaged, resume_point, set_aside, step_folders
 from raynium.checkpoint.format.manifest import CHECKPOINTS_FOLDER
 from raynium.checkpoint.ref import CheckpointRef
 from raynium.config.world import World
 from raynium.errors import CheckpointDamaged, StoreError
-from raynium.run.protocol import AgentInfo, HeldImages
+from raynium.run.leaps import Undo
+from raynium.run.protocol import AgentInfo, HeldImages, LeftOut
 from raynium.storage.backend import KeyMissing
 from raynium.storage.store import Store
 
-# In the run's store: a list of steps whose loss leapt.
+# In the run's store: the steps that leapt, and those that are suspected with them.
 UNDONE_NAME = "undone-steps.json"
 # Ranks that can start from memory wait for that no longer.
 STORE_SECONDS = 2.0
@@ -24,13 +25,11 @@ STORE_SECONDS = 2.0
 
 @dataclass(frozen=True)
 class Origin:
-    """images: what all ranks have in their nodes' memory; else checkpoint; else the run begins. undone_steps: of the
-    run, those that are to be left out.
-    """
+    """images: what all ranks have in their nodes' memory; else checkpoint; else the run begins."""
 
     images: HeldImages | None = None
     checkpoint: CheckpointRef | None = None
-    undone_steps: tuple[int, ...] = ()
+    left_out: LeftOut = field(default_factory=LeftOut)
 
     @property
     def step(self) -> int | None:
@@ -58,9 +57,13 @@ class Recovery:
         self._reading: int | None = None
         self._damaged: int | None = None
         self._distrusted: set[tuple[str, int]] = set()
-        # The newest of the run, and those that the store has: None until it was asked.
-        self._undone: set[int] = set()
-        self._undone_kept: set[int] | None = None
+        # Of the run, and what the store has of it: None until it was asked.
+        self._left_out = LeftOut()
+        self._left_out_kept: LeftOut | None = None
+        # States from this step on are not gone on from; None: all may be.
+        self._before: int | None = None
+        # Generation → the step from which on what it saved is spoilt.
+        self._spoilt_from: dict[str, int] = {}
 
     @property
     def reading(self) -> list[int]:
@@ -73,17 +76,23 @@ class Recovery:
 
     async def origin(self, agents: Sequence[AgentInfo], world: World, *, uploading: Collection[str]) -> Origin:
         """Of the next generation. uploading: as the roster says. Raises StoreError and CheckpointError."""
-        images = newest_images(agents, world, distrusted=self._distrusted)
+        images = newest_images(agents, world, distrusted=self._distrusted, before=self._before)
+        if self._before is not None:
+            async with self.choosing:
+                if not await self._set_spoilt_aside(self._before, even_all=images is not None):
+                    self._before = None
+                    images = newest_images(agents, world, distrusted=self._distrusted)
         if images is not None:
             # It is as new as any checkpoint, since every checkpoint was such an image. Nor does it wait for a silent
             # store: a step that is not known to have leapt leaps again, and is undone again.
             try:
-                await asyncio.wait_for(self._keep_undone(), STORE_SECONDS)
+                await asyncio.wait_for(self._keep_left_out(), STORE_SECONDS)
             except (StoreError, TimeoutError) as error:
                 problem = str(error) or "the store is silent"
                 self._tell(f"{UNDONE_NAME}, the steps that leapt, is not up to date: {problem}")
-            return Origin(images, undone_steps=tuple(sorted(self._undone)))
-        await self._keep_undone()
+            self._before = None
+            return Origin(images, left_out=self._left_out)
+        await self._keep_left_out()
         async with self.choosing:
             if not uploading:
                 # No agent of an earlier attempt lives: what is open will never be finished.
@@ -94,7 +103,8 @@ class Recovery:
             point = await asyncio.to_thread(resume_point, self._store, if_damaged=self._if_damaged)
             for note in point.set_aside:
                 self._tell(f"CHECKPOINT DAMAGED: {note}")
-            origin = Origin(checkpoint=point.checkpoint, undone_steps=tuple(sorted(self._undone)))
+            origin = Origin(checkpoint=point.checkpoint, left_out=self._left_out)
+            self._before = None
             self._reading = origin.step
             return origin
 
@@ -102,25 +112,57 @@ class Recovery:
         """Ranks that started from them made no step: they are not tried again."""
         self._distrusted.add((images.generation_id, images.step))
 
-    def undo(self, step: int) -> None:
-        """The run leaves it out from now on, whatever it goes on from: known to drivers to come, too."""
-        self._undone.add(step)
+    def undo(self, undo: Undo, *, generations: Collection[str]) -> None:
+        """The run leaves these steps out from now on, whatever it goes on from: known to drivers to come, too.
 
-    async def _keep_undone(self) -> None:
+        generations: until now, whose later saves are spoilt if that is what the undoing says.
+        """
+        self._left_out = self._left_out.with_those_of(LeftOut((undo.leapt,), tuple(undo.suspected)))
+        if undo.before is not None:
+            self._before = undo.before
+            for each in generations:
+                self._spoilt_from[each] = min(undo.before, self._spoilt_from.get(each, undo.before))
+            self._tell(
+                f"the leap of step {undo.leapt} is one that came back: steps {undo.before} to {undo.leapt} are left "
+                f"out, and all go back to a state before them"
+            )
+
+    def is_spoilt(self, generation_id: str, step: int) -> bool:
+        """Whether what this generation saved at this step is not to become a checkpoint any more."""
+        return step >= self._spoilt_from.get(generation_id, math.inf)
+
+    async def _set_spoilt_aside(self, before: int, *, even_all: bool) -> bool:
+        """Checkpoints of this step and later ones. False, and none is: no other would be left. Raises StoreError.
+
+        even_all: an older state is in memory.
+        """
+        folders = await asyncio.to_thread(step_folders, self._store)
+        steps = [each.step for each in folders if each.manifest is not None]
+        if steps and min(steps) >= before and not even_all:
+            self._tell(f"there is no state of a step before {before}, so the newest one is used again")
+            return False
+        for step in steps:
+            if step >= before:
+                aside = await asyncio.to_thread(set_aside, self._store, step)
+                self._tell(f"the checkpoint of step {step} was saved before a leap that came back: it is now {aside}")
+        return True
+
+    async def _keep_left_out(self) -> None:
         """Reads and writes the store where there is need. Raises StoreError."""
-        if self._undone_kept is None:
-            self._undone_kept = await asyncio.to_thread(self._read_undone)
-            self._undone |= self._undone_kept
-        if self._undone != self._undone_kept:
-            wanted = set(self._undone)
-            await asyncio.to_thread(self._store.replace, UNDONE_NAME, json.dumps(sorted(wanted)).encode())
-            self._undone_kept = wanted
+        if self._left_out_kept is None:
+            self._left_out_kept = await asyncio.to_thread(self._read_left_out)
+            self._left_out = self._left_out.with_those_of(self._left_out_kept)
+        if self._left_out != self._left_out_kept:
+            wanted = self._left_out
+            await asyncio.to_thread(self._store.replace, UNDONE_NAME, json.dumps(asdict(wanted)).encode())
+            self._left_out_kept = wanted
 
-    def _read_undone(self) -> set[int]:
+    def _read_left_out(self) -> LeftOut:
         try:
-            return set(json.loads(self._store.read(UNDONE_NAME, max_bytes=2**20)))
+            found = json.loads(self._store.read(UNDONE_NAME, max_bytes=2**20))
         except KeyMissing:
-            return set()
+            return LeftOut()
+        return LeftOut(tuple(found["undone"]), tuple(found["suspected"]))
 
     def refuses(self, step: int | None, images: HeldImages | None, error: str | None) -> bool:
         """Whether the run must end because its ranks found, only while they read it, that their checkpoint is damaged.
@@ -141,13 +183,20 @@ class Recovery:
 
 
 def newest_images(
-    agents: Sequence[AgentInfo], world: World, *, distrusted: Collection[tuple[str, int]] = ()
+    agents: Sequence[AgentInfo],
+    world: World,
+    *,
+    distrusted: Collection[tuple[str, int]] = (),
+    before: int | None = None,
 ) -> HeldImages | None:
-    """The newest snapshot that every rank of a world like this one has in its node's memory. Pure."""
+    """The newest snapshot that every rank of a world like this one has in its node's memory. Pure.
+
+    before: of an earlier step than this; None: of any.
+    """
     found: dict[tuple[str, int], set[int]] = defaultdict(set)
     for agent in agents:
         for held in agent.images:
-            if held.world == world:
+            if held.world == world and (before is None or held.step < before):
                 found[held.generation_id, held.step].update(held.ranks)
     whole = [key for key, ranks in found.items() if len(ranks) == world.size and key not in distrusted]
     if not whole:

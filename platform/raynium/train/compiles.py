@@ -60,6 +60,9 @@ class WatchedEngine:
         self._report("step", batch)
         return result
 
+    def layer_norms(self, batch: Batch, *, step: int) -> dict[str, float]:
+        return self._engine.layer_norms(batch, step=step)
+
     def evaluate(self, batch: Batch) -> Sums:
         self._report_copies()
         sums = self._engine.evaluate(batch)

@@ -27,6 +27,18 @@ RECENT_STEPS = 100
 DEVIATIONS = 1.4826
 # Where numbers hardly vary, less than this share of them is no leap of one deviation.
 LEAST_DEVIATION = 0.01
+# What a model does that learns a small text by heart is no leap: its norms are nearly 0, and now and then four times
+# the greatest of the last hundred, which clipping sees to. So a leap also passes all of them: a loss by so many nats, a
+# norm so many times.
+NATS_ABOVE_ALL = 0.5
+TIMES_ALL = 10.0
+# Nor does a gradient leap that is no greater than this, or than what is clipped.
+USUAL_NORM = 1.0
+
+
+def evidence_path(step: int) -> str:
+    """The artifact that says what the step was which ended the run; see `rank/evidence.py`."""
+    return f"bad-steps/step-{step:09d}.json"
 
 
 class TooManyBadSteps(Exception):
@@ -57,17 +69,22 @@ class Guard:
         *,
         told: Collection[int] = (),
         undone: Collection[int] = (),
+        suspected: Collection[int] = (),
         most_bad: int = 0,
         spike_score: float | None = None,
+        clip_norm: float = USUAL_NORM,
         begins: Collection[int] = (),
     ):
         """told: steps that are to be left out. undone: others that are, since they leapt when they were taken before.
-        most_bad: of all but those told, among any BAD_AMONG in a row. spike_score: see `leap`; None: nothing leaps.
+        suspected: others that are, since a leap came back after them. most_bad: of those not told nor suspected, among
+        any BAD_AMONG in a row. spike_score: see `leap`; None: nothing leaps. clip_norm: a norm within it does not.
         begins: steps from which on the data is another, so that no loss before is like those to come.
         """
         assert most_bad < MOST_KEPT
         self._told, self._undone, self._most_bad = frozenset(told), frozenset(undone), most_bad
+        self._suspected = frozenset(suspected)
         self._spike_score, self._begins = spike_score, frozenset(begins)
+        self._least_norm = min(clip_norm, USUAL_NORM)
         # Losses and gradient norms of steps that were learned from, each at its step modulo RECENT_STEPS. Infinite
         # where there is none, since NaN is not equal to itself when two states are compared.
         self._recent = torch.full((2, RECENT_STEPS), math.inf, dtype=torch.float64)
@@ -75,46 +92,54 @@ class Guard:
         self._left_out = torch.zeros(1 + MOST_KEPT, dtype=torch.int64)
 
     @classmethod
-    def of(cls, config: Config, *, undone: Collection[int] = ()) -> Self:
-        """What the run's config says. undone: as above."""
+    def of(cls, config: Config, *, undone: Collection[int] = (), suspected: Collection[int] = ()) -> Self:
+        """What the run's config says. undone, suspected: as above."""
         return cls(
             told=config.data.leave_out_steps,
             undone=undone,
+            suspected=suspected,
             most_bad=config.fault.max_bad_steps,
             spike_score=config.fault.spike_score,
+            clip_norm=config.optimizer.clip_norm,
             begins=[stage.from_step for stage in config.data.stages],
         )
 
     def leaves_out(self, step: int) -> bool:
         """Whether this step, which comes next, is not to be learned from."""
-        return step in self._told or step in self._undone
+        return step in self._told or step in self._undone or step in self._suspected
 
     def judge(self, step: int, result: StepResult) -> Verdict | None:
         """None: it was learned from, and stays so."""
         if step in self._begins:
             self._recent.fill_(math.inf)
         numbers = f"loss {result.loss:.6g}, gradient norm {result.grad_norm:.6g}"
-        leapt = self._leaps(result) if result.updated else None
+        leapt = self._leaps(step, result) if result.updated else None
         if result.updated and leapt is None:
             self._recent[:, step % RECENT_STEPS] = torch.tensor((result.loss, result.grad_norm))
             return None
         self._note(step)
         if step in self._told:
             return Verdict(f"left out as data.leave_out_steps says ({numbers})")
+        if step in self._suspected:
+            return Verdict(f"left out, since a leap came back that was undone alone ({numbers})")
         if leapt is not None:
-            why = f"{numbers}: {leapt}, so all go back to the last snapshot and leave it out"
+            why = f"{numbers}: {leapt}"
         elif step in self._undone:
             why = f"{numbers}: left out, since it leapt when it was taken before"
         else:
             why = f"{numbers}: not finite, so nothing was learned from it"
         bad = self._bad_by(step)
         if len(bad) <= self._most_bad:
-            return Verdict(why, None if leapt is None else Spike(step, why))
+            if leapt is None:
+                return Verdict(why)
+            why = f"{why}, so all go back to the last snapshot and leave it out"
+            return Verdict(why, Spike(step, why))
         return Verdict(
             why,
             TooManyBadSteps(
                 f"step {step}: {why}. Of the last {BAD_AMONG} steps {len(bad)} were bad "
-                f"({', '.join(str(each) for each in bad[-8:])}; fault.max_bad_steps={self._most_bad}). Lower "
+                f"({', '.join(str(each) for each in bad[-8:])}; fault.max_bad_steps={self._most_bad}); the samples of "
+                f"this one and the gradient norm of each layer are in the artifact {evidence_path(step)}. Lower "
                 "optimizer.learning_rate, lengthen optimizer.warmup_steps, or set engine.dtype=float32, and start the "
                 "run again: it continues from its last checkpoint"
             ),
@@ -134,17 +159,23 @@ class Guard:
         kept = {LEFT_OUT_NAME: self._left_out, RECENT_NAME: self._recent}
         return [Chunk.whole(name, tensor, saved_here=saved_here) for name, tensor in kept.items()]
 
-    def _leaps(self, result: StepResult) -> str | None:
+    def _leaps(self, step: int, result: StepResult) -> str | None:
+        """A norm that leaps where as many steps were bad as may be does not count: it is clipped and learned from, and
+        a run whose loss stays is healthy, however often that happens."""
         if self._spike_score is None:
             return None
-        for name, value, recent in zip(
-            ("loss", "gradient norm"), (result.loss, result.grad_norm), self._recent.tolist(), strict=True
+        losses, norms = ([each for each in recent if math.isfinite(each)] for recent in self._recent.tolist())
+        least_loss, least_norm = max(losses, default=0.0) + NATS_ABOVE_ALL, max(norms, default=0.0) * TIMES_ALL
+        least_norm = max(least_norm, self._least_norm) if len(self._bad_by(step)) < self._most_bad else math.inf
+        for name, value, recent, least in (
+            ("loss", result.loss, losses, least_loss),
+            ("gradient norm", result.grad_norm, norms, least_norm),
         ):
-            score, median = leap(value, [each for each in recent if math.isfinite(each)])
-            if score > self._spike_score:
+            score, median = leap(value, recent)
+            if score > self._spike_score and value > least:
                 return (
                     f"the {name} lies {score:.0f} robust standard deviations above the median {median:.6g} of the last "
-                    f"{RECENT_STEPS} steps (fault.spike_score={self._spike_score:g})"
+                    f"{RECENT_STEPS} steps (fault.spike_score={self._spike_score:g}), and above all of them"
                 )
         return None
 
@@ -155,9 +186,9 @@ class Guard:
         self._left_out[0] += 1
 
     def _bad_by(self, step: int) -> list[int]:
-        """Of the last BAD_AMONG steps those that nobody wanted to leave out, oldest first."""
+        """Of the last BAD_AMONG steps those that were bad themselves, oldest first."""
         recent = (each for each in self._left_out[1:].tolist() if each > max(0, step - BAD_AMONG))
-        return sorted(each for each in recent if each not in self._told)
+        return sorted(each for each in recent if each not in self._told and each not in self._suspected)
 
 
 def leap(value: float, recent: Sequence[float]) -> tuple[float, float]:

@@ -59,6 +59,14 @@ class BadStep:
 
 
 @dataclass(frozen=True)
+class Artifact:
+    """Rank 0 only: a text for the run's page."""
+
+    path: str
+    text: str
+
+
+@dataclass(frozen=True)
 class Evaluating:
     """Batches that this rank has evaluated, of them all."""
 
@@ -134,7 +142,7 @@ class TellCollectives:
     """The run hangs: which collectives did this rank come to?"""
 
 
-RankMessage = Phase | Stepped | BadStep | Evaluating | ImageWritten | Compiled | Collectives | Ended | Failed
+RankMessage = Phase | Stepped | BadStep | Artifact | Evaluating | ImageWritten | Compiled | Collectives | Ended | Failed
 AgentMessage = Stop | ImageFree | TellCollectives
 _KINDS = {kind.__name__: kind for kind in (*get_args(RankMessage), *get_args(AgentMessage))}
 
@@ -162,6 +170,10 @@ class Link(Protocol):
 
     def bad_step(self, step: int, why: str) -> None:
         """A step that nothing was learned from; why: with the names of its samples."""
+        ...
+
+    def artifact(self, path: str, text: str) -> None:
+        """A text for the run's page; of rank 0's alone, so others may give any."""
         ...
 
     def evaluating(self, done: int, total: int) -> None:
@@ -229,6 +241,10 @@ class AgentLink:
     def bad_step(self, step: int, why: str) -> None:
         if self._reports_steps:
             self._post(BadStep(step, why))
+
+    def artifact(self, path: str, text: str) -> None:
+        if self._reports_steps:
+            self._post(Artifact(path, text))
 
     def evaluating(self, done: int, total: int) -> None:
         now = time.monotonic()
@@ -310,6 +326,7 @@ class MemoryLink:
         self.steps: dict[int, dict[str, float]] = {}
         self.phases: list[tuple[str, int]] = []
         self.bad_steps: list[tuple[int, str]] = []
+        self.artifacts: dict[str, str] = {}
         self.evaluations: list[tuple[int, int]] = []
         self.images: list[str] = []
         # Step, graphs, surprises.
@@ -324,6 +341,9 @@ class MemoryLink:
 
     def bad_step(self, step: int, why: str) -> None:
         self.bad_steps.append((step, why))
+
+    def artifact(self, path: str, text: str) -> None:
+        self.artifacts[path] = text
 
     def evaluating(self, done: int, total: int) -> None:
         self.evaluations.append((done, total))

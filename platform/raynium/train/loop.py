@@ -12,7 +12,7 @@ from typing import Literal, Protocol
 from raynium.config.schema import Config
 from raynium.data.batch import Batch
 from raynium.engines.base import Engine, StepResult, Votes
-from raynium.train.guard import Guard
+from raynium.train.guard import Guard, TooManyBadSteps, evidence_path
 from raynium.train.link import Link
 from raynium.train.metrics import Throughput
 from raynium.train.patience import Patience
@@ -31,6 +31,14 @@ class Batches(Protocol):
 
     def metrics(self, step: int) -> dict[str, float]:
         """What getting the batches up to `step` took and took of, if there is something to say."""
+        ...
+
+
+class Evidence(Protocol):
+    """See `raynium/rank/evidence.py`."""
+
+    def of(self, step: int, batch: Batch, result: StepResult, why: str) -> str:
+        """What is kept of a step that ends the run. All ranks call it."""
         ...
 
 
@@ -93,6 +101,7 @@ def train(
     start_step: int,
     evaluate: Callable[[], dict[str, float]],
     guard: Guard,
+    evidence: Evidence,
     patience: Patience,
     snapshots: Snapshots,
     throughput: Throughput,
@@ -128,6 +137,8 @@ def train(
         # ---- judge: a bad step has changed nothing, on no rank; too many of them end the run --------------------
         if (bad := guard.judge(step, result)) is not None:
             link.bad_step(step, f"{bad.why}; {batches.names(step)}")
+            if isinstance(bad.ends, TooManyBadSteps):
+                link.artifact(evidence_path(step), evidence.of(step, batch, result, bad.why))
             if bad.ends is not None:
                 raise bad.ends
 
