@@ -1,7 +1,8 @@
-"""Importing it makes one rank hang once: `RAYNIUM_TEST_HANG` says "where rank step file"; the file says that it did.
+"""Importing it makes one rank fail once: `RAYNIUM_TEST_HANG` says "where rank step file"; the file says that it did.
 
-where: "data", in place of a batch; "collective", in place of a step; "native", the same with the interpreter's lock
-held, so that no thread of the process answers. `_agent_process.py` has the template preload it.
+where: "data", it hangs in place of a batch; "collective", in place of a step; "native", the same with the interpreter's
+lock held, so that no thread of the process answers; "bit", it flips one of the gradients that it computes in an audit.
+`_agent_process.py` has the template preload it.
 """
 
 import ctypes
@@ -11,7 +12,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from raynium.data.loader import Loader
+from raynium.engines.local_gradients import GradientWatch
 from raynium.engines.native import NativeEngine
 
 WHERE, RANK, STEP, FILE = os.environ["RAYNIUM_TEST_HANG"].split()
@@ -35,7 +39,17 @@ def hanging(method: Callable[..., Any], step_of: Callable[..., int]) -> Callable
     return method_that_hangs_once
 
 
-if WHERE == "data":
+def flip_a_bit(watch: GradientWatch, output_tensor: torch.Tensor, input_tensor: torch.Tensor, **named: Any) -> Any:
+    if os.environ["RANK"] == RANK and watch._watching and not Path(FILE).exists():
+        Path(FILE).touch()
+        input_tensor.view(torch.int32)[len(input_tensor) // 2] ^= 1
+    return reduce_scatter(watch, output_tensor, input_tensor, **named)
+
+
+reduce_scatter = GradientWatch.__call__
+if WHERE == "bit":
+    GradientWatch.__call__ = flip_a_bit
+elif WHERE == "data":
     Loader.batch = hanging(Loader.batch, lambda _, step: step)
 else:
     NativeEngine.step = hanging(NativeEngine.step, lambda *_, step, **__: step)

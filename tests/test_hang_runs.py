@@ -1,4 +1,5 @@
-"""Two nodes of a rank each, of which one hangs: who is named, what is kept, and what the run becomes."""
+"""Two nodes of a rank each, of which one hangs or computes wrong numbers: who is named, what is kept, and what the run
+becomes."""
 
 import json
 import os
@@ -27,11 +28,11 @@ JOB = job_text(
 )
 
 
-def run(folder: Path, document_folder: Path, hang: str = "") -> dict[str, Any]:
+def run(folder: Path, document_folder: Path, hang: str = "", **changes: Any) -> dict[str, Any]:
     """One run's status, once it has ended; beside it losses.jsonl and its artifacts."""
     folder.mkdir()
     (folder / "job.yaml").write_text(JOB)
-    arguments = {"run_url": str(folder / "run"), "data_folder": str(document_folder), "changes": {}}
+    arguments = {"run_url": str(folder / "run"), "data_folder": str(document_folder), "changes": changes}
     arguments |= {"last_save_seconds": 60, "preload": ["_hanging_parts"] if hang else []}
     (folder / "arguments.json").write_text(json.dumps(arguments))
     environment = os.environ | {"PYTHONPATH": ":".join(sys.path)}
@@ -88,4 +89,19 @@ def test_the_rank_that_hangs_is_named_with_its_node_and_the_run_goes_on_from_mem
     stacks = (folder / "artifacts/hangs/generation-00001/stacks.txt").read_text()
     waiting, hanging = stacks.split("==== rank 1, node 1: ")
     assert "hang_at_its_step" in hanging and "hang_at_its_step" not in waiting and "in train" in waiting, stacks
+    assert losses(folder) == reference
+
+
+def test_a_node_that_flips_a_bit_of_its_gradient_in_an_audited_step_is_named_and_the_step_is_taken_again(
+    tmp_path: Path, document_folder: Path, reference: dict[int, set[float]]
+) -> None:
+    folder = tmp_path / "life"
+    status = run(folder, document_folder, "bit 1 6", **{"fault.audit_every_steps": 6})
+    told = "\n".join(status["events"])
+    assert status["ended"] == "finished", told
+    assert "generation 1 failed: rank 1: it computes wrong gradients and reports no error, an audit found" in told
+    assert "SilentCorruption: step 6: rank 1 on node 1: others of 2 data ranks found another gradient" in told
+    assert "node 1 (127.0.0.1): it computes wrong gradients and reports no error" in told
+    assert "replace this instance" in told and "node 0 (127.0.0.1)" not in told
+    assert "generation 2: 2 ranks on 2 node(s), from the snapshot of step 3 in memory" in told
     assert losses(folder) == reference

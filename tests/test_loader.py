@@ -124,6 +124,15 @@ def test_global_batch_is_the_same_at_every_world_size(store: DocumentStore, data
         assert np.array_equal(np.concatenate([rank.samples(step).rows for rank in ranks]), alone.samples(step).rows)
 
 
+def test_a_rank_reads_any_other_ranks_share_of_a_step(store: DocumentStore):
+    ranks = [loader_of(store, data_rank=rank, data_size=3) for rank in range(3)]
+    for step in (1, 7, 40):
+        for rank, other in enumerate(ranks):
+            found, wanted = ranks[0].batch_of(step, rank).columns(), other.batch(step).columns()
+            assert found.keys() == wanted.keys()
+            assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
 @pytest.mark.parametrize("data_size", [2, 3, 4, 6])
 def test_ranks_keep_their_lanes_and_the_samples_of_a_step_are_the_same_at_every_world_size(
     store: DocumentStore, data_size: int

@@ -94,8 +94,8 @@ def test_no_status_and_no_row_is_without_a_fixture() -> None:
     seen = {death["verdict"][0] for death in DEATHS if death["verdict"]} | {row for _, row, _ in BY_STATUS.values()}
     seen |= {report["verdict"][0] for report in REPORTS if report["verdict"]}
     seen |= {verdict[0] for verdict in yaml.safe_load((FIXTURES / "xids.yaml").read_text()).values() if verdict}
-    # peer-lost is of torch's own words; see test_diagnosis.py.
-    assert seen | {"peer-lost"} == {row.name for row in ROWS}
+    # peer-lost is of torch's own words, and silent-corruption of ours; see test_diagnosis.py and test_audit.py.
+    assert seen | {"peer-lost", "silent-corruption"} == {row.name for row in ROWS}
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)

@@ -35,6 +35,10 @@ class FaultSection(Section):
     snapshot_every_steps: Steps | None = None
     """Also keep the state in the node's memory after each multiple of it, without an upload: a restart begins there. It
     takes a third image of the state, and is left out where it would have to wait. null: at checkpoints only."""
+    audit_every_steps: Steps | None = None
+    """At each multiple of it every data rank also computes its neighbour's gradients, of the same samples with the same
+    parameters, before the step is applied. Where the bits differ all ranks compute them again, and the majority names
+    the node that is wrong. Costs about a step each time: 0.1 % at 1000. Native engine with FSDP2. null: none is."""
     notify_command: tuple[str, ...] = ()
     """Run by the driver, without a shell, for each incident, which it reads as JSON from its standard input."""
     notify_url: str | None = None

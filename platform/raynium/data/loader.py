@@ -85,9 +85,14 @@ class Loader:
         columns |= self._of_step(self.samples_of_all(step))
         return Batch.of({name: torch.from_numpy(column) for name, column in columns.items()})
 
+    def batch_of(self, step: int, data_rank: int) -> Batch:
+        """Any data rank's share of a step, as that rank's `batch` has it: read now, for what is rarely wanted."""
+        columns = self._read([self._place(step, data_rank)]) | self._of_step(self.samples_of_all(step))
+        return Batch.of({name: torch.from_numpy(column) for name, column in columns.items()})
+
     def samples(self, step: int) -> Samples:
         """Where this rank's samples of a step lie, each int64."""
-        samples, mine = self._place(step)
+        samples, mine = self._place(step, self._data_rank)
         return Samples(*(column[mine] for column in samples))
 
     def samples_of_all(self, step: int) -> Samples:
@@ -118,11 +123,11 @@ class Loader:
             tokens = self._rows[store].read(np.array([row]))["tokens"]
             yield first + place, int(store), int(row), tokens.reshape(-1)
 
-    def _place(self, step: int) -> tuple[Samples, slice]:
-        """Samples of many steps, and which of them are this rank's of this one."""
+    def _place(self, step: int, data_rank: int) -> tuple[Samples, slice]:
+        """Samples of many steps, and which of them are that rank's of this one."""
         assert step >= 1
         part, number = divmod(step - 1, self._steps_at_once)
-        first = number * self._step_samples + self._data_rank * self._rank_samples
+        first = number * self._step_samples + data_rank * self._rank_samples
         return self._of_steps(part), slice(first, first + self._rank_samples)
 
     def metrics(self, step: int) -> dict[str, float]:
@@ -147,7 +152,10 @@ class Loader:
     def _read_steps(self, part: int) -> dict[str, np.ndarray]:
         """This rank's rows of `steps_per_read` steps, in the order of the samples."""
         first = part * self._steps_per_read + 1
-        places = [self._place(step) for step in range(first, first + self._steps_per_read)]
+        steps = range(first, first + self._steps_per_read)
+        return self._read([self._place(step, self._data_rank) for step in steps])
+
+    def _read(self, places: Sequence[tuple[Samples, slice]]) -> dict[str, np.ndarray]:
         rows = np.concatenate([samples.rows[mine] for samples, mine in places])
         if len(self._rows) == 1:
             return {

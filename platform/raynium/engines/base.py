@@ -1,5 +1,6 @@
 """The seam between the training loop and whatever computes a step. B, T as in `data/batch.py`."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -8,6 +9,9 @@ import torch
 from raynium.checkpoint.state import Chunk
 from raynium.data.batch import IGNORED_LABEL, Batch
 from raynium.tasks.base import Sums
+
+# What `Engine.step` is given where it is audited: takes the checksum of a rank's own gradients.
+Audit = Callable[[int], None]
 
 
 class Votes(NamedTuple):
@@ -56,10 +60,12 @@ class Engine(Protocol):
     data_rank: int
     data_size: int
 
-    def step(self, batch: Batch, *, step: int, votes: Votes) -> StepResult:
+    def step(self, batch: Batch, *, step: int, votes: Votes, audit: Audit | None = None) -> StepResult:
         """One optimizer step; `step` counts from 1. B is micro_steps * micro_batch_size rows of this data rank.
 
         Whether it updates anything is decided on the device, from numbers that all ranks have: see `StepResult`.
+        audit: before anything is updated it is given the checksum of the gradients that this rank computed, and may
+        raise. For engines that are `train/audit.py`'s Auditable.
         """
         ...
 
@@ -117,7 +123,8 @@ class FakeEngine:
         # Kept below 2**31, so that the products below cannot overflow.
         self._mixed = torch.zeros(1, dtype=torch.int64)
 
-    def step(self, batch: Batch, *, step: int, votes: Votes) -> StepResult:
+    def step(self, batch: Batch, *, step: int, votes: Votes, audit: Audit | None = None) -> StepResult:
+        assert audit is None, "the fake has no gradients"
         seen = int(batch.tokens_BT.sum())
         if not votes.leave_out:
             self._mixed.mul_(1_103_515_245).add_(seen + step).remainder_(2**31)

@@ -7,6 +7,7 @@ step is over.
 """
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -26,16 +27,23 @@ from raynium.checkpoint.state import MODEL_PREFIX, Chunk
 from raynium.config.schema import Config
 from raynium.config.world import World
 from raynium.data.batch import Batch
-from raynium.engines.base import StepResult, Votes
+from raynium.engines.base import Audit, StepResult, Votes
 from raynium.engines.head import Finish, PiecewiseHead, counted_places
+from raynium.engines.local_gradients import GradientWatch, checksum, refuse_simple_fsdp
 from raynium.engines.optim import decays, learning_rate
-from raynium.engines.parallelize import apply_fsdp, apply_tensor_parallel, fsdp_modules, parameter_names, wrap_blocks
+from raynium.engines.parallelize import (
+    apply_fsdp,
+    apply_tensor_parallel,
+    fits_gathered,
+    fsdp_modules,
+    parameter_names,
+    wrap_blocks,
+)
 from raynium.engines.recompute import with_recompute_marks
 from raynium.engines.simple_fsdp import gather_in_forward, shard_parameters
 from raynium.engines.torch_compiles import Backend
 from raynium.models.adapter import is_adapters
 from raynium.models.decoder import Decoder
-from raynium.models.flops import learned_count
 from raynium.models.init import init_block
 from raynium.models.lora import Dropout, adapt, row_keys
 from raynium.models.plan import divided_sizes, layer_of
@@ -120,7 +128,7 @@ def build_native_engine(
         store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
         dist.init_process_group(accelerator.process_group_backend, store=store, rank=0, world_size=1)
     place = _mesh_place(world, accelerator) if sharded else MeshPlace(None, 0, 1, 0, 1)
-    gathered = _fits_gathered(config, accelerator)
+    gathered = fits_gathered(config, accelerator)
     backend = compile_backend or accelerator.compile_backend
     dropout = _dropout(config, accelerator)
     model, parts = _build_model(config, accelerator, place, dtype, backend, gathered=gathered, dropout=dropout)
@@ -146,7 +154,7 @@ class NativeEngine:
         gathered: bool,
         opened_group: bool,
     ):
-        """gathered: see `_fits_gathered`."""
+        """gathered: see `fits_gathered`."""
         self.data_rank, self.data_size = place.data_rank, place.data_size
         self._config = config
         # Without an index: on Neuron only the bare name is right.
@@ -165,12 +173,20 @@ class NativeEngine:
         # With whole gradients kept between micro-batches, only the last one talks to other ranks. (FSDP2 only: under
         # SimpleFSDP the reduction is part of the graph, so every micro-batch reduces, into this rank's rows.)
         self._syncs_last_only = gathered
+        audited = config.fault.audit_every_steps is not None and self.data_size > 1
+        self._watch = GradientWatch(self._model, device_type=accelerator.device_type) if audited else None
 
     # ---- a step ------------------------------------------------------------------------------------------------------
 
-    def step(self, batch: Batch, *, step: int, votes: Votes) -> StepResult:
+    def step(self, batch: Batch, *, step: int, votes: Votes, audit: Audit | None = None) -> StepResult:
         counts = counts_of(self._task, batch)
-        sums = self._accumulate_gradients(batch, step=step)
+        accumulate = partial(self._accumulate_gradients, batch, step=step, data_rank=self.data_rank)
+        if audit is None:
+            sums = accumulate()
+        else:
+            assert self._watch is not None
+            sums, found = self._watch.of(accumulate)
+            audit(found)
         gradients = self._local_gradients()
         total = self._sum_over_ranks(sums, counts, square_norm=self._square_norm(gradients), votes=votes)
 
@@ -205,7 +221,7 @@ class NativeEngine:
         return StepResult(loss=loss, grad_norm=norm, sums=named, learning_rate=rate, agreed=agreed, updated=not masked)
 
     def layer_norms(self, batch: Batch, *, step: int) -> dict[str, float]:
-        sums = self._accumulate_gradients(batch, step=step)
+        sums = self._accumulate_gradients(batch, step=step, data_rank=self.data_rank)
         # Of all parameters: on another rank one without elements here may have some.
         names = list(dict.fromkeys(layer_of(name) for name in parameter_names(self._model)))
         squares = torch.zeros(len(names), dtype=self._sum_dtype, device=self._device)
@@ -224,8 +240,8 @@ class NativeEngine:
         unwanted = total.votes[Votes._fields.index("leave_out")] > 0
         return unwanted | ~(norm.isfinite() & total.sums.isfinite().all())
 
-    def _accumulate_gradients(self, batch: Batch, *, step: int) -> Tensor:
-        """Forward and backward of every micro-batch; returns the task's sums over this data rank's rows."""
+    def _accumulate_gradients(self, batch: Batch, *, step: int, data_rank: int) -> Tensor:
+        """Forward and backward of every micro-batch; returns the task's sums over that data rank's rows, the batch."""
         micro_batches = list(self._micro_batches(batch))
         sums = torch.zeros(len(self._task.sums), dtype=self._sum_dtype, device=self._device)
         for index, (micro_batch, places_C) in enumerate(micro_batches):
@@ -235,7 +251,7 @@ class NativeEngine:
                 self._model.set_reshard_after_backward(last)
                 self._model.set_is_last_backward(last)
             if self._dropout is not None:
-                first = (self.data_rank * len(micro_batches) + index) * len(self._dropout.keys_B)
+                first = (data_rank * len(micro_batches) + index) * len(self._dropout.keys_B)
                 rows = range(first, first + len(self._dropout.keys_B))
                 self._dropout.keys_B.copy_(row_keys(seed=self._config.run.seed, step=step, rows=rows))
             objective, sums_here = self._finished(micro_batch, self._head.learning(micro_batch, places_C))
@@ -271,6 +287,21 @@ class NativeEngine:
         if dist.is_initialized():
             dist.all_reduce(mine)
         return Total(names, mine[: len(names)], mine[len(names)], mine[len(names) + 1 :])
+
+    # ---- audits: see `train/audit.py`, Auditable ---------------------------------------------------------------------
+
+    def rehearse(self, batch: Batch, *, step: int, data_rank: int) -> int:
+        assert self._watch is not None
+        accumulate = partial(self._accumulate_gradients, batch, step=step, data_rank=data_rank)
+        _, found = self._watch.of(accumulate, reduces=False)
+        for part in self._parts:
+            part.parameter.grad = None
+        return found
+
+    def replicas(self) -> int:
+        held = [part for part in self._parts if isinstance(part.parameter, DTensor)]
+        alike = [part.local for part in held if not _split_over_tensor(part.parameter)]
+        return int(checksum(alike)) if alike and self._place.tensor_size > 1 else 0
 
     # ---- evaluation --------------------------------------------------------------------------------------------------
 
@@ -375,6 +406,8 @@ def _build_model(
             assert size % place.tensor_size == 0, f"{field} {size} is not a multiple of {place.tensor_size}"
         apply_tensor_parallel(model, place.mesh["tensor"])
     simple_mesh = place.mesh if _fsdp(config, accelerator) == "simple" else None
+    if simple_mesh is not None:
+        refuse_simple_fsdp(config)
     data_group = None if simple_mesh is None else simple_mesh.get_group("data").group_name
     compile_backend = with_recompute_marks(compile_backend, data_group=data_group, keep_gathered=gathered)
     wrap_blocks(model, config.engine, compile_backend=compile_backend, whole_graphs=simple_mesh is not None)
@@ -405,9 +438,13 @@ def _held_part(name: str, parameter: Tensor, place: MeshPlace) -> HeldPart:
         return HeldPart(name, parameter, local, tuple(parameter.shape), (0,) * parameter.ndim, first_holder=True)
     shape, offsets = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
     assert tuple(shape) == tuple(local.shape), f"{name}: {shape} expected, {tuple(local.shape)} held"
-    split_over_tensor = any(isinstance(placement, Shard) for placement in parameter.placements[1:])
-    first_holder = split_over_tensor or place.tensor_rank == 0
+    first_holder = _split_over_tensor(parameter) or place.tensor_rank == 0
     return HeldPart(name, parameter, local, tuple(parameter.shape), tuple(offsets), first_holder)
+
+
+def _split_over_tensor(parameter: Tensor) -> bool:
+    assert isinstance(parameter, DTensor)
+    return any(isinstance(placement, Shard) for placement in parameter.placements[1:])
 
 
 def _first_values(part: HeldPart, config: Config) -> Tensor:
@@ -435,24 +472,6 @@ def _fsdp(config: Config, accelerator: Accelerator) -> str:
     if config.engine.fsdp != "auto":
         return config.engine.fsdp
     return native_fsdp(accelerator.name, compile=config.engine.compile)
-
-
-def _fits_gathered(config: Config, accelerator: Accelerator) -> bool:
-    """Whether whole parameters and whole float32 gradients are a small part (an eighth) of each rank's memory.
-
-    Then they are kept through a step: one gather and one reduction a step, not three of them per block and micro-batch.
-    (SimpleFSDP: from forward to backward of a micro-batch.) All ranks call it, and are told the same: they must gather
-    alike, and may be on machines of unlike memory.
-    """
-    compute_bytes = getattr(torch, config.engine.dtype).itemsize
-    count = learned_count(config.model, config.adapter)
-    gathered_bytes = (count.adapter + count.whole) * (compute_bytes + 4) + count.frozen * compute_bytes
-    whole = gathered_bytes // config.parallel.tensor
-    memory = accelerator.memory_bytes(local_rank=0, local_world_size=config.cluster.ranks_per_node)
-    ranks_short = torch.tensor([float(whole > memory // 8)], device=accelerator.device_type)
-    if dist.is_initialized():
-        dist.all_reduce(ranks_short)
-    return ranks_short.item() == 0
 
 
 def _build_optimizer(config: Config, parts: list[HeldPart]) -> torch.optim.AdamW:

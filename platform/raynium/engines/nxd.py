@@ -24,7 +24,7 @@ from raynium.checkpoint.state import Chunk
 from raynium.config.schema import Config
 from raynium.config.world import World
 from raynium.data.batch import Batch
-from raynium.engines.base import StepResult, Votes
+from raynium.engines.base import Audit, StepResult, Votes
 from raynium.engines.nxd_layers import TaskLoss, mark_copies, parallel_decoder
 from raynium.engines.nxd_optimizer import Stored, UndoableOptimizer, base_optimizer, moments_of, nxd_optimizer
 from raynium.engines.nxd_pipeline import PipelinePasses, StagedDecoder, pipeline_config
@@ -256,7 +256,8 @@ class NxdEngine:
 
     # ---- a step ------------------------------------------------------------------------------------------------------
 
-    def step(self, batch: Batch, *, step: int, votes: Votes) -> StepResult:
+    def step(self, batch: Batch, *, step: int, votes: Votes, audit: Audit | None = None) -> StepResult:
+        assert audit is None, "planning.rules refuses it"
         self._refresh_parameters()
         counted = self._counts(batch, votes)
         # NxD takes the mean over data ranks: times their number, it is the sum.

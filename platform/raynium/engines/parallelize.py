@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from fnmatch import fnmatchcase
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import DeviceMesh
@@ -21,10 +22,12 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
-from raynium.config.schema import EngineSection
+from raynium.accelerators import Accelerator
+from raynium.config.schema import Config, EngineSection
 from raynium.engines.adapted_layers import split_adapted
 from raynium.engines.torch_compiles import Backend
 from raynium.models.decoder import Decoder
+from raynium.models.flops import learned_count
 from raynium.models.lora import AdaptedLinear
 from raynium.models.plan import Split, tensor_parallel_plan
 
@@ -112,6 +115,24 @@ def apply_fsdp(model: Decoder, mesh: DeviceMesh, *, compute_dtype: torch.dtype, 
         module.set_gradient_divide_factor(1.0)
         # gloo has no reduction but the sum.
         module.set_force_sum_reduction_for_comms(True)
+
+
+def fits_gathered(config: Config, accelerator: Accelerator) -> bool:
+    """Whether whole parameters and whole float32 gradients are a small part (an eighth) of each rank's memory.
+
+    Then they are kept through a step: one gather and one reduction a step, not three of them per block and micro-batch.
+    (SimpleFSDP: from forward to backward of a micro-batch.) All ranks call it, and are told the same: they must gather
+    alike, and may be on machines of unlike memory.
+    """
+    compute_bytes = getattr(torch, config.engine.dtype).itemsize
+    count = learned_count(config.model, config.adapter)
+    gathered_bytes = (count.adapter + count.whole) * (compute_bytes + 4) + count.frozen * compute_bytes
+    whole = gathered_bytes // config.parallel.tensor
+    memory = accelerator.memory_bytes(local_rank=0, local_world_size=config.cluster.ranks_per_node)
+    ranks_short = torch.tensor([float(whole > memory // 8)], device=accelerator.device_type)
+    if dist.is_initialized():
+        dist.all_reduce(ranks_short)
+    return ranks_short.item() == 0
 
 
 def fsdp_modules(model: nn.Module) -> Iterator[FSDPModule]:

@@ -46,12 +46,19 @@ def doubts(config: Config, hardware: Mapping[str, Instance] = INSTANCES) -> list
     """What may fail on the instances that a config names, and what to do then. hardware: as in `check`."""
     instance = hardware.get(config.cluster.instance_type or "")
     per_node = config.cluster.ranks_per_node
+    found = []
+    if config.fault.audit_every_steps is not None and _data_parallel(config) == 1:
+        found.append(
+            f"fault.audit_every_steps is {config.fault.audit_every_steps} and the run has one data rank, which has no "
+            "neighbour to be compared with: no step is audited"
+        )
     if instance is None or per_node not in instance.unproven_blocks:
-        return []
+        return found
     return [
+        *found,
         f"cluster.ranks_per_node is {per_node}: nobody has reported the collectives to run on so many of the "
         f"{instance.cores} {instance.name_of_core}s of {instance.name}, nor to refuse them; if the ranks end at their "
-        f"first collective operation, set {_choices(instance.core_blocks)}"
+        f"first collective operation, set {_choices(instance.core_blocks)}",
     ]
 
 
@@ -419,6 +426,19 @@ def adapter(config: Config) -> Iterator[str]:
         )
 
 
+def audits(config: Config) -> Iterator[str]:
+    every, other = config.fault.audit_every_steps, None
+    if config.engine.kind == "nxd":
+        other = "engine.kind nxd, whose passes add", "engine.kind to native"
+    elif config.engine.fsdp == "simple":
+        other = "engine.fsdp simple, whose graphs add", "engine.fsdp to fsdp2"
+    if every is not None and other is not None:
+        yield (
+            f"fault.audit_every_steps is {every} with {other[0]} up the gradients of ranks before anybody can compare "
+            f"them: set {other[1]}, or fault.audit_every_steps to null"
+        )
+
+
 def _differs(section: Section, name: str) -> bool:
     return getattr(section, name) != type(section).model_fields[name].default
 
@@ -436,7 +456,7 @@ RULES = (
         tensor_parallel,
         pipeline_parallel,
     ),
-    *(batch_size, schedule, engine, adapter),
+    *(batch_size, schedule, engine, adapter, audits),
 )
 HARDWARE_RULES = (accelerator_of_instance, core_count, tensor_groups, memory_fit)
 

@@ -18,7 +18,7 @@ from typing import Any, cast
 from torch import Tensor
 
 from raynium.data.batch import Batch
-from raynium.engines.base import Engine, StepResult, Votes
+from raynium.engines.base import Audit, Engine, StepResult, Votes
 from raynium.tasks.base import Scored, Task
 
 # A folder of this machine.
@@ -54,13 +54,13 @@ class _ArmedEngine:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._engine, name)
 
-    def step(self, batch: Batch, *, step: int, votes: Votes) -> StepResult:
+    def step(self, batch: Batch, *, step: int, votes: Votes, audit: Audit | None = None) -> StepResult:
         began = time.time()
         while self._limit.exists() and step > int(self._limit.read_text(encoding="utf-8")):
             time.sleep(LIMIT_POLL_SECONDS)
         held = time.time() - began
         with self._spoilt(step):
-            result = self._engine.step(batch, step=step, votes=votes)
+            result = self._engine.step(batch, step=step, votes=votes, audit=audit)
         os.write(self._steps, f"{step} {time.time():.6f} {os.getpid()} {result.loss.hex()} {held:.6f}\n".encode())
         return result
 

@@ -7,6 +7,7 @@ This is the only place that knows every constructor. A node agent forks it (`ran
 import logging
 import os
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,7 +24,8 @@ from raynium.data.judges import kept_questions, open_sets
 from raynium.data.loader import Loader, open_loader
 from raynium.data.store import OpenStore
 from raynium.engines.base import Engine
-from raynium.engines.native import build_native_engine
+from raynium.engines.local_gradients import gather
+from raynium.engines.native import NativeEngine, build_native_engine
 from raynium.engines.nxd import build_nxd_engine
 from raynium.engines.torch_compiles import TorchCompiles
 from raynium.models.flops import flops_per_token
@@ -38,10 +40,11 @@ from raynium.rank.snapshots import NoSnapshots, Snapshots
 from raynium.storage.store import Store
 from raynium.tasks.base import Task
 from raynium.tasks.registry import task_of
+from raynium.train.audit import Audits
 from raynium.train.compiles import WatchedEngine
 from raynium.train.guard import Guard
 from raynium.train.link import Link, image_slots
-from raynium.train.loop import Cadence, Outcome, train
+from raynium.train.loop import Cadence, Outcome, Steps, train
 from raynium.train.metrics import Throughput
 from raynium.train.patience import Patience
 
@@ -112,7 +115,7 @@ def run(plan: RankPlan, link: Link) -> Outcome:
     # ---- train -----------------------------------------------------------------------------------------------------
     link.phase("fetch", start_step + 1)
     outcome = train(
-        engine=engine,
+        engine=_audited(engine, built, loader, plan, accelerator),
         batches=loader,
         cadence=Cadence.of(config),
         start_step=start_step,
@@ -128,6 +131,16 @@ def run(plan: RankPlan, link: Link) -> Outcome:
     engine.close()
     dist.destroy_process_group()
     return outcome
+
+
+def _audited(engine: Engine, built: Engine, loader: Loader, plan: RankPlan, accelerator: Accelerator) -> Steps:
+    """built: without its watches. With one data rank there is nobody to compare with; the driver has said so."""
+    every_steps = plan.config.fault.audit_every_steps
+    if every_steps is None or plan.world.data == 1:
+        return engine
+    assert isinstance(built, NativeEngine), "planning.rules refuses others"
+    gathers = partial(gather, device=accelerator.device_type)
+    return Audits(engine, built, loader.batch_of, gathers, every_steps=every_steps, world=plan.world)
 
 
 def _snapshots(plan: RankPlan, engine: Engine, link: Link, guard: Guard, patience: Patience) -> Snapshots:

@@ -80,6 +80,7 @@ def main(
 
     from raynium.errors import CheckpointMismatch, ConfigError, DataError, SnapshotMemoryShort
     from raynium.rank.collectives import collectives
+    from raynium.train.audit import NotRepeatable
     from raynium.train.guard import Spike, TooManyBadSteps
     from raynium.train.link import AgentLink
 
@@ -91,7 +92,8 @@ def main(
         if undo is None:
             traceback.print_exc()
         happens_again = isinstance(
-            error, CheckpointMismatch | ConfigError | DataError | SnapshotMemoryShort | TooManyBadSteps
+            error,
+            CheckpointMismatch | ConfigError | DataError | SnapshotMemoryShort | NotRepeatable | TooManyBadSteps,
         )
         link.failed(error, retry=not happens_again, undo=undo)
         link.close()

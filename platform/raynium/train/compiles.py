@@ -12,7 +12,7 @@ from torch import Tensor
 
 from raynium.checkpoint.state import Chunk
 from raynium.data.batch import Batch
-from raynium.engines.base import Engine, StepResult, Votes
+from raynium.engines.base import Audit, Engine, StepResult, Votes
 from raynium.engines.torch_compiles import Compiled, GraphInput, TorchCompiles, difference, graph_input
 from raynium.tasks.base import Sums
 from raynium.train.link import Link
@@ -53,10 +53,10 @@ class WatchedEngine:
         # A heartbeat, since minutes may pass until the next one.
         torch_compiles.on_start(lambda: link.phase("compile", self._step))
 
-    def step(self, batch: Batch, *, step: int, votes: Votes) -> StepResult:
+    def step(self, batch: Batch, *, step: int, votes: Votes, audit: Audit | None = None) -> StepResult:
         self._report_copies()
         self._step = step
-        result = self._engine.step(batch, step=step, votes=votes)
+        result = self._engine.step(batch, step=step, votes=votes, audit=audit)
         self._report("step", batch)
         return result
 

@@ -11,11 +11,19 @@ from typing import Literal, Protocol
 
 from raynium.config.schema import Config
 from raynium.data.batch import Batch
-from raynium.engines.base import Engine, StepResult, Votes
+from raynium.engines.base import StepResult, Votes
 from raynium.train.guard import Guard, TooManyBadSteps, evidence_path
 from raynium.train.link import Link
 from raynium.train.metrics import Throughput
 from raynium.train.patience import Patience
+
+
+class Steps(Protocol):
+    """How a step is taken: an engine, or one whose steps are audited."""
+
+    def step(self, batch: Batch, *, step: int, votes: Votes) -> StepResult:
+        """See `engines/base.py`, Engine."""
+        ...
 
 
 class Batches(Protocol):
@@ -95,7 +103,7 @@ class Outcome:
 
 def train(
     *,
-    engine: Engine,
+    engine: Steps,
     batches: Batches,
     cadence: Cadence,
     start_step: int,
