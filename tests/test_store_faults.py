@@ -6,6 +6,7 @@ import signal
 import ssl
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -13,16 +14,24 @@ from pathlib import Path
 from uuid import uuid4
 
 import pytest
+import torch
 import trustme
-from checkpoints import halves, random_tensor, same_bits, save
+from checkpoints import halves, random_tensor, same_bits, save, stage
+from tiny import job_text
 
 from raynium.chaos.flaky_s3 import FlakyS3, cut, delay, hold, refuse, slow, swallow
 from raynium.checkpoint.catalog import open_checkpoint
 from raynium.checkpoint.load import read_tensors
+from raynium.checkpoint.state import Chunk
+from raynium.checkpoint.upload import upload_shard
 from raynium.checkpoint.verify import verify_checkpoint
+from raynium.config.load import parse_config
 from raynium.errors import StoreError
-from raynium.storage.backend import KeyExists
+from raynium.run.coordinator import RunCoordinator
+from raynium.run.protocol import AgentInfo, Order, ShardSaved
+from raynium.storage.backend import KeyExists, KeyMissing
 from raynium.storage.checksum import checksum, to_text
+from raynium.storage.file_store import FileBackend
 from raynium.storage.store import Store
 
 pytestmark = [pytest.mark.slow, pytest.mark.s3]
@@ -44,7 +53,7 @@ def bucket(s3_server) -> str:
 
 @pytest.fixture
 def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("raynium.storage.s3_store._PAUSE_SECONDS", 0.001)
+    monkeypatch.setattr("raynium.storage.s3_errors._PAUSE_SECONDS", 0.001)
 
 
 @pytest.fixture
@@ -487,3 +496,75 @@ def test_more_than_a_page_of_unfinished_uploads_is_collected(s3_server, direct: 
     assert direct.discard_unfinished("many/shard-0007", older_than_unix=time.time() + 60) == 1, "of this key only"
     assert direct.discard_unfinished("many/shard-000", older_than_unix=time.time() + 60) == 0, "no key, no folder"
     assert direct.discard_unfinished("many", older_than_unix=time.time() + 60) == 1004 and not open_uploads(direct)
+
+
+# ---- a limit for whoever cannot wait ---------------------------------------------------------------------------------
+
+
+def test_a_store_with_a_limit_does_not_wait_for_one_that_is_silent_and_nothing_happens_later(
+    s3_server, bucket: str, proxy: FlakyS3, direct: Store
+) -> None:
+    options = s3_server.options | {"endpoint_url": proxy.endpoint}
+    store = Store(f"{bucket}/run", options=options, limit_seconds=2.0).child("part")
+    store.write_new("before", b"1")
+    calls: list[Callable[[], object]] = [
+        lambda: store.read("before"),
+        lambda: store.list(),
+        lambda: store.replace("later", b"2"),
+        lambda: store.delete("before"),
+    ]
+    for call in calls:
+        proxy.set(delay(20.0))
+        began = time.monotonic()
+        with pytest.raises(StoreError, match=r"no answer within 2 s; the server has gone silent"):
+            call()
+        assert time.monotonic() - began < 10
+    proxy.set()
+    assert store.read("before") == b"1" and direct.list("part").sizes == {"part/before": 1}
+
+
+def test_a_file_system_that_never_answers_has_the_limit_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Store(tmp_path, limit_seconds=0.2)
+    store.write_new("key", b"1")
+    assert store.read("key") == b"1"
+    with pytest.raises(KeyMissing):
+        store.read("other")
+    answers = threading.Event()
+    monkeypatch.setattr(FileBackend, "head", lambda self, key: answers.wait(30))
+    with pytest.raises(StoreError, match=r"no answer within 0.2 s; look whether its file system answers"):
+        store.size("key")
+    answers.set()
+
+
+def test_a_silent_store_holds_neither_a_generation_s_start_nor_a_commit_for_ever(
+    s3_server, bucket: str, proxy: FlakyS3, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The coordinator itself, behind the proxy: it tries a start again, and tells that a commit failed."""
+    for name, value in (s3_server.env | {"AWS_ENDPOINT_URL": proxy.endpoint}).items():
+        monkeypatch.setenv(name, value)
+    config = parse_config(job_text({"cluster.ranks_per_node": 1, "fault.upload_silence_seconds": 1.0}))
+    alone = AgentInfo("a", 0, 1, "127.0.0.2", 29500, pid=os.getpid())
+
+    async def play() -> None:
+        run = RunCoordinator(config.model_dump(mode="json"), f"{bucket}/run", 0)
+        proxy.set(delay(60.0))
+        joining = asyncio.create_task(run.join(alone))
+        while not any("trying again" in each.text for each in (await run.status(0)).events):
+            await asyncio.sleep(0.05)
+        proxy.set()
+        order = await asyncio.wait_for(joining, 30)
+        assert isinstance(order, Order) and order.resume_step is None
+
+        info = stage(tmp_path, 0, [Chunk.whole("w", torch.ones(4), saved_here=True)], 5)
+        entry = upload_shard(Store(f"{bucket}/run"), info, generation=order.generation_id, rank=0)
+        proxy.set(delay(60.0))
+        began = time.monotonic()
+        await run.tell(ShardSaved(5, 0, entry.to_json(), 1.0, None, order.world))
+        assert time.monotonic() - began < 20
+        assert any(
+            "checkpoint of step 5 is not saved; training goes on" in each.text and "no answer within 1 s" in each.text
+            for each in (await run.status(0)).events
+        )
+        proxy.set()
+
+    asyncio.run(play())

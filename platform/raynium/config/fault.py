@@ -15,7 +15,8 @@ class FaultSection(Section):
     max_node_failures_without_progress: Failures = 8
     """Lost nodes and agents with no new checkpoint between."""
     upload_silence_seconds: Seconds = 300.0
-    """An upload of which nothing moves for so long is given up: training goes on without it."""
+    """An upload of which nothing moves for so long is given up: training goes on without it. So is a call of the run
+    coordinator to the store, at most 60 s: a checkpoint is told not to be committed, the start of ranks tried again."""
     stop_seconds: Seconds = 900.0
     """Ranks that have not saved and ended so long after the run was asked to stop are killed."""
     hang_seconds: Seconds | None = None

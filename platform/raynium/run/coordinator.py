@@ -29,6 +29,9 @@ from raynium.storage.store import Store
 from raynium.tracking.incidents import What
 from raynium.tracking.ledger import Before, CoordinatorBook, Ledger
 
+# Of one call, with all its tries: S3 that is throttled answers within it.
+STORE_CALL_SECONDS = 60.0
+
 
 class RunCoordinator:
     """All methods are coroutines on one loop, so each runs unbroken between its awaits. See `protocol.Coordinator`."""
@@ -36,8 +39,10 @@ class RunCoordinator:
     def __init__(self, config: dict[str, Any], run_url: str, last_generation: int):
         """config: the resolved config as a dict; last_generation: of the run's earlier drivers, 0 for a new run."""
         now = time.monotonic()
-        store = Store(run_url)
         self._config = Config.model_validate(config)
+        # A generation's start and every commit wait for it.
+        silence = self._config.fault.upload_silence_seconds
+        store = Store(run_url, limit_seconds=min(silence, STORE_CALL_SECONDS))
         self._changed = asyncio.Condition()
         self._tasks: set[asyncio.Task[None]] = set()
         self._board = Board(now=now)

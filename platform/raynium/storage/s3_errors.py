@@ -1,5 +1,7 @@
 """What S3's refusals, and the failures on the way to it, mean: whether they pass, and what to do. No torch."""
 
+import asyncio
+import random
 from collections.abc import Mapping
 from typing import Any
 from urllib.parse import urlsplit
@@ -8,6 +10,9 @@ from botocore.exceptions import BotoCoreError, ClientError, HTTPClientError
 from botocore.exceptions import ConnectionError as BotoConnectionError
 
 from raynium.errors import StoreError
+
+_PAUSE_SECONDS = 0.25
+_LONGEST_PAUSE_SECONDS = 20
 
 _REMEDIES = {
     "NoSuchBucket": "create the bucket, or name one that exists",
@@ -101,3 +106,8 @@ def remedy_for(code: str, permission: str) -> str:
     if code in _DENIED:
         return f"allow {permission} on it to this role"
     return _REMEDIES.get(code, "check the bucket, the network, and AWS_ENDPOINT_URL if it is set")
+
+
+async def pause_after(attempt: int) -> None:
+    """Longer each time; never the same for two, which would come back together."""
+    await asyncio.sleep(min(_PAUSE_SECONDS * 2**attempt, _LONGEST_PAUSE_SECONDS) * random.uniform(0.5, 1))

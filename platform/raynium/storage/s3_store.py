@@ -8,12 +8,9 @@ the retry finds the key taken, the mark says whether by itself.
 import asyncio
 import logging
 import os
-import random
 import threading
 from collections.abc import Coroutine, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeVar
 from uuid import uuid4
@@ -30,7 +27,16 @@ from raynium.storage.backend import Head, KeyExists, KeyMissing, Listing, refuse
 from raynium.storage.checksum import PART_BYTES, FileChecksums, checksum, checksum_units, num_units, to_text
 from raynium.storage.local_files import mapped
 from raynium.storage.s3_body import Destination, MemoryBody, receive
-from raynium.storage.s3_errors import TAKEN, are_credentials_old, check_endpoint, code_of, passes, remedy_for
+from raynium.storage.s3_errors import (
+    TAKEN,
+    are_credentials_old,
+    check_endpoint,
+    code_of,
+    passes,
+    pause_after,
+    remedy_for,
+)
+from raynium.storage.s3_uploads import LeftOpen, OpenUpload
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -43,8 +49,6 @@ _DELETE_BATCH = 1000
 # Tries of a request, over half a minute of SlowDown; and breaks in a row that one read bears without progress.
 _MAX_ATTEMPTS = 8
 _READ_ATTEMPTS = 6
-_PAUSE_SECONDS = 0.25
-_LONGEST_PAUSE_SECONDS = 20
 _READ_PROGRESS_BYTES = 64 * 1024
 # s3fs waits 15 s, less than a throttled bucket may take to answer.
 _SILENCE_SECONDS = 120
@@ -56,8 +60,18 @@ _BROKEN = (BotoCoreError, OSError, aiohttp.ClientError)
 class S3Backend:
     """Keys are objects under `prefix` of `bucket`. The "folders" that web consoles make are empty objects, not keys."""
 
-    def __init__(self, bucket: str, prefix: str, options: dict[str, Any], *, max_attempts: int = _MAX_ATTEMPTS):
-        self.bucket, self.prefix, self._options, self._max_attempts = bucket, prefix, options, max_attempts
+    def __init__(
+        self,
+        bucket: str,
+        prefix: str,
+        options: dict[str, Any],
+        *,
+        tries: int = _MAX_ATTEMPTS,
+        limit: float | None = None,
+    ):
+        """limit: seconds of one call, with all its tries; None: as long as these take."""
+        self.bucket, self.prefix, self._options, self._max_attempts = bucket, prefix, options, tries
+        self._limit_seconds = limit
         check_endpoint(options, os.environ)
         spare_loopback()
         self._fs = s3fs.S3FileSystem(
@@ -79,7 +93,7 @@ class S3Backend:
             },
         )
         self._fs.retries = 1
-        self._left_open: list[_LeftOpen] = []
+        self._left_open: list[LeftOpen] = []
 
     def put(self, key: str, data: bytes, *, exclusive: bool) -> None:
         with self._errors(key, "s3:PutObject"):
@@ -164,7 +178,7 @@ class S3Backend:
     def check_reachable(self, *, need_bytes: int) -> None:
         """Fail in seconds, not after all attempts, where the address, the credentials or a permission is wrong."""
         del need_bytes
-        S3Backend(self.bucket, self.prefix, self._options, max_attempts=2)._try_requests()
+        S3Backend(self.bucket, self.prefix, self._options, tries=2)._try_requests()
 
     def _try_requests(self) -> None:
         with self._errors("", "s3:ListBucket"):
@@ -241,7 +255,7 @@ class S3Backend:
             except (OSError, BotoCoreError) as error:
                 code = code_of(error)
                 if code == "ConditionalRequestConflict" and attempt < _MAX_ATTEMPTS:
-                    await _pause_after(attempt)
+                    await pause_after(attempt)
                     continue
                 taken_by = await self._mark_of(key)
                 if taken_by == mark:
@@ -267,7 +281,7 @@ class S3Backend:
             async with asyncio.timeout(_CLEANUP_SECONDS):
                 await self._abort(upload)
         except (OSError, BotoCoreError) as error:
-            self._left_open.append(_LeftOpen(upload, cause))
+            self._left_open.append(LeftOpen(upload, cause))
             logger.warning(
                 "the unfinished upload of %s to s3://%s cannot be aborted (%s); its parts cost money until our "
                 "next upload, Store.discard_unfinished or the bucket's lifecycle rule removes them, after: %s",
@@ -310,7 +324,7 @@ class S3Backend:
             except _BROKEN as error:
                 if attempt == _READ_ATTEMPTS:
                     raise self._broken(key, error) from error
-                await _pause_after(attempt)
+                await pause_after(attempt)
             finally:
                 answer["Body"].close()
         raise AssertionError("returned or raised above")
@@ -338,7 +352,7 @@ class S3Backend:
                 attempt = 1 if progress else attempt + 1
                 if attempt == _READ_ATTEMPTS:
                     raise self._broken(key, error) from error
-                await _pause_after(attempt)
+                await pause_after(attempt)
                 continue
             finally:
                 answer["Body"].close()
@@ -354,25 +368,25 @@ class S3Backend:
 
     # ---- plumbing -----------------------------------------------------------------------------------------------
 
-    def _open_uploads(self, under: str) -> "list[_OpenUpload]":
+    def _open_uploads(self, under: str) -> "list[OpenUpload]":
         """Those to the key `under`, and to keys in the folder of that name."""
         with self._errors(under, "s3:ListBucketMultipartUploads"):
             found = self._run(self._list_uploads(self._object(under)))
         folder = self._folder_prefix(under)
         return [each for each in found if f"{each.target['Key']}/".startswith(folder)]
 
-    async def _open_uploads_of(self, key: str) -> "list[_OpenUpload]":
+    async def _open_uploads_of(self, key: str) -> "list[OpenUpload]":
         found = await self._list_uploads(self._object(key))
         return [upload for upload in found if upload.target["Key"] == self._object(key)]
 
-    async def _list_uploads(self, prefix: str) -> "list[_OpenUpload]":
-        found: list[_OpenUpload] = []
+    async def _list_uploads(self, prefix: str) -> "list[OpenUpload]":
+        found: list[OpenUpload] = []
         request = {"Prefix": prefix}
         while True:
             page = await self._request("list_multipart_uploads", **request)
             for upload in page.get("Uploads", ()):
                 target = {"Key": upload["Key"], "UploadId": upload["UploadId"]}
-                found.append(_OpenUpload(target, upload["Initiated"]))
+                found.append(OpenUpload(target, upload["Initiated"]))
             if not page.get("IsTruncated"):
                 return found
             request |= {"KeyMarker": page["NextKeyMarker"], "UploadIdMarker": page["NextUploadIdMarker"]}
@@ -399,7 +413,7 @@ class S3Backend:
                 if attempt == 1 and are_credentials_old(error, method):
                     await self._renew_credentials(code_of(error))
                 elif passes(error):
-                    await _pause_after(attempt)
+                    await pause_after(attempt)
                 else:
                     raise
             else:
@@ -445,7 +459,7 @@ class S3Backend:
                 used.access_key, used.secret_key, used.token = now.access_key, now.secret_key, now.token
 
     def _run(self, work: Coroutine[Any, Any, T]) -> T:
-        """Run on s3fs's own thread and wait. Ctrl-C cancels the work and lets it clean up (abort its parts) first."""
+        """Run on s3fs's own thread and wait. Ctrl-C, or the limit, cancels the work: it first aborts its parts."""
         finished = threading.Event()
 
         async def guarded() -> T:
@@ -457,10 +471,13 @@ class S3Backend:
         assert self._fs.loop is not None
         future = asyncio.run_coroutine_threadsafe(guarded(), self._fs.loop)
         try:
-            return future.result()
-        except BaseException:
+            return future.result(self._limit_seconds)
+        except BaseException as error:
+            too_late = isinstance(error, TimeoutError) and not future.done()
             future.cancel()
             finished.wait(_CLEANUP_SECONDS)
+            if too_late:
+                raise TimeoutError(f"no answer within {self._limit_seconds:g} s") from None
             raise
 
     @contextmanager
@@ -476,24 +493,3 @@ class S3Backend:
             if code in ("InvalidRange", "416"):
                 raise StoreError(f"{self._uri(key)} ends before the bytes that were asked for") from error
             raise StoreError(f"{self._uri(key)}: {error}; {remedy_for(code, permission)}") from error
-
-
-@dataclass(frozen=True)
-class _OpenUpload:
-    """A multipart upload that is neither completed nor aborted. target: Key and UploadId, as S3 takes them."""
-
-    target: Mapping[str, str]
-    began: datetime
-
-
-@dataclass(frozen=True)
-class _LeftOpen:
-    """A multipart upload of ours that `cause` ended, and that could not be aborted. Used on s3fs's thread only."""
-
-    target: Mapping[str, str]
-    cause: BaseException
-
-
-async def _pause_after(attempt: int) -> None:
-    """Longer each time; never the same for two, which would come back together."""
-    await asyncio.sleep(min(_PAUSE_SECONDS * 2**attempt, _LONGEST_PAUSE_SECONDS) * random.uniform(0.5, 1))

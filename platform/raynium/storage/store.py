@@ -38,16 +38,19 @@ class Store:
     (`endpoint_url`, `key`, `secret`); without them it reads the AWS environment and profile.
     """
 
-    def __init__(self, url: str | Path, *, options: Mapping[str, Any] | None = None):
-        self.url, self._backend = open_backend(str(url), options or {})
-        self._options = options
+    def __init__(
+        self, url: str | Path, *, options: Mapping[str, Any] | None = None, limit_seconds: float | None = None
+    ):
+        """limit_seconds: a call that takes longer fails; None: S3 has a limit for each request, a file system none."""
+        self.url, self._backend = open_backend(str(url), options or {}, limit_seconds=limit_seconds)
+        self._options, self._limit_seconds = options, limit_seconds
 
     def __repr__(self) -> str:
         return f"Store({self.url!r})"
 
     def child(self, folder: str) -> "Store":
         """The same storage, one or more levels down."""
-        return Store(self.uri(folder), options=self._options)
+        return Store(self.uri(folder), options=self._options, limit_seconds=self._limit_seconds)
 
     def uri(self, key: str) -> str:
         """Where `key` lies, for people, logs and MLflow."""
@@ -171,7 +174,7 @@ def read_place(place: str, *, max_bytes: int) -> bytes:
     return Store(folder).read(name, max_bytes=max_bytes)
 
 
-def open_backend(url: str, options: Mapping[str, Any]) -> tuple[str, Backend]:
+def open_backend(url: str, options: Mapping[str, Any], *, limit_seconds: float | None = None) -> tuple[str, Backend]:
     """The normalised address (never with credentials, so it can be logged) and the backend for `url`.
 
     What follows the scheme is taken character for character, as AWS's own tools do with a key: `%20` is no space, and
@@ -191,23 +194,27 @@ def open_backend(url: str, options: Mapping[str, Any]) -> tuple[str, Backend]:
     if ".." in folder.split("/"):
         raise StoreError(f"{url!r} holds '..': give the folder's own path")
     if scheme == "file":
-        return _open_file(url, bucket, folder)
+        return _open_file(url, bucket, folder, limit_seconds)
     if scheme == "s3":
-        return _open_s3(url, bucket, folder, dict(options))
+        return _open_s3(url, bucket, folder, dict(options), limit_seconds)
     raise StoreError(f"{url!r} has the scheme {scheme!r}: use a path, file:// or s3://")
 
 
-def _open_file(url: str, host: str, folder: str) -> tuple[str, Backend]:
+def _open_file(url: str, host: str, folder: str, limit_seconds: float | None) -> tuple[str, Backend]:
     from raynium.storage.file_store import FileBackend
+    from raynium.storage.limited import limited
 
     if host not in ("", "localhost") or not folder:
         raise StoreError(f"{url!r} is not a local folder: a file address has three slashes, as in file:///data/runs")
     _refuse_unprintable(url)
     folder = folder.lstrip("/")
-    return f"file:///{folder}", FileBackend(Path(f"/{folder}"))
+    url, backend = f"file:///{folder}", FileBackend(Path(f"/{folder}"))
+    return url, backend if limit_seconds is None else limited(backend, url=url, seconds=limit_seconds)
 
 
-def _open_s3(url: str, bucket: str, folder: str, options: dict[str, Any]) -> tuple[str, Backend]:
+def _open_s3(
+    url: str, bucket: str, folder: str, options: dict[str, Any], limit_seconds: float | None
+) -> tuple[str, Backend]:
     # s3fs takes a second to import, and whoever uses files must not pay it.
     from raynium.storage.s3_store import S3Backend
 
@@ -224,7 +231,7 @@ def _open_s3(url: str, bucket: str, folder: str, options: dict[str, Any]) -> tup
         if unsure in f"/{folder}":
             raise StoreError(f"{url!r} holds {unsure!r}: separate folders by single slashes")
     _refuse_unprintable(url)
-    return f"s3://{bucket}/{folder}".rstrip("/"), S3Backend(bucket, folder, options)
+    return f"s3://{bucket}/{folder}".rstrip("/"), S3Backend(bucket, folder, options, limit=limit_seconds)
 
 
 def _refuse_unprintable(url: str) -> None:
