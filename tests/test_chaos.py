@@ -3,12 +3,16 @@
 import os
 import resource
 import signal
+import socket
 import sqlite3
 import subprocess
 import sys
+import urllib.request
 from collections import Counter
 from pathlib import Path
 from random import Random
+from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 from hypothesis import given
@@ -16,12 +20,16 @@ from hypothesis import strategies as st
 from tiny import build_documents, job_text
 from waiting import wait_for
 
-from raynium.chaos.kinds import KINDS, NEEDS, NotThere, Scene, kinds_for
+from raynium.chaos.cut_proxy import CutProxy
+from raynium.chaos.kinds import KINDS, MEMORY_REFUSALS, NEEDS, NotThere, Scene, kinds_for
 from raynium.chaos.processes import RunProcesses
 from raynium.chaos.schedule import refuse_crowd, schedule
 from raynium.chaos.steps import Cost, Step, Steps, cost
-from raynium.errors import ConfigError
-from raynium.storage.process import is_halted
+from raynium.errors import ConfigError, StoreError
+from raynium.rank.armed import CHAOS_VARIABLE, armed_memory
+from raynium.storage.backend import KeyMissing
+from raynium.storage.process import is_halted, pid_started
+from raynium.storage.store import Store
 
 NAMES = [kind.name for kind in KINDS]
 
@@ -136,16 +144,18 @@ def kind(name: str):
 
 
 def test_what_needs_s3_or_a_database_of_its_own_is_left_out_where_there_is_none() -> None:
-    can, cannot = kinds_for(s3=False, sqlite=True, leaps=True)
-    assert {each.name for each in cannot} == {"store-refuses", "store-delays", "store-cuts", "store-silent"}
+    can, cannot = kinds_for(["folder", "sqlite", "silence", "leaps"])
+    s3 = ["store-refuses", "store-delays", "store-cuts", "store-silent"]
+    assert [each.name for each in cannot] == [*s3, "server-away"]
     assert {each.name for each in can} == set(NAMES) - {each.name for each in cannot}
-    assert [each.name for each in kinds_for(s3=True, sqlite=False, leaps=False)[1]] == ["mlflow-away", "spike"]
+    without = ["stop-uploader", "folder-away", "mlflow-away", "spike"]
+    assert [each.name for each in kinds_for(["s3", "server"])[1]] == without
     assert {each.needs for each in KINDS} - {""} == set(NEEDS)
 
 
 def test_a_run_without_ranks_has_nothing_to_hit() -> None:
-    scene = Scene(RunProcesses(os.getpid(), {}), "sqlite:////nowhere.db")
-    others = {"kill-driver", "mlflow-away", "not-finite", "spike"}
+    scene = Scene(RunProcesses(os.getpid(), {}), "sqlite:////nowhere.db", Path("/nowhere"))
+    others = {"kill-driver", "folder-away", "mlflow-away", "server-away", "not-finite", "spike"}
     for name in (each for each in NAMES if each not in others and not each.startswith("store")):
         with pytest.raises(NotThere, match="the run has no"):
             kind(name).strike(scene, Random(1))
@@ -177,12 +187,14 @@ def family():
         driver.wait()
 
 
-def test_a_run_s_processes_are_found_below_its_driver_and_hit(family: subprocess.Popen[bytes]) -> None:
+def test_a_run_s_processes_are_found_below_its_driver_and_hit(
+    family: subprocess.Popen[bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     found = RunProcesses.of(family.pid)
     assert [each.name for each in found.ranks()] == ["rank-0", "rank-1"]
     (agent,) = found.agents()
     assert agent.parent == family.pid
-    scene = Scene(found, "sqlite:////nowhere.db")
+    scene = Scene(found, "sqlite:////nowhere.db", tmp_path)
 
     slow = kind("slow-rank").strike(scene, Random(1))
     (halted,) = wait_for(lambda: [each for each in found.ranks() if is_halted(each.pid)])
@@ -200,17 +212,83 @@ def test_a_run_s_processes_are_found_below_its_driver_and_hit(family: subprocess
     assert killed.ends_ranks and "is killed" in killed.what
     wait_for(lambda: len(RunProcesses.of(family.pid).ranks()) == 1)
 
+    stopped = kind("stop-uploader").strike(scene, Random(1))
+    assert stopped.seconds == 0 and "is stopped for good" in stopped.what
+    wait_for(lambda: all(is_halted(each.pid) for each in found.uploaders()))
+
+    assert armed_memory()
+    monkeypatch.setenv(CHAOS_VARIABLE, str(tmp_path))
+    assert armed_memory()
+    memory = kind("memory-full").strike(scene, Random(1))
+    assert memory.ends_ranks and not memory.has_shown()
+    assert [armed_memory() for _ in range(MEMORY_REFUSALS)] == [False] * MEMORY_REFUSALS
+    assert memory.has_shown()
+    memory.end()
+    assert armed_memory()
+    wait_for(lambda: not pid_started(agent.pid))
+
 
 def test_mlflow_s_database_is_locked_and_free_again(tmp_path: Path) -> None:
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     with sqlite3.connect(tmp_path / "mlflow.db") as made:
         made.execute("CREATE TABLE points (value)")
-    away = kind("mlflow-away").strike(Scene(RunProcesses(1, {}), uri), Random(1))
+    away = kind("mlflow-away").strike(Scene(RunProcesses(1, {}), uri, tmp_path), Random(1))
     other = sqlite3.connect(tmp_path / "mlflow.db", timeout=0)
     with pytest.raises(sqlite3.OperationalError, match="locked"):
         other.execute("SELECT * FROM points")
     away.end()
     assert other.execute("SELECT * FROM points").fetchall() == []
+
+
+def test_a_store_in_a_folder_refuses_everything_while_a_file_is_in_its_place_and_is_then_as_before(
+    tmp_path: Path,
+) -> None:
+    store = Store(tmp_path / "run")
+    store.write_new("checkpoints/before", b"1")
+    scene = Scene(RunProcesses(1, {}), "sqlite:////nowhere.db", tmp_path, run_folder=store.local_path)
+    away = kind("folder-away").strike(scene, Random(1))
+    calls = (
+        lambda: store.read("checkpoints/before"),
+        lambda: store.list(),
+        lambda: store.replace("checkpoints/before", b"2"),
+        lambda: store.write_new("new", b"2"),
+        lambda: store.delete("checkpoints/before"),
+        lambda: store.size("checkpoints/before"),
+    )
+    for call in calls:
+        with pytest.raises(StoreError) as refused:
+            call()
+        assert not isinstance(refused.value, KeyMissing)
+    away.end()
+    assert store.list().sizes == {"checkpoints/before": 1} and [each.name for each in tmp_path.iterdir()] == ["run"]
+    scene = Scene(RunProcesses(1, {}), "", tmp_path, run_folder=tmp_path / "not-there")
+    with pytest.raises(OSError, match="cannot change places"):
+        kind("folder-away").strike(scene, Random(1))
+
+
+@pytest.mark.slow
+def test_an_mlflow_server_is_out_of_reach_and_back(mlflow_server: Any, tmp_path: Path) -> None:
+    with CutProxy(mlflow_server.uri) as proxy:
+        scene = Scene(RunProcesses(1, {}), mlflow_server.uri, tmp_path, mlflow_proxy=proxy)
+
+        def answer() -> bytes:
+            with urllib.request.urlopen(f"{proxy.uri}/health", timeout=10) as response:
+                return response.read()
+
+        assert answer() == b"OK"
+        # A connection that is open is broken too.
+        with socket.create_connection(("127.0.0.1", urlsplit(proxy.uri).port or 0), timeout=10) as waiting:
+            waiting.sendall(b"GET ")
+            wait_for(lambda: proxy._open)
+            away = kind("server-away").strike(scene, Random(1))
+            with pytest.raises(ConnectionError):
+                waiting.recv(1)
+                waiting.sendall(b"/")
+                waiting.recv(1)
+        with pytest.raises(OSError):
+            answer()
+        away.end()
+        assert answer() == b"OK"
 
 
 # ---- a real run -----------------------------------------------------------------------------------------------------
@@ -228,10 +306,15 @@ def test_a_run_under_ten_faults_ends_as_the_one_without(tmp_path: Path) -> None:
         "evaluate.every_steps": 100,
         "evaluate.max_documents": 2,
         "fault.hang_seconds": 10.0,
+        "fault.upload_silence_seconds": 5.0,
     }
     (tmp_path / "job.yaml").write_text(job_text(changes, root=tmp_path))
     command = [sys.executable, "-m", "raynium.cli.app", "chaos", str(tmp_path / "job.yaml"), "--faults", "10"]
+    # Of this seed are the driver's death and most of what else fails: memory, the folder, the uploader, the steps.
+    command += ["--seed", "18"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("it stood still for") == 10
+    for kind_of_it in ("kill-driver", "memory-full", "folder-away", "stop-uploader", "spike", "not-finite"):
+        assert f": {kind_of_it}: " in done.stdout
     assert "are bit-equal" in done.stdout and "nobody typed anything" in done.stdout

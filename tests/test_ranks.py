@@ -120,6 +120,21 @@ def test_a_template_that_is_dying_is_replaced(
     assert "has died" in caplog.text and template._forkserver_pid != first
 
 
+def test_ranks_are_forked_though_the_log_lies_on_a_full_disk(
+    programs: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """multiprocessing flushes what is buffered there before it starts a process."""
+    with open("/dev/full", "w") as full:
+        full.write("a line that does not fit")
+        monkeypatch.setattr(sys, "stderr", full)
+        assert play(programs.finish, {"step": 7}).exits[0].exit_code == 0
+        assert sys.stderr is full
+        with pytest.raises(OSError, match="No space left"):
+            full.flush()
+        monkeypatch.undo()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), full.fileno())
+
+
 def test_threads_that_start_processes_leave_our_environment_alone() -> None:
     before, main = dict(os.environ), dict(vars(sys.modules["__main__"]))
     with ThreadPoolExecutor(8) as threads:

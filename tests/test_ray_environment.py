@@ -142,7 +142,7 @@ def test_a_part_of_ray_that_is_gone_for_a_while_is_lost_and_one_that_comes_back_
         time.sleep(0.1)
         watch.check()
         server.close()
-        wait_for(lambda: watch._heard[lost][2] == "Connection refused")
+        wait_for(lambda: watch._failing[lost][1] == "Connection refused" if lost in watch._failing else False)
         watch.check()
         monkeypatch.setattr(head_module, limit, 0.2)
         time.sleep(0.3)
@@ -153,6 +153,29 @@ def test_a_part_of_ray_that_is_gone_for_a_while_is_lost_and_one_that_comes_back_
         with socket.create_server(("127.0.0.1", int(lost.rpartition(":")[2]))):
             time.sleep(0.2)
             watch.check()
+
+
+def test_a_machine_that_is_too_busy_to_look_or_to_answer_itself_has_lost_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(head_module, "NODE_LOST_SECONDS", 0.0)
+    monkeypatch.setattr(head_module, "HEAD_LOST_SECONDS", 0.0)
+    looks: list[str] = []
+
+    def late(address: tuple[str, int], seconds: float) -> None:
+        looks.append(address[0])
+        raise TimeoutError("timed out")
+
+    with ClusterWatch(head="127.0.0.1:1", raylet="127.0.0.1:2") as watch:
+        time.sleep(0.05)
+        watch.check()
+    monkeypatch.setattr(head_module, "LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(head_module.socket, "create_connection", late)
+    with ClusterWatch(head="127.0.0.1:1", raylet="127.0.0.1:2") as watch:
+        wait_for(lambda: len(looks) > 4)
+        with pytest.raises(ClusterLost, match=r"the head of the Ray cluster.*\(timed out\)"):
+            watch.check()
+        assert list(watch._failing) == ["127.0.0.1:1"]
 
 
 NO_HOME = """

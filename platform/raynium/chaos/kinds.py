@@ -4,28 +4,40 @@
 """
 
 import contextlib
+import ctypes
 import math
 import os
 import resource
 import signal
 import sqlite3
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from random import Random
 from typing import Protocol
 
+from raynium.chaos.cut_proxy import CutProxy
 from raynium.chaos.flaky_s3 import Fault, FlakyS3, cut, delay, refuse, swallow
 from raynium.chaos.processes import Process, RunProcesses
+from raynium.rank.armed import FULL_NAME, REFUSALS_NAME
 from raynium.tracking.client import sqlite_path
 
 # How long a fault lasts that does not end by itself: seconds, drawn between them.
 LASTS_SECONDS = (0.5, 4.0)
+# Of a full shared memory: at most, and how often it is refused before that ends. A rank asks once as it starts and once
+# in each step.
+MEMORY_SECONDS, MEMORY_REFUSALS = 60.0, 10
+# From linux/fcntl.h and linux/fs.h.
+AT_FDCWD, RENAME_EXCHANGE = -100, 2
 
 
 # What a kind may need, in words.
 NEEDS = {
     "s3": "an http:// store behind AWS_ENDPOINT_URL",
+    "folder": "a store in a folder",
     "sqlite": "MLflow in an SQLite file",
+    "server": "an http:// MLflow server",
+    "silence": "fault.upload_silence_seconds of a minute at most",
     "leaps": "fault.spike_score, no data.stages, and a fault after a hundred steps",
 }
 
@@ -36,16 +48,21 @@ class NotThere(Exception):
 
 @dataclass(frozen=True)
 class Scene:
-    """What faults find to hit. proxy: before the run's S3; None: it writes to a folder."""
+    """What faults find to hit. armed: the folder that ranks look into (`rank/armed.py`). proxy: before the run's S3.
+    run_folder: of its store, where that is a folder. mlflow_proxy: before its MLflow server.
+    """
 
     processes: RunProcesses
     mlflow_uri: str
+    armed: Path
     proxy: FlakyS3 | None = None
+    run_folder: Path | None = None
+    mlflow_proxy: CutProxy | None = None
 
 
 @dataclass(frozen=True)
 class Struck:
-    """What was done, in words. It lasts so many seconds, until `end` is called.
+    """What was done, in words. It lasts so many seconds, or until it `has_shown`; then `end` is called.
 
     ends_ranks: no step follows before other ranks were started. ends_driver: nor before somebody starts the run again.
     """
@@ -53,6 +70,7 @@ class Struck:
     what: str
     seconds: float = 0.0
     end: Callable[[], None] = lambda: None
+    has_shown: Callable[[], bool] = lambda: False
     ends_ranks: bool = False
     ends_driver: bool = False
 
@@ -164,6 +182,17 @@ class SlowUploader:
         return _halted(_one(scene.processes.uploaders(), "uploader", dice), "the uploader", dice)
 
 
+class StopUploader:
+    """Nobody sends SIGCONT: its agent gives it up (`fault.upload_silence_seconds`)."""
+
+    name, needs = "stop-uploader", "silence"
+
+    def strike(self, scene: Scene, dice: Random) -> Struck:
+        uploader = _one(scene.processes.uploaders(), "uploader", dice)
+        _signal(uploader, signal.SIGSTOP)
+        return Struck(f"the uploader (process {uploader.pid}) is stopped for good")
+
+
 # ---- a store that fails ----------------------------------------------------------------------------------------------
 
 
@@ -189,6 +218,31 @@ STORE_KINDS = (
     _StoreFails("store-cuts", "breaks connections", (cut(0, 2**20),)),
     _StoreFails("store-silent", "does what it is asked and says nothing", (swallow(times=None),)),
 )
+
+
+class FolderAway:
+    """The store of a run in a folder: a file takes its place, in one step, so that nobody makes it anew."""
+
+    name, needs = "folder-away", "folder"
+
+    def strike(self, scene: Scene, dice: Random) -> Struck:
+        assert scene.run_folder is not None
+        folder, aside = scene.run_folder, scene.run_folder.with_name(f"{scene.run_folder.name}.away")
+        seconds = dice.uniform(*LASTS_SECONDS)
+        aside.touch()
+        _exchange(folder, aside)
+
+        def comes_back() -> None:
+            _exchange(folder, aside)
+            aside.unlink()
+
+        return Struck(f"for {seconds:.1f} s the run's folder is not there", seconds, comes_back)
+
+
+def _exchange(first: Path, second: Path) -> None:
+    """Both names at once (Linux)."""
+    if ctypes.CDLL(None, use_errno=True).renameat2(AT_FDCWD, bytes(first), AT_FDCWD, bytes(second), RENAME_EXCHANGE):
+        raise OSError(ctypes.get_errno(), f"{first} cannot change places with {second}")
 
 
 # ---- what is full, or away -------------------------------------------------------------------------------------------
@@ -222,6 +276,41 @@ def _limit_files(pids: Sequence[int], num_bytes: int) -> None:
         with contextlib.suppress(ProcessLookupError):
             _, most = resource.prlimit(pid, resource.RLIMIT_FSIZE)
             resource.prlimit(pid, resource.RLIMIT_FSIZE, (num_bytes if num_bytes == 0 else most, most))
+
+
+class MemoryFull:
+    """Shared memory, for the run's ranks alone. What they have they keep, so a new agent's ranks are those that want.
+
+    It lasts until they have been refused it, and through some steps of theirs.
+    """
+
+    name, needs = "memory-full", ""
+
+    def strike(self, scene: Scene, dice: Random) -> Struck:
+        agent = _one(scene.processes.agents(), "node agent", dice)
+        refusals = scene.armed / REFUSALS_NAME
+        refusals.write_bytes(b"")
+        (scene.armed / FULL_NAME).touch()
+        _signal(agent, signal.SIGKILL)
+        return Struck(
+            f"shared memory is full, and the node agent (process {agent.pid}) is killed",
+            MEMORY_SECONDS,
+            (scene.armed / FULL_NAME).unlink,
+            has_shown=lambda: refusals.stat().st_size >= MEMORY_REFUSALS,
+            ends_ranks=True,
+        )
+
+
+class ServerAway:
+    """Connections to the MLflow server break."""
+
+    name, needs = "server-away", "server"
+
+    def strike(self, scene: Scene, dice: Random) -> Struck:
+        assert scene.mlflow_proxy is not None
+        seconds = dice.uniform(*LASTS_SECONDS)
+        scene.mlflow_proxy.cut()
+        return Struck(f"for {seconds:.1f} s nobody reaches the MLflow server", seconds, scene.mlflow_proxy.mend)
 
 
 class MlflowAway:
@@ -266,15 +355,13 @@ SPIKE = BadStep("spike", 1e4, "the gradient norm leaps by 10,000", needs="leaps"
 
 KINDS: tuple[Kind, ...] = (
     *KILLS,
-    *(KillDriver(), StopRank(), SlowRank(), SlowUploader()),
+    *(KillDriver(), StopRank(), StopUploader(), SlowRank(), SlowUploader()),
     *STORE_KINDS,
-    *(DiskFull(), MlflowAway(), NOT_FINITE, SPIKE),
+    *(FolderAway(), DiskFull(), MemoryFull(), MlflowAway(), ServerAway(), NOT_FINITE, SPIKE),
 )
 
 
-def kinds_for(*, s3: bool, sqlite: bool, leaps: bool) -> tuple[list[Kind], list[Kind]]:
-    """Those that can happen to a run, and those that cannot. s3: a proxy can stand before its store. leaps: they are
-    undone, and the run is long enough to tell one.
-    """
-    has = {"": True, "s3": s3, "sqlite": sqlite, "leaps": leaps}
-    return [kind for kind in KINDS if has[kind.needs]], [kind for kind in KINDS if not has[kind.needs]]
+def kinds_for(has: Collection[str]) -> tuple[list[Kind], list[Kind]]:
+    """Those that can happen to a run, and those that cannot. has: names of `NEEDS`."""
+    can = [kind for kind in KINDS if not kind.needs or kind.needs in has]
+    return can, [kind for kind in KINDS if kind not in can]

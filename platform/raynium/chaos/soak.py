@@ -1,6 +1,7 @@
 """Trains a config twice, without faults and under a schedule of them, and holds the two runs against each other."""
 
 import contextlib
+import math
 import os
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -8,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
+from raynium.chaos.cut_proxy import CutProxy
 from raynium.chaos.driver import DrivenRun
 from raynium.chaos.flaky_s3 import FlakyS3
 from raynium.chaos.kinds import NEEDS, SPIKE, BadStep, Kind, NotThere, Scene, Struck, kinds_for
@@ -28,6 +30,10 @@ POLL_SECONDS = 0.02
 HEAL_SECONDS = 600.0
 # Between two looks whether the store has a newer checkpoint.
 COMMIT_SECONDS = 0.2
+# So long a run stands at the last step that it may take before it may take more, while no checkpoint comes.
+HELD_SECONDS = 3.0
+# A stopped uploader is waited for so often.
+LONGEST_SILENCE_SECONDS = 60.0
 ENDPOINT_VARIABLE = "AWS_ENDPOINT_URL"
 # A leap is told by the fifty steps before it that were learned from (train/guard.py); some of them are bad ones.
 LEAPS_FROM = 70
@@ -85,8 +91,16 @@ def soak(config: Config, *, faults: int, seed: int, folder: Path, tell: Callable
     endpoint = os.environ.get(ENDPOINT_VARIABLE, "")
     proxied = config.run.root.startswith("s3://") and endpoint.startswith("http://")
     mlflow_uri = resolve_uri(config.tracking.uri, config.run.root)
-    leaps = config.fault.spike_score is not None and not config.data.stages and steps > LEAPS_FROM
-    kinds, missing = kinds_for(s3=proxied, sqlite=mlflow_uri.startswith("sqlite"), leaps=leaps)
+    has_server = mlflow_uri.startswith("http://")
+    has = {
+        "s3": proxied,
+        "folder": run_store(config).local_path is not None,
+        "sqlite": mlflow_uri.startswith("sqlite"),
+        "server": has_server,
+        "silence": config.fault.upload_silence_seconds <= LONGEST_SILENCE_SECONDS,
+        "leaps": config.fault.spike_score is not None and not config.data.stages and steps > LEAPS_FROM,
+    }
+    kinds, missing = kinds_for([need for need, there in has.items() if there])
     for kind in missing:
         tell(f"left out: {kind.name}, which needs {NEEDS[kind.needs]}")
     by_name = {kind.name: kind for kind in kinds}
@@ -110,11 +124,15 @@ def soak(config: Config, *, faults: int, seed: int, folder: Path, tell: Callable
     with contextlib.ExitStack() as open_things:
         proxy = open_things.enter_context(FlakyS3(endpoint)) if proxied else None
         environment = {ENDPOINT_VARIABLE: proxy.endpoint} if proxy is not None else {}
+        mlflow_proxy = open_things.enter_context(CutProxy(mlflow_uri)) if has_server else None
+        if mlflow_proxy is not None:
+            tracking = faulted.tracking.model_copy(update={"uri": mlflow_proxy.uri})
+            faulted = faulted.model_copy(update={"tracking": tracking})
         second = open_things.enter_context(_watched(faulted, folder / "faulted", environment))
         bad_file = second.steps.file.with_name(BAD_NAME)
         bad_file.write_text("".join(f"{step} {factor}\n" for step, factor in bad.items()), encoding="utf-8")
         second.driven.start()
-        scenes = _Scenes(second, mlflow_uri, proxy)
+        scenes = _Scenes(second, mlflow_uri, proxy, mlflow_proxy)
         try:
             for fault in planned:
                 happened.append(_one_fault(fault, by_name[fault.kind], scenes, tell, of=len(planned)))
@@ -153,6 +171,8 @@ def _named(config: Config) -> tuple[Config, Config]:
 class _WatchedRun:
     driven: DrivenRun
     steps: Steps
+    _limit: int = 0
+    _held_since: float = math.inf
 
     def __enter__(self) -> "_WatchedRun":
         self.driven.__enter__()
@@ -183,6 +203,15 @@ class _WatchedRun:
         replacement = limit.with_suffix(".new")
         replacement.write_text(str(last), encoding="utf-8")
         replacement.replace(limit)
+        self._limit, self._held_since = last, math.inf
+
+    def may_go_on(self) -> None:
+        """As `may_take`, once it has stood at its last step for a while."""
+        if self.steps.newest < self._limit:
+            return
+        self._held_since = min(self._held_since, time.monotonic())
+        if time.monotonic() - self._held_since >= HELD_SECONDS:
+            self.may_take(self.steps.newest)
 
     def may_finish(self) -> None:
         self.steps.file.with_name(LIMIT_NAME).unlink(missing_ok=True)
@@ -203,9 +232,14 @@ class _Scenes:
     run: _WatchedRun
     mlflow_uri: str
     proxy: FlakyS3 | None
+    mlflow_proxy: CutProxy | None
 
     def now(self) -> Scene:
-        return Scene(self.run.driven.processes(), self.mlflow_uri, self.proxy)
+        run = self.run
+        folder = run_store(run.driven.config).local_path
+        return Scene(
+            run.driven.processes(), self.mlflow_uri, run.steps.file.parent, self.proxy, folder, self.mlflow_proxy
+        )
 
 
 def _one_fault(fault: Fault, kind: Kind, scenes: _Scenes, tell: Callable[[str], None], *, of: int) -> Happened:
@@ -224,8 +258,9 @@ def _one_fault(fault: Fault, kind: Kind, scenes: _Scenes, tell: Callable[[str], 
     if struck.ends_driver:
         run.driven.wait()
         run.driven.start()
-    if struck.seconds:
-        time.sleep(struck.seconds)
+    until = time.monotonic() + struck.seconds
+    while time.monotonic() < until and not struck.has_shown():
+        time.sleep(POLL_SECONDS)
     struck.end()
     # What it took while the fault lasted is not what it needs afterwards.
     run.look()
@@ -254,6 +289,8 @@ def _one_fault(fault: Fault, kind: Kind, scenes: _Scenes, tell: Callable[[str], 
             looked = time.monotonic()
             if run.newest_checkpoint() > checkpoint:
                 break
+            # Saves that were given up are not made again: it takes further steps to the next.
+            run.may_go_on()
     return Happened(fault, struck.what, paid)
 
 

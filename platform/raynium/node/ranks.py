@@ -23,7 +23,7 @@ from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO, cast
 
 from raynium.node.orphans import agent_mark
 from raynium.node.scratch import sockets_parent
@@ -185,12 +185,33 @@ def _process_config() -> dict[str, str]:
     return multiprocessing.current_process()._config  # pyright: ignore[reportAttributeAccessIssue]
 
 
+class _Unflushed:
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def flush(self) -> None:
+        pass
+
+
+@contextlib.contextmanager
+def _streams_unflushed() -> Iterator[None]:
+    """multiprocessing flushes both before it starts a process: on a full disk that raises, and would end the agent with
+    its ranks' snapshots. A fork of the template has nothing of what is buffered here.
+    """
+    out, err = (cast(TextIO, _Unflushed(stream)) for stream in (sys.stdout, sys.stderr))
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        yield
+
+
 def start_process(process: ForkServerProcess) -> None:
     """Forks a process from the template, any thread; OSError or EOFError where this node lacks what that takes.
 
     A template that fails to fork ends, with all that it forked. What it is asked next fails, and a new one is asked.
     """
-    with _STARTING, _main_module_hidden():
+    with _STARTING, _main_module_hidden(), _streams_unflushed():
         _ensure_template()
         try:
             process.start()

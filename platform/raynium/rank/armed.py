@@ -6,6 +6,8 @@ limit   written by chaos, which replaces it: the last step that may be taken unt
         before all faults have happened
 bad     written by chaos before the run: lines of a step and a factor. In that step, each time that it is taken, the
         slopes of rank 0 are multiplied by it, so that the gradient leaps or is none
+full    written by chaos: while it is there, no rank finds shared memory that it does not have yet
+refusals  one byte is appended here each time
 """
 
 import contextlib
@@ -24,6 +26,7 @@ from raynium.tasks.base import Scored, Task
 # A folder of this machine.
 CHAOS_VARIABLE = "RAYNIUM_CHAOS"
 STEPS_NAME, LIMIT_NAME, BAD_NAME = "steps", "limit", "bad"
+FULL_NAME, REFUSALS_NAME = "full", "refusals"
 LIMIT_POLL_SECONDS = 0.005
 
 
@@ -85,3 +88,13 @@ def armed(engine: Engine, task: Task) -> Engine:
     if not isinstance(task, _ArmedTask):
         return engine
     return cast(Engine, _ArmedEngine(engine, task, Path(os.environ[CHAOS_VARIABLE])))
+
+
+def armed_memory() -> bool:
+    """Whether chaos lets this rank find more shared memory."""
+    folder = os.environ.get(CHAOS_VARIABLE)
+    if folder is None or not Path(folder, FULL_NAME).exists():
+        return True
+    with Path(folder, REFUSALS_NAME).open("ab") as file:
+        file.write(b".")
+    return False

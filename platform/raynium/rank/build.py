@@ -29,7 +29,7 @@ from raynium.engines.native import NativeEngine, build_native_engine
 from raynium.engines.nxd import build_nxd_engine
 from raynium.engines.torch_compiles import TorchCompiles
 from raynium.models.flops import flops_per_token
-from raynium.rank.armed import armed, armed_task
+from raynium.rank.armed import armed, armed_memory, armed_task
 from raynium.rank.evaluation import Evaluation, QuestionRows, rows_of_call
 from raynium.rank.evidence import Evidence
 from raynium.rank.group import join_group
@@ -146,7 +146,19 @@ def _audited(engine: Engine, built: Engine, loader: Loader, plan: RankPlan, acce
 def _snapshots(plan: RankPlan, engine: Engine, link: Link, guard: Guard, patience: Patience) -> Snapshots:
     config, folder = plan.config, Path(plan.image_folder)
     if_busy, num_images = config.checkpoint.if_busy, image_slots(config.fault)
-    return Snapshots(engine, link, folder, guard, patience, if_busy=if_busy, num_images=num_images)
+    # A run that begins is refused what it will never have; one that goes on has had it.
+    if_short = "skip" if resumes(plan) else "refuse"
+    return Snapshots(
+        engine,
+        link,
+        folder,
+        guard,
+        patience,
+        if_busy=if_busy,
+        num_images=num_images,
+        if_short=if_short,
+        has_memory=armed_memory,
+    )
 
 
 def _documents(plan: RankPlan) -> list[OpenStore]:

@@ -6,7 +6,7 @@ that is complete stays until a newer one is, so that a generation that dies can 
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -15,12 +15,12 @@ import torch.distributed as dist
 
 from raynium.checkpoint.base import BaseRef
 from raynium.checkpoint.catalog import open_checkpoint
-from raynium.checkpoint.format.image import ImageFile, ImagePlan, plan_image, read_image, write_image
+from raynium.checkpoint.format.image import ImageFile, plan_image, read_image, write_image
 from raynium.checkpoint.format.manifest import ImageInfo
 from raynium.checkpoint.load import load_checkpoint
 from raynium.checkpoint.state import MODEL_PREFIX, Chunk
 from raynium.engines.base import Engine
-from raynium.errors import CheckpointDamaged, CheckpointMismatch
+from raynium.errors import CheckpointDamaged, CheckpointMismatch, SnapshotMemoryShort
 from raynium.models.adapter import is_adapters
 from raynium.storage.store import Store
 from raynium.train.guard import Guard
@@ -28,6 +28,9 @@ from raynium.train.link import IMAGE_SLOTS, Link
 from raynium.train.patience import Patience
 
 logger = logging.getLogger(__name__)
+
+# A run that goes on trains so long without a snapshot, where something else has filled the memory.
+MEMORY_SECONDS = 600.0
 
 
 class NoSnapshots:
@@ -53,8 +56,14 @@ class Snapshots:
         *,
         if_busy: Literal["wait", "skip"],
         num_images: int = IMAGE_SLOTS,
+        if_short: Literal["refuse", "skip"] = "refuse",
+        has_memory: Callable[[], bool] = lambda: True,
     ):
-        """folder: shared memory that outlives the rank. All of it is taken here, before the first step."""
+        """folder: shared memory that outlives the rank. All of it is taken here, before the first step.
+
+        if_short: of memory; "skip": saves are left out until there is enough, for MEMORY_SECONDS at most. has_memory:
+        False: there is none at this moment.
+        """
         self._engine = engine
         self._link = link
         self._if_busy = if_busy
@@ -67,14 +76,25 @@ class Snapshots:
         # What another rank saves and this one holds too is not uploaded, but a restart from memory needs it.
         self._replica_plan = plan_image(chunks, of="replicas")
         names = [f"rank-{self._rank:05d}.{slot}" for slot in range(num_images)]
-        self._images = [_reserved(folder / f"{name}.safetensors", self._plan) for name in names]
-        self._replicas = [_reserved(folder / f"{name}.replicas.safetensors", self._replica_plan) for name in names]
+        self._images = [ImageFile(folder / f"{name}.safetensors") for name in names]
+        self._replicas = [ImageFile(folder / f"{name}.replicas.safetensors") for name in names]
+        self._has_memory = has_memory
+        # Since when memory is short; None: all is taken.
+        self._short_since: float | None = time.monotonic()
+        if (short := self._take_memory()) is not None:
+            if if_short == "refuse":
+                raise short
+            logger.warning("no snapshot is taken until there is memory for it: %s", short)
 
     def wants_to_skip(self, *, upload: bool) -> bool:
         """Whether the policy would leave out a save that came now: nothing waits for a snapshot that is not uploaded.
 
-        Ranks may differ: they agree in the step.
+        Ranks may differ: they agree in the step. Raises SnapshotMemoryShort where it was short for too long.
         """
+        if self._short_since is not None and (short := self._take_memory()) is not None:
+            if time.monotonic() - self._short_since > MEMORY_SECONDS:
+                raise short
+            return True
         return (self._if_busy == "skip" or not upload) and not self._link.has_free_image()
 
     def save(self, step: int, *, upload: bool) -> dict[str, float]:
@@ -82,6 +102,8 @@ class Snapshots:
 
         Waits only if all images are still being uploaded. All ranks call it after the same step, without talking.
         """
+        if self._short_since is not None and (short := self._take_memory()) is not None:
+            raise short
         began = time.perf_counter()
         slot = self._link.wait_free_image()
         free = time.perf_counter()
@@ -96,6 +118,20 @@ class Snapshots:
         if not upload:
             return {"snapshot/stall_seconds": stall_seconds}
         return {"checkpoint/stall_seconds": stall_seconds, "checkpoint/wait_seconds": free - began}
+
+    def _take_memory(self) -> SnapshotMemoryShort | None:
+        """All images; what they lack otherwise."""
+        try:
+            if not self._has_memory():
+                raise SnapshotMemoryShort("a snapshot needs shared memory, and chaos has filled it")
+            for image in self._images:
+                image.reserve(self._plan.size)
+            for image in self._replicas:
+                image.reserve(self._replica_plan.size)
+        except SnapshotMemoryShort as short:
+            return short
+        self._short_since = None
+        return None
 
     def restore(self, store: Store, step: int) -> int:
         """Reads the checkpoint of `step` into the engine, in whatever layout it was written; returns the step."""
@@ -167,9 +203,3 @@ def _read(base: BaseRef, chunks: Sequence[Chunk], *, field: str, until: str) -> 
             f"{error}. All nodes must see the weights at {field} = {base.uri!r}, unchanged, {until}: put them at s3:// "
             "or on a shared file system"
         ) from error
-
-
-def _reserved(path: Path, plan: ImagePlan) -> ImageFile:
-    image = ImageFile(path)
-    image.reserve(plan.size)
-    return image
