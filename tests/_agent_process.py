@@ -55,7 +55,7 @@ def main() -> None:
     last_save.LAST_SAVE_SECONDS = arguments["last_save_seconds"]
     ranks.PRELOADED_MODULES = (*ranks.PRELOADED_MODULES, "small_parts", *arguments.get("preload", ()))
     cpu.usable_cores = lambda: 1  # on busy cores, threads of a small model mostly wait for each other
-    coordinator = CoordinatorOnLoop(RunCoordinator(config.model_dump(mode="json"), arguments["run_url"], 0))
+    coordinator = CoordinatorOnLoop(RunCoordinator(config.model_dump(mode="json"), arguments["run_url"], 0, 1))
     agents = [
         NodeAgent(
             # Agents of one process would share a folder of images, which has the run's name

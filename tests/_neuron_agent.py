@@ -34,7 +34,7 @@ def main() -> None:
     log = Lines()
     logging.getLogger("raynium").addHandler(log)
     logging.getLogger("raynium").setLevel(logging.INFO)
-    coordinator = CoordinatorOnLoop(RunCoordinator(given["config"], given["run_folder"], 0))
+    coordinator = CoordinatorOnLoop(RunCoordinator(given["config"], given["run_folder"], 0, 1))
     tracker = MemoryTracker()
     NodeAgent(
         config=config,

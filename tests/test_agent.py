@@ -64,7 +64,7 @@ class Played:
         self.run_folder = run_folder
         self.tracker = MemoryTracker()
         self.began = time.monotonic()
-        self.coordinator = make_coordinator(RunCoordinator(config.model_dump(mode="json"), str(run_folder), 0))
+        self.coordinator = make_coordinator(RunCoordinator(config.model_dump(mode="json"), str(run_folder), 0, 1))
         self.agent = NodeAgent(
             config=config,
             run_url=str(run_folder),
@@ -351,7 +351,7 @@ class DyingCoordinator(CoordinatorOnLoop):
             for call in self._inside:
                 call.cancel()
             config = self.coordinator._config.model_dump(mode="json")
-            self.coordinator = RunCoordinator(config, self.coordinator._saves._store.url, 0)
+            self.coordinator = RunCoordinator(config, self.coordinator._saves._store.url, 0, 1)
             for answer in list(self._waiting):
                 self._send(answer)
         return super().tell(Said("what it said before is forgotten"))

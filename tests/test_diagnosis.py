@@ -303,7 +303,7 @@ def died_of(fault: Fault, rank: int) -> RankExit:
 
 async def started(folder: Path) -> RunCoordinator:
     """A coordinator whose first generation runs on two nodes."""
-    run = RunCoordinator(parse_config(JOB).model_dump(mode="json"), str(folder / "run"), last_generation=0)
+    run = RunCoordinator(parse_config(JOB).model_dump(mode="json"), str(folder / "run"), last_generation=0, claim_number=1)
     agents = [AgentInfo("a", node, 2, f"10.0.0.{node + 2}", 29500 + node, pid=1) for node in range(2)]
     await asyncio.gather(*(run.join(agent) for agent in agents))
     return run
@@ -446,7 +446,7 @@ def test_an_agent_reports_its_devices_and_names_what_broke_on_its_node(tmp_path:
     program.chmod(0o755)
     (tmp_path / "kmsg").touch()
     config = parse_config(JOB, {"cluster.nodes": 1, "cluster.ranks_per_node": 1})
-    coordinator = CoordinatorOnLoop(RunCoordinator(config.model_dump(mode="json"), str(tmp_path / "run"), 0))
+    coordinator = CoordinatorOnLoop(RunCoordinator(config.model_dump(mode="json"), str(tmp_path / "run"), 0, 1))
     tracker = MemoryTracker()
     agent = NodeAgent(
         config=config,
@@ -490,7 +490,7 @@ def test_an_agent_names_the_broken_node_though_the_rank_that_died_was_another(
     monkeypatch.setattr(agent_module, "RankGroup", partial(RankGroup, program=_dying_ranks.hang_on_a_broken_device))
     changes = {"cluster.nodes": 1, "cluster.ranks_per_node": 2, "fault.max_restarts_without_progress": 0}
     config = parse_config(JOB, changes)
-    coordinator = CoordinatorOnLoop(RunCoordinator(config.model_dump(mode="json"), str(tmp_path / "run"), 0))
+    coordinator = CoordinatorOnLoop(RunCoordinator(config.model_dump(mode="json"), str(tmp_path / "run"), 0, 1))
     (tmp_path / "kmsg").touch()
     NodeAgent(
         config=config,
@@ -520,7 +520,7 @@ def test_an_agent_removes_a_graph_that_cannot_be_loaded_and_tries_once_more(
     cache = NodeCache({}, None, (str(tmp_path / "cache"),))
     monkeypatch.setattr(agent_module, "node_cache", lambda *_, **__: cache)
     config = parse_config(JOB, {"cluster.nodes": 1, "cluster.ranks_per_node": 2})
-    coordinator = CoordinatorOnLoop(RunCoordinator(config.model_dump(mode="json"), str(tmp_path / "run"), 0))
+    coordinator = CoordinatorOnLoop(RunCoordinator(config.model_dump(mode="json"), str(tmp_path / "run"), 0, 1))
     NodeAgent(
         config=config,
         run_url=str(tmp_path / "run"),
@@ -545,7 +545,7 @@ def test_a_ranks_own_error_ends_the_run_and_not_its_peers_broken_connection(
     monkeypatch.setattr(agent_module, "RankGroup", partial(RankGroup, program=_dying_ranks.fail_in_a_step))
     changes = {"cluster.nodes": 1, "cluster.ranks_per_node": 2, "fault.max_restarts_without_progress": 0}
     config = parse_config(JOB, changes)
-    coordinator = CoordinatorOnLoop(RunCoordinator(config.model_dump(mode="json"), str(tmp_path / "run"), 0))
+    coordinator = CoordinatorOnLoop(RunCoordinator(config.model_dump(mode="json"), str(tmp_path / "run"), 0, 1))
     NodeAgent(
         config=config,
         run_url=str(tmp_path / "run"),

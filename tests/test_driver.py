@@ -56,7 +56,7 @@ class Actor:
         self.start_again()
 
     def start_again(self) -> None:
-        self.on_loop = CoordinatorOnLoop(RunCoordinator(CONFIG.model_dump(mode="json"), self._run_url, 0))
+        self.on_loop = CoordinatorOnLoop(RunCoordinator(CONFIG.model_dump(mode="json"), self._run_url, 0, 1))
 
     def __getattr__(self, method: str) -> Any:
         return SimpleNamespace(
@@ -279,7 +279,7 @@ def test_the_coordinator_lives_and_dies_with_the_drivers_node(monkeypatch: pytes
         for number in (3, 4):
             cluster.add_node(**node(number))
         ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.ERROR)
-        coordinators = [driver_module.start_coordinator(CONFIG, os.devnull, 0) for _ in range(4)]
+        coordinators = [driver_module.start_coordinator(CONFIG, os.devnull, 0, 1) for _ in range(4)]
         ray.get([each.status.remote(0) for each in coordinators])
         here = ray.get_runtime_context().get_node_id()
         assert {actor["Address"]["NodeID"] for actor in actors().values()} == {here}

@@ -6,7 +6,7 @@ import socket
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -261,9 +261,13 @@ def test_a_driver_that_was_taken_for_dead_notices_and_does_not_write(
     keeper = claim(store, "first", CONFIG)
     keeper.update(state="running")
     other = replace(keeper.record, owner=Owner("elsewhere", "boot", 7, "7"))
+    store.write_new("claims/000002.json", json.dumps(asdict(other.owner)).encode())
     store.replace("run.json", other.to_json())
+    keeper.check()  # too soon after the last look
     keeper.beat(step=5)  # too soon after the last one to say anything
     monkeypatch.setattr("raynium.run.record.HEARTBEAT_SECONDS", 0.0)
+    with pytest.raises(RunInUse, match="taken over by process 7 on elsewhere"):
+        keeper.check()
     with pytest.raises(RunInUse, match="taken over by process 7 on elsewhere"):
         keeper.beat(step=5)
     with pytest.raises(RunInUse, match="taken over by process 7 on elsewhere"):

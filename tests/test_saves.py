@@ -14,6 +14,7 @@ from raynium.checkpoint.format.manifest import ShardEntry
 from raynium.config.load import parse_config
 from raynium.config.world import World
 from raynium.errors import StoreError
+from raynium.run.fence import Fence
 from raynium.run.protocol import ShardSaved
 from raynium.run.saves import COMMITS_TOLD_AGAIN, MOST_COMING_IN, Saves, WholeSave
 from raynium.storage.store import Store
@@ -56,7 +57,7 @@ def told() -> list[str]:
 @pytest.fixture
 def saves(store: RefusingStore, told: list[str], monkeypatch: pytest.MonkeyPatch) -> Saves:
     monkeypatch.setattr("raynium.run.saves.pause_before_next_try", lambda tries, _: 0.001 if tries < 4 else None)
-    return Saves(parse_config(JOB), store, life="a", tell=told.append)
+    return Saves(parse_config(JOB), store, Fence(store, 1), life="a", tell=told.append)
 
 
 def saved(
@@ -203,19 +204,19 @@ def test_a_last_checkpoint_that_an_earlier_coordinator_committed_is_found(
     saves: Saves, store: RefusingStore, told: list[str]
 ) -> None:
     run_out(saves, whole(saves, store, 8))
-    restarted = Saves(saves._config, store, life="a", tell=told.append)
+    restarted = Saves(saves._config, store, Fence(store, 1), life="a", tell=told.append)
     assert restarted.problem(8) is not None
     asyncio.run(restarted.commit_last(8, living=[]))
     assert restarted.problem(8) is None and restarted.committed_step == 8 and restarted.committed_uri is not None
     assert "no shard of it arrived" in (restarted.problem(9) or "")
 
-    taken = Saves(saves._config, store, life="a", tell=told.append)
+    taken = Saves(saves._config, store, Fence(store, 1), life="a", tell=told.append)
     run_out(taken, whole(taken, store, 8, "g2"))
     assert taken.problem(8) is None
 
     manifest = "checkpoints/step-000000008/manifest.json"
     store.replace(manifest, store.read(manifest)[:-1])
-    unlucky = Saves(saves._config, store, life="a", tell=told.append)
+    unlucky = Saves(saves._config, store, Fence(store, 1), life="a", tell=told.append)
     asyncio.run(unlucky.commit_last(8, living=[]))
     assert "could not be saved: the store cannot be asked for it" in (unlucky.problem(8) or "")
 
@@ -245,7 +246,7 @@ def test_a_coordinator_that_begins_tells_the_last_commits_again_as_they_were(
 ) -> None:
     for step in (2, 4, 6, 8):
         run_out(saves, whole(saves, store, step))
-    later = Saves(saves._config, store, life="a", tell=told.append)
+    later = Saves(saves._config, store, Fence(store, 1), life="a", tell=told.append)
     asyncio.run(later.catch_up())
     assert later.committed_step == 8
     assert [each.step for each in later.commits] == steps(store)[-COMMITS_TOLD_AGAIN:]

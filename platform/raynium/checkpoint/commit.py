@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -50,6 +50,7 @@ def commit_checkpoint(
     parent_step: int | None = None,
     metrics: Mapping[str, float] | None = None,
     upload_seconds: float | None = None,
+    check: Callable[[], None] | None = None,
 ) -> CheckpointRef:
     """Write the manifest, which is the commit: one process calls this, after every rank's shard is in.
 
@@ -57,7 +58,7 @@ def commit_checkpoint(
 
     entries: one per rank. state: JSON values only (step, data position, seeds, facts of the config). metrics: of the
     evaluation at this step, if there was one. upload_seconds: from the snapshot until the last shard was in; None for
-    what was not trained here.
+    what was not trained here. check: called right before the manifest is written; what it raises ends the commit.
     CheckpointError if they are not one whole checkpoint (a rank's shard is missing, blocks overlap, a file is gone);
     StepTaken if another generation was first. If this process dies before, the step does not exist; after, it does.
     """
@@ -85,6 +86,8 @@ def commit_checkpoint(
             stall_seconds=stall_seconds, upload_seconds=upload_seconds, commit_seconds=time.perf_counter() - began
         )
         manifest = manifest.model_copy(update={"timing": timing})
+    if check is not None:
+        check()
     try:
         store.write_new(manifest_key(step), manifest_to_bytes(manifest))
     except KeyExists as error:

@@ -14,7 +14,7 @@ import ray._private.worker
 import ray.train
 
 from raynium.accelerators.cpu import usable_cores
-from raynium.errors import ClusterLost, LaunchError, RunFailed
+from raynium.errors import ClusterLost, LaunchError, RunFailed, RunInUse
 from raynium.launch.ray_environment import session_parent
 from raynium.storage.own_folder import drop_folder, own_folder
 
@@ -59,7 +59,7 @@ def connect(address: str | None, *, least_cpus: int = 1) -> Iterator[Mapping[str
             raise _unreachable(address, error) from error
     try:
         yield ray.cluster_resources()
-    except (ClusterLost, RunFailed):
+    except (ClusterLost, RunFailed, RunInUse):
         # There is nothing left to shut down, and trying would wait for it; or the driver's threads still ask Ray, which
         # would end the process before anybody is told. The cluster ends with the process.
         raise

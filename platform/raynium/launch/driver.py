@@ -132,7 +132,8 @@ class Driver:
         keeper = self.prepared.keeper
         self._excluded += [*self._preflight(), *self._bad_nodes().ids()]
         name_job(self.config.run.name)
-        coordinator = start_coordinator(self.config, self.prepared.store.url, keeper.record.generation)
+        claimed = keeper.claim_number
+        coordinator = start_coordinator(self.config, self.prepared.store.url, keeper.record.generation, claimed)
         # Told again, with the time until now, once it has answered.
         coordinator.ran_before.remote(0, Before(keeper.record.ledger))
         while True:
@@ -205,6 +206,7 @@ class Driver:
             train_loop_config={
                 "config": self.config.model_dump(mode="json"),
                 "run_url": store.url,
+                "claim_number": self.prepared.keeper.claim_number,
                 "coordinator": coordinator,
                 "mlflow_uri": self.prepared.mlflow.uri,
                 "mlflow_run_id": self.prepared.mlflow.run_id,
@@ -248,12 +250,7 @@ class Driver:
             self._node_faults += [fault.to_json() for fault in new_faults]
             for fault in new_faults:
                 self._bad_nodes().remember(fault)
-            record = replace(keeper.record, **self.facts(status))
-            self._page.show(status, record)
-            for incident in record.incidents or ():
-                if incident["key"] not in self._notified:
-                    self._notified.add(incident["key"])
-                    self._notifier.send(record.name, page_of(record), incident)
+            self._publish(keeper, status)
             if status.ended is not None or over:
                 return status
             self._leave_bad_nodes(coordinator, status, new_faults)
@@ -277,6 +274,20 @@ class Driver:
                 self._calls.submit(coordinator.request_stop.remote, status.ledger.life)
             waiting.look(waits=not status.running)
             time.sleep(STATUS_SECONDS)
+
+    def _publish(self, keeper: RecordKeeper, status: Status) -> None:
+        """What people see on the page and are notified of, unless another driver may own the run by now."""
+        try:
+            keeper.check()
+        except StoreError:
+            # The page is as old as the record until the store answers.
+            return
+        record = replace(keeper.record, **self.facts(status))
+        self._page.show(status, record)
+        for incident in record.incidents or ():
+            if incident["key"] not in self._notified:
+                self._notified.add(incident["key"])
+                self._notifier.send(record.name, page_of(record), incident)
 
     def _outlives_controller(self, coordinator: Any, error: BaseException | None, status: Status) -> bool:
         """Whether Ray Train's controller died, and another one may try.
@@ -402,7 +413,7 @@ class Driver:
         return merged(known, [*status.incidents, *self._incidents.seen()])
 
 
-def start_coordinator(config: Config, run_url: str, last_generation: int) -> Any:
+def start_coordinator(config: Config, run_url: str, last_generation: int, claim_number: int) -> Any:
     """The run's coordinator as an actor of this process, on this process's node.
 
     Ray puts an actor that asks for nothing on any node: with that node's death the driver would take the cluster for
@@ -412,7 +423,7 @@ def start_coordinator(config: Config, run_url: str, last_generation: int) -> Any
     actor_class = ray.remote(RunCoordinator).options(
         num_cpus=0, max_restarts=-1, max_task_retries=-1, scheduling_strategy=here
     )
-    return actor_class.remote(config.model_dump(mode="json"), run_url, last_generation)
+    return actor_class.remote(config.model_dump(mode="json"), run_url, last_generation, claim_number)
 
 
 def preflight_level(config: Config) -> Level | None:

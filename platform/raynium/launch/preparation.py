@@ -151,7 +151,7 @@ def prepare(
     _meet_mlflow(uri, known=known, tell=tell)
     for note in notes:
         tell(f"note: {note}")
-    keeper = claim(store, config.run.name, config.model_dump(mode="json"))
+    keeper = claim(store, config.run.name, config.model_dump(mode="json"), job_id=job_id, tell=tell)
     try:
         with keeper.beating():
             config = adopt_weights(config, store, past.config, tell)
@@ -179,7 +179,6 @@ def prepare(
         mlflow_uri=_address(mlflow.uri),
         mlflow_run_id=mlflow.run_id,
         mlflow_experiment_id=mlflow.experiment_id,
-        job_id=job_id,
         log_path=str(log_path),
     )
     return Prepared(config, store, keeper, mlflow, open_mlflow, documents, str(scratch_folder()), log_path)

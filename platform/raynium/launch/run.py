@@ -12,7 +12,7 @@ from rich.text import Text
 from raynium.config.reference import brief
 from raynium.config.schema import Config
 from raynium.convert.beginning import survey_weights
-from raynium.errors import RunInUse, StoreError, TrackingError
+from raynium.errors import ClusterLost, RunInUse, StoreError, TrackingError
 from raynium.launch.page import end_page
 from raynium.launch.preparation import Prepared, checked, finished_record, prepare, survey_data
 from raynium.launch.ray_environment import set_ray_environment
@@ -80,7 +80,9 @@ def run(
                 _write_end(prepared, display, state="stopped", stopped_by=by)
                 raise
             except BaseException as error:
-                _write_end(prepared, display, state="failed", cause=f"{type(error).__name__}: {error}")
+                lost = isinstance(error, ClusterLost)
+                cause = f"{type(error).__name__}: {error}"
+                _write_end(prepared, display, state="failed", cause=cause, cluster_lost=lost)
                 raise
 
 

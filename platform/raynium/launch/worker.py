@@ -1,5 +1,6 @@
 """What Ray Train runs on each node: the node agent, and how it reaches the coordinator."""
 
+import contextlib
 import os
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -15,7 +16,9 @@ from raynium.launch.backend import ATTEMPT_VARIABLE
 from raynium.node.agent import Node, NodeAgent
 from raynium.node.node_log import log_to_file
 from raynium.node.ranks import drop_sockets
+from raynium.run.fence import Fence, FenceWatch
 from raynium.run.protocol import AgentEvent, AgentInfo, Commit, GoHome, News, NodeEnded, Order, Said, Verdict
+from raynium.storage.store import Store
 
 # A driver that is killed leaves an agent that Ray has yet to end, while the next driver's may start beside it: they may
 # not both send metrics from one folder.
@@ -50,6 +53,7 @@ def run_agent(settings: dict[str, Any]) -> None:
     from raynium.tracking.sender import MlflowTracker
 
     config = Config.model_validate(settings["config"])
+    fence = Fence(Store(settings["run_url"]), settings["claim_number"])
     context = ray.train.get_context()
     scratch = settings["scratch"]
     log_to_file(settings["run_url"], context.get_node_rank())
@@ -70,12 +74,15 @@ def run_agent(settings: dict[str, Any]) -> None:
             f"{scratch}/spool/{settings['mlflow_run_id']}",
             uri=settings["mlflow_uri"],
             run_id=settings["mlflow_run_id"],
+            may_send=fence.check,
             wait_seconds=AGENT_BEFORE_SECONDS,
         ),
         data_places=lambda: fetch_stores(config.data, f"{scratch}/data"),
     )
     try:
-        agent.run()
+        # One node's ranks are enough: without them the others' end too.
+        with FenceWatch(fence, agent.taken_over) if context.get_node_rank() == 0 else contextlib.nullcontext():
+            agent.run()
     except Exception as error:
         # Ray Train starts the agents again, and shows the cause to nobody.
         words = " ".join(str(error).split())

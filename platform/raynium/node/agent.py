@@ -116,6 +116,8 @@ class NodeAgent:
             self._neuron_monitor = "neuron-monitor"
         self._last_generation = 0
         self._group: RankGroup | None = None
+        # Whether the run is another driver's by now.
+        self._fenced = False
 
     def run(self) -> None:
         """Returns when the run has ended, however it ended; the coordinator knows how."""
@@ -154,6 +156,13 @@ class NodeAgent:
         """Pids of the ranks that run now, in the order of their local ranks: for py-spy, gdb and tests."""
         alive = self._group.alive() if self._group else []
         return [each.process.pid for each in alive if each.process.pid is not None]
+
+    def taken_over(self, cause: str) -> None:
+        """Another driver owns the run: ends the ranks, also where the coordinator is too frozen to say so. Any thread."""
+        self._fenced = True
+        self.coordinator.tell(CannotGoOn(cause))
+        if (group := self._group) is not None:
+            group.ring()
 
     def uploader_pid(self) -> int | None:
         """Pid of the process that uploads, once one was needed: for the same."""
@@ -278,6 +287,9 @@ class NodeAgent:
         poll_seconds = min(POLL_SECONDS, reports.positions_seconds)
         while group.alive():
             self._handle(order, reports, *group.poll(poll_seconds if first_death is None else SETTLE_SECONDS))
+            if self._fenced:
+                logger.warning("generation %d ends: another driver has taken the run over", order.generation)
+                return
             if verdict.done():
                 if verdict.result().kind == "over":
                     logger.info("generation %d is over: %s", order.generation, verdict.result().cause)

@@ -14,9 +14,10 @@ from typing import Any
 
 from raynium.config.schema import Config
 from raynium.config.world import World
-from raynium.errors import CheckpointError, ConfigError, StoreError
+from raynium.errors import CheckpointError, ConfigError, RunInUse, StoreError
 from raynium.run import protocol
 from raynium.run.board import Board
+from raynium.run.fence import Fence
 from raynium.run.hangs import artifacts_of
 from raynium.run.last_save import pause_before_next_try
 from raynium.run.lives import Generation, Lives
@@ -36,8 +37,11 @@ STORE_CALL_SECONDS = 60.0
 class RunCoordinator:
     """All methods are coroutines on one loop, so each runs unbroken between its awaits. See `protocol.Coordinator`."""
 
-    def __init__(self, config: dict[str, Any], run_url: str, last_generation: int):
-        """config: the resolved config as a dict; last_generation: of the run's earlier drivers, 0 for a new run."""
+    def __init__(self, config: dict[str, Any], run_url: str, last_generation: int, claim_number: int):
+        """config: the resolved config as a dict; last_generation: of the run's earlier drivers, 0 for a new run.
+
+        claim_number: of the driver, see `Fence`.
+        """
         now = time.monotonic()
         self._config = Config.model_validate(config)
         # A generation's start and every commit wait for it.
@@ -49,7 +53,8 @@ class RunCoordinator:
         self._book = CoordinatorBook(life=self._board.life, now=now)
         self._roster = Roster()
         self._recovery = Recovery(store, if_damaged=self._config.checkpoint.if_damaged, tell=self._board.tell)
-        self._saves = Saves(self._config, store, life=self._board.life, tell=self._board.tell)
+        self._fence = Fence(store, claim_number)
+        self._saves = Saves(self._config, store, self._fence, life=self._board.life, tell=self._board.tell)
         self._lives = Lives(
             self._config.fault,
             last_generation,
@@ -127,7 +132,10 @@ class RunCoordinator:
         if finishes and ended.exits:
             outcome = ended.exits[0].outcome
             assert outcome is not None
-            await self._saves.commit_last(outcome.step, living=self._roster.uploading)
+            try:
+                await self._saves.commit_last(outcome.step, living=self._roster.uploading)
+            except RunInUse as error:
+                return await self._taken_over(error)
             async with self._changing():
                 problem = self._saves.problem(outcome.step)
                 self._lives.finished(current, outcome, problem, now=time.monotonic())
@@ -262,12 +270,14 @@ class RunCoordinator:
         agents, refusal = self._roster.ready(), "no checkpoint could be chosen to go on from"
         try:
             world = World.of(self._config, nodes=len(agents))
+            await asyncio.to_thread(self._fence.check)
             origin = await self._recovery.origin(agents, world, uploading=self._roster.uploading)
-        except (ConfigError, StoreError, CheckpointError) as error:
+        except (ConfigError, StoreError, CheckpointError, RunInUse) as error:
             if isinstance(error, StoreError) and next_try_seconds is not None:
                 self._board.tell(f"{refusal}, trying again in {next_try_seconds:.0f} s: {error}")
                 return next_try_seconds
-            self._lives.end("failed", str(error) if isinstance(error, ConfigError) else f"{refusal}: {error}")
+            is_whole = isinstance(error, ConfigError | RunInUse)
+            self._lives.end("failed", str(error) if is_whole else f"{refusal}: {error}")
             return 0.0
         if origin.checkpoint is not None:
             self._saves.resumed(origin.checkpoint)
@@ -281,10 +291,18 @@ class RunCoordinator:
             return
         async with self._recovery.choosing:
             living = [*self._roster.uploading, whole.generation_id]
-            is_newest = await self._saves.commit(whole, living=living, reading=self._recovery.reading)
+            try:
+                is_newest = await self._saves.commit(whole, living=living, reading=self._recovery.reading)
+            except RunInUse as error:
+                return await self._taken_over(error)
         async with self._changing():
             if is_newest:
                 self._lives.committed()
+
+    async def _taken_over(self, error: RunInUse) -> None:
+        """Another driver owns the run: nothing more is written for this one, and its ranks end."""
+        async with self._changing():
+            self._lives.end("failed", str(error))
 
     async def _catch_up(self) -> None:
         await self._saves.catch_up()

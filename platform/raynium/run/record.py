@@ -2,7 +2,7 @@
 
 <root>/<name>/run.json              the record, rewritten by the owner: also its heartbeat
 <root>/<name>/claims/000007.json    one per driver that ever owned the run; created exclusively, so that of two
-                                    drivers that start at once exactly one wins
+                                    drivers that start at once exactly one wins. See fence.py
 <root>/<name>/stop-requested        somebody asked the owner to save and end
 """
 
@@ -10,7 +10,7 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
@@ -19,6 +19,7 @@ from typing import Any, Literal
 from pydantic import TypeAdapter, ValidationError
 
 from raynium.errors import RunInUse, StoreError
+from raynium.run.fence import CLAIMS, Fence, claim_key, steady
 from raynium.storage.backend import KeyExists, KeyMissing
 from raynium.storage.process import Owner, this_process
 from raynium.storage.store import Store
@@ -32,6 +33,8 @@ STOP_KEY = "stop-requested"
 HEARTBEAT_SECONDS = 10.0
 # An owner on another host is taken for dead after this long without a heartbeat. On the same host we look at its pid.
 OWNER_LOST_SECONDS = 60.0
+# How often a heart is looked at that is perhaps silent.
+SILENCE_LOOK_SECONDS = 1.0
 
 State = Literal["preparing", "running", "finished", "stopped", "failed"]
 LIVE_STATES = ("preparing", "running")
@@ -63,6 +66,8 @@ class RunRecord:
     log_path: str | None = None
     job_id: str | None = None
     cause: str | None = None
+    # Of a failed run: the cluster ended under it, and it is to go on on another.
+    cluster_lost: bool = False
     # Of a run that somebody stopped: the name of a signal, or `raynium stop`.
     stopped_by: str | None = None
     node_faults: list[dict[str, Any]] | None = None
@@ -99,6 +104,12 @@ class RunRecord:
         if (lives := self.owner.lives_here()) is not None:
             return lives
         return now_unix - self.heartbeat_unix < OWNER_LOST_SECONDS
+
+    def is_orphaned(self, now_unix: float) -> bool:
+        """Whether it should run and nobody runs it: its driver or cluster died, and no person or fault ended it."""
+        if self.state == "failed":
+            return self.cluster_lost
+        return self.state in LIVE_STATES and not self.owner_is_alive(now_unix)
 
     def shown_state(self, now_unix: float) -> str:
         """The state in the words of a person: a run whose owner is gone was interrupted."""
@@ -162,22 +173,29 @@ class RecordKeeper:
         # This driver is the run's n-th.
         self.claim_number = claim_number
         self._store = store
+        self._fence = Fence(store, claim_number)
+        self._looked = steady()
         self._writing = threading.Lock()
         self._book = RunBook(record.ledger, now=time.monotonic())
         self.record = record
 
-    def update(self, **changes: Any) -> None:
-        """Writes the record with these fields changed and a fresh heartbeat.
+    def check(self) -> None:
+        """Raises RunInUse if another driver owns the run by now, or StoreError; asks every HEARTBEAT_SECONDS at most.
 
-        Raises RunInUse if another driver owns the run by now. That happens when this host was frozen or cut off for so
-        long that it was taken for dead.
+        That happens when this host was frozen or cut off for so long that it was taken for dead.
         """
-        stored = read_record(self._store)
-        if stored is not None and stored.owner != self.record.owner:
-            raise RunInUse(
-                f"run {self.record.name!r} was taken over by process {stored.owner.pid} on {stored.owner.host} while "
-                f"this driver could not be heard. Nothing is lost: follow the run there, with `raynium status`"
-            )
+        now = steady()
+        if now - self._looked >= HEARTBEAT_SECONDS:
+            self._fence.check()
+            self._looked = now
+
+    def update(self, **changes: Any) -> None:
+        """Writes the record with these fields changed and a fresh heartbeat. Raises as `check`, which it does not wait
+        for.
+        """
+        now = steady()
+        self._fence.check()
+        self._looked = now
         self.take_over(**changes)
 
     def take_over(self, **changes: Any) -> None:
@@ -243,17 +261,28 @@ def refuse_live(record: RunRecord, store: Store) -> None:
         )
 
 
-def claim(store: Store, name: str, config: dict[str, Any]) -> RecordKeeper:
-    """Takes the run for this process. Raises RunInUse while its owner lives, or when another driver was faster."""
+def claim(
+    store: Store,
+    name: str,
+    config: dict[str, Any],
+    *,
+    job_id: str | None = None,
+    tell: Callable[[str], None] = logger.info,
+) -> RecordKeeper:
+    """Takes the run for this process. Raises RunInUse while its owner lives, or when another driver was faster.
+
+    job_id: as in the record. tell: gets a line if an owner on another host has to be watched until it is surely dead.
+    """
     # Listed before the record is read: whoever claims the run in between has the next number, or a record that lives.
-    numbers = [int(key.rpartition("/")[2].removesuffix(".json")) for key in store.list("claims").sizes]
+    numbers = [int(key.rpartition("/")[2].removesuffix(".json")) for key in store.list(CLAIMS).sizes]
     number = max(numbers, default=0) + 1
     earlier = read_record(store)
     if earlier is not None:
         refuse_live(earlier, store)
+        earlier = _silent(earlier, store, tell)
     owner = this_process()
     try:
-        store.write_new(f"claims/{number:06d}.json", json.dumps(asdict(owner)).encode())
+        store.write_new(claim_key(number), json.dumps(asdict(owner)).encode())
     except KeyExists as error:
         raise RunInUse(
             f"run {name!r} at {store.url} was taken by another driver a moment ago. Give another run.name, or wait"
@@ -262,7 +291,7 @@ def claim(store: Store, name: str, config: dict[str, Any]) -> RecordKeeper:
     store.delete(STOP_KEY)
     now = time.time()
     if earlier is None:
-        record = RunRecord(name, config, "preparing", owner, created_unix=now, heartbeat_unix=now)
+        record = RunRecord(name, config, "preparing", owner, created_unix=now, heartbeat_unix=now, job_id=job_id)
     else:
         # Unix time is all that two drivers share. Where their clocks disagree, this is what makes the sum right again.
         silent = max(0.0, now - earlier.created_unix - earlier.idle_seconds - earlier.ledger.total)
@@ -272,7 +301,9 @@ def claim(store: Store, name: str, config: dict[str, Any]) -> RecordKeeper:
             config=config,
             state="preparing",
             owner=owner,
+            job_id=job_id,
             cause=None,
+            cluster_lost=False,
             stopped_by=None,
             result=None,
             heartbeat_unix=now,
@@ -283,6 +314,30 @@ def claim(store: Store, name: str, config: dict[str, Any]) -> RecordKeeper:
     keeper = RecordKeeper(store, record, number)
     keeper.take_over()
     return keeper
+
+
+def _silent(earlier: RunRecord, store: Store, tell: Callable[[str], None]) -> RunRecord:
+    """The record, once its owner has been silent for OWNER_LOST_SECONDS of this machine's own clock.
+
+    At once if the run has ended, or its owner has died on this host. Clocks of two hosts may differ by more than that,
+    so those that only say that it is silent are not believed. Raises RunInUse if its heart beats.
+    """
+    if earlier.state in LIVE_STATES and earlier.owner.lives_here() is None:
+        tell(
+            f"the driver on {earlier.owner.host} is not heard of: it is taken for dead if it stays silent for "
+            f"{OWNER_LOST_SECONDS:g} s"
+        )
+        surely_dead = steady() + OWNER_LOST_SECONDS
+        while (left := surely_dead - steady()) > 0:
+            time.sleep(min(SILENCE_LOOK_SECONDS, left))
+            record = read_record(store)
+            if record is None or record.heartbeat_unix != earlier.heartbeat_unix:
+                raise RunInUse(
+                    f"run {earlier.name!r} at {store.url} is in use by process {earlier.owner.pid} on "
+                    f"{earlier.owner.host}, whose clock is far from this machine's: set both by NTP. Stop the run with "
+                    f"`raynium stop {earlier.name}`, or give another run.name"
+                )
+    return earlier
 
 
 def _with_death(earlier: RunRecord) -> list[dict[str, Any]] | None:

@@ -20,7 +20,8 @@ from raynium.checkpoint.retention import Retention, apply_retention
 from raynium.checkpoint.state import checkpoint_state
 from raynium.config.schema import Config
 from raynium.config.world import World
-from raynium.errors import CheckpointError, StoreError
+from raynium.errors import CheckpointError, RunInUse, StoreError
+from raynium.run.fence import Fence
 from raynium.run.last_save import pause_before_next_try
 from raynium.run.protocol import Commit, ShardSaved
 from raynium.storage.store import Store
@@ -50,8 +51,9 @@ class WholeSave:
 class Saves:
     """What became of each save."""
 
-    def __init__(self, config: Config, store: Store, *, life: str, tell: Callable[[str], None]):
-        """life: the coordinator's name. tell: a line for the user's terminal."""
+    def __init__(self, config: Config, store: Store, fence: Fence, *, life: str, tell: Callable[[str], None]):
+        """fence: of the driver's claim. life: the coordinator's name. tell: a line for the user's terminal."""
+        self._fence = fence
         self._life = life
         self._config = config
         self._store = store
@@ -127,7 +129,7 @@ class Saves:
         """Makes it a checkpoint and tidies up. True if it is the newest one now.
 
         living: generations that may still upload. reading: steps whose checkpoint ranks may still read. What goes wrong
-        is told: training goes on without this checkpoint.
+        is told: training goes on without this checkpoint. Raises RunInUse if the run is another driver's by now.
         """
         step = whole.step
         try:
@@ -143,7 +145,11 @@ class Saves:
                 parent_step=whole.parent_step,
                 metrics=self._evaluations.get(step, {}),
                 upload_seconds=whole.upload_seconds,
+                check=self._fence.check,
             )
+        except RunInUse as error:
+            self._causes[step] = str(error)
+            raise
         except (StoreError, CheckpointError) as error:
             self._commit_failed(whole, error)
             return False

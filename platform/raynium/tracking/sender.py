@@ -13,11 +13,11 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from raynium.errors import TrackingError
+from raynium.errors import RayniumError, RunInUse
 from raynium.tracking.client import ArtifactsAway, log_text, mlflow_client
 from raynium.tracking.metrics import STEADY, check_metrics, name_in_mlflow
 from raynium.tracking.spool import MetricSpool, SpooledStep
@@ -70,6 +70,8 @@ class MetricSender:
 
     flush_seconds: how long a point waits at most while MLflow is well.
     request_timeout_seconds: how long one request may take; a hung server costs this thread that long, nobody else.
+    may_send: called before each batch. RunInUse from it ends the sending for good: the run is another process's, which
+    has sent, or will compute, what waits here; the spool keeps it. Any other error is one more to try again after.
     """
 
     def __init__(
@@ -80,8 +82,10 @@ class MetricSender:
         run_id: str,
         flush_seconds: float = 2.0,
         request_timeout_seconds: float = 10.0,
+        may_send: Callable[[], None] | None = None,
     ):
         self._spool = spool
+        self._may_send = may_send
         self._uri = uri
         self._run_id = run_id
         self._flush_seconds = flush_seconds
@@ -130,6 +134,9 @@ class MetricSender:
             is_last_round = self._closing.wait(pause_seconds)
             try:
                 self._send_all()
+            except RunInUse as error:
+                self._note_failure(error)
+                return
             # A thread that dies of a surprise would leave points waiting unseen.
             except Exception as error:
                 self._note_failure(error)
@@ -151,6 +158,8 @@ class MetricSender:
             artifacts = [] if wait else self._spool.read_artifacts()
             if not steps and not artifacts:
                 return
+            if self._may_send is not None:
+                self._may_send()
             with mlflow_client(self._uri, timeout_seconds=self._request_timeout_seconds) as client:
                 if steps:
                     self._send(client, steps)
@@ -194,11 +203,11 @@ class MetricSender:
             self._logged.add(name=name, step=step)
 
     def _note_failure(self, error: Exception) -> None:
-        message = str(error) if isinstance(error, TrackingError) else f"{type(error).__name__}: {error}"
+        message = str(error) if isinstance(error, RayniumError) else f"{type(error).__name__}: {error}"
         with self._mutex:
             if self._failing_since is None:
                 self._failing_since = time.monotonic()
-                expected = isinstance(error, TrackingError | OSError)
+                expected = isinstance(error, RayniumError | OSError)
                 logger.warning("%s; metrics wait on disk and are sent later", message, exc_info=not expected)
             self._last_error = message
 
@@ -219,6 +228,7 @@ class MlflowTracker:
 
     spool_folder: on a local disk; the same path in every attempt on this node, so that leftovers are sent. For a
     process that still uses it `wait_seconds` are waited, then TrackingError is raised. MLflow itself may be down.
+    may_send: as of `MetricSender`.
     """
 
     def __init__(
@@ -229,6 +239,7 @@ class MlflowTracker:
         run_id: str,
         flush_seconds: float = 2.0,
         request_timeout_seconds: float = 10.0,
+        may_send: Callable[[], None] | None = None,
         wait_seconds: float = 0.0,
     ):
         self._spool = MetricSpool(spool_folder, wait_seconds=wait_seconds)
@@ -239,6 +250,7 @@ class MlflowTracker:
             run_id=run_id,
             flush_seconds=flush_seconds,
             request_timeout_seconds=request_timeout_seconds,
+            may_send=may_send,
         )
 
     def append(self, metrics: Mapping[str, float], *, step: int, unix_ms: int) -> None:
