@@ -61,7 +61,9 @@ BAD_STEP = RankExit(0, 1, "BadStep: step 3: loss nan", retry=False)
 
 
 def coordinator(folder: Path, **changes: Any) -> RunCoordinator:
-    return RunCoordinator(parse_config(JOB, changes).model_dump(mode="json"), str(folder / "run"), last_generation=0, claim_number=1)
+    return RunCoordinator(
+        parse_config(JOB, changes).model_dump(mode="json"), str(folder / "run"), last_generation=0, claim_number=1
+    )
 
 
 def agent(node_rank: int, attempt: str = "a", *, nodes: int = 2) -> AgentInfo:

@@ -303,7 +303,9 @@ def died_of(fault: Fault, rank: int) -> RankExit:
 
 async def started(folder: Path) -> RunCoordinator:
     """A coordinator whose first generation runs on two nodes."""
-    run = RunCoordinator(parse_config(JOB).model_dump(mode="json"), str(folder / "run"), last_generation=0, claim_number=1)
+    run = RunCoordinator(
+        parse_config(JOB).model_dump(mode="json"), str(folder / "run"), last_generation=0, claim_number=1
+    )
     agents = [AgentInfo("a", node, 2, f"10.0.0.{node + 2}", 29500 + node, pid=1) for node in range(2)]
     await asyncio.gather(*(run.join(agent) for agent in agents))
     return run

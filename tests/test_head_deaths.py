@@ -1,6 +1,8 @@
 """A cluster whose head dies under a run: the run's record says so, and why, before anybody takes it for running."""
 
+import contextlib
 import os
+import secrets
 import signal
 import subprocess
 import sys
@@ -8,13 +10,18 @@ import time
 from pathlib import Path
 
 import pytest
-from sessions import kill_sessions
+from heads import LOOPBACK, running_head
+from sessions import kill_sessions, kill_started
 from tiny import build_documents, job_text
 from waiting import wait_for
 
-from raynium import find_run
-from raynium.errors import StoreError
+from raynium import Client, Run, find_run
+from raynium.checkpoint.catalog import latest
+from raynium.checkpoint.compare import differences
+from raynium.errors import LaunchError, StoreError
+from raynium.rank.ports import free_port
 from raynium.run.record import OWNER_LOST_SECONDS
+from raynium.storage.store import Store
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -49,3 +56,61 @@ def test_a_run_whose_head_dies_is_told_with_its_cause_within_the_heartbeats_limi
     finally:
         kill_sessions([driver.pid])
         driver.wait()
+
+
+CHANGES = {"train.steps": 160, "train.global_batch_size": 8, "checkpoint.every_steps": 10, "sample.prompts": []}
+
+
+def test_a_new_head_takes_over_the_runs_of_a_dead_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The whole cluster is killed, head, driver and ranks; nobody types anything; no step, point or bit is another."""
+    build_documents(tmp_path)
+    job = tmp_path / "job.yaml"
+    job.write_text(job_text(CHANGES, root=tmp_path))
+    environment = {
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),
+    }
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    dashboard = free_port(LOOPBACK)
+    address = f"http://{LOOPBACK}:{dashboard}"
+    command = [str(Path(sys.executable).parent / "raynium"), "supervisor", "--root", str(tmp_path)]
+    with (tmp_path / "supervisor.log").open("wb") as output:
+        # It is there before the first head, as a service is.
+        supervisor = subprocess.Popen(
+            [*command, "--address", address], stdout=output, stderr=output, start_new_session=True
+        )
+    try:
+        with running_head(tmp_path / "ray.log", environment, dashboard=dashboard) as head:
+            # A head that is just up has no process yet that starts jobs.
+            plain = wait_for(lambda: _submitted(address, job, "plain"), pause_seconds=0.5)
+            plain.wait(200)
+            run = Client(address).submit(job, name="orphan")
+            wait_for(lambda: any(each.step >= 20 for each in run.checkpoints()))
+            record = run.record()
+            kill_started([head.process])
+            assert record.owner.lives_here() is False
+        with running_head(tmp_path / "ray.log", environment, dashboard=dashboard):
+            finished = wait_for(lambda: (found := run.record()).state == "finished" and found, pause_seconds=0.2)
+    except AssertionError:
+        raise AssertionError((tmp_path / "supervisor.log").read_text()) from None
+    finally:
+        kill_started([supervisor])
+    assert (finished.mlflow_run_id, finished.created_unix) == (record.mlflow_run_id, record.created_unix)
+    assert finished.owner != record.owner and finished.job_id != record.job_id
+    told = (tmp_path / "supervisor.log").read_text()
+    assert told.count("run orphan is started again, as job raynium-orphan-") == 1 and "run plain" not in told
+    assert _losses(run) == _losses(plain) and len(_losses(run)) == 160
+    newest, theirs = latest(Store(run.url)), latest(Store(plain.url))
+    assert newest is not None and theirs is not None and not list(differences(newest, theirs))
+
+
+def _submitted(address: str, job: Path, name: str) -> Run | None:
+    with contextlib.suppress(LaunchError):
+        return Client(address).submit(job, name=name)
+    return None
+
+
+def _losses(run: Run) -> list[tuple[int, float]]:
+    return sorted((point.step, point.value) for point in run.metrics("train/loss"))

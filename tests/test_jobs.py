@@ -81,7 +81,7 @@ class Jobs:
 def test_a_job_takes_its_config_and_this_very_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)  # no checkout
     fake = Jobs()
-    first, second = (submit_job(fake, "first", "run: {name: first}") for _ in range(2))
+    first, second = (submit_job(fake, "first", "run: {name: first}", run_url="file:///runs/first") for _ in range(2))
     assert first != second and first.startswith("raynium-first-")
     assert fake.files == {"config.yaml": "run: {name: first}"}
     assert fake.options["entrypoint"].split()[-1] in fake.files
@@ -107,7 +107,7 @@ def test_rays_notes_of_an_upload_stay_off_the_terminal_and_its_warnings_do_not(
             words.warning("too large")
             return "job-1"
 
-    submit_job(Client(), "first", "run: {name: first}")
+    submit_job(Client(), "first", "run: {name: first}", run_url="file:///runs/first")
     words.info("after it")
     assert terminal.getvalue() == "too large\nafter it\n"
 

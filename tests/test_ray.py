@@ -4,7 +4,6 @@ The cluster asks for a token and listens on loopback. Each test runs the same ti
 way, its losses must be those of the run that nothing happened to.
 """
 
-import contextlib
 import json
 import os
 import secrets
@@ -12,8 +11,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +18,7 @@ from typing import Any
 
 import pytest
 import yaml
+from heads import running_head
 from neuron_twin import RECORD_VARIABLE, write_site
 from sessions import kill_started
 from standalone_ranks import trained
@@ -88,37 +86,15 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     (folder / "records").mkdir()
     # Every process of the cluster finds a Trainium2; jobs that name the CPU do not ask for it.
     twin = write_site(folder / "twin") | {RECORD_VARIABLE: str(folder / "records")}
-    dashboard, port = free_port(LOOPBACK), free_port(LOOPBACK)
-    with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp") as ray_folder:  # short: Unix socket paths have a limit
-        command = [
-            *(str(Path(sys.executable).parent / "ray"), "start", "--head", "--block", "--disable-usage-stats"),
-            *("--node-ip-address=127.0.0.2", f"--port={port}", f"--temp-dir={ray_folder}"),
-            *("--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}"),
-            *(
-                f"--dashboard-agent-listen-port={free_port('127.0.0.1')}",
-                f"--ray-client-server-port={free_port('127.0.0.1')}",
-            ),
-            *("--num-cpus=4", f"--object-store-memory={100 * 2**20}"),
-        ]
-        with (folder / "ray.log").open("wb") as log:
-            head = subprocess.Popen(
-                [*command, NEURON_CORES],
-                env=os.environ | environment | twin,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-            )
-        address = f"http://127.0.0.1:{dashboard}"
-        with pytest.MonkeyPatch.context() as patch:
-            for name, value in environment.items():
-                patch.setenv(name, value)
-            node = None
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        with running_head(folder / "ray.log", environment | twin, NEURON_CORES) as head:
+            node = start_node(head.port, environment | twin, folder)
             try:
-                _wait_until_it_answers(address, head, folder / "ray.log")
-                node = start_node(port, environment | twin, folder)
-                yield Cluster(address, environment, folder, job_file)
+                yield Cluster(head.address, environment, folder, job_file)
             finally:
-                kill_started(process for process in (node, head) if process is not None)
+                kill_started([node])
 
 
 def start_node(port: int, environment: dict[str, str], folder: Path) -> subprocess.Popen[bytes]:
@@ -130,18 +106,6 @@ def start_node(port: int, environment: dict[str, str], folder: Path) -> subproce
     ]
     with (folder / "node.log").open("wb") as log:
         return subprocess.Popen(command, env=os.environ | environment, stdout=log, stderr=log, start_new_session=True)
-
-
-def _wait_until_it_answers(address: str, head: subprocess.Popen[bytes], log: Path) -> None:
-    from raynium.launch.jobs import connect_jobs
-
-    deadline = time.monotonic() + 200
-    while True:
-        with contextlib.suppress(LaunchError):
-            connect_jobs(address).list_jobs()
-            return
-        assert head.poll() is None and time.monotonic() < deadline, log.read_text()[-3000:]
-        time.sleep(0.5)
 
 
 def record_when_saved(run: Run, *, step: int) -> RunRecord:

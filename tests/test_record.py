@@ -5,6 +5,7 @@ import math
 import socket
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import asdict, replace
 from datetime import datetime
@@ -118,8 +119,9 @@ HOUR = 3600.0
     ],
 )
 def test_time_in_which_nobody_wanted_the_run_is_not_down(
-    tmp_path: Path, ended: dict[str, Any], config: dict[str, Any], down: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ended: dict[str, Any], config: dict[str, Any], down: bool
 ) -> None:
+    monkeypatch.setattr("raynium.run.record.OWNER_LOST_SECONDS", 0.05)
     keeper = claim(Store(tmp_path), "first", CONFIG)
     keeper.update(state="running")
     earlier = keeper.record
@@ -164,6 +166,28 @@ def test_an_owner_on_another_host_is_alive_while_its_heart_beats(tmp_path: Path)
     assert record.owner_is_alive(now + OWNER_LOST_SECONDS - 1)
     assert not record.owner_is_alive(now + OWNER_LOST_SECONDS + 1)
     assert not replace(record, state="finished").owner_is_alive(now)
+
+
+def test_an_owner_on_another_host_is_watched_by_our_own_clock_before_it_is_taken_for_dead(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("raynium.run.record.OWNER_LOST_SECONDS", 0.4)
+    monkeypatch.setattr("raynium.run.record.SILENCE_LOOK_SECONDS", 0.01)
+    store, told = Store(tmp_path), list[str]()
+    # Its clock is an hour behind.
+    behind = time.time() - 3600
+    foreign = RunRecord("first", CONFIG, "running", Owner("elsewhere", "boot", 7, "1"), behind, behind)
+    store.replace("run.json", foreign.to_json())
+    beats = threading.Timer(
+        0.1, lambda: store.replace("run.json", replace(foreign, heartbeat_unix=behind + 1).to_json())
+    )
+    beats.start()
+    with pytest.raises(RunInUse, match="in use by process 7 on elsewhere, whose clock is far from this machine's"):
+        claim(store, "first", CONFIG, tell=told.append)
+    began = time.monotonic()
+    assert claim(store, "first", CONFIG, tell=told.append).claim_number == 1
+    assert time.monotonic() - began >= 0.4
+    assert told[0] == "the driver on elsewhere is not heard of: it is taken for dead if it stays silent for 0.4 s"
 
 
 def test_an_owner_who_cannot_be_looked_at_is_alive_while_its_heart_beats() -> None:

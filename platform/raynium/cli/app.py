@@ -258,6 +258,30 @@ def ui(
     os.execve(command[0], command, ui_environment())
 
 
+@app.command(epilog="Example: raynium supervisor --root s3://bucket/runs")
+def supervisor(
+    roots: Annotated[
+        list[str], Option("--root", help="Folder or URL that holds runs; may be given again.", envvar="RAYNIUM_ROOT")
+    ],
+    address: DashboardOption = DASHBOARD,
+    once: Annotated[bool, Option("--once", help="Look once, for cron.")] = False,
+) -> None:
+    """Start again, on a cluster's head, submitted runs whose driver or cluster died.
+
+    Same run, same MLflow page, from the newest checkpoint. What a person stopped, what failed by itself, and what
+    `raynium train` started stays as it is.
+    """
+    from raynium.config.paths import absolute_root
+    from raynium.launch.supervisor import Supervisor
+
+    def tell(line: str) -> None:
+        _print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}")
+        sys.stdout.flush()
+
+    found = Supervisor([absolute_root(root) for root in roots], address=address, tell=tell)
+    found.look() if once else found.serve()
+
+
 app.command(epilog='Example: raynium sample first@400 "def main(" --temperature 0')(cli_generation.sample)
 app.command(epilog='Example: raynium chat my-sft --system "Answer in one sentence."')(cli_generation.chat)
 app.command(epilog="Example: raynium evaluate first --task arc.jsonl")(cli_generation.evaluate)

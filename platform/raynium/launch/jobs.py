@@ -88,8 +88,8 @@ def _without_rays_notes() -> Iterator[None]:
             handler.setLevel(level)
 
 
-def submit_job(client: Any, name: str, config_yaml: str) -> str:
-    """Starts a resolved config as a job; returns its submission id."""
+def submit_job(client: Any, name: str, config_yaml: str, *, run_url: str) -> str:
+    """Starts a resolved config as a job of the run at `run_url`; returns its submission id."""
     with _without_rays_notes(), temporary_folder("job") as folder:
         (folder / "config.yaml").write_text(config_yaml, encoding="utf-8")
         return client.submit_job(
@@ -98,7 +98,7 @@ def submit_job(client: Any, name: str, config_yaml: str) -> str:
             submission_id=f"raynium-{name}-{secrets.token_hex(3)}",
             runtime_env=runtime_env(str(folder)),
             # The job's folder is a copy without .git, its user the cluster's: say where it came from while we know.
-            metadata={"run": name} | origin_tags(Path.cwd()),
+            metadata={"run": name, "run_url": run_url} | origin_tags(Path.cwd()),
         )
 
 

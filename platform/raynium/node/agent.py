@@ -158,7 +158,7 @@ class NodeAgent:
         return [each.process.pid for each in alive if each.process.pid is not None]
 
     def taken_over(self, cause: str) -> None:
-        """Another driver owns the run: ends the ranks, also where the coordinator is too frozen to say so. Any thread."""
+        """Another driver owns the run: ends the ranks, also if the coordinator is too frozen to. Any thread."""
         self._fenced = True
         self.coordinator.tell(CannotGoOn(cause))
         if (group := self._group) is not None:

@@ -158,6 +158,21 @@ def read_record(store: Store) -> RunRecord | None:
         ) from error
 
 
+def read_records(root: Store) -> list[RunRecord]:
+    """Of all runs under this root. StoreError if it cannot be listed; a record that cannot be read is left out."""
+    records = []
+    for folder in root.list(recursive=False).folders:
+        try:
+            record = read_record(root.child(folder))
+        except StoreError as error:
+            # One that cannot be read must not hide the others.
+            logger.warning("left out: %s", error)
+            continue
+        if record is not None:
+            records.append(record)
+    return records
+
+
 def _first_line(error: ValueError | AttributeError) -> str:
     if isinstance(error, ValidationError):
         first = error.errors(include_url=False, include_input=False)[0]

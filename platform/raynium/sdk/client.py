@@ -56,7 +56,9 @@ class Client:
         past = Past.read(resolved)
         past.refuse_live()
         past.check_resume(resolved)
-        job_id = self._ask(lambda jobs: submit_job(jobs, resolved.run.name, dump_yaml(resolved)))
+        job_id = self._ask(
+            lambda jobs: submit_job(jobs, resolved.run.name, dump_yaml(resolved), run_url=past.store.url)
+        )
         return Run(resolved.run.name, past.store.url, self, job_id)
 
     def job_state(self, job_id: str) -> str:

@@ -405,7 +405,7 @@ def find_run(name: str, root: "str | os.PathLike[str]" = "runs") -> Run:
 def list_runs(root: "str | os.PathLike[str]" = "runs") -> "list[RunRecord]":
     """The records of all runs under `root`, newest first. Raises StoreError if there is no such folder or bucket."""
     from raynium.config.paths import absolute_root
-    from raynium.run.record import read_record
+    from raynium.run.record import read_records
     from raynium.storage.local_files import look
     from raynium.storage.store import Store
 
@@ -416,14 +416,4 @@ def list_runs(root: "str | os.PathLike[str]" = "runs") -> "list[RunRecord]":
             f"there is no folder {folder}: runs are where their run.root says, which the first `raynium train` makes. "
             "Name it by --root or RAYNIUM_ROOT"
         )
-    records = []
-    for folder in store.list(recursive=False).folders:
-        try:
-            record = read_record(store.child(folder))
-        except StoreError as error:
-            # One that cannot be read must not hide the others.
-            logger.warning("left out: %s", error)
-            continue
-        if record is not None:
-            records.append(record)
-    return sorted(records, key=lambda each: -each.created_unix)
+    return sorted(read_records(store), key=lambda each: -each.created_unix)

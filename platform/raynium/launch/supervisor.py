@@ -1,0 +1,98 @@
+"""The supervisor: on a cluster's head, outside any job, it starts what should be running and is not.
+
+It reads the records under a root and submits an orphaned run again, from the config in its record, as `raynium submit`
+does. Two supervisors, or one and a person, may submit the same run: the claim settles whose driver gets it.
+"""
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from raynium.config.load import dump_yaml, parse_config
+from raynium.errors import ConfigError, LaunchError, StoreError
+from raynium.launch.jobs import connect_jobs, submit_job
+from raynium.run.record import RunRecord, read_records
+from raynium.run.supervision import MOST_STARTS, Seen, Supervision
+from raynium.storage.store import Store
+
+LOOK_SECONDS = 5.0
+LIVING_JOBS = ("PENDING", "RUNNING")
+
+
+class Supervisor:
+    """Of the runs under `roots` (absolute), on the cluster whose dashboard is at `address`."""
+
+    def __init__(self, roots: Sequence[str], *, address: str, tell: Callable[[str], None]):
+        """tell: gets a line for each start, and for each thing that hinders one, once."""
+        self._roots = [Store(root) for root in roots]
+        self._address = address
+        self._tell = tell
+        self._supervision = Supervision()
+        # Subject → what was told of it last.
+        self._told: dict[str, str] = {}
+
+    def serve(self) -> None:
+        """Looks for ever. A cluster or store that is away is asked again."""
+        while True:
+            self.look()
+            time.sleep(LOOK_SECONDS)
+
+    def look(self) -> None:
+        """Looks once, and starts what is due."""
+        try:
+            jobs = connect_jobs(self._address)
+            # Whatever else was submitted has no such word.
+            with_job = {each.metadata.get("run_url") for each in jobs.list_jobs() if _lives(each)}
+        except (LaunchError, OSError, RuntimeError) as error:
+            return self._say(self._address, f"no run can be started: {error}")
+        self._told.pop(self._address, None)
+        for root in self._roots:
+            try:
+                records = read_records(root)
+            except StoreError as error:
+                self._say(root.url, f"the runs under {root.url} cannot be read: {error}")
+                continue
+            self._told.pop(root.url, None)
+            for record in records:
+                self._look_at(record, root.child(record.name).url, with_job, jobs)
+
+    def _look_at(self, record: RunRecord, url: str, with_job: set[str | None], jobs: Any) -> None:
+        # What `raynium train` started somewhere is no job of a cluster, and a copy of a run is not the run.
+        if record.job_id is None or Store(record.config["run"]["root"]).child(record.name).url != url:
+            return
+        orphaned = record.is_orphaned(time.time())
+        seen = Seen(url, orphaned, url in with_job, record.committed_step)
+        match self._supervision.decide(seen, now=time.monotonic()):
+            case "leave":
+                self._told.pop(url, None)
+            case "start":
+                self._start(record, url, jobs)
+            case "give up":
+                self._say(
+                    url,
+                    f"run {record.name} is not started again: {MOST_STARTS} starts brought no newer checkpoint. See "
+                    f"`raynium logs {record.name}`, correct the cause and submit it, or start this supervisor again",
+                )
+            case "wait":
+                pass
+
+    def _start(self, record: RunRecord, url: str, jobs: Any) -> None:
+        why = record.shown_cause(time.time())
+        try:
+            config = parse_config(json.dumps(record.config), origin=f"the config in the record of {url}")
+            job_id = submit_job(jobs, record.name, dump_yaml(config), run_url=url)
+        except (ConfigError, LaunchError, OSError, RuntimeError) as error:
+            return self._say(url, f"run {record.name} cannot be started: {error}")
+        self._supervision.started(url, now=time.monotonic())
+        self._say(url, f"run {record.name} is started again, as job {job_id}, from its newest checkpoint: {why}")
+
+    def _say(self, subject: str, line: str) -> None:
+        if self._told.get(subject) != line:
+            self._told[subject] = line
+            self._tell(line)
+
+
+def _lives(job: Any) -> bool:
+    """Of Ray's JobDetails. A driver that was not submitted is one too, and has no metadata of ours."""
+    return bool(job.metadata) and str(job.status.value) in LIVING_JOBS
