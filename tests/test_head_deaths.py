@@ -58,7 +58,7 @@ def test_a_run_whose_head_dies_is_told_with_its_cause_within_the_heartbeats_limi
         driver.wait()
 
 
-CHANGES = {"train.steps": 160, "train.global_batch_size": 8, "checkpoint.every_steps": 10, "sample.prompts": []}
+CHANGES = {"train.steps": 120, "train.global_batch_size": 8, "checkpoint.every_steps": 10, "sample.prompts": []}
 
 
 def test_a_new_head_takes_over_the_runs_of_a_dead_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,7 +101,7 @@ def test_a_new_head_takes_over_the_runs_of_a_dead_one(tmp_path: Path, monkeypatc
     assert finished.owner != record.owner and finished.job_id != record.job_id
     told = (tmp_path / "supervisor.log").read_text()
     assert told.count("run orphan is started again, as job raynium-orphan-") == 1 and "run plain" not in told
-    assert _losses(run) == _losses(plain) and len(_losses(run)) == 160
+    assert _losses(run) == _losses(plain) and len(_losses(run)) == 120
     newest, theirs = latest(Store(run.url)), latest(Store(plain.url))
     assert newest is not None and theirs is not None and not list(differences(newest, theirs))
 

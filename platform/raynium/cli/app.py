@@ -266,9 +266,9 @@ def supervisor(
     address: DashboardOption = DASHBOARD,
     once: Annotated[bool, Option("--once", help="Look once, for cron.")] = False,
 ) -> None:
-    """Start again, on a cluster's head, submitted runs whose driver or cluster died.
+    """Start again what died with its driver or cluster.
 
-    Same run, same MLflow page, from the newest checkpoint. What a person stopped, what failed by itself, and what
+    Runs on a cluster's head, for submitted runs: same run, same MLflow page, from the newest checkpoint. What a person stopped, what failed by itself, and what
     `raynium train` started stays as it is.
     """
     from raynium.config.paths import absolute_root
