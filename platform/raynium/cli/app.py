@@ -268,8 +268,8 @@ def supervisor(
 ) -> None:
     """Start again what died with its driver or cluster.
 
-    Runs on a cluster's head, for submitted runs: same run, same MLflow page, from the newest checkpoint. What a person stopped, what failed by itself, and what
-    `raynium train` started stays as it is.
+    Runs on a cluster's head, for submitted runs: same run, same MLflow page, from the newest checkpoint. What a person
+    stopped, what failed by itself, and what `raynium train` started stays as it is.
     """
     from raynium.config.paths import absolute_root
     from raynium.launch.supervisor import Supervisor
