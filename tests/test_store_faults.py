@@ -546,7 +546,7 @@ def test_a_silent_store_holds_neither_a_generation_s_start_nor_a_commit_for_ever
     alone = AgentInfo("a", 0, 1, "127.0.0.2", 29500, pid=os.getpid())
 
     async def play() -> None:
-        run = RunCoordinator(config.model_dump(mode="json"), f"{bucket}/run", 0)
+        run = RunCoordinator(config.model_dump(mode="json"), f"{bucket}/run", 0, 1)
         proxy.set(delay(60.0))
         joining = asyncio.create_task(run.join(alone))
         while not any("trying again" in each.text for each in (await run.status(0)).events):
