@@ -20,7 +20,7 @@ from raynium.config.load import parse_config
 from raynium.config.schema import Config
 from raynium.config.world import World
 from raynium.data.batch import Batch
-from raynium.engines.base import Engine, StepResult
+from raynium.engines.base import Engine, StepResult, Votes
 from raynium.engines.native import build_native_engine
 from raynium.rank.snapshots import Snapshots
 from raynium.storage.store import Store
@@ -136,6 +136,23 @@ def test_what_was_left_out_before_a_snapshot_is_known_to_the_generation_that_sta
     resumed = Ran(tmp_path / "resumed", spoilt=3, start=whole.images[0])
     assert resumed.losses == {step: loss for step, loss in whole.losses.items() if step > SAVE_AT}
     assert same(resumed.state, whole.state) and resumed.bad_steps == []
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_the_norms_of_the_layers_are_those_of_the_step_and_leave_the_engine_as_it_was() -> None:
+    config = config_of({})
+    engine: Engine = build_native_engine(config, World.of(config), CpuAccelerator(), Spoilt())
+    batch, votes = Batches(None).batch(1), Votes(leave_out=True)
+    before = {chunk.name: chunk.tensor.clone() for chunk in engine.state()}
+    first = engine.step(batch, step=1, votes=votes)
+    norms = engine.layer_norms(batch, step=1)
+    assert list(norms) == ["embedding", "blocks.0", "blocks.1", "final_norm", "head"]
+    assert math.hypot(*norms.values()) == pytest.approx(first.grad_norm, rel=1e-5)
+    again = engine.step(batch, step=1, votes=votes)
+    assert (again.loss, again.grad_norm) == (first.loss, first.grad_norm)
+    assert same(before, {chunk.name: chunk.tensor for chunk in engine.state()})
+    spoilt = engine.layer_norms(Batches(1).batch(1), step=1)
+    assert all(math.isnan(norm) for norm in spoilt.values())
 
 
 def test_a_leap_is_undone_from_memory_and_the_run_equals_one_told_to_leave_that_step_out(
