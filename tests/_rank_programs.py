@@ -6,6 +6,7 @@ import json
 import os
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -15,6 +16,7 @@ from typing import Any, NoReturn
 from raynium.accelerators.cpu import CpuAccelerator
 from raynium.errors import DataError
 from raynium.rank.entry import train_plan
+from raynium.rank.group import RENDEZVOUS_VARIABLE
 from raynium.rank.plan import RankPlan
 from raynium.train.loop import Outcome
 
@@ -135,3 +137,29 @@ def train_and_write_modules(plan_json: str, link: Any) -> Outcome:
     names = sorted(name for name, file in files.items() if not file.startswith(generated))
     Path(plan.image_folder, f"modules-{os.environ['RANK']}.json").write_text(json.dumps(names))
     return outcome
+
+
+def rehearse_nothing(plan_json: str) -> None:
+    pass
+
+
+def rehearse_and_fail(plan_json: str) -> None:
+    raise RuntimeError("no rehearsal")
+
+
+def rehearse_for_ever(plan_json: str) -> None:
+    time.sleep(600)
+
+
+def tell_place(plan_json: str, link: Any) -> Outcome:
+    """Says who this process is, what it was given, and where it may listen; ends when it is told to."""
+    descriptor = os.environ.get(RENDEZVOUS_VARIABLE)
+    told = {
+        "pid": os.getpid(),
+        "name": Path("/proc/self/comm").read_text().strip(),
+        "generation": os.environ["GENERATION"],
+        "plan": plan_json,
+        "listens": None if descriptor is None else socket.socket(fileno=int(descriptor)).getsockname(),
+    }
+    sys.stdout.write(json.dumps(told) + "\n")
+    return stop_when_told(plan_json, link)

@@ -203,13 +203,25 @@ def test_the_ledger_goes_to_mlflow_now_and_then_and_its_last_step_is_left_for_th
 
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_killed_rank_costs_one_generation_and_changes_no_bit(
-    play: Callable[..., Played], uninterrupted: Played, victim: int, caplog: pytest.LogCaptureFixture
+    play: Callable[..., Played],
+    uninterrupted: Played,
+    victim: int,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """Once with spares that take the place of the ranks, and once before there are any."""
+    monkeypatch.setattr("raynium.node.agent.SPARES_AFTER_SECONDS", 0.0 if victim else 1e9)
     caplog.set_level(logging.INFO)
     run = play(hold_uploads=True)
     wait_for(lambda: any(len(held.ranks) == 2 for held in run.agent._saving.images.held()))
+    spares = list[int]()
+    if victim:
+        wait_for(lambda: run.agent._spares is not None and run.agent._spares.are_ready())
+        spares = run.agent._spares.pids() if run.agent._spares is not None else []
     os.kill(run.agent.rank_pids()[victim], signal.SIGKILL)
     wait_for(lambda: run.status().generation == 2)
+    if victim:
+        wait_for(lambda: run.agent.rank_pids() == spares)
     run.let_uploads_go()
     assert any("from the snapshot of step" in each.text for each in run.status().events)
     assert len(held_images(os.getpid())) == 8, "two images and two of replicas for each rank, in every generation"

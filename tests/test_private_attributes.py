@@ -27,6 +27,9 @@ USED = {
     "test_audit.py::test_an_audit_of_healthy_ranks_finds_nothing_and_changes_no_bit": (
         "torch.distributed.fsdp._fully_shard._fsdp_collectives.DefaultReduceScatter",
     ),
+    "test_agent.py::test_a_killed_rank_costs_one_generation_and_changes_no_bit": (
+        "torch.testing._internal.distributed.fake_pg.FakeStore",
+    ),
     "test_rank_template.py::test_a_rank_that_is_started_again_imports_nothing": ("torch._inductor.config",),
     "test_simple_fsdp.py::test_two_data_ranks_train_to_the_bits_of_fsdp2": (
         "module._parameters",

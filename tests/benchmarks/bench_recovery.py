@@ -99,16 +99,17 @@ class Ours:
                 self.recoveries.append({phase: float(seconds) for phase, seconds in parts})
 
     def pids(self) -> dict[int, int]:
-        return dict(enumerate(pid for pid in self._forked() if os.getpgid(pid) == pid))
+        return {int(name.removeprefix("rank-")): pid for name, pid in self._forked() if name.startswith("rank-")}
 
     def uploader_pid(self) -> int:
-        (pid,) = (pid for pid in self._forked() if os.getpgid(pid) != pid)
+        (pid,) = (pid for name, pid in self._forked() if name == "uploader")
         return pid
 
-    def _forked(self) -> list[int]:
-        """By the agent's template: ranks, which lead a process group, and the uploader."""
+    def _forked(self) -> list[tuple[str, int]]:
+        """By the agent's template, by name: ranks, spares and the uploader."""
         record = json.loads((self._folder / "runs/recovery/run.json").read_text())
-        return [pid for template in children(record["agents"][0]["pid"]) for pid in children(template)]
+        pids = [pid for template in children(record["agents"][0]["pid"]) for pid in children(template)]
+        return [(Path(f"/proc/{pid}/comm").read_text().strip(), pid) for pid in pids]
 
     def longest_step(self, since: float) -> float:
         """Seconds between two steps, of which the second was done after this time (Unix)."""

@@ -29,6 +29,7 @@ from raynium.node.ranks import RankGroup, start_template
 from raynium.node.recovery_clock import AGREE, DRAIN, FORK
 from raynium.node.reports import CommitLog, Reports
 from raynium.node.saving import Saving
+from raynium.node.spares import Spares
 from raynium.node.uploader import Uploader
 from raynium.rank.plan import RankPlan
 from raynium.rank.ports import rendezvous_socket
@@ -57,6 +58,8 @@ logger = logging.getLogger(__name__)
 POLL_SECONDS = 1.0
 # After a death, while others may still say why: how often it is looked.
 SETTLE_SECONDS = 0.01
+# Ranks have got on for so long before others are made ready to take their places.
+SPARES_AFTER_SECONDS = 1.0
 # Then the rest stays in the spool, and the next attempt on this node sends it.
 TRACKER_CLOSE_SECONDS = 30.0
 
@@ -118,6 +121,9 @@ class NodeAgent:
         self._group: RankGroup | None = None
         # Whether the run is another driver's by now.
         self._fenced = False
+        # On a device they could hold neither cores nor device memory, which is what a start there waits for.
+        self._makes_spares = accelerator.device_type == "cpu" and config.engine.kind == "native"
+        self._spares: Spares | None = None
 
     def run(self) -> None:
         """Returns when the run has ended, however it ended; the coordinator knows how."""
@@ -198,6 +204,7 @@ class NodeAgent:
             if tracker is not None:
                 tracker.append(order.ledger.metrics(), step=order.ledger.step, unix_ms=int(time.time() * 1000))
         finally:
+            self._drop_spares()
             if devices is not None:
                 devices.close()
             if commits is not None:
@@ -256,7 +263,27 @@ class NodeAgent:
             undone_steps=list(order.left_out.undone),
             suspected_steps=list(order.left_out.suspected),
         )
-        return RankGroup(self._environments(order), plan.to_json(), rendezvous=rendezvous)
+        take_spare = self._spares.take if self._spares is not None else None
+        try:
+            return RankGroup(self._environments(order), plan.to_json(), rendezvous=rendezvous, take_spare=take_spare)
+        finally:
+            self._drop_spares()
+
+    def _keep_spares(self, group: RankGroup, reports: Reports) -> None:
+        """For the next generation, once the ranks of this one get on."""
+        if self._spares is not None or not self._makes_spares or reports.stepping_seconds() < SPARES_AFTER_SECONDS:
+            return
+        try:
+            self._spares = Spares(group)
+        except (OSError, EOFError) as error:
+            # It would take the ranks down each time: a template that fails to fork ends with all that it forked.
+            self._makes_spares = False
+            logger.warning("this node has no room for spare ranks (%s): a restart forks its ranks then", error or "EOF")
+
+    def _drop_spares(self) -> None:
+        if self._spares is not None:
+            self._spares.close()
+            self._spares = None
 
     def _run_generation(self, group: RankGroup, agent: AgentInfo, order: Order, reports: Reports) -> None:
         """Stays until all ranks have ended, because they did or because the coordinator said so."""
@@ -316,6 +343,7 @@ class NodeAgent:
                 if time.monotonic() - first_death >= patience:
                     return
             reports.tell_positions()
+            self._keep_spares(group, reports)
         if any(each.process.exitcode != 0 for each in group.ended()):
             reports.recovery.failed(time.monotonic())
 

@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection
@@ -101,6 +101,13 @@ class RankProcess:
             hint = " (out of memory? look for 'oom-kill' in the kernel's log)" if name == "SIGKILL" else ""
             return RankExit(self.rank, exit_code, f"killed by {name}{hint}", retry=True, last_lines=lines)
         return RankExit(self.rank, exit_code, f"exit code {exit_code} without a reason", retry=True, last_lines=lines)
+
+    def close(self) -> None:
+        """It has ended, or has not said anything yet and is ended now."""
+        self.process.kill()
+        self.process.join()
+        for each in (self.connection, self.output, self.stacks, self.process):
+            each.close()
 
 
 def _signal_name(number: int) -> str:
@@ -229,6 +236,31 @@ def _end_template() -> None:
     os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
 
 
+def fork_rank(
+    rank: int, entry: Callable[..., None], environment: dict[str, str], plan_json: str, *more: Any
+) -> RankProcess:
+    """Forks a process that begins with `rank_entry.main` or `spare`; more: what that takes after its pipes."""
+    context = multiprocessing.get_context("forkserver")
+    ours, theirs = context.Pipe(duplex=True)
+    output_reader, output_writer = context.Pipe(duplex=False)
+    stacks_reader, stacks_writer = context.Pipe(duplex=False)
+    process = context.Process(
+        target=entry,
+        args=(environment | agent_mark(), plan_json, theirs, output_writer, stacks_writer, *more),
+        name=f"rank-{rank:05d}",
+        daemon=True,
+    )
+    start_process(process)
+    theirs.close()
+    output_writer.close()
+    stacks_writer.close()
+    return RankProcess(rank, process, ours, output_reader, stacks_reader)
+
+
+# rank, its environment and plan, and where it is to listen → a process that has become this rank, or None.
+TakeSpare = Callable[[int, dict[str, str], str, socket.socket | None], RankProcess | None]
+
+
 class RankGroup:
     """The ranks of one generation on this node.
 
@@ -242,36 +274,19 @@ class RankGroup:
         *,
         program: "rank_entry.Program" = rank_entry.train_plan,
         rendezvous: socket.socket | None = None,
+        take_spare: TakeSpare | None = None,
     ):
         """environments: rank → all its variables; plan_json: a `RankPlan`, the same for all ranks. rendezvous: where
         rank 0 will listen, if it is in this group; the caller closes it, since peers of a dead rank 0 would else wait.
+        take_spare: see node/spares.py; a rank for which it has none is forked.
         """
-        context = multiprocessing.get_context("forkserver")
+        self.environments, self.plan_json, self.program = environments, plan_json, program
         self.ranks: dict[int, RankProcess] = {}
         for rank, environment in environments.items():
-            ours, theirs = context.Pipe(duplex=True)
-            output_reader, output_writer = context.Pipe(duplex=False)
-            stacks_reader, stacks_writer = context.Pipe(duplex=False)
-            process = context.Process(
-                target=rank_entry.main,
-                args=(
-                    environment | agent_mark(),
-                    plan_json,
-                    theirs,
-                    output_writer,
-                    stacks_writer,
-                    program,
-                    rendezvous if rank == 0 else None,
-                ),
-                name=f"rank-{rank:05d}",
-                daemon=True,
-            )
-            start_process(process)
-            theirs.close()
-            output_writer.close()
-            stacks_writer.close()
-            self.ranks[rank] = RankProcess(rank, process, ours, output_reader, stacks_reader)
-        self._bell_reader, self._bell_writer = context.Pipe(duplex=False)
+            listens = rendezvous if rank == 0 else None
+            spare = take_spare(rank, environment, plan_json, listens) if take_spare is not None else None
+            self.ranks[rank] = spare or fork_rank(rank, rank_entry.main, environment, plan_json, program, listens)
+        self._bell_reader, self._bell_writer = multiprocessing.Pipe(duplex=False)
         self._open: dict[Any, RankProcess] = {}
         for each in self.ranks.values():
             self._open[each.connection] = each
@@ -352,10 +367,7 @@ class RankGroup:
 
     def close(self) -> None:
         for each in self.ranks.values():
-            each.connection.close()
-            each.output.close()
-            each.stacks.close()
-            each.process.close()
+            each.close()
         self._bell_reader.close()
         self._bell_writer.close()
         self._open.clear()

@@ -75,6 +75,8 @@ class Reports:
         # Rank → how long it has said nothing, as far as this process looked: it may have been stopped with them.
         self._still: dict[int, float] = {}
         self._looked = 0.0
+        # Since when all ranks of this node have a step behind them.
+        self._stepping_since = math.inf
         self._compiles_told: set[tuple[int, int, str]] = set()
         # A steady clock may begin at 0 when the machine starts.
         self._last_report = self._last_ledger = -math.inf
@@ -90,6 +92,7 @@ class Reports:
         self._positions = {rank: RankPosition(order.resume_step or 0, "start") for rank in ranks}
         self._still = dict.fromkeys(ranks, 0.0)
         self._looked = now
+        self._stepping_since = math.inf
 
     def take(self, rank: int, message: RankMessage) -> None:
         """A message of one of this node's ranks; images are somebody else's."""
@@ -117,6 +120,14 @@ class Reports:
                 self._compiled(rank, message)
             case _:
                 pass
+        assert self._order is not None
+        first = (self._order.resume_step or 0) + 1
+        if self._stepping_since == math.inf and all(each.step > first for each in self._positions.values()):
+            self._stepping_since = time.monotonic()
+
+    def stepping_seconds(self) -> float:
+        """How long all ranks of this node have had a step of this generation behind them; negative before."""
+        return time.monotonic() - self._stepping_since
 
     def tell_positions(self) -> None:
         """Tells the coordinator, now and then, where the ranks are and how long they have been still."""

@@ -6,8 +6,8 @@ This is the only place that knows every constructor. A node agent forks it (`ran
 
 import logging
 import os
-from collections.abc import Mapping
-from functools import partial
+from collections.abc import Callable, Mapping
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -109,8 +109,8 @@ def run(plan: RankPlan, link: Link) -> Outcome:
         columns={column.name for column in task.columns},
         references=pairs.references,
     )
-    held_out = pairs.held_out or _held_out(plan, engine, _by_name(plan, documents), batch_size=of_call)
-    evaluation = _evaluation(plan, engine, task, documents, held_out, batch_size=of_call)
+    read = partial(_evaluation, plan, engine, task, documents, pairs.held_out, batch_size=of_call)
+    evaluation = _at_need(plan, read)
 
     # ---- train -----------------------------------------------------------------------------------------------------
     link.phase("fetch", start_step + 1)
@@ -119,7 +119,7 @@ def run(plan: RankPlan, link: Link) -> Outcome:
         batches=loader,
         cadence=Cadence.of(config),
         start_step=start_step,
-        evaluate=lambda: evaluation.metrics(link.evaluating) | accelerator.metrics() | engine.compile_metrics(),
+        evaluate=lambda: evaluation().metrics(link.evaluating) | accelerator.metrics() | engine.compile_metrics(),
         guard=guard,
         evidence=_evidence(plan, engine, loader, documents),
         patience=patience,
@@ -196,15 +196,27 @@ def _held_out(
     }
 
 
+def _at_need(plan: RankPlan, read: Callable[[], Evaluation]) -> Callable[[], Evaluation]:
+    """Reads once, when it is asked for first: ranks that go on are back at their first step sooner.
+
+    Where a run begins that is at once, since what is wrong with it is better told before it trains.
+    """
+    at_need = cache(read)
+    if not resumes(plan):
+        at_need()
+    return at_need
+
+
 def _evaluation(
     plan: RankPlan,
     engine: Engine,
     task: Task,
     documents: list[OpenStore],
-    held_out: Mapping[str, EvaluationSet],
+    held_out_pairs: Mapping[str, EvaluationSet],
     *,
     batch_size: int,
 ) -> Evaluation:
+    held_out = held_out_pairs or _held_out(plan, engine, _by_name(plan, documents), batch_size=batch_size)
     config, tokenizer = plan.config, documents[0].tokenizer()
     sets = _held_out(plan, engine, open_sets(config), batch_size=batch_size)
     questions = {

@@ -12,7 +12,7 @@ import socket
 import sys
 import traceback
 from collections.abc import Callable
-from multiprocessing import forkserver
+from multiprocessing import forkserver, reduction
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING
 
@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     # What a rank runs once it is set up, given the plan as JSON and the link.
     Program = Callable[[str, AgentLink], Outcome]
 
+    # What a spare does with a plan before it is needed.
+    Rehearsal = Callable[[str], None]
+
 # From linux/prctl.h.
 PR_SET_PDEATHSIG, PR_SET_NAME = 1, 15
 
@@ -33,6 +36,10 @@ COMPILE_BACKEND_VARIABLE = "RAYNIUM_TEMPLATE_COMPILE_BACKEND"
 
 # At this one a rank writes the stacks of all its threads to its agent; `node/looking.py` sends it.
 STACKS_SIGNAL = signal.SIGUSR2
+
+
+# A spare's first word.
+SPARE_IS_READY = b"ready"
 
 
 def train_plan(plan_json: str, link: "AgentLink") -> "Outcome":
@@ -59,9 +66,48 @@ def main(
     stacks: what its threads do is written there at STACKS_SIGNAL.
     rendezvous: where it is to listen, if it is rank 0.
     """
+    _set_up(environment, output, stacks)
+    _run(environment, plan_json, connection, program, None if rendezvous is None else rendezvous.detach())
+
+
+def spare(
+    environment: dict[str, str],
+    plan_json: str,
+    connection: Connection,
+    output: Connection,
+    stacks: Connection,
+    program: "Program",
+    rehearsal: "Rehearsal",
+) -> None:
+    """A fresh fork of the template that waits to be a rank of the next generation. As `main`, save:
+
+    environment, plan_json: of the rank that has its place now, to rehearse with. connection: it says `SPARE_IS_READY`
+    there, and is given the next generation's environment and plan, and the socket to listen on if it is to be rank 0.
+    """
+    _set_up(environment, output, stacks)
+    name_this_process(f"spare-{environment['RANK']}")
+    rehearsal(plan_json)
+    connection.send_bytes(SPARE_IS_READY)
+    try:
+        environment, plan_json, listens = connection.recv()
+        descriptor = reduction.recv_handle(connection) if listens else None
+    except EOFError:
+        # The run has ended without it.
+        return
     os.environ.update(environment)
-    if rendezvous is not None:
-        os.environ[RENDEZVOUS_VARIABLE] = str(rendezvous.detach())
+    _run(environment, plan_json, connection, program, descriptor)
+
+
+def rehearse_plan(plan_json: str) -> None:
+    """The rehearsal of every spare; tests give others."""
+    from raynium.rank.plan import RankPlan
+    from raynium.rank.rehearsal import rehearse
+
+    rehearse(RankPlan.from_json(plan_json))
+
+
+def _set_up(environment: dict[str, str], output: Connection, stacks: Connection) -> None:
+    os.environ.update(environment)
     for descriptor in (1, 2):
         os.dup2(output.fileno(), descriptor)
     output.close()
@@ -72,11 +118,19 @@ def main(
     os.set_blocking(stacks.fileno(), False)
     faulthandler.register(STACKS_SIGNAL, file=stacks.fileno(), all_threads=True)
     die_with_the_agent()
-    name_this_process(f"rank-{environment['RANK']}")
     # A group of its own: a compiler that this rank starts ends with it, and Ctrl-C in a terminal is for the agent
     os.setpgid(0, 0)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s", force=True)
+
+
+def _run(
+    environment: dict[str, str], plan_json: str, connection: Connection, program: "Program", rendezvous: int | None
+) -> None:
+    """rendezvous: the number of the socket."""
+    if rendezvous is not None:
+        os.environ[RENDEZVOUS_VARIABLE] = str(rendezvous)
+    name_this_process(f"rank-{environment['RANK']}")
 
     from raynium.errors import CheckpointMismatch, ConfigError, DataError, SnapshotMemoryShort
     from raynium.rank.collectives import collectives
