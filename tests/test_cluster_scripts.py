@@ -1,6 +1,8 @@
 """The scripts that run on a cluster's nodes: real bash, with a stub for what would change this machine."""
 
+import configparser
 import os
+import shlex
 import socket
 import subprocess
 import sys
@@ -141,3 +143,31 @@ def test_mlflow_answers_on_its_own_address_to_its_own_names(home: Path):
     finally:
         server.terminate()
         server.wait(120)  # it ends within a second on a machine that is not busy
+
+
+def test_the_supervisor_is_a_service_of_the_head_that_reads_its_environment(home: Path, tmp_path: Path):
+    """What would change this machine goes to stubs; what the service runs is run."""
+    stubs = tmp_path / "stubs"
+    stubs.mkdir()
+    (stubs / "sudo").write_text(
+        f'#!/bin/bash\n[ "$1" = tee ] && exec tee {tmp_path}/unit\necho "$*" >>{tmp_path}/sudo\n'
+    )
+    (stubs / "raynium").write_text(f'#!/bin/bash\necho "$TOKEN_OF_THE_CLUSTER $*" >{tmp_path}/asked\n')
+    for stub in stubs.iterdir():
+        stub.chmod(0o755)
+    (home / ".raynium-env").write_text("export TOKEN_OF_THE_CLUSTER=secret\n")
+    env = {"HOME": str(home), "PATH": f"{stubs}:{os.environ['PATH']}"}
+    command = ["bash", str(CLUSTER / "supervisor.sh"), "install", "s3://bucket/folder/runs"]
+    subprocess.run(command, env=env, check=True, timeout=60)
+
+    unit = configparser.ConfigParser(interpolation=None)
+    unit.optionxform = str  # type: ignore[assignment, method-assign]
+    unit.read_string((tmp_path / "unit").read_text())
+    assert unit["Service"]["Restart"] == "always" and unit["Install"]["WantedBy"] == "multi-user.target"
+    assert (tmp_path / "sudo").read_text().splitlines()[-1] == "systemctl restart raynium-supervisor"
+    subprocess.run(shlex.split(unit["Service"]["ExecStart"]), env=env, check=True, timeout=60)
+    assert (tmp_path / "asked").read_text() == "secret supervisor --root s3://bucket/folder/runs\n"
+
+    for wrong in ([], ["serve", "s3://bucket"], ["install"]):
+        done = subprocess.run(["bash", str(CLUSTER / "supervisor.sh"), *wrong], env=env, capture_output=True, text=True)
+        assert done.returncode == 1 and "usage: supervisor.sh install s3://" in done.stderr
