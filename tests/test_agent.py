@@ -478,6 +478,21 @@ def test_rank_0_listens_at_its_nodes_address_only_and_nobody_goes_on_when_it_is_
     assert run.finish().ended == "finished"
 
 
+def test_ranks_of_a_run_that_was_taken_over_end_though_their_coordinator_is_frozen(play: Callable[..., Played]) -> None:
+    run = play(hold_uploads=True)
+    wait_for(lambda: run.agent.rank_pids())
+    frozen = threading.Event()
+    run.coordinator.tell(Said("the last word")).result()
+    run.coordinator._loop.call_soon_threadsafe(frozen.wait)
+    run.agent.taken_over("the run was taken over by process 7 on elsewhere")
+    wait_for(lambda: not run.agent.rank_pids())
+    frozen.set()
+    run.let_uploads_go()
+    status = run.finish()
+    assert (status.ended, status.cause) == ("failed", "the run was taken over by process 7 on elsewhere")
+    assert status.generation == 1
+
+
 def test_nobody_tries_to_save_for_a_run_that_is_over(play: Callable[..., Played], blocked_step: Path) -> None:
     run = play()
     wait_until_it_tries_again(run)

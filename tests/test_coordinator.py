@@ -5,7 +5,7 @@ import json
 import pickle
 import threading
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from raynium.rank.plan import RankPlan
 from raynium.run import recovery
 from raynium.run import verdicts as verdicts_module
 from raynium.run.coordinator import RunCoordinator
+from raynium.run.fence import claim_key
 from raynium.run.protocol import (
     AgentInfo,
     CannotGoOn,
@@ -50,6 +51,7 @@ from raynium.run.protocol import (
     StepLeftOut,
     Verdict,
 )
+from raynium.storage.process import Owner
 from raynium.storage.store import Store
 from raynium.tracking.ledger import Before, Ledger
 
@@ -730,6 +732,60 @@ async def save(run: RunCoordinator, folder: Path, order: Order, step: int) -> No
 
 def holding(node_rank: int, *images: HeldImages) -> AgentInfo:
     return replace(agent(node_rank), images=images)
+
+
+def take_over(folder: Path) -> None:
+    """Another driver claims the run."""
+    Store(folder / "run").write_new(claim_key(2), json.dumps(asdict(Owner("elsewhere", "boot", 7, "7"))).encode())
+
+
+def test_a_coordinator_whose_run_was_taken_over_commits_nothing_and_ends(tmp_path: Path) -> None:
+    async def play() -> None:
+        run = coordinator(tmp_path)
+        order, _ = await asyncio.gather(run.join(agent(0)), run.join(agent(1)))
+        await save(run, tmp_path, order, 2)
+        take_over(tmp_path)
+        watching = asyncio.create_task(watch(run))
+        await save(run, tmp_path, order, 3)
+        assert (await watching).kind == "over"
+        assert [each.step for each in list_checkpoints(Store(tmp_path / "run"))] == [2]
+        status = await run.status(0)
+        assert status.ended == "failed" and status.cause is not None
+        assert status.cause.startswith("the run at file://") and "taken over by process 7 on elsewhere" in status.cause
+
+    asyncio.run(play())
+
+
+def test_a_coordinator_whose_run_was_taken_over_commits_no_last_checkpoint_either(tmp_path: Path) -> None:
+    async def play() -> None:
+        run = coordinator(tmp_path)
+        order, _ = await asyncio.gather(run.join(agent(0)), run.join(agent(1)))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Store, "write_new", refused)
+            await save(run, tmp_path, order, 4)
+        take_over(tmp_path)
+        exits = [RankExit(rank, 0, None, retry=False, outcome=Outcome(4, "finished")) for rank in (0, 1)]
+        await asyncio.gather(*(ended(run, 1, rank, [each]) for rank, each in enumerate(exits)))
+        status = await run.status(0)
+        assert status.ended == "failed" and "taken over by process 7 on elsewhere" in (status.cause or "")
+        assert list_checkpoints(Store(tmp_path / "run")) == []
+
+    asyncio.run(play())
+
+
+def refused(self: Store, key: str, data: bytes) -> None:
+    raise StoreError(f"{key}: expired")
+
+
+def test_a_coordinator_whose_run_was_taken_over_orders_no_generation(tmp_path: Path) -> None:
+    async def play() -> None:
+        run = coordinator(tmp_path)
+        take_over(tmp_path)
+        answers = await asyncio.gather(run.join(agent(0)), run.join(agent(1)))
+        assert all(isinstance(each, GoHome) for each in answers)
+        assert "taken over by process 7 on elsewhere" in ((await run.status(0)).cause or "")
+
+    asyncio.run(play())
 
 
 def test_a_late_commit_does_not_delete_the_checkpoint_that_new_ranks_read(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 from concurrent.futures import Future
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -18,7 +19,7 @@ from tiny import job_text
 from waiting import wait_for
 
 from raynium.config.load import parse_config
-from raynium.errors import RunFailed, StoreError, TrackingError
+from raynium.errors import RunFailed, RunInUse, StoreError, TrackingError
 from raynium.health.faults import classify
 from raynium.launch import driver as driver_module
 from raynium.launch import page as page_module
@@ -26,9 +27,11 @@ from raynium.launch.driver import Driver
 from raynium.launch.preparation import Prepared
 from raynium.launch.ray_environment import RAY_DEFAULTS
 from raynium.run.coordinator import RunCoordinator
+from raynium.run.fence import claim_key
 from raynium.run.on_loop import CoordinatorOnLoop
 from raynium.run.protocol import AgentInfo, CannotGoOn, NodeEnded, Order, Progressed, Said, Status
 from raynium.run.record import claim
+from raynium.storage.process import Owner
 from raynium.storage.store import Store
 from raynium.terminal.display import Display
 from raynium.tracking.ledger import Ledger
@@ -174,6 +177,21 @@ def test_a_store_and_a_page_that_are_away_are_told_once_and_have_it_all_when_the
         log = watched.log.read_text()
         assert (log.count("no answer of S3"), log.count("no answer of MLflow")) == (1, 1)
         assert page["raynium.state"] in ("running", "preparing") and "restarts" in page["mlflow.note.content"]
+
+
+def test_a_driver_whose_run_was_taken_over_ends_and_writes_no_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[dict[str, str]] = []
+    monkeypatch.setattr(page_module, "set_tags", lambda uri, run_id, tags: written.append(tags))
+    watched = Watched(tmp_path, monkeypatch)
+    other = json.dumps(asdict(Owner("elsewhere", "boot", 7, "7"))).encode()
+    Store(tmp_path / "run").write_new(claim_key(2), other)
+    # It was frozen since its last look.
+    monkeypatch.setattr("raynium.run.record.HEARTBEAT_SECONDS", 0.0)
+    with watched, pytest.raises(RunInUse, match="taken over by process 7 on elsewhere"):
+        watched.ended.result(60)
+    assert written == []
 
 
 def test_the_heart_beats_while_agents_still_upload(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
