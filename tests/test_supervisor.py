@@ -200,6 +200,10 @@ def test_what_hinders_a_start_is_told_once_and_tried_again(
     store.replace("run.json", json.dumps(old).encode())
     supervisor.look()
     assert "run orphan cannot be started" in told[-1] and "the config in the record of file://" in told[-1]
+    store.replace("run.json", b"no record")
+    supervisor.look()
+    supervisor.look()
+    assert [line for line in told if "is not a run record" in line] == told[-1:]
     store.replace("run.json", record.to_json())
     for _ in range(MOST_STARTS + 1):
         now[0] += LONGEST_PAUSE_SECONDS

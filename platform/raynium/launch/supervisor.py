@@ -49,7 +49,7 @@ class Supervisor:
         self._told.pop(self._address, None)
         for root in self._roots:
             try:
-                records = read_records(root)
+                records = read_records(root, lambda line: self._say(line, line))
             except StoreError as error:
                 self._say(root.url, f"the runs under {root.url} cannot be read: {error}")
                 continue

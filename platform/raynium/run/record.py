@@ -158,15 +158,17 @@ def read_record(store: Store) -> RunRecord | None:
         ) from error
 
 
-def read_records(root: Store) -> list[RunRecord]:
-    """Of all runs under this root. StoreError if it cannot be listed; a record that cannot be read is left out."""
+def read_records(root: Store, left_out: Callable[[str], None] = logger.warning) -> list[RunRecord]:
+    """Of all runs under this root. StoreError if it cannot be listed; `left_out` is told of a record that cannot be
+    read.
+    """
     records = []
     for folder in root.list(recursive=False).folders:
         try:
             record = read_record(root.child(folder))
         except StoreError as error:
             # One that cannot be read must not hide the others.
-            logger.warning("left out: %s", error)
+            left_out(f"left out: {error}")
             continue
         if record is not None:
             records.append(record)
