@@ -39,7 +39,7 @@ class Node:
 
     def __init__(self, url: str | Path, folder: Path, node_rank: int = 0, **options: Any):
         self.folder = folder
-        self.sync = CacheSync(str(url), folder, suffix=".neff", node_rank=node_rank, **options)
+        self.sync = CacheSync(str(url), folder, suffix=".neff", is_first=node_rank == 0, **options)
 
     def __enter__(self) -> "Node":
         self.sync.start()
@@ -305,12 +305,12 @@ def versions(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def environment(accelerator: NeuronAccelerator | NeuronXlaAccelerator, url: str, **inherited: str) -> Mapping[str, str]:
-    return node_cache(accelerator, url, node_rank=0, inherited=inherited).environment
+    return node_cache(accelerator, url, is_first=True, inherited=inherited).environment
 
 
 @pytest.mark.usefixtures("versions")
 def test_the_native_cache_is_a_folder_per_key_that_is_copied_beside_the_runs(tmp_path: Path) -> None:
-    cache = node_cache(NeuronAccelerator(TRN2), "s3://bucket/runs/first", node_rank=0, inherited={})
+    cache = node_cache(NeuronAccelerator(TRN2), "s3://bucket/runs/first", is_first=True, inherited={})
     assert cache.environment == {"TORCH_NEURONX_NEFF_CACHE_DIR": str(tmp_path / ".cache/raynium/compile-cache" / KEY)}
     assert cache.sync is not None and cache.sync.url == f"s3://bucket/runs/compile-cache/{KEY}"
 
@@ -339,19 +339,19 @@ def test_torch_xla_reaches_the_store_itself(tmp_path: Path) -> None:
     assert environment(xla, str(tmp_path / "runs/first")) == {
         "NEURON_COMPILE_CACHE_URL": f"{tmp_path}/runs/compile-cache/{KEY}"
     }
-    assert node_cache(xla, str(tmp_path / "first"), node_rank=0, inherited={}).sync is None
+    assert node_cache(xla, str(tmp_path / "first"), is_first=True, inherited={}).sync is None
 
 
 @pytest.mark.usefixtures("versions")
 def test_a_cache_that_the_user_chose_is_left_alone(log: Callable[[], str]) -> None:
     chosen = {"TORCH_NEURONX_NEFF_CACHE_DIR": "/fsx/neff"}
-    cache = node_cache(NeuronAccelerator(TRN2), "s3://bucket/runs/first", node_rank=0, inherited=chosen)
+    cache = node_cache(NeuronAccelerator(TRN2), "s3://bucket/runs/first", is_first=True, inherited=chosen)
     assert (cache.environment, cache.sync) == ({}, None)
     assert "TORCH_NEURONX_NEFF_CACHE_DIR is set, so it is used as it is" in log()
 
 
 def test_pickles_of_inductor_are_never_shared() -> None:
-    cache = node_cache(CpuAccelerator(), "s3://bucket/runs/first", node_rank=0, inherited={})
+    cache = node_cache(CpuAccelerator(), "s3://bucket/runs/first", is_first=True, inherited={})
     assert (cache.environment, cache.sync) == ({}, None)
 
 

@@ -68,8 +68,8 @@ def coordinator(folder: Path, **changes: Any) -> RunCoordinator:
     )
 
 
-def agent(node_rank: int, attempt: str = "a", *, nodes: int = 2) -> AgentInfo:
-    return AgentInfo(attempt, node_rank, nodes, f"127.0.0.{node_rank + 2}", 29500 + node_rank, pid=1)
+def agent(seat: int, attempt: str = "a", *, nodes: int = 2) -> AgentInfo:
+    return AgentInfo(attempt, seat, nodes, f"127.0.0.{seat + 2}", 29500 + seat, pid=1, agent_id=f"{attempt}{seat}")
 
 
 ALONE = agent(0, nodes=1)
@@ -241,23 +241,89 @@ def test_lost_nodes_are_counted_apart_from_failed_ranks_and_only_without_progres
     async def play() -> None:
         run = coordinator(tmp_path, **limits)
         for number, attempt in enumerate("abcdef"):
-            await run.attempt_begins(attempt)
-            await run.attempt_begins(attempt)  # Ray repeats a call whose answer was lost
+            await run.agents_placed(attempt)
+            await run.agents_placed(attempt)  # Ray repeats a call whose answer was lost
             order, _ = await asyncio.gather(run.join(agent(0, attempt)), run.join(agent(1, attempt)))
             assert isinstance(order, Order)
             if number in (1, 3, 5):  # else no third loss would be survived
                 await save(run, tmp_path, order, 2 * number)
         await run.leave("agents", "the run leaves this node")
-        await run.attempt_begins("on other nodes")
+        await run.agents_placed("on other nodes")
         await asyncio.gather(run.join(agent(0, "on other nodes")), run.join(agent(1, "on other nodes")))
         for attempt in ("whose agents die before they join", "likewise"):
-            await run.attempt_begins(attempt)
+            await run.agents_placed(attempt)
             assert (await run.status(0)).ended is None
-        await run.attempt_begins("once too often")
+        await run.agents_placed("once too often")
         status = await run.status(0)
         assert status.ended == "failed" and status.cause is not None
         assert "a node agent was lost. That is loss of a node agent number 3 without a new checkpoint" in status.cause
         assert "fault.max_node_failures_without_progress=2" in status.cause
+
+    asyncio.run(play())
+
+
+def again(agent: AgentInfo, order: Order | GoHome) -> AgentInfo:
+    """The same one, which has run that."""
+    assert isinstance(order, Order)
+    return replace(agent, last_generation=order.generation)
+
+
+def test_a_spare_takes_over_from_a_lost_agent_whose_replacement_is_the_next_spare(tmp_path: Path) -> None:
+    async def play() -> None:
+        run = coordinator(tmp_path)
+        await run.agents_placed("a")
+        first, _ = await asyncio.gather(run.join(agent(2)), run.join(agent(0)))
+        assert isinstance(first, Order) and first.seats == (0, 2), "two of three"
+        spare = asyncio.create_task(run.join(agent(1)))
+        watching = asyncio.create_task(run.watch(agent(0), first, stop_known=False))
+        await asyncio.sleep(0)
+        await run.agents_lost("a", [2])
+        assert await watching == Verdict("over", "the node agent of 127.0.0.4 was lost")
+        second = await run.join(again(agent(0), first))
+        assert await spare == second and isinstance(second, Order) and second.seats == (0, 1)
+        # The lost one was only cut off, and comes back.
+        assert isinstance(await run.join(again(agent(2), first)), GoHome)
+        await run.agents_placed("a", [2])
+        next_spare = asyncio.create_task(run.join(replace(agent(2), agent_id="another")))
+        await asyncio.sleep(0.01)
+        status = await run.status(0)
+        assert not next_spare.done() and (status.generation, status.has_spares) == (2, True)
+        assert [each.what for each in status.incidents] == ["agents"]
+        await stop(run)
+        for rank in (0, 1):
+            await run.exited(agent(rank), second, NodeEnded())
+        next_spare.cancel()
+
+    asyncio.run(play())
+
+
+def test_a_run_goes_on_on_fewer_nodes_and_grows_at_a_checkpoint_once_one_is_back(tmp_path: Path) -> None:
+    changes = {"cluster.min_nodes": 1, "fault.replace_seconds": 0.05}
+
+    async def play() -> None:
+        run = coordinator(tmp_path, **changes)
+        first, _ = await asyncio.gather(run.join(agent(0)), run.join(agent(1)))
+        assert isinstance(first, Order) and first.world.nodes == 2
+        await save(run, tmp_path, first, 2)
+        # Nobody tells of the death; the other's ranks have missed their peer.
+        await run.exited(agent(0), first, NodeEnded((replace(BROKEN_PIPE, rank=0),)))
+        joining = asyncio.create_task(run.join(again(agent(0), first)))
+        await asyncio.sleep(0.01)
+        began = time.monotonic()
+        await run.agents_lost("a", [1])
+        second = await joining
+        assert isinstance(second, Order) and time.monotonic() - began >= 0.05
+        assert (second.world.nodes, second.world.num_micro_batches, second.resume_step) == (1, 4, 2)
+        watching = asyncio.create_task(run.watch(again(agent(0), first), second, stop_known=False))
+        comes_back = asyncio.create_task(run.join(replace(agent(1), agent_id="another")))
+        assert (await watching).kind == "stop", "it saves first: nothing is taken twice"
+        await save(run, tmp_path, second, 4)
+        stopped = RankExit(0, 0, None, retry=False, outcome=Outcome(4, "stopped"))
+        await run.exited(again(agent(0), first), second, NodeEnded((stopped,)))
+        third = await run.join(again(agent(0), second))
+        assert await comes_back == third and isinstance(third, Order)
+        assert (third.world, third.seats, third.resume_step) == (first.world, (0, 1), 4)
+        assert (await run.status(0)).ended is None
 
     asyncio.run(play())
 
@@ -711,10 +777,10 @@ def test_a_step_that_was_left_out_is_told_and_is_an_incident_that_cost_nothing(t
 # ---- checkpoints --------------------------------------------------------------------------------------------------
 
 
-def entry(store: Store, image: Path, *, step: int, generation_id: str, rank: int) -> str:
-    """A rank's uploaded shard, as its agent reports it: the ranks hold a half each of one tensor."""
-    halves = [torch.full((2,), float(10 * step + rank))]
-    chunks = [Chunk("model/w", (4,), (2 * rank,), half, saved_here=True) for half in halves]
+def entry(store: Store, image: Path, *, step: int, generation_id: str, rank: int, ranks: int = 2) -> str:
+    """A rank's uploaded shard, as its agent reports it: the ranks hold a part each of one tensor."""
+    size = 4 // ranks
+    chunks = [Chunk("model/w", (4,), (size * rank,), torch.full((size,), float(10 * step + rank)), saved_here=True)]
     plan = plan_image(chunks)
     with ImageFile(image) as file:
         write_image(plan, chunks, file.reserve(plan.size), step=step)
@@ -723,9 +789,14 @@ def entry(store: Store, image: Path, *, step: int, generation_id: str, rank: int
 
 
 async def save(run: RunCoordinator, folder: Path, order: Order, step: int) -> None:
-    for rank in (0, 1):
+    for rank in range(order.world.size):
         shard = entry(
-            Store(folder / "run"), folder / f"image-{rank}", step=step, generation_id=order.generation_id, rank=rank
+            Store(folder / "run"),
+            folder / f"image-{rank}",
+            step=step,
+            generation_id=order.generation_id,
+            rank=rank,
+            ranks=order.world.size,
         )
         await run.tell(ShardSaved(step, rank, shard, 3.0 + rank, order.resume_step, order.world))
 

@@ -8,7 +8,8 @@ import signal
 import threading
 import time
 from concurrent.futures import Future
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -19,17 +20,19 @@ from tiny import job_text
 from waiting import wait_for
 
 from raynium.config.load import parse_config
+from raynium.config.schema import Config
 from raynium.errors import RunFailed, RunInUse, StoreError, TrackingError
 from raynium.health.faults import classify
 from raynium.launch import driver as driver_module
 from raynium.launch import page as page_module
+from raynium.launch import stop_signals
 from raynium.launch.driver import Driver
 from raynium.launch.preparation import Prepared
 from raynium.launch.ray_environment import RAY_DEFAULTS
 from raynium.run.coordinator import RunCoordinator
 from raynium.run.fence import claim_key
 from raynium.run.on_loop import CoordinatorOnLoop
-from raynium.run.protocol import AgentInfo, CannotGoOn, NodeEnded, Order, Progressed, Said, Status
+from raynium.run.protocol import AgentInfo, CannotGoOn, NodeEnded, Order, Outcome, Progressed, RankExit, Said, Status
 from raynium.run.record import claim
 from raynium.storage.process import Owner
 from raynium.storage.store import Store
@@ -54,12 +57,12 @@ PREPARED = cast(
 class Actor:
     """A coordinator as Ray shows an actor, whose process can die: Ray then starts another, without memory."""
 
-    def __init__(self, run_url: str):
-        self._run_url = run_url
+    def __init__(self, run_url: str, config: Config = CONFIG):
+        self._run_url, self._config = run_url, config
         self.start_again()
 
     def start_again(self) -> None:
-        self.on_loop = CoordinatorOnLoop(RunCoordinator(CONFIG.model_dump(mode="json"), self._run_url, 0, 1))
+        self.on_loop = CoordinatorOnLoop(RunCoordinator(self._config.model_dump(mode="json"), self._run_url, 0, 1))
 
     def __getattr__(self, method: str) -> Any:
         return SimpleNamespace(
@@ -70,14 +73,16 @@ class Actor:
 class Watched:
     """A driver that watches a coordinator of ours, in a thread."""
 
-    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch):
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch, config: Config = CONFIG):
+        self.drained: dict[str, float | None] = {}
+        monkeypatch.setattr(driver_module, "draining_nodes", lambda: self.drained)
         monkeypatch.setattr(driver_module, "STATUS_SECONDS", 0.01)
         monkeypatch.setattr(driver_module.ray, "get", lambda future: future.result())
         store = Store(folder / "run")
-        self.keeper = claim(store, "test", CONFIG.model_dump(mode="json"))
+        self.keeper = claim(store, "test", config.model_dump(mode="json"))
         self.log = folder / "driver.log"
-        prepared = Prepared(CONFIG, store, self.keeper, MLFLOW, lambda: MLFLOW, cast(Any, None), str(folder), self.log)
-        self.actor = Actor(store.url)
+        prepared = Prepared(config, store, self.keeper, MLFLOW, lambda: MLFLOW, cast(Any, None), str(folder), self.log)
+        self.actor = Actor(store.url, config)
         self.display = Display(4, Console(quiet=True), self.log)
         self.driver = Driver(prepared, self.display)
         self.ended: Future[Status] = Future()
@@ -138,6 +143,36 @@ def test_a_stop_reaches_ranks_whose_coordinator_was_started_again_after_they_are
         assert not watched.ended.done(), "it would end without a save"
         verdict = watched.actor.on_loop.watch(AGENT, order, stop_known=False).result(60)
         assert verdict.kind == "stop"
+
+
+def test_a_run_saves_and_stops_before_its_capacity_block_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ends = datetime.now(UTC) + timedelta(seconds=890)
+    changes = {"cluster.ranks_per_node": 1, "cluster.ends_at": f"{ends:%Y-%m-%dT%H:%MZ}", "fault.stop_seconds": 900.0}
+    with Watched(tmp_path, monkeypatch, parse_config(job_text(changes))) as watched:
+        assert watched.ended.result(60).ended == "stopped"
+        assert watched.driver.stopped_by == "cluster.ends_at"
+
+
+def test_a_node_that_is_drained_is_left_for_a_spare_after_a_save(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(driver_module, "STOP_POLL_SECONDS", 0.01)
+    drained, spare = replace(AGENT, node_id="n0"), replace(AGENT, seat=1, node_id="n1", agent_id="spare")
+    with Watched(tmp_path, monkeypatch) as watched:
+        run = watched.actor.on_loop
+        order = run.join(drained).result(60)
+        takes_over = run.join(spare)
+        watching = run.watch(drained, order, stop_known=False)
+        watched.drained["n0"] = 1_764_500_000.0
+        assert watching.result(60).kind == "stop"
+        saved = RankExit(0, 0, None, retry=False, outcome=Outcome(0, "stopped"))
+        monkeypatch.setattr("raynium.run.saves.Saves.problem", lambda saves, step: None)
+        run.exited(drained, order, NodeEnded((saved,))).result(60)
+        waits = run.join(replace(drained, last_generation=1))
+        second = takes_over.result(60)
+        assert isinstance(second, Order) and second.seats == (1,) and not waits.done()
+        wait_for(lambda: watched.told("node 0 (127.0.0.1) will leave: Ray drains it until 2025-11-30 10:53:20 UTC"))
+        assert watched.told("generation 1 saves and ends: 127.0.0.1 will leave")
 
 
 def test_a_store_and_a_page_that_are_away_are_told_once_and_have_it_all_when_they_are_back(
@@ -254,9 +289,9 @@ def test_nodes_are_waited_for_for_days() -> None:
 
 
 def test_the_second_sigterm_ends_at_once_unless_it_belongs_to_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(driver_module, "SECOND_SIGNAL_SECONDS", 0.2)
+    monkeypatch.setattr(stop_signals, "SECOND_SIGNAL_SECONDS", 0.2)
     driver = Driver(PREPARED, cast(Any, SimpleNamespace(line=str)))
-    with driver_module.stop_on_signals(driver):
+    with stop_signals.stop_on_signals(driver.request_stop):
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGTERM)
         assert driver._stop.is_set(), "and this process goes on"
@@ -273,7 +308,7 @@ def test_a_closed_terminal_saves_and_ends_unless_it_is_to_be_outlived(under_nohu
     driver = Driver(PREPARED, cast(Any, SimpleNamespace(line=str)))
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN if under_nohup else signal.SIG_DFL)
     try:
-        with driver_module.stop_on_signals(driver):
+        with stop_signals.stop_on_signals(driver.request_stop):
             os.kill(os.getpid(), signal.SIGHUP)
         assert driver._stop.is_set() is not under_nohup
     finally:

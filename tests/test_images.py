@@ -19,8 +19,8 @@ def snapshot(step: int, generation: str = "g1") -> Snapshot:
 
 
 def test_a_rank_always_has_one_image_to_write_and_one_to_start_from() -> None:
-    images = NodeImages([0])
-    images.start_generation(None)
+    images = NodeImages()
+    images.start_generation([0], None)
     assert images.take_offers() == [(0, 0)] and images.take_offers() == []
 
     images.complete(0, 0, snapshot(10), upload=True)
@@ -39,8 +39,8 @@ def test_a_rank_always_has_one_image_to_write_and_one_to_start_from() -> None:
 
 
 def test_a_new_generation_keeps_what_it_starts_from_and_what_is_being_uploaded() -> None:
-    images = NodeImages([4, 5])
-    images.start_generation(None)
+    images = NodeImages()
+    images.start_generation([4, 5], None)
     images.take_offers()
     for rank in (4, 5):
         images.complete(rank, 0, snapshot(10), upload=True)
@@ -49,7 +49,7 @@ def test_a_new_generation_keeps_what_it_starts_from_and_what_is_being_uploaded()
     kept = HeldImages("g1", 10, (0, 1, 4, 5), WORLD)
     assert set(images.held()) == {HeldImages("g1", 10, (4, 5), WORLD), HeldImages("g1", 20, (5,), WORLD)}
 
-    images.start_generation(kept)
+    images.start_generation([4, 5], kept)
     assert images.uploading() == ("g1",)
     assert images.held() == (HeldImages("g1", 10, (4, 5), WORLD),), "step 20 is of a past that did not happen"
     assert {rank: [ImageInfo.from_json(each).step for each in found] for rank, found in images.find(kept).items()} == {
@@ -62,13 +62,13 @@ def test_a_new_generation_keeps_what_it_starts_from_and_what_is_being_uploaded()
     images.complete(4, 1, snapshot(12, "g2"), upload=True)
     assert images.take_offers() == [(4, 0)]
 
-    images.start_generation(None)
+    images.start_generation([4, 5], None)
     assert images.held() == () and sorted(images.take_offers()) == [(4, 0), (5, 0)]
 
 
 def test_snapshots_between_checkpoints_go_into_the_oldest_image_while_another_is_uploaded() -> None:
-    images = NodeImages([0], num_images=3)
-    images.start_generation(None)
+    images = NodeImages(num_images=3)
+    images.start_generation([0], None)
     assert images.take_offers() == [(0, 0)]
     images.complete(0, 0, snapshot(10), upload=True)
     for step, slot, next_slot in ((11, 1, 2), (12, 2, 1), (13, 1, 2)):
@@ -84,8 +84,8 @@ def test_snapshots_between_checkpoints_go_into_the_oldest_image_while_another_is
 
 
 def test_of_failed_uploads_the_newest_of_each_rank_may_be_tried_again() -> None:
-    images = NodeImages([0, 1])
-    images.start_generation(None)
+    images = NodeImages()
+    images.start_generation([0, 1], None)
     images.take_offers()
     for rank in (0, 1):
         images.complete(rank, 0, snapshot(10), upload=True)
@@ -100,8 +100,8 @@ def test_of_failed_uploads_the_newest_of_each_rank_may_be_tried_again() -> None:
     images.uploaded(1, 0, failure=None)
     assert [each.rank for each in images.failed()] == [0]
 
-    images.start_generation(HeldImages("g1", 20, (0,), WORLD))
+    images.start_generation([0, 1], HeldImages("g1", 20, (0,), WORLD))
     assert [each.rank for each in images.failed()] == [0], "the next generation starts from it"
     assert images.saved() == []
-    images.start_generation(None)
+    images.start_generation([0, 1], None)
     assert images.failed() == []

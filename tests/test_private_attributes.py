@@ -70,6 +70,9 @@ USED = {
     "test_simple_fsdp.py::test_one_graph_of_a_block_holds_its_collectives_and_keeps_no_whole_parameter": (
         "torch.ops._c10d_functional",
     ),
+    "test_nodes_ray.py::test_a_lost_node_without_a_spare_is_waited_for_and_its_agent_alone_is_replaced": (
+        "ray.train.v2._internal.execution.worker_group.execution_group.ReplicaGroup",
+    ),
     "test_backend.py::test_two_agents_on_one_node_are_refused_and_leave_no_workers_behind": (
         "worker_group._clear_state",
     ),

@@ -6,7 +6,6 @@ way, its losses must be those of the run that nothing happened to.
 
 import json
 import os
-import secrets
 import shutil
 import signal
 import subprocess
@@ -18,13 +17,12 @@ from typing import Any
 
 import pytest
 import yaml
-from heads import running_head
 from neuron_twin import RECORD_VARIABLE, write_site
-from sessions import kill_started
+from ray_cluster import Cluster, final_state, losses, ray_cluster, record_when_saved
 from standalone_ranks import trained
 from test_pairs import sums
 from test_records import chat, write_lines
-from tiny import build_documents, job_text
+from tiny import job_text
 from waiting import wait_for
 
 from raynium import Client, Run, find_run
@@ -33,8 +31,6 @@ from raynium.checkpoint.compare import differences
 from raynium.config.schema import ModelSection
 from raynium.data.build.store_build import build_store
 from raynium.errors import ConfigError, LaunchError, RunFailed, RunInUse
-from raynium.rank.ports import free_port
-from raynium.run.record import RunRecord
 from raynium.storage.store import Store
 
 # What is waited for in here has limits of its own.
@@ -52,84 +48,19 @@ CHANGES = {
     "sample.max_new_tokens": 8,
 }
 LOOPBACK = "127.0.0.1"
-NEURON_CORES = '--resources={"neuron_cores": 2}'  # of each node
+NEURON_CORES = '--resources={"neuron_cores":2}'  # of each node
 LONG = 160  # steps of a run that is to be interrupted: some seconds
-
-
-@dataclass(frozen=True)
-class Cluster:
-    """A head that accepts jobs. `environment` is what a process needs to reach it."""
-
-    address: str
-    environment: dict[str, str]
-    folder: Path  # runs, data, and the job file
-    job_file: Path
-
-    def client(self) -> Client:
-        return Client(self.address)
 
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     folder = tmp_path_factory.mktemp("cluster")
-    build_documents(folder)
-    job_file = folder / "job.yaml"
-    job_file.write_text(job_text(CHANGES, root=folder))
-
-    environment = {
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",  # a job's entrypoint is `python …`
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN": secrets.token_hex(32),
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "RAYNIUM_HOME": str(folder),
-    }
     (folder / "records").mkdir()
     # Every process of the cluster finds a Trainium2; jobs that name the CPU do not ask for it.
     twin = write_site(folder / "twin") | {RECORD_VARIABLE: str(folder / "records")}
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in environment.items():
-            patch.setenv(name, value)
-        with running_head(folder / "ray.log", environment | twin, NEURON_CORES) as head:
-            node = start_node(head.port, environment | twin, folder)
-            try:
-                yield Cluster(head.address, environment, folder, job_file)
-            finally:
-                kill_started([node])
-
-
-def start_node(port: int, environment: dict[str, str], folder: Path) -> subprocess.Popen[bytes]:
-    """A second node: another loopback address of this machine, with room for one rank."""
-    command = [
-        *(str(Path(sys.executable).parent / "ray"), "start", f"--address=127.0.0.2:{port}", "--block"),
-        *("--node-ip-address=127.0.0.3", "--num-cpus=1", f"--object-store-memory={100 * 2**20}"),
-        *(f"--dashboard-agent-listen-port={free_port('127.0.0.1')}", "--disable-usage-stats", NEURON_CORES),
-    ]
-    with (folder / "node.log").open("wb") as log:
-        return subprocess.Popen(command, env=os.environ | environment, stdout=log, stderr=log, start_new_session=True)
-
-
-def record_when_saved(run: Run, *, step: int) -> RunRecord:
-    """The run's record once it has committed a checkpoint of that step or a later one."""
-    wait_for(lambda: any(each.step >= step for each in run.checkpoints()))
-    return run.record()
-
-
-def losses(run: Run) -> dict[int, list[float]]:
-    """step → every loss that MLflow holds for it."""
-    found: dict[int, list[float]] = {}
-    for point in run.metrics("train/loss"):
-        found.setdefault(point.step, []).append(point.value)
-    return found
-
-
-def final_state(run: Run) -> dict[str, Any]:
-    from raynium.checkpoint.catalog import latest
-    from raynium.checkpoint.load import read_tensors
-    from raynium.storage.store import Store
-
-    reference = latest(Store(run.url))
-    assert reference is not None
-    return read_tensors(reference, prefix="model/")
+    with ray_cluster(folder, CHANGES, head_cpus=4, environment=twin, options=NEURON_CORES) as cluster:
+        cluster.start_node("127.0.0.3", NEURON_CORES)
+        yield cluster
 
 
 @dataclass(frozen=True)

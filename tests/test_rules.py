@@ -108,6 +108,29 @@ def test_the_global_batch_is_a_multiple_of_ranks_times_micro_batch():
     )
 
 
+def test_a_run_comes_down_to_numbers_of_nodes_that_share_the_batch():
+    three = ("quickstart", "cluster.nodes=3", "cluster.ranks_per_node=1", "train.global_batch_size=12")
+    for least in ("1", "2", "3", "null"):
+        assert problems(*three, f"cluster.min_nodes={least}", "train.micro_batch_size=1") == []
+    assert only_problem(*three, "cluster.min_nodes=4", "train.micro_batch_size=1") == (
+        "cluster.min_nodes is 4 and cluster.nodes 3: a run comes down from nodes to min_nodes; set 3 or less, or null"
+    )
+    assert only_problem(
+        "quickstart", "cluster.nodes=3", "cluster.ranks_per_node=1", "train.global_batch_size=9",
+        "train.micro_batch_size=1", "cluster.min_nodes=2",
+    ) == (
+        "cluster.min_nodes is 2, but no number of nodes from 2 to 2 shares train.global_batch_size 9 evenly "
+        "(micro_batch_size 1, 1 rank(s) a node): set a global_batch_size that one of them divides, a lower min_nodes, "
+        "or null"
+    )  # fmt: skip
+
+
+def test_the_fewest_nodes_that_a_run_may_come_down_to_hold_the_model_too():
+    problem = only_problem("llama3-70b", "cluster.min_nodes=1")
+    assert problem.startswith("memory: by estimate this needs on 1 node(s) (cluster.min_nodes) ")
+    assert "a NeuronCore; raise cluster.min_nodes; or " in problem
+
+
 def test_what_is_said_of_a_source_needs_one():
     for setting in ("data.text_field=body", "data.dedup=exact", "data.aws_profile=research"):
         name, _, value = setting.partition("=")

@@ -17,6 +17,8 @@ class FaultSection(Section):
     upload_silence_seconds: Seconds = 300.0
     """An upload of which nothing moves for so long is given up: training goes on without it. So is a call of the run
     coordinator to the store, at most 60 s: a checkpoint is told not to be committed, the start of ranks tried again."""
+    replace_seconds: Seconds = 300.0
+    """A lost node is waited for so long, before the run goes on on fewer (cluster.min_nodes)."""
     stop_seconds: Seconds = 900.0
     """Ranks that have not saved and ended so long after the run was asked to stop are killed."""
     hang_seconds: Seconds | None = None

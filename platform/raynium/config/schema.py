@@ -71,6 +71,16 @@ class ClusterSection(Section):
     """EC2's name of the nodes, e.g. trn2.48xlarge: cores and memory are checked. null: unchecked."""
     nodes: Nodes = 1
     """Machines that train."""
+    min_nodes: Nodes | None = None
+    """With so many the run goes on where a lost one was not replaced within fault.replace_seconds: on the largest
+    number that shares the batch evenly. Samples and their order stay. null: it waits for cluster.nodes."""
+    spares: Annotated[int, Field(ge=0), Unit("nodes")] = 0
+    """Machines beside those, held ready: one takes the place of a lost one at once."""
+    ends_at: Annotated[
+        str | None, Field(pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\dZ$"), Accepts("UTC, as 2026-12-01T11:30Z")
+    ] = None
+    """When the machines are taken away, of a Capacity Block 30 minutes before its end: fault.stop_seconds earlier the
+    run saves and stops. null: nobody says. EC2's own notices, and `ray drain-node`, are heard in any case."""
     ranks_per_node: Ranks = 1
     """Processes on each: one per NeuronCore, GPU, or CPU slot."""
 

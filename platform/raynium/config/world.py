@@ -52,6 +52,15 @@ class World:
         micro_batches = train.global_batch_size // samples_at_once
         return cls(nodes, per_node, parallel.tensor, parallel.pipeline, micro_batches)
 
+    @classmethod
+    def fits(cls, config: Config, *, nodes: int) -> bool:
+        """Whether so many nodes can share the model and the batch evenly."""
+        try:
+            cls.of(config, nodes=nodes)
+        except ConfigError:
+            return False
+        return True
+
     @property
     def size(self) -> int:
         """Number of ranks over all nodes."""

@@ -26,15 +26,36 @@ class MetadataService:
     role: str | None = None
 
 
+@dataclass(frozen=True)
+class Session:
+    """Asks with a token, where version 2 gives one."""
+
+    address: str
+    token: str | None
+
+    @classmethod
+    def open(cls, address: str = ADDRESS) -> "Session | None":
+        """None where nobody answers."""
+        headers = {"X-aws-ec2-metadata-token-ttl-seconds": str(TOKEN_SECONDS)}
+        session = cls(address, _get(f"{address}/latest/api/token", headers, method="PUT"))
+        return session if session.token is not None or session.page("meta-data/instance-type") is not None else None
+
+    def page(self, path: str) -> str | None:
+        """None if it has none of that name."""
+        headers = {} if self.token is None else {"X-aws-ec2-metadata-token": self.token}
+        return _get(f"{self.address}/latest/{path}", headers)
+
+
 def ask(address: str = ADDRESS) -> MetadataService:
     """Asks with and without a token. Never raises; up to three seconds where nobody answers. Keeps no credentials."""
-    headers = {"X-aws-ec2-metadata-token-ttl-seconds": str(TOKEN_SECONDS)}
-    token = _get(f"{address}/latest/api/token", headers, method="PUT")
-    with_token = {"X-aws-ec2-metadata-token": token} if token is not None else {}
-    instance_type = _get(f"{address}/latest/meta-data/instance-type", with_token)
-    role = _get(f"{address}/latest/meta-data/iam/security-credentials/", with_token) if instance_type else None
-    without = instance_type if token is None else _get(f"{address}/latest/meta-data/instance-type", {})
-    return MetadataService(token is not None, without is not None, instance_type, role)
+    session = Session.open(address)
+    if session is None:
+        return MetadataService(gives_token=False, answers_without_token=False)
+    instance_type = session.page("meta-data/instance-type")
+    role = session.page("meta-data/iam/security-credentials/") if instance_type else None
+    version_1 = Session(address, None)
+    without = instance_type if session.token is None else version_1.page("meta-data/instance-type")
+    return MetadataService(session.token is not None, without is not None, instance_type, role)
 
 
 def _get(url: str, headers: dict[str, str], method: str = "GET") -> str | None:

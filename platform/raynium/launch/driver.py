@@ -4,17 +4,16 @@ It starts the coordinator and Ray Train, shows progress, keeps the run record, a
 What comes before is in `preparation.py`, what comes after in `run.py`.
 """
 
-import contextlib
 import json
 import logging
 import math
 import os
-import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from datetime import UTC, datetime
 from typing import Any, cast
 
 import ray
@@ -30,6 +29,7 @@ from raynium.launch.bad_nodes import BadNodes
 from raynium.launch.head import ClusterWatch
 from raynium.launch.nodes import (
     Waiting,
+    draining_nodes,
     free_nodes,
     label_selector,
     name_job,
@@ -45,7 +45,7 @@ from raynium.launch.preparation import Prepared
 from raynium.launch.worker import run_agent
 from raynium.run.coordinator import RunCoordinator
 from raynium.run.last_save import pause_before_next_try
-from raynium.run.protocol import NodeFault, Status
+from raynium.run.protocol import NodeFault, NodeLeaves, Status
 from raynium.run.record import RecordKeeper
 from raynium.terminal.display import Display
 from raynium.terminal.report import page_of
@@ -55,8 +55,6 @@ from raynium.tracking.runs import log_artifact_text
 
 logger = logging.getLogger(__name__)
 
-# Whoever stops a group of processes may signal one of them twice in a moment, and means one stop.
-SECOND_SIGNAL_SECONDS = 2.0
 # How often the display is refreshed, and the run's store is asked for a stop request.
 STATUS_SECONDS = 0.5
 STOP_POLL_SECONDS = 2.0
@@ -115,6 +113,12 @@ class Driver:
         # Controllers lost since a checkpoint, and the newest one then.
         self._controllers_lost: tuple[int, int | None] = 0, None
         self._moving = False
+        # Ids of nodes that somebody has drained, of which the coordinator was told.
+        self._drained: set[str] = set()
+        # When the run is to save and stop, since its nodes will be taken away.
+        self._ends_unix = None
+        if (ends_at := self.config.cluster.ends_at) is not None:
+            self._ends_unix = datetime.fromisoformat(ends_at).timestamp() - self.config.fault.stop_seconds
         # Of the cluster, while the run is watched.
         self._cluster: ClusterWatch | None = None
         self._calls = ThreadPoolExecutor(max_workers=1, thread_name_prefix="coordinator-calls")
@@ -150,10 +154,10 @@ class Driver:
             self._moving = False
             self._trainers += 1
         keeper.finishing()
-        # They still send metrics and give back memory; without any, Ray Train waits for nodes.
+        # Without any, Ray Train waits for nodes.
         if status.agents:
             with keeper.beating():
-                fitting.join(AGENTS_END_SECONDS)
+                self._wait_for_agents(coordinator, fitting)
         if status.ended == "failed" or status.ended is None:
             cause = status.cause or f"Ray Train ended the run: {fitting.error}"
             raise RunFailed(f"run {self.config.run.name!r} failed at step {status.step}: {cause}")
@@ -214,9 +218,9 @@ class Driver:
             },
             backend_config=NodeAgentConfig(coordinator),
             scaling_config=ray.train.ScalingConfig(
-                num_workers=cluster.nodes,
+                num_workers=cluster.nodes + cluster.spares,
                 resources_per_worker=node_resources(self.config),
-                placement_strategy="STRICT_SPREAD" if cluster.nodes > 1 else "PACK",
+                placement_strategy="STRICT_SPREAD" if cluster.nodes + cluster.spares > 1 else "PACK",
                 # Also when a lost node is replaced.
                 label_selector=label_selector(self._excluded) or None,
             ),
@@ -260,6 +264,9 @@ class Driver:
                 self._keep_record(keeper, status)
                 if now >= next_stop_poll:
                     next_stop_poll = now + STOP_POLL_SECONDS
+                    self._calls.submit(self._tell_drained, coordinator)
+                    if self._ends_unix is not None and time.time() >= self._ends_unix:
+                        self.request_stop("cluster.ends_at")
                     if keeper.stop_requested():
                         self.request_stop("raynium stop")
                     told_store = False
@@ -288,6 +295,28 @@ class Driver:
             if incident["key"] not in self._notified:
                 self._notified.add(incident["key"])
                 self._notifier.send(record.name, page_of(record), incident)
+
+    def _wait_for_agents(self, coordinator: Any, fitting: "_InThread") -> None:
+        """They still send metrics and give back memory. Ray Train may wait for a node for one that it is to replace."""
+        deadline = time.monotonic() + AGENTS_END_SECONDS
+        while fitting.is_alive() and time.monotonic() < deadline:
+            fitting.join(STATUS_SECONDS)
+            try:
+                status = self._status(coordinator)
+            except ClusterLost as error:
+                # The run has ended: nothing is lost with it.
+                self.display.line(str(error))
+                return
+            if status.waits_for_seats and status.all_are_home:
+                return
+
+    def _tell_drained(self, coordinator: Any) -> None:
+        """Of nodes that somebody has drained, each once."""
+        for node_id, until in draining_nodes().items():
+            if node_id not in self._drained:
+                self._drained.add(node_id)
+                when = f" until {datetime.fromtimestamp(until, UTC):%Y-%m-%d %H:%M:%S} UTC" if until else ""
+                coordinator.tell.remote(NodeLeaves(node_id, f"Ray drains it{when}"))
 
     def _outlives_controller(self, coordinator: Any, error: BaseException | None, status: Status) -> bool:
         """Whether Ray Train's controller died, and another one may try.
@@ -326,6 +355,12 @@ class Driver:
         if not bad or self._moving:
             return
         hosts = ", ".join(bad.values())
+        if status.has_spares:
+            self.display.line(f"the run goes on without {hosts}: a spare takes over")
+            return
+        if status.waits_for_seats:
+            self.display.line(f"the run stays on {hosts}: it waits for another node already")
+            return
         taken = [*self._excluded, *(agent.node_id for agent in status.agents)]
         if len(free_nodes(node_resources(self.config), besides=taken)) < len(bad):
             self.display.line(f"the run stays on {hosts}: no other node that it could take is free")
@@ -454,34 +489,3 @@ class _InThread(threading.Thread):
         except Exception as error:
             # The driver shows it, with the coordinator's own cause where it has one.
             self.error = error
-
-
-@contextlib.contextmanager
-def stop_on_signals(driver: Driver) -> Iterator[None]:
-    """First Ctrl-C, SIGTERM, `ray job stop` or closed terminal: save and end.
-
-    The second Ctrl-C ends at once, and so does a SIGTERM that comes SECOND_SIGNAL_SECONDS after the first signal.
-    """
-
-    def first(signal_number: int, frame: Any) -> None:
-        driver.request_stop(signal.Signals(signal_number).name)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        began = time.monotonic()
-
-        def second(signal_number: int, frame: Any) -> None:
-            if time.monotonic() - began >= SECOND_SIGNAL_SECONDS:
-                raise SystemExit(128 + signal_number)
-
-        signal.signal(signal.SIGTERM, second)
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)
-
-    numbers = [signal.SIGTERM, signal.SIGINT]
-    # With `nohup` the run is to outlive its terminal.
-    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
-        numbers.append(signal.SIGHUP)
-    before = {number: signal.signal(number, first) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -68,6 +68,11 @@ def label_selector(excluded: Sequence[str]) -> dict[str, str]:
     return {NODE_ID_LABEL: f"!in({','.join(sorted(excluded))})"} if excluded else {}
 
 
+def draining_nodes() -> dict[str, float | None]:
+    """Id → until when (Unix time), if that was said, of the nodes that somebody has drained (`ray drain-node`)."""
+    return {node_id: deadline / 1000 or None for node_id, deadline in state.get_draining_nodes().items()}
+
+
 def name_job(run_name: str) -> None:
     """Says whose this driver's resources are, to others that wait for them."""
     _internal_kv_put(ray.get_runtime_context().get_job_id(), run_name, namespace=JOB_NAMES)

@@ -88,10 +88,11 @@ def run(
 
 def _run_prepared(prepared: Prepared, display: Display) -> RunRecord:
     """Drives the run to its end on the connected cluster, and writes the end down."""
-    from raynium.launch.driver import Driver, stop_on_signals
+    from raynium.launch.driver import Driver
+    from raynium.launch.stop_signals import stop_on_signals
 
     driver = Driver(prepared, display)
-    with stop_on_signals(driver):
+    with stop_on_signals(driver.request_stop):
         status = driver.run()
     assert status.ended in ("finished", "stopped")
     finished = status.ended == "finished"

@@ -56,15 +56,17 @@ def run_agent(settings: dict[str, Any]) -> None:
     fence = Fence(Store(settings["run_url"]), settings["claim_number"])
     context = ray.train.get_context()
     scratch = settings["scratch"]
-    log_to_file(settings["run_url"], context.get_node_rank())
+    # Of an agent that replaces another, Ray Train counts the node anew.
+    seat = context.get_world_rank()
+    log_to_file(settings["run_url"], seat)
     coordinator = RayCoordinator(settings["coordinator"])
     agent = NodeAgent(
         config=config,
         run_url=settings["run_url"],
         node=Node(
             attempt=os.environ[ATTEMPT_VARIABLE],
-            node_rank=context.get_node_rank(),
-            nodes=context.get_world_size(),
+            seat=seat,
+            nodes=config.cluster.nodes,
             host=ray.util.get_node_ip_address(),
             node_id=ray.get_runtime_context().get_node_id(),
         ),
@@ -86,7 +88,7 @@ def run_agent(settings: dict[str, Any]) -> None:
     except Exception as error:
         # Ray Train starts the agents again, and shows the cause to nobody.
         words = " ".join(str(error).split())
-        coordinator.tell(Said(f"node {context.get_node_rank()}: the agent failed: {type(error).__name__}: {words}"))
+        coordinator.tell(Said(f"node {seat}: the agent failed: {type(error).__name__}: {words}"))
         raise
     finally:
         # Ray ends this process as it likes, without what Python does at its end.

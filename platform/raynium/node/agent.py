@@ -6,6 +6,7 @@ no ray: `launch/worker.py` runs it inside a Ray Train worker and hands it the co
 
 import logging
 import os
+import secrets
 import socket
 import time
 from collections.abc import Callable, Sequence
@@ -20,6 +21,7 @@ from raynium.checkpoint.format.manifest import ImageInfo
 from raynium.config.schema import Config
 from raynium.errors import DataError
 from raynium.health.neuron_monitor import DeviceMonitor, DeviceSample, has_devices
+from raynium.health.notices import Notice, NoticeWatch, ask_for_notices
 from raynium.node.compile_cache import node_cache
 from raynium.node.diagnosis import KERNEL_LOG, Diagnosis, KernelLog, seconds_for_others
 from raynium.node.images import Snapshot
@@ -42,10 +44,12 @@ from raynium.run.protocol import (
     DevicesSeen,
     GoHome,
     NodeEnded,
+    NodeLeaves,
     Order,
     Said,
     StacksTaken,
     Verdict,
+    WentHome,
 )
 from raynium.storage.own_folder import drop_folder, own_folder, shared_memory_folder
 from raynium.storage.process import is_halted
@@ -68,11 +72,12 @@ TRACKER_CLOSE_SECONDS = 30.0
 class Node:
     """Where this agent runs.
 
-    attempt: one life of Ray Train's group of `nodes` agents. host: the other nodes reach it there. node_id: Ray's.
+    attempt: one life of Ray Train's group of agents, of which `nodes` run a generation. seat: this one's place in it.
+    host: the other nodes reach it there. node_id: Ray's.
     """
 
     attempt: str
-    node_rank: int
+    seat: int
     nodes: int
     host: str
     node_id: str = ""
@@ -93,11 +98,12 @@ class NodeAgent:
         data_places: Callable[[], list[str]],
         kernel_log: Path = KERNEL_LOG,
         neuron_monitor: str | None = None,
+        ask_for_notices: Callable[[], list[Notice] | None] = ask_for_notices,
     ):
-        """open_tracker is called on rank 0's node only; data_places makes the stores ready and returns their places.
+        """open_tracker is called once this node is to run rank 0; data_places makes the stores ready.
 
         kernel_log: a file like Linux's /dev/kmsg. neuron_monitor: the program that is asked about Neuron devices; None:
-        AWS's, if this job trains on them.
+        AWS's, if this job trains on them. ask_for_notices: see `health/notices.py`.
         """
         self.config = config
         self.run_url = run_url
@@ -106,24 +112,30 @@ class NodeAgent:
         self.coordinator = coordinator
         self._open_tracker = open_tracker
         self._data_places = data_places
-        self._name = f"node {node.node_rank} ({node.host})"
-        per_node = config.cluster.ranks_per_node
-        ranks = range(node.node_rank * per_node, (node.node_rank + 1) * per_node)
+        self._name = f"node {node.seat} ({node.host})"
+        self._agent_id = secrets.token_hex(4)
         uploader = Uploader(run_url, silence_seconds=config.fault.upload_silence_seconds)
-        self._saving = Saving(ranks, coordinator, uploader, num_images=image_slots(config.fault))
-        self._cache = node_cache(accelerator, run_url, node_rank=node.node_rank, inherited=os.environ)
+        per_node, num_images = config.cluster.ranks_per_node, image_slots(config.fault)
+        self._saving = Saving(coordinator, uploader, ranks_per_node=per_node, num_images=num_images)
+        self._cache = node_cache(accelerator, run_url, is_first=node.seat == 0, inherited=os.environ)
         self._kernel_log = KernelLog(kernel_log)
         self._diagnosis = Diagnosis(self._kernel_log)
+        self._ask_for_notices = ask_for_notices
         self._neuron_monitor = neuron_monitor
         if neuron_monitor is None and accelerator.name.startswith("neuron") and has_devices():
             self._neuron_monitor = "neuron-monitor"
         self._last_generation = 0
+        # In the newest generation; None: this agent has run none.
+        self._node_rank: int | None = None
         self._group: RankGroup | None = None
         # Whether the run is another driver's by now.
         self._fenced = False
         # On a device they could hold neither cores nor device memory, which is what a start there waits for.
         self._makes_spares = accelerator.device_type == "cpu" and config.engine.kind == "native"
         self._spares: Spares | None = None
+        # Once this node has run rank 0.
+        self._tracker: Tracker | None = None
+        self._commits: CommitLog | None = None
 
     def run(self) -> None:
         """Returns when the run has ended, however it ended; the coordinator knows how."""
@@ -143,12 +155,11 @@ class NodeAgent:
                 # It would be the same on every node and at every try.
                 self.coordinator.tell(CannotGoOn(f"{self._name}: {error}")).result()
                 return
-            tracker = self._open_tracker() if self.node.node_rank == 0 else None
             try:
-                self._run_generations(data_places, image_folder, tracker)
+                self._run_generations(data_places, image_folder)
             finally:
-                if tracker is not None:
-                    left = tracker.close(timeout_seconds=TRACKER_CLOSE_SECONDS)
+                if self._tracker is not None:
+                    left = self._tracker.close(timeout_seconds=TRACKER_CLOSE_SECONDS)
                     if left.points_pending or left.artifacts_pending:
                         self.coordinator.tell(Said(str(left))).result()
         finally:
@@ -157,6 +168,7 @@ class NodeAgent:
             self._saving.close()
             self._kernel_log.close()
             drop_folder(image_folder)
+        self.coordinator.tell(WentHome(self._agent_id)).result()
 
     def rank_pids(self) -> list[int]:
         """Pids of the ranks that run now, in the order of their local ranks: for py-spy, gdb and tests."""
@@ -176,17 +188,18 @@ class NodeAgent:
 
     # ---- generations -------------------------------------------------------------------------------------------------
 
-    def _run_generations(self, data_places: list[str], image_folder: Path, tracker: Tracker | None) -> None:
+    def _run_generations(self, data_places: list[str], image_folder: Path) -> None:
         reports = Reports(
             self.config,
             self.coordinator,
-            tracker,
             peak_flops_per_rank=lambda: self.accelerator.peak_flops(self.config.engine.dtype),
             halted=self._is_halted,
             device_seconds=EXECUTION_TIMEOUT_SECONDS if self.accelerator.name.startswith("neuron") else 0.0,
         )
-        commits = CommitLog(self.coordinator, tracker) if tracker is not None else None
         devices = self._watch_devices(reports)
+        notices = NoticeWatch(
+            self._ask_for_notices, lambda notice: self.coordinator.tell(NodeLeaves(self.node.node_id, str(notice)))
+        )
         try:
             if self._cache.sync is not None:
                 self._cache.sync.wait_filled()
@@ -198,27 +211,33 @@ class NodeAgent:
                     if isinstance(order, GoHome):
                         break
                     reports.recovery.begins(FORK, time.monotonic())
-                    reports.begin_generation(order, order.world.ranks_of(self.node.node_rank))
+                    self._node_rank = order.node_rank(agent)
+                    if self._node_rank == 0 and self._tracker is None:
+                        self._tracker = self._open_tracker()
+                        self._commits = CommitLog(self.coordinator, self._tracker)
+                    reports.begin_generation(order, self._ranks(order), self._tracker)
                     group = self._fork(order, rendezvous, data_places=data_places, image_folder=image_folder)
                 self._run_generation(group, agent, order, reports)
-            if tracker is not None:
-                tracker.append(order.ledger.metrics(), step=order.ledger.step, unix_ms=int(time.time() * 1000))
+            if self._tracker is not None:
+                self._tracker.append(order.ledger.metrics(), step=order.ledger.step, unix_ms=int(time.time() * 1000))
         finally:
+            notices.close()
             self._drop_spares()
             if devices is not None:
                 devices.close()
-            if commits is not None:
+            if self._commits is not None:
                 self._saving.wait()
-                commits.close()
+                self._commits.close()
 
     def _info(self, rendezvous: socket.socket) -> AgentInfo:
         return AgentInfo(
             attempt=self.node.attempt,
-            node_rank=self.node.node_rank,
+            seat=self.node.seat,
             nodes=self.node.nodes,
             host=self.node.host,
             free_port=rendezvous.getsockname()[1],
             pid=os.getpid(),
+            agent_id=self._agent_id,
             images=self._saving.images.held(),
             uploading=self._saving.images.uploading(),
             machine=look().product_name or "",
@@ -226,10 +245,15 @@ class NodeAgent:
             last_generation=self._last_generation,
         )
 
+    def _ranks(self, order: Order) -> range:
+        """That this node runs."""
+        assert self._node_rank is not None, "the order was for this node"
+        return order.world.ranks_of(self._node_rank)
+
     def _environments(self, order: Order) -> dict[int, dict[str, str]]:
         """Rank → its whole environment: the standard variables, and what the accelerator's libraries read."""
         environments = {}
-        for local_rank, rank in enumerate(order.world.ranks_of(self.node.node_rank)):
+        for local_rank, rank in enumerate(self._ranks(order)):
             place = Place(
                 rank=rank,
                 world_size=order.world.size,
@@ -250,7 +274,7 @@ class NodeAgent:
         self, order: Order, rendezvous: socket.socket, *, data_places: list[str], image_folder: Path
     ) -> RankGroup:
         self._last_generation = order.generation
-        self._saving.begin_generation(order.resume_images)
+        self._saving.begin_generation(self._ranks(order), order.resume_images, image_folder)
         images = self._saving.images.find(order.resume_images) if order.resume_images is not None else {}
         plan = RankPlan(
             config=self.config,
@@ -353,7 +377,8 @@ class NodeAgent:
         looks = look_at(group, lambda messages, lines: self._handle(order, reports, messages, lines))
         for rank, each in sorted(looks.items()):
             logger.warning("the run hangs, and rank %d is here: %s", rank, each.stacks)
-        told = self.coordinator.tell(StacksTaken(order.generation, self.node.node_rank, looks))
+        assert self._node_rank is not None
+        told = self.coordinator.tell(StacksTaken(order.generation, self._node_rank, looks))
         try:
             reports.keep_artifacts(told.result(2 * LOOKS_SECONDS).artifacts)
         except TimeoutError:
@@ -394,8 +419,11 @@ class NodeAgent:
             return None
 
         def publish(sample: DeviceSample) -> None:
-            answer = self.coordinator.tell(DevicesSeen(self.node.node_rank, sample))
-            if self.node.node_rank == 0:
+            if self._node_rank is None:
+                # A spare's devices do nothing.
+                return
+            answer = self.coordinator.tell(DevicesSeen(self._node_rank, sample))
+            if self._node_rank == 0:
                 answer.add_done_callback(reports.keep_news)
 
         return DeviceMonitor(run_name=self.config.run.name, publish=publish, command=self._neuron_monitor)

@@ -66,7 +66,7 @@ class CacheSync:
         folder: Path,
         *,
         suffix: str,
-        node_rank: int,
+        is_first: bool,
         max_bytes: int = MAX_BYTES,
         options: Mapping[str, Any] | None = None,
     ):
@@ -74,7 +74,7 @@ class CacheSync:
         self.url = url
         self.folder = folder
         self._suffix = suffix
-        self._settle_seconds = SETTLE_SECONDS if node_rank == 0 else SETTLE_OTHERS_SECONDS
+        self._settle_seconds = SETTLE_SECONDS if is_first else SETTLE_OTHERS_SECONDS
         self._max_bytes = max_bytes
         self._options = options
         self._filled = threading.Event()
@@ -317,7 +317,7 @@ class NodeCache:
         return exits
 
 
-def node_cache(accelerator: Accelerator, run_url: str, *, node_rank: int, inherited: Mapping[str, str]) -> NodeCache:
+def node_cache(accelerator: Accelerator, run_url: str, *, is_first: bool, inherited: Mapping[str, str]) -> NodeCache:
     """The cache of this node's ranks. Opens nothing. inherited: the agent's environment; a cache set there stays."""
     cache = accelerator.compile_cache(inherited)
     if cache is None:
@@ -330,7 +330,7 @@ def node_cache(accelerator: Accelerator, run_url: str, *, node_rank: int, inheri
         # libneuronxla reads and writes s3:// itself, or a folder that all nodes see.
         return NodeCache({cache.variable: url.removeprefix("file://")}, None, (url,))
     folder = cache_home() / FOLDER / cache.key
-    sync = CacheSync(url, folder, suffix=cache.suffix, node_rank=node_rank)
+    sync = CacheSync(url, folder, suffix=cache.suffix, is_first=is_first)
     return NodeCache({cache.variable: str(folder)}, sync, (str(folder), url))
 
 

@@ -5,6 +5,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from raynium.checkpoint.format.manifest import ImageInfo, ShardEntry
 from raynium.config.world import World
@@ -62,22 +63,37 @@ class NodeImages:
     An image may be written once it is uploaded and its rank has a newer one: so a rank always has one to start from.
     """
 
-    def __init__(self, ranks: Iterable[int], num_images: int = IMAGE_SLOTS):
-        self._slots = {rank: [_Slot() for _ in range(num_images)] for rank in ranks}
+    def __init__(self, num_images: int = IMAGE_SLOTS):
+        self._num_images = num_images
+        self._slots: dict[int, list[_Slot]] = {}
         self._newest: dict[int, _Slot] = {}
         self._lock = threading.Lock()
 
-    def start_generation(self, keep: HeldImages | None) -> None:
-        """No rank runs. All but `keep`, which the next ranks start from, is of no use any more."""
+    def start_generation(self, ranks: Iterable[int], keep: HeldImages | None) -> list[int]:
+        """No rank runs. All but `keep`, which the next ones start from, is of no use any more.
+
+        ranks: that this node runs from now on. Returns others that it ran, whose images have no use.
+        """
+        ranks = set(ranks)
         with self._lock:
             self._newest.clear()
+            gone = [
+                rank
+                for rank, slots in self._slots.items()
+                if rank not in ranks and not any(slot.uploading for slot in slots)
+            ]
+            for rank in gone:
+                del self._slots[rank]
+            for rank in ranks:
+                self._slots.setdefault(rank, [_Slot() for _ in range(self._num_images)])
             for rank, slots in self._slots.items():
                 for slot in slots:
                     slot.offered = False
-                    if keep is not None and _holds(slot, keep):
+                    if keep is not None and rank in ranks and _holds(slot, keep):
                         self._newest[rank] = slot
                     else:
                         slot.snapshot = None
+            return gone
 
     def complete(self, rank: int, slot: int, snapshot: Snapshot, *, upload: bool) -> None:
         """The rank has written this image; upload: which begins now."""
@@ -147,6 +163,11 @@ class NodeImages:
                 for slot in slots
                 if slot.snapshot is not None and _holds(slot, wanted)
             }
+
+
+def image_files(folder: Path, rank: int) -> list[Path]:
+    """That a rank has written in there; see `rank/snapshots.py`."""
+    return list(folder.glob(f"rank-{rank:05d}.*"))
 
 
 def _step(slot: _Slot) -> int:

@@ -11,9 +11,9 @@ FILE_BYTES = 64 * 2**20
 OLDER_FILES = 4
 
 
-def log_to_file(run_url: str, node_rank: int) -> None:
+def log_to_file(run_url: str, seat: int) -> None:
     """This process's log goes to the run's folder on this node, from here on."""
-    path = log_folder(run_url) / f"node-{node_rank:05d}.log"
+    path = log_folder(run_url) / f"node-{seat:05d}.log"
     path.parent.mkdir(parents=True, exist_ok=True)
     handler = RotatingFileHandler(
         path, maxBytes=FILE_BYTES, backupCount=OLDER_FILES, encoding="utf-8", errors="replace"

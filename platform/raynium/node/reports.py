@@ -41,13 +41,12 @@ POSITIONS_IN_A_LIMIT = 20
 
 
 class Reports:
-    """Of one node, over the life of its agent. Only node 0, which has rank 0, has a tracker."""
+    """Of one node, over the life of its agent. Only one that has, or had, rank 0 has a tracker."""
 
     def __init__(
         self,
         config: Config,
         coordinator: Coordinator,
-        tracker: Tracker | None,
         *,
         peak_flops_per_rank: Callable[[], float | None],
         halted: Callable[[int], bool],
@@ -63,7 +62,7 @@ class Reports:
         self._device_seconds = device_seconds
         self._total_steps = config.train.num_steps
         self._coordinator = coordinator
-        self._tracker = tracker
+        self._tracker: Tracker | None = None
         self._peak_flops_per_rank = peak_flops_per_rank
         self._halted = halted
         self.recovery = RecoveryClock()
@@ -84,8 +83,9 @@ class Reports:
         self._device_metrics: dict[str, float] = {}
         self._goodput_metrics: dict[str, float] = {}
 
-    def begin_generation(self, order: Order, ranks: range) -> None:
+    def begin_generation(self, order: Order, ranks: range, tracker: Tracker | None) -> None:
         now = time.monotonic()
+        self._tracker = tracker if 0 in ranks else None
         self._order = order
         trained_step = max(self._trained_step, order.ledger.step)
         self._book = GenerationBook(trained_step=trained_step, now=now, begins=order.begins)

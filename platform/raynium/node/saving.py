@@ -4,10 +4,11 @@ import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from pathlib import Path
 
 from raynium.checkpoint.format.manifest import ShardEntry
 from raynium.errors import StoreError
-from raynium.node.images import FailedUpload, NodeImages, SavedShard, Snapshot
+from raynium.node.images import FailedUpload, NodeImages, SavedShard, Snapshot, image_files
 from raynium.node.ranks import RankGroup
 from raynium.node.uploader import Uploader
 from raynium.run.last_save import pause_before_next_try
@@ -18,21 +19,26 @@ from raynium.train.link import IMAGE_SLOTS, ImageFree
 class Saving:
     """Of one node's ranks, over the life of its agent, whose thread calls it."""
 
-    def __init__(self, ranks: range, coordinator: Coordinator, uploader: Uploader, *, num_images: int = IMAGE_SLOTS):
-        self.images = NodeImages(ranks, num_images)
+    def __init__(
+        self, coordinator: Coordinator, uploader: Uploader, *, ranks_per_node: int, num_images: int = IMAGE_SLOTS
+    ):
+        self.images = NodeImages(num_images)
         self._coordinator = coordinator
         self._uploader = uploader
         # The ranks of now, to whom images are offered, from any thread.
         self._group: RankGroup | None = None
         self._group_lock = threading.Lock()
         # Threads that wait for the uploader: one for each image that can be on its way.
-        self._threads = ThreadPoolExecutor(num_images * len(ranks), thread_name_prefix="upload")
+        self._threads = ThreadPoolExecutor(num_images * ranks_per_node, thread_name_prefix="upload")
         # Each is done when the coordinator knows how that upload ended.
         self._running: list[Future[None]] = []
 
-    def begin_generation(self, keep: HeldImages | None) -> None:
-        """No rank runs. keep: what the next ones start from."""
-        self.images.start_generation(keep)
+    def begin_generation(self, ranks: Sequence[int], keep: HeldImages | None, folder: Path) -> None:
+        """No rank runs. ranks: of this node from now on. keep: what they start from. folder: with all images."""
+        for rank in self.images.start_generation(ranks, keep):
+            # Another node has that rank now.
+            for path in image_files(folder, rank):
+                path.unlink()
         # A coordinator that was started again knows of no shard, and who starts from the last step saves it no more.
         self._running += [self._threads.submit(self._tell_saved, saved) for saved in self.images.saved()]
 
@@ -123,6 +129,6 @@ class Saving:
 def _still_in_memory(agent: AgentInfo, failed: Sequence[FailedUpload], pause: float) -> str:
     step = max(each.snapshot.info.step for each in failed)
     return (
-        f"node {agent.node_rank}: {len(failed)} shard(s) of step {step} are still in memory only, and are uploaded "
+        f"node {agent.seat}: {len(failed)} shard(s) of step {step} are still in memory only, and are uploaded "
         f"again in {pause:.0f} s: {failed[0].failure}"
     )

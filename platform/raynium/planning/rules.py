@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from raynium.config.judged import STORE_NAME
 from raynium.config.schema import Config
 from raynium.config.section import Section
+from raynium.config.world import World
 from raynium.hardware.catalog import INSTANCES, Instance
 from raynium.models.adapter import ALL_LINEAR, TARGETS, unknown_targets
 from raynium.models.plan import divided_sizes
@@ -370,14 +371,44 @@ def tensor_groups(config: Config, instance: Instance) -> Iterator[str]:
 
 
 def memory_fit(config: Config, instance: Instance) -> Iterator[str]:
-    if (data_parallel := _data_parallel(config)) is None:
-        return
-    estimate = estimate_memory(config, data_parallel=data_parallel)
+    """Also on the fewest nodes that the run may come down to."""
     usable = instance.memory_gib_per_core * USABLE_FRACTION * GIB
-    if estimate.total > usable:
+    for nodes in (config.cluster.nodes, *fewer_nodes(config)[:1]):
+        if (data_parallel := _data_parallel(config, nodes=nodes)) is None:
+            return
+        estimate = estimate_memory(config, data_parallel=data_parallel)
+        if estimate.total <= usable:
+            continue
+        fewer = f" on {nodes} node(s) (cluster.min_nodes)" if nodes < config.cluster.nodes else ""
         yield (
-            f"memory: by estimate this needs {estimate.in_words()}, and {instance.name} has {usable / GIB:.2f} GiB "
-            f"usable of {instance.memory_gib_per_core:g} GiB a {instance.name_of_core}; {_memory_remedies(config)}"
+            f"memory: by estimate this needs{fewer} {estimate.in_words()}, and {instance.name} has "
+            f"{usable / GIB:.2f} GiB usable of {instance.memory_gib_per_core:g} GiB a {instance.name_of_core}; "
+            f"{'raise cluster.min_nodes; or ' if fewer else ''}{_memory_remedies(config)}"
+        )
+        return
+
+
+def fewer_nodes(config: Config) -> list[int]:
+    """The numbers of nodes that a run may come down to, the fewest first; none without cluster.min_nodes."""
+    least, nodes = config.cluster.min_nodes, config.cluster.nodes
+    return [] if least is None else [number for number in range(least, nodes) if World.fits(config, nodes=number)]
+
+
+def min_nodes(config: Config) -> Iterator[str]:
+    least, nodes = config.cluster.min_nodes, config.cluster.nodes
+    if least is None or least == nodes:
+        return
+    if least > nodes:
+        yield (
+            f"cluster.min_nodes is {least} and cluster.nodes {nodes}: a run comes down from nodes to min_nodes; set "
+            f"{nodes} or less, or null"
+        )
+    elif World.fits(config, nodes=nodes) and not fewer_nodes(config):
+        yield (
+            f"cluster.min_nodes is {least}, but no number of nodes from {least} to {nodes - 1} shares "
+            f"train.global_batch_size {config.train.global_batch_size} evenly (micro_batch_size "
+            f"{config.train.micro_batch_size}, {config.cluster.ranks_per_node} rank(s) a node): set a "
+            "global_batch_size that one of them divides, a lower min_nodes, or null"
         )
 
 
@@ -456,7 +487,7 @@ RULES = (
         tensor_parallel,
         pipeline_parallel,
     ),
-    *(batch_size, schedule, engine, adapter, audits),
+    *(batch_size, min_nodes, schedule, engine, adapter, audits),
 )
 HARDWARE_RULES = (accelerator_of_instance, core_count, tensor_groups, memory_fit)
 
@@ -465,12 +496,14 @@ def _world_size(config: Config) -> int:
     return config.cluster.nodes * config.cluster.ranks_per_node
 
 
-def _data_parallel(config: Config) -> int | None:
-    """Ranks that see different samples; None where another rule says that they are no whole number."""
-    tensor, pipeline = config.parallel.tensor, config.parallel.pipeline
-    if config.cluster.ranks_per_node % tensor or _world_size(config) % (tensor * pipeline):
-        return None
-    return _world_size(config) // (tensor * pipeline)
+def _data_parallel(config: Config, *, nodes: int | None = None) -> int | None:
+    """Ranks that see different samples; None where another rule says that they are no whole number.
+
+    nodes: another number of them than the config wants.
+    """
+    tensor, pipeline, per_node = config.parallel.tensor, config.parallel.pipeline, config.cluster.ranks_per_node
+    size = (config.cluster.nodes if nodes is None else nodes) * per_node
+    return None if per_node % tensor or size % (tensor * pipeline) else size // (tensor * pipeline)
 
 
 def _divisors(number: int) -> list[int]:

@@ -9,7 +9,7 @@ made again: agents whose ranks run say so, and their generation goes on. What mu
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from typing import Any
 
 from raynium.config.schema import Config
@@ -51,7 +51,12 @@ class RunCoordinator:
         self._tasks: set[asyncio.Task[None]] = set()
         self._board = Board(now=now)
         self._book = CoordinatorBook(life=self._board.life, now=now)
-        self._roster = Roster()
+        self._roster = Roster(
+            fits=lambda nodes: World.fits(self._config, nodes=nodes),
+            least_nodes=self._config.cluster.min_nodes,
+            replace_seconds=self._config.fault.replace_seconds,
+        )
+        self._orders = False
         self._recovery = Recovery(store, if_damaged=self._config.checkpoint.if_damaged, tell=self._board.tell)
         self._fence = Fence(store, claim_number)
         self._saves = Saves(self._config, store, self._fence, life=self._board.life, tell=self._board.tell)
@@ -66,15 +71,20 @@ class RunCoordinator:
 
     # ---- node agents -----------------------------------------------------------------------------------------------
 
-    async def attempt_begins(self, attempt: str) -> None:
-        """Ray Train has placed the node agents, which may yet die before they join."""
+    async def agents_placed(self, attempt: str, replaced: Sequence[int] = ()) -> None:
+        """By Ray Train; they may yet die before they join. replaced: none but those of these seats."""
         async with self._changing():
-            self._lives.agents_placed(attempt)
+            self._lives.agents_placed(attempt, replaced=replaced, now=time.monotonic())
+
+    async def agents_lost(self, attempt: str, seats: Sequence[int]) -> None:
+        """Ray Train has noticed that the agents of these seats have died."""
+        async with self._changing():
+            self._lives.agents_lost(attempt, seats, now=time.monotonic())
 
     async def join(self, agent: AgentInfo) -> Order | GoHome:
         await asyncio.sleep(max(0.0, self._lives.not_before - time.monotonic()))
         async with self._changing():
-            if self._roster.is_past(agent.attempt):
+            if self._roster.is_past(agent):
                 return GoHome(self._run_ledger())
             self._lives.greet(agent, now=time.monotonic())
             if (given := self._lives.order_for(agent)) is not None:
@@ -83,18 +93,19 @@ class RunCoordinator:
             self._lives.rejoined(agent, now=time.monotonic())
             self._roster.joins(agent)
             self._lives.joined(now=time.monotonic())
-            began, tries = time.monotonic(), 0
-            while self._roster.is_complete() and not self._lives.are_over_for(agent):
-                tries += 1
-                pause = await self._order_generation(pause_before_next_try(tries, time.monotonic() - began))
-                # A stop, or a new attempt, ends the pause early.
-                await self._wait(lambda: self._lives.are_over_for(agent), pause)
-            await self._wait(lambda: self._lives.order_for(agent) is not None or self._lives.are_over_for(agent))
-            order = self._lives.order_for(agent)
-            return GoHome(self._run_ledger()) if order is None or self._lives.are_over_for(agent) else order
+            self._lives.may_grow()
+            while True:
+                if self._lives.are_over_for(agent) or self._roster.is_past(agent):
+                    return GoHome(self._run_ledger())
+                if (order := self._lives.order_for(agent)) is not None:
+                    return order
+                if self._has_crew():
+                    await self._order_generations()
+                else:
+                    await self._wait_for_a_crew(agent)
 
     async def watch(self, agent: AgentInfo, order: Order, *, stop_known: bool) -> Verdict:
-        lives = self._lives
+        lives, node_rank = self._lives, order.node_rank(agent)
         async with self._changing():
             current = lives.of(agent, order, now=time.monotonic())
             if not self._saves.caught_up:
@@ -103,13 +114,13 @@ class RunCoordinator:
                 lambda: (
                     current.state == "over"
                     or lives.ended is not None
-                    or (lives.stop_requested and not stop_known)
-                    or current.wants_look(agent.node_rank)
+                    or ((lives.stop_requested or current.yields is not None) and not stop_known)
+                    or current.wants_look(node_rank)
                 )
             )
             if current.state == "over" or lives.ended is not None:
                 return Verdict("over", current.cause)
-            return Verdict("look" if current.wants_look(agent.node_rank) else "stop")
+            return Verdict("look" if current.wants_look(node_rank) else "stop")
 
     async def exited(self, agent: AgentInfo, order: Order, ended: protocol.NodeEnded) -> None:
         """One rank that should not have ended takes the generation down."""
@@ -119,7 +130,7 @@ class RunCoordinator:
             if ended.booked is not None:
                 self._book.account(order.generation_id, ended.booked, now)
             if ended.exits and current.state == "running":
-                current.exits[agent.node_rank] = ended.exits
+                current.exits[order.node_rank(agent)] = ended.exits
             if first is not None:
                 await self._wait(lambda: not self._lives.needs_more_words(current), protocol.PEER_WORD_SECONDS)
                 if current.state == "running":
@@ -128,7 +139,7 @@ class RunCoordinator:
             # Ranks that were killed because another node's died are no cause of their own, but may say what it was.
             for fault in (first.fault if first is not None else None, ended.fault):
                 if fault is not None:
-                    self._lives.node_fault(order.generation, agent.node_rank, fault)
+                    self._lives.node_fault(order.generation, order.node_rank(agent), fault)
         if finishes and ended.exits:
             outcome = ended.exits[0].outcome
             assert outcome is not None
@@ -182,6 +193,11 @@ class RunCoordinator:
                     self._lives.incidents.notes("checkpoint", where="", cause=cause, step=step)
             case protocol.DevicesSeen(node_rank, sample):
                 device_metrics = self._board.sample(node_rank, sample, now=now)
+            case protocol.NodeLeaves(node_id, why):
+                async with self._changing():
+                    self._lives.node_leaves(node_id, why)
+            case protocol.WentHome(agent_id):
+                self._roster.goes_home(agent_id)
             case protocol.CannotGoOn(cause):
                 async with self._changing():
                     self._lives.end("failed", cause)
@@ -236,6 +252,9 @@ class RunCoordinator:
             evaluation=self._board.evaluation if running else None,
             node_faults=self._lives.node_faults,
             ledger=self._book.ledger(now),
+            waits_for_seats=self._roster.waits_for_seats,
+            all_are_home=self._roster.all_are_home,
+            has_spares=self._roster.has_enough,
         )
 
     # ---- inside ----------------------------------------------------------------------------------------------------
@@ -261,13 +280,48 @@ class RunCoordinator:
     def _run_ledger(self) -> Ledger:
         return self._book.whole_run(time.monotonic())
 
-    async def _order_generation(self, next_try_seconds: float | None) -> float:
-        """All agents are here and no rank runs. Called with the lock held.
+    def _has_crew(self) -> bool:
+        """For a generation that nobody orders yet."""
+        return not self._orders and self._lives.running is None and bool(self._roster.crew(now=time.monotonic()))
+
+    async def _wait_for_a_crew(self, agent: AgentInfo) -> None:
+        """Or until there is an order for this agent, or none any more. Called with the lock held."""
+        limit = self._roster.seconds_to_wait(now=time.monotonic())
+
+        def is_over() -> bool:
+            if self._lives.order_for(agent) is not None or self._lives.are_over_for(agent) or self._has_crew():
+                return True
+            begins_to_wait = limit is None and self._roster.seconds_to_wait(now=time.monotonic()) is not None
+            return begins_to_wait or self._roster.is_past(agent)
+
+        await self._wait(is_over, limit)
+
+    async def _order_generations(self) -> None:
+        """Until a crew has its order, or there is none any more. Called with the lock held."""
+        self._orders = True
+        began, tries, attempt = time.monotonic(), 0, self._roster.attempt
+
+        def over() -> bool:
+            return self._lives.ended is not None or not self._roster.is_current(attempt)
+
+        try:
+            while not over() and (crew := self._roster.crew(now=time.monotonic())):
+                tries += 1
+                pause = await self._order_generation(crew, pause_before_next_try(tries, time.monotonic() - began))
+                if self._lives.running is not None:
+                    return
+                # A stop, or a new attempt, ends the pause early.
+                await self._wait(over, pause)
+        finally:
+            self._orders = False
+
+    async def _order_generation(self, agents: Sequence[AgentInfo], next_try_seconds: float | None) -> float:
+        """agents: by node rank, of whom no rank runs. Called with the lock held.
 
         Returns how long to wait before it is tried again, where the store does not answer: at most `next_try_seconds`,
         None of which means that this was the last try.
         """
-        agents, refusal = self._roster.ready(), "no checkpoint could be chosen to go on from"
+        refusal = "no checkpoint could be chosen to go on from"
         try:
             world = World.of(self._config, nodes=len(agents))
             await asyncio.to_thread(self._fence.check)

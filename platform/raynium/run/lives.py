@@ -2,7 +2,7 @@
 
 import secrets
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -41,6 +41,8 @@ class Generation:
     # Ordered by a coordinator that has died: this one does not know all that was told of it.
     found: bool = False
     exits: dict[int, Sequence[RankExit]] = field(default_factory=dict)
+    # Why its ranks are to save and end, and others to follow; None: they go on.
+    yields: str | None = None
     # It hangs: what the ranks of each node do, as they have told so far.
     hang: Hang | None = None
     looks: dict[int, Mapping[int, Look]] = field(default_factory=dict)
@@ -99,13 +101,15 @@ class Lives:
     # ---- how one begins --------------------------------------------------------------------------------------------
 
     def begin(self, agents: Sequence[AgentInfo], world: World, origin: Origin, *, now: float) -> None:
-        """All agents are there, by node rank, and no rank runs."""
+        """agents: of the crew, by node rank; no rank of theirs runs."""
         self.number = 1 + max(self.number, *(agent.last_generation for agent in agents))
         # The suffix keeps two drivers apart that count from the same number.
         generation_id = f"g{self.number:05d}-{secrets.token_hex(4)}"
         begins = self._book.ordered(generation_id, now)
+        seats = tuple(agent.seat for agent in agents)
         order = Order(
             world,
+            seats,
             self.number,
             generation_id,
             master_host=agents[0].host,
@@ -116,9 +120,9 @@ class Lives:
             left_out=origin.left_out,
             begins=begins,
         )
-        self._generations[self.number] = Generation(order, {agent.node_rank: agent for agent in agents})
+        self._generations[self.number] = Generation(order, dict(enumerate(agents)))
         self._watch_for_hangs(order)
-        self._roster.departs()
+        self._roster.departs(seats)
         self._roster.may_upload(order.generation_id)
         self.incidents.began_from(origin.step or 0)
         self._board.generation_begins(origin.step or 0, now=now)
@@ -129,14 +133,14 @@ class Lives:
         current = self._generations.get(order.generation)
         if current is None:
             current = Generation(order, {}, state="over", cause="it is not the run's newest any more")
-            newer = order.generation > self.number and not self._roster.is_past(agent.attempt)
+            newer = order.generation > self.number and not self._roster.is_past(agent)
             if newer and all(
                 each.attempt == agent.attempt and each.last_generation < order.generation
                 for each in self._roster.ready()
             ):
                 self.greet(agent, now=now)
                 # Those that wait for an order have not had this one.
-                self._roster.departs()
+                self._roster.departs(order.seats)
                 current.state, current.found = "running", True
                 self.number = order.generation
                 self._generations[self.number] = current
@@ -145,44 +149,74 @@ class Lives:
                 self._board.generation_begins(order.resume_step or 0, now=now)
                 self._board.tell(f"the run coordinator was started again and found generation {self.number}")
                 self._book.found_running(order.generation_id, now)
-        current.agents[agent.node_rank] = agent
-        self._roster.may_upload(*agent.uploading)
+        if not self._roster.is_past(agent):
+            current.agents[order.node_rank(agent)] = agent
+            self._roster.speaks(agent)
+            self._roster.may_upload(*agent.uploading)
         return current
 
     # ---- how one ends ----------------------------------------------------------------------------------------------
 
     def greet(self, agent: AgentInfo, *, now: float) -> None:
-        """Ray Train starts all agents anew when one is lost: those of the attempt before are gone."""
+        """Whoever was there before it is gone: of its seat, or where it is the first of another attempt, all."""
+        if agent.attempt == self._roster.attempt and self._roster.replaces(agent):
+            self.agents_lost(agent.attempt, [agent.seat], now=now)
         if self._roster.greets(agent):
             self._board.forget_devices()
             if (current := self.running) is not None:
-                cause = "a node agent was lost; Ray Train started the node agents again"
+                cause = "the node agents were lost; Ray Train started others"
                 self._failed(self.number, cause, what="agents")
                 # It was counted when Ray Train placed the new ones.
                 self.over(current, cause, now=now)
                 self._book.agents_lost()
 
-    def agents_placed(self, attempt: str) -> None:
-        """By Ray Train. They may yet die before they join."""
-        if self._roster.begins(attempt) and (too_many := self._verdicts.agent_lost()) is not None:
+    def agents_placed(self, attempt: str, *, replaced: Collection[int] = (), now: float) -> None:
+        """By Ray Train. They may yet die before they join. replaced: only those of these seats were."""
+        if replaced:
+            self.agents_lost(attempt, replaced, now=now)
+        if (self._roster.begins(attempt) or replaced) and (too_many := self._verdicts.agent_lost()) is not None:
             self.end("failed", too_many)
 
+    def agents_lost(self, attempt: str, seats: Collection[int], *, now: float) -> None:
+        """Their processes or their nodes have died. It is counted once Ray Train has placed others."""
+        if not self._roster.is_current(attempt):
+            return
+        lost, current = self._roster.loses(seats), self.running
+        if current is None or not (ranks := [current.order.seats.index(s) for s in lost if s in current.order.seats]):
+            return
+        hosts = ", ".join(current.agents[rank].host for rank in ranks if rank in current.agents)
+        cause = f"the node agent of {hosts or f'node {ranks[0]}'} was lost"
+        self._failed(self.number, cause, what="agents", node_rank=ranks[0])
+        self.over(current, cause, now=now)
+
     def order_for(self, agent: AgentInfo) -> Order | None:
-        """Of a generation that this agent has not run yet."""
+        """Of a generation that this agent is to run, and has not yet."""
         current = self.running
-        return current.order if current is not None and current.order.generation > agent.last_generation else None
+        if current is None or agent.seat not in current.order.seats:
+            return None
+        return current.order if current.order.generation > agent.last_generation else None
+
+    def may_grow(self) -> None:
+        """Another agent waits. If the ranks that run are fewer than wanted, they save, end, and all begin together."""
+        current = self.running
+        if current is not None and current.yields is None and self._roster.can_grow(current.order.world.nodes):
+            current.yields = "there are nodes for more ranks again"
+            self._board.tell(f"generation {self.number} saves and ends: {current.yields}")
 
     def rejoined(self, agent: AgentInfo, *, now: float) -> None:
         """The agent runs no ranks. A coordinator that has died may be the one that heard how they ended."""
         current = self.running
-        if current is not None and self.order_for(agent) is None and agent.node_rank not in current.exits:
-            cause = f"the ranks of node {agent.node_rank} ended while nobody could hear of it"
-            self._failed(self.number, cause, node_rank=agent.node_rank)
+        if current is None or agent.seat not in current.order.seats or self.order_for(agent) is not None:
+            return
+        node_rank = current.order.node_rank(agent)
+        if node_rank not in current.exits:
+            cause = f"the ranks of node {node_rank} ended while nobody could hear of it"
+            self._failed(self.number, cause, node_rank=node_rank)
             self.over(current, cause, now=now)
 
     def joined(self, *, now: float) -> None:
         """Agents are as far that a generation could be ordered, or wait for others."""
-        self._book.agents_missing(now, missing=not self._roster.is_complete())
+        self._book.agents_missing(now, missing=not self._roster.crew(now=now))
 
     def needs_more_words(self, current: Generation) -> bool:
         """Whether all that is known of its end is that ranks missed a peer, which is on another node."""
@@ -274,8 +308,22 @@ class Lives:
         fault = self._verdicts.of_node(agent.host, fault)
         found = NodeFault(generation, node_rank, agent.host, agent.node_id, fault)
         if self._verdicts.node_fault(found):
+            self._roster.bars(agent.seat)
             self._board.tell(f"  node {node_rank} ({found.host}) | {fault.evidence}")
             self._board.tell(str(found))
+
+    def node_leaves(self, node_id: str, why: str) -> None:
+        """The ranks save, end, and go on elsewhere; where there is no other node, on that one until it goes."""
+        current = self.running
+        agents = [] if current is None else [agent for agent in current.agents.values() if agent.node_id == node_id]
+        spares = [agent for agent in self._roster.ready() if agent.node_id == node_id]
+        for agent in (*agents, *spares):
+            if self._roster.bars(agent.seat):
+                self._board.tell(f"node {agent.seat} ({agent.host}) will leave: {why}")
+                self.incidents.notes("node", where=agent.host, cause=why, step=self._board.step)
+                if current is not None and agent in agents and current.yields is None:
+                    current.yields = f"{agent.host} will leave"
+                    self._board.tell(f"generation {self.number} saves and ends: {current.yields}")
 
     def over(self, current: Generation, cause: str, *, now: float) -> None:
         """The ranks are taken down; others follow unless a stop was asked for."""
@@ -314,7 +362,10 @@ class Lives:
             return
         if problem is None:
             self._board.step = outcome.step
-            self.end(outcome.reason, outcome.why)
+            if outcome.reason == "stopped" and current.yields is not None and not self.stop_requested:
+                self.over(current, current.yields, now=now)
+            else:
+                self.end(outcome.reason, outcome.why)
         else:
             self.end("failed", problem)
 

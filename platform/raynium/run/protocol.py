@@ -36,19 +36,22 @@ class HeldImages:
 class AgentInfo:
     """A node agent.
 
-    attempt: one life of the Ray Train worker group; every agent of it carries the same, and nodes, their number.
+    attempt: one life of the Ray Train worker group; every agent of it carries the same. seat: its place in there, which
+    one that replaces it takes. nodes: how many of the attempt's agents run a generation; the others are spares.
     host: the address that the other nodes reach this one at. free_port: for the rendezvous, used if this is node 0.
-    images: what its ranks could start from without the store. machine: its product name, on EC2 the instance type; ""
-    if it shows none. node_id: Ray's, new in each life of the node; "" without Ray. last_generation: that it ran, since
-    a coordinator that was started again counts on from there. uploading: generations for which it still uploads.
+    agent_id: of this one life of the agent. images: what its ranks could start from without the store. machine: its
+    product name, on EC2 the instance type; "" if it shows none. node_id: Ray's, new in each life of the node; ""
+    without Ray. last_generation: that it ran, since a coordinator that was started again counts on from there.
+    uploading: generations for which it still uploads.
     """
 
     attempt: str
-    node_rank: int
+    seat: int
     nodes: int
     host: str
     free_port: int
     pid: int
+    agent_id: str = ""
     images: tuple[HeldImages, ...] = ()
     machine: str = ""
     node_id: str = ""
@@ -75,12 +78,14 @@ class LeftOut:
 class Order:
     """Run one generation.
 
-    generation_id is in every key that the generation writes, so that an older one can never overwrite. resume_step:
-    None for the initial weights. resume_images: all ranks have these in their nodes' memory, and need not read the
-    store. ledger: of the whole run until now. begins: see `GenerationBook`.
+    seats: of the agents that do, by node rank. generation_id is in every key that the generation writes, so that an
+    older one can never overwrite. resume_step: None for the initial weights. resume_images: all ranks have these in
+    their nodes' memory, and need not read the store. ledger: of the whole run until now. begins: see
+    `GenerationBook`.
     """
 
     world: World
+    seats: tuple[int, ...]
     generation: int
     generation_id: str
     master_host: str
@@ -90,6 +95,10 @@ class Order:
     ledger: Ledger = field(default_factory=Ledger)
     left_out: LeftOut = LeftOut()
     begins: Cause = "load"
+
+    def node_rank(self, agent: AgentInfo) -> int:
+        """Of an agent that runs it."""
+        return self.seats.index(agent.seat)
 
 
 @dataclass(frozen=True)
@@ -282,6 +291,21 @@ class DevicesSeen:
 
 
 @dataclass(frozen=True)
+class NodeLeaves:
+    """Somebody who must know has said that this node will be taken away. node_id: as in AgentInfo."""
+
+    node_id: str
+    why: str
+
+
+@dataclass(frozen=True)
+class WentHome:
+    """An agent that was told to go home has done all that it had to."""
+
+    agent_id: str
+
+
+@dataclass(frozen=True)
 class CannotGoOn:
     """An agent cannot do its part, and no other try could."""
 
@@ -298,6 +322,8 @@ AgentEvent = (
     | ShardSaved
     | ShardFailed
     | DevicesSeen
+    | NodeLeaves
+    | WentHome
     | CannotGoOn
 )
 
@@ -403,7 +429,9 @@ class Status:
     running: ranks have been ordered and have not ended. metrics: the last value of every one. agents: of the current
     generation, by node rank. cause: of a failure. evaluation: batches done and in all, while one goes on. node_faults:
     all of this coordinator's life, oldest first.
-    incidents: the same. ledger: what this life of the coordinator has booked.
+    incidents: the same. ledger: what this life of the coordinator has booked. waits_for_seats: Ray Train is to replace
+    an agent, and has not yet. all_are_home: no agent that lives has anything left to do. has_spares: for the nodes that
+    verdicts named there are others.
     """
 
     generation: int
@@ -421,3 +449,6 @@ class Status:
     node_faults: Sequence[NodeFault] = ()
     incidents: Sequence[Incident] = ()
     ledger: LifeLedger = field(default_factory=LifeLedger)
+    waits_for_seats: bool = False
+    all_are_home: bool = False
+    has_spares: bool = False

@@ -191,13 +191,13 @@ def newest_images(
 ) -> HeldImages | None:
     """The newest snapshot that every rank of a world like this one has in its node's memory. Pure.
 
-    before: of an earlier step than this; None: of any.
+    agents: by node rank. before: of an earlier step than this; None: of any.
     """
     found: dict[tuple[str, int], set[int]] = defaultdict(set)
-    for agent in agents:
+    for node_rank, agent in enumerate(agents):
         for held in agent.images:
             if held.world == world and (before is None or held.step < before):
-                found[held.generation_id, held.step].update(held.ranks)
+                found[held.generation_id, held.step].update(set(held.ranks) & set(world.ranks_of(node_rank)))
     whole = [key for key, ranks in found.items() if len(ranks) == world.size and key not in distrusted]
     if not whole:
         return None

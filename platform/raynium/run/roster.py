@@ -1,19 +1,43 @@
-"""Which node agents a run has: one attempt's at a time, and of these, which are ready to run ranks. Pure."""
+"""Which node agents a run has: one attempt's at a time, and of these, which run the next generation. Pure.
+
+Each agent has a seat in Ray Train's worker group. A run may have more seats than its ranks take: the rest are spares.
+Who runs a generation is its crew, by node rank: whoever stays keeps its node rank, and with it the snapshots in its
+memory; a spare, or who replaces a lost one, takes the place of the lost one.
+"""
+
+from collections.abc import Callable, Collection
 
 from raynium.run.protocol import AgentInfo
 
 
 class Roster:
-    """An attempt is one life of Ray Train's worker group; its agents say how many nodes it has."""
+    """An attempt is one life of Ray Train's worker group; its agents say how many nodes a generation takes."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, fits: Callable[[int], bool], least_nodes: int | None, replace_seconds: float):
+        """fits: whether so many nodes can share the model and the batch. least_nodes: with so many the run goes on,
+        once a lost one was not replaced for replace_seconds; None: it waits.
+        """
+        self._fits, self._least_nodes, self._replace_seconds = fits, least_nodes, replace_seconds
         self.attempt = ""
         # Ids of the generations for which agents of this attempt may still upload.
         self.uploading: list[str] = []
         self._begun: set[str] = set()
         self._past: set[str] = set()
         self._left = ""
+        # Seat → the agent that waits for an order there, and → the id of the one that spoke last there.
         self._ready: dict[int, AgentInfo] = {}
+        self._holders: dict[int, str] = {}
+        # Of the newest generation, by node rank.
+        self._crew: tuple[int, ...] = ()
+        self._lost: set[int] = set()
+        # Seats whose nodes a verdict named, or that will leave.
+        self._barred: set[int] = set()
+        self._lost_agents: set[str] = set()
+        self._home: set[str] = set()
+        # Since when too few agents are there, all that are left being ready.
+        self._short_since: float | None = None
+
+    # ---- attempts ----------------------------------------------------------------------------------------------------
 
     def begins(self, attempt: str) -> bool:
         """Ray Train has placed this attempt's agents, which may yet die before they join. True: it replaces a lost one.
@@ -32,36 +56,14 @@ class Roster:
         self.attempt = agent.attempt
         # Of a coordinator that was started again after it was placed.
         self._begun.add(self.attempt)
-        self._ready.clear()
-        self.uploading.clear()
+        for each in (self._ready, self._holders, self.uploading, self._lost, self._barred, self._home):
+            each.clear()
+        self._crew = ()
         return True
-
-    def is_past(self, attempt: str) -> bool:
-        """Of a node that was cut off, and that Ray took for dead."""
-        return attempt in self._past
 
     def is_current(self, attempt: str) -> bool:
         """Whether agents of this attempt still have something to do here."""
         return attempt == self.attempt and not self.is_left
-
-    def joins(self, agent: AgentInfo) -> None:
-        """No rank of the agent's runs any more."""
-        self._ready[agent.node_rank] = agent
-        self.may_upload(*agent.uploading)
-
-    def may_upload(self, *generation_ids: str) -> None:
-        self.uploading += [each for each in generation_ids if each not in self.uploading]
-
-    def is_complete(self) -> bool:
-        return bool(self._ready) and all(len(self._ready) == agent.nodes for agent in self._ready.values())
-
-    def ready(self) -> tuple[AgentInfo, ...]:
-        """Those that have joined, by node rank."""
-        return tuple(agent for _, agent in sorted(self._ready.items()))
-
-    def departs(self) -> None:
-        """All that were ready have their order."""
-        self._ready.clear()
 
     def leave(self) -> None:
         """This attempt's agents go home; others will go on elsewhere."""
@@ -70,3 +72,127 @@ class Roster:
     @property
     def is_left(self) -> bool:
         return self._left == self.attempt != ""
+
+    # ---- agents ------------------------------------------------------------------------------------------------------
+
+    def is_past(self, agent: AgentInfo) -> bool:
+        """Of a node that was cut off, and that Ray took for dead."""
+        return agent.attempt in self._past or agent.agent_id in self._lost_agents
+
+    def replaces(self, agent: AgentInfo) -> bool:
+        """Whether another agent held its seat until now, of whose end nobody has told."""
+        return self._holders.get(agent.seat, agent.agent_id) != agent.agent_id and agent.seat not in self._lost
+
+    def loses(self, seats: Collection[int]) -> list[int]:
+        """Their agents have died. Returns those of which it was not known."""
+        new = [seat for seat in seats if seat not in self._lost]
+        for seat in new:
+            self._lost.add(seat)
+            self._barred.discard(seat)
+            self._ready.pop(seat, None)
+            if (holder := self._holders.pop(seat, None)) is not None:
+                self._lost_agents.add(holder)
+        return new
+
+    def speaks(self, agent: AgentInfo) -> None:
+        """It is alive, and of this attempt."""
+        self._holders[agent.seat] = agent.agent_id
+        self._lost.discard(agent.seat)
+
+    def joins(self, agent: AgentInfo) -> None:
+        """No rank of the agent's runs any more."""
+        if agent.seat in self._lost:
+            # Who was there before is not waited for any more.
+            self._crew = tuple(-1 if seat == agent.seat else seat for seat in self._crew)
+        self.speaks(agent)
+        self._ready[agent.seat] = agent
+        self.may_upload(*agent.uploading)
+
+    def bars(self, seat: int) -> bool:
+        """Its node is bad, or will leave: it runs no rank while there are enough others. False: that was known."""
+        known = seat in self._barred
+        self._barred.add(seat)
+        return not known
+
+    @property
+    def has_enough(self) -> bool:
+        """Whether the run can do without the seats that are barred."""
+        nodes = max((agent.nodes for agent in self._ready.values()), default=len(self._crew))
+        return len(self._holders.keys() - self._barred) >= nodes
+
+    def goes_home(self, agent_id: str) -> None:
+        """It has done all that it had to: sent, uploaded, and given back."""
+        self._home.add(agent_id)
+
+    @property
+    def waits_for_seats(self) -> bool:
+        """Ray Train is to start an agent that has not come yet."""
+        return bool(self._lost)
+
+    @property
+    def all_are_home(self) -> bool:
+        """Of those that live."""
+        return set(self._holders.values()) <= self._home
+
+    def may_upload(self, *generation_ids: str) -> None:
+        self.uploading += [each for each in generation_ids if each not in self.uploading]
+
+    # ---- crews -------------------------------------------------------------------------------------------------------
+
+    def crew(self, *, now: float) -> tuple[AgentInfo, ...]:
+        """Who is to run the next generation, by node rank; empty while somebody is waited for."""
+        if (size := self._size(now)) is None:
+            return ()
+        fit = self._ready.keys() - self._barred
+        fit = fit if len(fit) >= size else self._ready.keys()
+        staying = [seat for seat in self._staying() if seat in fit]
+        others = sorted(fit - set(staying))
+        if size == len(self._crew):
+            seats = [seat if seat in staying else others.pop(0) for seat in self._crew]
+        else:
+            seats = [*staying, *others][:size]
+        return tuple(self._ready[seat] for seat in seats)
+
+    def ready(self) -> list[AgentInfo]:
+        """Those that wait for an order."""
+        return list(self._ready.values())
+
+    def seconds_to_wait(self, *, now: float) -> float | None:
+        """Until a crew may be smaller than wanted; None: that is not what is waited for."""
+        return None if self._short_since is None else max(0.0, self._short_since + self._replace_seconds - now)
+
+    def can_grow(self, nodes: int) -> bool:
+        """Whether a generation that runs on so many nodes could be followed by one on more."""
+        if not self._ready:
+            return False
+        wanted = next(iter(self._ready.values())).nodes
+        found = self._most(min(wanted, nodes + len(self._ready)), least=nodes + 1)
+        return found is not None
+
+    def departs(self, crew: Collection[int]) -> None:
+        """Those of these seats, by node rank, have their order."""
+        self._crew, self._short_since = tuple(crew), None
+        for seat in crew:
+            self._ready.pop(seat, None)
+
+    def _staying(self) -> list[int]:
+        return [seat for seat in self._crew if seat >= 0 and seat not in self._lost]
+
+    def _size(self, now: float) -> int | None:
+        staying = self._staying()
+        if not self._ready or any(seat not in self._ready for seat in staying):
+            return None
+        wanted, here = next(iter(self._ready.values())).nodes, len(self._ready)
+        if here >= wanted:
+            return wanted
+        if self._least_nodes is None:
+            return None
+        size = self._most(here, least=self._least_nodes)
+        # A crew that was smaller than wanted already has waited.
+        if size is not None and 0 < len(self._crew) <= size:
+            return size
+        self._short_since = now if self._short_since is None else self._short_since
+        return size if now - self._short_since >= self._replace_seconds else None
+
+    def _most(self, nodes: int, *, least: int) -> int | None:
+        return next((size for size in range(nodes, least - 1, -1) if self._fits(size)), None)
