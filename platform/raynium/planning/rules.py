@@ -11,10 +11,10 @@ from collections.abc import Iterator, Mapping
 from raynium.config.judged import STORE_NAME
 from raynium.config.schema import Config
 from raynium.config.section import Section
-from raynium.config.world import World
 from raynium.hardware.catalog import INSTANCES, Instance
 from raynium.models.adapter import ALL_LINEAR, TARGETS, unknown_targets
 from raynium.models.plan import divided_sizes
+from raynium.planning.fewer_nodes import fewer_nodes, min_nodes
 from raynium.planning.judges import judged_by
 from raynium.planning.memory import GIB, USABLE_FRACTION, estimate_memory
 
@@ -386,30 +386,6 @@ def memory_fit(config: Config, instance: Instance) -> Iterator[str]:
             f"{'raise cluster.min_nodes; or ' if fewer else ''}{_memory_remedies(config)}"
         )
         return
-
-
-def fewer_nodes(config: Config) -> list[int]:
-    """The numbers of nodes that a run may come down to, the fewest first; none without cluster.min_nodes."""
-    least, nodes = config.cluster.min_nodes, config.cluster.nodes
-    return [] if least is None else [number for number in range(least, nodes) if World.fits(config, nodes=number)]
-
-
-def min_nodes(config: Config) -> Iterator[str]:
-    least, nodes = config.cluster.min_nodes, config.cluster.nodes
-    if least is None or least == nodes:
-        return
-    if least > nodes:
-        yield (
-            f"cluster.min_nodes is {least} and cluster.nodes {nodes}: a run comes down from nodes to min_nodes; set "
-            f"{nodes} or less, or null"
-        )
-    elif World.fits(config, nodes=nodes) and not fewer_nodes(config):
-        yield (
-            f"cluster.min_nodes is {least}, but no number of nodes from {least} to {nodes - 1} shares "
-            f"train.global_batch_size {config.train.global_batch_size} evenly (micro_batch_size "
-            f"{config.train.micro_batch_size}, {config.cluster.ranks_per_node} rank(s) a node): set a "
-            "global_batch_size that one of them divides, a lower min_nodes, or null"
-        )
 
 
 def _memory_remedies(config: Config) -> str:
