@@ -83,7 +83,7 @@ def run_agent(settings: dict[str, Any]) -> None:
     )
     try:
         # One node's ranks are enough: without them the others' end too.
-        with FenceWatch(fence, agent.taken_over) if context.get_node_rank() == 0 else contextlib.nullcontext():
+        with FenceWatch(fence, agent.taken_over) if seat == 0 else contextlib.nullcontext():
             agent.run()
     except Exception as error:
         # Ray Train starts the agents again, and shows the cause to nobody.

@@ -125,8 +125,8 @@ class NodeAgent:
         if neuron_monitor is None and accelerator.name.startswith("neuron") and has_devices():
             self._neuron_monitor = "neuron-monitor"
         self._last_generation = 0
-        # In the newest generation; None: this agent has run none.
-        self._node_rank: int | None = None
+        # In the newest generation; -1: this agent has run none.
+        self._node_rank = -1
         self._group: RankGroup | None = None
         # Whether the run is another driver's by now.
         self._fenced = False
@@ -247,7 +247,6 @@ class NodeAgent:
 
     def _ranks(self, order: Order) -> range:
         """That this node runs."""
-        assert self._node_rank is not None, "the order was for this node"
         return order.world.ranks_of(self._node_rank)
 
     def _environments(self, order: Order) -> dict[int, dict[str, str]]:
@@ -377,7 +376,6 @@ class NodeAgent:
         looks = look_at(group, lambda messages, lines: self._handle(order, reports, messages, lines))
         for rank, each in sorted(looks.items()):
             logger.warning("the run hangs, and rank %d is here: %s", rank, each.stacks)
-        assert self._node_rank is not None
         told = self.coordinator.tell(StacksTaken(order.generation, self._node_rank, looks))
         try:
             reports.keep_artifacts(told.result(2 * LOOKS_SECONDS).artifacts)
@@ -419,7 +417,7 @@ class NodeAgent:
             return None
 
         def publish(sample: DeviceSample) -> None:
-            if self._node_rank is None:
+            if self._node_rank < 0:
                 # A spare's devices do nothing.
                 return
             answer = self.coordinator.tell(DevicesSeen(self._node_rank, sample))
