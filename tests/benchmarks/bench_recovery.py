@@ -321,11 +321,11 @@ def row(name: str, seconds: list[float], ours: float) -> str:
     return f"| {name} | " + " | ".join(f"{figure:.2f}" for figure in figures) + " |"
 
 
-def measure_restarts(folder: Path, config: Config, *, kills: int, seed: int, tiny: bool) -> bool:
+def measure_restarts(folder: Path, config: Config, *, kills: int, seed: int, alone: bool) -> bool:
     """Prints two tables; whether no other restart is faster than ours."""
     seconds: dict[str, list[float]] = {}
     runs: dict[str, Callable[[Path, Path], Ours | Peer]] = {"ours": lambda at, log: Ours(at, config, log)}
-    if not tiny:
+    if not alone:
         elastic = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1000"]
         program = str(FOLDER / "peer_restarts.py")
         runs["torchrun"] = lambda at, log: Peer(at, config, log, [*elastic, program, "elastic", str(at)])
@@ -371,6 +371,7 @@ def main() -> int:
     options = parser(__doc__)
     options.add_argument("--kills", type=int, default=15, help="of each run")
     options.add_argument("--hangs", type=int, default=6, help="stops of a rank, and half as many of the uploader")
+    options.add_argument("--alone", action="store_true", help="beside ours only the bare fork")
     options.add_argument("--seed", type=int, default=0)
     arguments = options.parse_args()
     kills, hangs = (1, 1) if arguments.tiny else (arguments.kills, arguments.hangs)
@@ -401,7 +402,8 @@ def main() -> int:
         fine = True
         if kills:
             killed = config(folder / "ours/runs")
-            fine = measure_restarts(folder, killed, kills=kills, seed=arguments.seed, tiny=arguments.tiny)
+            alone = arguments.tiny or arguments.alone
+            fine = measure_restarts(folder, killed, kills=kills, seed=arguments.seed, alone=alone)
         if hangs:
             at = folder / "hangs"
             limits = {"fault.hang_seconds": HANG_SECONDS, "fault.upload_silence_seconds": UPLOAD_SECONDS}
