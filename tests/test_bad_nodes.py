@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from raynium.health.faults import Action, Fault
-from raynium.run.bad_nodes import BadNode, left_out, remember, remembered
+from raynium.run.bad_nodes import BadNode, forget, left_out, remember, remembered
 from raynium.run.protocol import NodeFault
 from raynium.storage.store import Store
 
@@ -30,6 +30,15 @@ def test_a_node_is_remembered_for_a_day_by_all_runs_of_a_root_and_then_forgotten
     assert [each.host for each in remembered(root, now_unix=3000.0, seconds=2000.0)] == ["10.0.0.1"]
     assert [path.name for path in (tmp_path / "bad+nodes").iterdir()] == ["10.0.0.1.json"]
     assert remembered(root, now_unix=4000.0, seconds=2000.0) == []
+
+
+def test_what_a_run_named_can_be_taken_back(tmp_path: Path) -> None:
+    root = Store(tmp_path)
+    remember(root, found("10.0.0.1", "a"), run="soak", now_unix=1000.0)
+    remember(root, found("10.0.0.2", "b"), run="other", now_unix=1000.0)
+    forget(root, run="soak")
+    assert [each.host for each in remembered(root, now_unix=1000.0, seconds=1.0)] == ["10.0.0.2"]
+    forget(Store(tmp_path / "new"), run="soak")
 
 
 def bad(host: str, node_id: str, action: str, unix: float = 1.0) -> BadNode:

@@ -23,7 +23,7 @@ from waiting import wait_for
 from raynium.chaos.cut_proxy import CutProxy
 from raynium.chaos.kinds import KINDS, MEMORY_REFUSALS, NEEDS, NotThere, Scene, kinds_for
 from raynium.chaos.processes import RunProcesses
-from raynium.chaos.schedule import refuse_crowd, schedule
+from raynium.chaos.schedule import beside_audits, refuse_crowd, schedule
 from raynium.chaos.steps import Cost, Step, Steps, cost
 from raynium.errors import ConfigError, StoreError
 from raynium.rank.armed import CHAOS_VARIABLE, armed_memory
@@ -71,6 +71,21 @@ def test_a_kind_that_must_come_late_changes_places_with_another(seed: int, fault
     assert {(fault.number, fault.step, fault.seed) for fault in planned} <= {
         (fault.number, fault.step, fault.seed) for fault in usual
     }
+
+
+@given(seed=st.integers(0, 2**40), every_steps=st.integers(2, 20))
+def test_bits_are_flipped_in_audited_steps_and_gradients_spoilt_in_others(seed: int, every_steps: int) -> None:
+    planned = schedule(NAMES, faults=20, steps=420, seed=seed)
+    moved = beside_audits(planned, every_steps=every_steps, flips="flipped-bit", spoils=["spike", "not-finite"])
+    assert [each.number for each in moved] == [each.number for each in planned]
+    for before, after in zip(planned, moved, strict=True):
+        assert 0 <= after.step - before.step < every_steps and after.step <= 420
+        if after.kind == "flipped-bit":
+            assert after.step % every_steps == 0
+        elif after.kind in ("spike", "not-finite"):
+            assert after.step % every_steps and after.step - before.step <= 1
+        else:
+            assert after == before
 
 
 def test_a_seed_is_a_schedule_and_another_seed_another() -> None:
@@ -144,18 +159,18 @@ def kind(name: str):
 
 
 def test_what_needs_s3_or_a_database_of_its_own_is_left_out_where_there_is_none() -> None:
-    can, cannot = kinds_for(["folder", "sqlite", "silence", "leaps"])
+    can, cannot = kinds_for(["folder", "sqlite", "silence", "leaps", "audits"])
     s3 = ["store-refuses", "store-delays", "store-cuts", "store-silent"]
     assert [each.name for each in cannot] == [*s3, "server-away"]
     assert {each.name for each in can} == set(NAMES) - {each.name for each in cannot}
-    without = ["stop-uploader", "folder-away", "mlflow-away", "spike"]
+    without = ["stop-uploader", "folder-away", "mlflow-away", "spike", "flipped-bit"]
     assert [each.name for each in kinds_for(["s3", "server"])[1]] == without
     assert {each.needs for each in KINDS} - {""} == set(NEEDS)
 
 
 def test_a_run_without_ranks_has_nothing_to_hit() -> None:
     scene = Scene(RunProcesses(os.getpid(), {}), "sqlite:////nowhere.db", Path("/nowhere"))
-    others = {"kill-driver", "folder-away", "mlflow-away", "server-away", "not-finite", "spike"}
+    others = {"kill-driver", "folder-away", "mlflow-away", "server-away", "not-finite", "spike", "flipped-bit"}
     for name in (each for each in NAMES if each not in others and not each.startswith("store")):
         with pytest.raises(NotThere, match="the run has no"):
             kind(name).strike(scene, Random(1))

@@ -38,6 +38,7 @@ NEEDS = {
     "sqlite": "MLflow in an SQLite file",
     "server": "an http:// MLflow server",
     "silence": "fault.upload_silence_seconds of a minute at most",
+    "audits": "two data ranks, and fault.audit_every_steps of 2 to twice checkpoint.every_steps",
     "leaps": "fault.spike_score, no data.stages, and a fault after a hundred steps",
 }
 
@@ -353,11 +354,20 @@ NOT_FINITE = BadStep("not-finite", math.nan, "the gradient is not a number")
 SPIKE = BadStep("spike", 1e4, "the gradient norm leaps by 10,000", needs="leaps")
 
 
+class FlippedBit:
+    """Of one rank's gradient in the audited step at or after the fault's, the first time that it is taken."""
+
+    name, needs = "flipped-bit", "audits"
+
+    def strike(self, scene: Scene, dice: Random) -> Struck:
+        return Struck("a bit of rank 0's gradient is flipped", ends_ranks=True)
+
+
 KINDS: tuple[Kind, ...] = (
     *KILLS,
     *(KillDriver(), StopRank(), StopUploader(), SlowRank(), SlowUploader()),
     *STORE_KINDS,
-    *(FolderAway(), DiskFull(), MemoryFull(), MlflowAway(), ServerAway(), NOT_FINITE, SPIKE),
+    *(FolderAway(), DiskFull(), MemoryFull(), MlflowAway(), ServerAway(), NOT_FINITE, SPIKE, FlippedBit()),
 )
 
 

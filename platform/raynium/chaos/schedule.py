@@ -1,7 +1,7 @@
 """Which fault happens when, from a seed alone. Pure."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from random import Random
 
 from raynium.errors import ConfigError
@@ -43,6 +43,21 @@ def schedule(
                 dealt[place], dealt[other] = dealt[other], dealt[place]
     planned = [Fault(place + 1, step, dealt[place], own_seed) for place, (step, own_seed) in enumerate(rolled)]
     return [fault for fault in planned if fault.step >= not_before.get(fault.kind, 0)]
+
+
+def beside_audits(planned: Sequence[Fault], *, every_steps: int, flips: str, spoils: Collection[str]) -> list[Fault]:
+    """The same, where each multiple of `every_steps` is audited: `flips` only there, and nothing else that spoils a
+    gradient, which an audit would find as well.
+    """
+    moved = []
+    for fault in planned:
+        beyond = fault.step % every_steps
+        if fault.kind == flips and beyond:
+            fault = replace(fault, step=fault.step + every_steps - beyond)
+        elif fault.kind in spoils and not beyond:
+            fault = replace(fault, step=fault.step + 1)
+        moved.append(fault)
+    return moved
 
 
 def healing_steps(checkpoint_every: int) -> int:

@@ -12,17 +12,20 @@ from random import Random
 from raynium.chaos.cut_proxy import CutProxy
 from raynium.chaos.driver import DrivenRun
 from raynium.chaos.flaky_s3 import FlakyS3
-from raynium.chaos.kinds import NEEDS, SPIKE, BadStep, Kind, NotThere, Scene, Struck, kinds_for
-from raynium.chaos.schedule import Fault, healing_steps, refuse_crowd, schedule
+from raynium.chaos.kinds import NEEDS, SPIKE, BadStep, FlippedBit, Kind, NotThere, Scene, Struck, kinds_for
+from raynium.chaos.schedule import Fault, beside_audits, healing_steps, refuse_crowd, schedule
 from raynium.chaos.steps import Cost, Steps, cost
 from raynium.chaos.verdict import Claim, claims
 from raynium.checkpoint.catalog import step_folders
 from raynium.config.schema import Config
+from raynium.config.world import World
 from raynium.errors import ConfigError, LaunchError
-from raynium.rank.armed import BAD_NAME, CHAOS_VARIABLE, LIMIT_NAME, STEPS_NAME
+from raynium.rank.armed import BAD_NAME, CHAOS_VARIABLE, FLIPS_NAME, LIMIT_NAME, STEPS_NAME
+from raynium.run.bad_nodes import forget
 from raynium.run.past import run_store
 from raynium.run.record import read_record
 from raynium.storage.process import pid_started
+from raynium.storage.store import Store
 from raynium.tracking.runs import resolve_uri
 
 POLL_SECONDS = 0.02
@@ -91,6 +94,7 @@ def soak(config: Config, *, faults: int, seed: int, folder: Path, tell: Callable
     endpoint = os.environ.get(ENDPOINT_VARIABLE, "")
     proxied = config.run.root.startswith("s3://") and endpoint.startswith("http://")
     mlflow_uri = resolve_uri(config.tracking.uri, config.run.root)
+    audit_every = _audits_every(config)
     has_server = mlflow_uri.startswith("http://")
     has = {
         "s3": proxied,
@@ -98,6 +102,7 @@ def soak(config: Config, *, faults: int, seed: int, folder: Path, tell: Callable
         "sqlite": mlflow_uri.startswith("sqlite"),
         "server": has_server,
         "silence": config.fault.upload_silence_seconds <= LONGEST_SILENCE_SECONDS,
+        "audits": audit_every is not None and audit_every <= healing_steps(config.checkpoint.every_steps),
         "leaps": config.fault.spike_score is not None and not config.data.stages and steps > LEAPS_FROM,
     }
     kinds, missing = kinds_for([need for need, there in has.items() if there])
@@ -105,6 +110,9 @@ def soak(config: Config, *, faults: int, seed: int, folder: Path, tell: Callable
         tell(f"left out: {kind.name}, which needs {NEEDS[kind.needs]}")
     by_name = {kind.name: kind for kind in kinds}
     planned = schedule(list(by_name), faults=faults, steps=steps, seed=seed, not_before={SPIKE.name: LEAPS_FROM})
+    if audit_every is not None:
+        spoils = [kind.name for kind in kinds if isinstance(kind, BadStep)]
+        planned = beside_audits(planned, every_steps=audit_every, flips=FlippedBit.name, spoils=spoils)
     bad = {fault.step: kind.factor for fault in planned if isinstance(kind := by_name[fault.kind], BadStep)}
     plain, faulted = _with_bad_steps(plain, faulted, bad)
 
@@ -131,6 +139,8 @@ def soak(config: Config, *, faults: int, seed: int, folder: Path, tell: Callable
         second = open_things.enter_context(_watched(faulted, folder / "faulted", environment))
         bad_file = second.steps.file.with_name(BAD_NAME)
         bad_file.write_text("".join(f"{step} {factor}\n" for step, factor in bad.items()), encoding="utf-8")
+        flips = [f"{fault.step}\n" for fault in planned if fault.kind == FlippedBit.name]
+        bad_file.with_name(FLIPS_NAME).write_text("".join(flips), encoding="utf-8")
         second.driven.start()
         scenes = _Scenes(second, mlflow_uri, proxy, mlflow_proxy)
         try:
@@ -143,7 +153,18 @@ def soak(config: Config, *, faults: int, seed: int, folder: Path, tell: Callable
             found = claims(plain, faulted, steps=both, bad_steps=bad, tell=tell)
         except GivenUp as error:
             found = [Claim(False, f"the run went on after every fault: {error}")]
+    # This machine is as good as before.
+    forget(Store(config.run.root), run=faulted.run.name)
     return Soak(happened, found)
+
+
+def _audits_every(config: Config) -> int | None:
+    every_steps = config.fault.audit_every_steps
+    if every_steps == 1:
+        raise ConfigError(
+            ["fault.audit_every_steps is 1: chaos spoils gradients in steps that no audit looks at; set 2 or more"]
+        )
+    return every_steps if World.of(config).data > 1 else None
 
 
 def _with_bad_steps(plain: Config, faulted: Config, bad: Collection[int]) -> tuple[Config, Config]:
@@ -315,9 +336,11 @@ def _strike(fault: Fault, kind: Kind, scenes: _Scenes) -> _Hit:
             )
         try:
             before, unix, scene = len(run.steps.taken), time.time(), scenes.now()
-            if isinstance(kind, BadStep):
-                # It has happened, maybe while the run healed from the one before.
-                before = 1 + next(place for place, each in enumerate(run.steps.taken) if each.step == fault.step)
+            if isinstance(kind, BadStep | FlippedBit):
+                # It has happened, maybe while the run healed from the one before; a flipped bit before that step was
+                # done, and after the one before it was.
+                last = fault.step - isinstance(kind, FlippedBit)
+                before = 1 + next(place for place, each in enumerate(run.steps.taken) if each.step == last)
                 unix = run.steps.taken[before - 1].unix
             struck = kind.strike(scene, Random(fault.seed))
             return _Hit(struck, unix, before, {each.pid for each in scene.processes.ranks()})

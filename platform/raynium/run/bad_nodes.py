@@ -48,6 +48,13 @@ def remembered(root: Store, *, now_unix: float, seconds: float) -> list[BadNode]
     return sorted(found, key=lambda bad: bad.unix)
 
 
+def forget(root: Store, *, run: str) -> None:
+    """Takes back what the verdicts of a run have named. Raises StoreError."""
+    for key in root.list(FOLDER).sizes:
+        if json.loads(root.read(key))["run"] == run:
+            root.delete(key)
+
+
 def left_out(bad: Collection[BadNode], nodes: Mapping[str, str], *, needed: int) -> tuple[dict[str, BadNode], int]:
     """(id → why) of the nodes that a run does without, and how many bad ones it must take all the same. Pure.
 
