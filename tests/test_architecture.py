@@ -86,7 +86,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "standalone": ("launch",),
     "cluster": (),
     "sdk": ("launch.data",),
-    "chaos": ("run", "rank"),
+    "chaos": ("run.bad_nodes", "rank"),
     "cli": ("sdk", "cluster", "chaos"),
     "": ("cli",),
 }
