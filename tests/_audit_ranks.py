@@ -18,7 +18,7 @@ from raynium.config.schema import Config
 from raynium.config.world import World
 from raynium.data.batch import Batch
 from raynium.engines.base import Votes
-from raynium.engines.local_gradients import GradientWatch, gather
+from raynium.engines.collectives import GradientWatch, gather
 from raynium.engines.native import build_native_engine
 from raynium.tasks.pretraining import Pretraining
 from raynium.train.audit import Audits
@@ -55,7 +55,7 @@ def run_rank(rank: int, folder: Path, scenario: dict) -> None:
 
     gathers = partial(gather, device="cpu")
     steps = Audits(engine, engine, batch_of, gathers, every_steps=every_steps, world=world) if every_steps else engine
-    if engine._watch is not None:
+    if every_steps:
         engine._watch.__class__ = Flips
         assert isinstance(engine._watch, Flips)
         flip = scenario["flip"].get(str(rank), (0, 0, False))
@@ -63,7 +63,7 @@ def run_rank(rank: int, folder: Path, scenario: dict) -> None:
     kept: dict[str, Any] = {"results": [], "raised": None}
     try:
         for step in range(1, scenario["steps"] + 1):
-            if engine._watch is not None:
+            if isinstance(engine._watch, Flips):
                 engine._watch.step = step
             if scenario["replica"] == [rank, step]:
                 norm = next(chunk for chunk in engine.state() if "norm" in chunk.name)

@@ -1,8 +1,8 @@
-"""Importing it makes one rank fail once: `RAYNIUM_TEST_HANG` says "where rank step file"; the file says that it did.
+"""Importing it makes one rank hang once: `RAYNIUM_TEST_HANG` says "where rank step file"; the file says that it did.
 
-where: "data", it hangs in place of a batch; "collective", in place of a step; "native", the same with the interpreter's
-lock held, so that no thread of the process answers; "bit", it flips one of the gradients that it computes in an audit.
-`_agent_process.py` has the template preload it.
+where: "data", in place of a batch; "collective", in place of a step; "native", the same with the interpreter's lock
+held, so that no thread of the process answers; "slow": it does not hang, but waits a while for each batch from that
+step on, and all ranks tell of two steps at once. `_agent_process.py` has the template preload it.
 """
 
 import ctypes
@@ -12,11 +12,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from raynium.data.batch import Batch
 from raynium.data.loader import Loader
-from raynium.engines.local_gradients import GradientWatch
 from raynium.engines.native import NativeEngine
+from raynium.train import link
 
 WHERE, RANK, STEP, FILE = os.environ["RAYNIUM_TEST_HANG"].split()
 
@@ -39,16 +38,16 @@ def hanging(method: Callable[..., Any], step_of: Callable[..., int]) -> Callable
     return method_that_hangs_once
 
 
-def flip_a_bit(watch: GradientWatch, output_tensor: torch.Tensor, input_tensor: torch.Tensor, **named: Any) -> Any:
-    if os.environ["RANK"] == RANK and watch._watching and not Path(FILE).exists():
-        Path(FILE).touch()
-        input_tensor.view(torch.int32)[len(input_tensor) // 2] ^= 1
-    return reduce_scatter(watch, output_tensor, input_tensor, **named)
+def slow_from_its_step(loader: Loader, step: int) -> Batch:
+    if os.environ["RANK"] == RANK and step >= int(STEP):
+        time.sleep(0.5)
+    return own_batch(loader, step)
 
 
-reduce_scatter = GradientWatch.__call__
-if WHERE == "bit":
-    GradientWatch.__call__ = flip_a_bit
+own_batch = Loader.batch
+if WHERE == "slow":
+    link.STEPS_TIMED = 2
+    Loader.batch = slow_from_its_step
 elif WHERE == "data":
     Loader.batch = hanging(Loader.batch, lambda _, step: step)
 else:

@@ -14,7 +14,7 @@ from test_native_engine import LLAMA3, PLENTY, config, samples
 
 from raynium.config.schema import Config
 from raynium.config.world import World
-from raynium.engines.local_gradients import checksum, refuse_simple_fsdp, repeatable
+from raynium.engines.collectives import checksum, refuse_simple_fsdp, repeatable
 from raynium.errors import ConfigError
 from raynium.health.faults import classify
 from raynium.planning.rules import check, doubts

@@ -428,12 +428,10 @@ def test_device_metrics_are_of_all_nodes_that_report(tmp_path: Path, monkeypatch
     async def play() -> None:
         run = await started(tmp_path)
         await run.tell(DevicesSeen(1, DeviceSample((0.5,), 10.0)))
-        found = (await run.tell(DevicesSeen(0, DeviceSample((0.7,), 30.0)))).device_metrics
+        found = (await run.tell(DevicesSeen(0, DeviceSample((0.7,), 30.0)))).metrics
         assert (found["device/reporting_nodes"], found["device/flops_per_second"]) == (2.0, 40.0)
         monkeypatch.setattr(board, "DEVICE_SAMPLE_SECONDS", -1.0)
-        assert (await run.tell(DevicesSeen(0, DeviceSample((0.7,), 30.0)))).device_metrics == {}, (
-            "too old to be true now"
-        )
+        assert (await run.tell(DevicesSeen(0, DeviceSample((0.7,), 30.0)))).metrics == {}, "too old to be true now"
 
     asyncio.run(play())
 

@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 from tiny import job_text
 
+from raynium.rank.armed import CHAOS_VARIABLE, FLIPS_NAME
+
 # Whole processes, which import torch, on shared cores.
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -29,13 +31,18 @@ JOB = job_text(
 
 
 def run(folder: Path, document_folder: Path, hang: str = "", **changes: Any) -> dict[str, Any]:
-    """One run's status, once it has ended; beside it losses.jsonl and its artifacts."""
+    """One run's status, once it has ended; beside it losses.jsonl and its artifacts.
+
+    In step 6 rank 0 flips a bit of its gradient, if that step is audited.
+    """
     folder.mkdir()
     (folder / "job.yaml").write_text(JOB)
     arguments = {"run_url": str(folder / "run"), "data_folder": str(document_folder), "changes": changes}
     arguments |= {"last_save_seconds": 60, "preload": ["_hanging_parts"] if hang else []}
     (folder / "arguments.json").write_text(json.dumps(arguments))
     environment = os.environ | {"PYTHONPATH": ":".join(sys.path)}
+    (folder / FLIPS_NAME).write_text("6\n")
+    environment[CHAOS_VARIABLE] = str(folder)
     if hang:
         environment["RAYNIUM_TEST_HANG"] = f"{hang} {folder / 'hung'}"
     subprocess.run(
@@ -96,12 +103,28 @@ def test_a_node_that_flips_a_bit_of_its_gradient_in_an_audited_step_is_named_and
     tmp_path: Path, document_folder: Path, reference: dict[int, set[float]]
 ) -> None:
     folder = tmp_path / "life"
-    status = run(folder, document_folder, "bit 1 6", **{"fault.audit_every_steps": 6})
+    status = run(folder, document_folder, **{"fault.audit_every_steps": 6})
     told = "\n".join(status["events"])
     assert status["ended"] == "finished", told
-    assert "generation 1 failed: rank 1: it computes wrong gradients and reports no error, an audit found" in told
-    assert "SilentCorruption: step 6: rank 1 on node 1: others of 2 data ranks found another gradient" in told
-    assert "node 1 (127.0.0.1): it computes wrong gradients and reports no error" in told
-    assert "replace this instance" in told and "node 0 (127.0.0.1)" not in told
+    assert "generation 1 failed: rank 0: it computes wrong gradients and reports no error, an audit found" in told
+    assert "SilentCorruption: step 6: rank 0 on node 0: others of 2 data ranks found another gradient" in told
+    assert "node 0 (127.0.0.1): it computes wrong gradients and reports no error" in told
+    assert "replace this instance" in told and "node 1 (127.0.0.1)" not in told
     assert "generation 2: 2 ranks on 2 node(s), from the snapshot of step 3 in memory" in told
+    assert losses(folder) == reference
+
+
+def test_a_rank_that_all_others_wait_for_is_named_with_its_node_and_left_if_the_config_says_so(
+    tmp_path: Path, document_folder: Path, reference: dict[int, set[float]]
+) -> None:
+    folder = tmp_path / "life"
+    changes = {"fault.hang_seconds": 60, "fault.stragglers": "leave"}
+    status = run(folder, document_folder, "slow 1 1", **changes)
+    told = "\n".join(status["events"])
+    assert status["ended"] == "finished", told
+    assert "straggler: rank 1 on node 1 (127.0.0.1): it needs " in told and "straggler: rank 0" not in told
+    assert "node 1 (127.0.0.1): it needs " in told and "replace this instance" in told
+    ranks = json.loads((folder / "artifacts/step_times.json").read_text())["ranks"]
+    assert {rank: each["node"] for rank, each in ranks.items()} == {"0": 0, "1": 1}
+    assert ranks["1"]["median_seconds"] > 0.5 and ranks["1"]["p90_seconds"] <= ranks["1"]["most_seconds"]
     assert losses(folder) == reference

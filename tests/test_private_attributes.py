@@ -25,6 +25,7 @@ USED = {
         "torch._C._distributed_c10d",
     ),
     "test_audit.py::test_an_audit_of_healthy_ranks_finds_nothing_and_changes_no_bit": (
+        "torch.distributed.fsdp._fully_shard._fsdp_collectives.DefaultAllGather",
         "torch.distributed.fsdp._fully_shard._fsdp_collectives.DefaultReduceScatter",
     ),
     "test_agent.py::test_a_killed_rank_costs_one_generation_and_changes_no_bit": (

@@ -1,6 +1,6 @@
 """The section of a config that says what becomes of faults."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -47,6 +47,9 @@ class FaultSection(Section):
     notify_url: str | None = None
     """$NAME of an environment variable where the driver runs, with an address to which each incident is sent (POST,
     JSON whose `text` is what Slack shows); null for none."""
+    stragglers: Literal["name", "leave"] = "name"
+    """A rank that all others wait for, a fifth of the step and more over 60 steps, is named with its node. leave: the
+    run also leaves that node, as one whose hardware is broken, if another is free. Native engine with FSDP2."""
     bad_node_seconds: Seconds = 86_400.0
     """A node that a verdict named is left out so long by later drivers, and by other runs of run.root, if they find
     enough others. Where a reboot was the remedy, until its Ray is started anew."""

@@ -33,7 +33,8 @@ class StepResult:
     loss: the task's objective, divided by what all micro-batches of all ranks counted. grad_norm: global 2-norm of that
     quotient's gradient, before clipping. sums: what the task added up, and its counts. agreed: true where some rank
     said so. updated: False where nothing was learned: parameters, moments and the count of updates are what they were,
-    bit for bit, since a number was not finite or a rank voted so.
+    bit for bit, since a number was not finite or a rank voted so. waited_seconds: this rank's own number: how long it
+    was in the step's collectives, mostly waiting for others; None: nobody knows.
     """
 
     loss: float
@@ -42,6 +43,7 @@ class StepResult:
     learning_rate: float
     agreed: Votes
     updated: bool = True
+    waited_seconds: float | None = None
 
     @property
     def tokens(self) -> int:

@@ -28,8 +28,8 @@ from raynium.config.schema import Config
 from raynium.config.world import World
 from raynium.data.batch import Batch
 from raynium.engines.base import Audit, StepResult, Votes
+from raynium.engines.collectives import GradientWatch, Waiting, checksum, refuse_simple_fsdp
 from raynium.engines.head import Finish, PiecewiseHead, counted_places
-from raynium.engines.local_gradients import GradientWatch, checksum, refuse_simple_fsdp
 from raynium.engines.optim import decays, learning_rate
 from raynium.engines.parallelize import (
     apply_fsdp,
@@ -173,18 +173,19 @@ class NativeEngine:
         # With whole gradients kept between micro-batches, only the last one talks to other ranks. (FSDP2 only: under
         # SimpleFSDP the reduction is part of the graph, so every micro-batch reduces, into this rank's rows.)
         self._syncs_last_only = gathered
-        audited = config.fault.audit_every_steps is not None and self.data_size > 1
-        self._watch = GradientWatch(self._model, device_type=accelerator.device_type) if audited else None
+        self._waiting, modules = Waiting(accelerator.device_type), list(fsdp_modules(self._model))
+        self._watch = GradientWatch(modules, self._waiting, device_type=accelerator.device_type)
+        self._knows_waiting = bool(modules) and self.data_size > 1
 
     # ---- a step ------------------------------------------------------------------------------------------------------
 
     def step(self, batch: Batch, *, step: int, votes: Votes, audit: Audit | None = None) -> StepResult:
+        self._waiting.taken()
         counts = counts_of(self._task, batch)
         accumulate = partial(self._accumulate_gradients, batch, step=step, data_rank=self.data_rank)
         if audit is None:
             sums = accumulate()
         else:
-            assert self._watch is not None
             sums, found = self._watch.of(accumulate)
             audit(found)
         gradients = self._local_gradients()
@@ -217,8 +218,8 @@ class NativeEngine:
         masked, norm, *numbers = torch.cat((flags, norm.reshape(1), total.sums, total.votes)).tolist()
         named = dict(zip(total.names, numbers, strict=False))
         agreed = Votes(*(count > 0 for count in numbers[len(named) :]))
-        loss = loss_of(self._task, named)
-        return StepResult(loss=loss, grad_norm=norm, sums=named, learning_rate=rate, agreed=agreed, updated=not masked)
+        loss, waited = loss_of(self._task, named), self._waiting.taken() if self._knows_waiting else None
+        return StepResult(loss, norm, named, rate, agreed, updated=not masked, waited_seconds=waited)
 
     def layer_norms(self, batch: Batch, *, step: int) -> dict[str, float]:
         sums = self._accumulate_gradients(batch, step=step, data_rank=self.data_rank)
@@ -285,13 +286,13 @@ class NativeEngine:
         mine = torch.tensor(numbers, dtype=self._sum_dtype, device=self._device)
         mine[: len(sums)], mine[len(names)] = sums * counts_here, square_norm
         if dist.is_initialized():
-            dist.all_reduce(mine)
+            with self._waiting.counts():
+                dist.all_reduce(mine)
         return Total(names, mine[: len(names)], mine[len(names)], mine[len(names) + 1 :])
 
     # ---- audits: see `train/audit.py`, Auditable ---------------------------------------------------------------------
 
     def rehearse(self, batch: Batch, *, step: int, data_rank: int) -> int:
-        assert self._watch is not None
         accumulate = partial(self._accumulate_gradients, batch, step=step, data_rank=data_rank)
         _, found = self._watch.of(accumulate, reduces=False)
         for part in self._parts:

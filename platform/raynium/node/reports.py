@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
+from dataclasses import asdict
 
 from raynium.config.schema import Config
 from raynium.errors import TrackingError
@@ -20,12 +21,14 @@ from raynium.run.protocol import (
     Progressed,
     RankPosition,
     RanksSeen,
+    RankTimes,
     Said,
     StepLeftOut,
+    TimesSeen,
 )
 from raynium.tracking.ledger import GenerationBook, Ledger
 from raynium.tracking.tracker import Tracker
-from raynium.train.link import Artifact, BadStep, Compiled, Evaluating, Phase, RankMessage, Stepped
+from raynium.train.link import Artifact, BadStep, Compiled, Evaluating, Phase, RankMessage, Stepped, StepTimes
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +37,8 @@ COMPILES_TOLD = 20
 # The driver's display and MLflow are not fed faster than this.
 REPORT_SECONDS = 0.5
 LEDGER_SECONDS = 10.0
+# Nor is an artifact of the ranks' step times.
+TIMES_SECONDS = 10.0
 COMMIT_LOG_CLOSE_SECONDS = 10.0
 # Where the ranks are is told so often, and where fault.hang_seconds is short, so often within it.
 POSITIONS_SECONDS = 5.0
@@ -76,6 +81,8 @@ class Reports:
         self._looked = 0.0
         # Since when all ranks of this node have a step behind them.
         self._stepping_since = math.inf
+        self._times: dict[int, RankTimes] = {}
+        self._last_times = -math.inf
         self._compiles_told: set[tuple[int, int, str]] = set()
         # A steady clock may begin at 0 when the machine starts.
         self._last_report = self._last_ledger = -math.inf
@@ -93,6 +100,7 @@ class Reports:
         self._still = dict.fromkeys(ranks, 0.0)
         self._looked = now
         self._stepping_since = math.inf
+        self._times = {}
 
     def take(self, rank: int, message: RankMessage) -> None:
         """A message of one of this node's ranks; images are somebody else's."""
@@ -116,6 +124,9 @@ class Reports:
             case Evaluating(done, total):
                 if rank == 0:
                     self._coordinator.tell(Evaluates(done, total))
+            case StepTimes():
+                self._times[rank] = RankTimes(**asdict(message))
+                self._tell_times(message.step)
             case Compiled():
                 self._compiled(rank, message)
             case _:
@@ -128,6 +139,25 @@ class Reports:
     def stepping_seconds(self) -> float:
         """How long all ranks of this node have had a step of this generation behind them; negative before."""
         return time.monotonic() - self._stepping_since
+
+    def _tell_times(self, step: int) -> None:
+        """Once all ranks of this node have told of the steps up to this one."""
+        assert self._order is not None
+        if self._times.keys() == self._positions.keys() and all(each.step == step for each in self._times.values()):
+            seen = TimesSeen(self._order.generation, min(self._times) // self._order.world.ranks_per_node, self._times)
+            self._times = {}
+            answer = self._coordinator.tell(seen)
+            if self._tracker is not None:
+                answer.add_done_callback(self._keep_times)
+
+    def _keep_times(self, answer: "Future[News]") -> None:
+        self.keep_news(answer)
+        if answer.cancelled() or answer.exception() is not None:
+            return
+        artifacts, now = answer.result().artifacts, time.monotonic()
+        if artifacts and now - self._last_times >= TIMES_SECONDS:
+            self._last_times = now
+            self.keep_artifacts(artifacts)
 
     def tell_positions(self) -> None:
         """Tells the coordinator, now and then, where the ranks are and how long they have been still."""
@@ -165,8 +195,7 @@ class Reports:
         if answer.cancelled() or answer.exception() is not None:
             return
         news, now = answer.result(), time.monotonic()
-        if news.device_metrics:
-            self._device_metrics = news.device_metrics
+        self._device_metrics |= news.metrics
         if now - self._last_ledger >= LEDGER_SECONDS:
             self._last_ledger = now
             self._goodput_metrics = news.ledger.metrics()

@@ -24,7 +24,7 @@ from raynium.data.judges import kept_questions, open_sets
 from raynium.data.loader import Loader, open_loader
 from raynium.data.store import OpenStore
 from raynium.engines.base import Engine
-from raynium.engines.local_gradients import gather
+from raynium.engines.collectives import gather
 from raynium.engines.native import NativeEngine, build_native_engine
 from raynium.engines.nxd import build_nxd_engine
 from raynium.engines.torch_compiles import TorchCompiles

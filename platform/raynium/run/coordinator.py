@@ -160,7 +160,7 @@ class RunCoordinator:
             return saves.unsent() or None
 
     async def tell(self, event: protocol.AgentEvent) -> protocol.News:
-        now, device_metrics, artifacts = time.monotonic(), dict[str, float](), dict[str, str]()
+        now, metrics_of_nodes, artifacts = time.monotonic(), dict[str, float](), dict[str, str]()
         match event:
             case protocol.Said(text):
                 self._board.tell(text)
@@ -183,6 +183,8 @@ class RunCoordinator:
                     self._board.positions(positions)
                     if (hung := self._lives.seen(event)) is not None:
                         self._in_task(self._end_hang(hung))
+            case protocol.TimesSeen():
+                metrics_of_nodes, artifacts = self._lives.times_seen(event)
             case protocol.StacksTaken():
                 artifacts = await self._looked(event)
             case protocol.ShardSaved():
@@ -192,7 +194,7 @@ class RunCoordinator:
                 if self._saves.shard_failed(step, rank, cause):
                     self._lives.incidents.notes("checkpoint", where="", cause=cause, step=step)
             case protocol.DevicesSeen(node_rank, sample):
-                device_metrics = self._board.sample(node_rank, sample, now=now)
+                metrics_of_nodes = self._board.sample(node_rank, sample, now=now)
             case protocol.NodeLeaves(node_id, why):
                 async with self._changing():
                     self._lives.node_leaves(node_id, why)
@@ -201,7 +203,7 @@ class RunCoordinator:
             case protocol.CannotGoOn(cause):
                 async with self._changing():
                     self._lives.end("failed", cause)
-        return protocol.News(self._run_ledger(), device_metrics, artifacts)
+        return protocol.News(self._run_ledger(), metrics_of_nodes, artifacts)
 
     # ---- driver ----------------------------------------------------------------------------------------------------
 

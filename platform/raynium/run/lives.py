@@ -22,9 +22,11 @@ from raynium.run.protocol import (
     RankExit,
     RanksSeen,
     StacksTaken,
+    TimesSeen,
 )
 from raynium.run.recovery import Origin, Recovery
 from raynium.run.roster import Roster
+from raynium.run.stragglers import Stragglers
 from raynium.run.verdicts import Verdicts, blamed, blames_a_peer
 from raynium.tracking.incidents import Incidents, What
 from raynium.tracking.ledger import CoordinatorBook
@@ -80,6 +82,7 @@ class Lives:
         self._leaps = Leaps()
         # Of the newest generation.
         self._hangs: Hangs | None = None
+        self._stragglers: Stragglers | None = None
         self._generations: dict[int, Generation] = {}
         self._board, self._book, self._roster, self._recovery = board, book, roster, recovery
 
@@ -121,7 +124,7 @@ class Lives:
             begins=begins,
         )
         self._generations[self.number] = Generation(order, dict(enumerate(agents)))
-        self._watch_for_hangs(order)
+        self._watch_ranks(order)
         self._roster.departs(seats)
         self._roster.may_upload(order.generation_id)
         self.incidents.began_from(origin.step or 0)
@@ -144,7 +147,7 @@ class Lives:
                 current.state, current.found = "running", True
                 self.number = order.generation
                 self._generations[self.number] = current
-                self._watch_for_hangs(order)
+                self._watch_ranks(order)
                 self._roster.may_upload(order.generation_id)
                 self._board.generation_begins(order.resume_step or 0, now=now)
                 self._board.tell(f"the run coordinator was started again and found generation {self.number}")
@@ -251,8 +254,10 @@ class Lives:
 
     # ---- how one hangs ---------------------------------------------------------------------------------------------
 
-    def _watch_for_hangs(self, order: Order) -> None:
-        self._hangs = Hangs(self._fault, world_size=order.world.size, resume_step=order.resume_step or 0)
+    def _watch_ranks(self, order: Order) -> None:
+        world = order.world
+        self._hangs = Hangs(self._fault, world_size=world.size, resume_step=order.resume_step or 0)
+        self._stragglers = Stragglers(world_size=world.size, ranks_per_node=world.ranks_per_node)
 
     def stepped(self, seconds: float | None) -> None:
         """A step of the newest generation took so long; None: it was not told."""
@@ -266,6 +271,20 @@ class Lives:
             return None
         current.hang = self._hangs.seen(seen.positions, device_seconds=seen.device_seconds)
         return current if current.hang is not None else None
+
+    def times_seen(self, seen: TimesSeen) -> tuple[dict[str, float], dict[str, str]]:
+        """How long steps take the ranks of a node. Metrics and artifacts of all nodes, for node 0."""
+        current = self.running
+        if current is None or seen.generation != self.number or self._stragglers is None:
+            return {}, {}
+        for slow in self._stragglers.seen(seen.times):
+            node_rank = slow.rank // current.order.world.ranks_per_node
+            agent = current.agents.get(node_rank)
+            host = "unknown" if agent is None else agent.host
+            self._board.tell(f"straggler: rank {slow.rank} on node {node_rank} ({host}): {slow}")
+            if self._fault.stragglers == "leave":
+                self.node_fault(seen.generation, node_rank, Fault("straggler", str(slow), "replace", "node"))
+        return (self._stragglers.metrics, self._stragglers.artifacts) if seen.node_rank == 0 else ({}, {})
 
     def looked(self, taken: StacksTaken) -> Generation | None:
         """What one node's ranks of a generation that hangs do; None: it has been given up without it."""

@@ -239,6 +239,26 @@ class RanksSeen:
 
 
 @dataclass(frozen=True)
+class RankTimes:
+    """Of one rank's last steps up to `step`, in seconds: see `train/link.py`, StepTimes."""
+
+    step: int
+    median_seconds: float
+    p90_seconds: float
+    most_seconds: float
+    step_seconds: float
+
+
+@dataclass(frozen=True)
+class TimesSeen:
+    """How long steps take the ranks of a node."""
+
+    generation: int
+    node_rank: int
+    times: dict[int, RankTimes]
+
+
+@dataclass(frozen=True)
 class Look:
     """What one rank of a run that hangs was doing. stacks: Python's, of all threads, or why there are none.
 
@@ -318,6 +338,7 @@ AgentEvent = (
     | Progressed
     | Evaluates
     | RanksSeen
+    | TimesSeen
     | StacksTaken
     | ShardSaved
     | ShardFailed
@@ -330,13 +351,14 @@ AgentEvent = (
 
 @dataclass(frozen=True)
 class News:
-    """The answer to every event, for the run's page. device_metrics: of all nodes, in the answer to `DevicesSeen`.
+    """The answer to every event, for the run's page. metrics: of all nodes, in the answer to `DevicesSeen` and,
+    with artifacts, to node 0's `TimesSeen`.
 
     artifacts: path → text, for node 0, in the answer to `StacksTaken`.
     """
 
     ledger: Ledger
-    device_metrics: dict[str, float]
+    metrics: dict[str, float]
     artifacts: dict[str, str] = field(default_factory=dict)
 
 

@@ -8,7 +8,7 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
 from typing import Literal, NoReturn, Protocol, get_args
@@ -23,6 +23,9 @@ def image_slots(fault: FaultSection) -> int:
     """Images of each rank. Snapshots between checkpoints need one more, while an older one is being uploaded."""
     return IMAGE_SLOTS + (fault.snapshot_every_steps is not None)
 
+
+# Steps of which a rank tells how long they took, at once.
+STEPS_TIMED = 20
 
 # An evaluation's progress is not told more often.
 EVALUATION_SECONDS = 1.0
@@ -64,6 +67,18 @@ class Artifact:
 
     path: str
     text: str
+
+
+@dataclass(frozen=True)
+class StepTimes:
+    """Of this rank's last STEPS_TIMED steps, up to this one, in seconds: what it needed itself, its data included, and
+    without waiting for others: the median, 90th percentile and most; and the median of whole steps."""
+
+    step: int
+    median_seconds: float
+    p90_seconds: float
+    most_seconds: float
+    step_seconds: float
 
 
 @dataclass(frozen=True)
@@ -142,7 +157,19 @@ class TellCollectives:
     """The run hangs: which collectives did this rank come to?"""
 
 
-RankMessage = Phase | Stepped | BadStep | Artifact | Evaluating | ImageWritten | Compiled | Collectives | Ended | Failed
+RankMessage = (
+    Phase
+    | Stepped
+    | BadStep
+    | Artifact
+    | StepTimes
+    | Evaluating
+    | ImageWritten
+    | Compiled
+    | Collectives
+    | Ended
+    | Failed
+)
 AgentMessage = Stop | ImageFree | TellCollectives
 _KINDS = {kind.__name__: kind for kind in (*get_args(RankMessage), *get_args(AgentMessage))}
 
@@ -155,6 +182,13 @@ def from_bytes(data: bytes) -> RankMessage | AgentMessage:
     """Of the other end, which runs the same code."""
     fields = json.loads(data)
     return _KINDS[fields.pop("kind")](**fields)
+
+
+def step_times(step: int, times: Sequence[tuple[float, float]]) -> StepTimes:
+    """Of (own seconds, seconds of the whole step)."""
+    own, whole = (sorted(each) for each in zip(*times, strict=True))
+    middle, p90 = (len(own) - 1) // 2, (len(own) - 1) * 9 // 10
+    return StepTimes(step, own[middle], own[p90], own[-1], whole[middle])
 
 
 class Link(Protocol):
@@ -174,6 +208,10 @@ class Link(Protocol):
 
     def artifact(self, path: str, text: str) -> None:
         """A text for the run's page; of rank 0's alone, so others may give any."""
+        ...
+
+    def took(self, step: int, *, own_seconds: float, step_seconds: float) -> None:
+        """Of a finished step: see `StepTimes`."""
         ...
 
     def evaluating(self, done: int, total: int) -> None:
@@ -217,6 +255,7 @@ class AgentLink:
         # Rank 0's numbers are everybody's: the others stay silent.
         self._reports_steps = reports_steps
         self._told_evaluation = 0.0
+        self._times: list[tuple[float, float]] = []
         # That the last phase was of.
         self._step = 0
         self._outbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
@@ -245,6 +284,13 @@ class AgentLink:
     def artifact(self, path: str, text: str) -> None:
         if self._reports_steps:
             self._post(Artifact(path, text))
+
+    def took(self, step: int, *, own_seconds: float, step_seconds: float) -> None:
+        self._times.append((own_seconds, step_seconds))
+        # All ranks tell of the same steps, whichever they began with.
+        if step % STEPS_TIMED == 0:
+            self._post(step_times(step, self._times))
+            self._times = []
 
     def evaluating(self, done: int, total: int) -> None:
         now = time.monotonic()
@@ -329,6 +375,7 @@ class MemoryLink:
         self.artifacts: dict[str, str] = {}
         self.evaluations: list[tuple[int, int]] = []
         self.images: list[str] = []
+        self.times: list[tuple[int, float, float]] = []
         # Step, graphs, surprises.
         self.compiles: list[tuple[int, int, list[str]]] = []
         self._stop_at = stop_at
@@ -344,6 +391,9 @@ class MemoryLink:
 
     def artifact(self, path: str, text: str) -> None:
         self.artifacts[path] = text
+
+    def took(self, step: int, *, own_seconds: float, step_seconds: float) -> None:
+        self.times.append((step, own_seconds, step_seconds))
 
     def evaluating(self, done: int, total: int) -> None:
         self.evaluations.append((done, total))

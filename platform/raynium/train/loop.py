@@ -153,6 +153,8 @@ def train(
         # ---- report: rank 0's go to MLflow through the agent, never on this thread's time -----------------------
         metrics = throughput.metrics(step, result, step_seconds=stepped - began, data_seconds=fetched - began)
         metrics |= batches.metrics(step) | guard.metrics()
+        if result.waited_seconds is not None:
+            link.took(step, own_seconds=stepped - began - result.waited_seconds, step_seconds=stepped - began)
 
         # ---- evaluate before saving, so that a checkpoint at this step implies its evaluation was reported ------
         stopping, enough = result.agreed.stop, None

@@ -1,34 +1,72 @@
-"""A checksum of the gradients that one rank computes, before they are added to those of other data ranks.
+"""FSDP2's collectives, watched: a checksum of the gradients that go into them, and how long they take.
 
-FSDP2 adds them inside the backward pass, and lets its reduce-scatter be replaced: `GradientWatch` is torch's own, and
-looks at what goes into it while it is asked to. Sums are of int32, which any one flipped bit changes, wherever it is;
-they stay on the device. What is compared was computed by the same kernels in the same order, so equal means equal bits.
+FSDP2 adds up gradients inside the backward pass, and lets its collectives be replaced. These are torch's own, with the
+same bits. A checksum is a sum of int32, which any one flipped bit changes, wherever it is; it stays on the device. What
+is compared was computed by the same kernels in the same order, so equal means equal bits.
 """
 
 import contextlib
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultReduceScatter
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultAllGather, DefaultReduceScatter
 
 from raynium.config.schema import Config
-from raynium.engines.parallelize import fsdp_modules
 from raynium.errors import ConfigError
-from raynium.models.decoder import Decoder
+
+
+class Waiting:
+    """How long this rank was in collectives: mostly until the others had come, too. On CUDA by the device's clock."""
+
+    def __init__(self, device_type: str):
+        self._on_device = device_type == "cuda"
+        self._seconds = 0.0
+        self._events: list[tuple[torch.Event, torch.Event]] = []
+
+    @contextlib.contextmanager
+    def counts(self) -> Iterator[None]:
+        if self._on_device:
+            events = torch.Event(enable_timing=True), torch.Event(enable_timing=True)
+            events[0].record()
+            yield
+            events[1].record()
+            self._events.append(events)
+        else:
+            began = time.perf_counter()
+            yield
+            self._seconds += time.perf_counter() - began
+
+    def taken(self) -> float:
+        """Since it was last asked, once the device has nothing left to do."""
+        seconds = self._seconds + sum(began.elapsed_time(ended) for began, ended in self._events) / 1000
+        self._seconds, self._events = 0.0, []
+        return seconds
+
+
+class TimedAllGather(DefaultAllGather):
+    def __init__(self, waiting: Waiting):
+        self._waiting = waiting
+
+    def __call__(self, *given: Any, **named: Any) -> Any:
+        with self._waiting.counts():
+            return super().__call__(*given, **named)
 
 
 class GradientWatch(DefaultReduceScatter):
-    """Of one rank of a model that FSDP2 shards. It is torch's reduce-scatter, with the same bits."""
+    """Of one rank of a model that FSDP2 shards."""
 
-    def __init__(self, model: Decoder, *, device_type: str):
-        self._device_type = device_type
+    def __init__(self, modules: Sequence[FSDPModule], waiting: Waiting, *, device_type: str):
+        self._device_type, self._waiting = device_type, waiting
         self._watching, self._reduces = False, True
         self._checksum: Tensor | None = None
-        for module in fsdp_modules(model):
+        for module in modules:
             module.set_custom_reduce_scatter(self)
+            module.set_custom_all_gather(TimedAllGather(waiting))
 
     def of(self, accumulate: Callable[[], Tensor], *, reduces: bool = True) -> tuple[Tensor, int]:
         """What `accumulate` returns, the task's sums, and the checksum of these and of the gradients that it makes.
@@ -51,7 +89,8 @@ class GradientWatch(DefaultReduceScatter):
             here = checksum([input_tensor])
             self._checksum = here if self._checksum is None else self._checksum + here
         if self._reduces:
-            return super().__call__(output_tensor, input_tensor, *group_and_op, **named)
+            with self._waiting.counts():
+                return super().__call__(output_tensor, input_tensor, *group_and_op, **named)
         output_tensor.zero_()
         return None
 
