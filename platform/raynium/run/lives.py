@@ -167,7 +167,7 @@ class Lives:
         if self._roster.greets(agent):
             self._board.forget_devices()
             if (current := self.running) is not None:
-                cause = "the node agents were lost; Ray Train started others"
+                cause = "a node agent was lost; Ray Train started the node agents again"
                 self._failed(self.number, cause, what="agents")
                 # It was counted when Ray Train placed the new ones.
                 self.over(current, cause, now=now)
