@@ -31,9 +31,15 @@ HOSTS = ["127.0.0.3", "127.0.0.4", "127.0.0.5"]
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     with ray_cluster(tmp_path_factory.mktemp("cluster"), CHANGES, head_cpus=0) as cluster:
-        for host in HOSTS:
-            cluster.start_node(host)
         yield cluster
+
+
+@pytest.fixture(autouse=True)
+def all_nodes(cluster: Cluster) -> None:
+    """Those that the test before has killed are there again."""
+    for host in HOSTS:
+        if host not in cluster.nodes:
+            cluster.start_node(host)
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +70,6 @@ def test_a_spare_takes_the_place_of_a_lost_node_at_once(cluster: Cluster, uninte
     assert finished.generation == 2 and finished.agents is not None
     assert lost not in [agent["host"] for agent in finished.agents]
     same_as(run, uninterrupted)
-    cluster.start_node(lost)
 
 
 def test_a_lost_node_without_a_spare_is_waited_for_and_its_agent_alone_is_replaced(
@@ -83,13 +88,12 @@ def test_a_lost_node_without_a_spare_is_waited_for_and_its_agent_alone_is_replac
     assert finished.generation == 2 and finished.agents == [stays, finished.agents[1]]
     assert finished.agents[1]["host"] == HOSTS[2]
     same_as(run, uninterrupted)
-    cluster.start_node(lost["host"])
 
 
 def test_a_run_goes_on_on_one_node_and_takes_the_second_again_when_it_is_back(
     cluster: Cluster, uninterrupted: Run
 ) -> None:
-    changes = {"cluster.min_nodes": 1, "fault.replace_seconds": 1.0, "train.steps": 600}
+    changes = {"cluster.min_nodes": 1, "fault.replace_seconds": 1.0, "train.steps": 100_000}
     run = cluster.client().submit(cluster.job_file, overrides=changes, name="shrinks")
     record = record_when_saved(run, step=20)
     assert record.agents is not None
@@ -98,16 +102,18 @@ def test_a_run_goes_on_on_one_node_and_takes_the_second_again_when_it_is_back(
     cluster.kill_node(record.agents[1]["host"])
     wait_for(lambda: "generation 2: 1 ranks on 1 node(s), from the checkpoint of step" in run.logs(), pause_seconds=0.5)
     cluster.start_node(free)
-    finished = run.wait(300)
-    logs = run.logs()
-    assert "generation 2 saves and ends: there are nodes for more ranks again" in logs
-    assert "generation 3: 2 ranks on 2 node(s), from the checkpoint of step" in logs and finished.generation == 3
+    wait_for(lambda: "generation 3: 2 ranks on 2 node(s), from the checkpoint of step" in run.logs(), pause_seconds=0.5)
+    assert "generation 2 saves and ends: there are nodes for more ranks again" in run.logs()
+    grown = run.record().step
+    wait_for(lambda: run.record().step >= max(grown, STEPS) + 10, pause_seconds=0.5)
+    run.stop()
+    stopped = run.wait(120)
+    assert (stopped.state, stopped.generation) == ("stopped", 3)
     ours = losses(run)
-    assert set(ours) == set(range(1, 601)) and all(len(values) == 1 for values in ours.values())
+    assert set(ours) == set(range(1, stopped.step + 1)) and all(len(values) == 1 for values in ours.values())
     # The samples are the same; sums of another order differ in their last bits.
     for step, (loss,) in losses(uninterrupted).items():
-        assert ours[step] == [pytest.approx(loss, rel=2e-2 if step > 30 else 1e-5)]
-    cluster.start_node(record.agents[1]["host"])
+        assert ours[step] == [pytest.approx(loss, rel=2e-2 if step > 20 else 0)]
 
 
 def test_a_run_that_waits_for_a_node_ends_at_once_when_it_is_stopped(cluster: Cluster) -> None:
