@@ -16,6 +16,8 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
 STEPS = 240
 CHANGES = {
     "optimizer.learning_rate": 3e-3,
+    # The rate at a step is the same however many there are.
+    "optimizer.schedule": "constant",
     "train.steps": STEPS,
     "train.global_batch_size": 8,
     "checkpoint.every_steps": 10,
@@ -31,15 +33,20 @@ HOSTS = ["127.0.0.3", "127.0.0.4", "127.0.0.5"]
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     with ray_cluster(tmp_path_factory.mktemp("cluster"), CHANGES, head_cpus=0) as cluster:
+        start_missing(cluster)
         yield cluster
+
+
+def start_missing(cluster: Cluster) -> None:
+    for host in HOSTS:
+        if host not in cluster.nodes:
+            cluster.start_node(host)
 
 
 @pytest.fixture(autouse=True)
 def all_nodes(cluster: Cluster) -> None:
     """Those that the test before has killed are there again."""
-    for host in HOSTS:
-        if host not in cluster.nodes:
-            cluster.start_node(host)
+    start_missing(cluster)
 
 
 @pytest.fixture(scope="module")

@@ -168,7 +168,8 @@ def shortage(asked: Mapping[str, float], num_nodes: int, nodes: Sequence[NodeUse
     else:
         on = f"waiting for {num_nodes} node{'s' if num_nodes > 1 else ''} with {amounts}"
         found = [f"{node.host}: {node.shortage(asked)}" for node in short]
-        message = f"{on}: {len(nodes) - len(short)} of {len(nodes)} have them free; {some(found, mark='; ')}"
+        message = f"{on}: {len(nodes) - len(short)} of {len(nodes)} have them free"
+        message += f"; {some(found, mark='; ')}" if found else ""
     if fitting < num_nodes:
         message += f". Only {fitting} of the cluster's nodes {'has' if fitting == 1 else 'have'} as much at all: "
         message += "another must come, or set cluster.nodes and cluster.ranks_per_node to what there is"
