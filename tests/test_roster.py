@@ -103,6 +103,16 @@ def test_a_run_shrinks_to_what_fits_after_its_time_and_grows_once_a_node_is_ther
     assert run.order(now=162.0) == [1, 0, 2]
 
 
+def test_agents_that_only_start_slowly_are_waited_for() -> None:
+    run = Run(least_nodes=1)
+    run.join(0)
+    assert run.crew(now=0.0) == [] and run.crew(now=1e6) == [] and run.roster.seconds_to_wait(now=0.0) is None
+    run.roster.loses([2])
+    assert run.crew(now=1e6) == [] and run.crew(now=1e6 + 60) == [0], "before it joined"
+    run.join(1, 2)
+    assert run.crew(now=1e6 + 61) == [0, 1, 2]
+
+
 def test_a_run_waits_where_less_than_the_least_is_left() -> None:
     run = Run(least_nodes=3)
     run.join(0, 1, 2)

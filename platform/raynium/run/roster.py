@@ -191,6 +191,9 @@ class Roster:
         # A crew that was smaller than wanted already has waited.
         if size is not None and 0 < len(self._crew) <= size:
             return size
+        if not self._lost:
+            # Ray Train places all of an attempt's agents at once: the others are starting.
+            return None
         self._short_since = now if self._short_since is None else self._short_since
         return size if now - self._short_since >= self._replace_seconds else None
 
