@@ -48,6 +48,7 @@ from raynium.run.protocol import (
     ShardFailed,
     ShardSaved,
     StacksTaken,
+    StandBy,
     StepLeftOut,
     Verdict,
 )
@@ -262,7 +263,7 @@ def test_lost_nodes_are_counted_apart_from_failed_ranks_and_only_without_progres
     asyncio.run(play())
 
 
-def again(agent: AgentInfo, order: Order | GoHome) -> AgentInfo:
+def again(agent: AgentInfo, order: Order | StandBy | GoHome) -> AgentInfo:
     """The same one, which has run that."""
     assert isinstance(order, Order)
     return replace(agent, last_generation=order.generation)
@@ -274,7 +275,8 @@ def test_a_spare_takes_over_from_a_lost_agent_whose_replacement_is_the_next_spar
         await run.agents_placed("a")
         first, _ = await asyncio.gather(run.join(agent(2)), run.join(agent(0)))
         assert isinstance(first, Order) and first.seats == (0, 2), "two of three"
-        spare = asyncio.create_task(run.join(agent(1)))
+        assert await run.join(agent(1)) == StandBy(1)
+        spare = asyncio.create_task(run.join(again(agent(1), first)))
         watching = asyncio.create_task(run.watch(agent(0), first, stop_known=False))
         await asyncio.sleep(0)
         await run.agents_lost("a", [2])
@@ -284,7 +286,8 @@ def test_a_spare_takes_over_from_a_lost_agent_whose_replacement_is_the_next_spar
         # The lost one was only cut off, and comes back.
         assert isinstance(await run.join(again(agent(2), first)), GoHome)
         await run.agents_placed("a", [2])
-        next_spare = asyncio.create_task(run.join(replace(agent(2), agent_id="another")))
+        assert await run.join(replace(agent(2), agent_id="another")) == StandBy(2)
+        next_spare = asyncio.create_task(run.join(replace(agent(2), agent_id="another", last_generation=2)))
         await asyncio.sleep(0.01)
         status = await run.status(0)
         assert not next_spare.done() and (status.generation, status.has_spares) == (2, True)
@@ -293,6 +296,30 @@ def test_a_spare_takes_over_from_a_lost_agent_whose_replacement_is_the_next_spar
         for rank in (0, 1):
             await run.exited(agent(rank), second, NodeEnded())
         next_spare.cancel()
+
+    asyncio.run(play())
+
+
+def test_a_coordinator_that_was_started_again_finds_ranks_beside_a_spare_that_stands_by(tmp_path: Path) -> None:
+    async def play() -> None:
+        before = coordinator(tmp_path)
+        first, _ = await asyncio.gather(before.join(agent(0)), before.join(agent(2)))
+        run = coordinator(tmp_path)
+        spare = asyncio.create_task(run.join(again(agent(1), first)))
+        await asyncio.sleep(0)
+        assert isinstance(first, Order)
+        watching = asyncio.create_task(run.watch(agent(0), first, stop_known=False))
+        await asyncio.sleep(0.01)
+        assert not watching.done() and (await run.status(0)).generation == 1
+        # Whoever replaces the other agent has no part in what runs: all begin anew.
+        third = asyncio.create_task(run.join(replace(agent(2), agent_id="another")))
+        run._lives._generations[1].agents[1] = agent(2)
+        await asyncio.sleep(0)
+        third.cancel()
+        fourth = asyncio.create_task(run.join(replace(agent(2), agent_id="yet another")))
+        assert (await watching).kind == "over"
+        fourth.cancel()
+        spare.cancel()
 
     asyncio.run(play())
 
@@ -315,7 +342,9 @@ def test_a_run_goes_on_on_fewer_nodes_and_grows_at_a_checkpoint_once_one_is_back
         assert isinstance(second, Order) and time.monotonic() - began >= 0.05
         assert (second.world.nodes, second.world.num_micro_batches, second.resume_step) == (1, 4, 2)
         watching = asyncio.create_task(run.watch(again(agent(0), first), second, stop_known=False))
-        comes_back = asyncio.create_task(run.join(replace(agent(1), agent_id="another")))
+        replacement = replace(agent(1), agent_id="another")
+        assert await run.join(replacement) == StandBy(2)
+        comes_back = asyncio.create_task(run.join(again(replacement, second)))
         assert (await watching).kind == "stop", "it saves first: nothing is taken twice"
         await save(run, tmp_path, second, 4)
         stopped = RankExit(0, 0, None, retry=False, outcome=Outcome(4, "stopped"))

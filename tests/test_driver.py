@@ -32,7 +32,18 @@ from raynium.launch.ray_environment import RAY_DEFAULTS
 from raynium.run.coordinator import RunCoordinator
 from raynium.run.fence import claim_key
 from raynium.run.on_loop import CoordinatorOnLoop
-from raynium.run.protocol import AgentInfo, CannotGoOn, NodeEnded, Order, Outcome, Progressed, RankExit, Said, Status
+from raynium.run.protocol import (
+    AgentInfo,
+    CannotGoOn,
+    NodeEnded,
+    Order,
+    Outcome,
+    Progressed,
+    RankExit,
+    Said,
+    StandBy,
+    Status,
+)
 from raynium.run.record import claim
 from raynium.storage.process import Owner
 from raynium.storage.store import Store
@@ -161,16 +172,18 @@ def test_a_node_that_is_drained_is_left_for_a_spare_after_a_save(
     with Watched(tmp_path, monkeypatch) as watched:
         run = watched.actor.on_loop
         order = run.join(drained).result(60)
-        takes_over = run.join(spare)
+        assert run.join(spare).result(60) == StandBy(1)
+        takes_over = run.join(replace(spare, last_generation=1))
         watching = run.watch(drained, order, stop_known=False)
         watched.drained["n0"] = 1_764_500_000.0
         assert watching.result(60).kind == "stop"
         saved = RankExit(0, 0, None, retry=False, outcome=Outcome(0, "stopped"))
         monkeypatch.setattr("raynium.run.saves.Saves.problem", lambda saves, step: None)
         run.exited(drained, order, NodeEnded((saved,))).result(60)
-        waits = run.join(replace(drained, last_generation=1))
+        stands_by = run.join(replace(drained, last_generation=1))
         second = takes_over.result(60)
-        assert isinstance(second, Order) and second.seats == (1,) and not waits.done()
+        assert isinstance(second, Order) and second.seats == (1,)
+        assert stands_by.result(60) == StandBy(2)
         wait_for(lambda: watched.told("node 0 (127.0.0.1) will leave: Ray drains it until 2025-11-30 10:53:20 UTC"))
         assert watched.told("generation 1 saves and ends: 127.0.0.1 will leave")
 

@@ -17,7 +17,7 @@ from raynium.node.agent import Node, NodeAgent
 from raynium.node.node_log import log_to_file
 from raynium.node.ranks import drop_sockets
 from raynium.run.fence import Fence, FenceWatch
-from raynium.run.protocol import AgentEvent, AgentInfo, Commit, GoHome, News, NodeEnded, Order, Said, Verdict
+from raynium.run.protocol import AgentEvent, AgentInfo, Commit, GoHome, News, NodeEnded, Order, Said, StandBy, Verdict
 from raynium.storage.store import Store
 
 # A driver that is killed leaves an agent that Ray has yet to end, while the next driver's may start beside it: they may
@@ -31,7 +31,7 @@ class RayCoordinator:
 
     actor: Any
 
-    def join(self, agent: AgentInfo) -> "Future[Order | GoHome]":
+    def join(self, agent: AgentInfo) -> "Future[Order | StandBy | GoHome]":
         return self.actor.join.remote(agent).future()
 
     def watch(self, agent: AgentInfo, order: Order, *, stop_known: bool) -> "Future[Verdict]":

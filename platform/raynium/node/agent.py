@@ -48,6 +48,7 @@ from raynium.run.protocol import (
     Order,
     Said,
     StacksTaken,
+    StandBy,
     Verdict,
     WentHome,
 )
@@ -210,6 +211,9 @@ class NodeAgent:
                     order = self.coordinator.join(agent).result()
                     if isinstance(order, GoHome):
                         break
+                    if isinstance(order, StandBy):
+                        self._stand_by(order, image_folder)
+                        continue
                     reports.recovery.begins(FORK, time.monotonic())
                     self._node_rank = order.node_rank(agent)
                     if self._node_rank == 0 and self._tracker is None:
@@ -228,6 +232,16 @@ class NodeAgent:
             if self._commits is not None:
                 self._saving.wait()
                 self._commits.close()
+
+    def _stand_by(self, order: StandBy, image_folder: Path) -> None:
+        """The node is a spare from now on, whose memory holds nothing; if it had rank 0, another has MLflow now."""
+        self._last_generation, self._node_rank = order.generation, -1
+        self._drop_spares()
+        self._saving.begin_generation((), None, image_folder)
+        if self._tracker is not None and self._commits is not None:
+            self._commits.abandon()
+            self._tracker.close(timeout_seconds=TRACKER_CLOSE_SECONDS)
+            self._tracker = self._commits = None
 
     def _info(self, rendezvous: socket.socket) -> AgentInfo:
         return AgentInfo(

@@ -259,8 +259,13 @@ class CommitLog:
     def __init__(self, coordinator: Coordinator, tracker: Tracker):
         self._coordinator = coordinator
         self._tracker = tracker
+        self._abandoned = False
         self._thread = threading.Thread(target=self._follow, name="commit-log", daemon=True)
         self._thread.start()
+
+    def abandon(self) -> None:
+        """Another node's writes them down from now on: what this one may still be answered is told to that one too."""
+        self._abandoned = True
 
     def close(self) -> None:
         """Once the run has ended: returns when the last commit is written down, or the coordinator is out of reach."""
@@ -275,7 +280,7 @@ class CommitLog:
                 # Ray's own errors, which this file must not import: the coordinator is gone.
                 logger.warning("checkpoints are no longer written into MLflow: %s", error)
                 return
-            if commits is None:
+            if commits is None or self._abandoned:
                 return
             for commit in commits:
                 sent = commit

@@ -21,7 +21,7 @@ from raynium.run.fence import Fence
 from raynium.run.hangs import artifacts_of
 from raynium.run.last_save import pause_before_next_try
 from raynium.run.lives import Generation, Lives
-from raynium.run.protocol import AgentInfo, GoHome, Order, Status, Verdict
+from raynium.run.protocol import AgentInfo, GoHome, Order, StandBy, Status, Verdict
 from raynium.run.recovery import Recovery
 from raynium.run.roster import Roster
 from raynium.run.saves import Saves, WholeSave
@@ -81,7 +81,7 @@ class RunCoordinator:
         async with self._changing():
             self._lives.agents_lost(attempt, seats, now=time.monotonic())
 
-    async def join(self, agent: AgentInfo) -> Order | GoHome:
+    async def join(self, agent: AgentInfo) -> Order | StandBy | GoHome:
         await asyncio.sleep(max(0.0, self._lives.not_before - time.monotonic()))
         async with self._changing():
             if self._roster.is_past(agent):
@@ -99,6 +99,8 @@ class RunCoordinator:
                     return GoHome(self._run_ledger())
                 if (order := self._lives.order_for(agent)) is not None:
                     return order
+                if self._lives.is_passed_over(agent):
+                    return StandBy(self._lives.number)
                 if self._has_crew():
                     await self._order_generations()
                 else:
@@ -291,10 +293,13 @@ class RunCoordinator:
         limit = self._roster.seconds_to_wait(now=time.monotonic())
 
         def is_over() -> bool:
-            if self._lives.order_for(agent) is not None or self._lives.are_over_for(agent) or self._has_crew():
+            lives = self._lives
+            # Asked first: it notes since when too few are there, which a limit counts from.
+            if self._has_crew() or (limit is None and self._roster.seconds_to_wait(now=time.monotonic()) is not None):
                 return True
-            begins_to_wait = limit is None and self._roster.seconds_to_wait(now=time.monotonic()) is not None
-            return begins_to_wait or self._roster.is_past(agent)
+            if lives.order_for(agent) is not None or lives.is_passed_over(agent) or lives.are_over_for(agent):
+                return True
+            return self._roster.is_past(agent)
 
         await self._wait(is_over, limit)
 

@@ -140,6 +140,7 @@ class Lives:
             if newer and all(
                 each.attempt == agent.attempt and each.last_generation < order.generation
                 for each in self._roster.ready()
+                if each.seat in order.seats
             ):
                 self.greet(agent, now=now)
                 # Those that wait for an order have not had this one.
@@ -195,9 +196,16 @@ class Lives:
     def order_for(self, agent: AgentInfo) -> Order | None:
         """Of a generation that this agent is to run, and has not yet."""
         current = self.running
-        if current is None or agent.seat not in current.order.seats:
+        if current is None or agent.seat not in current.order.seats or self.number <= agent.last_generation:
             return None
-        return current.order if current.order.generation > agent.last_generation else None
+        known = current.agents.get(current.order.node_rank(agent))
+        # Of one that replaced another, whose death nobody has told, the ranks are not that generation's.
+        return current.order if known is None or known.agent_id == agent.agent_id else None
+
+    def is_passed_over(self, agent: AgentInfo) -> bool:
+        """Whether others run the newest generation, of which this agent does not know."""
+        current = self.running
+        return current is not None and agent.seat not in current.order.seats and agent.last_generation < self.number
 
     def may_grow(self) -> None:
         """Another agent waits. If the ranks that run are fewer than wanted, they save, end, and all begin together."""

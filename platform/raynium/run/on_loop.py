@@ -7,7 +7,7 @@ from concurrent.futures import Future
 from typing import Any, TypeVar
 
 from raynium.run.coordinator import RunCoordinator
-from raynium.run.protocol import AgentEvent, AgentInfo, Commit, GoHome, News, NodeEnded, Order, Verdict
+from raynium.run.protocol import AgentEvent, AgentInfo, Commit, GoHome, News, NodeEnded, Order, StandBy, Verdict
 
 Answer = TypeVar("Answer")
 
@@ -21,7 +21,7 @@ class CoordinatorOnLoop:
         self._thread = threading.Thread(target=self._loop.run_forever, name="coordinator", daemon=True)
         self._thread.start()
 
-    def join(self, agent: AgentInfo) -> "Future[Order | GoHome]":
+    def join(self, agent: AgentInfo) -> "Future[Order | StandBy | GoHome]":
         return self.run(lambda each: each.join(agent))
 
     def watch(self, agent: AgentInfo, order: Order, *, stop_known: bool) -> "Future[Verdict]":

@@ -102,6 +102,13 @@ class Order:
 
 
 @dataclass(frozen=True)
+class StandBy:
+    """Others run this generation: be ready for a later one, and join again."""
+
+    generation: int
+
+
+@dataclass(frozen=True)
 class GoHome:
     """The run has ended, or goes on elsewhere. ledger: of the whole run."""
 
@@ -382,8 +389,8 @@ class Coordinator(Protocol):
     No method blocks. Calls may overtake each other, and are made again if the coordinator dies before it answers.
     """
 
-    def join(self, agent: AgentInfo) -> "Future[Order | GoHome]":
-        """No rank of this agent's runs; answered when every node is ready, or the run has ended."""
+    def join(self, agent: AgentInfo) -> "Future[Order | StandBy | GoHome]":
+        """No rank of this agent's runs; answered when there is a crew, with it or without, or the run has ended."""
         ...
 
     def watch(self, agent: AgentInfo, order: Order, *, stop_known: bool) -> "Future[Verdict]":
