@@ -17,6 +17,8 @@ from raynium.launch.jobs import connect_jobs
 from raynium.rank.ports import free_port
 
 LOOPBACK = "127.0.0.1"
+# What `ray start --block` says last.
+STARTED = b"will now block"
 
 
 @dataclass(frozen=True)
@@ -47,27 +49,37 @@ def running_head(
             f"--ray-client-server-port={free_port(LOOPBACK)}",
             *("--num-cpus=4", f"--object-store-memory={100 * 2**20}"),
         ]
-        with log.open("ab") as output:
-            process = subprocess.Popen(
-                [*command, *arguments],
-                env=os.environ | dict(environment),
-                stdout=output,
-                stderr=output,
-                start_new_session=True,
-            )
+        address = f"http://{LOOPBACK}:{dashboard}"
+        # Ray gives a node 30 s to start, which on a busy machine it may need. A service starts it again, too.
+        for tries_left in (2, 1, 0):
+            with log.open("ab") as output:
+                process = subprocess.Popen(
+                    [*command, *arguments],
+                    env=os.environ | dict(environment),
+                    stdout=output,
+                    stderr=output,
+                    start_new_session=True,
+                )
+            if _answers(address, process, log):
+                break
+            kill_started([process])
+            assert tries_left, log.read_text()[-3000:]
         try:
-            address = f"http://{LOOPBACK}:{dashboard}"
-            _wait_until_it_answers(address, process, log)
             yield Head(address, port, process)
         finally:
             kill_started([process])
 
 
-def _wait_until_it_answers(address: str, process: subprocess.Popen[bytes], log: Path) -> None:
-    deadline = time.monotonic() + 200
-    while True:
-        with contextlib.suppress(LaunchError):
+def _answers(address: str, process: subprocess.Popen[bytes], log: Path) -> bool:
+    """Waits for it; False if it has ended, or does not answer for minutes.
+
+    The dashboard answers before `ray start` has seen all of its processes, and it may yet give up.
+    """
+    before, deadline = log.stat().st_size, time.monotonic() + 200
+    while process.poll() is None and time.monotonic() < deadline:
+        with contextlib.suppress(LaunchError, OSError):
             connect_jobs(address).list_jobs()
-            return
-        assert process.poll() is None and time.monotonic() < deadline, log.read_text()[-3000:]
+            if STARTED in log.read_bytes()[before:]:
+                return True
         time.sleep(0.5)
+    return False
