@@ -35,9 +35,11 @@ from raynium.accelerators.detect import detect
 from raynium.config.load import load_config
 from raynium.config.schema import Config
 from raynium.config.world import World
+from raynium.data.batch import Batch
 from raynium.data.build.store_build import build_store
 from raynium.data.loader import Loader, open_loader
 from raynium.data.store import open_store
+from raynium.engines.base import StepResult
 from raynium.engines.native import build_native_engine
 from raynium.models.flops import parameter_count
 from raynium.rank.ports import free_port
@@ -195,6 +197,7 @@ def ours(task: Task, step_done: StepDone) -> None:
         start_step=0,
         evaluate=dict,
         guard=Guard(),
+        evidence=_NoEvidence(),
         patience=Patience(),
         snapshots=_NoSnapshots(),
         throughput=Throughput(
@@ -212,6 +215,11 @@ class _Never(Cadence):
 
     def evaluates(self, step: int) -> bool:
         return False
+
+
+class _NoEvidence:
+    def of(self, step: int, batch: Batch, result: StepResult, why: str) -> str:
+        raise AssertionError("no step of this run is bad")
 
 
 class _NoSnapshots:
