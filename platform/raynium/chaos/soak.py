@@ -87,7 +87,7 @@ def soak(config: Config, *, faults: int, seed: int, folder: Path, tell: Callable
     steps = config.train.steps
     if steps is None:
         raise ConfigError(["faults are spread over train.steps, which train.epochs leaves open: set train.steps"])
-    if config.cluster.nodes > 1:
+    if config.cluster.seats > 1:
         raise LaunchError("chaos reaches the processes of this machine only: set cluster.nodes=1")
     refuse_crowd(faults=faults, steps=steps, checkpoint_every=config.checkpoint.every_steps)
     plain, faulted = _named(config)

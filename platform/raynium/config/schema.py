@@ -84,6 +84,11 @@ class ClusterSection(Section):
     ranks_per_node: Ranks = 1
     """Processes on each: one per NeuronCore, GPU, or CPU slot."""
 
+    @property
+    def seats(self) -> int:
+        """Machines that the run takes: those that train and the spares."""
+        return self.nodes + self.spares
+
 
 class RopeScaling(Section):
     """Llama 3.1's frequency scaling (transformers: `rope_type: llama3`)."""

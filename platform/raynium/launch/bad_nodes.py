@@ -30,7 +30,7 @@ class BadNodes:
             return []
         fit = fitting_nodes(node_resources(self._config))
         nodes = {node_id: host for node_id, host in node_hosts().items() if node_id in fit}
-        found, kept = left_out(bad, nodes, needed=self._config.cluster.nodes)
+        found, kept = left_out(bad, nodes, needed=self._config.cluster.seats)
         for each in found.values():
             self._tell(f"node {each.host} is left out, as run {each.run} found: {each.text}")
         if kept:

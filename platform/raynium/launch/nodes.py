@@ -153,7 +153,7 @@ class NodeUse:
 
 def waiting_message(config: Config) -> str | None:
     """What is free of what the run asks for, and who holds the rest; None: there is enough, and agents are starting."""
-    return shortage(node_resources(config), config.cluster.nodes, _node_uses())
+    return shortage(node_resources(config), config.cluster.seats, _node_uses())
 
 
 def shortage(asked: Mapping[str, float], num_nodes: int, nodes: Sequence[NodeUse]) -> str | None:

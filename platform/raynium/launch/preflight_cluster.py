@@ -85,7 +85,7 @@ class Preflight:
 
     def _report(self, seconds: float) -> Report:
         nodes, busy = tuple(self._reports.values()), tuple(self._busy)
-        return Report(self.config.cluster.nodes, nodes, self._between, busy, seconds)
+        return Report(self.config.cluster.seats, nodes, self._between, busy, seconds)
 
     def _left(self) -> float:
         return max(0.0, self.deadline - time.monotonic())
@@ -97,7 +97,7 @@ class Preflight:
 
         Asking is also what makes an autoscaler start nodes.
         """
-        count = self.config.cluster.nodes
+        count = self.config.cluster.seats
         strategy = "STRICT_SPREAD" if count > 1 else "PACK"
         group = placement_group([self.resources] * count, strategy=strategy)
         try:

@@ -37,10 +37,12 @@ def check_this_machine(config: Config) -> None:
     config: settled. Raises LaunchError.
     """
     session_parent()
-    if config.cluster.nodes > 1:
+    if (cluster := config.cluster).seats > 1:
+        spares = f" and cluster.spares {cluster.spares}" if cluster.spares else ""
         raise LaunchError(
-            f"cluster.nodes is {config.cluster.nodes}, and a Ray cluster that is started here has one node: name one "
-            "that runs with --address (for example auto), or set cluster.nodes=1 and more cluster.ranks_per_node"
+            f"cluster.nodes is {cluster.nodes}{spares}, and a Ray cluster that is started here has one node: name "
+            "one that runs with --address (for example auto), or set cluster.nodes=1 without spares, and more "
+            "cluster.ranks_per_node"
         )
     detect(config.cluster.accelerator)
 
