@@ -119,3 +119,14 @@ def final_state(run: Run) -> dict[str, Any]:
     reference = latest(Store(run.url))
     assert reference is not None
     return read_tensors(reference, prefix="model/")
+
+
+def same_as(run: Run, uninterrupted: Run, *, steps: int) -> None:
+    """Every step once in MLflow, with the very same loss, and the same weights at the end."""
+    import torch
+
+    ours, theirs = losses(run), losses(uninterrupted)
+    assert ours == theirs and set(ours) == set(range(1, steps + 1))
+    assert all(len(values) == 1 for values in ours.values())
+    for name, tensor in final_state(uninterrupted).items():
+        assert torch.equal(final_state(run)[name], tensor), name
