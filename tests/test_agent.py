@@ -29,6 +29,7 @@ from raynium.config.world import World
 from raynium.errors import DataError, TrackingError
 from raynium.node import orphans
 from raynium.node.agent import Node, NodeAgent
+from raynium.node.buddies import CopyError
 from raynium.node.ranks import RankGroup
 from raynium.node.reports import CommitLog, Reports
 from raynium.run.coordinator import RunCoordinator
@@ -265,6 +266,25 @@ def test_a_run_goes_on_from_a_snapshot_that_is_no_checkpoint_and_changes_no_bit(
     assert [each.step for each in list_checkpoints(Store(run.run_folder))] == [30, 40]
     assert {number for number, _ in reference.tracker.values("snapshot/stall_seconds")} <= set(range(1, 40))
     assert len(reference.tracker.values("snapshot/stall_seconds")) > 10
+
+
+def test_a_snapshot_that_another_node_cannot_give_costs_a_generation_and_no_more(
+    play: Callable[..., Played], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fork, forked = NodeAgent._fork, list[int]()
+
+    def fetch_first(agent: NodeAgent, order: Order, *arguments: Any, **named: Any) -> RankGroup:
+        forked.append(order.generation)
+        if order.generation == 1:
+            raise CopyError("the snapshot of step 4 could not be had from 127.0.0.3: it has no such copy")
+        return fork(agent, order, *arguments, **named)
+
+    monkeypatch.setattr(NodeAgent, "_fork", fetch_first)
+    run = play(**{"train.steps": 2})
+    status = run.finish()
+    assert status.ended == "finished" and forked == [1, 2]
+    told = [event.text for event in status.events]
+    assert any("generation 1 failed: rank 0: the snapshot of step 4 could not be had from" in text for text in told)
 
 
 def test_commits_go_on_being_written_down_after_a_disk_was_full() -> None:

@@ -340,6 +340,8 @@ def test_a_run_goes_on_on_fewer_nodes_and_grows_at_a_checkpoint_once_one_is_back
         await run.agents_lost("a", [1])
         second = await joining
         assert isinstance(second, Order) and time.monotonic() - began >= 0.05
+        told = [event.text for event in (await run.status(0)).events]
+        assert "the node agent of 127.0.0.3 was lost" in told, "what rank 0 has said is only that it missed another"
         assert (second.world.nodes, second.world.num_micro_batches, second.resume_step) == (1, 4, 2)
         watching = asyncio.create_task(run.watch(again(agent(0), first), second, stop_known=False))
         replacement = replace(agent(1), agent_id="another")

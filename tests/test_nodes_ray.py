@@ -6,7 +6,7 @@ One node is a head without room for ranks; the others have room for one rank eac
 from collections.abc import Iterator
 
 import pytest
-from ray_cluster import Cluster, final_state, losses, ray_cluster, record_when_saved
+from ray_cluster import Cluster, losses, ray_cluster, record_when_saved, same_as
 from waiting import wait_for
 
 from raynium import Run
@@ -56,27 +56,21 @@ def uninterrupted(cluster: Cluster) -> Run:
     return run
 
 
-def same_as(run: Run, uninterrupted: Run) -> None:
-    """Every step once in MLflow, with the very same loss, and the same weights at the end."""
-    import torch
-
-    ours, theirs = losses(run), losses(uninterrupted)
-    assert ours == theirs and set(ours) == set(range(1, STEPS + 1))
-    assert all(len(values) == 1 for values in ours.values())
-    for name, tensor in final_state(uninterrupted).items():
-        assert torch.equal(final_state(run)[name], tensor), name
-
-
-def test_a_spare_takes_the_place_of_a_lost_node_at_once(cluster: Cluster, uninterrupted: Run) -> None:
-    run = cluster.client().submit(cluster.job_file, overrides={"cluster.spares": 1}, name="spare")
-    record = record_when_saved(run, step=20)
+def test_a_spare_takes_the_place_of_a_lost_node_at_once_from_a_copy_of_its_memory(
+    cluster: Cluster, uninterrupted: Run
+) -> None:
+    changes = {"cluster.spares": 1, "fault.buddy_copies": True, "fault.snapshot_every_steps": 5}
+    changes["checkpoint.every_steps"] = 30
+    run = cluster.client().submit(cluster.job_file, overrides=changes, name="spare")
+    record = record_when_saved(run, step=30)
     assert record.agents is not None and len(record.agents) == 2
     lost = record.agents[1]["host"]
     cluster.kill_node(lost)
     finished = run.wait(240)
     assert finished.generation == 2 and finished.agents is not None
     assert lost not in [agent["host"] for agent in finished.agents]
-    same_as(run, uninterrupted)
+    assert "generation 2: 2 ranks on 2 node(s), from the snapshot of step" in run.logs()
+    same_as(run, uninterrupted, steps=STEPS)
 
 
 def test_a_lost_node_without_a_spare_is_waited_for_and_its_agent_alone_is_replaced(
@@ -94,7 +88,7 @@ def test_a_lost_node_without_a_spare_is_waited_for_and_its_agent_alone_is_replac
     finished = run.wait(240)
     assert finished.generation == 2 and finished.agents == [stays, finished.agents[1]]
     assert finished.agents[1]["host"] == HOSTS[2]
-    same_as(run, uninterrupted)
+    same_as(run, uninterrupted, steps=STEPS)
 
 
 def test_a_run_goes_on_on_one_node_and_takes_the_second_again_when_it_is_back(

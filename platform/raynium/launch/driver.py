@@ -8,6 +8,7 @@ import json
 import logging
 import math
 import os
+import secrets
 import threading
 import time
 from collections.abc import Callable
@@ -215,12 +216,13 @@ class Driver:
                 "mlflow_uri": self.prepared.mlflow.uri,
                 "mlflow_run_id": self.prepared.mlflow.run_id,
                 "scratch": self.prepared.scratch,
+                "secret": secrets.token_bytes(32),
             },
             backend_config=NodeAgentConfig(coordinator),
             scaling_config=ray.train.ScalingConfig(
-                num_workers=cluster.nodes + cluster.spares,
+                num_workers=cluster.seats,
                 resources_per_worker=node_resources(self.config),
-                placement_strategy="STRICT_SPREAD" if cluster.nodes + cluster.spares > 1 else "PACK",
+                placement_strategy="STRICT_SPREAD" if cluster.seats > 1 else "PACK",
                 # Also when a lost node is replaced.
                 label_selector=label_selector(self._excluded) or None,
             ),
@@ -469,7 +471,7 @@ def preflight_level(config: Config) -> Level | None:
         case "auto" if config.cluster.accelerator != "cpu":
             return "all"
         case "auto":
-            return "host" if config.cluster.nodes > 1 else None
+            return "host" if config.cluster.seats > 1 else None
         case level:
             return level
 

@@ -80,6 +80,7 @@ def run_agent(settings: dict[str, Any]) -> None:
             wait_seconds=AGENT_BEFORE_SECONDS,
         ),
         data_places=lambda: fetch_stores(config.data, f"{scratch}/data"),
+        secret=settings["secret"],
     )
     try:
         # One node's ranks are enough: without them the others' end too.

@@ -22,6 +22,7 @@ from raynium.config.schema import Config
 from raynium.errors import DataError
 from raynium.health.neuron_monitor import DeviceMonitor, DeviceSample, has_devices
 from raynium.health.notices import Notice, NoticeWatch, ask_for_notices
+from raynium.node.buddies import Buddies, CopyError
 from raynium.node.compile_cache import node_cache
 from raynium.node.diagnosis import KERNEL_LOG, Diagnosis, KernelLog, seconds_for_others
 from raynium.node.images import Snapshot
@@ -46,6 +47,7 @@ from raynium.run.protocol import (
     NodeEnded,
     NodeLeaves,
     Order,
+    RankExit,
     Said,
     StacksTaken,
     StandBy,
@@ -100,11 +102,13 @@ class NodeAgent:
         kernel_log: Path = KERNEL_LOG,
         neuron_monitor: str | None = None,
         ask_for_notices: Callable[[], list[Notice] | None] = ask_for_notices,
+        secret: bytes = b"",
     ):
         """open_tracker is called once this node is to run rank 0; data_places makes the stores ready.
 
         kernel_log: a file like Linux's /dev/kmsg. neuron_monitor: the program that is asked about Neuron devices; None:
-        AWS's, if this job trains on them. ask_for_notices: see `health/notices.py`.
+        AWS's, if this job trains on them. ask_for_notices: see `health/notices.py`. secret: of the
+        run's agents, with which they know each other.
         """
         self.config = config
         self.run_url = run_url
@@ -122,6 +126,9 @@ class NodeAgent:
         self._kernel_log = KernelLog(kernel_log)
         self._diagnosis = Diagnosis(self._kernel_log)
         self._ask_for_notices = ask_for_notices
+        self._secret = secret
+        # If this run copies snapshots to other nodes.
+        self._buddies: Buddies | None = None
         self._neuron_monitor = neuron_monitor
         if neuron_monitor is None and accelerator.name.startswith("neuron") and has_devices():
             self._neuron_monitor = "neuron-monitor"
@@ -149,6 +156,10 @@ class NodeAgent:
         if self._cache.sync is not None:
             self._cache.sync.start()
         image_folder = own_folder(shared_memory_folder(), self.config.run.name)
+        if (fault := self.config.fault).buddy_copies and self.config.cluster.nodes > 1:
+            speed = fault.buddy_megabytes_per_second * 1e6
+            images = self._saving.images
+            self._buddies = Buddies(self.node.host, image_folder, self._secret, images, bytes_per_second=speed)
         try:
             try:
                 data_places = self._data_places()
@@ -167,6 +178,8 @@ class NodeAgent:
             if self._cache.sync is not None:
                 self._cache.sync.close()
             self._saving.close()
+            if self._buddies is not None:
+                self._buddies.close()
             self._kernel_log.close()
             drop_folder(image_folder)
         self.coordinator.tell(WentHome(self._agent_id)).result()
@@ -220,7 +233,13 @@ class NodeAgent:
                         self._tracker = self._open_tracker()
                         self._commits = CommitLog(self.coordinator, self._tracker)
                     reports.begin_generation(order, self._ranks(order), self._tracker)
-                    group = self._fork(order, rendezvous, data_places=data_places, image_folder=image_folder)
+                    try:
+                        group = self._fork(order, rendezvous, data_places=data_places, image_folder=image_folder)
+                    except CopyError as error:
+                        failed = RankExit(self._ranks(order)[0], 1, str(error), retry=True)
+                        ended = NodeEnded((failed,), reports.end_generation())
+                        self.coordinator.exited(agent, order, ended).result()
+                        continue
                 self._run_generation(group, agent, order, reports)
             if self._tracker is not None:
                 self._tracker.append(order.ledger.metrics(), step=order.ledger.step, unix_ms=int(time.time() * 1000))
@@ -238,6 +257,8 @@ class NodeAgent:
         self._last_generation, self._node_rank = order.generation, -1
         self._drop_spares()
         self._saving.begin_generation((), None, image_folder)
+        if self._buddies is not None:
+            self._buddies.begin_generation(None, None)
         if self._tracker is not None and self._commits is not None:
             self._commits.abandon()
             self._tracker.close(timeout_seconds=TRACKER_CLOSE_SECONDS)
@@ -254,6 +275,8 @@ class NodeAgent:
             agent_id=self._agent_id,
             images=self._saving.images.held(),
             uploading=self._saving.images.uploading(),
+            buddy_port=0 if self._buddies is None else self._buddies.port,
+            copies=() if self._buddies is None else self._buddies.held(),
             machine=look().product_name or "",
             node_id=self.node.node_id,
             last_generation=self._last_generation,
@@ -288,6 +311,11 @@ class NodeAgent:
     ) -> RankGroup:
         self._last_generation = order.generation
         self._saving.begin_generation(self._ranks(order), order.resume_images, image_folder)
+        if self._buddies is not None:
+            self._buddies.begin_generation(order.resume_images, order.buddies[self._node_rank])
+            for rank in self._ranks(order):
+                if order.resume_images is not None and (holder := order.copies.get(rank)) is not None:
+                    self._buddies.fetch(rank, order.resume_images, holder)
         images = self._saving.images.find(order.resume_images) if order.resume_images is not None else {}
         plan = RankPlan(
             config=self.config,
@@ -417,6 +445,8 @@ class NodeAgent:
                 info, replicas = ImageInfo.from_json(message.info), ImageInfo.from_json(message.replicas)
                 snapshot = Snapshot(order.generation_id, order.world, order.resume_step, info, replicas)
                 self._saving.take(rank, message.slot, snapshot, upload=message.upload)
+                if self._buddies is not None:
+                    self._buddies.offer(rank, message.slot, snapshot)
                 continue
             reports.take(rank, message)
             if isinstance(message, Compiled) and self._cache.sync is not None:

@@ -101,6 +101,12 @@ class NodeImages:
             uploading = snapshot.generation_id if upload else None
             self._slots[rank][slot] = self._newest[rank] = _Slot(snapshot, uploading=uploading)
 
+    def still_holds(self, rank: int, slot: int, snapshot: Snapshot) -> bool:
+        """Whether that image is this snapshot's, and its rank may not write it again yet."""
+        with self._lock:
+            found = self._slots[rank][slot] if rank in self._slots else _Slot()
+            return found.snapshot is snapshot and not found.offered
+
     def uploaded(self, rank: int, slot: int, *, saved: SavedShard | None = None, failure: str | None = None) -> None:
         """The upload has ended: what the store has now, or why it has not."""
         with self._lock:

@@ -24,7 +24,7 @@ from raynium.run.protocol import (
     StacksTaken,
     TimesSeen,
 )
-from raynium.run.recovery import Origin, Recovery
+from raynium.run.recovery import Origin, Recovery, buddies, copies_of
 from raynium.run.roster import Roster
 from raynium.run.stragglers import Stragglers
 from raynium.run.verdicts import Verdicts, blamed, blames_a_peer
@@ -122,6 +122,8 @@ class Lives:
             ledger=self._book.whole_run(now),
             left_out=origin.left_out,
             begins=begins,
+            buddies=buddies(agents),
+            copies={} if origin.images is None else copies_of(origin.images, agents),
         )
         self._generations[self.number] = Generation(order, dict(enumerate(agents)))
         self._watch_ranks(order)
@@ -185,13 +187,17 @@ class Lives:
         """Their processes or their nodes have died. It is counted once Ray Train has placed others."""
         if not self._roster.is_current(attempt):
             return
-        lost, current = self._roster.loses(seats), self.running
-        if current is None or not (ranks := [current.order.seats.index(s) for s in lost if s in current.order.seats]):
+        lost, newest = self._roster.loses(seats), self.newest
+        if newest is None or not (ranks := [newest.order.seats.index(s) for s in lost if s in newest.order.seats]):
             return
-        hosts = ", ".join(current.agents[rank].host for rank in ranks if rank in current.agents)
+        hosts = ", ".join(newest.agents[rank].host for rank in ranks if rank in newest.agents)
         cause = f"the node agent of {hosts or f'node {ranks[0]}'} was lost"
-        self._failed(self.number, cause, what="agents", node_rank=ranks[0])
-        self.over(current, cause, now=now)
+        if newest.state == "running":
+            self._failed(self.number, cause, what="agents", node_rank=ranks[0])
+            self.over(newest, cause, now=now)
+        else:
+            # Ranks on other nodes have missed its own before Ray did.
+            self._board.tell(cause)
 
     def order_for(self, agent: AgentInfo) -> Order | None:
         """Of a generation that this agent is to run, and has not yet."""

@@ -19,6 +19,10 @@ PEER_WORD_SECONDS = 0.5
 LOOKS_SECONDS = 3.0
 
 
+# Host and port.
+Address = tuple[str, int]
+
+
 # ---- what an agent is, and is ordered ------------------------------------------------------------------------------
 
 
@@ -42,7 +46,8 @@ class AgentInfo:
     agent_id: of this one life of the agent. images: what its ranks could start from without the store. machine: its
     product name, on EC2 the instance type; "" if it shows none. node_id: Ray's, new in each life of the node; ""
     without Ray. last_generation: that it ran, since a coordinator that was started again counts on from there.
-    uploading: generations for which it still uploads.
+    uploading: generations for which it still uploads. buddy_port: at which it takes copies of other nodes' snapshots;
+    0: at none. copies: that it has of them.
     """
 
     attempt: str
@@ -57,6 +62,8 @@ class AgentInfo:
     node_id: str = ""
     last_generation: int = 0
     uploading: tuple[str, ...] = ()
+    buddy_port: int = 0
+    copies: tuple[HeldImages, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -81,7 +88,8 @@ class Order:
     seats: of the agents that do, by node rank. generation_id is in every key that the generation writes, so that an
     older one can never overwrite. resume_step: None for the initial weights. resume_images: all ranks have these in
     their nodes' memory, and need not read the store. ledger: of the whole run until now. begins: see
-    `GenerationBook`.
+    `GenerationBook`. buddies: by node rank, who takes copies of its snapshots, if anybody does. copies: who has the
+    image of resume_images of a rank whose own node has not.
     """
 
     world: World
@@ -95,6 +103,8 @@ class Order:
     ledger: Ledger = field(default_factory=Ledger)
     left_out: LeftOut = LeftOut()
     begins: Cause = "load"
+    buddies: tuple[Address | None, ...] = ()
+    copies: dict[int, Address] = field(default_factory=dict)
 
     def node_rank(self, agent: AgentInfo) -> int:
         """Of an agent that runs it."""

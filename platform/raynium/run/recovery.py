@@ -13,7 +13,7 @@ from raynium.checkpoint.ref import CheckpointRef
 from raynium.config.world import World
 from raynium.errors import CheckpointDamaged, StoreError
 from raynium.run.leaps import Undo
-from raynium.run.protocol import AgentInfo, HeldImages, LeftOut
+from raynium.run.protocol import Address, AgentInfo, HeldImages, LeftOut
 from raynium.storage.backend import KeyMissing
 from raynium.storage.store import Store
 
@@ -189,7 +189,8 @@ def newest_images(
     distrusted: Collection[tuple[str, int]] = (),
     before: int | None = None,
 ) -> HeldImages | None:
-    """The newest snapshot that every rank of a world like this one has in its node's memory. Pure.
+    """The newest snapshot that every rank of a world like this one has in its node's memory, or a copy of it in another
+    node's. Pure.
 
     agents: by node rank. before: of an earlier step than this; None: of any.
     """
@@ -198,8 +199,37 @@ def newest_images(
         for held in agent.images:
             if held.world == world and (before is None or held.step < before):
                 found[held.generation_id, held.step].update(set(held.ranks) & set(world.ranks_of(node_rank)))
+        for held in agent.copies:
+            if held.world == world and (before is None or held.step < before):
+                found[held.generation_id, held.step].update(held.ranks)
     whole = [key for key, ranks in found.items() if len(ranks) == world.size and key not in distrusted]
     if not whole:
         return None
     generation_id, step = max(whole, key=lambda key: key[1])
     return HeldImages(generation_id, step, tuple(range(world.size)), world)
+
+
+def buddies(agents: Sequence[AgentInfo]) -> tuple[Address | None, ...]:
+    """By node rank, who takes copies of its snapshots: the next node, if that one takes any. Pure."""
+    following = [*agents[1:], agents[0]]
+    return tuple((each.host, each.buddy_port) if each.buddy_port and len(agents) > 1 else None for each in following)
+
+
+def copies_of(images: HeldImages, agents: Sequence[AgentInfo]) -> dict[int, Address]:
+    """Rank → who has a copy of its image, of those ranks whose own node lacks it. Pure. agents: by node rank."""
+    key = images.generation_id, images.step
+    own = {
+        rank
+        for node_rank, agent in enumerate(agents)
+        for held in agent.images
+        if (held.generation_id, held.step) == key
+        for rank in set(held.ranks) & set(images.world.ranks_of(node_rank))
+    }
+    return {
+        rank: (agent.host, agent.buddy_port)
+        for agent in agents
+        for held in agent.copies
+        if (held.generation_id, held.step) == key
+        for rank in held.ranks
+        if rank not in own
+    }

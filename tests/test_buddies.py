@@ -1,0 +1,187 @@
+"""Copies of snapshots between two agents' memories: real sockets and files, no ranks."""
+
+import json
+import socket
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from multiprocessing.connection import Client
+from pathlib import Path
+
+import pytest
+from waiting import wait_for
+
+from raynium.checkpoint.format.manifest import ImageInfo, SavedBlocks
+from raynium.config.world import World
+from raynium.node import buddies as buddies_module
+from raynium.node.buddies import CHUNK_BYTES, Buddies, CopyError
+from raynium.node.images import NodeImages, Snapshot
+from raynium.run.protocol import AgentInfo, HeldImages
+from raynium.run.recovery import buddies, copies_of, newest_images
+
+pytestmark = pytest.mark.quick
+
+HOST, SECRET = "127.0.0.1", b"only the run's agents know it"
+WORLD = World(nodes=2, ranks_per_node=1, tensor=1, pipeline=1, num_micro_batches=1)
+# More than one message, and not a whole number of them.
+IMAGE, REPLICAS = bytes(range(251)) * (CHUNK_BYTES // 200), b"r" * 1000
+
+
+class Node:
+    """One agent's memory."""
+
+    def __init__(self, folder: Path, *, secret: bytes = SECRET, bytes_per_second: float = 1e12):
+        folder.mkdir()
+        self.folder, self.images = folder, NodeImages()
+        self.images.start_generation([0], None)
+        self.buddies = Buddies(HOST, folder, secret, self.images, bytes_per_second=bytes_per_second)
+
+    @property
+    def address(self) -> tuple[str, int]:
+        return HOST, self.buddies.port
+
+    def snapshot(self, step: int, *, slot: int = 0, generation: str = "g1") -> Snapshot:
+        """Of rank 0, which has just written it."""
+        infos = []
+        for name, data in (("image", IMAGE), ("replicas", REPLICAS)):
+            path = self.folder / f"{name}.{slot}"
+            path.write_bytes(data)
+            infos.append(ImageInfo(step=step, path=str(path), size=len(data), tensors=SavedBlocks.of(())))
+        self.images.take_offers()
+        written = Snapshot(generation, WORLD, 3, *infos)
+        self.images.complete(0, slot, written, upload=False)
+        return written
+
+
+@pytest.fixture
+def node(tmp_path: Path) -> Iterator[Callable[..., Node]]:
+    made: list[Node] = []
+
+    def make(name: str, **options: object) -> Node:
+        made.append(Node(tmp_path / name, **options))  # pyright: ignore[reportArgumentType]
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.buddies.close()
+
+
+def held(step: int, generation: str = "g1") -> HeldImages:
+    return HeldImages(generation, step, (0,), WORLD)
+
+
+def test_a_snapshot_is_copied_to_the_next_node_and_whoever_follows_the_lost_one_has_its_bytes(
+    node: Callable[..., Node],
+) -> None:
+    first, second, third = node("first"), node("second"), node("third")
+    first.buddies.begin_generation(None, second.address)
+    for number, step in enumerate((5, 10, 15)):
+        first.buddies.offer(0, number % 2, first.snapshot(step, slot=number % 2))
+        wait_for(lambda: held(step) in second.buddies.held())  # noqa: B023
+    assert set(second.buddies.held()) == {held(10), held(15)}, "the newest, and the one before it"
+
+    third.buddies.fetch(0, held(15), second.address)
+    assert third.images.held() == (held(15),)
+    image, replicas = (ImageInfo.from_json(text) for text in third.images.find(held(15))[0])
+    assert (Path(image.path).read_bytes(), Path(replicas.path).read_bytes()) == (IMAGE, REPLICAS)
+    assert {Path(each.path).parent for each in (image, replicas)} == {third.folder}
+    assert third.images.take_offers() == [(0, 1)], "the rank starts from the other"
+
+    second.buddies.begin_generation(held(15), None)
+    assert second.buddies.held() == (held(15),), "what another past has left is gone"
+    second.buddies.begin_generation(None, None)
+    assert second.buddies.held() == () and not list(second.folder.glob("copy-*"))
+
+
+def test_an_image_that_its_rank_writes_again_while_it_is_sent_becomes_no_copy(node: Callable[..., Node]) -> None:
+    first, second = node("first", bytes_per_second=len(IMAGE)), node("second")
+    first.buddies.begin_generation(None, second.address)
+    first.buddies.offer(0, 0, first.snapshot(5, slot=0))
+    wait_for(lambda: second.buddies._coming)
+    # Another one is complete, so this one may be written.
+    newer = first.snapshot(10, slot=1)
+    assert first.images.take_offers() == [(0, 0)]
+    first.buddies._bytes_per_second = 1e12
+    wait_for(lambda: not second.buddies._coming)
+    assert second.buddies.held() == ()
+    first.buddies.offer(0, 1, newer)
+    wait_for(lambda: second.buddies.held() == (held(10),))
+
+
+def test_a_copy_that_comes_in_while_another_generation_begins_is_of_no_use(node: Callable[..., Node]) -> None:
+    first, second = node("first"), node("second")
+    snapshot = first.snapshot(5)
+    with Client(second.address, authkey=SECRET) as connection:
+        connection.send_bytes(json.dumps({"do": "put", "rank": 0} | buddies_module._header(snapshot)).encode())
+        for data in buddies_module._chunks(snapshot):
+            connection.send_bytes(data)
+        wait_for(lambda: second.buddies._coming)
+        second.buddies.begin_generation(None, None)
+        connection.send_bytes(b"whole")
+        assert connection.recv_bytes() == b"its generation is over"
+    assert second.buddies.held() == ()
+
+
+def test_bytes_that_were_changed_on_their_way_become_no_copy(node: Callable[..., Node]) -> None:
+    first, second = node("first"), node("second")
+    snapshot = first.snapshot(5)
+    with Client(second.address, authkey=SECRET) as connection:
+        connection.send_bytes(json.dumps({"do": "put", "rank": 0} | buddies_module._header(snapshot)).encode())
+        for number, data in enumerate(buddies_module._chunks(snapshot)):
+            connection.send_bytes(data if number else data[:-1] + b"?")
+        answer = connection.recv_bytes()
+    assert answer == b"the bytes of copy-00000.0.safetensors are not those that were sent"
+    assert second.buddies.held() == ()
+
+
+def test_a_copy_that_is_not_to_be_had_is_an_error_that_says_why(
+    node: Callable[..., Node], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(buddies_module, "FETCH_SECONDS", 0.2)
+    first, second, stranger = node("first"), node("second"), node("stranger", secret=b"guessed")
+    with pytest.raises(CopyError, match=r"snapshot of step 5 could not be had from 127\.0\.0\.1: it has no such copy"):
+        first.buddies.fetch(0, held(5), second.address)
+    with pytest.raises(CopyError, match="digest"):
+        stranger.buddies.fetch(0, held(5), second.address)
+    second.buddies.close()
+    with pytest.raises(CopyError, match="could not be had"):
+        first.buddies.fetch(0, held(5), second.address)
+    assert first.images.held() == ()
+
+
+def test_a_file_that_is_too_short_is_not_sent(node: Callable[..., Node]) -> None:
+    first = node("first")
+    snapshot = first.snapshot(5)
+    Path(snapshot.info.path).write_bytes(b"short")
+    with pytest.raises(CopyError, match="is shorter than its"):
+        list(buddies_module._chunks(snapshot))
+
+
+def test_who_connects_and_says_nothing_holds_up_nobody(node: Callable[..., Node]) -> None:
+    first, second = node("first"), node("second")
+    with socket.create_connection(second.address):
+        first.buddies.begin_generation(None, second.address)
+        first.buddies.offer(0, 0, first.snapshot(5))
+        wait_for(lambda: second.buddies.held() == (held(5),), seconds=10)
+
+
+# ---- what the coordinator makes of it --------------------------------------------------------------------------------
+
+
+FIRST = AgentInfo("a", 0, 2, "127.0.0.2", 29500, pid=1, buddy_port=7000)
+SECOND = AgentInfo("a", 1, 2, "127.0.0.3", 29500, pid=1, buddy_port=7001)
+
+
+def test_a_generation_starts_from_memory_and_copies_if_these_are_of_one_step() -> None:
+    own, copy = HeldImages("g1", 10, (0,), WORLD), HeldImages("g1", 10, (1,), WORLD)
+    stays = replace(FIRST, images=(own,), copies=(copy,))
+    assert newest_images((stays, SECOND), WORLD) == HeldImages("g1", 10, (0, 1), WORLD)
+    assert copies_of(own, (stays, SECOND)) == {1: ("127.0.0.2", 7000)}
+    assert copies_of(own, (stays, replace(SECOND, images=(copy,)))) == {}, "it lives, and has its own"
+    assert newest_images((replace(stays, copies=(replace(copy, step=5),)), SECOND), WORLD) is None
+    assert newest_images((stays, SECOND), WORLD, distrusted=[("g1", 10)]) is None
+
+
+def test_the_next_node_takes_copies_if_it_takes_any_and_is_another() -> None:
+    assert buddies((FIRST, SECOND)) == (("127.0.0.3", 7001), ("127.0.0.2", 7000))
+    assert buddies((FIRST, replace(SECOND, buddy_port=0))) == (None, ("127.0.0.2", 7000))
+    assert buddies((FIRST,)) == (None,)
