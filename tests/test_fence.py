@@ -112,7 +112,6 @@ def test_a_driver_that_comes_back_from_the_dead_writes_nothing(
     assert [each.generation for each in list_checkpoints(store)] == ["first-host", "second-host"]
 
 
-@pytest.mark.quick
 def test_a_fence_falls_with_the_next_claim_and_is_up_while_the_store_is_away(tmp_path: Path) -> None:
     store = Store(tmp_path)
     fence = Fence(store, 3)
@@ -124,7 +123,6 @@ def test_a_fence_falls_with_the_next_claim_and_is_up_while_the_store_is_away(tmp
         fence.check()
 
 
-@pytest.mark.quick
 def test_a_watch_tells_of_a_takeover_once_and_bears_a_store_that_is_away(tmp_path: Path) -> None:
     class Away(Store):
         away = 3
