@@ -40,7 +40,6 @@ PRELOADED_MODULES = (
     "raynium.rank.entry",
     "raynium.rank.template",
     "raynium.storage.file_store",
-    "raynium.storage.limited",
     # The first step's `numpy.unique` and FSDP's profiler marks import these; one that torch lacks is passed over.
     "numpy.ma",
     "torch.profiler._cupti_monitor",

@@ -202,14 +202,18 @@ def open_backend(url: str, options: Mapping[str, Any], *, limit_seconds: float |
 
 def _open_file(url: str, host: str, folder: str, limit_seconds: float | None) -> tuple[str, Backend]:
     from raynium.storage.file_store import FileBackend
-    from raynium.storage.limited import limited
 
     if host not in ("", "localhost") or not folder:
         raise StoreError(f"{url!r} is not a local folder: a file address has three slashes, as in file:///data/runs")
     _refuse_unprintable(url)
     folder = folder.lstrip("/")
     url, backend = f"file:///{folder}", FileBackend(Path(f"/{folder}"))
-    return url, backend if limit_seconds is None else limited(backend, url=url, seconds=limit_seconds)
+    if limit_seconds is None:
+        return url, backend
+    # Ranks have none, and are to import nothing.
+    from raynium.storage.limited import limited
+
+    return url, limited(backend, url=url, seconds=limit_seconds)
 
 
 def _open_s3(
