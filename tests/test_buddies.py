@@ -121,6 +121,38 @@ def test_a_copy_that_comes_in_while_another_generation_begins_is_of_no_use(node:
     assert second.buddies.held() == ()
 
 
+def test_a_sender_that_falls_silent_is_given_up_and_leaves_no_memory_taken(
+    node: Callable[..., Node], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(buddies_module, "SILENCE_SECONDS", 1)
+    first, second = node("first"), node("second")
+    snapshot = first.snapshot(5)
+    with Client(second.address, authkey=SECRET) as connection:
+        connection.send_bytes(json.dumps({"do": "put", "rank": 0} | buddies_module._header(snapshot)).encode())
+        connection.send_bytes(next(buddies_module._chunks(snapshot)))
+        wait_for(lambda: list(second.folder.glob("copy-*")))
+        wait_for(lambda: not second.buddies._coming)
+        assert not list(second.folder.glob("copy-*"))
+        first.buddies.begin_generation(None, second.address)
+        first.buddies.offer(0, 0, snapshot)
+        wait_for(lambda: second.buddies.held() == (held(5),))
+
+
+def test_a_holder_that_falls_silent_holds_up_its_sender_no_longer_than_that(
+    node: Callable[..., Node], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(buddies_module, "SILENCE_SECONDS", 1)
+    first, second = node("first"), node("second")
+    with socket.create_server((HOST, 0)) as silent:
+        first.buddies.begin_generation(None, silent.getsockname())
+        first.buddies.offer(0, 0, first.snapshot(5))
+        accepted, _ = silent.accept()
+        with accepted:
+            first.buddies.begin_generation(None, second.address)
+            first.buddies.offer(0, 0, first.snapshot(10))
+            wait_for(lambda: second.buddies.held() == (held(10),))
+
+
 def test_bytes_that_were_changed_on_their_way_become_no_copy(node: Callable[..., Node]) -> None:
     first, second = node("first"), node("second")
     snapshot = first.snapshot(5)

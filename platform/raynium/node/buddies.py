@@ -9,6 +9,9 @@ The ranks wait for none of it: a copy whose image its rank begins to write again
 import contextlib
 import json
 import logging
+import os
+import socket
+import struct
 import threading
 import time
 from collections import defaultdict
@@ -16,6 +19,7 @@ from collections.abc import Iterator, Sequence
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import Client, Connection, Listener, answer_challenge, deliver_challenge
 from pathlib import Path
+from typing import cast
 
 from raynium.checkpoint.format.manifest import ImageInfo
 from raynium.config.world import World
@@ -31,6 +35,8 @@ SLOTS = 2
 # A holder may hear of a generation a moment later than who fetches from it.
 FETCH_SECONDS = 5.0
 FETCH_PAUSE_SECONDS = 0.1
+# A machine that was lost in the middle of a copy closes no connection.
+SILENCE_SECONDS = 30
 
 
 class CopyError(Exception):
@@ -72,6 +78,7 @@ class Buddies:
         with self._changed:
             self._to, self._generation = to, self._generation + 1
             self._waiting.clear()
+            self._coming.clear()
             for rank, copies in self._copies.items():
                 for slot in [slot for slot, each in copies.items() if keep is None or not _is(each, keep)]:
                     del copies[slot]
@@ -100,7 +107,7 @@ class Buddies:
         paths = [self._folder / f"rank-{rank:05d}.0{kind}.safetensors" for kind in ("", ".replicas")]
         while True:
             try:
-                with contextlib.closing(Client(holder, authkey=self._secret)) as connection:
+                with contextlib.closing(self._connect(holder)) as connection:
                     connection.send_bytes(json.dumps(asked | {"do": "get"}).encode())
                     answer = json.loads(connection.recv_bytes())
                     if "absent" not in answer:
@@ -112,6 +119,13 @@ class Buddies:
             if time.monotonic() >= deadline:
                 raise CopyError(f"the snapshot of step {wanted.step} could not be had from {holder[0]}: {problem}")
             time.sleep(FETCH_PAUSE_SECONDS)
+
+    def _connect(self, to: Address) -> Connection:
+        connection = cast(Connection, Client(to))
+        _limit(connection)
+        answer_challenge(connection, self._secret)
+        deliver_challenge(connection, self._secret)
+        return connection
 
     # ---- sending -----------------------------------------------------------------------------------------------------
 
@@ -131,7 +145,7 @@ class Buddies:
                 logger.info("rank %d's snapshot of step %d was not copied: %s", rank, snapshot.info.step, error)
 
     def _send_one(self, rank: int, slot: int, snapshot: Snapshot, to: Address) -> None:
-        with contextlib.closing(Client(to, authkey=self._secret)) as connection:
+        with contextlib.closing(self._connect(to)) as connection:
             connection.send_bytes(json.dumps({"do": "put", "rank": rank} | _header(snapshot)).encode())
             for data in _paced(_chunks(snapshot), self._bytes_per_second):
                 connection.send_bytes(data)
@@ -157,6 +171,7 @@ class Buddies:
 
     def _answer(self, connection: Connection) -> None:
         with contextlib.closing(connection), contextlib.suppress(OSError, EOFError):
+            _limit(connection)
             try:
                 deliver_challenge(connection, self._secret)
                 answer_challenge(connection, self._secret)
@@ -194,8 +209,9 @@ class Buddies:
             slot = min(range(SLOTS), key=lambda each: copies[each].info.step if each in copies else -1)
             copies.pop(slot, None)
             generation = self._generation
+        paths = self._paths(rank, slot)
         try:
-            snapshot = _receive(connection, asked, self._paths(rank, slot))
+            snapshot = _receive(connection, asked, paths)
             if connection.recv_bytes() != b"whole":
                 raise CopyError("it was given up")
             with self._lock:
@@ -203,17 +219,31 @@ class Buddies:
                     raise CopyError("its generation is over")
                 copies[slot] = snapshot
             connection.send_bytes(b"kept")
-        except (CopyError, ValueError) as error:
+        except (CopyError, ValueError, OSError, EOFError) as error:
+            # Half a copy takes memory that the ranks of this node may need.
+            with self._lock:
+                if generation == self._generation:
+                    for path in paths:
+                        path.unlink(missing_ok=True)
+            logger.info("a copy of rank %d's snapshot is not kept: %s", rank, error or "its sender has gone")
             connection.send_bytes(str(error).encode())
         finally:
             with self._lock:
-                self._coming.discard(rank)
+                if generation == self._generation:
+                    self._coming.discard(rank)
 
     def _paths(self, rank: int, slot: int) -> list[Path]:
         return [self._folder / f"copy-{rank:05d}.{slot}{kind}.safetensors" for kind in ("", ".replicas")]
 
 
 # ---- on the wire -----------------------------------------------------------------------------------------------------
+
+
+def _limit(connection: Connection) -> None:
+    """From now on a read or write of it that takes longer fails with an OSError."""
+    with socket.socket(fileno=os.dup(connection.fileno())) as same:
+        for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
+            same.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", SILENCE_SECONDS, 0))
 
 
 def _header(snapshot: Snapshot) -> dict[str, object]:
@@ -248,6 +278,8 @@ def _receive(connection: Connection, header: dict[str, object], paths: Sequence[
     found = []
     for info, path in zip(infos, paths, strict=True):
         crc, left = 0, info.size
+        # Whoever still writes the file of before, from a sender that is silent, writes another.
+        path.unlink(missing_ok=True)
         with path.open("wb") as file:
             while left:
                 data = connection.recv_bytes(min(CHUNK_BYTES, left))
