@@ -178,6 +178,11 @@ def test_a_dotted_key_in_a_file_is_told_how_to_nest():
         ('train.steps="3"', 'train.steps is "3" (override train.steps): it must be a whole number of at least 1'),
         ("train.steps=", "train.steps is missing: give a whole number of at least 1, or train.epochs"),
         ("train.steps={a: 1}", "train.steps is a section here (override train.steps): it must be a whole number of"),
+        (
+            "cluster.ends_at=2026-13-45T99:99Z",
+            'cluster.ends_at is "2026-13-45T99:99Z" (override cluster.ends_at): it must be UTC, as 2026-12-01T11:30Z',
+        ),
+        ("cluster.ends_at=2026-12-01", 'cluster.ends_at is "2026-12-01" (override cluster.ends_at): it must be UTC'),
         ("train=3", "train is '3' (override train): it must be a section with steps, epochs, global_batch_size, "),
         ("train=[3]", "train is a list (override train): it must be a section with"),
         ("train=", "train is empty (override train): it must be a section with"),

@@ -162,6 +162,7 @@ def test_a_run_saves_and_stops_before_its_capacity_block_ends(tmp_path: Path, mo
     with Watched(tmp_path, monkeypatch, parse_config(job_text(changes))) as watched:
         assert watched.ended.result(60).ended == "stopped"
         assert watched.driver.stopped_by == "cluster.ends_at"
+        assert watched.told(f"the nodes will be taken away at {ends:%Y-%m-%dT%H:%MZ}")
 
 
 def test_a_node_that_is_drained_is_left_for_a_spare_after_a_save(

@@ -6,9 +6,10 @@ its own fields; rules that cross parts (batch × ranks, tensor parallelism × he
 `planning/rules.py`.
 """
 
+from datetime import datetime
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from raynium.config.adapter import AdapterSection
 from raynium.config.evaluating import EvaluateSection
@@ -62,6 +63,12 @@ class RunSection(Section):
         return f"{self.root.rstrip('/')}/{self.name}"
 
 
+def _as_time(text: str | None) -> str | None:
+    if text is not None:
+        datetime.strptime(text, "%Y-%m-%dT%H:%MZ")
+    return text
+
+
 class ClusterSection(Section):
     """The machines. One Ray Train worker (the node agent) per node forks `ranks_per_node` ranks."""
 
@@ -76,9 +83,7 @@ class ClusterSection(Section):
     number that shares the batch evenly. Samples and their order stay. null: it waits for cluster.nodes."""
     spares: Annotated[int, Field(ge=0), Unit("nodes")] = 0
     """Machines beside those, held ready: one takes the place of a lost one at once."""
-    ends_at: Annotated[
-        str | None, Field(pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\dZ$"), Accepts("UTC, as 2026-12-01T11:30Z")
-    ] = None
+    ends_at: Annotated[str | None, AfterValidator(_as_time), Accepts("UTC, as 2026-12-01T11:30Z")] = None
     """When the machines are taken away, of a Capacity Block 30 minutes before its end: fault.stop_seconds earlier the
     run saves and stops. null: nobody says. EC2's own notices, and `ray drain-node`, are heard in any case."""
     ranks_per_node: Ranks = 1

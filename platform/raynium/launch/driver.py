@@ -267,7 +267,8 @@ class Driver:
                 if now >= next_stop_poll:
                     next_stop_poll = now + STOP_POLL_SECONDS
                     self._calls.submit(self._tell_drained, coordinator)
-                    if self._ends_unix is not None and time.time() >= self._ends_unix:
+                    if self._ends_unix is not None and time.time() >= self._ends_unix and not self._stop.is_set():
+                        self.display.line(f"the nodes will be taken away at {self.config.cluster.ends_at}")
                         self.request_stop("cluster.ends_at")
                     if keeper.stop_requested():
                         self.request_stop("raynium stop")
