@@ -5,6 +5,7 @@ Each rank leaves FOLDER/rank-N.pt, what its steps returned and its last state.
 """
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -83,7 +84,8 @@ def run_rank(rank: int, folder: Path, scenario: dict) -> None:
         wish = scenario["stop"] == [rank, step]
         votes = Votes(stop=wish, skip_save=[rank, step] == [0, 2], leave_out=[rank, step] == scenario["leave_out"])
         result = engine.step(batch(step), step=step, votes=votes)
-        results.append(vars(result) | {"agreed": tuple(result.agreed)})
+        # What a rank waited for the others is of this minute, and no two runs have it alike.
+        results.append(vars(replace(result, waited_seconds=None)) | {"agreed": tuple(result.agreed)})
         if not result.updated:
             assert same_bits(before, engine), f"step {step} was left out"
         before = bits(engine)

@@ -442,7 +442,11 @@ def test_device_metrics_are_of_all_nodes_that_report(tmp_path: Path, monkeypatch
 def test_an_agent_reports_its_devices_and_names_what_broke_on_its_node(tmp_path: Path, document_folder: Path) -> None:
     """Real ranks on the CPU, with a recorded neuron-monitor and a file for the kernel's log."""
     program = tmp_path / "neuron-monitor"
-    program.write_text(f"#!/bin/sh\necho $$ > '{tmp_path}/pid'\ncat '{FIXTURES / 'monitor.jsonl'}'\nexec sleep 300\n")
+    # Its reports come once the node trains: those of a node that has no part in the run yet are nobody's.
+    program.write_text(
+        f"#!/bin/sh\necho $$ > '{tmp_path}/pid'\nuntil [ -e '{tmp_path}/trains' ]; do sleep 0.05; done\n"
+        f"cat '{FIXTURES / 'monitor.jsonl'}'\nexec sleep 300\n"
+    )
     program.chmod(0o755)
     (tmp_path / "kmsg").touch()
     config = parse_config(JOB, {"cluster.nodes": 1, "cluster.ranks_per_node": 1})
@@ -462,6 +466,8 @@ def test_an_agent_reports_its_devices_and_names_what_broke_on_its_node(tmp_path:
     thread = threading.Thread(target=agent.run)
     thread.start()
     try:
+        wait_for(lambda: tracker.points)
+        (tmp_path / "trains").touch()
         wait_for(lambda: [value for _, value in tracker.values("device/execution_errors")][-1:] == [8])
         with (tmp_path / "kmsg").open("a") as file:
             file.write(f"3,1,123456789,-;{HBM}\n")

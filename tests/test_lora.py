@@ -85,7 +85,7 @@ def test_gradients_and_losses_are_pefts(case: str, peft: Any, transformers_model
 
 def gradients(engine: NativeEngine, given: Batch) -> Mapping[str, torch.Tensor]:
     """Of the mean over counted labels, by our names, as the engine has them before a step."""
-    engine._accumulate_gradients(given, step=1)
+    engine._accumulate_gradients(given, step=1, data_rank=0)
     count = (given.labels_BT != IGNORED_LABEL).sum()
     found = {part.name: gradient / count for part, gradient in engine._local_gradients()}
     for part in engine._parts:

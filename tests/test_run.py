@@ -1,8 +1,9 @@
 """One run from config to result, with a driver that only pretends: what is written down however it ends."""
 
 import contextlib
+import json
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from raynium.launch import driver as driver_module
 from raynium.launch import run as run_module
 from raynium.launch.preparation import finished_record
 from raynium.launch.run import run
+from raynium.run.fence import claim_key
 from raynium.run.past import Past
 from raynium.run.protocol import Status
 from raynium.run.record import Owner, RunRecord, read_record
@@ -157,7 +159,9 @@ def test_a_run_that_was_taken_over_is_left_to_its_new_driver(
     def be_taken_over() -> Status:
         mine = record_of(config)
         store = Store(f"{config.run.root}/{config.run.name}")
-        store.replace("run.json", replace(mine, owner=Owner("elsewhere", "boot", 7, "7")).to_json())
+        other = Owner("elsewhere", "boot", 7, "7")
+        store.write_new(claim_key(2), json.dumps(asdict(other)).encode())
+        store.replace("run.json", replace(mine, owner=other).to_json())
         raise RunInUse("taken over")
 
     train(be_taken_over)
