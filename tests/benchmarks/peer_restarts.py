@@ -4,6 +4,9 @@ All train the same model with DistributedDataParallel over gloo, and save as the
 
     python peer_restarts.py elastic FOLDER      one rank, as `torchrun` starts it
     python peer_restarts.py ray FOLDER          a job of Ray Train, with a Ray cluster of its own
+    python peer_restarts.py empty FOLDER        as a job of a cluster: two workers of Ray Train that do nothing, of
+                                                which each appends to FOLDER/starts, as it begins: when (Unix time),
+                                                its rank, its pid and its host
 
 FOLDER/config.json is a resolved config. Each rank leaves its pid in FOLDER/pid-RANK; rank 0 appends a line to
 FOLDER/steps for each step: when it was done (Unix time), its pid, and the step's number.
@@ -127,6 +130,31 @@ def run_ray(folder: Path) -> None:
     ).fit()
 
 
+def run_empty(folder: Path) -> None:
+    import ray
+    import ray.train
+    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+
+    def one_worker(settings: dict[str, str]) -> None:
+        rank, host = ray.train.get_context().get_world_rank(), ray.util.get_node_ip_address()
+        with Path(settings["folder"], "starts").open("a") as log:
+            log.write(f"{time.time()} {rank} {os.getpid()} {host}\n")
+        while True:
+            time.sleep(1)
+
+    ray.init(log_to_driver=False)
+    DataParallelTrainer(
+        one_worker,
+        train_loop_config={"folder": str(folder)},
+        scaling_config=ray.train.ScalingConfig(num_workers=2),
+        run_config=ray.train.RunConfig(
+            name="empty",
+            storage_path=str(folder / "ray"),
+            failure_config=ray.train.FailureConfig(max_failures=-1),
+        ),
+    ).fit()
+
+
 if __name__ == "__main__":
     warnings.filterwarnings("ignore")
-    {"elastic": run_elastic, "ray": run_ray}[sys.argv[1]](Path(sys.argv[2]))
+    {"elastic": run_elastic, "ray": run_ray, "empty": run_empty}[sys.argv[1]](Path(sys.argv[2]))

@@ -1,0 +1,367 @@
+"""Nodes and node agents that are lost: python tests/benchmarks/bench_nodes.py
+
+A real Ray cluster of loopback nodes: a head without room for ranks, and nodes of one rank each. A run on two of them
+loses the process of a node agent (SIGKILL), or a whole node (SIGKILL to all its processes), with a spare there, with
+and without buddy copies; and without one: a new agent is started, or after fault.replace_seconds the run goes on alone
+and grows when a node is back. Beside it, on the same nodes, Ray Train's own restart of a group of as many empty workers
+(peer_restarts.py), until all workers of the next group run. The model is that of tests/tiny.py: what takes long is
+processes.
+
+Last, what buddy copies cost: two runs of quickstart's model with a snapshot at each fifth step, one with copies, one
+without, take turns of 20 steps; each is held back while the other one trains.
+
+Passes if the next step comes within 6 s of a lost agent or node (median; without a spare: after the time that was set),
+growing back stops the run for no longer than that, and copies make a step at most 2 % slower.
+"""
+
+import contextlib
+import itertools
+import os
+import signal
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from benchmark import heading, parser, verdict
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from ray_cluster import Cluster, ray_cluster
+from waiting import wait_for as wait_for_seconds
+
+from raynium import Run
+from raynium.chaos.processes import below
+from raynium.chaos.steps import Step, Steps
+from raynium.config.load import load_config
+from raynium.launch.jobs import connect_jobs
+from raynium.rank.armed import CHAOS_VARIABLE, LIMIT_NAME, STEPS_NAME
+
+MOST_SECONDS, MOST_COST = 6.0, 0.02
+HOSTS = ["127.0.0.3", "127.0.0.4", "127.0.0.5"]
+REPLACE_SECONDS = 5.0
+# A run and a group have found their pace, and Ray has seen that they have.
+PAUSE_SECONDS = 3.0
+TURN_STEPS = 20
+# On a busy machine the first step of a run takes minutes.
+wait_for = partial(wait_for_seconds, seconds=600)
+PEER = Path(__file__).with_name("peer_restarts.py")
+CHANGES = {
+    "train.steps": 1_000_000,
+    "train.global_batch_size": 8,
+    "optimizer.schedule": "constant",
+    "checkpoint.every_steps": 20,
+    "evaluate.every_steps": 1_000_000,
+    "cluster.nodes": 2,
+    "cluster.ranks_per_node": 1,
+    "preflight.before_run": "none",
+    "fault.snapshot_every_steps": 5,
+    "fault.max_node_failures_without_progress": 1000,
+    # A model that learns a small text by heart leaps, and going back would count as a recovery.
+    "fault.spike_score": None,
+}
+
+
+class Restart(NamedTuple):
+    """From a fault: seconds to the next step, and to the next one that was not there before; steps done once more."""
+
+    step: float
+    new_step: float
+    again: int
+
+
+class Watched:
+    """A run of a cluster whose rank 0 writes its steps to this folder. Use as a context manager: it is stopped."""
+
+    def __init__(self, cluster: Cluster, folder: Path, name: str, changes: dict[str, Any]):
+        (folder / STEPS_NAME).unlink(missing_ok=True)
+        self._cluster = cluster
+        self.steps = Steps(folder / STEPS_NAME)
+        self.run: Run = cluster.client().submit(cluster.job_file, overrides=changes, name=name)
+
+    def __enter__(self) -> "Watched":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if exception[0] is not None:
+            print(self.run.logs()[-6000:], file=sys.stderr)
+            return
+        self.run.stop()
+        self.run.wait(600)
+
+    def all_are_there(self) -> None:
+        """Returns once it trains and each of its seats, spares too, has an agent with the template of its ranks."""
+        wait_for(self.taken, pause_seconds=0.1)
+        seats = self.run.record().config["cluster"]
+        wait_for(lambda: warm_agents(self._cluster) == seats["nodes"] + seats["spares"], pause_seconds=0.2)
+        self.trains()
+
+    def trains(self) -> None:
+        """Returns once it has for a while, and has a checkpoint to begin with."""
+        since = time.time()
+        wait_for(lambda: any(step.unix > since + PAUSE_SECONDS for step in self.taken()), pause_seconds=0.1)
+        wait_for(lambda: self.run.record().committed_step or 0, pause_seconds=0.1)
+
+    def taken(self) -> list[Step]:
+        self.steps.look()
+        return self.steps.taken
+
+    def agents(self) -> list[dict[str, Any]]:
+        """Host and pid, by node rank."""
+        return self.run.record().agents or []
+
+    def hosts(self) -> list[str]:
+        return [agent["host"] for agent in self.agents()]
+
+    def next_life(self, since: float) -> list[Step]:
+        """The steps, up to the first one that was not there before, of the life of rank 0 after that of this time."""
+        taken = wait_for(self.taken)
+        process = [step for step in taken if step.unix <= since][-1].process
+
+        def look() -> list[Step]:
+            old = [step for step in self.taken() if step.process == process]
+            new = self.steps.taken[self.steps.taken.index(old[-1]) + 1 :]
+            further = [step for step in new if step.step > old[-1].step]
+            return new[: new.index(further[0]) + 1] if further else []
+
+        return wait_for(look, pause_seconds=0.02)
+
+    def restart(self, since: float) -> Restart:
+        life = self.next_life(since)
+        return Restart(life[0].unix - since, life[-1].unix - since, len(life) - 1)
+
+
+def start_missing(cluster: Cluster, hosts: list[str]) -> None:
+    for host in hosts:
+        if host not in cluster.nodes:
+            cluster.start_node(host)
+
+
+def warm_agents(cluster: Cluster) -> int:
+    """Nodes with the process that an agent's ranks are forked from."""
+    commands = [[each.command for each in below(node.pid).values()] for node in cluster.nodes.values()]
+    return sum(any("forkserver" in command for command in of_node) for of_node in commands)
+
+
+# ---- faults ----------------------------------------------------------------------------------------------------------
+
+
+def lose_agents(watched: Watched, times: int) -> list[Restart]:
+    restarts = []
+    for turn in range(times):
+        watched.all_are_there()
+        agents = watched.agents()
+        killed = time.time()
+        os.kill(agents[turn % len(agents)]["pid"], signal.SIGKILL)
+        restarts.append(watched.restart(killed))
+    return restarts
+
+
+def lose_nodes(cluster: Cluster, watched: Watched, times: int) -> list[Restart]:
+    """A spare is there each time."""
+    restarts = []
+    for turn in range(times):
+        watched.all_are_there()
+        hosts = watched.hosts()
+        killed = time.time()
+        cluster.kill_node(hosts[(turn + 1) % len(hosts)])
+        restarts.append(watched.restart(killed))
+        if turn + 1 < times:
+            start_missing(cluster, HOSTS)
+    return restarts
+
+
+def shrink_and_grow(cluster: Cluster, watched: Watched, times: int) -> tuple[list[Restart], list[Restart]]:
+    """Of growing, the fault is the last step before it."""
+    shrunk, grown = [], []
+    for turn in range(times):
+        watched.trains()
+        hosts = watched.hosts()
+        (free,) = cluster.nodes.keys() - set(hosts)
+        cluster.kill_node(free)
+        # Ray Train would be given a place there.
+        time.sleep(PAUSE_SECONDS)
+        killed = time.time()
+        cluster.kill_node(hosts[turn % 2])
+        restart = watched.restart(killed)
+        shrunk.append(Restart(restart.step - REPLACE_SECONDS, restart.new_step - REPLACE_SECONDS, restart.again))
+        watched.trains()
+        alone = watched.taken()[-1].process
+        cluster.start_node(free)
+        wait_for(lambda alone=alone: watched.taken()[-1].process != alone, pause_seconds=0.1)
+        last = [step.unix for step in watched.taken() if step.process == alone][-1]
+        grown.append(watched.restart(last))
+        start_missing(cluster, HOSTS)
+    return shrunk, grown
+
+
+# ---- Ray Train's own -------------------------------------------------------------------------------------------------
+
+
+class Peer:
+    """A group of empty workers. Each says in FOLDER/starts that it runs: when, its rank, its pid and its host."""
+
+    def __init__(self, cluster: Cluster, folder: Path):
+        self._starts = folder / "starts"
+        self._jobs = connect_jobs(cluster.address)
+        command = f"{sys.executable} {PEER} empty {folder}"
+        self._job = self._jobs.submit_job(entrypoint=command)
+
+    def workers(self, since: float = 0.0) -> list[tuple[float, int, str]]:
+        """By rank: since when it runs (Unix time), pid and host; empty until all do that began after `since`."""
+        lines = self._starts.read_text().splitlines() if self._starts.exists() else []
+        found = {
+            int(rank): (float(unix), int(pid), host)
+            for unix, rank, pid, host in (line.split() for line in lines)
+            if float(unix) > since
+        }
+        return [found[rank] for rank in range(2)] if len(found) == 2 else []
+
+    def restart(self, kill: Callable[[int, str], None], turn: int) -> float:
+        """Seconds until all workers of the next group run. kill: a worker, of this pid and host."""
+        workers = wait_for(self.workers, pause_seconds=0.05)
+        time.sleep(PAUSE_SECONDS)
+        killed = time.time()
+        kill(*workers[turn % 2][1:])
+        return max(unix for unix, *_ in wait_for(lambda: self.workers(killed), pause_seconds=0.05)) - killed
+
+    def close(self) -> None:
+        self._jobs.stop_job(self._job)
+        wait_for(lambda: self._jobs.get_job_status(self._job).is_terminal(), pause_seconds=0.2)
+
+
+def peer_restarts(cluster: Cluster, folder: Path, times: int) -> dict[str, list[float]]:
+    folder.mkdir()
+    peer = Peer(cluster, folder)
+    seconds: dict[str, list[float]] = {"a worker killed": [], "a node killed": []}
+    for turn in range(times):
+        seconds["a worker killed"].append(peer.restart(lambda pid, _: os.kill(pid, signal.SIGKILL), turn))
+    for turn in range(times):
+        seconds["a node killed"].append(peer.restart(lambda _, host: cluster.kill_node(host), turn))
+        start_missing(cluster, HOSTS)
+    peer.close()
+    return seconds
+
+
+# ---- what buddy copies cost ------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def held_runs(cluster: Cluster, folder: Path, changes: dict[str, Any]) -> Iterator[dict[bool, Watched]]:
+    """Whether with copies → a run on two nodes of its own, held back before its first step."""
+    runs: dict[bool, Watched] = {}
+    with contextlib.ExitStack() as stack:
+        for copies, hosts in ((False, HOSTS[:2]), (True, [HOSTS[2], "127.0.0.6"])):
+            chaos = folder / f"copies-{copies}"
+            chaos.mkdir()
+            cluster.environment[CHAOS_VARIABLE] = str(chaos)
+            start_missing(cluster, hosts)
+            own = changes | {"fault.buddy_copies": copies}
+            runs[copies] = stack.enter_context(Watched(cluster, chaos, f"copies-{copies}".lower(), own))
+            let(runs[copies], TURN_STEPS)
+            wait_for(lambda copies=copies: len(runs[copies].taken()) >= TURN_STEPS, pause_seconds=0.1)
+        yield runs
+        for run in runs.values():
+            let(run, 10**9)
+
+
+def let(watched: Watched, step: int) -> None:
+    """It may train until this step."""
+    file = watched.steps.file.with_name(LIMIT_NAME)
+    file.with_suffix(".new").write_text(str(step))
+    file.with_suffix(".new").rename(file)
+
+
+def turn_seconds(watched: Watched) -> float:
+    """Of a step, on average, of those that the run is let take now but of the first, which it was held back from."""
+    first = len(watched.taken())
+    let(watched, first + TURN_STEPS)
+    wait_for(lambda: len(watched.taken()) >= first + TURN_STEPS, pause_seconds=0.1)
+    # So that the last copy falls into nobody else's turn.
+    time.sleep(1.0)
+    times = [step.unix for step in watched.taken()[first:]]
+    return (times[-1] - times[0]) / (len(times) - 1)
+
+
+def copies_cost(cluster: Cluster, folder: Path, turns: int) -> float:
+    """Prints a table; by how much of itself a step with copies takes longer."""
+    model = load_config("quickstart", {}).model.model_dump(mode="json")
+    changes = {f"model.{name}": value for name, value in model.items()}
+    changes |= {"data.seq_len": 256, "train.micro_batch_size": 4, "engine.dtype": "float32"}
+    seconds: dict[bool, list[float]] = {False: [], True: []}
+    with held_runs(cluster, folder, changes) as runs:
+        for turn in range(turns):
+            for copies in (False, True) if turn % 2 else (True, False):
+                seconds[copies].append(turn_seconds(runs[copies]))
+    print("\n| snapshots each 5 steps | step, mean of a turn, median of turns, ms | min | max |\n|---|---|---|---|")
+    for copies, taken in seconds.items():
+        figures = (1000 * each for each in (statistics.median(taken), min(taken), max(taken)))
+        print(f"| {'with' if copies else 'without'} copies | " + " | ".join(f"{each:.1f}" for each in figures) + " |")
+    ratio = statistics.median(on / off for off, on in zip(*seconds.values(), strict=True))
+    noise = statistics.median(abs(after / before - 1) for before, after in itertools.pairwise(seconds[False]))
+    print(f"\nwith / without, median of {turns} turns: {ratio:.3f} (at most {1 + MOST_COST:.2f})")
+    print(f"one turn without copies and the next one differ by {noise:.1%} (median)")
+    return ratio - 1
+
+
+# ---- all of it -------------------------------------------------------------------------------------------------------
+
+
+def restarts_of(cluster: Cluster, chaos: Path, times: int, *, tiny: bool) -> Iterator[tuple[str, list[Restart]]]:
+    for copies in (False,) if tiny else (False, True):
+        start_missing(cluster, HOSTS[:2] if tiny else HOSTS)
+        changes = {"cluster.spares": 1, "fault.buddy_copies": copies} | ({"cluster.nodes": 1} if tiny else {})
+        with Watched(cluster, chaos, f"spare-{copies}".lower(), changes) as watched:
+            if not copies:
+                yield "agent killed, a spare there", lose_agents(watched, times)
+            name = f"node killed, a spare there, {'buddy' if copies else 'no'} copies"
+            yield name, lose_nodes(cluster, watched, times)
+    if tiny:
+        return
+    start_missing(cluster, HOSTS)
+    with Watched(cluster, chaos, "agents", {}) as watched:
+        yield "agent killed, no spare", lose_agents(watched, times)
+    changes = {"cluster.min_nodes": 1, "fault.replace_seconds": REPLACE_SECONDS}
+    with Watched(cluster, chaos, "elastic", changes) as watched:
+        shrunk, grown = shrink_and_grow(cluster, watched, times)
+    yield f"node killed, no spare: from {REPLACE_SECONDS:g} s later on", shrunk
+    yield "growing back, from the last step before it", grown
+
+
+def print_row(name: str, seconds: Sequence[float], new_step: str = "", again: str = "") -> None:
+    figures = " | ".join(f"{each:.2f}" for each in (statistics.median(seconds), min(seconds), max(seconds)))
+    print(f"| {name} | {len(seconds)} | {figures} | {new_step} | {again} |", flush=True)
+
+
+def main() -> int:
+    options = parser(__doc__)
+    options.add_argument("--times", type=int, default=4, help="each fault")
+    options.add_argument("--turns", type=int, default=12, help="of the runs with and without copies")
+    arguments = options.parse_args()
+    tiny, times = arguments.tiny, 1 if arguments.tiny else arguments.times
+    heading()
+    print("| fault | times | to the next step, median s | min | max | to a new step, median s | steps again |")
+    print("|---|---|---|---|---|---|---|")
+    fine = True
+    with tempfile.TemporaryDirectory(prefix="nodes") as temporary:
+        folder, chaos = Path(temporary), Path(temporary, "chaos")
+        chaos.mkdir()
+        with ray_cluster(folder, CHANGES, head_cpus=0, environment={CHAOS_VARIABLE: str(chaos)}) as cluster:
+            for name, restarts in restarts_of(cluster, chaos, times, tiny=tiny):
+                step, new_step, again = zip(*restarts, strict=True)
+                print_row(name, step, f"{statistics.median(new_step):.2f}", f"{statistics.median(again):g}")
+                fine &= statistics.median(step) <= MOST_SECONDS
+            if not tiny:
+                for name, seconds in peer_restarts(cluster, folder / "peer", times).items():
+                    print_row(f"Ray Train, empty workers, {name}", seconds)
+                for host in list(cluster.nodes):
+                    cluster.kill_node(host)
+                fine &= copies_cost(cluster, folder, arguments.turns) <= MOST_COST
+    return verdict(fine, tiny)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
