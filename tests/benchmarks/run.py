@@ -28,6 +28,7 @@ BENCHMARKS = {
     ("bench_recovery.py",): 15,
     ("bench_audit.py",): 3,
     ("bench_nodes.py",): 30,
+    ("bench_coordinator.py",): 1,
     ("bench_init.py",): 5,
     ("bench_manifest.py",): 12,
     ("bench_checkpoint_stall.py", "--gib", "1"): 12,

@@ -48,6 +48,7 @@ class RunCoordinator:
         silence = self._config.fault.upload_silence_seconds
         store = Store(run_url, limit_seconds=min(silence, STORE_CALL_SECONDS))
         self._changed = asyncio.Condition()
+        self._seen: tuple[object, ...] = ()
         self._tasks: set[asyncio.Task[None]] = set()
         self._board = Board(now=now)
         self._book = CoordinatorBook(life=self._board.life, now=now)
@@ -132,7 +133,7 @@ class RunCoordinator:
             if ended.booked is not None:
                 self._book.account(order.generation_id, ended.booked, now)
             if ended.exits and current.state == "running":
-                current.exits[order.node_rank(agent)] = ended.exits
+                current.hears(order.node_rank(agent), ended.exits)
             if first is not None:
                 await self._wait(lambda: not self._lives.needs_more_words(current), protocol.PEER_WORD_SECONDS)
                 if current.state == "running":
@@ -265,14 +266,24 @@ class RunCoordinator:
 
     @contextlib.asynccontextmanager
     async def _changing(self) -> AsyncIterator[None]:
-        """Holds the lock; whoever waits looks again afterwards."""
+        """Holds the lock; whoever waits looks again afterwards, if there is something to see."""
         async with self._changed:
             yield
+            self._wake()
+
+    def _wake(self) -> None:
+        """Of a thousand agents that join or watch one after the other, none is woken by the others."""
+        seen = (*self._lives.seen_by_others(), self._roster.changes, self._orders, len(self._saves.unsent()))
+        if seen != self._seen:
+            self._seen = seen
             self._changed.notify_all()
 
     async def _wait(self, condition: Callable[[], bool], seconds: float | None = None) -> None:
-        """Gives the lock back until the condition holds, or the time is over; others look again before."""
-        self._changed.notify_all()
+        """Gives the lock back until the condition holds, or the time is over; others look again before.
+
+        The condition is of what `_wake` looks at: it is asked again when that has changed.
+        """
+        self._wake()
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._changed.wait_for(condition), seconds)
 
@@ -343,7 +354,7 @@ class RunCoordinator:
         if origin.checkpoint is not None:
             self._saves.resumed(origin.checkpoint)
         self._lives.begin(agents, world, origin, now=time.monotonic())
-        self._changed.notify_all()
+        self._wake()
         return 0.0
 
     async def _commit(self, whole: WholeSave) -> None:

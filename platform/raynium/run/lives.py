@@ -43,15 +43,19 @@ class Generation:
     # Ordered by a coordinator that has died: this one does not know all that was told of it.
     found: bool = False
     exits: dict[int, Sequence[RankExit]] = field(default_factory=dict)
+    # Of all nodes, as far as they have said.
+    first_cause: RankExit | None = None
     # Why its ranks are to save and end, and others to follow; None: they go on.
     yields: str | None = None
     # It hangs: what the ranks of each node do, as they have told so far.
     hang: Hang | None = None
     looks: dict[int, Mapping[int, Look]] = field(default_factory=dict)
 
-    def first_cause(self) -> RankExit | None:
-        """Of all nodes, as far as they have said."""
-        return blamed([each for exits in self.exits.values() for each in exits])
+    def hears(self, node_rank: int, exits: Sequence[RankExit]) -> None:
+        """How the ranks of a node ended."""
+        self.exits[node_rank] = exits
+        known = [] if self.first_cause is None else [self.first_cause]
+        self.first_cause = blamed([*known, *exits])
 
     def all_have_ended(self) -> bool:
         return len(self.exits) == self.order.world.nodes
@@ -93,6 +97,14 @@ class Lives:
     @property
     def running(self) -> Generation | None:
         return self.newest if self.newest is not None and self.newest.state == "running" else None
+
+    def seen_by_others(self) -> tuple[object, ...]:
+        """What calls wait for, and others change: while it is equal, nobody needs to look again."""
+        current = self.newest
+        if current is None:
+            return (self.ended, self.stop_requested)
+        running = (current.state, current.yields, current.hang is not None, self.needs_more_words(current))
+        return (self.ended, self.stop_requested, self.number, *running, current.all_have_looked())
 
     @property
     def node_faults(self) -> tuple[NodeFault, ...]:
@@ -237,13 +249,13 @@ class Lives:
 
     def needs_more_words(self, current: Generation) -> bool:
         """Whether all that is known of its end is that ranks missed a peer, which is on another node."""
-        first = current.first_cause()
+        first = current.first_cause
         missed = first is not None and blames_a_peer(first)
         return current.state == "running" and missed and not current.all_have_ended()
 
     def ranks_failed(self, current: Generation, *, now: float) -> None:
         """At least one rank ended that should not have."""
-        first = current.first_cause()
+        first = current.first_cause
         assert first is not None
         node_rank = first.rank // current.order.world.ranks_per_node
         for line in first.last_lines:
@@ -363,6 +375,7 @@ class Lives:
         current.state, current.cause = "over", cause
         # A run of months has thousands of generations, each with the last lines of its ranks.
         current.exits.clear()
+        current.first_cause = None
         current.looks = {}
         self._book.failed(now)
         if self.stop_requested:

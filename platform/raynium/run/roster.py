@@ -19,6 +19,8 @@ class Roster:
         """
         self._fits, self._least_nodes, self._replace_seconds = fits, least_nodes, replace_seconds
         self.attempt = ""
+        # Grows with all that agents who wait may wait for, but for another one that joins: the last one sees to it.
+        self.changes = 0
         # Ids of the generations for which agents of this attempt may still upload.
         self.uploading: list[str] = []
         self._begun: set[str] = set()
@@ -54,6 +56,7 @@ class Roster:
             return False
         self._past.add(self.attempt)
         self.attempt = agent.attempt
+        self.changes += 1
         # Of a coordinator that was started again after it was placed.
         self._begun.add(self.attempt)
         for each in (self._ready, self._holders, self.uploading, self._lost, self._barred, self._home):
@@ -68,6 +71,7 @@ class Roster:
     def leave(self) -> None:
         """This attempt's agents go home; others will go on elsewhere."""
         self._left = self.attempt
+        self.changes += 1
 
     @property
     def is_left(self) -> bool:
@@ -87,6 +91,7 @@ class Roster:
         """Their agents have died. Returns those of which it was not known."""
         new = [seat for seat in seats if seat not in self._lost]
         for seat in new:
+            self.changes += 1
             self._lost.add(seat)
             self._barred.discard(seat)
             self._ready.pop(seat, None)
@@ -112,6 +117,7 @@ class Roster:
         """Its node is bad, or will leave: it runs no rank while there are enough others. False: that was known."""
         known = seat in self._barred
         self._barred.add(seat)
+        self.changes += not known
         return not known
 
     @property
@@ -145,8 +151,9 @@ class Roster:
             return ()
         fit = self._ready.keys() - self._barred
         fit = fit if len(fit) >= size else self._ready.keys()
-        staying = [seat for seat in self._staying() if seat in fit]
-        others = sorted(fit - set(staying))
+        # In order, with a look-up that takes no time.
+        staying = dict.fromkeys(seat for seat in self._staying() if seat in fit)
+        others = sorted(fit - staying.keys())
         if size == len(self._crew):
             seats = [seat if seat in staying else others.pop(0) for seat in self._crew]
         else:
@@ -179,8 +186,10 @@ class Roster:
         return [seat for seat in self._crew if seat >= 0 and seat not in self._lost]
 
     def _size(self, now: float) -> int | None:
-        staying = self._staying()
-        if not self._ready or any(seat not in self._ready for seat in staying):
+        # Asked at each join, of which a large run has a thousand: most know by the numbers alone.
+        if not self._ready or len(self._ready) < len(self._crew) - self._crew.count(-1) - len(self._lost):
+            return None
+        if any(seat not in self._ready for seat in self._staying()):
             return None
         wanted, here = next(iter(self._ready.values())).nodes, len(self._ready)
         if here >= wanted:
