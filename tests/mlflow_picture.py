@@ -14,7 +14,8 @@ import urllib.request
 from pathlib import Path
 
 from chromium import look
-from sessions import kill_started
+
+from raynium.chaos.sessions import kill_started
 
 ROOT = Path(__file__).parents[1]
 RAYNIUM = str(Path(sys.executable).parent / "raynium")

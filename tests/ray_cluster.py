@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 from heads import LOOPBACK, running_head
-from sessions import kill_started
 from tiny import build_documents, job_text
 from waiting import wait_for
 
 from raynium import Client, Run
+from raynium.chaos.sessions import kill_started, start_ray
 from raynium.rank.ports import free_port
 from raynium.run.record import RunRecord
 
@@ -40,24 +40,12 @@ class Cluster:
 
     def start_node(self, host: str, *options: str) -> None:
         """Another loopback address of this machine, with room for one rank."""
-        command = [
-            *(str(Path(sys.executable).parent / "ray"), "start", f"--address={HEAD}:{self.port}", "--block"),
-            *(f"--node-ip-address={host}", "--num-cpus=1", f"--object-store-memory={100 * 2**20}"),
-            *(f"--dashboard-agent-listen-port={free_port(LOOPBACK)}", "--disable-usage-stats", *options),
+        arguments = [
+            *(f"--address={HEAD}:{self.port}", f"--node-ip-address={host}", "--num-cpus=1"),
+            *(f"--object-store-memory={100 * 2**20}", f"--dashboard-agent-listen-port={free_port(LOOPBACK)}", *options),
         ]
-        path = self.folder / f"node-{host}.log"
-        environment = os.environ | self.environment
-        # Ray gives up after 30 s, which on a busy machine are not enough.
-        for _ in range(3):
-            with path.open("wb") as log:
-                node = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
-            self.nodes[host] = node
-            # Nodes of one machine that start at once wait for each other until they give up.
-            wait_for(lambda: started(path) or node.poll() is not None, pause_seconds=0.1)  # noqa: B023
-            if node.poll() is None:
-                return
-            self.kill_node(host)
-        raise AssertionError(path.read_text()[-3000:])
+        log = self.folder / f"node-{host}.log"
+        self.nodes[host] = start_ray(arguments, os.environ | self.environment, log)
 
     def kill_node(self, host: str) -> None:
         """All its processes at once, as when its machine is lost."""
@@ -84,17 +72,11 @@ def ray_cluster(
         for name, value in own.items():
             patch.setenv(name, value)
         with running_head(folder / "ray.log", own | dict(environment), *arguments) as head:
-            wait_for(lambda: started(folder / "ray.log") or head.process.poll() is not None, pause_seconds=0.1)
             cluster = Cluster(head.address, own | dict(environment), folder, job_file, head.port)
             try:
                 yield cluster
             finally:
                 kill_started(cluster.nodes.values())
-
-
-def started(log: Path) -> bool:
-    """Whether `ray start` has come to an end, and the node is there."""
-    return b"Ray runtime started" in log.read_bytes()
 
 
 def record_when_saved(run: Run, *, step: int) -> RunRecord:

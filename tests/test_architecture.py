@@ -73,10 +73,12 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "launch.page": ("terminal",),
     "run.bad_nodes": ("run",),
     "launch.tasks": (),
+    "launch.ray_environment": ("node",),
     "launch.preparation": ("node", "convert", "data.build"),
     "launch": (
         "config.reference",
         "launch.page",
+        "launch.ray_environment",
         "run.bad_nodes",
         "node",
         "generation",
@@ -89,7 +91,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "standalone": ("launch",),
     "cluster": (),
     "sdk": ("launch.data",),
-    "chaos": ("run.bad_nodes", "rank"),
+    "chaos": ("launch.ray_environment", "run.bad_nodes", "rank"),
     "cli": ("sdk", "cluster", "chaos"),
     "": ("cli",),
 }

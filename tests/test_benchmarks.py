@@ -6,7 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from sessions import kill_started
+
+from raynium.chaos.sessions import kill_started
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 

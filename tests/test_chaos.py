@@ -21,11 +21,15 @@ from tiny import build_documents, job_text
 from waiting import wait_for
 
 from raynium.chaos.cut_proxy import CutProxy
-from raynium.chaos.kinds import KINDS, MEMORY_REFUSALS, NEEDS, NotThere, Scene, kinds_for
+from raynium.chaos.kinds import KINDS, MEMORY_REFUSALS, NEEDS, kinds_for
 from raynium.chaos.processes import RunProcesses
+from raynium.chaos.scene import NotThere, Scene
 from raynium.chaos.schedule import beside_audits, refuse_crowd, schedule
+from raynium.chaos.sessions import start_ray
+from raynium.chaos.soak import soak
 from raynium.chaos.steps import Cost, Step, Steps, cost
-from raynium.errors import ConfigError, StoreError
+from raynium.config.load import parse_config
+from raynium.errors import ConfigError, LaunchError, StoreError
 from raynium.rank.armed import CHAOS_VARIABLE, armed_memory
 from raynium.storage.backend import KeyMissing
 from raynium.storage.process import is_halted, pid_started
@@ -96,9 +100,9 @@ def test_a_seed_is_a_schedule_and_another_seed_another() -> None:
 
 
 def test_a_run_too_short_to_heal_between_its_faults_is_refused_with_what_to_set() -> None:
-    with pytest.raises(ConfigError, match=r"10 faults in train.steps = 200 .* Set train.steps=220 or more"):
+    with pytest.raises(ConfigError, match=r"10 faults in train.steps = 200 .* Set train.steps=440 or more"):
         refuse_crowd(faults=10, steps=200, checkpoint_every=10)
-    refuse_crowd(faults=10, steps=220, checkpoint_every=10)
+    refuse_crowd(faults=10, steps=440, checkpoint_every=10)
 
 
 # ---- what a fault cost ----------------------------------------------------------------------------------------------
@@ -159,11 +163,12 @@ def kind(name: str):
 
 
 def test_what_needs_s3_or_a_database_of_its_own_is_left_out_where_there_is_none() -> None:
-    can, cannot = kinds_for(["folder", "sqlite", "silence", "leaps", "audits"])
+    can, cannot = kinds_for(["folder", "sqlite", "silence", "leaps", "audits", "nodes", "spares"])
     s3 = ["store-refuses", "store-delays", "store-cuts", "store-silent"]
     assert [each.name for each in cannot] == [*s3, "server-away"]
     assert {each.name for each in can} == set(NAMES) - {each.name for each in cannot}
-    without = ["stop-uploader", "folder-away", "mlflow-away", "spike", "flipped-bit"]
+    nodes = ["lose-node", "lose-spare", "slow-node", "cut-node", "drain-node", "lose-head"]
+    without = ["stop-uploader", "folder-away", "mlflow-away", "spike", "flipped-bit", *nodes]
     assert [each.name for each in kinds_for(["s3", "server"])[1]] == without
     assert {each.needs for each in KINDS} - {""} == set(NEEDS)
 
@@ -171,6 +176,7 @@ def test_what_needs_s3_or_a_database_of_its_own_is_left_out_where_there_is_none(
 def test_a_run_without_ranks_has_nothing_to_hit() -> None:
     scene = Scene(RunProcesses(os.getpid(), {}), "sqlite:////nowhere.db", Path("/nowhere"))
     others = {"kill-driver", "folder-away", "mlflow-away", "server-away", "not-finite", "spike", "flipped-bit"}
+    others |= {each.name for each in KINDS if each.needs in ("nodes", "spares")}
     for name in (each for each in NAMES if each not in others and not each.startswith("store")):
         with pytest.raises(NotThere, match="the run has no"):
             kind(name).strike(scene, Random(1))
@@ -192,7 +198,7 @@ time.sleep(600)
 
 @pytest.fixture
 def family():
-    driver = subprocess.Popen([sys.executable, "-c", FAMILY])
+    driver = subprocess.Popen([sys.executable, "-c", FAMILY], start_new_session=True)
     try:
         wait_for(lambda: len(RunProcesses.of(driver.pid).ranks()) == 2 and RunProcesses.of(driver.pid).uploaders())
         yield driver
@@ -202,7 +208,7 @@ def family():
         driver.wait()
 
 
-def test_a_run_s_processes_are_found_below_its_driver_and_hit(
+def test_a_run_s_processes_are_found_in_its_driver_s_session_and_hit(
     family: subprocess.Popen[bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = RunProcesses.of(family.pid)
@@ -306,31 +312,81 @@ def test_an_mlflow_server_is_out_of_reach_and_back(mlflow_server: Any, tmp_path:
         assert answer() == b"OK"
 
 
+# ---- a cluster of several nodes --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"cluster.accelerator": "cuda"}, r"cluster.accelerator is cuda and the run takes 2 nodes: .* Set cluster.acc"),
+        ({"cluster.min_nodes": 1}, r"cluster.min_nodes is 1 of 2: .* Leave cluster.min_nodes out"),
+    ],
+)
+def test_nodes_that_cannot_be_played_here_are_refused_with_what_to_set(
+    changes: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    config = parse_config(job_text({"cluster.nodes": 2, "train.steps": 100, **changes}, root=tmp_path))
+    with pytest.raises(ConfigError, match=words):
+        soak(config, faults=1, seed=1, folder=tmp_path, tell=print)
+
+
+@pytest.mark.slow
+def test_a_ray_node_that_does_not_start_is_told_with_what_it_said(tmp_path: Path) -> None:
+    with pytest.raises(LaunchError, match=r"did not start a Ray node in 3 tries. It said:\n(.|\n)*--no-such-option"):
+        start_ray(["--no-such-option"], os.environ, tmp_path / "log")
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.timeout(900)
+def test_a_run_on_nodes_that_are_cut_off_and_drained_ends_as_the_one_without(tmp_path: Path) -> None:
+    changes = {
+        "run.name": "nodes",
+        "cluster.nodes": 2,
+        "cluster.ranks_per_node": 1,
+        "cluster.spares": 1,
+        "fault.buddy_copies": True,
+        "train.steps": 60,
+        "checkpoint.every_steps": 5,
+        "evaluate.every_steps": 100,
+        "fault.hang_seconds": 10.0,
+    }
+    output = chaos_output(tmp_path, changes, faults=2, seed=779)
+    # Nodes and heads that die have tests of their own.
+    for kind_of_it in ("cut-node", "drain-node"):
+        assert f": {kind_of_it}: " in output
+
+
 # ---- a real run -----------------------------------------------------------------------------------------------------
+
+
+def chaos_output(folder: Path, changes: dict[str, Any], *, faults: int, seed: int) -> str:
+    """Of a `raynium chaos` that has passed."""
+    build_documents(folder)
+    (folder / "job.yaml").write_text(job_text(changes, root=folder))
+    command = [sys.executable, "-m", "raynium.cli.app", "chaos", str(folder / "job.yaml")]
+    command += [f"--faults={faults}", f"--seed={seed}"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("it stood still for") == faults
+    assert "are bit-equal" in done.stdout and "nobody typed anything" in done.stdout
+    return done.stdout
 
 
 @pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.timeout(900)
 def test_a_run_under_ten_faults_ends_as_the_one_without(tmp_path: Path) -> None:
-    build_documents(tmp_path)
     changes = {
         "run.name": "soak",
-        # The run gets up to ten steps ahead with each fault: the last ones must not meet its end.
-        "train.steps": 160,
+        "train.steps": 220,
         "checkpoint.every_steps": 5,
         "evaluate.every_steps": 100,
         "evaluate.max_documents": 2,
         "fault.hang_seconds": 10.0,
         "fault.upload_silence_seconds": 5.0,
     }
-    (tmp_path / "job.yaml").write_text(job_text(changes, root=tmp_path))
-    command = [sys.executable, "-m", "raynium.cli.app", "chaos", str(tmp_path / "job.yaml"), "--faults", "10"]
     # Of this seed are four processes that die, two that stand still, a disk, a database and two bad steps.
-    command += ["--seed", "241"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("it stood still for") == 10
+    output = chaos_output(tmp_path, changes, faults=10, seed=241)
     for kind_of_it in ("kill-driver", "kill-agent", "disk-full", "mlflow-away", "spike", "not-finite"):
-        assert f": {kind_of_it}: " in done.stdout
-    assert "are bit-equal" in done.stdout and "nobody typed anything" in done.stdout
+        assert f": {kind_of_it}: " in output

@@ -21,8 +21,8 @@ from urllib.parse import parse_qs
 
 import pytest
 import yaml
-from sessions import kill_sessions
 
+from raynium.chaos.sessions import kill_sessions
 from raynium.cluster.policies import render_policy, role_name
 from raynium.cluster.render import Workers, render_cluster
 from raynium.cluster.site import Site, load_site

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 from heads import LOOPBACK, running_head
-from sessions import kill_sessions, kill_started
 from tiny import build_documents, job_text
 from waiting import wait_for
 
 from raynium import Client, Run, find_run
+from raynium.chaos.sessions import kill_sessions, kill_started
 from raynium.checkpoint.catalog import latest
 from raynium.checkpoint.compare import differences
 from raynium.errors import LaunchError, RunInUse, StoreError

@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sessions import kill_started
 from tiny import build_documents, job_text
 
 from raynium import Client, Run
+from raynium.chaos.sessions import kill_started
 from raynium.errors import LaunchError, RunFailed
 from raynium.rank.ports import free_port
 from raynium.tracking.client import mlflow_client

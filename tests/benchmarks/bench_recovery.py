@@ -34,9 +34,9 @@ from typing import Protocol
 from benchmark import heading, parser, verdict
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from sessions import kill_started
 from tiny import build_documents
 
+from raynium.chaos.sessions import kill_started
 from raynium.config.load import load_config
 from raynium.config.schema import Config
 from raynium.data.build.store_build import build_store

@@ -1,14 +1,15 @@
 """One run that chaos trains: its driver is a process, started again as often as it has to be."""
 
 import contextlib
-import os
 import signal
 import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+from raynium.chaos.loopback import LoopbackCluster
 from raynium.chaos.processes import RunProcesses
+from raynium.chaos.sessions import kill_started
 from raynium.config.load import dump_yaml
 from raynium.config.schema import Config
 
@@ -19,20 +20,24 @@ END_SECONDS = 120.0
 class DrivenRun:
     """`raynium train` in a process of its own. Use as a context manager: nothing of it lives on."""
 
-    def __init__(self, config: Config, folder: Path, environment: Mapping[str, str]):
-        """folder: for the job file and the output. environment: beside this process's own."""
+    def __init__(
+        self, config: Config, folder: Path, environment: Mapping[str, str], cluster: LoopbackCluster | None = None
+    ):
+        """folder: for the job file and the output. environment: all of it. cluster: else it starts one of its own."""
         folder.mkdir(parents=True, exist_ok=True)
         self.config = config
         self.log = folder / "log"
         self.starts = 0
         self._job = folder / "config.yaml"
         self._job.write_text(dump_yaml(config), encoding="utf-8")
-        self._environment = os.environ | dict(environment)
+        self._environment = dict(environment if cluster is None else cluster.environment)
+        self._cluster = cluster
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
         self.starts += 1
         command = [sys.executable, "-m", "raynium.cli.app", "train", str(self._job)]
+        command += ["--address", self._cluster.address] if self._cluster is not None else []
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
                 command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=self._environment, start_new_session=True
@@ -53,7 +58,7 @@ class DrivenRun:
         return self._process.wait()
 
     def processes(self) -> RunProcesses:
-        return RunProcesses.of(self.pid)
+        return RunProcesses.of(self.pid, self._cluster.leaders() if self._cluster is not None else ())
 
     def last_lines(self, count: int = 15) -> str:
         return "\n".join(self.log.read_text(encoding="utf-8", errors="replace").splitlines()[-count:])
@@ -68,8 +73,4 @@ class DrivenRun:
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(END_SECONDS)
         if self._process.poll() is None:
-            left = self.processes()
-            for pid in (self.pid, *left.others):
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-            self._process.wait()
+            kill_started([self._process])

@@ -14,16 +14,14 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
-from typing import Protocol
 
-from raynium.chaos.cut_proxy import CutProxy
-from raynium.chaos.flaky_s3 import Fault, FlakyS3, cut, delay, refuse, swallow
+from raynium.chaos.flaky_s3 import Fault, cut, delay, refuse, swallow
+from raynium.chaos.node_kinds import NODE_KINDS
 from raynium.chaos.processes import Process, RunProcesses
+from raynium.chaos.scene import LASTS_SECONDS, Kind, NotThere, Scene, Struck
 from raynium.rank.armed import FULL_NAME, REFUSALS_NAME
 from raynium.tracking.client import sqlite_path
 
-# How long a fault lasts that does not end by itself: seconds, drawn between them.
-LASTS_SECONDS = (0.5, 4.0)
 # Of a full shared memory: at most, and how often it is refused before that ends. A rank asks once as it starts and once
 # in each step.
 MEMORY_SECONDS, MEMORY_REFUSALS = 60.0, 10
@@ -38,56 +36,11 @@ NEEDS = {
     "sqlite": "MLflow in an SQLite file",
     "server": "an http:// MLflow server",
     "silence": "fault.upload_silence_seconds of a minute at most",
-    "audits": "two data ranks, and fault.audit_every_steps of 2 to twice checkpoint.every_steps",
+    "audits": "one node of two data ranks, and fault.audit_every_steps of 2 to twice checkpoint.every_steps",
+    "nodes": "several nodes (cluster.nodes, cluster.spares)",
+    "spares": "cluster.spares",
     "leaps": "fault.spike_score, no data.stages, and a fault after a hundred steps",
 }
-
-
-class NotThere(Exception):
-    """What a fault wants to hit does not exist now: the run starts it, or has not needed it yet."""
-
-
-@dataclass(frozen=True)
-class Scene:
-    """What faults find to hit. armed: the folder that ranks look into (`rank/armed.py`). proxy: before the run's S3.
-    run_folder: of its store, where that is a folder. mlflow_proxy: before its MLflow server.
-    """
-
-    processes: RunProcesses
-    mlflow_uri: str
-    armed: Path
-    proxy: FlakyS3 | None = None
-    run_folder: Path | None = None
-    mlflow_proxy: CutProxy | None = None
-
-
-@dataclass(frozen=True)
-class Struck:
-    """What was done, in words. It lasts so many seconds, or until it `has_shown`; then `end` is called.
-
-    ends_ranks: no step follows before other ranks were started. ends_driver: nor before somebody starts the run again.
-    """
-
-    what: str
-    seconds: float = 0.0
-    end: Callable[[], None] = lambda: None
-    has_shown: Callable[[], bool] = lambda: False
-    ends_ranks: bool = False
-    ends_driver: bool = False
-
-
-class Kind(Protocol):
-    """name: as the schedule has it. needs: without which it cannot happen, as in `NEEDS`; "" if it always can."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def needs(self) -> str: ...
-
-    def strike(self, scene: Scene, dice: Random) -> Struck:
-        """Does it. Raises NotThere."""
-        ...
 
 
 def _one(found: Sequence[Process], what: str, dice: Random) -> Process:
@@ -368,6 +321,7 @@ KINDS: tuple[Kind, ...] = (
     *(KillDriver(), StopRank(), StopUploader(), SlowRank(), SlowUploader()),
     *STORE_KINDS,
     *(FolderAway(), DiskFull(), MemoryFull(), MlflowAway(), ServerAway(), NOT_FINITE, SPIKE, FlippedBit()),
+    *NODE_KINDS,
 )
 
 

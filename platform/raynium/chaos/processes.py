@@ -1,6 +1,7 @@
-"""The processes of a run on this machine, found below its driver. Linux, by /proc."""
+"""The processes of a run on this machine, found in the sessions of its driver and nodes. Linux, by /proc."""
 
 import contextlib
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,27 +13,13 @@ RANK, UPLOADER = "rank-", "uploader"
 
 @dataclass(frozen=True)
 class Process:
-    """name: as `ps -o comm` shows it, 15 characters at most. command: its first words."""
+    """name: as `ps -o comm` shows it, 15 characters at most. command: its first words. session: pid of its leader."""
 
     pid: int
     parent: int
+    session: int
     name: str
     command: str
-
-
-def below(pid: int) -> dict[int, Process]:
-    """Every living process that this one, or one below it, has started."""
-    everybody = _everybody()
-    children: dict[int, list[Process]] = {}
-    for each in everybody.values():
-        children.setdefault(each.parent, []).append(each)
-    found: dict[int, Process] = {}
-    waiting = [pid]
-    while waiting:
-        for child in children.get(waiting.pop(), []):
-            found[child.pid] = child
-            waiting.append(child.pid)
-    return found
 
 
 @dataclass(frozen=True)
@@ -43,8 +30,12 @@ class RunProcesses:
     others: dict[int, Process]
 
     @classmethod
-    def of(cls, driver: int) -> "RunProcesses":
-        return cls(driver, below(driver))
+    def of(cls, driver: int, leaders: Collection[int] = ()) -> "RunProcesses":
+        """driver: the leader of its session. leaders: of the sessions of a cluster's nodes, unless the driver has a
+        cluster of its own.
+        """
+        sessions = {driver, *leaders}
+        return cls(driver, {each.pid: each for each in _everybody() if each.session in sessions and each.pid != driver})
 
     def ranks(self) -> list[Process]:
         """By rank."""
@@ -67,14 +58,13 @@ class RunProcesses:
         return [each for each in self.others.values() if each.command.startswith(CONTROLLER)]
 
 
-def _everybody() -> dict[int, Process]:
-    found = {}
+def _everybody() -> list[Process]:
+    found = []
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):
             head, _, fields = (folder / "stat").read_text(encoding="utf-8", errors="replace").rpartition(")")
-            state, parent = fields.split()[:2]
+            state, parent, _group, session = fields.split()[:4]
             if state != "Z":
                 command = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
-                pid = int(folder.name)
-                found[pid] = Process(pid, int(parent), head.partition("(")[2], command)
+                found.append(Process(int(folder.name), int(parent), int(session), head.partition("(")[2], command))
     return found

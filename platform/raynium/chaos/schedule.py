@@ -67,7 +67,8 @@ def healing_steps(checkpoint_every: int) -> int:
 
 def refuse_crowd(*, faults: int, steps: int, checkpoint_every: int) -> None:
     """Raises ConfigError where the run has too few steps to heal between faults: it would give up, and rightly so."""
-    needed = (faults + 1) * healing_steps(checkpoint_every)
+    # A fault that lasts, and one after which ranks come twice, let the run take those steps more than once.
+    needed = (faults + 1) * 2 * healing_steps(checkpoint_every)
     if needed > steps:
         problem = (
             f"{faults} faults in train.steps = {steps} steps with checkpoint.every_steps = {checkpoint_every}: between "

@@ -13,6 +13,7 @@ from raynium.chaos.cut_proxy import CutProxy
 from raynium.chaos.driver import DrivenRun
 from raynium.chaos.flaky_s3 import FlakyS3
 from raynium.chaos.kinds import NEEDS, SPIKE, BadStep, FlippedBit, Kind, NotThere, Scene, Struck, kinds_for
+from raynium.chaos.loopback import LoopbackCluster
 from raynium.chaos.schedule import Fault, beside_audits, healing_steps, refuse_crowd, schedule
 from raynium.chaos.steps import Cost, Steps, cost
 from raynium.chaos.verdict import Claim, claims
@@ -79,6 +80,10 @@ class GivenUp(Exception):
     """The run did not live on after a fault; the message says which and what the driver said."""
 
 
+class FinishedEarly(Exception):
+    """The run took its last step before a fault could happen."""
+
+
 def soak(config: Config, *, faults: int, seed: int, folder: Path, tell: Callable[[str], None]) -> Soak:
     """Starts both runs on this machine, one after the other. folder: for their output, empty.
 
@@ -88,24 +93,14 @@ def soak(config: Config, *, faults: int, seed: int, folder: Path, tell: Callable
     if steps is None:
         raise ConfigError(["faults are spread over train.steps, which train.epochs leaves open: set train.steps"])
     if config.cluster.seats > 1:
-        raise LaunchError("chaos reaches the processes of this machine only: set cluster.nodes=1")
+        _refuse_cluster(config)
     refuse_crowd(faults=faults, steps=steps, checkpoint_every=config.checkpoint.every_steps)
     plain, faulted = _named(config)
     endpoint = os.environ.get(ENDPOINT_VARIABLE, "")
-    proxied = config.run.root.startswith("s3://") and endpoint.startswith("http://")
     mlflow_uri = resolve_uri(config.tracking.uri, config.run.root)
     audit_every = _audits_every(config)
-    has_server = mlflow_uri.startswith("http://")
-    has = {
-        "s3": proxied,
-        "folder": run_store(config).local_path is not None,
-        "sqlite": mlflow_uri.startswith("sqlite"),
-        "server": has_server,
-        "silence": config.fault.upload_silence_seconds <= LONGEST_SILENCE_SECONDS,
-        "audits": audit_every is not None and audit_every <= healing_steps(config.checkpoint.every_steps),
-        "leaps": config.fault.spike_score is not None and not config.data.stages and steps > LEAPS_FROM,
-    }
-    kinds, missing = kinds_for([need for need, there in has.items() if there])
+    has = _has(config, endpoint=endpoint, mlflow_uri=mlflow_uri, audit_every=audit_every)
+    kinds, missing = kinds_for(has)
     for kind in missing:
         tell(f"left out: {kind.name}, which needs {NEEDS[kind.needs]}")
     by_name = {kind.name: kind for kind in kinds}
@@ -130,9 +125,9 @@ def soak(config: Config, *, faults: int, seed: int, folder: Path, tell: Callable
     tell(f"run {faulted.run.name}: the same with {len(planned)} faults of seed {seed}; its output: {log}")
     happened: list[Happened] = []
     with contextlib.ExitStack() as open_things:
-        proxy = open_things.enter_context(FlakyS3(endpoint)) if proxied else None
+        proxy = open_things.enter_context(FlakyS3(endpoint)) if "s3" in has else None
         environment = {ENDPOINT_VARIABLE: proxy.endpoint} if proxy is not None else {}
-        mlflow_proxy = open_things.enter_context(CutProxy(mlflow_uri)) if has_server else None
+        mlflow_proxy = open_things.enter_context(CutProxy(mlflow_uri)) if "server" in has else None
         if mlflow_proxy is not None:
             tracking = faulted.tracking.model_copy(update={"uri": mlflow_proxy.uri})
             faulted = faulted.model_copy(update={"tracking": tracking})
@@ -144,18 +139,60 @@ def soak(config: Config, *, faults: int, seed: int, folder: Path, tell: Callable
         second.driven.start()
         scenes = _Scenes(second, mlflow_uri, proxy, mlflow_proxy)
         try:
-            for fault in planned:
-                happened.append(_one_fault(fault, by_name[fault.kind], scenes, tell, of=len(planned)))
+            early: list[Claim] = []
+            try:
+                for fault in planned:
+                    happened.append(_one_fault(fault, by_name[fault.kind], scenes, tell, of=len(planned)))
+            except FinishedEarly as error:
+                early.append(Claim(False, f"faults: {len(happened)} of {len(planned)} happened: {error}"))
             second.may_finish()
             second.until_finished()
             both = first.steps, second.steps
             tell(f"nobody typed anything: drivers that died were started again, {second.driven.starts - 1} time(s)")
-            found = claims(plain, faulted, steps=both, bad_steps=bad, tell=tell)
+            found = [*claims(plain, faulted, steps=both, bad_steps=bad, tell=tell), *early]
         except GivenUp as error:
             found = [Claim(False, f"the run went on after every fault: {error}")]
     # This machine is as good as before.
     forget(Store(config.run.root), run=faulted.run.name)
     return Soak(happened, found)
+
+
+def _has(config: Config, *, endpoint: str, mlflow_uri: str, audit_every: int | None) -> set[str]:
+    """Of what kinds need, by the names of `NEEDS`, what this run has. endpoint: of its S3."""
+    several = config.cluster.seats > 1
+    has = {
+        "s3": config.run.root.startswith("s3://") and endpoint.startswith("http://"),
+        "folder": run_store(config).local_path is not None,
+        "sqlite": mlflow_uri.startswith("sqlite"),
+        "server": mlflow_uri.startswith("http://"),
+        "silence": config.fault.upload_silence_seconds <= LONGEST_SILENCE_SECONDS,
+        "audits": not several
+        and audit_every is not None
+        and audit_every <= healing_steps(config.checkpoint.every_steps),
+        "nodes": several,
+        "spares": config.cluster.spares > 0,
+        "leaps": config.fault.spike_score is not None
+        and not config.data.stages
+        and (config.train.steps or 0) > LEAPS_FROM,
+    }
+    return {need for need, there in has.items() if there}
+
+
+def _refuse_cluster(config: Config) -> None:
+    """Raises ConfigError where its nodes cannot be played on this machine, or the bits are not promised."""
+    asked = config.cluster
+    if asked.accelerator != "cpu":
+        problem = (
+            f"cluster.accelerator is {asked.accelerator} and the run takes {asked.seats} nodes: chaos plays them on "
+            "this machine, whose devices they cannot share. Set cluster.accelerator=cpu, or one node and no spares"
+        )
+        raise ConfigError([problem])
+    if asked.min_nodes is not None and asked.min_nodes < asked.nodes:
+        problem = (
+            f"cluster.min_nodes is {asked.min_nodes} of {asked.nodes}: fewer ranks add in another order, and chaos "
+            "compares bits. Leave cluster.min_nodes out"
+        )
+        raise ConfigError([problem])
 
 
 def _audits_every(config: Config) -> int | None:
@@ -192,17 +229,21 @@ def _named(config: Config) -> tuple[Config, Config]:
 class _WatchedRun:
     driven: DrivenRun
     steps: Steps
+    cluster: LoopbackCluster | None
     _limit: int = 0
     _held_since: float = math.inf
 
     def __enter__(self) -> "_WatchedRun":
-        self.driven.__enter__()
+        if self.cluster is not None:
+            self.cluster.__enter__()
         return self
 
     def __exit__(self, *exception: object) -> None:
         # A rank that is held back could not save and end.
         self.may_finish()
         self.driven.__exit__(*exception)
+        if self.cluster is not None:
+            self.cluster.__exit__(*exception)
 
     def look(self) -> None:
         """Raises GivenUp if the driver has ended as it should not."""
@@ -244,8 +285,11 @@ class _WatchedRun:
 
 def _watched(config: Config, folder: Path, environment: Mapping[str, str]) -> _WatchedRun:
     folder.mkdir(parents=True)
-    driven = DrivenRun(config, folder, {**environment, CHAOS_VARIABLE: str(folder)})
-    return _WatchedRun(driven, Steps(folder / STEPS_NAME))
+    asked, everything = config.cluster, {**os.environ, **environment, CHAOS_VARIABLE: str(folder)}
+    cluster = None
+    if asked.seats > 1:
+        cluster = LoopbackCluster(folder, everything, nodes=asked.seats, cpus=asked.ranks_per_node)
+    return _WatchedRun(DrivenRun(config, folder, everything, cluster), Steps(folder / STEPS_NAME), cluster)
 
 
 @dataclass(frozen=True)
@@ -257,14 +301,19 @@ class _Scenes:
 
     def now(self) -> Scene:
         run = self.run
-        folder = run_store(run.driven.config).local_path
         return Scene(
-            run.driven.processes(), self.mlflow_uri, run.steps.file.parent, self.proxy, folder, self.mlflow_proxy
+            run.driven.processes(),
+            self.mlflow_uri,
+            run.steps.file.parent,
+            self.proxy,
+            run_store(run.driven.config).local_path,
+            self.mlflow_proxy,
+            run.cluster,
         )
 
 
 def _one_fault(fault: Fault, kind: Kind, scenes: _Scenes, tell: Callable[[str], None], *, of: int) -> Happened:
-    """Waits for its step, strikes, and stays until the run is as well as before. Raises GivenUp."""
+    """Waits for its step, strikes, and stays until the run is as well as before. Raises GivenUp and FinishedEarly."""
     run = scenes.run
     run.may_take(fault.step)
     for _ in _patiently(run, f"fault {fault.number} waits for step {fault.step}", seconds=float("inf")):
@@ -326,13 +375,13 @@ class _Hit:
 
 
 def _strike(fault: Fault, kind: Kind, scenes: _Scenes) -> _Hit:
-    """Raises GivenUp."""
+    """Raises GivenUp and FinishedEarly."""
     run, problem = scenes.run, ""
     for _ in _patiently(run, f"fault {fault.number} ({kind.name}) found nothing to hit"):
         if run.driven.exit_code() == 0:
-            raise GivenUp(
-                f"the run had finished before fault {fault.number} ({kind.name}) could happen{problem}. Set more "
-                "train.steps, so that there is time to heal"
+            raise FinishedEarly(
+                f"the run had finished before fault {fault.number} ({kind.name}) could{problem}. Set more train.steps, "
+                "so that there is time to heal"
             )
         try:
             before, unix, scene = len(run.steps.taken), time.time(), scenes.now()

@@ -22,9 +22,10 @@ def chaos(
     """Train a config under faults, and show that nothing is lost.
 
     Trains it once without faults and once while processes are killed or stopped and the store, MLflow and the disk
-    fail, all on this machine; says what each fault cost; and compares the two runs. Ends with 1 unless weights and
-    losses are bit-equal, no point in MLflow is lost or doubled, no checkpoint is bad, and the ledger sums to the wall
-    time. It is meant for a short run: try `train.steps` of some hundred, with a checkpoint every few.
+    fail, all on this machine; says what each fault cost; and compares the two runs. A run of several CPU nodes gets a
+    cluster of loopback nodes here, which are lost, cut off and drained. Ends with 1 unless weights and losses are
+    bit-equal, no point in MLflow is lost or doubled, no checkpoint is bad, and the ledger sums to the wall time. It is
+    meant for a short run: try `train.steps` of some hundred, with a checkpoint every few.
     """
     from raynium.chaos.soak import soak
     from raynium.config.load import load_config
