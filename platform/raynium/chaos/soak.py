@@ -5,6 +5,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -258,22 +259,24 @@ class _WatchedRun:
             raise GivenUp(f"after the last fault the driver ended with {code}:\n{self.driven.last_lines()}")
         self.steps.look()
 
-    def may_take(self, step: int) -> None:
-        """Steps until this one and as many as it takes to heal."""
+    def may_take(self, step: int, more: int | None = None) -> None:
+        """Steps until this one and some more; None: as many as it takes to heal."""
         limit = self.steps.file.with_name(LIMIT_NAME)
-        last = max(step, self.steps.newest) + healing_steps(self.driven.config.checkpoint.every_steps)
+        more = healing_steps(self.driven.config.checkpoint.every_steps) if more is None else more
+        last = max(step, self.steps.newest) + more
         replacement = limit.with_suffix(".new")
         replacement.write_text(str(last), encoding="utf-8")
         replacement.replace(limit)
         self._limit, self._held_since = last, math.inf
 
-    def may_go_on(self) -> None:
+    def may_go_on(self, more: int | None = None) -> None:
         """As `may_take`, once it has stood at its last step for a while."""
+        self.steps.look()
         if self.steps.newest < self._limit:
             return
         self._held_since = min(self._held_since, time.monotonic())
         if time.monotonic() - self._held_since >= HELD_SECONDS:
-            self.may_take(self.steps.newest)
+            self.may_take(self.steps.newest, more)
 
     def may_finish(self) -> None:
         self.steps.file.with_name(LIMIT_NAME).unlink(missing_ok=True)
@@ -328,10 +331,7 @@ def _one_fault(fault: Fault, kind: Kind, scenes: _Scenes, tell: Callable[[str], 
     if struck.ends_driver:
         run.driven.wait()
         run.driven.start()
-    until = time.monotonic() + struck.seconds
-    while time.monotonic() < until and not struck.has_shown():
-        time.sleep(POLL_SECONDS)
-    struck.end()
+    _until_it_ends(struck, run)
     # What it took while the fault lasted is not what it needs afterwards.
     run.look()
     run.may_take(run.steps.newest)
@@ -362,6 +362,21 @@ def _one_fault(fault: Fault, kind: Kind, scenes: _Scenes, tell: Callable[[str], 
             # Saves that were given up are not made again: it takes further steps to the next.
             run.may_go_on()
     return Happened(fault, struck.what, paid)
+
+
+def _until_it_ends(struck: Struck, run: _WatchedRun) -> None:
+    """A fault that lasts. Ranks that nothing hinders stand at their last step meanwhile, and must not seem to hang."""
+    until = time.monotonic() + struck.seconds
+    while time.monotonic() < until and not struck.has_shown():
+        run.may_go_on(1)
+        time.sleep(POLL_SECONDS)
+    # It takes a while where nodes are started.
+    with ThreadPoolExecutor(1, "fault-ends") as thread:
+        ending = thread.submit(struck.end)
+        while not ending.done():
+            run.may_go_on(1)
+            time.sleep(POLL_SECONDS)
+        ending.result()
 
 
 @dataclass(frozen=True)
