@@ -31,6 +31,8 @@ from raynium.storage.store import Store
 from raynium.tracking.runs import resolve_uri
 
 POLL_SECONDS = 0.02
+# Between two looks whether a fault has shown, some of which are through all processes of this machine.
+SHOWN_SECONDS = 0.25
 # Until a new step is done after a fault, or what it wants to hit is there. The slowest thing is a driver's start.
 HEAL_SECONDS = 600.0
 # Between two looks whether the store has a newer checkpoint.
@@ -369,13 +371,13 @@ def _until_it_ends(struck: Struck, run: _WatchedRun) -> None:
     until = time.monotonic() + struck.seconds
     while time.monotonic() < until and not struck.has_shown():
         run.may_go_on(1)
-        time.sleep(POLL_SECONDS)
+        time.sleep(SHOWN_SECONDS)
     # It takes a while where nodes are started.
     with ThreadPoolExecutor(1, "fault-ends") as thread:
         ending = thread.submit(struck.end)
         while not ending.done():
             run.may_go_on(1)
-            time.sleep(POLL_SECONDS)
+            time.sleep(SHOWN_SECONDS)
         ending.result()
 
 
