@@ -7,22 +7,26 @@ and grows when a node is back. Beside it, on the same nodes, Ray Train's own res
 (peer_restarts.py), until all workers of the next group run. The model is that of tests/tiny.py: what takes long is
 processes.
 
-Last, what buddy copies cost: two runs of quickstart's model with a snapshot at each fifth step, one with copies, one
-without, take turns of 20 steps; each is held back while the other one trains.
+Then, what buddy copies cost: two runs of quickstart's model with a snapshot at each fifth step, one with copies, one
+without, take turns of 20 steps; each is held back while the other one trains. Last, heads that die with the driver of a
+run: the supervisor starts it again on the next one.
 
 Passes if the next step comes within 6 s of a lost agent or node (median; without a spare: after the time that was set),
-growing back stops the run for no longer than that, and copies make a step at most 2 % slower.
+growing back stops the run for no longer than that, copies make a step at most 2 % slower, and from a new head on the
+next step takes at most 1.2 times as long as the first one of a run that is submitted to one.
 """
 
 import contextlib
 import itertools
 import os
+import secrets
 import signal
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,22 +34,27 @@ from typing import Any, NamedTuple
 from benchmark import heading, parser, verdict
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from heads import LOOPBACK, running_head
 from ray_cluster import Cluster, ray_cluster
+from sessions import kill_started
+from tiny import build_documents, job_text
 from waiting import wait_for as wait_for_seconds
 
-from raynium import Run
+from raynium import Client, Run
 from raynium.chaos.processes import below
 from raynium.chaos.steps import Step, Steps
 from raynium.config.load import load_config
 from raynium.launch.jobs import connect_jobs
 from raynium.rank.armed import CHAOS_VARIABLE, LIMIT_NAME, STEPS_NAME
+from raynium.rank.ports import free_port
 
-MOST_SECONDS, MOST_COST = 6.0, 0.02
+MOST_SECONDS, MOST_COST, MOST_COLD_STARTS = 6.0, 0.02, 1.2
 HOSTS = ["127.0.0.3", "127.0.0.4", "127.0.0.5"]
 REPLACE_SECONDS = 5.0
 # A run and a group have found their pace, and Ray has seen that they have.
 PAUSE_SECONDS = 3.0
 TURN_STEPS = 20
+PARTS = ("spare", "buddy", "none", "elastic", "peer", "copies", "heads")
 # On a busy machine the first step of a run takes minutes.
 wait_for = partial(wait_for_seconds, seconds=600)
 PEER = Path(__file__).with_name("peer_restarts.py")
@@ -93,10 +102,18 @@ class Watched:
         self.run.wait(600)
 
     def all_are_there(self) -> None:
-        """Returns once it trains and each of its seats, spares too, has an agent with the template of its ranks."""
+        """Returns once it trains and each of its seats, spares too, has an agent that could fork a rank at once."""
         wait_for(self.taken, pause_seconds=0.1)
-        seats = self.run.record().config["cluster"]
-        wait_for(lambda: warm_agents(self._cluster) == seats["nodes"] + seats["spares"], pause_seconds=0.2)
+        cluster = self.run.record().config["cluster"]
+        seats, before = cluster["nodes"] + cluster["spares"], {}
+
+        def all_are_warm() -> bool:
+            nonlocal before
+            time.sleep(PAUSE_SECONDS)
+            before, now = template_ticks(self._cluster), before
+            return len(before) == seats and before == now
+
+        wait_for(all_are_warm)
         self.trains()
 
     def trains(self) -> None:
@@ -140,10 +157,18 @@ def start_missing(cluster: Cluster, hosts: list[str]) -> None:
             cluster.start_node(host)
 
 
-def warm_agents(cluster: Cluster) -> int:
-    """Nodes with the process that an agent's ranks are forked from."""
-    commands = [[each.command for each in below(node.pid).values()] for node in cluster.nodes.values()]
-    return sum(any("forkserver" in command for command in of_node) for of_node in commands)
+def template_ticks(cluster: Cluster) -> dict[int, int]:
+    """Of each process that an agent's ranks are forked from: what it has computed so far, as importing makes it."""
+    ticks = {}
+    for node in cluster.nodes.values():
+        processes = below(node.pid)
+        for each in processes.values():
+            parent = processes.get(each.parent)
+            if "forkserver" in each.command and parent is not None and parent.command.startswith("ray::"):
+                with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                    fields = Path(f"/proc/{each.pid}/stat").read_text().rpartition(")")[2].split()
+                    ticks[each.pid] = int(fields[11]) + int(fields[12])
+    return ticks
 
 
 # ---- faults ----------------------------------------------------------------------------------------------------------
@@ -307,28 +332,79 @@ def copies_cost(cluster: Cluster, folder: Path, turns: int) -> float:
     return ratio - 1
 
 
+# ---- heads that die --------------------------------------------------------------------------------------------------
+
+
+def lose_heads(folder: Path, times: int) -> tuple[list[float], list[float]]:
+    """Seconds to the first step of a run that is submitted to a head, and to the next step, from a new head being up
+    on, of a run whose head and driver were killed. Nobody but a supervisor starts it again.
+    """
+    chaos = folder / "chaos"
+    chaos.mkdir(parents=True)
+    build_documents(folder)
+    (folder / "job.yaml").write_text(job_text(CHANGES | {"cluster.nodes": 1}, root=folder))
+    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAYNIUM_HOME": str(folder)}
+    environment, dashboard = {CHAOS_VARIABLE: str(chaos)}, free_port(LOOPBACK)
+    address = f"http://{LOOPBACK}:{dashboard}"
+    command = ["raynium", "supervisor", "--root", str(folder), "--address", address]
+    cold, again = [], []
+    with (folder / "supervisor.log").open("wb") as log:
+        supervisor = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+    try:
+        for turn in range(times):
+            (chaos / STEPS_NAME).unlink(missing_ok=True)
+            steps = Steps(chaos / STEPS_NAME)
+
+            def newest(steps: Steps = steps) -> float:
+                steps.look()
+                return steps.taken[-1].unix if steps.taken else 0.0
+
+            with running_head(folder / "ray.log", environment, dashboard=dashboard) as head:
+                submitted = time.time()
+                run = Client(address).submit(folder / "job.yaml", name=f"head-{turn}")
+                wait_for(newest)
+                cold.append(steps.taken[0].unix - submitted)
+                wait_for(lambda run=run: run.record().committed_step or 0, pause_seconds=0.1)
+                kill_started([head.process])
+            with running_head(folder / "ray.log", environment, dashboard=dashboard):
+                up = time.time()
+                wait_for(lambda newest=newest, up=up: newest() > up)
+                again.append(next(step.unix for step in steps.taken if step.unix > up) - up)
+                run.stop()
+                run.wait(600)
+    finally:
+        kill_started([supervisor])
+    return cold, again
+
+
 # ---- all of it -------------------------------------------------------------------------------------------------------
 
 
-def restarts_of(cluster: Cluster, chaos: Path, times: int, *, tiny: bool) -> Iterator[tuple[str, list[Restart]]]:
-    for copies in (False,) if tiny else (False, True):
-        start_missing(cluster, HOSTS[:2] if tiny else HOSTS)
-        changes = {"cluster.spares": 1, "fault.buddy_copies": copies} | ({"cluster.nodes": 1} if tiny else {})
-        with Watched(cluster, chaos, f"spare-{copies}".lower(), changes) as watched:
-            if not copies:
-                yield "agent killed, a spare there", lose_agents(watched, times)
-            name = f"node killed, a spare there, {'buddy' if copies else 'no'} copies"
-            yield name, lose_nodes(cluster, watched, times)
-    if tiny:
-        return
-    start_missing(cluster, HOSTS)
-    with Watched(cluster, chaos, "agents", {}) as watched:
-        yield "agent killed, no spare", lose_agents(watched, times)
-    changes = {"cluster.min_nodes": 1, "fault.replace_seconds": REPLACE_SECONDS}
-    with Watched(cluster, chaos, "elastic", changes) as watched:
-        shrunk, grown = shrink_and_grow(cluster, watched, times)
-    yield f"node killed, no spare: from {REPLACE_SECONDS:g} s later on", shrunk
-    yield "growing back, from the last step before it", grown
+def restarts_of(
+    cluster: Cluster, chaos: Path, parts: Collection[str], times: int, *, tiny: bool
+) -> Iterator[tuple[str, list[Restart]]]:
+    hosts, few = (HOSTS[:2], {"cluster.nodes": 1}) if tiny else (HOSTS, {})
+    if "spare" in parts:
+        start_missing(cluster, hosts)
+        with Watched(cluster, chaos, "spare", {"cluster.spares": 1} | few) as watched:
+            yield "agent killed, a spare there", lose_agents(watched, times)
+            yield "node killed, a spare there, no copies", lose_nodes(cluster, watched, times)
+    if "buddy" in parts:
+        start_missing(cluster, hosts)
+        with Watched(cluster, chaos, "buddy", {"cluster.spares": 1, "fault.buddy_copies": True}) as watched:
+            yield "node killed, a spare there, buddy copies", lose_nodes(cluster, watched, times)
+    if "none" in parts:
+        start_missing(cluster, hosts)
+        with Watched(cluster, chaos, "none", {}) as watched:
+            yield "agent killed, no spare", lose_agents(watched, times)
+    if "elastic" in parts:
+        start_missing(cluster, hosts)
+        changes = {"cluster.min_nodes": 1, "fault.replace_seconds": REPLACE_SECONDS}
+        with Watched(cluster, chaos, "elastic", changes) as watched:
+            shrunk, grown = shrink_and_grow(cluster, watched, times)
+        yield f"node killed, no spare: from {REPLACE_SECONDS:g} s later on", shrunk
+        yield "growing back, from the last step before it", grown
 
 
 def print_row(name: str, seconds: Sequence[float], new_step: str = "", again: str = "") -> None:
@@ -340,7 +416,12 @@ def main() -> int:
     options = parser(__doc__)
     options.add_argument("--times", type=int, default=4, help="each fault")
     options.add_argument("--turns", type=int, default=12, help="of the runs with and without copies")
+    options.add_argument("--heads", type=int, default=2, help="that die")
+    options.add_argument(
+        "--parts", nargs="+", choices=PARTS, default=PARTS, help="of the whole, which takes half an hour"
+    )
     arguments = options.parse_args()
+    parts = ["spare"] if arguments.tiny else arguments.parts
     tiny, times = arguments.tiny, 1 if arguments.tiny else arguments.times
     heading()
     print("| fault | times | to the next step, median s | min | max | to a new step, median s | steps again |")
@@ -350,16 +431,28 @@ def main() -> int:
         folder, chaos = Path(temporary), Path(temporary, "chaos")
         chaos.mkdir()
         with ray_cluster(folder, CHANGES, head_cpus=0, environment={CHAOS_VARIABLE: str(chaos)}) as cluster:
-            for name, restarts in restarts_of(cluster, chaos, times, tiny=tiny):
+            for name, restarts in restarts_of(cluster, chaos, parts, times, tiny=tiny):
                 step, new_step, again = zip(*restarts, strict=True)
                 print_row(name, step, f"{statistics.median(new_step):.2f}", f"{statistics.median(again):g}")
                 fine &= statistics.median(step) <= MOST_SECONDS
-            if not tiny:
+            if "peer" in parts:
+                start_missing(cluster, HOSTS)
                 for name, seconds in peer_restarts(cluster, folder / "peer", times).items():
                     print_row(f"Ray Train, empty workers, {name}", seconds)
+            if "copies" in parts:
                 for host in list(cluster.nodes):
                     cluster.kill_node(host)
                 fine &= copies_cost(cluster, folder, arguments.turns) <= MOST_COST
+        if "heads" in parts:
+            cold, again = lose_heads(folder / "heads", arguments.heads)
+            print("\n| | times | median, s | min | max |\n|---|---|---|---|---|")
+            for name, seconds in (
+                ("a run is submitted → its first step", cold),
+                ("a new head is up → next step", again),
+            ):
+                figures = statistics.median(seconds), min(seconds), max(seconds)
+                print(f"| {name} | {len(seconds)} | " + " | ".join(f"{figure:.1f}" for figure in figures) + " |")
+            fine &= statistics.median(again) <= MOST_COLD_STARTS * statistics.median(cold)
     return verdict(fine, tiny)
 
 
