@@ -36,12 +36,12 @@ from benchmark import heading, parser, verdict
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from heads import LOOPBACK, running_head
 from ray_cluster import Cluster, ray_cluster
-from sessions import kill_started
 from tiny import build_documents, job_text
 from waiting import wait_for as wait_for_seconds
 
 from raynium import Client, Run
-from raynium.chaos.processes import below
+from raynium.chaos.processes import RunProcesses
+from raynium.chaos.sessions import kill_started
 from raynium.chaos.steps import Step, Steps
 from raynium.config.load import load_config
 from raynium.launch.jobs import connect_jobs
@@ -161,7 +161,7 @@ def template_ticks(cluster: Cluster) -> dict[int, int]:
     """Of each process that an agent's ranks are forked from: what it has computed so far, as importing makes it."""
     ticks = {}
     for node in cluster.nodes.values():
-        processes = below(node.pid)
+        processes = RunProcesses.of(node.pid).others
         for each in processes.values():
             parent = processes.get(each.parent)
             if "forkserver" in each.command and parent is not None and parent.command.startswith("ray::"):
