@@ -274,7 +274,9 @@ class MlflowAway:
 
     def strike(self, scene: Scene, dice: Random) -> Struck:
         seconds = dice.uniform(*LASTS_SECONDS)
-        database = sqlite3.connect(sqlite_path(scene.mlflow_uri), timeout=10.0, isolation_level=None)
+        # Another thread ends it.
+        path = sqlite_path(scene.mlflow_uri)
+        database = sqlite3.connect(path, timeout=10.0, isolation_level=None, check_same_thread=False)
         try:
             database.execute("BEGIN EXCLUSIVE")
         except sqlite3.OperationalError as error:

@@ -37,7 +37,8 @@ class Scene:
 
 @dataclass(frozen=True)
 class Struck:
-    """What was done, in words. It lasts so many seconds, or until it `has_shown`; then `end` is called.
+    """What was done, in words. It lasts so many seconds, or until it `has_shown`; then `end` is called, from another
+    thread than `strike` was.
 
     ends_ranks: no step follows before other ranks were started. ends_driver: nor before somebody starts the run again.
     """
