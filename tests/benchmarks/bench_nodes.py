@@ -39,7 +39,7 @@ from ray_cluster import Cluster, ray_cluster
 from tiny import build_documents, job_text
 from waiting import wait_for as wait_for_seconds
 
-from raynium import Client, Run
+from raynium import Client, Run, find_run
 from raynium.chaos.processes import RunProcesses
 from raynium.chaos.sessions import kill_started
 from raynium.chaos.steps import Step, Steps
@@ -371,8 +371,10 @@ def lose_heads(folder: Path, times: int) -> tuple[list[float], list[float]]:
                 up = time.time()
                 wait_for(lambda newest=newest, up=up: newest() > up)
                 again.append(next(step.unix for step in steps.taken if step.unix > up) - up)
-                run.stop()
-                run.wait(600)
+                # The new head knows nothing of the job that was submitted to the old one.
+                again_found = find_run(f"head-{turn}", str(folder))
+                again_found.stop()
+                again_found.wait(600)
     finally:
         kill_started([supervisor])
     return cold, again
