@@ -23,6 +23,7 @@ from waiting import wait_for
 
 from raynium.chaos.cut_proxy import CutProxy
 from raynium.chaos.kinds import KINDS, MEMORY_REFUSALS, NEEDS, kinds_for
+from raynium.chaos.loopback import LoopbackCluster
 from raynium.chaos.processes import RunProcesses
 from raynium.chaos.scene import NotThere, Scene
 from raynium.chaos.schedule import beside_audits, refuse_crowd, schedule
@@ -337,6 +338,25 @@ def test_nodes_that_cannot_be_played_here_are_refused_with_what_to_set(
 def test_a_ray_node_that_does_not_start_is_told_with_what_it_said(tmp_path: Path) -> None:
     with pytest.raises(LaunchError, match=r"did not start a Ray node in 3 tries. It said:\n(.|\n)*--no-such-option"):
         start_ray(["--no-such-option"], os.environ, tmp_path / "log")
+
+
+def test_a_node_that_cannot_be_drained_or_killed_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plain processes in the places of Ray nodes; one has the word of a raylet's command line."""
+    cluster = LoopbackCluster(tmp_path, os.environ, nodes=2, cpus=1)
+    sleep = [sys.executable, "-c", "import time; time.sleep(600)"]
+    for host, words in zip(cluster.hosts, ([], ["--node_id=ab"]), strict=True):
+        cluster.nodes[host] = subprocess.Popen([*sleep, *words], start_new_session=True)
+    monkeypatch.setattr("raynium.chaos.loopback.DRAIN_SECONDS", 0.01)
+    try:
+        with pytest.raises(LaunchError, match=r"the Ray node at 127\.0\.0\.3 has no raylet"):
+            cluster.drain_node("127.0.0.3", seconds=1)
+        with pytest.raises(LaunchError, match=r"drain-node .*--node-id=ab .*did not end within 0.01 s"):
+            cluster.drain_node("127.0.0.4", seconds=1)
+        with monkeypatch.context() as patch, pytest.raises(LaunchError, match="do not end, -1 s after SIGKILL"):
+            patch.setattr("raynium.chaos.sessions.KILLED_SECONDS", -1.0)
+            cluster.kill()
+    finally:
+        cluster.__exit__()
 
 
 @pytest.mark.slow

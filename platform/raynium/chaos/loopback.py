@@ -31,7 +31,7 @@ DRAIN_SECONDS = 120.0
 
 
 class LoopbackCluster:
-    """Use as a context manager: nothing of it lives on. One thread."""
+    """Use as a context manager: nothing of it lives on. One thread at a time."""
 
     def __init__(self, folder: Path, environment: Mapping[str, str], *, nodes: int, cpus: int):
         """folder: for logs. environment: all of it, of every process. cpus: of each node, for its ranks."""
@@ -81,8 +81,7 @@ class LoopbackCluster:
 
     def leaders(self) -> list[int]:
         """Of the sessions of all that is there."""
-        processes = [*([self._head] if self._head is not None else []), *self.nodes.values()]
-        return [process.pid for process in processes]
+        return [process.pid for process in self._processes()]
 
     def kill_node(self, host: str) -> None:
         """All its processes at once, as when its machine is lost."""
@@ -95,7 +94,7 @@ class LoopbackCluster:
         self._head = None
 
     def kill(self) -> None:
-        kill_started([*([self._head] if self._head is not None else []), *self.nodes.values()])
+        kill_started(self._processes())
         self._head = None
         self.nodes.clear()
 
@@ -115,6 +114,9 @@ class LoopbackCluster:
             raise LaunchError(f"`{' '.join(command)}` did not end within {DRAIN_SECONDS:g} s") from None
         if done.returncode:
             raise LaunchError(f"`{' '.join(command)}` failed:\n{done.stdout}{done.stderr}")
+
+    def _processes(self) -> "list[subprocess.Popen[bytes]]":
+        return [*([self._head] if self._head is not None else []), *self.nodes.values()]
 
     def _node_id(self, host: str) -> str:
         """As its raylet was told it on its command line."""
