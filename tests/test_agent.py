@@ -8,10 +8,13 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +33,7 @@ from raynium.errors import DataError, TrackingError
 from raynium.node import orphans
 from raynium.node.agent import Node, NodeAgent
 from raynium.node.buddies import CopyError
-from raynium.node.ranks import RankGroup
+from raynium.node.ranks import RankGroup, start_template
 from raynium.node.reports import CommitLog, Reports
 from raynium.run.coordinator import RunCoordinator
 from raynium.run.on_loop import CoordinatorOnLoop
@@ -519,6 +522,37 @@ def test_nobody_tries_to_save_for_a_run_that_is_over(play: Callable[..., Played]
     status = run.finish()
     assert (status.ended, status.cause) == ("failed", "node 1 cannot go on") and blocked_step.is_file()
     assert not held_images(os.getpid())
+
+
+def test_an_agent_joins_once_it_can_fork_ranks(play: Callable[..., Played]) -> None:
+    """A spare that joined before would cost the run its imports when it takes a lost node's place."""
+    start_template(run_url="/nowhere", compile_backend=None)
+    template: int = forkserver._forkserver._forkserver_pid  # pyright: ignore[reportAttributeAccessIssue]
+    os.kill(template, signal.SIGSTOP)
+    try:
+        run = play()
+        wait_for(lambda: "wait_for_template" in functions_of(run.thread))
+        assert not run.coordinator.coordinator._roster.ready()
+    finally:
+        os.kill(template, signal.SIGCONT)
+    assert run.finish().ended == "finished"
+
+
+def test_an_agent_that_cannot_fork_says_so_and_joins(
+    play: Callable[..., Played], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def cannot() -> None:
+        raise BlockingIOError("Resource temporarily unavailable")
+
+    monkeypatch.setattr("raynium.node.agent.wait_for_template", cannot)
+    assert play(**{"train.steps": 2}).finish().ended == "finished"
+    assert "ranks cannot be forked yet (Resource temporarily unavailable)" in caplog.text
+
+
+def functions_of(thread: threading.Thread) -> list[str]:
+    """That it is in now."""
+    frame = sys._current_frames().get(thread.ident or 0)
+    return [each.f_code.co_name for each, _ in traceback.walk_stack(frame)] if frame is not None else []
 
 
 def test_a_rank_that_cannot_start_is_quoted_and_not_tried_again(play: Callable[..., Played], tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ from raynium.node.diagnosis import KERNEL_LOG, Diagnosis, KernelLog, seconds_for
 from raynium.node.images import Snapshot
 from raynium.node.looking import look_at
 from raynium.node.orphans import end_orphans
-from raynium.node.ranks import RankGroup, start_template
+from raynium.node.ranks import RankGroup, start_template, wait_for_template
 from raynium.node.recovery_clock import AGREE, DRAIN, FORK
 from raynium.node.reports import CommitLog, Reports
 from raynium.node.saving import Saving
@@ -217,6 +217,7 @@ class NodeAgent:
         try:
             if self._cache.sync is not None:
                 self._cache.sync.wait_filled()
+            self._wait_for_template()
             while True:
                 with rendezvous_socket(self.node.host) as rendezvous:
                     agent = self._info(rendezvous)
@@ -251,6 +252,14 @@ class NodeAgent:
             if self._commits is not None:
                 self._saving.wait()
                 self._commits.close()
+
+    def _wait_for_template(self) -> None:
+        """Nothing counts on this node before it can fork: as a spare it would cost the others its imports."""
+        try:
+            wait_for_template()
+        except (OSError, EOFError) as error:
+            # Its ranks meet that again, and the user is told.
+            logger.warning("this node's ranks cannot be forked yet (%s)", error or "EOF")
 
     def _stand_by(self, order: StandBy, image_folder: Path) -> None:
         """The node is a spare from now on, whose memory holds nothing; if it had rank 0, another has MLflow now."""

@@ -229,6 +229,14 @@ def start_process(process: ForkServerProcess) -> None:
             process.start()
 
 
+def wait_for_template() -> None:
+    """Returns once the template has imported all that it is to, and forks. OSError or EOFError as `start_process`."""
+    process = multiprocessing.get_context("forkserver").Process(target=rank_entry.ends_at_once)
+    start_process(process)
+    process.join()
+    process.close()
+
+
 def _end_template() -> None:
     """Until the template is dead; `ensure_running` reaps it. The attribute is multiprocessing's own (3.11 to 3.14)."""
     pid = forkserver._forkserver._forkserver_pid  # pyright: ignore[reportAttributeAccessIssue]

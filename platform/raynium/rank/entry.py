@@ -50,6 +50,10 @@ def train_plan(plan_json: str, link: "AgentLink") -> "Outcome":
     return run(RankPlan.from_json(plan_json), link)
 
 
+def ends_at_once() -> None:
+    """For a fork by which its agent sees that the template is there."""
+
+
 def main(
     environment: dict[str, str],
     plan_json: str,
