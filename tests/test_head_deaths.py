@@ -88,7 +88,7 @@ def test_a_new_head_takes_over_the_runs_of_a_dead_one(tmp_path: Path, monkeypatc
             run = wait_for(lambda: _submitted(address, job, "orphan"), pause_seconds=0.5)
             wait_for(lambda: any(each.step >= 10 for each in run.checkpoints()))
             record = run.record()
-            # Ray gives a job's driver a session of its own, and ends it a second after the head: on a lost machine it goes too.
+            # Ray gives a driver a session of its own, and ends it a second later: on a lost machine it goes too.
             kill_sessions([head.process.pid, os.getsid(record.owner.pid)])
             assert record.owner.lives_here() is False
         with running_head(tmp_path / "ray.log", environment, dashboard=dashboard):

@@ -141,6 +141,19 @@ def test_an_image_is_written_only_once_the_agent_says_that_it_is_free(start: Cal
     assert rank.end() == (0, "")
 
 
+def test_images_are_written_in_the_order_in_which_they_were_offered(start: Callable[..., Rank]) -> None:
+    """Not the lower number first: that may be the one which another rank's end makes worth keeping."""
+    rank = start(
+        "while len(link._free_images) < 2: time.sleep(0.001)\n"
+        "for number in range(2): link.image(link.wait_free_image(), str(number), '', upload=False)\n"
+        "link.close()"
+    )
+    for slot in (1, 0):
+        rank.send("ImageFree", slot=slot)
+    assert [each["slot"] for each in rank.receive_all()] == [1, 0]
+    assert rank.end() == (0, "")
+
+
 def test_an_agent_that_does_not_read_never_stops_training(start: Callable[..., Rank]) -> None:
     count = 20_000  # 1 MB: many times what a pipe holds
     rank = start(

@@ -145,11 +145,14 @@ class Buddies:
                 logger.info("rank %d's snapshot of step %d was not copied: %s", rank, snapshot.info.step, error)
 
     def _send_one(self, rank: int, slot: int, snapshot: Snapshot, to: Address) -> None:
-        with contextlib.closing(self._connect(to)) as connection:
+        with (
+            self._images.copying(rank, slot, snapshot) as still_there,
+            contextlib.closing(self._connect(to)) as connection,
+        ):
             connection.send_bytes(json.dumps({"do": "put", "rank": rank} | _header(snapshot)).encode())
             for data in _paced(_chunks(snapshot), self._bytes_per_second):
                 connection.send_bytes(data)
-            if not self._images.still_holds(rank, slot, snapshot):
+            if not still_there():
                 raise CopyError("its rank writes that image again")
             connection.send_bytes(b"whole")
             if (answer := connection.recv_bytes()) != b"kept":

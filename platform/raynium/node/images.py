@@ -1,9 +1,10 @@
 """Snapshot images: memory of the node that outlives a rank and ends with its agent, and which of them holds what."""
 
+import contextlib
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -48,13 +49,17 @@ class SavedShard:
 
 @dataclass
 class _Slot:
-    """uploading: id of the generation for which an upload runs. offered: its rank may write it: the header tells."""
+    """uploading: id of the generation for which an upload runs. offered: its rank may write it: the header tells.
+
+    copying: to another node, which no rank waits for.
+    """
 
     snapshot: Snapshot | None = None
     uploading: str | None = None
     saved: SavedShard | None = None
     failure: str | None = None
     offered: bool = False
+    copying: bool = False
 
 
 class NodeImages:
@@ -101,11 +106,16 @@ class NodeImages:
             uploading = snapshot.generation_id if upload else None
             self._slots[rank][slot] = self._newest[rank] = _Slot(snapshot, uploading=uploading)
 
-    def still_holds(self, rank: int, slot: int, snapshot: Snapshot) -> bool:
-        """Whether that image is this snapshot's, and its rank may not write it again yet."""
+    @contextlib.contextmanager
+    def copying(self, rank: int, slot: int, snapshot: Snapshot) -> Iterator[Callable[[], bool]]:
+        """Meanwhile the rank writes this image only if it has no other. Gives whether it is still this snapshot's."""
         with self._lock:
             found = self._slots[rank][slot] if rank in self._slots else _Slot()
-            return found.snapshot is snapshot and not found.offered
+            found.copying = True
+        try:
+            yield lambda: found.snapshot is snapshot and not found.offered
+        finally:
+            found.copying = False
 
     def uploaded(self, rank: int, slot: int, *, saved: SavedShard | None = None, failure: str | None = None) -> None:
         """The upload has ended: what the store has now, or why it has not."""
@@ -136,17 +146,24 @@ class NodeImages:
     def take_offers(self) -> list[tuple[int, int]]:
         """(rank, slot) of each image that may be written from now on; each is returned once.
 
-        One of a rank at a time, the oldest: a rank that dies with its newest one untold may need the one before.
+        The oldest first, and written in this order. A rank that dies may have written two of which nothing was heard,
+        and no other is further than that: with three images all have one of the same step.
         """
         offers: list[tuple[int, int]] = []
         with self._lock:
             for rank, slots in self._slots.items():
                 newest = self._newest.get(rank)
-                free = [number for number, slot in enumerate(slots) if not slot.uploading and slot is not newest]
-                if free and not any(slot.offered for slot in slots):
-                    oldest = min(free, key=lambda number: _step(slots[number]))
-                    slots[oldest].offered = True
-                    offers.append((rank, oldest))
+                free = [
+                    number
+                    for number in sorted(range(len(slots)), key=lambda number: _step(slots[number]))
+                    if not (slot := slots[number]).uploading and not slot.offered and slot is not newest
+                ]
+                unhurried = [number for number in free if not slots[number].copying]
+                if not unhurried and any(slot.offered for slot in slots):
+                    continue
+                for number in unhurried or free[:1]:
+                    slots[number].offered = True
+                    offers.append((rank, number))
         return offers
 
     def held(self) -> tuple[HeldImages, ...]:

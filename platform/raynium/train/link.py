@@ -261,7 +261,8 @@ class AgentLink:
         self._outbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self._stop = threading.Event()
         # The agent says which, since older uploads may outlive a generation.
-        self._free_images: set[int] = set()
+        # In the order in which they are to be written.
+        self._free_images: dict[int, None] = {}
         self._image_freed = threading.Condition()
         self._sender = threading.Thread(target=self._send_all, name="agent-link-send", daemon=True)
         self._sender.start()
@@ -312,11 +313,11 @@ class AgentLink:
             if not self._free_images:
                 self.phase("upload", self._step)
             self._image_freed.wait_for(self.has_free_image)
-            return min(self._free_images)
+            return next(iter(self._free_images))
 
     def image(self, slot: int, info: str, replicas: str, *, upload: bool) -> None:
         with self._image_freed:
-            self._free_images.remove(slot)
+            del self._free_images[slot]
         self._post(ImageWritten(slot, info, replicas, upload))
 
     def outcome(self, step: int, reason: Literal["finished", "stopped"], why: str | None = None) -> None:
@@ -354,7 +355,7 @@ class AgentLink:
                     self._stop.set()
                 case ImageFree(slot):
                     with self._image_freed:
-                        self._free_images.add(slot)
+                        self._free_images[slot] = None
                         self._image_freed.notify_all()
                 case TellCollectives():
                     self._post(Collectives(self._collectives()))
