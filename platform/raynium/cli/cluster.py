@@ -6,6 +6,8 @@ from typing import Annotated, Literal
 import typer
 from typer import Argument, Option
 
+from raynium.cli.config import ConfigArgument, OverridesArgument
+
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Files that start clusters on AWS.")
 
 SiteOption = Annotated[
@@ -51,6 +53,39 @@ def policy(
     from raynium.cluster.site import load_site
 
     _write(render_policy(load_site(site), holder), output)
+
+
+@app.command(
+    epilog="Example: raynium cluster kuberay job.yaml --image registry/raynium:1 --redis redis:6379 --output ray.yaml"
+)
+def kuberay(
+    config: ConfigArgument,
+    image: Annotated[str, Option(help="Container image with Raynium, Ray and the Neuron libraries.")],
+    redis: Annotated[str, Option(help="HOST:PORT of a Redis outside of the cluster, for Ray's head.")],
+    overrides: OverridesArgument = None,
+    ray_version: Annotated[str | None, Option(help="Of the image. Default: the one installed here.")] = None,
+    name: Annotated[str, Option(help="Of the RayCluster.")] = "raynium",
+    service_account: Annotated[str, Option(help="That may read and write run.root.")] = "raynium",
+    token_secret: Annotated[str, Option(help="Secret with Ray's token, key auth_token.")] = "raynium-token",
+    redis_secret: Annotated[str, Option(help="Secret with Redis' password, key password.")] = "raynium-redis",
+    output: OutputOption = None,
+) -> None:
+    """Write the RayCluster that `kubectl apply` reads, with as many pods as the job's config takes."""
+    from importlib.metadata import version
+
+    from raynium.cluster.kuberay import Pods, render_kuberay
+    from raynium.config.load import load_config
+
+    pods = Pods(
+        image=image,
+        ray_version=ray_version or version("ray"),
+        redis=redis,
+        name=name,
+        service_account=service_account,
+        token_secret=token_secret,
+        redis_secret=redis_secret,
+    )
+    _write(render_kuberay(load_config(config, overrides or []), pods), output)
 
 
 def _write(text: str, output: Path | None) -> None:
