@@ -66,7 +66,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "node.compile_cache": ("accelerators", "run"),
     "node.images": ("run", "train"),
     "node.buddies": ("node.images",),
-    "node": ("node.diagnosis", "node.buddies", "node.compile_cache", "rank", "run", "planning"),
+    "node": ("node.diagnosis", "node.buddies", "node.compile_cache", "rank", "run.bad_nodes", "planning"),
     "convert": ("checkpoint", "models", "data"),
     "generation": ("convert", "data.questions"),
     "terminal": ("run", "rank"),
@@ -80,6 +80,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "launch.page",
         "launch.ray_environment",
         "run.bad_nodes",
+        "cluster.instances",
         "node",
         "generation",
         "terminal",
@@ -89,6 +90,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     ),
     "launch.data": ("launch",),
     "standalone": ("launch",),
+    "cluster.instances": (),
     "cluster": (),
     "sdk": ("launch.data",),
     "chaos": ("launch.ray_environment", "run.bad_nodes", "rank"),
@@ -113,6 +115,7 @@ HOMES = {
     "fsspec": {"storage"},
     "pyarrow": {"storage", "data.text"},
     "boto3": {"cluster"},
+    "botocore": {"cluster.instances", "storage"},
     "jinja2": {"data.records"},
     "torch": {
         *(

@@ -10,17 +10,15 @@ import socket
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from io import BytesIO
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qs
 
 import pytest
 import yaml
+from aws_server import Call, FakeAws, fake_aws
 
 from raynium.chaos.sessions import kill_sessions
 from raynium.cluster.policies import render_policy, role_name
@@ -33,95 +31,23 @@ FILES = ("trn1.32xlarge", "trn2.48xlarge", "trn2.3xlarge", "cpu")
 BLOCK = "cr-0123456789abcdef0"
 
 
-@dataclass(frozen=True)
-class Call:
-    """One request to EC2: who signed it, and its parameters in EC2's flat form (NetworkInterface.1.SubnetId)."""
-
-    caller: str
-    values: dict[str, str]
-
-    @property
-    def action(self) -> str:
-        return self.values["Action"]
-
-    def items(self, name: str) -> list[dict[str, str]]:
-        """The members of a list parameter, in order."""
-        found: dict[int, dict[str, str]] = {}
-        for key, value in self.values.items():
-            if match := re.fullmatch(rf"{name}\.(\d+)\.(.+)", key):
-                found.setdefault(int(match[1]), {})[match[2]] = value
-        return [found[number] for number in sorted(found)]
-
-    @property
-    def tags(self) -> dict[str, str]:
-        """Of the instances that RunInstances makes."""
-        tags = Call(self.caller, {k.removeprefix("TagSpecification.1."): v for k, v in self.values.items()}).items(
-            "Tag"
-        )
-        return {tag["Key"]: tag["Value"] for tag in tags}
-
-
-@dataclass
-class FakeAws:
-    """moto behind a listener that keeps what it was asked."""
-
-    url: str = ""
-    calls: list[Call] = field(default_factory=list)
-
-    def env(self, caller: str, home: Path, remote: "Remote") -> dict[str, str]:
-        """For processes of `caller` that take this for AWS."""
-        return {
-            **{name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "AWS_"))},
-            "AWS_ENDPOINT_URL": self.url,
-            "AWS_ACCESS_KEY_ID": caller,
-            "AWS_SECRET_ACCESS_KEY": "secret",
-            "AWS_DEFAULT_REGION": "us-west-2",
-            "RAY_USAGE_STATS_ENABLED": "0",
-            "RAY_AUTH_MODE": "token",
-            "HOME": str(home),
-            "PATH": f"{remote.bin}:{BIN}:{os.environ['PATH']}",
-            "STUB_LOG": str(remote.log),
-        }
-
-    def client(self, service: str) -> Any:
-        import boto3
-
-        session = boto3.Session("fixture", "secret", region_name="us-west-2")
-        return session.client(service, endpoint_url=self.url)
-
-    def asked(self, action: str) -> list[Call]:
-        return [call for call in self.calls if call.action == action]
-
-
 @pytest.fixture(scope="module")
 def listening_aws() -> Iterator[FakeAws]:
-    from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
-    from werkzeug.serving import WSGIRequestHandler, make_server
+    with fake_aws() as fake:
+        yield fake
 
-    class Quiet(WSGIRequestHandler):
-        def log_request(self, *_: Any, **__: Any) -> None:
-            return
 
-    moto = DomainDispatcherApplication(create_backend_app)
-    fake = FakeAws()
-
-    def listen(environ: dict[str, Any], start_response: Callable[..., Any]) -> Any:
-        body = environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
-        environ["wsgi.input"] = BytesIO(body)
-        values = {key: given[0] for key, given in parse_qs(body.decode(errors="replace")).items()}
-        if values.get("Version") == "2016-11-15":  # EC2's
-            signed = re.search(r"Credential=([^/]+)/", environ.get("HTTP_AUTHORIZATION", ""))
-            fake.calls.append(Call(signed[1] if signed else "nobody", values))
-        return moto(environ, start_response)
-
-    server = make_server("127.0.0.1", 0, listen, threaded=True, request_handler=Quiet)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    fake.url = f"http://127.0.0.1:{server.server_port}"
-    yield fake
-    server.shutdown()
-    thread.join()
-    server.server_close()
+def environment_of(aws: FakeAws, caller: str, home: Path, remote: "Remote") -> dict[str, str]:
+    """For processes of `caller` that take this for AWS."""
+    return {
+        **{name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "AWS_"))},
+        **aws.environment(caller),
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_AUTH_MODE": "token",
+        "HOME": str(home),
+        "PATH": f"{remote.bin}:{BIN}:{os.environ['PATH']}",
+        "STUB_LOG": str(remote.log),
+    }
 
 
 @pytest.fixture(scope="module")
@@ -355,7 +281,7 @@ def test_a_submitted_job_gets_the_trainium_node_it_asks_for(
 ):
     file = tmp_path / "cluster.yaml"
     file.write_text(render_cluster(site, Workers(instance_type="trn1.32xlarge")))
-    operator = aws.env("operator", home, remote)
+    operator = environment_of(aws, "operator", home, remote)
 
     # ---- `ray up`: one head, prepared over ssh, and the file that its autoscaler will read
     run([str(BIN / "ray"), "up", "-y", "--no-config-cache", str(file)], operator)
@@ -377,7 +303,7 @@ def test_a_submitted_job_gets_the_trainium_node_it_asks_for(
     (home / "bootstrap.yaml").write_text(json.dumps(bootstrap))
     gcs, dashboard, agent, client = free_ports("127.0.0.2", 4)
     worker_agent, worker_metrics = free_ports("127.0.0.3", 2)
-    head_env = aws.env("head", home, remote) | {
+    head_env = environment_of(aws, "head", home, remote) | {
         "RAY_OVERRIDE_RESOURCES": '{"CPU": 0}',
         "RAY_CLOUD_INSTANCE_ID": head_id,
         "RAY_NODE_TYPE_NAME": "head",

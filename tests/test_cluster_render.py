@@ -198,7 +198,7 @@ def test_policies_allow_little(holder: Holder, site: Site):
                 assert statement["Condition"]["StringLikeIfExists"]["s3:prefix"] == [site.prefix, f"{site.prefix}/*"]
             if resources == ["*"]:
                 assert action.startswith("ec2:Describe")
-            if action in ("ec2:TerminateInstances", "ec2:StopInstances", "ec2:StartInstances"):
+            if action in ("ec2:TerminateInstances", "ec2:RebootInstances", "ec2:StopInstances", "ec2:StartInstances"):
                 assert statement["Condition"]["StringEquals"] == {"aws:ResourceTag/ray-cluster-name": "raynium"}
             if action == "ec2:RunInstances" and any(":instance/" in each for each in resources):
                 equal = statement["Condition"]["StringEquals"]
@@ -222,4 +222,5 @@ def test_every_right_that_the_store_asks_for_is_given(holder: Holder, site: Site
 def test_the_head_can_start_workers_but_no_second_head(site: Site):
     text = render_policy(site, "head")
     assert ":role/raynium-worker" in text and ":role/raynium-head" not in text
+    assert "ec2:RebootInstances" in text and "ec2:RebootInstances" not in render_policy(site, "operator")
     assert '"m7i.8xlarge"' in text and '"trn2.48xlarge"' in text and '"p5.48xlarge"' not in text

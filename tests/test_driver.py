@@ -58,6 +58,7 @@ PREPARED = cast(
     Any,
     SimpleNamespace(
         config=CONFIG,
+        store=Store("/nowhere/run"),
         keeper=SimpleNamespace(record=SimpleNamespace(node_faults=None, incidents=None)),
         mlflow=MLFLOW,
         open_mlflow=None,

@@ -1,4 +1,7 @@
-"""Preflight on a real Ray cluster of two nodes, one of them bad: it is named, and the run goes to the other."""
+"""Preflight on a real Ray cluster of two nodes, one of them bad: it is named, and the run goes to the other.
+
+The nodes take a metadata service of their own for EC2's, and moto for EC2.
+"""
 
 import json
 import os
@@ -9,13 +12,15 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+from aws_server import FakeAws, fake_aws
+from metadata import metadata_service
 from tiny import build_documents, job_text
 
 from raynium import Client, Run
@@ -58,6 +63,11 @@ class Cluster:
     address: str
     folder: Path
     job_file: Path
+    aws: FakeAws
+    # Of the worker; the head is another.
+    instance_id: str
+    start_worker: Callable[[], subprocess.Popen[bytes]]
+    worker: subprocess.Popen[bytes]
 
 
 @pytest.fixture(scope="module")
@@ -82,14 +92,27 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     common = ["--block", "--disable-usage-stats", f"--object-store-memory={80 * 2**20}"]
     started: list[subprocess.Popen[bytes]] = []
 
-    def start(command: list[str], name: str, variables: dict[str, str]) -> None:
+    def start(command: list[str], name: str, variables: dict[str, str]) -> subprocess.Popen[bytes]:
         with (folder / f"{name}.log").open("wb") as log:
             process = subprocess.Popen(
                 command, env=os.environ | variables, stdout=log, stderr=log, start_new_session=True
             )
         started.append(process)
+        return process
 
     with ExitStack() as stack:
+        aws = stack.enter_context(fake_aws())
+        instance_ids = {HEAD: aws.start_instance(), WORKER: aws.start_instance()}
+        metadata = {
+            host: {"AWS_EC2_METADATA_SERVICE_ENDPOINT": stack.enter_context(metadata_service(pages=pages))}
+            for host, instance_id in instance_ids.items()
+            for pages in [
+                {"/latest/meta-data/instance-id": instance_id, "/latest/meta-data/placement/region": "us-west-2"}
+            ]
+        }
+        # The credentials of a head's role, of EC2 alone: the store is a folder here.
+        environment |= aws.environment("head")
+        environment["AWS_ENDPOINT_URL_EC2"] = environment.pop("AWS_ENDPOINT_URL")
         for name, value in environment.items():
             stack.enter_context(pytest.MonkeyPatch.context()).setenv(name, value)
         ray_folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="ray", dir="/tmp"))  # short, for sockets
@@ -100,16 +123,20 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
             *(f"--dashboard-agent-listen-port={free_port(HEAD)}", f"--ray-client-server-port={free_port(HEAD)}"),
         ]
         stack.callback(kill_started, started)
-        start(head, "head", {"PYTHONPATH": str(folder / HEAD)})
+        start(head, "head", {"PYTHONPATH": str(folder / HEAD), **metadata[HEAD]})
         address = f"http://127.0.0.1:{dashboard}"
         _wait_for_jobs(address, folder / "head.log")
         worker = [
             *(RAY, "start", f"--address={HEAD}:{port}", *common, "--num-cpus=3", f"--node-ip-address={WORKER}"),
             f"--dashboard-agent-listen-port={free_port(WORKER)}",
         ]
-        start(worker, "worker", {"PYTHONPATH": str(folder / WORKER)})
-        _wait_for_node(folder / "worker.log")
-        yield Cluster(address, folder, folder / "job.yaml")
+
+        def start_worker() -> subprocess.Popen[bytes]:
+            process = start(worker, "worker", {"PYTHONPATH": str(folder / WORKER), **metadata[WORKER]})
+            _wait_for_node(folder / "worker.log")
+            return process
+
+        yield Cluster(address, folder, folder / "job.yaml", aws, instance_ids[WORKER], start_worker, start_worker())
 
 
 def _wait_for_node(log: Path) -> None:
@@ -178,7 +205,7 @@ def test_a_run_that_needs_the_bad_node_is_refused_by_name(cluster: Cluster) -> N
 
 def test_a_run_leaves_a_node_that_a_verdict_names_and_stays_where_no_other_is_free(cluster: Cluster) -> None:
     often = {"checkpoint.every_steps": 5, "evaluate.every_steps": LONG}
-    overrides = {"preflight.before_run": "none", "train.steps": LONG, **often}
+    overrides = {"preflight.before_run": "none", "train.steps": LONG, "fault.bad_instance": "reboot", **often}
     run = Client(cluster.address).submit(cluster.job_file, overrides=overrides, name="leaves")
     first = _break_node(cluster, run, steps=5)
     second = _break_node(cluster, run, steps=30, besides=first)
@@ -199,6 +226,26 @@ def test_a_run_leaves_a_node_that_a_verdict_names_and_stays_where_no_other_is_fr
     with mlflow_client(finished.mlflow_uri, timeout_seconds=10) as client:
         tags = client.get_run(finished.mlflow_run_id).data.tags
     assert [tags["node_fault.1"], tags["node_fault.2"]] == [each["text"] for each in faults]
+
+    # EC2 was asked for the one that neither the driver nor Ray's head runs on.
+    (asked,) = cluster.aws.asked("RebootInstances")
+    assert (asked.caller, asked.values["InstanceId.1"]) == ("head", cluster.instance_id)
+    acts = {each["where"]: each["cause"] for each in finished.incidents or () if each["what"] == "node"}
+    assert acts[WORKER].startswith(f"EC2 was asked to reboot {cluster.instance_id}: ")
+    assert "this driver, or the cluster's head, runs there" in acts[HEAD]
+
+
+def test_a_node_that_was_rebooted_runs_ranks_again_once_it_has_passed_a_preflight(cluster: Cluster) -> None:
+    """Moto reboots nothing: we do. It is run after the one above, and needs what that has left in the store."""
+    mark = cluster.folder / "bad+nodes" / f"{WORKER}.json"
+    assert json.loads(mark.read_text())["asked"] == "reboot"
+    kill_started([cluster.worker])
+    cluster.start_worker()
+    changes = {"preflight.before_run": "none", "cluster.nodes": 2}
+    run = Client(cluster.address).submit(cluster.job_file, overrides=changes, name="comes-back")
+    assert run.wait(200).state == "finished", run.logs()
+    assert f"node {WORKER} was rebooted, passes its preflight, and is admitted again" in run.logs()
+    assert not mark.exists()
 
 
 def _break_node(cluster: Cluster, run: Run, *, steps: int, besides: str = "") -> str:

@@ -1,7 +1,7 @@
 """IAM policies of a cluster, each allowing what its holder was seen to call and no more.
 
     operator   whoever runs `ray up`, `ray attach` and `ray down`
-    head       the head node: its autoscaler starts and ends workers
+    head       the head node: its autoscaler starts and ends workers, its drivers reboot or end those that are bad
     worker     a worker node: the run store
     trust      who may take the roles head and worker: EC2 instances
 
@@ -32,7 +32,7 @@ def render_policy(site: Site, holder: Holder) -> str:
         statements = [
             _allow(["ec2:DescribeInstances", "ec2:DescribeInstanceTypes"], "*"),
             *_start_instances(site, [*neuron_types, *CPU_INSTANCES], ["worker"]),
-            *_own_instances(site),
+            *_own_instances(site, ["ec2:TerminateInstances", "ec2:RebootInstances"]),
             *_run_store(site),
         ]
     else:
@@ -45,7 +45,7 @@ def render_policy(site: Site, holder: Holder) -> str:
                 "*",
             ),
             *_start_instances(site, [site.head_instance_type], ["head"]),
-            *_own_instances(site),
+            *_own_instances(site, "ec2:TerminateInstances"),
             _allow("ec2:CreateKeyPair", _ec2(site, "key-pair/ray-autoscaler*")),
             # Only to the ssh port of private addresses behind this endpoint, an hour at a time.
             _allow(
@@ -113,11 +113,11 @@ def _start_instances(site: Site, types: list[str], holders: list[Literal["head",
     ]
 
 
-def _own_instances(site: Site) -> list[dict[str, Any]]:
-    """Ending them, and Ray's own tags on them: only where the cluster's tag is, so nobody else's become ours."""
+def _own_instances(site: Site, calls: str | list[str]) -> list[dict[str, Any]]:
+    """These calls, and Ray's own tags: only on instances where the cluster's tag is, so nobody else's become ours."""
     own = {"aws:ResourceTag/ray-cluster-name": site.cluster_name}
     return [
-        _allow("ec2:TerminateInstances", _ec2(site, "instance/*"), {"StringEquals": own}),
+        _allow(calls, _ec2(site, "instance/*"), {"StringEquals": own}),
         _allow(
             "ec2:CreateTags",
             _ec2(site, "instance/*"),

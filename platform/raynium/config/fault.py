@@ -55,6 +55,10 @@ class FaultSection(Section):
     stragglers: Literal["name", "leave"] = "name"
     """A rank that all others wait for, a fifth of the step and more over 60 steps, is named with its node. leave: the
     run also leaves that node, as one whose hardware is broken, if another is free. Native engine with FSDP2."""
+    bad_instance: Literal["keep", "reboot", "terminate"] = "keep"
+    """What the driver asks EC2 to do with the instance of a node that a verdict named, after the run has left it where
+    it can. reboot: once each; the node is not admitted again before it passes a preflight. terminate: Ray's autoscaler,
+    or Kubernetes, starts another. keep: nothing. Nodes of the driver, of the head, and that others use are kept."""
     bad_node_seconds: Seconds = 86_400.0
     """A node that a verdict named is left out so long by later drivers, and by other runs of run.root, if they find
     enough others. Where a reboot was the remedy, until its Ray is started anew."""

@@ -1,12 +1,13 @@
 """EC2's instance metadata service, as far as a node needs it: an instance profile's credentials come from there."""
 
 import http.client
+import os
 import urllib.error
 import urllib.request
 from dataclasses import dataclass
 
-# Link-local, the same on every instance.
-ADDRESS = "http://169.254.169.254"
+# Link-local, the same on every instance. The variable is AWS's own, which their libraries read too.
+ADDRESS = os.environ.get("AWS_EC2_METADATA_SERVICE_ENDPOINT", "http://169.254.169.254").rstrip("/")
 # It answers in milliseconds; where it is switched off, nothing answers at all.
 TIMEOUT_SECONDS = 1.0
 TOKEN_SECONDS = 60
@@ -24,6 +25,14 @@ class MetadataService:
     answers_without_token: bool
     instance_type: str | None = None
     role: str | None = None
+
+
+@dataclass(frozen=True)
+class Instance:
+    """An EC2 instance, as EC2's calls name it."""
+
+    id: str
+    region: str
 
 
 @dataclass(frozen=True)
@@ -56,6 +65,14 @@ def ask(address: str = ADDRESS) -> MetadataService:
     version_1 = Session(address, None)
     without = instance_type if session.token is None else version_1.page("meta-data/instance-type")
     return MetadataService(session.token is not None, without is not None, instance_type, role)
+
+
+def this_instance(address: str = ADDRESS) -> Instance | None:
+    """The one that this process runs on; None outside of EC2. Up to two seconds where nobody answers."""
+    if (session := Session.open(address)) is None:
+        return None
+    instance_id, region = session.page("meta-data/instance-id"), session.page("meta-data/placement/region")
+    return Instance(instance_id, region) if instance_id and region else None
 
 
 def _get(url: str, headers: dict[str, str], method: str = "GET") -> str | None:

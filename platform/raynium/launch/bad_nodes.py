@@ -1,23 +1,36 @@
-"""The nodes that verdicts of this run, and of others of its root, have named: kept in the store, and left out."""
+"""The nodes that verdicts of this run, and of others of its root, have named: remembered, left out, and cured."""
 
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 
+from raynium.cluster.instances import ask_ec2
 from raynium.config.schema import Config
-from raynium.errors import StoreError
-from raynium.launch.nodes import fitting_nodes, node_hosts, node_resources
-from raynium.run.bad_nodes import left_out, remember, remembered
+from raynium.errors import LaunchError, StoreError
+from raynium.health.report import Report
+from raynium.launch.nodes import fitting_nodes, node_hosts, node_resources, own_nodes, users_of
+from raynium.run.bad_nodes import EC2Call, left_out, lift, remember, remembered
 from raynium.run.protocol import NodeFault
 from raynium.storage.store import Store
+from raynium.tracking.incidents import Incidents
+
+# For a call that EC2 has not answered when the run ends.
+LAST_ANSWER_SECONDS = 60.0
 
 
 class BadNodes:
     """Of one driver."""
 
-    def __init__(self, config: Config, run: Store, tell: Callable[[str], None]):
+    def __init__(self, config: Config, run: Store, tell: Callable[[str], None], incidents: Incidents):
         """run: whose folder lies in the root. tell: a line for the user's terminal."""
-        self._config, self._tell = config, tell
+        self._config, self._tell, self._incidents = config, tell, incidents
+        self._call: EC2Call | None = None if config.fault.bad_instance == "keep" else config.fault.bad_instance
         self._root = Store(run.url.rpartition("/")[0])
+        # Whose instances EC2 is still to be asked about, and has been: a reboot that did not help is not repeated.
+        self._waiting: list[NodeFault] = []
+        self._asked: set[str] = set()
+        self._answers: list[tuple[NodeFault, Future[None]]] = []
+        self._calls = ThreadPoolExecutor(max_workers=1, thread_name_prefix="ec2")
 
     def ids(self) -> list[str]:
         """Of the nodes of now that other drivers found bad, as far as the run can do without them."""
@@ -37,9 +50,73 @@ class BadNodes:
             self._tell(f"{kept} node(s) that earlier runs found bad are used: there are no others")
         return list(found)
 
+    def passed(self, report: Report) -> None:
+        """Of nodes that EC2 rebooted, those that are fit by a preflight of now are good again."""
+        try:
+            marks = remembered(self._root, now_unix=time.time(), seconds=self._config.fault.bad_node_seconds)
+            for node in report.good_nodes:
+                if any(mark.is_back(node.node_id, node.host) for mark in marks):
+                    lift(self._root, node.host)
+                    self._tell(f"node {node.host} was rebooted, passes its preflight, and is admitted again")
+        except StoreError as error:
+            self._tell(f"nodes that were rebooted stay left out: {error}")
+
     def remember(self, found: NodeFault) -> None:
         """A verdict of this run's."""
+        self._mark(found)
+        if self._call is not None:
+            self._waiting.append(found)
+
+    def act(self, *, step: int) -> None:
+        """Asks EC2 to do with the instances of nodes named since as fault.bad_instance says, and tells what came of it.
+
+        Not before the run has left them, if it does. step: of the run, for its incidents.
+        """
+        for found in self._waiting:
+            if (why := self._why_not(found)) is not None:
+                self._note(found, f"its instance is kept, though fault.bad_instance is {self._call}: {why}", step)
+                continue
+            assert found.instance is not None and self._call is not None
+            self._asked.add(found.instance.id)
+            ask = self._calls.submit(ask_ec2, self._call, instance_id=found.instance.id, region=found.instance.region)
+            self._answers.append((found, ask))
+        self._waiting.clear()
+        for found, answer in [each for each in self._answers if each[1].done()]:
+            self._answers.remove((found, answer))
+            self._hear(found, answer, step)
+
+    def close(self, *, step: int) -> None:
+        """Once the run has ended: what is still to be asked is asked, and answers are waited for."""
+        self.act(step=step)
+        self._calls.shutdown(wait=bool(self._answers))
+        self.act(step=step)
+
+    def _why_not(self, found: NodeFault) -> str | None:
+        instance = found.instance
+        if instance is None:
+            return "it is no EC2 instance, or its metadata service does not answer there: see to it by hand"
+        if instance.id in self._asked:
+            return f"EC2 was asked to {self._call} {instance.id} before, and it broke again: replace it by hand"
+        if found.node_id in own_nodes():
+            return "this driver, or the cluster's head, runs there and would end with it: stop the run first"
+        if users := users_of(found.node_id):
+            return f"it is used by {', '.join(users)} as well: end that first, and see to it by hand"
+        return None
+
+    def _hear(self, found: NodeFault, answer: Future[None], step: int) -> None:
+        assert found.instance is not None and self._call is not None
+        if isinstance(error := answer.exception(), LaunchError):
+            return self._note(found, str(error), step)
+        answer.result()
+        self._mark(found, asked=self._call)
+        self._note(found, f"EC2 was asked to {self._call} {found.instance.id}: {found.fault}", step)
+
+    def _note(self, found: NodeFault, text: str, step: int) -> None:
+        self._tell(f"node {found.host}: {text}")
+        self._incidents.notes("node", where=found.host, cause=text, step=step)
+
+    def _mark(self, found: NodeFault, asked: EC2Call | None = None) -> None:
         try:
-            remember(self._root, found, run=self._config.run.name, now_unix=time.time())
+            remember(self._root, found, run=self._config.run.name, now_unix=time.time(), asked=asked)
         except StoreError as error:
             self._tell(f"other drivers will not know of {found.host}: {error}")

@@ -97,6 +97,7 @@ class Driver:
         self._node_faults: list[dict[str, Any]] = list(prepared.keeper.record.node_faults or [])
         # That the coordinator cannot see.
         self._incidents = Incidents(f"driver-{time.time():.0f}", unix=time.time, steady=time.monotonic)
+        self._bad_nodes = BadNodes(self.config, prepared.store, display.line, self._incidents)
         self._notifier = Notifier(self.config.fault, environment=os.environ, tell=display.line)
         self._notified = {each["key"] for each in prepared.keeper.record.incidents or ()}
         # Seen by this driver; a coordinator that starts again forgets its own.
@@ -135,7 +136,7 @@ class Driver:
         LaunchError, if the preflight finds too few nodes that are fit.
         """
         keeper = self.prepared.keeper
-        self._excluded += [*self._preflight(), *self._bad_nodes().ids()]
+        self._excluded += [*self._preflight(), *self._bad_nodes.ids()]
         name_job(self.config.run.name)
         claimed = keeper.claim_number
         coordinator = start_coordinator(self.config, self.prepared.store.url, keeper.record.generation, claimed)
@@ -159,6 +160,7 @@ class Driver:
         if status.agents:
             with keeper.beating():
                 self._wait_for_agents(coordinator, fitting)
+        self._bad_nodes.close(step=status.step)
         if status.ended == "failed" or status.ended is None:
             cause = status.cause or f"Ray Train ended the run: {fitting.error}"
             raise RunFailed(f"run {self.config.run.name!r} failed at step {status.step}: {cause}")
@@ -188,10 +190,8 @@ class Driver:
             self.display.line(f"the MLflow page does not show the preflight: {error}")
         if (refusal := report.refusal()) is not None:
             raise LaunchError(refusal)
+        self._bad_nodes.passed(report)
         return [node.node_id for node in report.bad_nodes]
-
-    def _bad_nodes(self) -> BadNodes:
-        return BadNodes(self.config, self.prepared.store, self.display.line)
 
     def _asked_to_stop(self) -> bool:
         """By a signal, or by `raynium stop` through the run's store."""
@@ -255,11 +255,13 @@ class Driver:
             self._faults_seen.update(new_faults)
             self._node_faults += [fault.to_json() for fault in new_faults]
             for fault in new_faults:
-                self._bad_nodes().remember(fault)
+                self._bad_nodes.remember(fault)
             self._publish(keeper, status)
             if status.ended is not None or over:
                 return status
             self._leave_bad_nodes(coordinator, status, new_faults)
+            if not self._moving:
+                self._bad_nodes.act(step=status.step)
 
             now = time.monotonic()
             try:

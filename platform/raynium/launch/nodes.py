@@ -176,6 +176,18 @@ def shortage(asked: Mapping[str, float], num_nodes: int, nodes: Sequence[NodeUse
     return message
 
 
+def own_nodes() -> set[str]:
+    """Ids of the nodes that this driver cannot live without: its own, and the cluster's head."""
+    heads = {node["NodeID"] for node in ray.nodes() if "node:__internal_head__" in node["Resources"]}
+    return heads | {ray.get_runtime_context().get_node_id()}
+
+
+def users_of(node_id: str) -> list[str]:
+    """Who else holds something of a node."""
+    hosts = node_hosts()
+    return sorted({who for node in _node_uses() if node.host == hosts.get(node_id) for who in node.held})
+
+
 def release_nodes() -> None:
     """Gives back what this driver's placement groups hold: of a controller that was killed, Ray keeps it for ever.
 

@@ -12,10 +12,12 @@ import ray.train
 
 from raynium.accelerators.detect import detect
 from raynium.config.schema import Config
+from raynium.health.metadata_service import this_instance
 from raynium.launch.backend import ATTEMPT_VARIABLE
 from raynium.node.agent import Node, NodeAgent
 from raynium.node.node_log import log_to_file
 from raynium.node.ranks import drop_sockets
+from raynium.node.readmission import Readmission
 from raynium.run.fence import Fence, FenceWatch
 from raynium.run.protocol import AgentEvent, AgentInfo, Commit, GoHome, News, NodeEnded, Order, Said, StandBy, Verdict
 from raynium.storage.store import Store
@@ -58,8 +60,11 @@ def run_agent(settings: dict[str, Any]) -> None:
     scratch = settings["scratch"]
     # Of an agent that replaces another, Ray Train counts the node anew.
     seat = context.get_world_rank()
+    host, node_id = ray.util.get_node_ip_address(), ray.get_runtime_context().get_node_id()
     log_to_file(settings["run_url"], seat)
     coordinator = RayCoordinator(settings["coordinator"])
+    root = Store(settings["run_url"].rpartition("/")[0])
+    readmission = Readmission(config, root, host=host, node_id=node_id, tell=lambda text: coordinator.tell(Said(text)))
     agent = NodeAgent(
         config=config,
         run_url=settings["run_url"],
@@ -67,8 +72,10 @@ def run_agent(settings: dict[str, Any]) -> None:
             attempt=os.environ[ATTEMPT_VARIABLE],
             seat=seat,
             nodes=config.cluster.nodes,
-            host=ray.util.get_node_ip_address(),
-            node_id=ray.get_runtime_context().get_node_id(),
+            host=host,
+            node_id=node_id,
+            # Where nobody answers, asking takes two seconds.
+            instance=None if config.fault.bad_instance == "keep" else this_instance(),
         ),
         accelerator=detect(config.cluster.accelerator),
         coordinator=coordinator,
@@ -81,6 +88,7 @@ def run_agent(settings: dict[str, Any]) -> None:
         ),
         data_places=lambda: fetch_stores(config.data, f"{scratch}/data"),
         secret=settings["secret"],
+        wait_for_admission=readmission.wait,
     )
     try:
         # One node's ranks are enough: without them the others' end too.

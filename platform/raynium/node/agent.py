@@ -20,6 +20,7 @@ from raynium.accelerators.timeouts import EXECUTION_TIMEOUT_SECONDS
 from raynium.checkpoint.format.manifest import ImageInfo
 from raynium.config.schema import Config
 from raynium.errors import DataError
+from raynium.health.metadata_service import Instance
 from raynium.health.neuron_monitor import DeviceMonitor, DeviceSample, has_devices
 from raynium.health.notices import Notice, NoticeWatch, ask_for_notices
 from raynium.node.buddies import Buddies, CopyError
@@ -76,7 +77,7 @@ class Node:
     """Where this agent runs.
 
     attempt: one life of Ray Train's group of agents, of which `nodes` run a generation. seat: this one's place in it.
-    host: the other nodes reach it there. node_id: Ray's.
+    host: the other nodes reach it there. node_id: Ray's. instance: as in AgentInfo.
     """
 
     attempt: str
@@ -84,6 +85,7 @@ class Node:
     nodes: int
     host: str
     node_id: str = ""
+    instance: Instance | None = None
 
 
 class NodeAgent:
@@ -103,12 +105,13 @@ class NodeAgent:
         neuron_monitor: str | None = None,
         ask_for_notices: Callable[[], list[Notice] | None] = ask_for_notices,
         secret: bytes = b"",
+        wait_for_admission: Callable[[], None] = lambda: None,
     ):
         """open_tracker is called once this node is to run rank 0; data_places makes the stores ready.
 
         kernel_log: a file like Linux's /dev/kmsg. neuron_monitor: the program that is asked about Neuron devices; None:
         AWS's, if this job trains on them. ask_for_notices: see `health/notices.py`. secret: of the
-        run's agents, with which they know each other.
+        run's agents, with which they know each other. wait_for_admission: returns once this node may run ranks.
         """
         self.config = config
         self.run_url = run_url
@@ -126,6 +129,7 @@ class NodeAgent:
         self._kernel_log = KernelLog(kernel_log)
         self._diagnosis = Diagnosis(self._kernel_log)
         self._ask_for_notices = ask_for_notices
+        self._wait_for_admission = wait_for_admission
         self._secret = secret
         # If this run copies snapshots to other nodes.
         self._buddies: Buddies | None = None
@@ -153,6 +157,7 @@ class NodeAgent:
         start_template(run_url=self.run_url, compile_backend=self.accelerator.compile_backend if warms_up else None)
         for orphan in end_orphans():
             self.coordinator.tell(Said(f"{self._name}: {orphan}"))
+        self._wait_for_admission()
         if self._cache.sync is not None:
             self._cache.sync.start()
         image_folder = own_folder(shared_memory_folder(), self.config.run.name)
@@ -288,6 +293,7 @@ class NodeAgent:
             copies=() if self._buddies is None else self._buddies.held(),
             machine=look().product_name or "",
             node_id=self.node.node_id,
+            instance=self.node.instance,
             last_generation=self._last_generation,
         )
 

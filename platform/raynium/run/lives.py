@@ -351,7 +351,7 @@ class Lives:
         if current is None or (agent := current.agents.get(node_rank)) is None:
             return
         fault = self._verdicts.of_node(agent.host, fault)
-        found = NodeFault(generation, node_rank, agent.host, agent.node_id, fault)
+        found = NodeFault(generation, node_rank, agent.host, agent.node_id, fault, agent.instance)
         if self._verdicts.node_fault(found):
             self._roster.bars(agent.seat)
             self._board.tell(f"  node {node_rank} ({found.host}) | {fault.evidence}")

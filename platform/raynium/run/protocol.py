@@ -7,6 +7,7 @@ from typing import Any, Literal, Protocol
 
 from raynium.config.world import World
 from raynium.health.faults import ACTIONS, Fault
+from raynium.health.metadata_service import Instance
 from raynium.health.neuron_monitor import DeviceSample
 from raynium.tracking.incidents import Incident
 from raynium.tracking.ledger import Cause, Ledger, LifeLedger
@@ -47,7 +48,7 @@ class AgentInfo:
     product name, on EC2 the instance type; "" if it shows none. node_id: Ray's, new in each life of the node; ""
     without Ray. last_generation: that it ran, since a coordinator that was started again counts on from there.
     uploading: generations for which it still uploads. buddy_port: at which it takes copies of other nodes' snapshots;
-    0: at none. copies: that it has of them.
+    0: at none. copies: that it has of them. instance: of EC2, if fault.bad_instance asks for it and there is one.
     """
 
     attempt: str
@@ -64,6 +65,7 @@ class AgentInfo:
     uploading: tuple[str, ...] = ()
     buddy_port: int = 0
     copies: tuple[HeldImages, ...] = ()
+    instance: Instance | None = None
 
 
 @dataclass(frozen=True)
@@ -437,13 +439,14 @@ class Event:
 
 @dataclass(frozen=True)
 class NodeFault:
-    """A verdict that names a node, which somebody has to see to. node_id: as in AgentInfo."""
+    """A verdict that names a node, which somebody has to see to. node_id, instance: as in AgentInfo."""
 
     generation: int
     node_rank: int
     host: str
     node_id: str
     fault: Fault
+    instance: Instance | None = None
 
     def __str__(self) -> str:
         return f"node {self.node_rank} ({self.host}): {self.fault}: {ACTIONS[self.fault.action]}"

@@ -1,0 +1,97 @@
+"""A node whose instance EC2 rebooted for a run is looked at before it runs ranks again, whoever's run that is."""
+
+import secrets
+import time
+from collections.abc import Callable, Sequence
+
+from raynium.config.schema import Config
+from raynium.errors import StoreError
+from raynium.health.host import Check
+from raynium.health.metadata_service import Instance, this_instance
+from raynium.node.preflight import NodeProbe
+from raynium.run.bad_nodes import BadNode, lift, mark_of
+from raynium.storage.store import Store
+
+# Of the time for a preflight, what the trial of the ranks may take.
+TRIAL_SHARE = 0.5
+# A node that does not pass is tried again so often; a person, or EC2, may have seen to it.
+RETRY_SECONDS = 300.0
+# EC2 takes a node down within so long after it was asked to reboot it.
+REBOOT_SECONDS = 300.0
+
+
+class Readmission:
+    """Of one node and life of its agent, which has not joined yet: spares, or fewer nodes, go on without it."""
+
+    def __init__(
+        self,
+        config: Config,
+        root: Store,
+        *,
+        host: str,
+        node_id: str,
+        tell: Callable[[str], object],
+        check: Callable[[Config, Store, str], Sequence[Check]] | None = None,
+        ask_instance: Callable[[], Instance | None] = this_instance,
+        sleep: Callable[[float], object] = time.sleep,
+    ):
+        """root: that runs share. node_id: Ray's. tell: a line for the user's terminal. check: see `checked`."""
+        self._config, self._root, self._host, self._node_id = config, root, host, node_id
+        self._tell, self._check, self._ask_instance, self._sleep = tell, check or checked, ask_instance, sleep
+
+    def wait(self) -> None:
+        """Returns once the node may run ranks: at once if no mark says otherwise, else once it passes its preflight."""
+        while (mark := self._mark()) is not None:
+            if mark.node_id == self._node_id:
+                self._tell(f"node {self._host} waits for the reboot that run {mark.run} has asked EC2 for")
+                self._sleep(REBOOT_SECONDS)
+                continue
+            found = self._check(self._config, self._root, self._host)
+            if not (bad := [check for check in found if check.is_bad]):
+                self._tell(f"node {self._host} was rebooted, passes its preflight, and is admitted again")
+                self._lift()
+                return
+            self._tell(
+                f"node {self._host} was rebooted and does not pass its preflight: {'; '.join(map(str, bad))}. It runs "
+                f"no rank, and is tried again in {RETRY_SECONDS:.0f} s. To get another, terminate {mark.instance_id}"
+            )
+            self._sleep(RETRY_SECONDS)
+
+    def _mark(self) -> BadNode | None:
+        """Of an instance that was rebooted, and is this one. What the store cannot say keeps no node away."""
+        try:
+            mark = mark_of(self._root, self._host)
+        except StoreError as error:
+            self._tell(f"whether node {self._host} was found bad before is not known: {error}")
+            return None
+        if mark is None or mark.asked != "reboot":
+            return None
+        here = self._ask_instance()
+        if here is not None and here.id != mark.instance_id:
+            # Its address is another instance's now.
+            self._lift()
+            return None
+        return mark
+
+    def _lift(self) -> None:
+        try:
+            lift(self._root, self._host)
+        except StoreError as error:
+            self._tell(f"later runs will check node {self._host} again: {error}")
+
+
+def checked(config: Config, root: Store, host: str) -> list[Check]:
+    """What a preflight finds on this node alone: what shows without a rank, and if that is well a trial of its ranks.
+
+    host: this node's address.
+    """
+    folder = f"preflight-{secrets.token_hex(6)}"
+    root.replace(f"{folder}/driver", b"driver")
+    try:
+        probe = NodeProbe(config.model_dump(mode="json"), folder)
+        found = probe.look()
+        if not any(check.is_bad for check in found):
+            found += probe.trial_here(host, TRIAL_SHARE * config.preflight.seconds)
+        return found
+    finally:
+        root.delete_prefix(folder)
