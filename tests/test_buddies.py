@@ -2,12 +2,15 @@
 
 import json
 import socket
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from multiprocessing.connection import Client
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from waiting import wait_for
 
 from raynium.checkpoint.format.manifest import ImageInfo, SavedBlocks
@@ -15,8 +18,9 @@ from raynium.config.world import World
 from raynium.node import buddies as buddies_module
 from raynium.node.buddies import CHUNK_BYTES, Buddies, CopyError
 from raynium.node.images import NodeImages, Snapshot
+from raynium.run.buddies import buddies
 from raynium.run.protocol import AgentInfo, HeldImages
-from raynium.run.recovery import buddies, copies_of, newest_images
+from raynium.run.recovery import copies_of, newest_images
 
 pytestmark = pytest.mark.quick
 
@@ -217,3 +221,62 @@ def test_the_next_node_takes_copies_if_it_takes_any_and_is_another() -> None:
     assert buddies((FIRST, SECOND)) == (("127.0.0.3", 7001), ("127.0.0.2", 7000))
     assert buddies((FIRST, replace(SECOND, buddy_port=0))) == (None, ("127.0.0.2", 7000))
     assert buddies((FIRST,)) == (None,)
+
+
+def crew(*places: tuple[str, str]) -> list[AgentInfo]:
+    """By node rank. places: zone and placement group of each."""
+    return [
+        replace(FIRST, seat=seat, host=f"10.0.0.{seat}", buddy_port=7000 + seat, zone=zone, placement_group=group)
+        for seat, (zone, group) in enumerate(places)
+    ]
+
+
+def pairs_of(agents: list[AgentInfo]) -> list[tuple[AgentInfo, AgentInfo]]:
+    """Each with who takes its copies."""
+    by_port = {agent.buddy_port: agent for agent in agents}
+    return [(agent, by_port[address[1]]) for agent, address in zip(agents, buddies(agents), strict=True) if address]
+
+
+def most_apart(blocks: list[object]) -> int:
+    """How many can have a buddy in another block, if each is the buddy of one: those outside of the largest and as many
+    of those inside.
+    """
+    largest = max(blocks.count(each) for each in blocks)
+    return min(len(blocks), 2 * (len(blocks) - largest))
+
+
+PLACE = st.tuples(st.sampled_from(["", "a", "b", "c"]), st.sampled_from(["", "p", "q"]))
+
+
+@given(st.lists(PLACE, min_size=2, max_size=24))
+def test_every_node_is_the_buddy_of_one_other_and_as_many_as_can_be_are_in_different_zones(
+    places: list[tuple[str, str]],
+) -> None:
+    pairs = pairs_of(crew(*places))
+    assert sorted(taker.seat for _, taker in pairs) == list(range(len(places)))
+    assert all(giver.seat != taker.seat for giver, taker in pairs)
+    zones = [zone for zone, _ in places]
+    assert sum(giver.zone != taker.zone for giver, taker in pairs) == most_apart([*zones])
+
+
+@given(st.lists(st.sampled_from(["", "p", "q", "r"]), min_size=2, max_size=24))
+def test_in_one_zone_as_many_as_can_be_are_in_different_placement_groups(groups: list[str]) -> None:
+    pairs = pairs_of(crew(*(("a", group) for group in groups)))
+    apart = sum(giver.placement_group != taker.placement_group for giver, taker in pairs)
+    assert apart == most_apart([*groups])
+
+
+def test_nodes_that_say_nothing_of_their_place_give_to_the_next_and_a_lone_one_elsewhere_is_used() -> None:
+    def takers(*places: tuple[str, str]) -> list[int]:
+        return [taker.seat for _, taker in pairs_of(crew(*places))]
+
+    assert takers(*[("", "")] * 5) == [1, 2, 3, 4, 0]
+    assert takers(("a", ""), ("b", ""), ("a", ""), ("b", "")) == [1, 0, 3, 2]
+    assert takers(("a", "p"), ("a", "p"), ("a", "q")) == [1, 2, 0]
+
+
+def test_a_thousand_nodes_are_paired_at_once() -> None:
+    agents = crew(*((f"zone-{seat % 3}", f"group-{seat % 7}") for seat in range(1024)))
+    began = time.process_time()
+    assert len(buddies(agents)) == 1024
+    assert time.process_time() - began < 0.5

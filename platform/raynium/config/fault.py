@@ -43,8 +43,9 @@ class FaultSection(Section):
     parameters, before the step is applied. Where the bits differ all ranks compute them again, and the majority names
     the node that is wrong. Costs about a step each time: 0.1 % at 1000. Native engine with FSDP2. null: none is."""
     buddy_copies: bool = False
-    """Also send each snapshot to the memory of the next node, off the ranks' time: who takes the place of a lost node
-    begins with that, not with the newest checkpoint. Takes two more images of each rank in a node's memory."""
+    """Also send each snapshot to the memory of another node, off the ranks' time: who takes the place of a lost node
+    begins with that, not with the newest checkpoint. Takes two more images of each rank in a node's memory. It is in
+    another zone or placement group if Ray's labels ray.io/availability-zone and placement-group say so."""
     buddy_megabytes_per_second: PositiveFloat = 500.0
     """Of a node's network that such copies may take, in 10⁶ bytes."""
     notify_command: tuple[str, ...] = ()

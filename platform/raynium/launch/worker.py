@@ -26,6 +26,10 @@ from raynium.storage.store import Store
 # not both send metrics from one folder.
 AGENT_BEFORE_SECONDS = 60.0
 
+# Of a node (`ray start --labels`, `ray up`, KubeRay). Ray has no word of its own for the second.
+ZONE_LABEL = "ray.io/availability-zone"
+PLACEMENT_GROUP_LABEL = "placement-group"
+
 
 @dataclass(frozen=True)
 class RayCoordinator:
@@ -63,6 +67,7 @@ def run_agent(settings: dict[str, Any]) -> None:
     host, node_id = ray.util.get_node_ip_address(), ray.get_runtime_context().get_node_id()
     log_to_file(settings["run_url"], seat)
     coordinator = RayCoordinator(settings["coordinator"])
+    labels = ray.get_runtime_context().get_node_labels()
     root = Store(settings["run_url"].rpartition("/")[0])
     readmission = Readmission(config, root, host=host, node_id=node_id, tell=lambda text: coordinator.tell(Said(text)))
     agent = NodeAgent(
@@ -75,6 +80,8 @@ def run_agent(settings: dict[str, Any]) -> None:
             host=host,
             node_id=node_id,
             # Where nobody answers, asking takes two seconds.
+            zone=labels.get(ZONE_LABEL, ""),
+            placement_group=labels.get(PLACEMENT_GROUP_LABEL, ""),
             instance=None if config.fault.bad_instance == "keep" else this_instance(),
         ),
         accelerator=detect(config.cluster.accelerator),

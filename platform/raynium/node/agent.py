@@ -77,7 +77,8 @@ class Node:
     """Where this agent runs.
 
     attempt: one life of Ray Train's group of agents, of which `nodes` run a generation. seat: this one's place in it.
-    host: the other nodes reach it there. node_id: Ray's. instance: as in AgentInfo.
+    host: the other nodes reach it there. node_id: Ray's. instance, zone, placement_group:
+    as in AgentInfo.
     """
 
     attempt: str
@@ -86,6 +87,8 @@ class Node:
     host: str
     node_id: str = ""
     instance: Instance | None = None
+    zone: str = ""
+    placement_group: str = ""
 
 
 class NodeAgent:
@@ -294,6 +297,8 @@ class NodeAgent:
             machine=look().product_name or "",
             node_id=self.node.node_id,
             instance=self.node.instance,
+            zone=self.node.zone,
+            placement_group=self.node.placement_group,
             last_generation=self._last_generation,
         )
 

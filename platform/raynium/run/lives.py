@@ -10,6 +10,7 @@ from raynium.config.fault import FaultSection
 from raynium.config.world import World
 from raynium.health.faults import Fault
 from raynium.run.board import Board
+from raynium.run.buddies import buddies
 from raynium.run.hangs import Hang, Hangs, folder_of, with_looks
 from raynium.run.leaps import Leaps
 from raynium.run.protocol import (
@@ -24,7 +25,7 @@ from raynium.run.protocol import (
     StacksTaken,
     TimesSeen,
 )
-from raynium.run.recovery import Origin, Recovery, buddies, copies_of
+from raynium.run.recovery import Origin, Recovery, copies_of
 from raynium.run.roster import Roster
 from raynium.run.stragglers import Stragglers
 from raynium.run.verdicts import Verdicts, blamed, blames_a_peer

@@ -49,6 +49,7 @@ class AgentInfo:
     without Ray. last_generation: that it ran, since a coordinator that was started again counts on from there.
     uploading: generations for which it still uploads. buddy_port: at which it takes copies of other nodes' snapshots;
     0: at none. copies: that it has of them. instance: of EC2, if fault.bad_instance asks for it and there is one.
+    zone, placement_group: what Ray's labels say of the node's place; "" for nothing.
     """
 
     attempt: str
@@ -66,6 +67,8 @@ class AgentInfo:
     buddy_port: int = 0
     copies: tuple[HeldImages, ...] = ()
     instance: Instance | None = None
+    zone: str = ""
+    placement_group: str = ""
 
 
 @dataclass(frozen=True)

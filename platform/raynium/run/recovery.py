@@ -209,12 +209,6 @@ def newest_images(
     return HeldImages(generation_id, step, tuple(range(world.size)), world)
 
 
-def buddies(agents: Sequence[AgentInfo]) -> tuple[Address | None, ...]:
-    """By node rank, who takes copies of its snapshots: the next node, if that one takes any. Pure."""
-    following = [*agents[1:], agents[0]]
-    return tuple((each.host, each.buddy_port) if each.buddy_port and len(agents) > 1 else None for each in following)
-
-
 def copies_of(images: HeldImages, agents: Sequence[AgentInfo]) -> dict[int, Address]:
     """Rank → who has a copy of its image, of those ranks whose own node lacks it. Pure. agents: by node rank."""
     key = images.generation_id, images.step
