@@ -254,7 +254,7 @@ def _break_node(cluster: Cluster, run: Run, *, steps: int, besides: str = "") ->
     Returns the host. besides: it is not there that the run is waited for.
     """
     agents: list[dict[str, Any]] = []
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 240
     rank = None
     while rank is None or agents[0]["host"] == besides or run.checkpoints()[-1].step < steps:
         assert time.monotonic() < deadline, run.logs()

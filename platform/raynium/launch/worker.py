@@ -4,7 +4,7 @@ import contextlib
 import os
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import ray
 import ray.exceptions
@@ -67,7 +67,8 @@ def run_agent(settings: dict[str, Any]) -> None:
     host, node_id = ray.util.get_node_ip_address(), ray.get_runtime_context().get_node_id()
     log_to_file(settings["run_url"], seat)
     coordinator = RayCoordinator(settings["coordinator"])
-    labels = ray.get_runtime_context().get_node_labels()
+    # Of text, though its annotation has lists.
+    labels = cast(dict[str, str], ray.get_runtime_context().get_node_labels())
     root = Store(settings["run_url"].rpartition("/")[0])
     readmission = Readmission(config, root, host=host, node_id=node_id, tell=lambda text: coordinator.tell(Said(text)))
     agent = NodeAgent(
