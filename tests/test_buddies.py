@@ -16,11 +16,13 @@ from waiting import wait_for
 from raynium.checkpoint.format.manifest import ImageInfo, SavedBlocks
 from raynium.config.world import World
 from raynium.node import buddies as buddies_module
-from raynium.node.buddies import CHUNK_BYTES, Buddies, CopyError
+from raynium.node.buddies import Buddies, CopyError
 from raynium.node.images import NodeImages, Snapshot
 from raynium.run.buddies import buddies
 from raynium.run.protocol import AgentInfo, HeldImages
 from raynium.run.recovery import copies_of, newest_images
+from raynium.storage import peers
+from raynium.storage.peers import CHUNK_BYTES
 
 pytestmark = pytest.mark.quick
 
@@ -128,7 +130,7 @@ def test_a_copy_that_comes_in_while_another_generation_begins_is_of_no_use(node:
 def test_a_sender_that_falls_silent_is_given_up_and_leaves_no_memory_taken(
     node: Callable[..., Node], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(buddies_module, "SILENCE_SECONDS", 1)
+    monkeypatch.setattr(peers, "SILENCE_SECONDS", 1)
     first, second = node("first"), node("second")
     snapshot = first.snapshot(5)
     with Client(second.address, authkey=SECRET) as connection:
@@ -145,7 +147,7 @@ def test_a_sender_that_falls_silent_is_given_up_and_leaves_no_memory_taken(
 def test_a_holder_that_falls_silent_holds_up_its_sender_no_longer_than_that(
     node: Callable[..., Node], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(buddies_module, "SILENCE_SECONDS", 1)
+    monkeypatch.setattr(peers, "SILENCE_SECONDS", 1)
     first, second = node("first"), node("second")
     with socket.create_server((HOST, 0)) as silent:
         first.buddies.begin_generation(None, silent.getsockname())

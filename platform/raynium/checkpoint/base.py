@@ -15,6 +15,7 @@ from pydantic import Field, JsonValue, model_validator
 
 from raynium.checkpoint.format.blocks import Ranges, Tensor, check_blocks
 from raynium.checkpoint.format.manifest import DataFile, JsonObject, TensorEntry, parsed
+from raynium.checkpoint.held import HeldRef
 from raynium.checkpoint.ref import CheckpointRef
 from raynium.errors import CheckpointError
 from raynium.storage.backend import KeyMissing
@@ -91,7 +92,7 @@ class BaseRef:
         return Store(file.store), file.key
 
 
-Readable = CheckpointRef | BaseRef
+Readable = CheckpointRef | BaseRef | HeldRef
 
 
 def keep_base(store: Store, base: Base, *, name: str = BASE_NAME) -> None:

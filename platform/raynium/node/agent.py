@@ -270,12 +270,14 @@ class NodeAgent:
             logger.warning("this node's ranks cannot be forked yet (%s)", error or "EOF")
 
     def _stand_by(self, order: StandBy, image_folder: Path) -> None:
-        """The node is a spare from now on, whose memory holds nothing; if it had rank 0, another has MLflow now."""
+        """The node is a spare from now on, whose memory holds what others begin with, at most; if it had rank 0,
+        another has MLflow now.
+        """
         self._last_generation, self._node_rank = order.generation, -1
         self._drop_spares()
-        self._saving.begin_generation((), None, image_folder)
         if self._buddies is not None:
-            self._buddies.begin_generation(None, None)
+            self._buddies.begin_generation(order.lends, None, adopts=True)
+        self._saving.begin_generation((), None, image_folder)
         if self._tracker is not None and self._commits is not None:
             self._commits.abandon()
             self._tracker.close(timeout_seconds=TRACKER_CLOSE_SECONDS)
@@ -330,13 +332,17 @@ class NodeAgent:
         self, order: Order, rendezvous: socket.socket, *, data_places: list[str], image_folder: Path
     ) -> RankGroup:
         self._last_generation = order.generation
-        self._saving.begin_generation(self._ranks(order), order.resume_images, image_folder)
+        held, where = order.resume_images, None
         if self._buddies is not None:
-            self._buddies.begin_generation(order.resume_images, order.buddies[self._node_rank])
-            for rank in self._ranks(order):
-                if order.resume_images is not None and (holder := order.copies.get(rank)) is not None:
-                    self._buddies.fetch(rank, order.resume_images, holder)
-        images = self._saving.images.find(order.resume_images) if order.resume_images is not None else {}
+            self._buddies.begin_generation(held, order.buddies[self._node_rank], adopts=order.reshapes)
+        self._saving.begin_generation(self._ranks(order), None if order.reshapes else held, image_folder)
+        if self._buddies is not None and held is not None:
+            if order.reshapes:
+                where = str(self._buddies.gather(held, order.copies))
+            else:
+                for rank in order.copies.keys() & set(self._ranks(order)):
+                    self._buddies.fetch(rank, held, order.copies[rank])
+        images = self._saving.images.find(held) if held is not None else {}
         plan = RankPlan(
             config=self.config,
             world=order.world,
@@ -345,6 +351,7 @@ class NodeAgent:
             data_places=data_places,
             image_folder=str(image_folder),
             resume_images=images,
+            held=where,
             undone_steps=list(order.left_out.undone),
             suspected_steps=list(order.left_out.suspected),
         )

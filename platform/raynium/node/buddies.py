@@ -1,46 +1,59 @@
 """Copies of snapshots in another node's memory: a lost node's ranks start from there, and not from the store.
 
 After each snapshot an agent sends its ranks' images to the next node of the crew; whoever takes the place of a lost
-node fetches them from there. Both ends prove to know the run's secret (an HMAC challenge of multiprocessing's), and
-every byte is checked against a CRC64NVME. No pickle is read. As the collectives beside them, the bytes travel in clear.
-The ranks wait for none of it: a copy whose image its rank begins to write again is given up for the next one.
+node fetches them from there. Every byte is checked against a CRC64NVME. The ranks wait for none of it: a copy whose
+image its rank begins to write again is given up for the next one. Where ranks of another world go on from a snapshot,
+what a node has of it, copies or not, is kept here until the new ones have taken two: they read what they need of it.
 """
 
 import contextlib
 import json
 import logging
-import os
-import socket
-import struct
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from multiprocessing import AuthenticationError
-from multiprocessing.connection import Client, Connection, Listener, answer_challenge, deliver_challenge
+from multiprocessing.connection import Connection, Listener
 from pathlib import Path
-from typing import cast
+from typing import TypeVar
 
-from raynium.checkpoint.format.manifest import ImageInfo
+from raynium.checkpoint.commit import build_manifest
+from raynium.checkpoint.format.manifest import FileEntry, ImageInfo, ShardEntry, shard_key
+from raynium.checkpoint.held import Place, held_key, keep_held
 from raynium.config.world import World
+from raynium.errors import CheckpointError
 from raynium.node.images import NodeImages, Snapshot
 from raynium.run.protocol import Address, HeldImages
-from raynium.storage.checksum import checksum
+from raynium.storage.checksum import UNIT_BYTES, checksum, checksum_units, list_to_text, to_text
+from raynium.storage.local_files import mapped
+from raynium.storage.peers import BROKEN, CHUNK_BYTES, admit, connect, receive, send
 
 logger = logging.getLogger(__name__)
 
-CHUNK_BYTES = 4 * 2**20
-# Of one rank: the newest that is complete, and the one that comes in.
+# Of one rank: the newest that is complete, and the one that comes in. Beside them what this node's own rank has left,
+# which nothing that still comes in may touch.
 SLOTS = 2
+ADOPTED = SLOTS
 # A holder may hear of a generation a moment later than who fetches from it.
 FETCH_SECONDS = 5.0
 FETCH_PAUSE_SECONDS = 0.1
-# A machine that was lost in the middle of a copy closes no connection.
-SILENCE_SECONDS = 30
+# Ranks of another world that begin read from all nodes at once, each over several connections.
+WAITING_CONNECTIONS = 4096
+# Nodes of which it is asked at a time what they hold.
+ASKED_AT_ONCE = 8
+
+T = TypeVar("T")
 
 
 class CopyError(Exception):
     """A copy could not be sent or fetched."""
+
+
+class _Absent(ValueError):
+    """Who was asked has no such snapshot, or not yet."""
 
 
 class Buddies:
@@ -48,11 +61,16 @@ class Buddies:
 
     def __init__(self, host: str, folder: Path, secret: bytes, images: NodeImages, *, bytes_per_second: float):
         """folder: shared memory of this agent, which ends with it. images: of this node's ranks."""
-        self._folder, self._secret, self._images = folder, secret, images
+        self._host, self._folder, self._secret, self._images = host, folder, secret, images
         self._bytes_per_second = bytes_per_second
         self._lock = threading.Lock()
         # Rank → its copies here, by slot.
         self._copies: dict[int, dict[int, Snapshot]] = defaultdict(dict)
+        # What this generation's ranks have written snapshots of.
+        self._steps: set[int] = set()
+        # Of copies that ranks of another world read.
+        self._described: dict[str, ShardEntry] = {}
+        self._describing = threading.Lock()
         self._coming: set[int] = set()
         # Counts generations: what comes in across the end of one is of no use.
         self._generation = 0
@@ -62,7 +80,7 @@ class Buddies:
         self._changed = threading.Condition(self._lock)
         self._closed = False
         # Without its key: whoever connects and says nothing would hold up all others.
-        self._listener = Listener((host, 0))
+        self._listener = Listener((host, 0), backlog=WAITING_CONNECTIONS)
         self.port: int = self._listener.address[1]  # pyright: ignore[reportIndexIssue, reportAttributeAccessIssue]
         for name, work in (("buddy-server", self._serve), ("buddy-sender", self._send_all)):
             threading.Thread(target=work, name=name, daemon=True).start()
@@ -73,17 +91,25 @@ class Buddies:
             self._changed.notify_all()
         self._listener.close()
 
-    def begin_generation(self, keep: HeldImages | None, to: Address | None) -> None:
-        """keep: what the ranks start from; all else is of a past that did not happen. to: who holds our copies."""
+    def begin_generation(self, keep: HeldImages | None, to: Address | None, *, adopts: bool = False) -> None:
+        """No rank runs. keep: what the ranks start from; all else is of a past that did not happen. to: who holds our
+        copies. adopts: this node's own images of `keep` become copies, since its ranks are another world's from now on,
+        and write files of the same names: to be called before the images begin theirs.
+        """
         with self._changed:
             self._to, self._generation = to, self._generation + 1
             self._waiting.clear()
             self._coming.clear()
-            for rank, copies in self._copies.items():
-                for slot in [slot for slot, each in copies.items() if keep is None or not _is(each, keep)]:
-                    del copies[slot]
-                    for path in self._paths(rank, slot):
-                        path.unlink(missing_ok=True)
+            self._steps.clear()
+            self._described.clear()
+            self._drop(lambda each: keep is None or not _is(each, keep))
+            own = self._images.snapshots(keep) if adopts and keep is not None else {}
+            for rank, snapshot in own.items():
+                infos = []
+                # An upload goes on: it has opened its file.
+                for info, path in zip((snapshot.info, snapshot.replicas), self._paths(rank, ADOPTED), strict=True):
+                    infos.append(info.model_copy(update={"path": str(Path(info.path).rename(path))}))
+                self._copies[rank][ADOPTED] = replace(snapshot, info=infos[0], replicas=infos[1])
 
     def held(self) -> tuple[HeldImages, ...]:
         """What ranks of another node could start from, once it is fetched."""
@@ -99,33 +125,61 @@ class Buddies:
         with self._changed:
             self._waiting[rank] = slot, snapshot
             self._changed.notify_all()
+            self._steps.add(snapshot.info.step)
+            if len(self._steps) == 2:
+                # Every rank has the one before, which is newer than what those of another world have left.
+                self._drop(lambda each: each.world != snapshot.world)
 
     def fetch(self, rank: int, wanted: HeldImages, holder: Address) -> None:
         """Makes the copy that `holder` has an image of this node's. CopyError if that is not to be had."""
-        deadline = time.monotonic() + FETCH_SECONDS
-        asked = {"rank": rank, "generation_id": wanted.generation_id, "step": wanted.step}
+        asked = {"do": "get", "rank": rank, "generation_id": wanted.generation_id, "step": wanted.step}
         paths = [self._folder / f"rank-{rank:05d}.0{kind}.safetensors" for kind in ("", ".replicas")]
-        while True:
-            try:
-                with contextlib.closing(self._connect(holder)) as connection:
-                    connection.send_bytes(json.dumps(asked | {"do": "get"}).encode())
-                    answer = json.loads(connection.recv_bytes())
-                    if "absent" not in answer:
-                        self._images.complete(rank, 0, _receive(connection, answer, paths), upload=False)
-                        return
-                    problem = answer["absent"]
-            except (OSError, EOFError, ValueError, AuthenticationError) as error:
-                problem = str(error) or type(error).__name__
-            if time.monotonic() >= deadline:
-                raise CopyError(f"the snapshot of step {wanted.step} could not be had from {holder[0]}: {problem}")
-            time.sleep(FETCH_PAUSE_SECONDS)
 
-    def _connect(self, to: Address) -> Connection:
-        connection = cast(Connection, Client(to))
-        _limit(connection)
-        answer_challenge(connection, self._secret)
-        deliver_challenge(connection, self._secret)
-        return connection
+        def get() -> Snapshot:
+            with contextlib.closing(connect(holder, self._secret)) as connection:
+                send(connection, asked)
+                return _receive(connection, _not_absent(receive(connection)), paths)
+
+        self._images.complete(rank, 0, _tried(get, wanted, holder), upload=False)
+
+    def gather(self, held: HeldImages, holders: Mapping[int, Address]) -> Path:
+        """Writes down for this node's ranks, which are of another world, what lies where; returns the file.
+
+        holders: of each rank's image. CopyError where something is missing, or is not one whole snapshot.
+        """
+        own, ranks_of = (self._host, self.port), defaultdict[Address, list[int]](list)
+        for rank, holder in holders.items():
+            ranks_of[holder].append(rank)
+
+        def ask(holder: Address) -> list[ShardEntry]:
+            if holder == own:
+                return [self._entry(rank, self._copy(rank, held)) for rank in ranks_of[holder]]
+            with contextlib.closing(connect(holder, self._secret)) as connection:
+                asked = {"generation_id": held.generation_id, "step": held.step, "ranks": ranks_of[holder]}
+                send(connection, {"do": "describe"} | asked)
+                _not_absent(receive(connection))
+                return [ShardEntry.from_json(connection.recv_bytes()) for _ in ranks_of[holder]]
+
+        places: dict[int, Place] = dict(holders)
+        try:
+            with ThreadPoolExecutor(ASKED_AT_ONCE, thread_name_prefix="buddy-asks") as pool:
+                found = list(pool.map(lambda holder: _tried(lambda: ask(holder), held, holder), ranks_of))
+            places |= {rank: self._copy(rank, held).info.path for rank in ranks_of.get(own, ())}
+            manifest = build_manifest(
+                step=held.step,
+                generation=held.generation_id,
+                entries=[entry for entries in found for entry in entries],
+                world_size=held.world.size,
+                parent_step=None,
+                layout=held.world.degrees(),
+                state={},
+                metrics={},
+                timing=None,
+            )
+            keep_held(path := self._folder / "held.json", manifest, places, self._secret)
+        except (CheckpointError, OSError) as error:
+            raise CopyError(f"the snapshot of step {held.step} in memory is of no use: {error}") from error
+        return path
 
     # ---- sending -----------------------------------------------------------------------------------------------------
 
@@ -140,14 +194,14 @@ class Buddies:
             assert to is not None
             try:
                 self._send_one(rank, slot, snapshot, to)
-            except (OSError, EOFError, ValueError, AuthenticationError, CopyError) as error:
+            except (*BROKEN, CopyError) as error:
                 # The next snapshot is sent again, perhaps to another node; the store has the checkpoints.
                 logger.info("rank %d's snapshot of step %d was not copied: %s", rank, snapshot.info.step, error)
 
     def _send_one(self, rank: int, slot: int, snapshot: Snapshot, to: Address) -> None:
         with (
             self._images.copying(rank, slot, snapshot) as still_there,
-            contextlib.closing(self._connect(to)) as connection,
+            contextlib.closing(connect(to, self._secret)) as connection,
         ):
             connection.send_bytes(json.dumps({"do": "put", "rank": rank} | _header(snapshot)).encode())
             for data in _paced(_chunks(snapshot), self._bytes_per_second):
@@ -174,32 +228,83 @@ class Buddies:
 
     def _answer(self, connection: Connection) -> None:
         with contextlib.closing(connection), contextlib.suppress(OSError, EOFError):
-            _limit(connection)
             try:
-                deliver_challenge(connection, self._secret)
-                answer_challenge(connection, self._secret)
+                admit(connection, self._secret)
             except AuthenticationError:
                 logger.warning("somebody who does not know the run's secret has asked for snapshots")
                 return
-            asked = json.loads(connection.recv_bytes())
-            if asked["do"] == "get":
-                self._give(connection, asked)
-            else:
-                self._keep(connection, asked)
+            asked = receive(connection)
+            match asked["do"]:
+                case "get":
+                    self._give(connection, asked)
+                case "describe":
+                    self._describe(connection, asked)
+                case "read":
+                    self._read(connection, asked)
+                case _:
+                    self._keep(connection, asked)
 
     def _give(self, connection: Connection, asked: dict[str, object]) -> None:
-        with self._lock:
-            found = [
-                each
-                for each in self._copies.get(int(str(asked["rank"])), {}).values()
-                if (each.generation_id, each.info.step) == (asked["generation_id"], asked["step"])
-            ]
-        if not found:
-            connection.send_bytes(b'{"absent": "it has no such copy"}')
-            return
-        connection.send_bytes(json.dumps(_header(found[0])).encode())
-        for data in _chunks(found[0]):
+        try:
+            found = self._copy(int(str(asked["rank"])), asked)
+        except _Absent as absent:
+            return send(connection, {"absent": str(absent)})
+        send(connection, _header(found))
+        for data in _chunks(found):
             connection.send_bytes(data)
+
+    def _describe(self, connection: Connection, asked: dict[str, object]) -> None:
+        ranks = asked["ranks"]
+        assert isinstance(ranks, list)
+        try:
+            found = {rank: self._copy(rank, asked) for rank in ranks}
+        except _Absent as absent:
+            return send(connection, {"absent": str(absent)})
+        send(connection, {"ranks": len(ranks)})
+        for rank, snapshot in found.items():
+            connection.send_bytes(self._entry(rank, snapshot).to_json().encode())
+
+    def _read(self, connection: Connection, asked: dict[str, object]) -> None:
+        with self._lock:
+            copies = [(rank, each) for rank, slots in self._copies.items() for each in slots.values()]
+        found = [each for rank, each in copies if held_key(each.generation_id, each.info.step, rank) == asked["key"]]
+        if not found:
+            return send(connection, {"absent": "it is not held any more"})
+        begin, end = int(str(asked["begin"])), int(str(asked["end"]))
+        send(connection, {"size": found[0].info.size})
+        with Path(found[0].info.path).open("rb", buffering=0) as file:
+            file.seek(begin)
+            while begin < end and (data := file.read(min(CHUNK_BYTES, end - begin))):
+                connection.send_bytes(data)
+                begin += len(data)
+
+    def _copy(self, rank: int, wanted: HeldImages | Mapping[str, object]) -> Snapshot:
+        if isinstance(wanted, HeldImages):
+            wanted = {"generation_id": wanted.generation_id, "step": wanted.step}
+        key = wanted["generation_id"], wanted["step"]
+        with self._lock:
+            for each in self._copies.get(rank, {}).values():
+                if (each.generation_id, each.info.step) == key:
+                    return each
+        raise _Absent("it has no such copy")
+
+    def _entry(self, rank: int, snapshot: Snapshot) -> ShardEntry:
+        """What the store would know of it: computed once, whoever asks."""
+        info = snapshot.info
+        with self._describing:
+            if (known := self._described.get(info.path)) is None:
+                with Path(info.path).open("rb") as file:
+                    sums = checksum_units(mapped(file, info.size), UNIT_BYTES)
+                entry = FileEntry(
+                    key=shard_key(snapshot.generation_id, rank),
+                    size=sums.size,
+                    crc64nvme=to_text(sums.crc),
+                    unit_bytes=UNIT_BYTES,
+                    unit_crc64nvme=list_to_text(sums.unit_crcs),
+                )
+                known = ShardEntry(step=info.step, file=entry, tensors=info.tensors)
+                self._described[info.path] = known
+            return known
 
     def _keep(self, connection: Connection, asked: dict[str, object]) -> None:
         rank = int(str(asked["rank"]))
@@ -235,6 +340,14 @@ class Buddies:
                 if generation == self._generation:
                     self._coming.discard(rank)
 
+    def _drop(self, useless: Callable[[Snapshot], bool]) -> None:
+        """Called with the lock held."""
+        for rank, copies in self._copies.items():
+            for slot in [slot for slot, each in copies.items() if useless(each)]:
+                del copies[slot]
+                for path in self._paths(rank, slot):
+                    path.unlink(missing_ok=True)
+
     def _paths(self, rank: int, slot: int) -> list[Path]:
         return [self._folder / f"copy-{rank:05d}.{slot}{kind}.safetensors" for kind in ("", ".replicas")]
 
@@ -242,11 +355,25 @@ class Buddies:
 # ---- on the wire -----------------------------------------------------------------------------------------------------
 
 
-def _limit(connection: Connection) -> None:
-    """From now on a read or write of it that takes longer fails with an OSError."""
-    with socket.socket(fileno=os.dup(connection.fileno())) as same:
-        for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
-            same.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", SILENCE_SECONDS, 0))
+def _tried(ask: Callable[[], T], wanted: HeldImages, holder: Address) -> T:
+    """Again for a while: who is asked may hear of a generation a moment later than who asks. CopyError."""
+    deadline = time.monotonic() + FETCH_SECONDS
+    while True:
+        try:
+            return ask()
+        except BROKEN as error:
+            if time.monotonic() >= deadline:
+                problem = str(error) or type(error).__name__
+                raise CopyError(
+                    f"the snapshot of step {wanted.step} could not be had from {holder[0]}: {problem}"
+                ) from error
+        time.sleep(FETCH_PAUSE_SECONDS)
+
+
+def _not_absent(answer: dict[str, object]) -> dict[str, object]:
+    if "absent" in answer:
+        raise _Absent(answer["absent"])
+    return answer
 
 
 def _header(snapshot: Snapshot) -> dict[str, object]:

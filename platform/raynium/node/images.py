@@ -177,15 +177,20 @@ class NodeImages:
                         found[of.generation_id, of.info.step, of.world].append(rank)
         return tuple(HeldImages(name, step, tuple(ranks), world) for (name, step, world), ranks in found.items())
 
-    def find(self, wanted: HeldImages) -> dict[int, list[str]]:
-        """Rank → its image and replicas as JSON, for `RankPlan.resume_images`."""
+    def snapshots(self, wanted: HeldImages) -> dict[int, Snapshot]:
+        """Rank → its own of these."""
         with self._lock:
             return {
-                rank: [slot.snapshot.info.to_json(), slot.snapshot.replicas.to_json()]
+                rank: slot.snapshot
                 for rank, slots in self._slots.items()
                 for slot in slots
                 if slot.snapshot is not None and _holds(slot, wanted)
             }
+
+    def find(self, wanted: HeldImages) -> dict[int, list[str]]:
+        """Rank → its image and replicas as JSON, for `RankPlan.resume_images`."""
+        found = self.snapshots(wanted)
+        return {rank: [each.info.to_json(), each.replicas.to_json()] for rank, each in found.items()}
 
 
 def image_files(folder: Path, rank: int) -> list[Path]:

@@ -3,11 +3,14 @@
 import hashlib
 import json
 import os
+from pathlib import Path
 from typing import Any
 
 from raynium.accelerators.cpu import usable_cores
 from raynium.checkpoint.base import ADAPTER_NAME, base_of
+from raynium.checkpoint.catalog import open_checkpoint
 from raynium.checkpoint.format.manifest import ImageInfo
+from raynium.checkpoint.held import find_held
 from raynium.checkpoint.state import MODEL_PREFIX
 from raynium.engines.base import Engine
 from raynium.models.adapter import is_adapters
@@ -37,8 +40,10 @@ class Origin:
         if plan.resume_images:
             images = plan.resume_images[int(os.environ["RANK"])]
             return self._snapshots.restore_images([ImageInfo.from_json(text) for text in images])
+        if plan.held is not None:
+            return self._snapshots.restore(find_held(Path(plan.held)))
         if plan.resume_step is not None:
-            return self._snapshots.restore(self.run_store, plan.resume_step)
+            return self._snapshots.restore(open_checkpoint(self.run_store, plan.resume_step))
         self._read_beginning()
         return 0
 

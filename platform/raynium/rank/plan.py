@@ -25,6 +25,9 @@ class RankPlan:
     # Rank → the images its predecessor left there of `resume_step`, as checkpoint.manifest.ImageInfo in JSON: they are
     # used in place of the checkpoint. Empty: the checkpoint is read.
     resume_images: dict[int, list[str]] = field(default_factory=dict)
+    # A file that says where ranks of another world left their images of `resume_step`, see `checkpoint/held.py`: these
+    # are used in place of the checkpoint.
+    held: str | None = None
     # Steps that are left out; see `run/protocol.py`, LeftOut.
     undone_steps: list[int] = field(default_factory=list)
     suspected_steps: list[int] = field(default_factory=list)

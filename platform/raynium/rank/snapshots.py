@@ -14,15 +14,15 @@ import torch
 import torch.distributed as dist
 
 from raynium.checkpoint.base import BaseRef
-from raynium.checkpoint.catalog import open_checkpoint
 from raynium.checkpoint.format.image import ImageFile, plan_image, read_image, write_image
 from raynium.checkpoint.format.manifest import ImageInfo
+from raynium.checkpoint.held import HeldRef
 from raynium.checkpoint.load import load_checkpoint
+from raynium.checkpoint.ref import CheckpointRef
 from raynium.checkpoint.state import MODEL_PREFIX, Chunk
 from raynium.engines.base import Engine
 from raynium.errors import CheckpointDamaged, CheckpointMismatch, SnapshotMemoryShort
 from raynium.models.adapter import is_adapters
-from raynium.storage.store import Store
 from raynium.train.guard import Guard
 from raynium.train.link import IMAGE_SLOTS, Link
 from raynium.train.patience import Patience
@@ -133,14 +133,15 @@ class Snapshots:
         self._short_since = None
         return None
 
-    def restore(self, store: Store, step: int) -> int:
-        """Reads the checkpoint of `step` into the engine, in whatever layout it was written; returns the step."""
-        loaded = load_checkpoint(open_checkpoint(store, step), self._chunks())
+    def restore(self, ref: CheckpointRef | HeldRef) -> int:
+        """Reads a checkpoint, or what ranks of another world left in memory, in whatever layout; returns its step."""
+        loaded = load_checkpoint(ref, self._chunks())
         # A rank that did not exist when it was saved keeps its fresh seed.
         if not any(name.startswith("rng/") for name in loaded.absent):
             torch.set_rng_state(self._random_state)
-        logger.info("resumed from the checkpoint of step %d, %.1f MB read", step, loaded.num_bytes_read / 1e6)
-        return self._restored(step)
+        what = "checkpoint" if isinstance(ref, CheckpointRef) else "snapshot in memory"
+        logger.info("resumed from the %s of step %d, %.1f MB read", what, ref.step, loaded.num_bytes_read / 1e6)
+        return self._restored(ref.step)
 
     def restore_images(self, images: Sequence[ImageInfo]) -> int:
         """Copies back what this rank's predecessor left in memory: its image and its replicas, of one step."""

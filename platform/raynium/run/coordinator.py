@@ -101,7 +101,7 @@ class RunCoordinator:
                 if (order := self._lives.order_for(agent)) is not None:
                     return order
                 if self._lives.is_passed_over(agent):
-                    return StandBy(self._lives.number)
+                    return StandBy(self._lives.number, self._lives.lends)
                 if self._has_crew():
                     await self._order_generations()
                 else:
@@ -343,7 +343,8 @@ class RunCoordinator:
         try:
             world = World.of(self._config, nodes=len(agents))
             await asyncio.to_thread(self._fence.check)
-            origin = await self._recovery.origin(agents, world, uploading=self._roster.uploading)
+            ready, uploading = self._roster.ready(), self._roster.uploading
+            origin = await self._recovery.origin(agents, world, ready=ready, uploading=uploading)
         except (ConfigError, StoreError, CheckpointError, RunInUse) as error:
             if isinstance(error, StoreError) and next_try_seconds is not None:
                 self._board.tell(f"{refusal}, trying again in {next_try_seconds:.0f} s: {error}")

@@ -16,6 +16,7 @@ from raynium.run.leaps import Leaps
 from raynium.run.protocol import (
     AgentInfo,
     EndKind,
+    HeldImages,
     Look,
     NodeFault,
     Order,
@@ -108,6 +109,12 @@ class Lives:
         return (self.ended, self.stop_requested, self.number, *running, current.all_have_looked())
 
     @property
+    def lends(self) -> HeldImages | None:
+        """What ranks of the newest generation read in the memory of nodes that do not run it, too."""
+        newest = self.newest
+        return newest.order.resume_images if newest is not None and newest.order.reshapes else None
+
+    @property
     def node_faults(self) -> tuple[NodeFault, ...]:
         return tuple(self._verdicts.node_faults)
 
@@ -136,7 +143,7 @@ class Lives:
             left_out=origin.left_out,
             begins=begins,
             buddies=buddies(agents),
-            copies={} if origin.images is None else copies_of(origin.images, agents),
+            copies=origin.holders or ({} if origin.images is None else copies_of(origin.images, agents)),
         )
         self._generations[self.number] = Generation(order, dict(enumerate(agents)))
         self._watch_ranks(order)

@@ -94,7 +94,7 @@ class Order:
     older one can never overwrite. resume_step: None for the initial weights. resume_images: all ranks have these in
     their nodes' memory, and need not read the store. ledger: of the whole run until now. begins: see
     `GenerationBook`. buddies: by node rank, who takes copies of its snapshots, if anybody does. copies: who has the
-    image of resume_images of a rank whose own node has not.
+    image of resume_images of a rank whose own node has not; of all ranks, where another world's took it.
     """
 
     world: World
@@ -111,6 +111,11 @@ class Order:
     buddies: tuple[Address | None, ...] = ()
     copies: dict[int, Address] = field(default_factory=dict)
 
+    @property
+    def reshapes(self) -> bool:
+        """Whether its ranks begin with what those of another world left in memory."""
+        return self.resume_images is not None and self.resume_images.world != self.world
+
     def node_rank(self, agent: AgentInfo) -> int:
         """Of an agent that runs it."""
         return self.seats.index(agent.seat)
@@ -118,9 +123,10 @@ class Order:
 
 @dataclass(frozen=True)
 class StandBy:
-    """Others run this generation: be ready for a later one, and join again."""
+    """Others run this generation: be ready for a later one, and join again. lends: what they read in its memory."""
 
     generation: int
+    lends: HeldImages | None = None
 
 
 @dataclass(frozen=True)

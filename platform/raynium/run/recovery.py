@@ -5,7 +5,7 @@ import json
 import math
 from collections import defaultdict
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 from raynium.checkpoint.catalog import IfDamaged, resume_point, set_aside, step_folders
 from raynium.checkpoint.format.manifest import CHECKPOINTS_FOLDER
@@ -25,11 +25,14 @@ STORE_SECONDS = 2.0
 
 @dataclass(frozen=True)
 class Origin:
-    """images: what all ranks have in their nodes' memory; else checkpoint; else the run begins."""
+    """images: what all ranks have in nodes' memory; else checkpoint; else the run begins."""
 
     images: HeldImages | None = None
     checkpoint: CheckpointRef | None = None
     left_out: LeftOut = field(default_factory=LeftOut)
+
+    # Of images that ranks of another world left: of each rank's, who has it.
+    holders: dict[int, Address] = field(default_factory=dict)
 
     @property
     def step(self) -> int | None:
@@ -40,7 +43,8 @@ class Origin:
 
     def __str__(self) -> str:
         if self.images is not None:
-            return f"the snapshot of step {self.step} in memory"
+            of = f" of {self.images.world.size} ranks" if self.holders else ""
+            return f"the snapshot of step {self.step} in memory{of}"
         return f"the checkpoint of step {self.step}" if self.checkpoint is not None else "step 0"
 
 
@@ -74,15 +78,20 @@ class Recovery:
         """A rank has made a step, so none reads a checkpoint any more."""
         self._reading = None
 
-    async def origin(self, agents: Sequence[AgentInfo], world: World, *, uploading: Collection[str]) -> Origin:
-        """Of the next generation. uploading: as the roster says. Raises StoreError and CheckpointError."""
-        images = newest_images(agents, world, distrusted=self._distrusted, before=self._before)
+    async def origin(
+        self, agents: Sequence[AgentInfo], world: World, *, ready: Sequence[AgentInfo], uploading: Collection[str]
+    ) -> Origin:
+        """Of the next generation. agents: by node rank. ready: they, and those that no rank of it runs on.
+
+        uploading: as the roster says. Raises StoreError and CheckpointError.
+        """
+        found = self._in_memory(agents, world, ready)
         if self._before is not None:
             async with self.choosing:
-                if not await self._set_spoilt_aside(self._before, even_all=images is not None):
+                if not await self._set_spoilt_aside(self._before, even_all=found.images is not None):
                     self._before = None
-                    images = newest_images(agents, world, distrusted=self._distrusted)
-        if images is not None:
+                    found = self._in_memory(agents, world, ready)
+        if found.images is not None and not found.holders:
             # It is as new as any checkpoint, since every checkpoint was such an image. Nor does it wait for a silent
             # store: a step that is not known to have leapt leaps again, and is undone again.
             try:
@@ -91,7 +100,7 @@ class Recovery:
                 problem = str(error) or "the store is silent"
                 self._tell(f"{UNDONE_NAME}, the steps that leapt, is not up to date: {problem}")
             self._before = None
-            return Origin(images, left_out=self._left_out)
+            return replace(found, left_out=self._left_out)
         await self._keep_left_out()
         async with self.choosing:
             if not uploading:
@@ -103,10 +112,21 @@ class Recovery:
             point = await asyncio.to_thread(resume_point, self._store, if_damaged=self._if_damaged)
             for note in point.set_aside:
                 self._tell(f"CHECKPOINT DAMAGED: {note}")
-            origin = Origin(checkpoint=point.checkpoint, left_out=self._left_out)
             self._before = None
+            # Ranks of another world may have gone on from it, and have left a newer checkpoint.
+            if found.images is not None and (point.checkpoint is None or point.checkpoint.step <= found.images.step):
+                return replace(found, left_out=self._left_out)
+            origin = Origin(checkpoint=point.checkpoint, left_out=self._left_out)
             self._reading = origin.step
             return origin
+
+    def _in_memory(self, agents: Sequence[AgentInfo], world: World, ready: Sequence[AgentInfo]) -> Origin:
+        """The newest snapshot there; of two of one step the one that no rank needs another's image of."""
+        images = newest_images(agents, world, distrusted=self._distrusted, before=self._before)
+        others = newest_of_other_worlds(ready, world, distrusted=self._distrusted, before=self._before)
+        if others.images is not None and (images is None or others.images.step > images.step):
+            return others
+        return Origin(images)
 
     def distrust(self, images: HeldImages) -> None:
         """Ranks that started from them made no step: they are not tried again."""
@@ -207,6 +227,31 @@ def newest_images(
         return None
     generation_id, step = max(whole, key=lambda key: key[1])
     return HeldImages(generation_id, step, tuple(range(world.size)), world)
+
+
+def newest_of_other_worlds(
+    ready: Sequence[AgentInfo],
+    world: World,
+    *,
+    distrusted: Collection[tuple[str, int]] = (),
+    before: int | None = None,
+) -> Origin:
+    """The newest snapshot that ranks of another world than this have left whole, and who has which image. Pure.
+
+    ready: agents without ranks, of which only those that take copies can be read from.
+    """
+    found: dict[tuple[int, str, World], dict[int, Address]] = defaultdict(dict)
+    for agent in ready:
+        for held in (*agent.images, *agent.copies) if agent.buddy_port else ():
+            if held.world != world and (before is None or held.step < before):
+                for rank in held.ranks:
+                    found[held.step, held.generation_id, held.world].setdefault(rank, (agent.host, agent.buddy_port))
+    whole = [key for key, of in found.items() if len(of) == key[2].size and (key[1], key[0]) not in distrusted]
+    if not whole:
+        return Origin()
+    newest = max(whole, key=lambda key: key[:2])
+    step, generation_id, of = newest
+    return Origin(HeldImages(generation_id, step, tuple(range(of.size)), of), holders=found[newest])
 
 
 def copies_of(images: HeldImages, agents: Sequence[AgentInfo]) -> dict[int, Address]:
