@@ -982,6 +982,57 @@ def test_the_newest_snapshot_that_every_rank_has_in_memory_comes_before_the_stor
     asyncio.run(play())
 
 
+def test_a_smaller_world_begins_with_what_the_larger_one_left_in_memory_unless_the_store_is_newer(
+    tmp_path: Path,
+) -> None:
+    async def play() -> None:
+        changes = {"cluster.min_nodes": 1, "fault.replace_seconds": 0.05, "fault.max_restarts_without_progress": 9}
+        run = coordinator(tmp_path, **changes)
+        order, _ = await asyncio.gather(run.join(agent(0)), run.join(agent(1)))
+        await save(run, tmp_path, order, 2)
+        await run.agents_lost("a", [1])
+        own, copy = (HeldImages(order.generation_id, 3, (rank,), WORLD) for rank in (0, 1))
+        survivor = replace(agent(0), images=(own,), copies=(copy,), buddy_port=7000, last_generation=1)
+        second = await run.join(survivor)
+        assert isinstance(second, Order) and second.world.nodes == 1
+        assert (second.resume_step, second.resume_images) == (3, HeldImages(order.generation_id, 3, (0, 1), WORLD))
+        assert second.reshapes and second.copies == {0: ("127.0.0.2", 7000), 1: ("127.0.0.2", 7000)}
+        texts = [event.text for event in (await run.status(0)).events]
+        assert "generation 2: 1 ranks on 1 node(s), from the snapshot of step 3 in memory of 2 ranks" in texts
+
+        # Nobody could read it: it is not tried again, and the store has an older step.
+        unread = RankExit(0, 1, "the snapshot of step 3 could not be had from 127.0.0.2", retry=True)
+        await ended(run, 2, 0, [unread])
+        third = await run.join(replace(survivor, images=(), copies=(own, copy), last_generation=2))
+        assert isinstance(third, Order) and (third.resume_step, third.resume_images, third.copies) == (2, None, {})
+
+        # A snapshot as old as the newest checkpoint will do, and an older one not.
+        await report(run, 6, {"train/loss": 3.0})
+        await save(run, tmp_path, third, 5)
+        await ended(run, 3, 0, [replace(DIED, rank=0)])
+        left = tuple(HeldImages("g9", step, (0, 1), WORLD) for step in (4, 5))
+        fourth = await run.join(replace(survivor, images=left, last_generation=3))
+        assert isinstance(fourth, Order) and fourth.resume_images == left[1]
+        await report(run, 6, {"train/loss": 3.0})
+        await ended(run, 4, 0, [replace(DIED, rank=0)])
+        fifth = await run.join(replace(survivor, images=left[:1], last_generation=4))
+        assert isinstance(fifth, Order) and (fifth.resume_step, fifth.resume_images) == (5, None)
+
+    asyncio.run(play())
+
+
+def test_who_stands_by_lends_what_ranks_of_another_world_begin_with(tmp_path: Path) -> None:
+    async def play() -> None:
+        run = coordinator(tmp_path, **{"cluster.min_nodes": 1, "cluster.spares": 1})
+        old = World.of(parse_config(JOB), nodes=1)
+        has_all = replace(agent(0), images=(HeldImages("g1", 3, (0,), old),), buddy_port=7000)
+        order, _ = await asyncio.gather(run.join(has_all), run.join(agent(1)))
+        assert isinstance(order, Order) and order.reshapes and order.copies == {0: ("127.0.0.2", 7000)}
+        assert await run.join(agent(2)) == StandBy(1, order.resume_images)
+
+    asyncio.run(play())
+
+
 def test_each_second_of_a_run_is_booked_whatever_happens_to_its_generations(tmp_path: Path) -> None:
     async def play() -> None:
         began = time.monotonic()
