@@ -1021,6 +1021,38 @@ def test_a_smaller_world_begins_with_what_the_larger_one_left_in_memory_unless_t
     asyncio.run(play())
 
 
+def test_agents_that_are_to_leave_do_so_once_their_ranks_have_saved_or_failed(tmp_path: Path) -> None:
+    async def play() -> None:
+        run = coordinator(tmp_path)
+        order, _ = await asyncio.gather(run.join(agent(0)), run.join(agent(1)))
+        watching = asyncio.create_task(watch(run))
+        await run.leave_once_saved("there are nodes for more ranks")
+        assert (await watching).kind == "stop"
+        await save(run, tmp_path, order, 2)
+        exits = [RankExit(rank, 0, None, retry=False, outcome=Outcome(2, "stopped")) for rank in (0, 1)]
+        await asyncio.gather(*(ended(run, 1, rank, [each]) for rank, each in enumerate(exits)))
+        assert all(isinstance(each, GoHome) for each in await asyncio.gather(run.join(agent(0)), run.join(agent(1))))
+        status = await run.status(0)
+        assert status.ended is None and not status.incidents, "others go on"
+        assert "generation 1 saves and ends: there are nodes for more ranks" in [each.text for each in status.events]
+
+        orders = await asyncio.gather(*(run.join(agent(seat, "b")) for seat in (0, 1)))
+        assert [order.resume_step for order in orders if isinstance(order, Order)] == [2, 2]
+        await run.leave_once_saved("there are nodes for more ranks")
+        await run.exited(agent(1, "b"), order_of(run, 2), NodeEnded((DIED,)))
+        assert isinstance(await run.join(agent(1, "b")), GoHome), "it need not fail again to leave"
+
+        # The next ones are not meant, and of those that wait nobody has anything to save.
+        await run.join(agent(0, "c", nodes=1))
+        await run.exited(agent(0, "c", nodes=1), order_of(run, 3), NodeEnded((replace(DIED, rank=0),)))
+        waiting = asyncio.create_task(run.join(agent(0, "d")))
+        await asyncio.sleep(0.01)
+        await run.leave_once_saved("there are nodes for more ranks")
+        assert isinstance(await waiting, GoHome)
+
+    asyncio.run(play())
+
+
 def test_who_stands_by_lends_what_ranks_of_another_world_begin_with(tmp_path: Path) -> None:
     async def play() -> None:
         run = coordinator(tmp_path, **{"cluster.min_nodes": 1, "cluster.spares": 1})

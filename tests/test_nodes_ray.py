@@ -28,7 +28,7 @@ CHANGES = {
     "cluster.ranks_per_node": 1,
     "preflight.before_run": "none",
 }
-HOSTS = ["127.0.0.3", "127.0.0.4", "127.0.0.5"]
+HOSTS, FOURTH = ["127.0.0.3", "127.0.0.4", "127.0.0.5"], "127.0.0.6"
 
 
 @pytest.fixture(scope="module")
@@ -119,6 +119,32 @@ def test_a_run_goes_on_on_one_node_and_takes_the_second_again_when_it_is_back_fr
     # The samples are the same; sums of another order differ in their last bits.
     for step, (loss,) in losses(uninterrupted).items():
         assert ours[step] == [pytest.approx(loss, rel=2e-2 if step > shrunk else 0)]
+
+
+def test_a_run_for_which_not_all_nodes_come_starts_on_fewer_and_takes_the_others_when_they_do(
+    cluster: Cluster, uninterrupted: Run
+) -> None:
+    changes = {"cluster.nodes": 4, "cluster.min_nodes": 1, "fault.replace_seconds": 2.0, "train.steps": 100_000}
+    run = cluster.client().submit(cluster.job_file, overrides=changes, name="starts-on-fewer")
+    record_when_saved(run, step=10)
+    logs = run.logs()
+    assert "the run starts on 2 of 4 nodes (cluster.min_nodes 1): no more have come within 2 s" in logs
+    assert "generation 1: 2 ranks on 2 node(s), from step 0" in logs, "three nodes cannot share 8 samples"
+    cluster.start_node(FOURTH)
+    try:
+        grown = step_of(run, r"generation 2: 4 ranks on 4 node\(s\), from the checkpoint of step (\d+)")
+        assert "generation 1 saves and ends: there are nodes for more ranks" in run.logs()
+        wait_for(lambda: run.record().step >= grown + 5, pause_seconds=0.5)
+        run.stop()
+        stopped = run.wait(120)
+    finally:
+        cluster.kill_node(FOURTH)
+    assert stopped.state == "stopped" and not stopped.incidents
+    ours = losses(run)
+    assert set(ours) == set(range(1, stopped.step + 1)) and all(len(values) == 1 for values in ours.values())
+    for step, (loss,) in losses(uninterrupted).items():
+        if step <= stopped.step:
+            assert ours[step] == [pytest.approx(loss, rel=2e-2 if step > grown else 0)]
 
 
 def step_of(run: Run, line: str) -> int:

@@ -24,8 +24,9 @@ class ClusterSection(Section):
     nodes: Nodes = 1
     """Machines that train."""
     min_nodes: Nodes | None = None
-    """With so many the run goes on where a lost one was not replaced within fault.replace_seconds: on the largest
-    number that shares the batch evenly. Samples and their order stay. null: it waits for cluster.nodes."""
+    """With so many the run starts, or goes on, where others did not come, or did not replace a lost one, within
+    fault.replace_seconds: on the largest number that shares the batch evenly, until there are more. Samples and their
+    order stay. null: it waits for cluster.nodes."""
     spares: Annotated[int, Field(ge=0), Unit("nodes")] = 0
     """Machines beside those, held ready: one takes the place of a lost one at once."""
     ends_at: Annotated[str | None, AfterValidator(_as_time), Accepts("UTC, as 2026-12-01T11:30Z")] = None

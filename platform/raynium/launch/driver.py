@@ -41,8 +41,9 @@ from raynium.launch.nodes import (
 )
 from raynium.launch.notify import Notifier
 from raynium.launch.page import Page
-from raynium.launch.preflight_cluster import Level, check_nodes
+from raynium.launch.preflight_cluster import check_nodes, preflight_level
 from raynium.launch.preparation import Prepared
+from raynium.launch.seats import Seats
 from raynium.launch.worker import run_agent
 from raynium.run.coordinator import RunCoordinator
 from raynium.run.last_save import pause_before_next_try
@@ -108,6 +109,7 @@ class Driver:
         self._page = Page(
             prepared.mlflow, open_mlflow=prepared.open_mlflow, dtype=self.config.engine.dtype, tell=display.line
         )
+        self._seats = Seats(self.config, tell=display.line)
         # Ids of nodes that a preflight or a verdict named.
         self._excluded: list[str] = []
         # Before the one that runs: the agents were sent home to start on other nodes, or Ray Train's controller died.
@@ -136,6 +138,7 @@ class Driver:
         LaunchError, if the preflight finds too few nodes that are fit.
         """
         keeper = self.prepared.keeper
+        self._wait_for_seats()
         self._excluded += [*self._preflight(), *self._bad_nodes.ids()]
         name_job(self.config.run.name)
         claimed = keeper.claim_number
@@ -155,6 +158,7 @@ class Driver:
                 break
             self._moving = False
             self._trainers += 1
+            self._wait_for_seats()
         keeper.finishing()
         # Without any, Ray Train waits for nodes.
         if status.agents:
@@ -166,13 +170,18 @@ class Driver:
             raise RunFailed(f"run {self.config.run.name!r} failed at step {status.step}: {cause}")
         return status
 
+    def _wait_for_seats(self) -> None:
+        go_on = patient(self.config, go_on=lambda: not self._asked_to_stop(), tell=self.display.line)
+        with self.prepared.keeper.beating():
+            self._seats.wait(besides=self._excluded, go_on=go_on)
+
     def _preflight(self) -> list[str]:
         """Checks the nodes as preflight.before_run says; returns the ids of those that the run must do without."""
         if (level := preflight_level(self.config)) is None:
             return []
         with self.prepared.keeper.beating():
             report = check_nodes(
-                self.config,
+                self._seats.config,
                 resources=node_resources(self.config),
                 level=level,
                 wait=patient(self.config, go_on=lambda: not self._asked_to_stop(), tell=self.display.line),
@@ -204,13 +213,13 @@ class Driver:
         return self._stop.is_set()
 
     def _trainer(self, coordinator: Any) -> DataParallelTrainer:
-        cluster = self.config.cluster
-        store = self.prepared.store
+        store, number = self.prepared.store, self._seats.number
         return DataParallelTrainer(
             run_agent,
             train_loop_config={
                 "config": self.config.model_dump(mode="json"),
                 "run_url": store.url,
+                "nodes": self._seats.nodes,
                 "claim_number": self.prepared.keeper.claim_number,
                 "coordinator": coordinator,
                 "mlflow_uri": self.prepared.mlflow.uri,
@@ -220,9 +229,9 @@ class Driver:
             },
             backend_config=NodeAgentConfig(coordinator),
             scaling_config=ray.train.ScalingConfig(
-                num_workers=cluster.seats,
+                num_workers=number,
                 resources_per_worker=node_resources(self.config),
-                placement_strategy="STRICT_SPREAD" if cluster.seats > 1 else "PACK",
+                placement_strategy="STRICT_SPREAD" if number > 1 else "PACK",
                 # Also when a lost node is replaced.
                 label_selector=label_selector(self._excluded) or None,
             ),
@@ -269,6 +278,7 @@ class Driver:
                 if now >= next_stop_poll:
                     next_stop_poll = now + STOP_POLL_SECONDS
                     self._calls.submit(self._tell_drained, coordinator)
+                    self._calls.submit(self._take_more_nodes, coordinator, status)
                     if self._ends_unix is not None and time.time() >= self._ends_unix and not self._stop.is_set():
                         self.display.line(f"the nodes will be taken away at {self.config.cluster.ends_at}")
                         self.request_stop("cluster.ends_at")
@@ -375,6 +385,14 @@ class Driver:
         self.display.line(f"the run leaves {hosts} and goes on on other nodes, from its newest checkpoint")
         self._calls.submit(coordinator.leave.remote, *LEFT)
 
+    def _take_more_nodes(self, coordinator: Any, status: Status) -> None:
+        """Has a run that started on fewer nodes than wanted save, and its agents start anew, once there are more."""
+        if self._moving or self._stop.is_set() or not status.running or status.waits_for_seats:
+            return
+        if self._seats.may_grow(besides=[*self._excluded, *(agent.node_id for agent in status.agents)]):
+            self._moving = True
+            coordinator.leave_once_saved.remote("there are nodes for more ranks")
+
     def _status(self, coordinator: Any) -> Status:
         """What the coordinator knows; what one that has ordered no generation yet cannot know is as in the record.
 
@@ -464,19 +482,6 @@ def start_coordinator(config: Config, run_url: str, last_generation: int, claim_
         num_cpus=0, max_restarts=-1, max_task_retries=-1, scheduling_strategy=here
     )
     return actor_class.remote(config.model_dump(mode="json"), run_url, last_generation, claim_number)
-
-
-def preflight_level(config: Config) -> Level | None:
-    """What is checked before this run; None: nothing. See `PreflightSection`."""
-    match config.preflight.before_run:
-        case "none":
-            return None
-        case "auto" if config.cluster.accelerator != "cpu":
-            return "all"
-        case "auto":
-            return "host" if config.cluster.seats > 1 else None
-        case level:
-            return level
 
 
 class _InThread(threading.Thread):

@@ -268,3 +268,16 @@ def check_nodes(
     run.root cannot be written.
     """
     return Preflight(config, resources=resources, level=level, tell=tell).run(wait=wait)
+
+
+def preflight_level(config: Config) -> Level | None:
+    """What is checked before this run; None: nothing. See `PreflightSection`."""
+    match config.preflight.before_run:
+        case "none":
+            return None
+        case "auto" if config.cluster.accelerator != "cpu":
+            return "all"
+        case "auto":
+            return "host" if config.cluster.seats > 1 else None
+        case level:
+            return level

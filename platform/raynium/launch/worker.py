@@ -77,7 +77,7 @@ def run_agent(settings: dict[str, Any]) -> None:
         node=Node(
             attempt=os.environ[ATTEMPT_VARIABLE],
             seat=seat,
-            nodes=config.cluster.nodes,
+            nodes=settings["nodes"],
             host=host,
             node_id=node_id,
             # Where nobody answers, asking takes two seconds.

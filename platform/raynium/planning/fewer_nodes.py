@@ -12,6 +12,12 @@ def fewer_nodes(config: Config) -> list[int]:
     return [] if least is None else [number for number in range(least, nodes) if World.fits(config, nodes=number)]
 
 
+def nodes_with_room(config: Config, room: int) -> int | None:
+    """On how many of so many nodes the run can train: the most that share the batch evenly; None: on none, it waits."""
+    nodes = [*fewer_nodes(config), config.cluster.nodes]
+    return max((number for number in nodes if number <= room), default=None)
+
+
 def min_nodes(config: Config) -> Iterator[str]:
     least, nodes = config.cluster.min_nodes, config.cluster.nodes
     if least is None or least == nodes:

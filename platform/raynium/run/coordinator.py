@@ -235,6 +235,11 @@ class RunCoordinator:
         async with self._changing():
             self._lives.leave(what, cause, now=time.monotonic())
 
+    async def leave_once_saved(self, why: str) -> None:
+        """The same, after every rank has saved at its next step."""
+        async with self._changing():
+            self._lives.leave_once_saved(why)
+
     async def status(self, events_after: int) -> Status:
         """Events numbered above `events_after` come along."""
         now, newest, running = time.monotonic(), self._lives.newest, self._lives.running is not None

@@ -83,6 +83,8 @@ class Lives:
         self.incidents = Incidents(board.life, unix=time.time, steady=time.monotonic)
         # No generation is ordered before this time.
         self.not_before = 0.0
+        # The agents go home when the ranks that run have ended.
+        self._leaves = False
         self._fault = fault
         self._verdicts = Verdicts(fault)
         self._leaps = Leaps()
@@ -188,6 +190,7 @@ class Lives:
         if agent.attempt == self._roster.attempt and self._roster.replaces(agent):
             self.agents_lost(agent.attempt, [agent.seat], now=now)
         if self._roster.greets(agent):
+            self._leaves = False
             self._board.forget_devices()
             if (current := self.running) is not None:
                 cause = "a node agent was lost; Ray Train started the node agents again"
@@ -386,6 +389,9 @@ class Lives:
         current.first_cause = None
         current.looks = {}
         self._book.failed(now)
+        if self._leaves:
+            self._leaves = False
+            self._roster.leave()
         if self.stop_requested:
             self.end("stopped")
 
@@ -401,6 +407,15 @@ class Lives:
             current.state, current.cause = "over", cause
             self._book.failed(now)
             self._book.agents_missing(now, missing=True)
+
+    def leave_once_saved(self, why: str) -> None:
+        """The same, once the ranks that run have saved and ended, or have failed; with none at once."""
+        if (current := self.running) is None:
+            return self._roster.leave()
+        self._leaves = True
+        if current.yields is None:
+            current.yields = why
+            self._board.tell(f"generation {self.number} saves and ends: {why}")
 
     def request_stop(self) -> None:
         """Every rank saves at the next step and ends. Before any rank runs, the run just ends."""
