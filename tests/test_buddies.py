@@ -1,6 +1,7 @@
 """Copies of snapshots between two agents' memories: real sockets and files, no ranks."""
 
 import json
+import pickle
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -217,6 +218,14 @@ def test_a_generation_starts_from_memory_and_copies_if_these_are_of_one_step() -
     assert copies_of(own, (stays, replace(SECOND, images=(copy,)))) == {}, "it lives, and has its own"
     assert newest_images((replace(stays, copies=(replace(copy, step=5),)), SECOND), WORLD) is None
     assert newest_images((stays, SECOND), WORLD, distrusted=[("g1", 10)]) is None
+
+
+def test_what_a_node_holds_takes_as_much_room_in_an_order_whatever_number_of_ranks() -> None:
+    large = World(nodes=1024, ranks_per_node=64, tensor=1, pipeline=1, num_micro_batches=1)
+    all_of_them = HeldImages("g1", 10, list(range(large.size)), large)
+    assert len(pickle.dumps(all_of_them)) < 500 and all_of_them == pickle.loads(pickle.dumps(all_of_them))
+    assert HeldImages("g1", 10, (3, 2, 4), large) == HeldImages("g1", 10, range(2, 5), large)
+    assert list(HeldImages("g1", 10, (9, 2), large).ranks) == [2, 9] and not HeldImages("g1", 10, (), large).ranks
 
 
 def test_the_next_node_takes_copies_if_it_takes_any_and_is_another() -> None:

@@ -6,6 +6,7 @@ import pytest
 
 from raynium.config.load import load_config
 from raynium.hardware.catalog import INSTANCES
+from raynium.planning.fewer_nodes import nodes_with_room
 from raynium.planning.rules import check, doubts
 
 pytestmark = pytest.mark.quick
@@ -123,6 +124,13 @@ def test_a_run_comes_down_to_numbers_of_nodes_that_share_the_batch():
         "(micro_batch_size 1, 1 rank(s) a node): set a global_batch_size that one of them divides, a lower min_nodes, "
         "or null"
     )  # fmt: skip
+
+
+def test_a_run_that_finds_room_on_fewer_nodes_trains_on_the_most_that_share_the_batch():
+    eight = ("quickstart", "cluster.nodes=8", "train.global_batch_size=8", "train.micro_batch_size=1")
+    on = {least: load_config(eight[0], (*eight[1:], f"cluster.min_nodes={least}")) for least in ("2", "null")}
+    assert [nodes_with_room(on["2"], room) for room in range(10)] == [None, None, 2, 2, 4, 4, 4, 4, 8, 8]
+    assert [nodes_with_room(on["null"], room) for room in (7, 8)] == [None, 8]
 
 
 def test_the_fewest_nodes_that_a_run_may_come_down_to_hold_the_model_too():

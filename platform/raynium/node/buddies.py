@@ -118,7 +118,7 @@ class Buddies:
             for rank, copies in self._copies.items():
                 for each in copies.values():
                     found[each.generation_id, each.info.step, each.world].append(rank)
-        return tuple(HeldImages(name, step, tuple(ranks), world) for (name, step, world), ranks in found.items())
+        return tuple(HeldImages(name, step, ranks, world) for (name, step, world), ranks in found.items())
 
     def offer(self, rank: int, slot: int, snapshot: Snapshot) -> None:
         """This rank's newest snapshot. An older one that still waits is not sent any more."""

@@ -175,7 +175,7 @@ class NodeImages:
                     if slot.snapshot is not None:
                         of = slot.snapshot
                         found[of.generation_id, of.info.step, of.world].append(rank)
-        return tuple(HeldImages(name, step, tuple(ranks), world) for (name, step, world), ranks in found.items())
+        return tuple(HeldImages(name, step, ranks, world) for (name, step, world), ranks in found.items())
 
     def snapshots(self, wanted: HeldImages) -> dict[int, Snapshot]:
         """Rank → its own of these."""

@@ -5,7 +5,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
-from raynium.config.world import World
+from raynium.config.world import World, as_range
 from raynium.health.faults import ACTIONS, Fault
 from raynium.health.metadata_service import Instance
 from raynium.health.neuron_monitor import DeviceSample
@@ -18,8 +18,6 @@ EndKind = Literal["finished", "stopped", "failed"]
 PEER_WORD_SECONDS = 0.5
 # Of a run that hangs: until every node must have told what its ranks do, or is not waited for.
 LOOKS_SECONDS = 3.0
-
-
 # Host and port.
 Address = tuple[str, int]
 
@@ -29,12 +27,15 @@ Address = tuple[str, int]
 
 @dataclass(frozen=True)
 class HeldImages:
-    """Snapshots of one generation and step that lie complete in a node's memory."""
+    """Snapshots of one generation and step, complete in a node's memory. ranks: short, since all orders name them."""
 
     generation_id: str
     step: int
-    ranks: tuple[int, ...]
+    ranks: Sequence[int]
     world: World
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "ranks", as_range(self.ranks))
 
 
 @dataclass(frozen=True)

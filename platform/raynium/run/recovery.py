@@ -226,7 +226,7 @@ def newest_images(
     if not whole:
         return None
     generation_id, step = max(whole, key=lambda key: key[1])
-    return HeldImages(generation_id, step, tuple(range(world.size)), world)
+    return HeldImages(generation_id, step, range(world.size), world)
 
 
 def newest_of_other_worlds(
@@ -251,7 +251,7 @@ def newest_of_other_worlds(
         return Origin()
     newest = max(whole, key=lambda key: key[:2])
     step, generation_id, of = newest
-    return Origin(HeldImages(generation_id, step, tuple(range(of.size)), of), holders=found[newest])
+    return Origin(HeldImages(generation_id, step, range(of.size), of), holders=found[newest])
 
 
 def copies_of(images: HeldImages, agents: Sequence[AgentInfo]) -> dict[int, Address]:
