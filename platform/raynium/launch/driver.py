@@ -171,9 +171,8 @@ class Driver:
         return status
 
     def _wait_for_seats(self) -> None:
-        go_on = patient(self.config, go_on=lambda: not self._asked_to_stop(), tell=self.display.line)
         with self.prepared.keeper.beating():
-            self._seats.wait(besides=self._excluded, go_on=go_on)
+            self._seats.wait(besides=self._excluded, go_on=lambda: not self._asked_to_stop())
 
     def _preflight(self) -> list[str]:
         """Checks the nodes as preflight.before_run says; returns the ids of those that the run must do without."""

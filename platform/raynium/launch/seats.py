@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 
 from raynium.config.schema import Config
-from raynium.launch.nodes import free_nodes, label_selector, node_resources
+from raynium.launch.nodes import free_nodes, label_selector, node_resources, patient
 from raynium.planning.fewer_nodes import nodes_with_room
 
 
@@ -20,6 +20,8 @@ class Seats:
         self.number, self.nodes = config.cluster.seats, config.cluster.nodes
         # For the nodes that lack, while the run trains on fewer.
         self._asked: PlacementGroup | None = None
+        # How many had room when the run last left its nodes for more: no others are waited for.
+        self._found: int | None = None
 
     @property
     def config(self) -> Config:
@@ -37,20 +39,25 @@ class Seats:
         if cluster.min_nodes is None:
             return
         self.number, self.nodes = cluster.seats, cluster.nodes
+        waits = patient(self._config, go_on=go_on, tell=self._tell)
         limit = time.monotonic() + self._config.fault.replace_seconds
         # Asking is also what makes an autoscaler start nodes. What waits holds nothing.
         group = _ask(self._resources, cluster.seats, besides)
         try:
-            while not group.wait(1) and go_on():
-                room = len(free_nodes(self._resources, besides=besides)) if time.monotonic() >= limit else 0
-                if (nodes := nodes_with_room(self._config, room)) is not None:
+            while not group.wait(1) and waits():
+                room = len(free_nodes(self._resources, besides=besides))
+                enough = time.monotonic() >= limit or (self._found is not None and room >= self._found)
+                nodes = nodes_with_room(self._config, room)
+                if enough and nodes is not None:
                     self.number, self.nodes = min(room, cluster.seats), nodes
+                    why = f"no more have come within {self._config.fault.replace_seconds:g} s (fault.replace_seconds)"
                     self._tell(
                         f"the run starts on {nodes} of {cluster.nodes} nodes (cluster.min_nodes {cluster.min_nodes}): "
-                        f"no more have come within {self._config.fault.replace_seconds:g} s (fault.replace_seconds)"
+                        f"{why if self._found is None else 'there are no more yet'}"
                     )
                     return
         finally:
+            self._found = None
             remove_placement_group(group)
 
     def may_grow(self, *, besides: Collection[str]) -> bool:
@@ -63,12 +70,12 @@ class Seats:
             return False
         if self._asked is None:
             self._asked = _ask(self._resources, lacking, besides)
-        found = lacking if self._asked.wait(0) else len(free_nodes(self._resources, besides=besides))
-        nodes = nodes_with_room(self._config, self.number + found)
+        more = lacking if self._asked.wait(0) else len(free_nodes(self._resources, besides=besides))
+        nodes = nodes_with_room(self._config, self.number + more)
         if nodes is None or nodes <= self.nodes:
             return False
         remove_placement_group(self._asked)
-        self._asked = None
+        self._asked, self._found = None, self.number + more
         return True
 
 

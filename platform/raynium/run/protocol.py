@@ -229,7 +229,6 @@ class Evaluates:
 @dataclass(frozen=True)
 class RankPosition:
     """Where a rank is: the step it works on, or the phase it is in. halted: its process was stopped by a signal.
-
     still_seconds: since it last told anything, as far as its agent could look.
     """
 
@@ -380,10 +379,8 @@ AgentEvent = (
 
 @dataclass(frozen=True)
 class News:
-    """The answer to every event, for the run's page. metrics: of all nodes, in the answer to `DevicesSeen` and,
-    with artifacts, to node 0's `TimesSeen`.
-
-    artifacts: path → text, for node 0, in the answer to `StacksTaken`.
+    """The answer to every event, for the run's page. metrics: of all nodes, to `DevicesSeen` and node 0's `TimesSeen`.
+    artifacts: path → text, to node 0's `TimesSeen` and `StacksTaken`.
     """
 
     ledger: Ledger
