@@ -20,7 +20,8 @@ from raynium.node import buddies as buddies_module
 from raynium.node.buddies import Buddies, CopyError
 from raynium.node.images import NodeImages, Snapshot
 from raynium.run.buddies import buddies
-from raynium.run.protocol import AgentInfo, HeldImages
+from raynium.run.held_images import HeldImages
+from raynium.run.protocol import AgentInfo
 from raynium.run.recovery import copies_of, newest_images
 from raynium.storage import peers
 from raynium.storage.peers import CHUNK_BYTES

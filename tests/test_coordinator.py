@@ -29,12 +29,12 @@ from raynium.run import recovery
 from raynium.run import verdicts as verdicts_module
 from raynium.run.coordinator import RunCoordinator
 from raynium.run.fence import claim_key
+from raynium.run.held_images import HeldImages
 from raynium.run.protocol import (
     AgentInfo,
     CannotGoOn,
     Commit,
     GoHome,
-    HeldImages,
     LeftOut,
     Look,
     NodeEnded,

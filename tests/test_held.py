@@ -20,7 +20,8 @@ from raynium.errors import CheckpointDamaged, StoreError
 from raynium.node import buddies
 from raynium.node.buddies import Buddies, CopyError
 from raynium.node.images import NodeImages, Snapshot
-from raynium.run.protocol import Address, AgentInfo, HeldImages
+from raynium.run.held_images import HeldImages
+from raynium.run.protocol import Address, AgentInfo
 from raynium.run.recovery import newest_of_other_worlds
 from raynium.storage.backend import KeyMissing
 from raynium.storage.peers import PeerFiles

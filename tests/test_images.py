@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from raynium.checkpoint.format.manifest import ImageInfo, SavedBlocks
 from raynium.config.world import World
 from raynium.node.images import NodeImages, Snapshot
-from raynium.run.protocol import HeldImages
+from raynium.run.held_images import HeldImages
 
 pytestmark = pytest.mark.quick
 

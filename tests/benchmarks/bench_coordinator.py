@@ -27,7 +27,8 @@ from raynium.config.load import parse_config
 from raynium.config.world import World
 from raynium.health.faults import Fault
 from raynium.run.coordinator import RunCoordinator
-from raynium.run.protocol import AgentInfo, HeldImages, NodeEnded, Order, RankExit, RankPosition, RanksSeen
+from raynium.run.held_images import HeldImages
+from raynium.run.protocol import AgentInfo, NodeEnded, Order, RankExit, RankPosition, RanksSeen
 
 Result = TypeVar("Result")
 RANKS = 64

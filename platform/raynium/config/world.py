@@ -1,7 +1,7 @@
 """The world of one generation: its ranks, and how they share the work. Made anew for each generation, since the config
 says how many nodes are wanted, and the roster how many there are."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -85,12 +85,3 @@ class World:
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> "World":
         return cls(**fields)
-
-
-def as_range(ranks: Sequence[int]) -> range | tuple[int, ...]:
-    """The same ranks, ascending: those that are neighbours, as a node's are, as a range, which takes no room."""
-    if isinstance(ranks, range):
-        return ranks
-    ordered = tuple(sorted(set(ranks)))
-    whole = range(ordered[0], ordered[-1] + 1) if ordered else range(0)
-    return whole if len(whole) == len(ordered) else ordered

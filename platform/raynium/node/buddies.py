@@ -26,7 +26,8 @@ from raynium.checkpoint.held import Place, held_key, keep_held
 from raynium.config.world import World
 from raynium.errors import CheckpointError
 from raynium.node.images import NodeImages, Snapshot
-from raynium.run.protocol import Address, HeldImages
+from raynium.run.held_images import HeldImages
+from raynium.run.protocol import Address
 from raynium.storage.checksum import UNIT_BYTES, checksum, checksum_units, list_to_text, to_text
 from raynium.storage.local_files import mapped
 from raynium.storage.peers import BROKEN, CHUNK_BYTES, admit, connect, receive, send

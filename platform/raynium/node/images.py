@@ -10,7 +10,7 @@ from pathlib import Path
 
 from raynium.checkpoint.format.manifest import ImageInfo, ShardEntry
 from raynium.config.world import World
-from raynium.run.protocol import HeldImages
+from raynium.run.held_images import HeldImages
 from raynium.train.link import IMAGE_SLOTS
 
 

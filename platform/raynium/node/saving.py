@@ -11,8 +11,9 @@ from raynium.errors import StoreError
 from raynium.node.images import FailedUpload, NodeImages, SavedShard, Snapshot, image_files
 from raynium.node.ranks import RankGroup
 from raynium.node.uploader import Uploader
+from raynium.run.held_images import HeldImages
 from raynium.run.last_save import pause_before_next_try
-from raynium.run.protocol import AgentInfo, Coordinator, HeldImages, Order, Said, ShardFailed, ShardSaved
+from raynium.run.protocol import AgentInfo, Coordinator, Order, Said, ShardFailed, ShardSaved
 from raynium.train.link import IMAGE_SLOTS, ImageFree
 
 

@@ -12,11 +12,11 @@ from raynium.health.faults import Fault
 from raynium.run.board import Board
 from raynium.run.buddies import buddies
 from raynium.run.hangs import Hang, Hangs, folder_of, with_looks
+from raynium.run.held_images import HeldImages
 from raynium.run.leaps import Leaps
 from raynium.run.protocol import (
     AgentInfo,
     EndKind,
-    HeldImages,
     Look,
     NodeFault,
     Order,

@@ -5,10 +5,11 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
-from raynium.config.world import World, as_range
+from raynium.config.world import World
 from raynium.health.faults import ACTIONS, Fault
 from raynium.health.metadata_service import Instance
 from raynium.health.neuron_monitor import DeviceSample
+from raynium.run.held_images import HeldImages
 from raynium.tracking.incidents import Incident
 from raynium.tracking.ledger import Cause, Ledger, LifeLedger
 
@@ -23,19 +24,6 @@ Address = tuple[str, int]
 
 
 # ---- what an agent is, and is ordered ------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class HeldImages:
-    """Snapshots of one generation and step, complete in a node's memory. ranks: short, since all orders name them."""
-
-    generation_id: str
-    step: int
-    ranks: Sequence[int]
-    world: World
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "ranks", as_range(self.ranks))
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,9 @@ from raynium.checkpoint.format.manifest import CHECKPOINTS_FOLDER
 from raynium.checkpoint.ref import CheckpointRef
 from raynium.config.world import World
 from raynium.errors import CheckpointDamaged, StoreError
+from raynium.run.held_images import HeldImages
 from raynium.run.leaps import Undo
-from raynium.run.protocol import Address, AgentInfo, HeldImages, LeftOut
+from raynium.run.protocol import Address, AgentInfo, LeftOut
 from raynium.storage.backend import KeyMissing
 from raynium.storage.store import Store
 
