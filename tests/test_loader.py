@@ -11,13 +11,14 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from raynium.config.load import load_config
 from raynium.data.build.store_build import build_store
 from raynium.data.loader import SAMPLES_AT_ONCE, Loader
 from raynium.data.order import Order, RowShuffle
 from raynium.data.order.block_shuffle import BlockShuffle
 from raynium.data.order.mixture import Mixture, Weighting
 from raynium.data.order.permutation import shuffled
-from raynium.data.rows import StreamRows
+from raynium.data.rows import StreamRows, packed_rows
 from raynium.data.store import DocumentStore
 from raynium.errors import DataError
 
@@ -225,17 +226,25 @@ def test_one_store_alone_is_gone_through_by_its_shuffle(store: DocumentStore):
     assert loader_of(store).samples(2).rows.tolist() == expected[0][12:24].tolist()
 
 
-def test_a_batch_of_several_stores_has_each_row_where_its_sample_is(store: DocumentStore):
-    rows = [StreamRows(store, SEQ_LEN) for _ in range(3)]
+@pytest.mark.parametrize("kind", ["short windows", "long windows", "documents"])
+def test_a_batch_of_several_stores_has_each_row_where_its_sample_is(
+    store: DocumentStore, kind: str, monkeypatch: pytest.MonkeyPatch
+):
+    """Rows are taken store by store, or put together as they are stored."""
+    if kind == "long windows":
+        monkeypatch.setattr("raynium.data.loader.SHORT_TOKENS", SEQ_LEN - 1)
+    data = load_config("quickstart", {"data.seq_len": SEQ_LEN, "data.packing": "documents"}).data
+    rows = [packed_rows(store, data) if kind == "documents" else StreamRows(store, SEQ_LEN) for _ in range(3)]
     weights = (Fraction(1), Fraction(5), Fraction(2))
     order = Order([RowShuffle(len(rows[0]), seed=seed) for seed in range(3)], Mixture([Weighting(0, weights)]))
     loader = Loader(rows, order, global_batch_size=6, data_rank=0, data_size=1)
     for step in range(1, 20):
         samples, batch = loader.samples(step), loader.batch(step)
         for place, (number, row) in enumerate(zip(samples.stores, samples.rows, strict=True)):
-            expected = rows[number].read(row[None])
-            assert np.array_equal(batch.tokens_BT[place], expected["tokens"][0])
-            assert np.array_equal(batch.labels_BT[place], expected["labels"][0])
+            for name, column in rows[number].read(row[None]).items():
+                assert np.array_equal(batch.columns()[name][place], column[0])
+        assert batch.tokens_BT.dtype == batch.labels_BT.dtype == torch.int64
+        assert (batch.documents_BT is not None) == (kind == "documents")
 
 
 @pytest.mark.parametrize("steps_per_read", [1, 2, 5, 7])

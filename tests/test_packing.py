@@ -178,7 +178,7 @@ def test_rows_hold_each_document_whole_with_every_token_a_label_once(store: Docu
     rows, end = packed(store, section(store, seq_len)), store.manifest.end_of_document_id
     columns = rows.read(np.arange(len(rows)))
     assert {name: (str(each.dtype), each.shape) for name, each in columns.items()} == {
-        "tokens": (str(store.manifest.numpy_dtype), (len(rows), seq_len)),
+        "tokens": ("int64", (len(rows), seq_len)),
         "labels": ("int64", (len(rows), seq_len)),
         "documents": ("int32", (len(rows), seq_len)),
     }

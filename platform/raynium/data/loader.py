@@ -21,9 +21,11 @@ from raynium.data.order import Order, RowShuffle, Samples, Shuffle, seed_of_stor
 from raynium.data.order.block_shuffle import BlockShuffle
 from raynium.data.order.mixture import mixture_of
 from raynium.data.packing.pairs import PairRows, ReferencedRows, nats_weights_of_step
-from raynium.data.rows import Rows, num_labels, open_rows
+from raynium.data.packing.rows import PackedRows
+from raynium.data.rows import Rows, StreamRows, num_labels, open_rows
 from raynium.data.store import OpenStore
 from raynium.data.streamed import StreamedStore
+from raynium.data.tokens import SHORT_TOKENS
 
 # The order is computed for many steps at once: one numpy call costs the same for 1 as for 1,000 samples.
 SAMPLES_AT_ONCE = 4096
@@ -50,7 +52,7 @@ class Loader:
         steps_per_read: int = 1,
         ahead: Ahead | None = None,
         told: Callable[[int], dict[str, float]] = lambda step: {},
-        of_step: Callable[[Samples], dict[str, np.ndarray]] = lambda samples: {},
+        of_step: Callable[[Samples], dict[str, np.ndarray]] | None = None,
     ):
         """rows: of each store, by the order's numbers of them. steps_per_read: whose rows are read at once; 1 with
         `ahead`, where some are streamed. told: more metrics. of_step: more columns of this rank's rows, by the samples
@@ -68,6 +70,8 @@ class Loader:
         self._of_steps = lru_cache(4)(self._compute)
         self._steps_per_read = steps_per_read
         self._columns = lru_cache(1)(self._read_steps)
+        # If rows of several stores can be put together as they are stored: short windows are faster taken by store.
+        self._spanned = _spanned(rows)
         self._told, self._of_step = told, of_step
         self._fetching = FetchAhead(rows, self.samples, ahead) if ahead else None
 
@@ -82,12 +86,15 @@ class Loader:
         rows = self._rank_samples * self._rows_per_sample
         first, end = number * rows, (number + 1) * rows
         columns = {name: column[first:end] for name, column in self._columns(part).items()}
-        columns |= self._of_step(self.samples_of_all(step))
+        if self._of_step is not None:
+            columns |= self._of_step(self.samples_of_all(step))
         return Batch.of({name: torch.from_numpy(column) for name, column in columns.items()})
 
     def batch_of(self, step: int, data_rank: int) -> Batch:
         """Any data rank's share of a step, as that rank's `batch` has it: read now, for what is rarely wanted."""
-        columns = self._read([self._place(step, data_rank)]) | self._of_step(self.samples_of_all(step))
+        columns = self._read([self._place(step, data_rank)])
+        if self._of_step is not None:
+            columns |= self._of_step(self.samples_of_all(step))
         return Batch.of({name: torch.from_numpy(column) for name, column in columns.items()})
 
     def samples(self, step: int) -> Samples:
@@ -163,6 +170,9 @@ class Loader:
                 for name, values in self._rows[0].read(rows).items()
             }
         stores = np.concatenate([samples.stores[mine] for samples, mine in places])
+        if (spanned := self._spanned) is not None:
+            spans = [spanned[store].spans(row) for store, row in zip(stores.tolist(), rows.tolist(), strict=True)]
+            return spanned[0].joined(spans)
         columns: dict[str, np.ndarray] = {}
         by_store, end, of_sample = np.argsort(stores, kind="stable"), 0, self._rows_per_sample
         for store, count in enumerate(np.bincount(stores).tolist()):
@@ -175,6 +185,14 @@ class Loader:
                     columns[name] = np.empty((len(by_store), of_sample, *values.shape[1:]), _type(name, values))
                 columns[name][chosen] = values.reshape(count, of_sample, *values.shape[1:])
         return {name: values.reshape(-1, *values.shape[2:]) for name, values in columns.items()}
+
+
+def _spanned(rows: Sequence[Rows]) -> Sequence[StreamRows] | Sequence[PackedRows] | None:
+    packed = [each for each in rows if isinstance(each, PackedRows)]
+    windows = [each for each in rows if isinstance(each, StreamRows) and each.seq_len > SHORT_TOKENS]
+    if len(packed) == len(rows) and len({each.flagged for each in packed}) == 1:
+        return packed
+    return windows if len(windows) == len(rows) else None
 
 
 def _type(name: str, values: np.ndarray) -> np.dtype[Any]:
@@ -204,7 +222,7 @@ def open_loader(
     ]
     # None or all: the stores of a run hold records of one format.
     pairs = [each for each in rows if isinstance(each, PairRows)]
-    of_step = nats_weights_of_step(pairs, data_size=data_size) if "nats_weight" in columns else lambda samples: {}
+    of_step = nats_weights_of_step(pairs, data_size=data_size) if "nats_weight" in columns else None
     samples_per_step = train.global_batch_size // rows[0].rows_per_sample
     shuffles = [_shuffle(config, number, store, len(rows[number])) for number, store in enumerate(stores)]
     order = Order(shuffles, mixture_of(data, samples_per_step))

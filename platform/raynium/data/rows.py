@@ -3,6 +3,7 @@
 T: `data.seq_len`.
 """
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
@@ -11,7 +12,7 @@ from raynium.config.schema import DataSection
 from raynium.data.manifest import StoreManifest
 from raynium.data.packed_index import Packable, ensure_index
 from raynium.data.packing.pairs import PairRows
-from raynium.data.packing.rows import PackedRows
+from raynium.data.packing.rows import PackedRows, columns_of
 from raynium.data.store import DocumentStore, OpenStore
 from raynium.errors import DataError
 
@@ -53,18 +54,28 @@ class StreamRows:
     def __init__(self, store: OpenStore, seq_len: int):
         """Raises DataError if the training stream is shorter than one window."""
         self._stream = store.train_stream()
-        self._seq_len = seq_len
+        self.seq_len = seq_len
+        # No row needs any of it.
+        self._filler = np.empty(seq_len, self._stream.dtype)
         self._num_rows = stream_rows(store.manifest, seq_len, where=store.place)
 
     def __len__(self) -> int:
         return self._num_rows
 
     def read(self, rows: np.ndarray) -> dict[str, np.ndarray]:
-        windows = self._stream.gather(rows * self._seq_len, self._seq_len + 1)
+        windows = self._stream.gather(rows * self.seq_len, self.seq_len + 1)
         return {"tokens": windows[:, :-1], "labels": windows[:, 1:]}
 
+    def spans(self, row: int) -> list[np.ndarray]:
+        """The window, as stored; see `PackedRows.spans`."""
+        return [self._stream.read(row * self.seq_len, self.seq_len + 1)]
+
+    def joined(self, rows: Sequence[Sequence[np.ndarray]]) -> dict[str, np.ndarray]:
+        """As `PackedRows.joined`."""
+        return columns_of(rows, filler=self._filler, documents=False)
+
     def span(self, first: int, end: int) -> tuple[int, int]:
-        return first * self._seq_len, end * self._seq_len + 1
+        return first * self.seq_len, end * self.seq_len + 1
 
 
 def stream_rows(manifest: StoreManifest, seq_len: int, *, where: str) -> int:

@@ -155,7 +155,8 @@ class TokenStream:
         index = bisect_right(self._begins, start) - 1
         shard, begin = self._shards[index], start - self._begins[index]
         if begin + length <= shard.num_tokens:
-            shard.check((begin,), length)
+            if not shard.all_seen:
+                shard.check((begin,), length)
             return shard.tokens[begin : begin + length]
         pieces: list[np.ndarray] = []
         while length:

@@ -1,7 +1,8 @@
 """Rows of whole documents, by the index that says what lies in each. T: `data.seq_len`."""
 
-from collections.abc import Iterator
-from functools import cached_property
+from bisect import bisect_right
+from collections.abc import Sequence
+from itertools import accumulate
 
 import numpy as np
 
@@ -26,104 +27,125 @@ class PackedRows:
 
     def __init__(self, stream: Stream, index: OpenIndex, *, end_of_document: int, flagged: bool = False):
         """index: of the stream. flagged: whether its tokens are."""
-        self._stream, self._end_of_document, self._flagged = stream, end_of_document, flagged
+        self._stream, self.flagged = stream, flagged
         self.index, self._part = index.index, index.part
+        # Of each part the number of the row behind its last; and it as Python numbers are had from.
+        self._ends = list(accumulate(self.index.rows))
+        self._views: dict[int, tuple[memoryview[int], memoryview[int]]] = {}
         self._seq_len = index.index.seq_len
         # What rows are filled up with, as tokens are stored.
-        self._filler = np.full(self._seq_len, end_of_document, stream.dtype)
+        self.filler = np.full(self._seq_len, end_of_document, stream.dtype)
 
     def __len__(self) -> int:
         return self.index.num_rows
 
     def read(self, rows: np.ndarray, *, unmasked: bool = False) -> dict[str, np.ndarray]:
         """unmasked: of a flagged store, labels are all tokens; a column "learned", bool, says which of them count."""
-        pieces: list[np.ndarray] = []
-        contexts: list[int] = []
-        numbers: list[int] = []
-        fillers: list[tuple[int, int]] = []
-        for at, in_row in enumerate(self._look_up(rows)):
-            self._read_row(in_row, pieces, contexts)
-            number = len(in_row)
-            filled = in_row[0][1] if number == 1 else sum([length for _, length in in_row])
-            if filled < self._seq_len:
-                pieces.append(self._filler[filled:])
-                contexts.append(self._end_of_document)
-                fillers.append((at * self._seq_len + filled, (at + 1) * self._seq_len))
-                number += 1
-            numbers += range(number)
-        stored = np.concatenate(pieces)
-        lengths = np.array([len(piece) for piece in pieces])
-        # Each label is the next one's context, but where a piece begins.
-        tokens = np.empty_like(stored)
-        tokens[1:] = stored[:-1]
-        tokens[lengths.cumsum() - lengths] = contexts
-        labels = stored.astype(np.int64)
-        if self._flagged:
-            labels, tokens = token_ids(stored).astype(np.int64), token_ids(tokens)
-            if not unmasked:
-                labels[~is_label(stored)] = IGNORED_LABEL
-        for begin, end in fillers:
-            labels[begin:end] = IGNORED_LABEL
-        documents = np.array(numbers, np.int32).repeat(lengths)
-        columns = {"tokens": tokens, "labels": labels, "documents": documents}
-        if unmasked:
-            columns["learned"] = is_label(stored) & (labels != IGNORED_LABEL)
-        return {name: column.reshape(len(rows), self._seq_len) for name, column in columns.items()}
+        return self.joined([self.spans(row) for row in rows.tolist()], unmasked=unmasked)
+
+    def spans(self, row: int) -> list[np.ndarray]:
+        """The pieces of a row, each behind the token before it: as stored, mostly views. At least one."""
+        read, pieces, begin, end = self._stream.read, *self._look_up(row)
+        if end - begin > 2 * _FEW_PIECES:
+            # In the order of the stream.
+            first = max(pieces[begin] - 1, 0)
+            if (reach := pieces[end - 2] + pieces[end - 1] - first) <= _SPAN_TOKENS:
+                near = read(first, reach)
+                read = lambda start, length: near[start - first : start - first + length]  # noqa: E731
+        return [
+            read(place - 1, pieces[at + 1] + 1)
+            if (place := pieces[at])
+            else np.append(self.filler[:1], read(0, pieces[at + 1]))
+            for at in range(begin, end, 2)
+        ]
+
+    def joined(self, rows: Sequence[Sequence[np.ndarray]], *, unmasked: bool = False) -> dict[str, np.ndarray]:
+        """The columns of rows by their `spans`, which may be other stores' of the same kind."""
+        return columns_of(rows, filler=self.filler, documents=True, flagged=self.flagged, unmasked=unmasked)
 
     def lengths(self) -> np.ndarray:
         """int64, of each row the positions that are a document's. DataError if the index is damaged."""
         parts = [self._part(number) for number, rows in enumerate(self.index.rows) if rows]
         return np.concatenate([np.add.reduceat(pieces[:, 1], begins[:-1]) for begins, pieces in parts])
 
-    def _look_up(self, rows: np.ndarray) -> Iterator[list[list[int]]]:
-        """The pieces of each row."""
-        if len(self.index.rows) == 1:
-            row_begins, pieces = self._part(0)
-            for begin, end in zip(row_begins[rows].tolist(), row_begins[rows + 1].tolist(), strict=True):
-                yield pieces[begin:end].tolist()
-            return
-        parts = np.searchsorted(self._part_ends, rows, side="right")
-        for part, row in zip(parts.tolist(), (rows - self._part_begins[parts]).tolist(), strict=True):
+    def _look_up(self, row: int) -> "tuple[memoryview[int], int, int]":
+        """Places and lengths in turns, and from where to where those of this row are. No numpy: that costs more."""
+        part = bisect_right(self._ends, row) if len(self._ends) > 1 else 0
+        if (views := self._views.get(part)) is None:
             row_begins, pieces = self._part(part)
-            yield pieces[row_begins[row] : row_begins[row + 1]].tolist()
+            views = self._views[part] = row_begins.data, pieces.reshape(-1).data
+        begins, pieces = views
+        row -= self._ends[part] - self.index.rows[part]
+        return pieces, 2 * begins[row], 2 * begins[row + 1]
 
     def span(self, first: int, end: int) -> tuple[int, int]:
         """Documents of one window lie in each other's way: it may be the whole window's."""
         spans: list[tuple[int, int]] = []
-        first_part, last_part = np.searchsorted(self._part_ends, (first, end - 1), side="right").tolist()
+        first_part, last_part = (bisect_right(self._ends, row) for row in (first, end - 1))
         for part in range(first_part, last_part + 1):
             # One long document leaves parts between its beginning and its end without a row.
             if not self.index.rows[part]:
                 continue
             row_begins, pieces = self._part(part)
-            of_part = np.array((first, end)) - self._part_begins[part]
+            of_part = np.array((first, end)) - (self._ends[part] - self.index.rows[part])
             piece, piece_end = row_begins[of_part.clip(0, len(row_begins) - 1)].tolist()
             found = pieces[piece:piece_end]
             spans.append((int(found[:, 0].min()), int(found.sum(axis=1).max())))
         return max(min(begin for begin, _ in spans) - 1, 0), max(end for _, end in spans)
 
-    def _read_row(self, in_row: list[list[int]], pieces: list[np.ndarray], contexts: list[int]) -> None:
-        """Adds the labels of each piece, and the token before them."""
-        # A row is not empty, and its pieces are in the order of the stream.
-        begin = max(in_row[0][0] - 1, 0)
-        reach = in_row[-1][0] + in_row[-1][1] - begin
-        near = self._stream.read(begin, reach) if len(in_row) > _FEW_PIECES and reach <= _SPAN_TOKENS else None
-        for place, count in in_row:
-            if place == 0:
-                pieces.append(self._stream.read(0, count))
-                contexts.append(self._end_of_document)
-                continue
-            if near is None:
-                span = self._stream.read(place - 1, count + 1)
-            else:
-                span = near[place - 1 - begin : place + count - begin]
+
+def columns_of(
+    rows: Sequence[Sequence[np.ndarray]],
+    *,
+    filler: np.ndarray,
+    documents: bool,
+    flagged: bool = False,
+    unmasked: bool = False,
+) -> dict[str, np.ndarray]:
+    """The columns of rows, each given as its `spans`, which make a row of T tokens or less. See `rows.Rows`.
+
+    filler: [T], of which shorter rows get their rest. documents: whether there is a column of them. flagged, unmasked:
+    as in `PackedRows`. Most of what this takes is for its calls, so it makes few, of numpy for all rows at once.
+    """
+    assert not unmasked or flagged
+    seq_len, end = len(filler), 0
+    pieces: list[np.ndarray] = []
+    contexts: list[int] = []
+    # What fills rows up, and the documents of a row after its first, by (begin, end) in the columns.
+    fillers: list[tuple[int, int]] = []
+    later: list[tuple[int, int, int]] = []
+    for spans in rows:
+        row_end, number = end + seq_len, 0
+        for span in spans:
             contexts.append(span.item(0))
             pieces.append(span[1:])
-
-    @cached_property
-    def _part_ends(self) -> np.ndarray:
-        return np.cumsum(self.index.rows)
-
-    @cached_property
-    def _part_begins(self) -> np.ndarray:
-        return self._part_ends - self.index.rows
+            begin, end = end, end + len(span) - 1
+            if number:
+                later.append((begin, end, number))
+            number += 1
+        if end < row_end:
+            contexts.append(filler.item(0))
+            pieces.append(filler[end - row_end :])
+            fillers.append((end, row_end))
+            later.append((end, row_end, number))
+            end = row_end
+    stored, before = np.concatenate(pieces), np.array(contexts, filler.dtype)
+    ids, before = (token_ids(stored), token_ids(before)) if flagged else (stored, before)
+    lengths = np.fromiter(map(len, pieces), np.int64, len(pieces))
+    # Each label is the next one's context, but where a piece begins.
+    tokens = np.empty(len(stored), np.int64)
+    tokens[1:] = ids[:-1]
+    tokens[lengths.cumsum() - lengths] = before
+    labels = ids.astype(np.int64)
+    if flagged and not unmasked:
+        labels[~is_label(stored)] = IGNORED_LABEL
+    for begin, end in fillers:
+        labels[begin:end] = IGNORED_LABEL
+    columns = {"tokens": tokens, "labels": labels}
+    if documents:
+        columns["documents"] = np.zeros(len(stored), np.int32)
+        for begin, end, number in later:
+            columns["documents"][begin:end] = number
+    if unmasked:
+        columns["learned"] = is_label(stored) & (labels != IGNORED_LABEL)
+    return {name: column.reshape(len(rows), seq_len) for name, column in columns.items()}
