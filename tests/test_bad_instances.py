@@ -22,7 +22,7 @@ from raynium.launch import bad_nodes as bad_nodes_module
 from raynium.launch.bad_nodes import BadNodes
 from raynium.node.readmission import REBOOT_SECONDS, RETRY_SECONDS, Readmission
 from raynium.run.bad_nodes import mark_of, remember, remembered
-from raynium.run.protocol import NodeFault
+from raynium.run.protocol import AgentInfo, NodeFault, Status
 from raynium.storage.store import Store
 from raynium.tracking.incidents import Incidents
 
@@ -317,3 +317,29 @@ def test_a_preflight_before_a_run_lifts_the_marks_of_rebooted_nodes_that_pass(
     assert after("first-life", WELL), "its reboot is still to come"
     assert not after("second-life", WELL)
     assert driver.lines == [f"node {HOST} was rebooted, passes its preflight, and is admitted again"]
+
+
+# ------------------------------------------------------------------------------------------------- whether it is left
+
+
+@pytest.mark.parametrize(
+    ("changes", "free", "left", "told"),
+    [
+        ({}, ["other"], True, "the run leaves 10.0.0.7 and goes on on other nodes, from its newest checkpoint"),
+        ({}, [], False, "the run stays on 10.0.0.7: no other node that it could take is free"),
+        ({"has_spares": True}, ["other"], False, "the run goes on without 10.0.0.7: a spare takes over"),
+        ({"waits_for_seats": True}, ["other"], False, "the run stays on 10.0.0.7: it waits for another node already"),
+    ],
+)
+def test_a_run_leaves_a_bad_node_if_another_is_free_and_no_spare_takes_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, bool], free: list[str], left: bool, told: str
+) -> None:
+    driver, asked = Driver(tmp_path, "keep", monkeypatch), list[list[str]]()
+    driver.bad_nodes.excluded = ["unfit"]
+    monkeypatch.setattr(bad_nodes_module, "free_nodes", lambda resources, besides: asked.append([*besides]) or free)
+    agents = (AgentInfo("a", 0, 1, HOST, 29500, pid=1, node_id="first-life"),)
+    status = Status(1, True, None, 7, {}, None, None, agents, None, None, **changes)
+    assert driver.bad_nodes.are_left([found(None)], status) is left
+    assert driver.lines == [told] and asked in ([], [["unfit", "first-life"]])
+    assert driver.bad_nodes.excluded == (["unfit", "first-life"] if left else ["unfit"])
+    assert not driver.bad_nodes.are_left([found(None)] if left else [], status) and len(driver.lines) == 1

@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import asdict, replace
 from datetime import UTC, datetime, timedelta
@@ -261,16 +262,40 @@ def test_the_heart_beats_while_agents_still_upload(tmp_path: Path, monkeypatch: 
             assert time.monotonic() < deadline, "no heartbeat"
             beats.add(json.loads((tmp_path / "run/run.json").read_text())["heartbeat_unix"])
 
+    run_without_ray(watched, monkeypatch, upload, fails_with="loss nan")
+    assert len(beats) == 4
+
+
+def run_without_ray(
+    watched: Watched, monkeypatch: pytest.MonkeyPatch, fit: Callable[[], None], fails_with: str
+) -> None:
+    """All of a driver's run. fit: what Ray Train and the agents do."""
     monkeypatch.setattr(driver_module, "start_coordinator", lambda *arguments: watched.actor)
     monkeypatch.setattr(driver_module, "name_job", lambda name: None)
     monkeypatch.setattr(driver_module, "ClusterWatch", lambda **addresses: contextlib.nullcontext())
     monkeypatch.setattr(driver_module, "raylet_address", lambda: "127.0.0.1:2")
     context = SimpleNamespace(gcs_address="127.0.0.1:1")
     monkeypatch.setattr(driver_module.ray, "get_runtime_context", lambda: context)
-    monkeypatch.setattr(watched.driver, "_trainer", lambda coordinator: SimpleNamespace(fit=upload))
-    with watched.display, pytest.raises(RunFailed, match="loss nan"):
+    monkeypatch.setattr(watched.driver, "_trainer", lambda coordinator: SimpleNamespace(fit=fit))
+    with watched.display, pytest.raises(RunFailed, match=fails_with):
         watched.driver.run()
-    assert len(beats) == 4
+
+
+def test_what_became_of_a_bad_instance_is_in_the_record_also_where_its_fault_ended_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fault = classify([], [DMA_ERROR])
+    watched = Watched(tmp_path, monkeypatch, parse_config(job_text({"fault.bad_instance": "reboot"})))
+
+    def break_and_end() -> None:
+        order = watched.actor.on_loop.join(AGENT).result()
+        # Both before the driver looks again.
+        watched.actor.on_loop.tell(CannotGoOn("its hardware broke"))
+        watched.actor.on_loop.exited(AGENT, order, NodeEnded(fault=fault)).result()
+
+    run_without_ray(watched, monkeypatch, break_and_end, fails_with="its hardware broke")
+    (incident,) = [each for each in watched.keeper.record.incidents or () if each["what"] == "node"]
+    assert incident["where"] == "127.0.0.1" and "it is no EC2 instance" in incident["cause"]
 
 
 def test_controllers_that_die_again_and_again_end_the_run_unless_it_gets_on(

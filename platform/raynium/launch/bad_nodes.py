@@ -1,21 +1,18 @@
 """The nodes that verdicts of this run, and of others of its root, have named: remembered, left out, and cured."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from raynium.cluster.instances import ask_ec2
 from raynium.config.schema import Config
 from raynium.errors import LaunchError, StoreError
 from raynium.health.report import Report
-from raynium.launch.nodes import fitting_nodes, node_hosts, node_resources, own_nodes, users_of
+from raynium.launch.nodes import fitting_nodes, free_nodes, node_hosts, node_resources, own_nodes, users_of
 from raynium.run.bad_nodes import EC2Call, left_out, lift, remember, remembered
-from raynium.run.protocol import NodeFault
+from raynium.run.protocol import NodeFault, Status
 from raynium.storage.store import Store
 from raynium.tracking.incidents import Incidents
-
-# For a call that EC2 has not answered when the run ends.
-LAST_ANSWER_SECONDS = 60.0
 
 
 class BadNodes:
@@ -26,6 +23,8 @@ class BadNodes:
         self._config, self._tell, self._incidents = config, tell, incidents
         self._call: EC2Call | None = None if config.fault.bad_instance == "keep" else config.fault.bad_instance
         self._root = Store(run.url.rpartition("/")[0])
+        # Ids of nodes on which no agent is to be placed, also in a lost one's place.
+        self.excluded: list[str] = []
         # Whose instances EC2 is still to be asked about, and has been: a reboot that did not help is not repeated.
         self._waiting: list[NodeFault] = []
         self._asked: set[str] = set()
@@ -60,6 +59,29 @@ class BadNodes:
                     self._tell(f"node {node.host} was rebooted, passes its preflight, and is admitted again")
         except StoreError as error:
             self._tell(f"nodes that were rebooted stay left out: {error}")
+
+    def are_left(self, new_faults: Sequence[NodeFault], status: Status) -> bool:
+        """Whether the agents are to start anew on other nodes, since as many as verdicts have named are free now.
+
+        That costs the snapshots in memory: the run goes on from its newest checkpoint. Staying costs the same again.
+        """
+        bad = {fault.node_id: fault.host for fault in new_faults if fault.node_id not in self.excluded}
+        if not bad:
+            return False
+        hosts = ", ".join(bad.values())
+        if status.has_spares:
+            self._tell(f"the run goes on without {hosts}: a spare takes over")
+            return False
+        if status.waits_for_seats:
+            self._tell(f"the run stays on {hosts}: it waits for another node already")
+            return False
+        taken = [*self.excluded, *(agent.node_id for agent in status.agents)]
+        if len(free_nodes(node_resources(self._config), besides=taken)) < len(bad):
+            self._tell(f"the run stays on {hosts}: no other node that it could take is free")
+            return False
+        self.excluded += bad
+        self._tell(f"the run leaves {hosts} and goes on on other nodes, from its newest checkpoint")
+        return True
 
     def remember(self, found: NodeFault) -> None:
         """A verdict of this run's."""

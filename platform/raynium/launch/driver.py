@@ -4,6 +4,7 @@ It starts the coordinator and Ray Train, shows progress, keeps the run record, a
 What comes before is in `preparation.py`, what comes after in `run.py`.
 """
 
+import contextlib
 import json
 import logging
 import math
@@ -31,7 +32,6 @@ from raynium.launch.head import ClusterWatch
 from raynium.launch.nodes import (
     Waiting,
     draining_nodes,
-    free_nodes,
     label_selector,
     name_job,
     node_resources,
@@ -110,8 +110,8 @@ class Driver:
             prepared.mlflow, open_mlflow=prepared.open_mlflow, dtype=self.config.engine.dtype, tell=display.line
         )
         self._seats = Seats(self.config, tell=display.line)
-        # Ids of nodes that a preflight or a verdict named.
-        self._excluded: list[str] = []
+        # Ids of nodes that a preflight or a verdict named: one list for both.
+        self._excluded = self._bad_nodes.excluded
         # Before the one that runs: the agents were sent home to start on other nodes, or Ray Train's controller died.
         self._trainers = 0
         # Controllers lost since a checkpoint, and the newest one then.
@@ -160,12 +160,15 @@ class Driver:
             self._trainers += 1
             self._wait_for_seats()
         keeper.finishing()
-        # Without any, Ray Train waits for nodes.
-        if status.agents:
-            with keeper.beating():
+        with keeper.beating():
+            # Without any, Ray Train waits for nodes.
+            if status.agents:
                 self._wait_for_agents(coordinator, fitting)
-        self._bad_nodes.close(step=status.step)
+            self._bad_nodes.close(step=status.step)
         if status.ended == "failed" or status.ended is None:
+            # EC2 may have answered since the last record.
+            with contextlib.suppress(StoreError):
+                keeper.update(incidents=self._incidents_with(status) or None)
             cause = status.cause or f"Ray Train ended the run: {fitting.error}"
             raise RunFailed(f"run {self.config.run.name!r} failed at step {status.step}: {cause}")
         return status
@@ -361,27 +364,10 @@ class Driver:
         return bool(status.agents) or time.monotonic() - self._life_began >= AGENTS_SPEAK_SECONDS
 
     def _leave_bad_nodes(self, coordinator: Any, status: Status, new_faults: list[NodeFault]) -> None:
-        """Has the agents start anew on other nodes once a verdict named one of theirs, if as many others are free now.
-
-        That costs the snapshots in memory: the run goes on from its newest checkpoint. Staying costs the same again.
-        """
-        bad = {fault.node_id: fault.host for fault in new_faults if fault.node_id not in self._excluded}
-        if not bad or self._moving:
+        """Has the agents start anew on other nodes, once a verdict named one of theirs and as many others are free."""
+        if self._moving or not self._bad_nodes.are_left(new_faults, status):
             return
-        hosts = ", ".join(bad.values())
-        if status.has_spares:
-            self.display.line(f"the run goes on without {hosts}: a spare takes over")
-            return
-        if status.waits_for_seats:
-            self.display.line(f"the run stays on {hosts}: it waits for another node already")
-            return
-        taken = [*self._excluded, *(agent.node_id for agent in status.agents)]
-        if len(free_nodes(node_resources(self.config), besides=taken)) < len(bad):
-            self.display.line(f"the run stays on {hosts}: no other node that it could take is free")
-            return
-        self._excluded += bad
         self._moving = True
-        self.display.line(f"the run leaves {hosts} and goes on on other nodes, from its newest checkpoint")
         self._calls.submit(coordinator.leave.remote, *LEFT)
 
     def _take_more_nodes(self, coordinator: Any, status: Status) -> None:

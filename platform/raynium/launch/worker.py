@@ -30,6 +30,9 @@ AGENT_BEFORE_SECONDS = 60.0
 ZONE_LABEL = "ray.io/availability-zone"
 PLACEMENT_GROUP_LABEL = "placement-group"
 
+# For the store to say whether this node was found bad.
+MARK_SECONDS = 30.0
+
 
 @dataclass(frozen=True)
 class RayCoordinator:
@@ -69,7 +72,8 @@ def run_agent(settings: dict[str, Any]) -> None:
     coordinator = RayCoordinator(settings["coordinator"])
     # Of text, though its annotation has lists.
     labels = cast(dict[str, str], ray.get_runtime_context().get_node_labels())
-    root = Store(settings["run_url"].rpartition("/")[0])
+    # That a node was bad is worth less than that it starts while the store is away.
+    root = Store(settings["run_url"].rpartition("/")[0], limit_seconds=MARK_SECONDS)
     readmission = Readmission(config, root, host=host, node_id=node_id, tell=lambda text: coordinator.tell(Said(text)))
     agent = NodeAgent(
         config=config,
