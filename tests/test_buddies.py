@@ -120,7 +120,7 @@ def test_a_copy_that_comes_in_while_another_generation_begins_is_of_no_use(node:
     snapshot = first.snapshot(5)
     with Client(second.address, authkey=SECRET) as connection:
         connection.send_bytes(json.dumps({"do": "put", "rank": 0} | buddies_module._header(snapshot)).encode())
-        for data in buddies_module._chunks(snapshot):
+        for data in buddies_module._chunks(snapshot, []):
             connection.send_bytes(data)
         wait_for(lambda: second.buddies._coming)
         second.buddies.begin_generation(None, None)
@@ -137,7 +137,7 @@ def test_a_sender_that_falls_silent_is_given_up_and_leaves_no_memory_taken(
     snapshot = first.snapshot(5)
     with Client(second.address, authkey=SECRET) as connection:
         connection.send_bytes(json.dumps({"do": "put", "rank": 0} | buddies_module._header(snapshot)).encode())
-        connection.send_bytes(next(buddies_module._chunks(snapshot)))
+        connection.send_bytes(next(buddies_module._chunks(snapshot, [])))
         wait_for(lambda: list(second.folder.glob("copy-*")))
         wait_for(lambda: not second.buddies._coming)
         assert not list(second.folder.glob("copy-*"))
@@ -166,7 +166,7 @@ def test_bytes_that_were_changed_on_their_way_become_no_copy(node: Callable[...,
     snapshot = first.snapshot(5)
     with Client(second.address, authkey=SECRET) as connection:
         connection.send_bytes(json.dumps({"do": "put", "rank": 0} | buddies_module._header(snapshot)).encode())
-        for number, data in enumerate(buddies_module._chunks(snapshot)):
+        for number, data in enumerate(buddies_module._chunks(snapshot, [])):
             connection.send_bytes(data if number else data[:-1] + b"?")
         answer = connection.recv_bytes()
     assert answer == b"the bytes of copy-00000.0.safetensors are not those that were sent"
@@ -193,7 +193,7 @@ def test_a_file_that_is_too_short_is_not_sent(node: Callable[..., Node]) -> None
     snapshot = first.snapshot(5)
     Path(snapshot.info.path).write_bytes(b"short")
     with pytest.raises(CopyError, match="is shorter than its"):
-        list(buddies_module._chunks(snapshot))
+        list(buddies_module._chunks(snapshot, []))
 
 
 def test_who_connects_and_says_nothing_holds_up_nobody(node: Callable[..., Node]) -> None:

@@ -28,7 +28,7 @@ from raynium.errors import CheckpointError
 from raynium.node.images import NodeImages, Snapshot
 from raynium.run.held_images import HeldImages
 from raynium.run.protocol import Address
-from raynium.storage.checksum import UNIT_BYTES, checksum, checksum_units, list_to_text, to_text
+from raynium.storage.checksum import UNIT_BYTES, FileChecksums, checksum_units, list_to_text, to_text
 from raynium.storage.local_files import mapped
 from raynium.storage.peers import BROKEN, CHUNK_BYTES, admit, connect, receive, send
 
@@ -69,6 +69,8 @@ class Buddies:
         self._copies: dict[int, dict[int, Snapshot]] = defaultdict(dict)
         # What this generation's ranks have written snapshots of.
         self._steps: set[int] = set()
+        # Rank → what was sent of it last, with the checksums that had to be made for that.
+        self._sums: dict[int, tuple[Snapshot, FileChecksums]] = {}
         # Of copies that ranks of another world read.
         self._described: dict[str, ShardEntry] = {}
         self._describing = threading.Lock()
@@ -110,7 +112,10 @@ class Buddies:
                 # An upload goes on: it has opened its file.
                 for info, path in zip((snapshot.info, snapshot.replicas), self._paths(rank, ADOPTED), strict=True):
                     infos.append(info.model_copy(update={"path": str(Path(info.path).rename(path))}))
-                self._copies[rank][ADOPTED] = replace(snapshot, info=infos[0], replicas=infos[1])
+                sent, sums = self._sums.get(rank, (None, None))
+                sums = sums if sent is snapshot else None
+                self._copies[rank][ADOPTED] = replace(snapshot, info=infos[0], replicas=infos[1], sums=sums)
+            self._sums.clear()
 
     def held(self) -> tuple[HeldImages, ...]:
         """What ranks of another node could start from, once it is fetched."""
@@ -150,7 +155,7 @@ class Buddies:
         """
         own, ranks_of = (self._host, self.port), defaultdict[Address, list[int]](list)
         for rank, holder in holders.items():
-            ranks_of[holder].append(rank)
+            ranks_of[own if self._has(rank, held) else holder].append(rank)
 
         def ask(holder: Address) -> list[ShardEntry]:
             if holder == own:
@@ -205,10 +210,12 @@ class Buddies:
             contextlib.closing(connect(to, self._secret)) as connection,
         ):
             connection.send_bytes(json.dumps({"do": "put", "rank": rank} | _header(snapshot)).encode())
-            for data in _paced(_chunks(snapshot), self._bytes_per_second):
+            sums: list[FileChecksums] = []
+            for data in _paced(_chunks(snapshot, sums), self._bytes_per_second):
                 connection.send_bytes(data)
             if not still_there():
                 raise CopyError("its rank writes that image again")
+            self._sums[rank] = snapshot, sums[0]
             connection.send_bytes(b"whole")
             if (answer := connection.recv_bytes()) != b"kept":
                 raise CopyError(answer.decode(errors="replace"))
@@ -251,7 +258,7 @@ class Buddies:
         except _Absent as absent:
             return send(connection, {"absent": str(absent)})
         send(connection, _header(found))
-        for data in _chunks(found):
+        for data in _chunks(found, []):
             connection.send_bytes(data)
 
     def _describe(self, connection: Connection, asked: dict[str, object]) -> None:
@@ -279,6 +286,10 @@ class Buddies:
                 connection.send_bytes(data)
                 begin += len(data)
 
+    def _has(self, rank: int, wanted: HeldImages) -> bool:
+        with self._lock:
+            return any(_is(each, wanted) for each in self._copies.get(rank, {}).values())
+
     def _copy(self, rank: int, wanted: HeldImages | Mapping[str, object]) -> Snapshot:
         if isinstance(wanted, HeldImages):
             wanted = {"generation_id": wanted.generation_id, "step": wanted.step}
@@ -294,8 +305,10 @@ class Buddies:
         info = snapshot.info
         with self._describing:
             if (known := self._described.get(info.path)) is None:
-                with Path(info.path).open("rb") as file:
-                    sums = checksum_units(mapped(file, info.size), UNIT_BYTES)
+                if (sums := snapshot.sums) is None:
+                    # Of the newest image that was not sent to a buddy before the ranks died.
+                    with Path(info.path).open("rb") as file:
+                        sums = checksum_units(mapped(file, info.size), UNIT_BYTES)
                 entry = FileEntry(
                     key=shard_key(snapshot.generation_id, rank),
                     size=sums.size,
@@ -387,41 +400,49 @@ def _header(snapshot: Snapshot) -> dict[str, object]:
     }
 
 
-def _chunks(snapshot: Snapshot) -> Iterator[bytes]:
-    """The bytes of both files, each followed by their checksum."""
+def _chunks(snapshot: Snapshot, sums: list[FileChecksums]) -> Iterator[bytes]:
+    """The bytes of both files, each followed by the checksum of all. sums: gets those of each file's units."""
     for info in (snapshot.info, snapshot.replicas):
-        crc, left = 0, info.size
+        crcs: list[int] = []
         with Path(info.path).open("rb", buffering=0) as file:
-            while left:
-                data = file.read(min(CHUNK_BYTES, left))
-                if not data:
+            for length in _lengths(info.size):
+                data = file.read(length)
+                if len(data) != length:
                     raise CopyError(f"{info.path} is shorter than its {info.size} bytes")
-                crc, left = checksum(data, crc), left - len(data)
+                crcs += checksum_units(data, UNIT_BYTES).unit_crcs
                 yield data
-        yield crc.to_bytes(8, "little")
+        sums.append(FileChecksums(info.size, UNIT_BYTES, crcs))
+        yield sums[-1].crc.to_bytes(8, "little")
 
 
 def _receive(connection: Connection, header: dict[str, object], paths: Sequence[Path]) -> Snapshot:
     """Writes the files; CopyError if they are not what was sent. Reads no more than the header says."""
     texts = header["files"]
     assert isinstance(texts, list)
-    infos = [ImageInfo.from_json(str(text)) for text in texts]
-    found = []
+    infos, sums = [ImageInfo.from_json(str(text)) for text in texts], list[FileChecksums]()
     for info, path in zip(infos, paths, strict=True):
-        crc, left = 0, info.size
+        crcs: list[int] = []
         # Whoever still writes the file of before, from a sender that is silent, writes another.
         path.unlink(missing_ok=True)
         with path.open("wb") as file:
-            while left:
-                data = connection.recv_bytes(min(CHUNK_BYTES, left))
-                crc, left = checksum(data, crc), left - len(data)
+            for length in _lengths(info.size):
+                data = connection.recv_bytes(length)
+                crcs += checksum_units(data, UNIT_BYTES).unit_crcs
                 file.write(data)
-        if connection.recv_bytes(8) != crc.to_bytes(8, "little"):
+            size = file.tell()
+        if size == info.size:
+            sums.append(FileChecksums(size, UNIT_BYTES, crcs))
+        if size != info.size or connection.recv_bytes(8) != sums[-1].crc.to_bytes(8, "little"):
             raise CopyError(f"the bytes of {path.name} are not those that were sent")
-        found.append(info.model_copy(update={"path": str(path)}))
     world, parent = header["world"], header["parent_step"]
     assert isinstance(world, dict) and (parent is None or isinstance(parent, int))
-    return Snapshot(str(header["generation_id"]), World.from_json(world), parent, *found)
+    info, replicas = (info.model_copy(update={"path": str(path)}) for info, path in zip(infos, paths, strict=True))
+    return Snapshot(str(header["generation_id"]), World.from_json(world), parent, info, replicas, sums=sums[0])
+
+
+def _lengths(size: int) -> Iterator[int]:
+    """Of the messages that a file is sent in."""
+    return (min(CHUNK_BYTES, size - begin) for begin in range(0, size, CHUNK_BYTES))
 
 
 def _paced(chunks: Iterator[bytes], bytes_per_second: float) -> Iterator[bytes]:

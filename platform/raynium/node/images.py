@@ -11,12 +11,16 @@ from pathlib import Path
 from raynium.checkpoint.format.manifest import ImageInfo, ShardEntry
 from raynium.config.world import World
 from raynium.run.held_images import HeldImages
+from raynium.storage.checksum import FileChecksums
 from raynium.train.link import IMAGE_SLOTS
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """One rank's state of one step, complete in this node's memory. parent_step: that its generation started from."""
+    """One rank's state of one step, complete in this node's memory. parent_step: that its generation started from.
+
+    sums: of `info`'s file, where they were made for a copy.
+    """
 
     generation_id: str
     world: World
@@ -25,6 +29,7 @@ class Snapshot:
     info: ImageInfo
     replicas: ImageInfo
     taken: float = field(default_factory=time.monotonic)
+    sums: FileChecksums | None = None
 
 
 @dataclass(frozen=True)

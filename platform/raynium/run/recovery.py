@@ -242,11 +242,14 @@ def newest_of_other_worlds(
     ready: agents without ranks, of which only those that take copies can be read from.
     """
     found: dict[tuple[int, str, World], dict[int, Address]] = defaultdict(dict)
-    for agent in ready:
-        for held in (*agent.images, *agent.copies) if agent.buddy_port else ():
-            if held.world != world and (before is None or held.step < before):
-                for rank in held.ranks:
-                    found[held.step, held.generation_id, held.world].setdefault(rank, (agent.host, agent.buddy_port))
+    readable = [agent for agent in ready if agent.buddy_port]
+    # Who has a rank's own image is asked before who has the copy: then each node is asked for as much.
+    own = [(agent, held) for agent in readable for held in agent.images]
+    copies = [(agent, held) for agent in readable for held in agent.copies]
+    for agent, held in (*own, *copies):
+        if held.world != world and (before is None or held.step < before):
+            for rank in held.ranks:
+                found[held.step, held.generation_id, held.world].setdefault(rank, (agent.host, agent.buddy_port))
     whole = [key for key, of in found.items() if len(of) == key[2].size and (key[1], key[0]) not in distrusted]
     if not whole:
         return Origin()
