@@ -215,7 +215,7 @@ def test_a_generation_starts_from_memory_and_copies_if_these_are_of_one_step() -
     own, copy = HeldImages("g1", 10, (0,), WORLD), HeldImages("g1", 10, (1,), WORLD)
     stays = replace(FIRST, images=(own,), copies=(copy,))
     assert newest_images((stays, SECOND), WORLD) == HeldImages("g1", 10, (0, 1), WORLD)
-    assert copies_of(own, (stays, SECOND)) == {1: ("127.0.0.2", 7000)}
+    assert copies_of(own, (stays, SECOND)) == {("127.0.0.2", 7000): range(1, 2)}
     assert copies_of(own, (stays, replace(SECOND, images=(copy,)))) == {}, "it lives, and has its own"
     assert newest_images((replace(stays, copies=(replace(copy, step=5),)), SECOND), WORLD) is None
     assert newest_images((stays, SECOND), WORLD, distrusted=[("g1", 10)]) is None

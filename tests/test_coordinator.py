@@ -996,7 +996,7 @@ def test_a_smaller_world_begins_with_what_the_larger_one_left_in_memory_unless_t
         second = await run.join(survivor)
         assert isinstance(second, Order) and second.world.nodes == 1
         assert (second.resume_step, second.resume_images) == (3, HeldImages(order.generation_id, 3, (0, 1), WORLD))
-        assert second.reshapes and second.copies == {0: ("127.0.0.2", 7000), 1: ("127.0.0.2", 7000)}
+        assert second.reshapes and second.copies == {("127.0.0.2", 7000): range(2)}
         texts = [event.text for event in (await run.status(0)).events]
         assert "generation 2: 1 ranks on 1 node(s), from the snapshot of step 3 in memory of 2 ranks" in texts
 
@@ -1059,7 +1059,7 @@ def test_who_stands_by_lends_what_ranks_of_another_world_begin_with(tmp_path: Pa
         old = World.of(parse_config(JOB), nodes=1)
         has_all = replace(agent(0), images=(HeldImages("g1", 3, (0,), old),), buddy_port=7000)
         order, _ = await asyncio.gather(run.join(has_all), run.join(agent(1)))
-        assert isinstance(order, Order) and order.reshapes and order.copies == {0: ("127.0.0.2", 7000)}
+        assert isinstance(order, Order) and order.reshapes and order.copies == {("127.0.0.2", 7000): range(1)}
         assert await run.join(agent(2)) == StandBy(1, order.resume_images)
 
     asyncio.run(play())

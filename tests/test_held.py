@@ -139,7 +139,7 @@ def held(node: Callable[[str], Node], tmp_path: Path) -> Held:
     return Held(nodes, commit(store, entries), HeldImages("g1", STEP, tuple(range(6)), of))
 
 
-def holders_of(nodes: Sequence[Node], of: World) -> dict[int, Address]:
+def holders_of(nodes: Sequence[Node], of: World) -> dict[Address, Sequence[int]]:
     found = newest_of_other_worlds([each.info() for each in nodes], of)
     assert found.images is not None and found.images.step == STEP
     return found.holders
@@ -180,7 +180,7 @@ def test_a_snapshot_that_no_buddy_has_is_begun_with_too(node: Callable[[str], No
     images = one.images.held()[0]
     one.begins([0, 1], keep=images)
     new.begins([2, 3], keep=images)
-    ref = find_held(new.buddies.gather(images, dict.fromkeys((0, 1), (HOST, one.buddies.port))))
+    ref = find_held(new.buddies.gather(images, {(HOST, one.buddies.port): (0, 1)}))
     wanted = chunks_of(tensors, 2, world(2))
     for (mine, is_absent), theirs in zip(loaded(ref, 2, world(2)), wanted, strict=True):
         assert is_absent or same_bits(mine.tensor, theirs.tensor), mine.name
@@ -209,9 +209,9 @@ def test_a_snapshot_of_which_a_part_is_lost_or_changed_is_not_begun_with(
         each.begins([0, 1], keep=held.images)
     third.begins([0, 1])
     with pytest.raises(CopyError, match=r"step 7 could not be had from 127\.0\.0\.1: it has no such copy"):
-        first.buddies.gather(held.images, holders | {2: (HOST, third.buddies.port)})
+        first.buddies.gather(held.images, holders | {(HOST, third.buddies.port): [2]})
     with pytest.raises(CopyError, match=r"of step 7 in memory is of no use: .* 4 shards for 6 ranks"):
-        first.buddies.gather(held.images, {rank: (HOST, first.buddies.port) for rank in (0, 1, 4, 5)})
+        first.buddies.gather(held.images, {(HOST, first.buddies.port): (0, 1, 4, 5)})
 
     path = first.buddies.gather(held.images, holders)
     ref = find_held(path)
@@ -270,12 +270,12 @@ def test_the_newest_snapshot_of_another_world_is_that_which_is_whole_among_all_w
     both = agent(2, images=(part(5, 0, 1), part(6, 0, 1), part(9, 0, 1, of=now)), copies=(part(5, 2, 3),))
     found = newest_of_other_worlds([both], now)
     assert found.images == part(5, 0, 1, 2, 3), "step 6 lacks two ranks, and step 9 is of the same world"
-    assert found.holders == dict.fromkeys(range(4), ("127.0.0.2", 7))
+    assert found.holders == {("127.0.0.2", 7): range(4)}
     spare = agent(3, images=(part(5, 2, 3),), copies=(part(6, 2, 3),))
     found = newest_of_other_worlds([both, spare], now)
-    assert found.images == part(6, 0, 1, 2, 3) and found.holders[2] == ("127.0.0.3", 7)
+    assert found.images == part(6, 0, 1, 2, 3) and found.holders["127.0.0.3", 7] == range(2, 4)
     found = newest_of_other_worlds([both, spare], now, before=6)
-    assert found.holders[2] == ("127.0.0.3", 7), "who has its own image and not a copy"
+    assert found.holders["127.0.0.3", 7] == range(2, 4), "who has its own image and not a copy"
     assert newest_of_other_worlds([both, spare], now, before=6).images == part(5, 0, 1, 2, 3)
     assert newest_of_other_worlds([both, spare], now, distrusted=[("g1", 6), ("g1", 5)]).images is None
     assert newest_of_other_worlds([agent(2, images=both.images, copies=both.copies, port=0)], now).images is None

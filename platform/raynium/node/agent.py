@@ -340,8 +340,9 @@ class NodeAgent:
             if order.reshapes:
                 where = str(self._buddies.gather(held, order.copies))
             else:
-                for rank in order.copies.keys() & set(self._ranks(order)):
-                    self._buddies.fetch(rank, held, order.copies[rank])
+                for holder, ranks in order.copies.items():
+                    for rank in set(ranks) & set(self._ranks(order)):
+                        self._buddies.fetch(rank, held, holder)
         images = self._saving.images.find(held) if held is not None else {}
         plan = RankPlan(
             config=self.config,

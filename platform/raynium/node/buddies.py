@@ -148,14 +148,16 @@ class Buddies:
 
         self._images.complete(rank, 0, _tried(get, wanted, holder), upload=False)
 
-    def gather(self, held: HeldImages, holders: Mapping[int, Address]) -> Path:
+    def gather(self, held: HeldImages, holders: Mapping[Address, Sequence[int]]) -> Path:
         """Writes down for this node's ranks, which are of another world, what lies where; returns the file.
 
-        holders: of each rank's image. CopyError where something is missing, or is not one whole snapshot.
+        holders: who has which ranks' images. CopyError where something is missing, or is not one whole snapshot.
         """
-        own, ranks_of = (self._host, self.port), defaultdict[Address, list[int]](list)
-        for rank, holder in holders.items():
-            ranks_of[own if self._has(rank, held) else holder].append(rank)
+        own, ranks_of, places = (self._host, self.port), defaultdict[Address, list[int]](list), dict[int, Place]()
+        for holder, ranks in holders.items():
+            for rank in ranks:
+                ranks_of[own if self._has(rank, held) else holder].append(rank)
+                places[rank] = holder
 
         def ask(holder: Address) -> list[ShardEntry]:
             if holder == own:
@@ -166,7 +168,6 @@ class Buddies:
                 _not_absent(receive(connection))
                 return [ShardEntry.from_json(connection.recv_bytes()) for _ in ranks_of[holder]]
 
-        places: dict[int, Place] = dict(holders)
         try:
             with ThreadPoolExecutor(ASKED_AT_ONCE, thread_name_prefix="buddy-asks") as pool:
                 found = list(pool.map(lambda holder: _tried(lambda: ask(holder), held, holder), ranks_of))

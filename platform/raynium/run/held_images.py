@@ -16,10 +16,10 @@ class HeldImages:
     world: World
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "ranks", _as_range(self.ranks))
+        object.__setattr__(self, "ranks", as_range(self.ranks))
 
 
-def _as_range(ranks: Sequence[int]) -> range | tuple[int, ...]:
+def as_range(ranks: Sequence[int]) -> range | tuple[int, ...]:
     """The same ranks, ascending: those that are neighbours, as a node's are, as a range, which takes no room."""
     if isinstance(ranks, range):
         return ranks

@@ -83,7 +83,7 @@ class Order:
     older one can never overwrite. resume_step: None for the initial weights. resume_images: all ranks have these in
     their nodes' memory, and need not read the store. ledger: of the whole run until now. begins: see
     `GenerationBook`. buddies: by node rank, who takes copies of its snapshots, if anybody does. copies: who has the
-    image of resume_images of a rank whose own node has not; of all ranks, where another world's took it.
+    images of resume_images of which ranks whose own nodes have not; of all ranks, where another world's took it.
     """
 
     world: World
@@ -98,7 +98,7 @@ class Order:
     left_out: LeftOut = LeftOut()
     begins: Cause = "load"
     buddies: tuple[Address | None, ...] = ()
-    copies: dict[int, Address] = field(default_factory=dict)
+    copies: dict[Address, Sequence[int]] = field(default_factory=dict)
 
     @property
     def reshapes(self) -> bool:

@@ -4,7 +4,7 @@ import asyncio
 import json
 import math
 from collections import defaultdict
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 
 from raynium.checkpoint.catalog import IfDamaged, resume_point, set_aside, step_folders
@@ -12,7 +12,7 @@ from raynium.checkpoint.format.manifest import CHECKPOINTS_FOLDER
 from raynium.checkpoint.ref import CheckpointRef
 from raynium.config.world import World
 from raynium.errors import CheckpointDamaged, StoreError
-from raynium.run.held_images import HeldImages
+from raynium.run.held_images import HeldImages, as_range
 from raynium.run.leaps import Undo
 from raynium.run.protocol import Address, AgentInfo, LeftOut
 from raynium.storage.backend import KeyMissing
@@ -32,8 +32,8 @@ class Origin:
     checkpoint: CheckpointRef | None = None
     left_out: LeftOut = field(default_factory=LeftOut)
 
-    # Of images that ranks of another world left: of each rank's, who has it.
-    holders: dict[int, Address] = field(default_factory=dict)
+    # Of images that ranks of another world left: who has which ranks'.
+    holders: dict[Address, Sequence[int]] = field(default_factory=dict)
 
     @property
     def step(self) -> int | None:
@@ -255,11 +255,11 @@ def newest_of_other_worlds(
         return Origin()
     newest = max(whole, key=lambda key: key[:2])
     step, generation_id, of = newest
-    return Origin(HeldImages(generation_id, step, range(of.size), of), holders=found[newest])
+    return Origin(HeldImages(generation_id, step, range(of.size), of), holders=_by_holder(found[newest]))
 
 
-def copies_of(images: HeldImages, agents: Sequence[AgentInfo]) -> dict[int, Address]:
-    """Rank → who has a copy of its image, of those ranks whose own node lacks it. Pure. agents: by node rank."""
+def copies_of(images: HeldImages, agents: Sequence[AgentInfo]) -> dict[Address, Sequence[int]]:
+    """Who has copies of images of which ranks, of those whose own nodes lack them. Pure. agents: by node rank."""
     key = images.generation_id, images.step
     own = {
         rank
@@ -268,11 +268,21 @@ def copies_of(images: HeldImages, agents: Sequence[AgentInfo]) -> dict[int, Addr
         if (held.generation_id, held.step) == key
         for rank in set(held.ranks) & set(images.world.ranks_of(node_rank))
     }
-    return {
-        rank: (agent.host, agent.buddy_port)
-        for agent in agents
-        for held in agent.copies
-        if (held.generation_id, held.step) == key
-        for rank in held.ranks
-        if rank not in own
-    }
+    return _by_holder(
+        {
+            rank: (agent.host, agent.buddy_port)
+            for agent in agents
+            for held in agent.copies
+            if (held.generation_id, held.step) == key
+            for rank in held.ranks
+            if rank not in own
+        }
+    )
+
+
+def _by_holder(of_ranks: Mapping[int, Address]) -> dict[Address, Sequence[int]]:
+    """As an order says it: whatever number of ranks a node has, they are mostly neighbours."""
+    found: dict[Address, list[int]] = defaultdict(list)
+    for rank, holder in of_ranks.items():
+        found[holder].append(rank)
+    return {holder: as_range(ranks) for holder, ranks in found.items()}
