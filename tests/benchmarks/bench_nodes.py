@@ -8,8 +8,9 @@ and grows when a node is back. Beside it, on the same nodes, Ray Train's own res
 processes.
 
 Then, what buddy copies cost: two runs of quickstart's model with a snapshot at each fifth step, one with copies, one
-without, take turns of 20 steps; each is held back while the other one trains. Last, heads that die with the driver of a
-run: the supervisor starts it again on the next one.
+without, take turns of 20 steps; each is held back while the other one trains. Their ranks have one core, the agents and
+all else another one, as on a node whose ranks do not compute on all of its cores. Last, heads that die with the driver
+of a run: the supervisor starts it again on the next one.
 
 Passes if the next step comes within 6 s of a lost agent or node (median; without a spare: after the time that was set),
 growing back stops the run for no longer than that, copies make a step at most 2 % slower, and from a new head on the
@@ -41,7 +42,7 @@ from waiting import wait_for as wait_for_seconds
 
 from raynium import Client, Run, find_run
 from raynium.chaos.processes import RunProcesses
-from raynium.chaos.sessions import kill_started
+from raynium.chaos.sessions import kill_started, pids_of_session
 from raynium.chaos.steps import Step, Steps
 from raynium.config.load import load_config
 from raynium.launch.jobs import connect_jobs
@@ -288,9 +289,20 @@ def held_runs(cluster: Cluster, folder: Path, changes: dict[str, Any]) -> Iterat
             runs[copies] = stack.enter_context(Watched(cluster, chaos, f"copies-{copies}".lower(), own))
             let(runs[copies], TURN_STEPS)
             wait_for(lambda copies=copies: len(runs[copies].taken()) >= TURN_STEPS, pause_seconds=0.1)
+        keep_ranks_apart(cluster)
         yield runs
         for run in runs.values():
             let(run, 10**9)
+
+
+def keep_ranks_apart(cluster: Cluster) -> None:
+    """Ranks have the first core from now on, all else of the cluster the last: a node has cores beside its ranks'."""
+    cores = sorted(os.sched_getaffinity(0))
+    for pid in [pid for node in cluster.nodes.values() for pid in pids_of_session(node.pid)]:
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            is_rank = Path(f"/proc/{pid}/comm").read_text(encoding="utf-8").startswith("rank-")
+            for task in os.listdir(f"/proc/{pid}/task"):
+                os.sched_setaffinity(int(task), cores[:1] if is_rank else cores[-1:])
 
 
 def let(watched: Watched, step: int) -> None:
