@@ -6,6 +6,7 @@ Each rank leaves FOLDER/rank-N.pt, what its steps returned and its last state.
 
 import os
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ from _forked_ranks import serve_folders
 from pair_task import PAIR_TASKS
 
 from raynium.accelerators.cpu import CpuAccelerator
+from raynium.accelerators.timeouts import PROCESS_GROUP_TIMEOUT_SECONDS
 from raynium.checkpoint.base import BASE_NAME, base_of
 from raynium.checkpoint.load import load_checkpoint
 from raynium.checkpoint.state import MODEL_PREFIX
@@ -63,6 +65,9 @@ def run_rank(rank: int, folder: Path, scenario: dict) -> None:
     if scenario["poison"] is not None and scenario["poison"][0] == rank:
         task = Poisoned(task, *scenario["poison"][1:])
     engine = build_native_engine(config, world, TestAccelerator(scenario["memory_bytes"][rank]), task, weights=weights)
+    for group in dist.distributed_c10d._world.pg_map if world.size > 1 else ():
+        waits = group._get_backend(torch.device("cpu")).options._timeout
+        assert waits == timedelta(seconds=PROCESS_GROUP_TIMEOUT_SECONDS) or group is dist.group.WORLD
     samples = torch.load(folder / "batches.pt")
     rows = config.train.global_batch_size // engine.data_size
     mine = slice(engine.data_rank * rows, (engine.data_rank + 1) * rows)

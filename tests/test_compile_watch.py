@@ -68,13 +68,18 @@ def test_a_second_shape_is_explained_and_equal_shapes_compile_nothing(compiles: 
         compile_backend=compiles.backend("aot_eager"),
     )
     engine = WatchedEngine(native, torch_compiles=compiles, device_counts=no_counts, link=link)
-    steps(engine, 16, 16)
+    link.phase("step", 1)
+    steps(engine, 16)
+    assert link.phases[:3] == [("step", 1), ("compile", 1), ("step", 1)], "it waits in a collective from then on"
+    assert link.phases[-1] == ("step", 1)
+    steps(engine, 16, first=2)
+    link.phase("evaluate", 2)
     engine.evaluate(batch())
     engine.evaluate(batch())
+    assert link.phases[-2:] == [("compile", 2), ("evaluate", 2)]
     (first, graphs, surprises), (evaluated, _, none) = link.compiles
     assert (first, graphs, surprises) == (1, 2, []), "one graph for both blocks, forward and backward"
     assert (evaluated, none) == (2, []), "the first evaluation may compile: it keeps nothing for a backward"
-    assert ("compile", 1) in link.phases
 
     steps(engine, 16, 16, first=3)
     engine.evaluate(batch())

@@ -2,12 +2,18 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from raynium.accelerators.timeouts import PROCESS_GROUP_TIMEOUT_SECONDS
 from raynium.config.fault import FaultSection
+from raynium.config.load import load_config
+from raynium.config.world import World
+from raynium.node.reports import Reports
 from raynium.run.hangs import (
     COMPILING_SECONDS,
     LEAST_SECONDS,
@@ -22,7 +28,8 @@ from raynium.run.hangs import (
     artifacts_of,
     with_looks,
 )
-from raynium.run.protocol import Look, RankPosition
+from raynium.run.protocol import Look, Order, RankPosition, RanksSeen
+from raynium.train.link import Phase
 
 pytestmark = pytest.mark.quick
 
@@ -44,8 +51,9 @@ def still(seconds: float, step: int = 50, phase: str = "step", *, halted: bool =
 
 def test_a_run_without_a_limit_is_given_ten_times_its_slowest_step_and_at_least_three_minutes() -> None:
     policy = hangs()
-    assert policy.limit_seconds(still(0)) == LEAST_SECONDS == 180
+    assert policy.limit_seconds(still(0)) == LOADING_SECONDS, "a coordinator that was started again knows no step"
     policy.stepped(17.0)
+    assert LEAST_SECONDS == 180
     assert policy.limit_seconds(still(0)) == LEAST_SECONDS
     policy.stepped(20.0)
     policy.stepped(3.0)
@@ -57,9 +65,17 @@ def test_a_run_without_a_limit_is_given_ten_times_its_slowest_step_and_at_least_
 
 def test_a_device_that_tells_of_a_hang_itself_is_waited_for() -> None:
     policy = hangs()
+    policy.stepped(1.0)
     assert judged(policy, still(200), still(200), device_seconds=600) is None
     assert judged(policy, still(659), still(659), device_seconds=600) is None
     assert judged(policy, still(660), still(660), device_seconds=600) is not None
+
+
+def test_what_ends_the_ranks_that_wait_comes_after_every_verdict() -> None:
+    """It would end the one that is healthy, and keep nothing of the one that is not."""
+    policy = hangs()
+    limits = [policy.limit_seconds(still(0, 0, phase)) for phase in PHASES]
+    assert max(limits) + 600 <= PROCESS_GROUP_TIMEOUT_SECONDS
 
 
 def test_a_limit_of_the_config_is_taken_as_it_is() -> None:
@@ -103,6 +119,38 @@ def test_a_long_compilation_is_no_hang_though_all_others_wait_in_a_step() -> Non
     assert judged(policy, still(3600, phase="compile"), still(3590)) is None
     hung = judged(policy, still(COMPILING_SECONDS, phase="compile"), still(3590))
     assert hung is not None and (hung.what, hung.ranks) == ("compilation", (0,))
+
+
+def test_a_rank_that_was_just_stopped_has_been_so_for_one_look_however_long_it_compiled(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Else a debugger's glance at a compilation of ten minutes would be a hang at once."""
+    config = load_config("quickstart", {"cluster.accelerator": "cpu"})
+    told: list[RanksSeen] = []
+    coordinator = SimpleNamespace(tell=told.append)
+    halted: set[int] = set()
+    reports = Reports(config, cast(Any, coordinator), peak_flops_per_rank=lambda: None, halted=halted.__contains__)
+    now = 1000.0
+    monkeypatch.setattr("raynium.node.reports.time.monotonic", lambda: now)
+    reports.begin_generation(Order(World.of(config), (0,), 1, "g1", "127.0.0.1", 1), range(1), None)
+    look = reports.positions_seconds
+
+    def looks(times: int) -> RankPosition:
+        nonlocal now
+        for _ in range(times):
+            now += look
+            reports.tell_positions()
+        return told[-1].positions[0]
+
+    reports.take(0, Phase("compile", 1))
+    assert looks(100) == RankPosition(1, "compile", False, pytest.approx(100 * look))
+    halted.add(0)
+    assert looks(1) == RankPosition(1, "compile", True, pytest.approx(look))
+    assert looks(4).still_seconds == pytest.approx(5 * look)
+    halted.clear()
+    assert looks(1) == RankPosition(1, "compile", False, pytest.approx(106 * look))
+    halted.add(0)
+    assert looks(1).still_seconds == pytest.approx(look)
 
 
 @pytest.mark.parametrize(

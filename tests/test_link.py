@@ -141,6 +141,21 @@ def test_an_image_is_written_only_once_the_agent_says_that_it_is_free(start: Cal
     assert rank.end() == (0, "")
 
 
+def test_behind_a_compilation_the_phase_goes_on_that_it_fell_into(start: Callable[..., Rank]) -> None:
+    rank = start(
+        "link.phase('step', 3)\n"
+        "link.compiling(True); link.compiling(True); link.compiling(False)\n"
+        "link.step(3, {})\n"
+        "link.compiling(True); link.compiling(False)\n"
+        "link.close()"
+    )
+    told = [(each["kind"], each.get("name"), each["step"]) for each in rank.receive_all()]
+    phases = [("step", 3), ("compile", 3), ("compile", 3), ("step", 3)]
+    behind = [("Stepped", None, 3), ("Phase", "compile", 4), ("Phase", "fetch", 4)]
+    assert told == [("Phase", *each) for each in phases] + behind
+    assert rank.end() == (0, "")
+
+
 def test_images_are_written_in_the_order_in_which_they_were_offered(start: Callable[..., Rank]) -> None:
     """Not the lower number first: that may be the one which another rank's end makes worth keeping."""
     rank = start(

@@ -87,6 +87,9 @@ class StandaloneLink:
     def has_free_image(self) -> bool:
         return True
 
+    def compiling(self, started: bool) -> None:
+        pass
+
     def wait_free_image(self) -> int:
         # `image` returns when the image is no longer needed.
         return 0

@@ -7,6 +7,7 @@ step is over.
 """
 
 from collections.abc import Iterator
+from datetime import timedelta
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -17,12 +18,14 @@ import torch._dynamo
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import _set_pg_timeout  # pyright: ignore[reportPrivateUsage]
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Partial, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from raynium.accelerators import Accelerator, native_fsdp
 from raynium.accelerators.cpu import usable_cores
+from raynium.accelerators.timeouts import PROCESS_GROUP_TIMEOUT_SECONDS
 from raynium.checkpoint.state import MODEL_PREFIX, Chunk
 from raynium.config.schema import Config
 from raynium.config.world import World
@@ -381,6 +384,9 @@ class NativeEngine:
 
 def _mesh_place(world: World, accelerator: Accelerator) -> MeshPlace:
     mesh = init_device_mesh(accelerator.device_type, (world.data, world.tensor), mesh_dim_names=("data", "tensor"))
+    # Groups of a mesh begin with torch's own timeout, whatever the world's is.
+    for group in mesh.get_all_groups() if accelerator.device_type in ("cpu", "cuda") else ():
+        _set_pg_timeout(timedelta(seconds=PROCESS_GROUP_TIMEOUT_SECONDS), group)
     return MeshPlace(mesh, mesh.get_local_rank("data"), world.data, mesh.get_local_rank("tensor"), world.tensor)
 
 

@@ -64,20 +64,21 @@ class TorchCompiles:
         self._names: dict[str, str] = {}
         # By compile id: why the forward was compiled, which its backward shares.
         self._whys: dict[str, str] = {}
-        self._listeners: list[Callable[[CallbackArgs], None]] = []
+        self._started: list[Callable[[CallbackArgs], None]] = []
+        self._ended: list[Callable[[CallbackArgs], None]] = []
 
-    def on_start(self, listener: Callable[[], None]) -> None:
-        """Has `listener` called when a compilation begins, on the thread that then stands still, until `close`."""
-
-        def started(_: CallbackArgs) -> None:
-            listener()
-
-        self._listeners.append(callback_handler.register_start_callback(started))
+    def watch(self, *, started: Callable[[], None], ended: Callable[[], None]) -> None:
+        """Has these called when a compilation begins and ends, on the thread that compiles, until `close`."""
+        self._started.append(callback_handler.register_start_callback(lambda _: started()))
+        self._ended.append(callback_handler.register_end_callback(lambda _: ended()))
 
     def close(self) -> None:
-        for listener in self._listeners:
+        for listener in self._started:
             callback_handler.remove_start_callback(listener)
-        self._listeners.clear()
+        for listener in self._ended:
+            callback_handler.remove_end_callback(listener)
+        self._started.clear()
+        self._ended.clear()
 
     def backend(self, name: str) -> Backend:
         """torch.compile's backend of that name, watched.

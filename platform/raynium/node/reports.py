@@ -78,6 +78,8 @@ class Reports:
         self._positions: dict[int, RankPosition] = {}
         # Rank → how long it has said nothing, as far as this process looked: it may have been stopped with them.
         self._still: dict[int, float] = {}
+        # The same since a signal stopped it, of those that are stopped.
+        self._halted_for: dict[int, float] = {}
         self._looked = 0.0
         # Since when all ranks of this node have a step behind them.
         self._stepping_since = math.inf
@@ -97,7 +99,7 @@ class Reports:
         trained_step = max(self._trained_step, order.ledger.step)
         self._book = GenerationBook(trained_step=trained_step, now=now, begins=order.begins)
         self._positions = {rank: RankPosition(order.resume_step or 0, "start") for rank in ranks}
-        self._still = dict.fromkeys(ranks, 0.0)
+        self._still, self._halted_for = dict.fromkeys(ranks, 0.0), {}
         self._looked = now
         self._stepping_since = math.inf
         self._times = {}
@@ -167,8 +169,16 @@ class Reports:
         # Of a pause in which this process did not run either, which shows as one long look, no more counts than of two.
         seconds, self._looked = min(now - self._looked, 2 * self.positions_seconds), now
         self._still = {rank: still + seconds for rank, still in self._still.items()}
+        # Seen for the first time it was stopped at some moment since the last look.
+        self._halted_for = {
+            rank: min(self._halted_for.get(rank, 0.0) + seconds, self._still[rank])
+            for rank in self._positions
+            if self._halted(rank)
+        }
         positions = {
-            rank: RankPosition(each.step, each.phase, self._halted(rank), self._still[rank])
+            rank: RankPosition(
+                each.step, each.phase, rank in self._halted_for, self._halted_for.get(rank, self._still[rank])
+            )
             for rank, each in self._positions.items()
         }
         self._coordinator.tell(RanksSeen(self._order.generation, positions, self._device_seconds))

@@ -127,7 +127,7 @@ class Hangs:
         if position.halted:
             return step_seconds
         match position.phase:
-            case "fetch" | "step" if position.step > self._resume_step + WARM_UP_STEPS:
+            case "fetch" | "step" if position.step > self._resume_step + WARM_UP_STEPS and self._knows_steps:
                 return step_seconds
             case "compile":
                 return max(COMPILING_SECONDS, step_seconds)
@@ -136,6 +136,11 @@ class Hangs:
                 return self._fault.upload_silence_seconds + max(LEAST_SECONDS, step_seconds)
             case _:
                 return max(LOADING_SECONDS, step_seconds)
+
+    @property
+    def _knows_steps(self) -> bool:
+        """A coordinator that was started again has been told of none."""
+        return bool(self._step_seconds) or self._fault.hang_seconds is not None
 
     def _limit_of_a_step(self) -> float:
         if self._fault.hang_seconds is not None:

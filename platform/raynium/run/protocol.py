@@ -217,7 +217,7 @@ class Evaluates:
 @dataclass(frozen=True)
 class RankPosition:
     """Where a rank is: the step it works on, or the phase it is in. halted: its process was stopped by a signal.
-    still_seconds: since it last told anything, as far as its agent could look.
+    still_seconds: since it last told anything, or, halted, since it was stopped, as far as its agent could look.
     """
 
     step: int

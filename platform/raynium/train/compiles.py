@@ -50,8 +50,8 @@ class WatchedEngine:
         self._batches: dict[Call, list[tuple[GraphInput, ...]]] = {"step": [], "evaluate": [], "rows": []}
         self._graphs, self._seconds = 0, 0.0
         self._device_graphs, self._device_seconds = _graphs_and_seconds(device_counts())
-        # A heartbeat, since minutes may pass until the next one.
-        torch_compiles.on_start(lambda: link.phase("compile", self._step))
+        # Heartbeats, since minutes may pass in a compilation; behind it the rank is again where it was.
+        torch_compiles.watch(started=lambda: link.compiling(True), ended=lambda: link.compiling(False))
 
     def step(self, batch: Batch, *, step: int, votes: Votes, audit: Audit | None = None) -> StepResult:
         self._report_copies()

@@ -198,6 +198,10 @@ class Link(Protocol):
         """Heartbeat: what this rank does now."""
         ...
 
+    def compiling(self, started: bool) -> None:
+        """Heartbeat: a compilation begins; or it has ended, and the phase that it fell into goes on."""
+        ...
+
     def step(self, step: int, metrics: dict[str, float]) -> None:
         """One finished step."""
         ...
@@ -256,8 +260,8 @@ class AgentLink:
         self._reports_steps = reports_steps
         self._told_evaluation = 0.0
         self._times: list[tuple[float, float]] = []
-        # That the last phase was of.
-        self._step = 0
+        # Name and step of the last one, compilations apart.
+        self._phase = ("start", 0)
         self._outbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self._stop = threading.Event()
         # The agent says which, since older uploads may outlive a generation.
@@ -269,11 +273,17 @@ class AgentLink:
         threading.Thread(target=self._receive_all, name="agent-link-receive", daemon=True).start()
 
     def phase(self, name: str, step: int) -> None:
-        self._step = step
+        self._phase = name, step
         self._post(Phase(name, step))
+
+    def compiling(self, started: bool) -> None:
+        name, step = self._phase
+        self._post(Phase("compile" if started else name, step))
 
     def step(self, step: int, metrics: dict[str, float]) -> None:
         if self._reports_steps:
+            # Which says it of a rank 0.
+            self._phase = "fetch", step + 1
             self._post(Stepped(step, metrics))
         else:
             self.phase("fetch", step + 1)
@@ -311,7 +321,7 @@ class AgentLink:
     def wait_free_image(self) -> int:
         with self._image_freed:
             if not self._free_images:
-                self.phase("upload", self._step)
+                self.phase("upload", self._phase[1])
             self._image_freed.wait_for(self.has_free_image)
             return next(iter(self._free_images))
 
@@ -383,6 +393,10 @@ class MemoryLink:
 
     def phase(self, name: str, step: int) -> None:
         self.phases.append((name, step))
+
+    def compiling(self, started: bool) -> None:
+        before = [each for each in self.phases if each[0] != "compile"] or [("start", 0)]
+        self.phases.append(("compile", before[-1][1]) if started else before[-1])
 
     def step(self, step: int, metrics: dict[str, float]) -> None:
         self.steps[step] = self.steps.get(step, {}) | metrics
