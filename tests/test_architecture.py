@@ -74,10 +74,11 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "generation": ("convert", "data.questions"),
     "terminal": ("run", "rank"),
     "launch.page": ("terminal",),
+    "launch.notify": ("terminal",),
     "run.bad_nodes": ("run",),
     "launch.tasks": (),
     "launch.ray_environment": ("node",),
-    "launch.preparation": ("node", "convert", "data.build"),
+    "launch.preparation": ("node", "convert", "data.build", "launch.notify"),
     "launch": (
         "config.reference",
         "launch.page",

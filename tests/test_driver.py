@@ -28,6 +28,7 @@ from raynium.launch import driver as driver_module
 from raynium.launch import page as page_module
 from raynium.launch import stop_signals
 from raynium.launch.driver import Driver
+from raynium.launch.notify import notifier_of
 from raynium.launch.preparation import Prepared
 from raynium.launch.ray_environment import RAY_DEFAULTS
 from raynium.run.coordinator import RunCoordinator
@@ -97,7 +98,7 @@ class Watched:
         prepared = Prepared(config, store, self.keeper, MLFLOW, lambda: MLFLOW, cast(Any, None), str(folder), self.log)
         self.actor = Actor(store.url, config)
         self.display = Display(4, Console(quiet=True), self.log)
-        self.driver = Driver(prepared, self.display)
+        self.driver = Driver(prepared, self.display, notifier_of(config.fault, self.keeper, self.display.line))
         self.ended: Future[Status] = Future()
         self._thread = threading.Thread(target=self._run)
 
@@ -330,7 +331,7 @@ def test_nodes_are_waited_for_for_days() -> None:
 
 def test_the_second_sigterm_ends_at_once_unless_it_belongs_to_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stop_signals, "SECOND_SIGNAL_SECONDS", 0.2)
-    driver = Driver(PREPARED, cast(Any, SimpleNamespace(line=str)))
+    driver = Driver(PREPARED, cast(Any, SimpleNamespace(line=str)), cast(Any, None))
     with stop_signals.stop_on_signals(driver.request_stop):
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGTERM)
@@ -345,7 +346,7 @@ def test_the_second_sigterm_ends_at_once_unless_it_belongs_to_the_first(monkeypa
 
 @pytest.mark.parametrize("under_nohup", [False, True])
 def test_a_closed_terminal_saves_and_ends_unless_it_is_to_be_outlived(under_nohup: bool) -> None:
-    driver = Driver(PREPARED, cast(Any, SimpleNamespace(line=str)))
+    driver = Driver(PREPARED, cast(Any, SimpleNamespace(line=str)), cast(Any, None))
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN if under_nohup else signal.SIG_DFL)
     try:
         with stop_signals.stop_on_signals(driver.request_stop):

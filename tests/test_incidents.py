@@ -1,9 +1,11 @@
 """What went wrong in a run: one record for each fault, what it cost, and who outside is told of it."""
 
 import json
+import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any, ClassVar
@@ -11,17 +13,18 @@ from xml.etree import ElementTree
 
 import pytest
 from tiny import job_text
-from waiting import wait_for
 
 from raynium.config.fault import FaultSection
 from raynium.config.load import parse_config
 from raynium.config.paths import resolve
 from raynium.errors import ConfigError
-from raynium.launch.notify import Notifier
-from raynium.run.record import claim, read_record
+from raynium.launch.notify import NOTIFY_SECONDS, Notifier
+from raynium.run.record import RunRecord, claim, read_record
+from raynium.storage.process import this_process
 from raynium.storage.store import Store
+from raynium.terminal.report import page_of
 from raynium.tracking.chart import COLOURS, time_chart
-from raynium.tracking.incidents import KEPT, Incidents, merged, row, settled
+from raynium.tracking.incidents import KEPT, Incident, Incidents, merged, row, settled
 from raynium.tracking.ledger import CAUSES, Ledger
 
 
@@ -110,8 +113,16 @@ def test_a_driver_that_was_killed_is_an_incident_of_the_run_that_goes_on(tmp_pat
 
 # ---- who is told ----------------------------------------------------------------------------------------------------
 
-INCIDENT: dict[str, Any] = {"what": "ranks", "step": 1200, "cause": "rank 1: killed by SIGKILL"}
-TEXT = "Raynium run first: ranks failed at step 1,200: rank 1: killed by SIGKILL"
+INCIDENT = Incident("a-1", 0.0, "ranks", "", "rank 1: killed by SIGKILL", 1200).to_json()
+TEXT = "Raynium run first: ranks at step 1,200: rank 1: killed by SIGKILL"
+
+
+def record(*keys: str) -> RunRecord:
+    return RunRecord(
+        *("first", {}, "running", this_process(), 0.0, 0.0),
+        mlflow_uri="http://page", mlflow_experiment_id="1", mlflow_run_id="2",
+        incidents=[INCIDENT | {"key": key} for key in keys or ("a-1",)],
+    )  # fmt: skip
 
 
 class Webhook(BaseHTTPRequestHandler):
@@ -137,18 +148,20 @@ def webhook() -> Iterator[str]:
     server.server_close()
 
 
-def notifier(told: list[str], environment: Mapping[str, str], **fault: Any) -> Notifier:
-    return Notifier(FaultSection(**fault), environment=environment, tell=told.append)
+def notifier(
+    told: list[str], environment: Mapping[str, str], *, notified: Sequence[str] = (), **fault: Any
+) -> Notifier:
+    return Notifier(FaultSection(**fault), notified=notified, environment=environment, tell=told.append)
 
 
 def test_a_command_reads_the_incident_and_a_webhook_gets_the_same(webhook: str, tmp_path: Path) -> None:
     told: list[str] = []
     command = (sys.executable, "-c", f"import sys; open({str(tmp_path / 'got')!r}, 'w').write(sys.stdin.read())")
     sender = notifier(told, {"HOOK": f"{webhook}/good/secret"}, notify_command=command, notify_url="$HOOK")
-    sender.send("first", "http://page", INCIDENT)
-    (posted,) = wait_for(lambda: Webhook.got)
+    sender.hear(record())
     sender.close()
-    message = {"text": TEXT, "run": "first", "page": "http://page", "incident": INCIDENT}
+    (posted,) = Webhook.got
+    message = {"text": TEXT, "run": "first", "page": page_of(record()), "incident": INCIDENT}
     assert posted == ("/good/secret", message)
     assert json.loads((tmp_path / "got").read_text()) == message and told == []
 
@@ -159,6 +172,9 @@ def test_a_command_reads_the_incident_and_a_webhook_gets_the_same(webhook: str, 
         ({"notify_url": "$HOOK"}, {}, "is $HOOK, which holds no http(s) address"),
         ({"notify_url": "$HOOK"}, {"HOOK": "file:///secret"}, "is $HOOK, which holds no http(s) address"),
         ({"notify_url": "$HOOK"}, {"HOOK": "http://[secret"}, "did not take an incident: ValueError"),
+        ({"notify_url": "$HOOK"}, {"HOOK": "http://127.0.0.1:secret/"}, "did not take an incident: InvalidURL"),
+        ({"notify_url": "$HOOK"}, {"HOOK": "http://127.0.0.1:1/secret key"}, "did not take an incident: InvalidURL"),
+        ({"notify_url": "$HOOK"}, {"HOOK": "http://127.0.0.1:1/secret"}, "take an incident: Connection refused"),
         ({"notify_command": (sys.executable, "-c", "import sys; sys.exit('secret')")}, {}, "ended with 1"),
         ({"notify_command": ("/proc/secret",)}, {}, "could not be run: FileNotFoundError"),
     ],
@@ -168,9 +184,8 @@ def test_what_cannot_be_told_is_said_once_without_what_is_secret(
 ) -> None:
     told: list[str] = []
     sender = notifier(told, environment, **fault)
-    for _ in range(2):
-        sender.send("first", None, INCIDENT)
-    sender._thread.shutdown()
+    sender.hear(record("a-1", "a-2"))
+    sender.close()
     (line,) = told
     assert words in line and "secret" not in line
 
@@ -178,10 +193,54 @@ def test_what_cannot_be_told_is_said_once_without_what_is_secret(
 def test_a_webhook_that_refuses_is_told_without_its_address(webhook: str) -> None:
     told: list[str] = []
     sender = notifier(told, {"HOOK": f"{webhook}/bad/secret"}, notify_url="$HOOK")
-    sender.send("first", None, INCIDENT)
-    (line,) = wait_for(lambda: told)
+    sender.hear(record())
     sender.close()
+    (line,) = told
     assert "did not take an incident: HTTP Error 500" in line and "secret" not in line
+
+
+def test_what_a_driver_did_not_come_to_send_the_next_one_sends_and_nothing_twice(webhook: str) -> None:
+    told: list[str] = []
+    sender = notifier(told, {"HOOK": f"{webhook}/good"}, notified=["a-1"], notify_url="$HOOK")
+    sender.hear(record("a-1", "a-2"))
+    sender.hear(record("a-1", "a-2", "driver-7"))
+    sender.close()
+    assert [posted["incident"]["key"] for _, posted in Webhook.got] == ["a-2", "driver-7"] and told == []
+    assert sender.notified(record("a-1", "a-2", "driver-7").incidents or ()) == ["a-1", "a-2", "driver-7"]
+
+
+def test_who_asks_to_be_told_only_now_hears_nothing_old_and_a_variable_that_is_missing_loses_nothing() -> None:
+    for fault, notified in (({}, ["a-1"]), ({"notify_url": "$HOOK"}, [])):
+        sender = notifier([], {}, **fault)
+        sender.hear(record())
+        sender.close()
+        assert sender.notified([INCIDENT]) == notified
+
+
+SILENT = """
+import os, socket
+from raynium.config.fault import FaultSection
+from raynium.launch import notify
+from raynium.run.record import RunRecord
+from raynium.storage.process import this_process
+
+notify.CLOSE_SECONDS = 0.5
+server = socket.create_server(("127.0.0.1", 0))
+hook = {"HOOK": f"http://127.0.0.1:{server.getsockname()[1]}/secret"}
+sender = notify.Notifier(FaultSection(notify_url="$HOOK"), notified=(), environment=hook, tell=print)
+incidents = [{"key": str(n), "what": "ranks", "step": n, "cause": ""} for n in range(3)]
+record = RunRecord("first", {}, "running", this_process(), 0.0, 0.0, incidents=incidents)
+sender.hear(record)
+sender.close()
+print(sender.notified(incidents))
+"""
+
+
+def test_a_webhook_that_is_silent_keeps_no_driver_that_has_ended() -> None:
+    began = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", SILENT], capture_output=True, text=True, check=True, timeout=60)
+    assert time.monotonic() - began < NOTIFY_SECONDS
+    assert done.stdout == "3 incident(s) could not be sent within 0.5 s of the run's end\n[]\n"
 
 
 def test_an_address_in_the_config_itself_is_refused_without_being_repeated() -> None:

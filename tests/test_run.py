@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from raynium.config.load import parse_config
 from raynium.config.schema import Config
 from raynium.errors import ClusterLost, ConfigError, RunFailed, RunInUse, StoreError, TrackingError
 from raynium.launch import driver as driver_module
+from raynium.launch import preparation
 from raynium.launch import run as run_module
 from raynium.launch.preparation import finished_record
 from raynium.launch.run import run
@@ -21,6 +23,7 @@ from raynium.run.fence import claim_key
 from raynium.run.past import Past
 from raynium.run.protocol import Status
 from raynium.run.record import Owner, RunRecord, read_record
+from raynium.storage.process import this_process
 from raynium.storage.store import Store
 from raynium.tracking.client import mlflow_client
 
@@ -139,6 +142,40 @@ def test_a_failure_leaves_its_cause(config: Config, train: Callable[..., list[st
     record = record_of(config)
     assert (record.state, record.cause) == ("failed", "RunFailed: rank 1: killed by SIGKILL")
     assert mlflow_status(record) == "FAILED"
+
+
+def test_who_is_to_be_told_hears_that_the_run_failed_and_of_a_driver_that_was_killed_each_once(
+    config: Config, train: Callable[..., list[str | None]], tmp_path: Path
+) -> None:
+    write = f"import sys; open({str(tmp_path / 'told')!r}, 'a').write(sys.stdin.read() + '\\n')"
+    fault = config.fault.model_copy(update={"notify_command": (sys.executable, "-c", write)})
+    config, told = config.model_copy(update={"fault": fault}), []
+    train(RunFailed("the store is away"))
+    for _ in range(2):
+        with pytest.raises(RunFailed):
+            run(config, address=None)
+        told = [json.loads(line)["incident"] for line in (tmp_path / "told").read_text().splitlines()]
+        assert record_of(config).notified == [each["key"] for each in told]
+        # As if it had been killed in training.
+        left = asdict(record_of(config)) | {"state": "running", "owner": asdict(this_process()) | {"pid_started": "0"}}
+        Store(f"{config.run.root}/{config.run.name}").replace("run.json", json.dumps(left).encode())
+    assert [each["what"] for each in told] == ["run", "driver", "run"]
+    assert told[0]["cause"] == "RunFailed: the store is away" and "ended without a word" in told[1]["cause"]
+
+
+def test_who_is_to_be_told_hears_of_a_run_that_fails_before_it_has_a_node(
+    config: Config, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    write = f"import sys; open({str(tmp_path / 'told')!r}, 'w').write(sys.stdin.read())"
+    fault = config.fault.model_copy(update={"notify_command": (sys.executable, "-c", write)})
+
+    def away(*arguments: Any) -> None:
+        raise StoreError("the store is away")
+
+    monkeypatch.setattr(preparation, "keep_tokenizer", away)
+    with pytest.raises(StoreError):
+        run(config.model_copy(update={"fault": fault}), address=None)
+    assert json.loads((tmp_path / "told").read_text())["incident"]["cause"] == "StoreError: the store is away"
 
 
 @pytest.mark.parametrize("end", [KeyboardInterrupt(), SystemExit(1)])  # Ctrl-C twice; SIGTERM after training

@@ -8,7 +8,6 @@ import contextlib
 import json
 import logging
 import math
-import os
 import secrets
 import threading
 import time
@@ -50,7 +49,6 @@ from raynium.run.last_save import pause_before_next_try
 from raynium.run.protocol import NodeFault, NodeLeaves, Status
 from raynium.run.record import RecordKeeper
 from raynium.terminal.display import Display
-from raynium.terminal.report import page_of
 from raynium.tracking.incidents import Incidents, merged, settled
 from raynium.tracking.ledger import Before
 from raynium.tracking.runs import log_artifact_text
@@ -81,7 +79,7 @@ LEFT = "agents", "the run leaves a node that a verdict named"
 class Driver:
     """One run's life on one cluster. `ray` is initialised, `prepared` holds the claimed run."""
 
-    def __init__(self, prepared: Prepared, display: Display):
+    def __init__(self, prepared: Prepared, display: Display, notifier: Notifier):
         self.config = prepared.config
         self.prepared = prepared
         self.display = display
@@ -99,8 +97,7 @@ class Driver:
         # That the coordinator cannot see.
         self._incidents = Incidents(f"driver-{time.time():.0f}", unix=time.time, steady=time.monotonic)
         self._bad_nodes = BadNodes(self.config, prepared.store, display.line, self._incidents)
-        self._notifier = Notifier(self.config.fault, environment=os.environ, tell=display.line)
-        self._notified = {each["key"] for each in prepared.keeper.record.incidents or ()}
+        self._notifier = notifier
         # Seen by this driver; a coordinator that starts again forgets its own.
         self._faults_seen: set[NodeFault] = set()
         # What the coordinator was told last of the time before its life, and how many words that makes.
@@ -308,10 +305,7 @@ class Driver:
             return
         record = replace(keeper.record, **self.facts(status))
         self._page.show(status, record)
-        for incident in record.incidents or ():
-            if incident["key"] not in self._notified:
-                self._notified.add(incident["key"])
-                self._notifier.send(record.name, page_of(record), incident)
+        self._notifier.hear(record)
 
     def _wait_for_agents(self, coordinator: Any, fitting: "_InThread") -> None:
         """They still send metrics and give back memory. Ray Train may wait for a node for one that it is to replace."""
@@ -429,13 +423,13 @@ class Driver:
     def _keep_record(self, keeper: RecordKeeper, status: Status) -> None:
         """Writes what changed at once, and else a heartbeat now and then."""
         facts = self.facts(status)
-        told_at_once = ("generation", "state", "node_faults", "incidents")
+        told_at_once = ("generation", "state", "node_faults", "incidents", "notified")
         changed = any(facts[name] != getattr(keeper.record, name) for name in told_at_once)
         (keeper.update if changed else keeper.beat)(**facts)
 
     def facts(self, status: Status) -> dict[str, Any]:
         """What the record says of a run that goes on. What this coordinator does not know is as an earlier one said."""
-        record = self.prepared.keeper.record
+        record, incidents = self.prepared.keeper.record, self._incidents_with(status)
         return {
             "state": "running" if status.running else "preparing",
             "generation": status.generation,
@@ -444,7 +438,8 @@ class Driver:
             "metrics": status.metrics,
             "node_faults": list(self._node_faults) or None,
             "committed_step": record.committed_step if status.committed_step is None else status.committed_step,
-            "incidents": self._incidents_with(status) or None,
+            "incidents": incidents or None,
+            "notified": self._notifier.notified(incidents) or None,
         }
 
     def _incidents_with(self, status: Status) -> list[dict[str, Any]]:

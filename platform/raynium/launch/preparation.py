@@ -29,6 +29,7 @@ from raynium.data.runner import Runner
 from raynium.data.store import TOKENIZER_NAME, OpenStore
 from raynium.data.tokenizer import Tokenizer
 from raynium.errors import ConfigError, DataError, TrackingAway, TrackingError
+from raynium.launch.notify import notifier_of, tell_end
 from raynium.models.flops import parameter_count
 from raynium.node.scratch import log_folder
 from raynium.planning.rules import check, doubts
@@ -170,7 +171,8 @@ def prepare(
         keeper.update(state="stopped", stopped_by="SIGINT")
         raise
     except BaseException as error:
-        keeper.update(state="failed", cause=f"{type(error).__name__}: {error}")
+        keeper.update(**keeper.failure(f"{type(error).__name__}: {error}"))
+        tell_end(notifier_of(config.fault, keeper, tell), keeper, keeper.record, tell)
         raise
     log_path = log_folder(store.url) / "driver.log"
     keeper.update(

@@ -13,6 +13,7 @@ from raynium.config.reference import brief
 from raynium.config.schema import Config
 from raynium.convert.beginning import survey_weights
 from raynium.errors import ClusterLost, RunInUse, StoreError, TrackingError
+from raynium.launch.notify import Notifier, notifier_of, tell_end
 from raynium.launch.page import end_page
 from raynium.launch.preparation import Prepared, checked, finished_record, prepare, survey_data
 from raynium.launch.ray_environment import set_ray_environment
@@ -70,28 +71,29 @@ def run(
             runner=None if address is None else on_ray,
         )
         with Display(prepared.config.train.num_steps, console, prepared.log_path) as display:
+            notifier = notifier_of(prepared.config.fault, prepared.keeper, display.line)
             try:
                 if address is None:
                     cluster.enter_context(connect(None, least_cpus=config.cluster.ranks_per_node))
-                return _run_prepared(prepared, display)
+                return _run_prepared(prepared, display, notifier)
             except (KeyboardInterrupt, SystemExit) as error:
                 # SystemExit: a job's SIGTERM where no rank is left to hear of it.
                 by = "SIGINT" if isinstance(error, KeyboardInterrupt) else "SIGTERM"
-                _write_end(prepared, display, state="stopped", stopped_by=by)
+                _write_end(prepared, display, notifier, {"state": "stopped", "stopped_by": by})
                 raise
             except BaseException as error:
                 lost = isinstance(error, ClusterLost)
-                cause = f"{type(error).__name__}: {error}"
-                _write_end(prepared, display, state="failed", cause=cause, cluster_lost=lost)
+                end = prepared.keeper.failure(f"{type(error).__name__}: {error}", cluster_lost=lost)
+                _write_end(prepared, display, notifier, end)
                 raise
 
 
-def _run_prepared(prepared: Prepared, display: Display) -> RunRecord:
+def _run_prepared(prepared: Prepared, display: Display, notifier: Notifier) -> RunRecord:
     """Drives the run to its end on the connected cluster, and writes the end down."""
     from raynium.launch.driver import Driver
     from raynium.launch.stop_signals import stop_on_signals
 
-    driver = Driver(prepared, display)
+    driver = Driver(prepared, display, notifier)
     with stop_on_signals(driver.request_stop):
         status = driver.run()
     assert status.ended in ("finished", "stopped")
@@ -103,6 +105,7 @@ def _run_prepared(prepared: Prepared, display: Display) -> RunRecord:
     end |= {"cause": status.cause if finished else None}
     prepared.keeper.update(**driver.facts(status) | end)
     _end_mlflow_run(prepared, display, prepared.keeper.record)
+    tell_end(notifier, prepared.keeper, prepared.keeper.record, display.line)
     return prepared.keeper.record
 
 
@@ -133,7 +136,7 @@ def _result(prepared: Prepared, status: Status) -> dict[str, Any]:
     return result
 
 
-def _write_end(prepared: Prepared, display: Display, **changes: Any) -> None:
+def _write_end(prepared: Prepared, display: Display, notifier: Notifier, changes: dict[str, Any]) -> None:
     """Writes down an end that is an exception. What goes wrong here must not hide that from the user."""
     try:
         prepared.keeper.update(**changes)
@@ -142,7 +145,9 @@ def _write_end(prepared: Prepared, display: Display, **changes: Any) -> None:
         return
     except StoreError as error:
         display.line(f"the run record does not show how the run ended: {error}")
-    _end_mlflow_run(prepared, display, replace(prepared.keeper.record, **changes))
+    record = replace(prepared.keeper.record, **changes)
+    _end_mlflow_run(prepared, display, record)
+    tell_end(notifier, prepared.keeper, record, display.line)
 
 
 def _end_mlflow_run(prepared: Prepared, display: Display, record: RunRecord) -> None:

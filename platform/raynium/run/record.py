@@ -78,6 +78,8 @@ class RunRecord:
     committed_step: int | None = None
     # What went wrong, oldest first, and what it cost: Incident.to_json of the newest ones.
     incidents: list[dict[str, Any]] | None = None
+    # Keys of those that the user's command or webhook got, or was tried for; the next driver sends the others.
+    notified: list[str] | None = None
     # From created_unix to heartbeat_unix, without idle_seconds.
     ledger: Ledger = field(default_factory=Ledger)
     # In which it had ended, and nobody wanted it to go on.
@@ -221,6 +223,12 @@ class RecordKeeper:
             ledger = self._book.ledger(time.monotonic())
             self.record = replace(self.record, **changes, heartbeat_unix=time.time(), ledger=ledger)
             self._store.replace(RECORD_KEY, self.record.to_json())
+
+    def failure(self, cause: str, **changes: Any) -> dict[str, Any]:
+        """What an update writes of a run that fails now, which is an incident whatever came before it."""
+        end = Incident(f"end-{self.claim_number}", time.time(), "run", "", cause, self.record.step)
+        incidents = merged(self.record.incidents or [], [end])
+        return {"state": "failed", "cause": cause, "incidents": incidents} | changes
 
     def hear_ledger(self, coordinator: LifeLedger) -> Before:
         """Takes over what the coordinator has booked; returns what the run's ledger held before its birth."""
