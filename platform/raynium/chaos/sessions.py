@@ -16,32 +16,35 @@ STARTED = b"will now block"
 # A node that was killed is gone sooner.
 KILLED_SECONDS = 30.0
 POLL_SECONDS = 0.05
-# Ray gives a node 30 s to start, which on a busy machine it may need; and nodes that start at once wait for each other.
+# Ray gives a node 30 s to start, which on a busy machine is too little: such a try is made again, for as long as the
+# caller waits. Others are made so often, since nodes that start at once wait for each other.
 TRIES = 3
+TIMED_OUT = b"timed out during startup"
 
 
 def start_ray(
-    arguments: Sequence[str], environment: Mapping[str, str], log: Path, *, seconds: float = 200.0
+    arguments: Sequence[str], environment: Mapping[str, str], log: Path, *, seconds: float = 600.0
 ) -> "subprocess.Popen[bytes]":
     """`ray start --block` with these, until the node is there. Raises LaunchError if it does not come.
 
     environment: all of it. log: its output is appended here.
     """
     command = [str(Path(sys.executable).parent / "ray"), "start", "--block", "--disable-usage-stats", *arguments]
-    for _ in range(TRIES):
+    deadline, failed = time.monotonic() + seconds, 0
+    while failed < TRIES and time.monotonic() < deadline:
         with log.open("ab") as output:
             before = output.tell()
             node = subprocess.Popen(
                 command, env=dict(environment), stdout=output, stderr=output, start_new_session=True
             )
-        deadline = time.monotonic() + seconds
         while node.poll() is None and time.monotonic() < deadline:
             if STARTED in log.read_bytes()[before:]:
                 return node
             time.sleep(POLL_SECONDS)
         kill_started([node])
+        failed += TIMED_OUT not in log.read_bytes()[before:]
     said = log.read_text(encoding="utf-8", errors="replace")[-3000:]
-    raise LaunchError(f"`{' '.join(command)}` did not start a Ray node in {TRIES} tries. It said:\n{said}")
+    raise LaunchError(f"`{' '.join(command)}` did not start a Ray node. It said:\n{said}")
 
 
 def kill_sessions(leaders: Iterable[int]) -> None:
