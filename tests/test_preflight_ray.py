@@ -87,6 +87,8 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
         "RAYNIUM_HOME": str(folder),
+        # Ray gives up after 30 s, which a busy machine may need.
+        "RAY_raylet_start_wait_time_s": "150",
     }
     port, dashboard = free_port(HEAD), free_port("127.0.0.1")
     common = ["--block", "--disable-usage-stats", f"--object-store-memory={80 * 2**20}"]
