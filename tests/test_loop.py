@@ -355,6 +355,28 @@ def test_steps_before_a_leap_that_came_back_are_left_out_and_are_not_bad() -> No
     assert guard.updates(8) == 6
 
 
+def test_bad_steps_are_remembered_however_many_others_are_left_out_between() -> None:
+    guard = Guard(most_bad=1, told=range(100, 400), suspected=range(500, 800))
+    assert guard.judge(50, replace(GOOD, **BAD)) is not None
+    for step in (*range(100, 400), *range(500, 800)):
+        verdict = guard.judge(step, replace(GOOD, updated=False))
+        assert verdict is not None and verdict.ends is None
+    verdict = guard.judge(900, replace(GOOD, **BAD))
+    assert verdict is not None and "2 were bad (50, 900;" in str(verdict.ends)
+    assert guard.updates(900) == 900 - 602
+
+
+def test_what_was_undone_counts_where_the_run_has_gone_back_behind_it_and_among_suspected_steps() -> None:
+    """Of 1,000 steps in a row, with the one that is judged anywhere among them."""
+    for undone, ends in ((1099, True), (1100, False)):
+        guard = Guard(most_bad=1, undone=(undone,), suspected=range(90, 1200))
+        verdict = guard.judge(undone, replace(GOOD, updated=False))
+        assert verdict is not None and verdict.ends is None and "leapt when it was taken before" in verdict.why
+        earlier = Guard(most_bad=1, undone=(undone,))
+        verdict = earlier.judge(100, replace(GOOD, **BAD))
+        assert verdict is not None and isinstance(verdict.ends, TooManyBadSteps) == ends
+
+
 def test_the_score_of_a_leap() -> None:
     recent = [2.0, 2.1, 1.9, 2.2, 1.8] * 12
     assert leap(5.0, recent) == (pytest.approx(3.0 / (1.4826 * 0.1)), 2.0)

@@ -27,9 +27,10 @@ class FaultSection(Section):
     660 s. A process that a signal has stopped is given as long in any phase; others have their own time: loading, the
     first two steps and an evaluation's batch 30 minutes, a compilation 3 hours."""
     max_bad_steps: Annotated[int, Field(ge=0, lt=256), Unit("steps")] = 10
-    """Steps that are left out, of any 1,000 in a row, because their loss or gradient norm is not finite, or leaps:
-    nothing is learned from them and training goes on. One more ends the run, and keeps its samples and the gradient
-    norm of each layer as an artifact. Where as many were bad, norms that leap are clipped and learned from."""
+    """Bad steps, of any 1,000 in a row: their loss or gradient norm is not finite, or leapt and was undone. Nothing is
+    learned from them and training goes on, so all ranks go back as often at most. One more ends the run, and keeps its
+    samples and the gradient norm of each layer as an artifact. Steps that are left out with a leap that came back, and
+    data.leave_out_steps, are not counted. Where as many were bad, norms that leap are clipped and learned from."""
     spike_score: PositiveFloat | None = 30.0
     """A step whose loss or gradient norm lies more than so many robust standard deviations (1.4826 × the median
     deviation, at least 1 % of the median) above the median of the last 100 is undone: all ranks go back to the last

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 COMES_BACK_STEPS = 20
 # Then so many steps before the first of them are left out too, and all go back to a state older than these: first the
 # few steps, if the leap comes back again the more. (PaLM's authors went back 100 steps and left out 200 to 500.)
-# All together are fewer than a run remembers (`train/guard.py`, MOST_KEPT).
 SUSPECTED_STEPS = (10, 40, 160)
 
 
@@ -29,7 +28,8 @@ class Leaps:
         self._came_back = 0
 
     def undo(self, step: int) -> Undo:
-        """A leap after so many that came back is undone alone: fault.max_bad_steps ends a run that cannot be helped."""
+        """A leap after so many that came back is undone alone. Every leap of every burst is a bad step to the ranks, so
+        fault.max_bad_steps ends a run that cannot be helped."""
         comes_back = self._last > 0 and step <= self._last + COMES_BACK_STEPS
         self._came_back = self._came_back + 1 if comes_back else 0
         self._first = min(self._first, step) if comes_back else step

@@ -17,7 +17,8 @@ from raynium.checkpoint.state import LEFT_OUT_NAME, RECENT_NAME, Chunk
 from raynium.config.schema import Config
 from raynium.engines.base import StepResult
 
-# Of the steps that were left out so many are kept, the newest: more than may be bad in BAD_AMONG steps.
+# Of the bad steps so many are kept, the newest: more than may lie in BAD_AMONG steps. Others that are left out are not
+# among them, or a leap that came back, and took hundreds of steps along, would have those before it forgotten.
 MOST_KEPT = 256
 # fault.max_bad_steps of so many steps in a row are lived with.
 BAD_AMONG = 1000
@@ -76,19 +77,20 @@ class Guard:
         begins: Collection[int] = (),
     ):
         """told: steps that are to be left out. undone: others that are, since they leapt when they were taken before.
-        suspected: others that are, since a leap came back after them. most_bad: of those not told nor suspected, among
-        any BAD_AMONG in a row. spike_score: see `leap`; None: nothing leaps. clip_norm: a norm within it does not.
-        begins: steps from which on the data is another, so that no loss before is like those to come.
+        suspected: others that are, since a leap came back after them. most_bad: steps that were not finite or leapt,
+        told ones aside, among any BAD_AMONG in a row. spike_score: see `leap`; None: nothing leaps. clip_norm: a norm
+        within it does not. begins: steps from which on the data is another, so that no loss before is like those to
+        come.
         """
         assert most_bad < MOST_KEPT
         self._told, self._undone, self._most_bad = frozenset(told), frozenset(undone), most_bad
-        self._suspected = frozenset(suspected)
+        self._suspected = frozenset(suspected) - self._undone
         self._spike_score, self._begins = spike_score, frozenset(begins)
         self._least_norm = min(clip_norm, USUAL_NORM)
         # Losses and gradient norms of steps that were learned from, each at its step modulo RECENT_STEPS. Infinite
         # where there is none, since NaN is not equal to itself when two states are compared.
         self._recent = torch.full((2, RECENT_STEPS), math.inf, dtype=torch.float64)
-        # How many steps were left out since step 0, then the newest of them, the last one first; 0: none.
+        # How many steps were left out since step 0, then the newest bad ones of them, the last one first; 0: none.
         self._left_out = torch.zeros(1 + MOST_KEPT, dtype=torch.int64)
 
     @classmethod
@@ -117,7 +119,7 @@ class Guard:
         if result.updated and leapt is None:
             self._recent[:, step % RECENT_STEPS] = torch.tensor((result.loss, result.grad_norm))
             return None
-        self._note(step)
+        self._left_out[0] += 1
         if step in self._told:
             return Verdict(f"left out as data.leave_out_steps says ({numbers})")
         if step in self._suspected:
@@ -128,7 +130,10 @@ class Guard:
             why = f"{numbers}: left out, since it leapt when it was taken before"
         else:
             why = f"{numbers}: not finite, so nothing was learned from it"
-        bad = self._bad_by(step)
+        newest = self._left_out[1:]
+        newest.copy_(newest.roll(1))
+        newest[0] = step
+        bad = self._bad_around(step)
         if len(bad) <= self._most_bad:
             if leapt is None:
                 return Verdict(why)
@@ -137,7 +142,7 @@ class Guard:
         return Verdict(
             why,
             TooManyBadSteps(
-                f"step {step}: {why}. Of the last {BAD_AMONG} steps {len(bad)} were bad "
+                f"step {step}: {why}. Of {BAD_AMONG} steps in a row {len(bad)} were bad "
                 f"({', '.join(str(each) for each in bad[-8:])}; fault.max_bad_steps={self._most_bad}); the samples of "
                 f"this one and the gradient norm of each layer are in the artifact {evidence_path(step)}. Lower "
                 "optimizer.learning_rate, lengthen optimizer.warmup_steps, or set engine.dtype=float32, and start the "
@@ -166,7 +171,7 @@ class Guard:
             return None
         losses, norms = ([each for each in recent if math.isfinite(each)] for recent in self._recent.tolist())
         least_loss, least_norm = max(losses, default=0.0) + NATS_ABOVE_ALL, max(norms, default=0.0) * TIMES_ALL
-        least_norm = max(least_norm, self._least_norm) if len(self._bad_by(step)) < self._most_bad else math.inf
+        least_norm = max(least_norm, self._least_norm) if len(self._bad_around(step)) < self._most_bad else math.inf
         for name, value, recent, least in (
             ("loss", result.loss, losses, least_loss),
             ("gradient norm", result.grad_norm, norms, least_norm),
@@ -179,16 +184,17 @@ class Guard:
                 )
         return None
 
-    def _note(self, step: int) -> None:
-        newest = self._left_out[1:]
-        newest.copy_(newest.roll(1))
-        newest[0] = step
-        self._left_out[0] += 1
+    def _bad_around(self, step: int) -> list[int]:
+        """Of BAD_AMONG steps in a row with this one among them, the bad ones, in order: of those where they are most.
 
-    def _bad_by(self, step: int) -> list[int]:
-        """Of the last BAD_AMONG steps those that were bad themselves, oldest first."""
-        recent = (each for each in self._left_out[1:].tolist() if each > max(0, step - BAD_AMONG))
-        return sorted(each for each in recent if each not in self._told and each not in self._suspected)
+        What was undone counts wherever the run has gone back to: it is not in a state from before it, and a run that
+        goes back must not forget why.
+        """
+        noted = {each for each in self._left_out[1:].tolist() if each > 0} - self._suspected
+        bad = sorted((noted | self._undone) - self._told)
+        firsts = [each for each in bad if step - BAD_AMONG < each < step]
+        windows = ([each for each in bad if first <= each < first + BAD_AMONG] for first in (*firsts, step))
+        return max(windows, key=len)
 
 
 def leap(value: float, recent: Sequence[float]) -> tuple[float, float]:
