@@ -12,11 +12,11 @@ from typing import Any, ClassVar
 from xml.etree import ElementTree
 
 import pytest
+from pydantic import ValidationError
 from tiny import job_text
 
 from raynium.config.fault import FaultSection
 from raynium.config.load import parse_config
-from raynium.config.paths import resolve
 from raynium.errors import ConfigError
 from raynium.launch.notify import NOTIFY_SECONDS, Notifier
 from raynium.run.record import RunRecord, claim, read_record
@@ -176,6 +176,7 @@ def test_a_command_reads_the_incident_and_a_webhook_gets_the_same(webhook: str, 
         ({"notify_url": "$HOOK"}, {"HOOK": "http://127.0.0.1:1/secret key"}, "did not take an incident: InvalidURL"),
         ({"notify_url": "$HOOK"}, {"HOOK": "http://127.0.0.1:1/secret"}, "take an incident: Connection refused"),
         ({"notify_command": (sys.executable, "-c", "import sys; sys.exit('secret')")}, {}, "ended with 1"),
+        ({"notify_command": ("curl", "$HOOK")}, {}, "has the word $HOOK, which is not set where the driver runs"),
         ({"notify_command": ("/proc/secret",)}, {}, "could not be run: FileNotFoundError"),
     ],
 )  # fmt: skip
@@ -243,11 +244,43 @@ def test_a_webhook_that_is_silent_keeps_no_driver_that_has_ended() -> None:
     assert done.stdout == "3 incident(s) could not be sent within 0.5 s of the run's end\n[]\n"
 
 
-def test_an_address_in_the_config_itself_is_refused_without_being_repeated() -> None:
-    config = parse_config(job_text({"fault.notify_url": "https://hooks.example/secret"}))
-    with pytest.raises(ConfigError, match=r"fault.notify_url must be \$NAME") as refused:
-        resolve(config)
-    assert "secret" not in str(refused.value).replace("is a secret", "")
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"fault.notify_url": "https://hooks.example/x3c"}, "fault.notify_url is something that is not repeated here"),
+        ({"fault.notify_url": ["https://hooks.example/x3c"]}, r"it must be \$NAME of an environment variable"),
+        ({"fault.notify_url": "https://hooks.example/x3c\0"}, "not repeated here.* which is not valid text"),
+        ({"fault.notify_command": ["curl", "https://hooks.example/services/x3c"]}, r"give \$NAME as the word"),
+        ({"fault.notify_command": ["curl", "hooks.example/x3c"]}, "fault.notify_command is something that is not"),
+        ({"fault.notify_command": ["sh", "-c", "curl -d@- 'HTTPS://hooks.example?x3c'"]}, "or into a script"),
+        ({"fault.notify_command": ["apprise", "tgram://x3c@chat"]}, "a list of words without an address in them"),
+        ({"tracking.uri": ["https://me:x3c@mlflow.example"]}, "tracking.uri is something that is not repeated here"),
+    ],
+)  # fmt: skip
+def test_what_may_be_a_secret_is_refused_without_being_repeated(fields: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words) as refused:
+        parse_config(job_text(), fields)
+    assert "x3c" not in str(refused.value)
+    with pytest.raises(ValidationError) as from_python:
+        FaultSection(notify_url="https://hooks.example/x3c")
+    assert "x3c" not in str(from_python.value)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [("./notify.sh",), ("/opt/my.tools/notify.sh", "--host", "https://hooks.example/"), ("curl", "$HOOK", "-d@/a.b/c")],
+)
+def test_commands_without_an_address_are_taken(command: tuple[str, ...]) -> None:
+    assert parse_config(job_text(), {"fault.notify_command": command}).fault.notify_command == command
+
+
+def test_a_word_of_the_command_may_name_a_variable(tmp_path: Path) -> None:
+    told: list[str] = []
+    write = "import sys; open(sys.argv[1], 'w').write(sys.stdin.read())"
+    sender = notifier(told, {"FILE": str(tmp_path / "got")}, notify_command=(sys.executable, "-c", write, "$FILE"))
+    sender.hear(record())
+    sender.close()
+    assert json.loads((tmp_path / "got").read_text())["incident"] == INCIDENT and told == []
 
 
 # ---- the chart of the run's time ------------------------------------------------------------------------------------

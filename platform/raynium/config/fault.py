@@ -1,10 +1,42 @@
 """The section of a config that says what becomes of faults."""
 
+import re
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
-from raynium.config.section import Failures, PositiveFloat, Seconds, Section, Steps, Unit
+from raynium.config.section import Accepts, Failures, PositiveFloat, Private, Seconds, Section, Steps, Unit
+
+VARIABLE = r"^\$[A-Za-z_][A-Za-z0-9_]*$"
+# More than the name of a host, with a scheme or as curl takes it: of a webhook, that more is what lets in.
+ADDRESS = re.compile(
+    r"""[a-z][a-z0-9+.-]*://[^\s/?#'"]+(@|[/?#][^\s'"])|(^|[\s'"=])([a-z0-9-]+\.)+[a-z]{2,}(:[0-9]+)?/[^\s'"]""",
+    re.IGNORECASE,
+)
+
+
+def _without_address(words: tuple[str, ...]) -> tuple[str, ...]:
+    if any(ADDRESS.search(word) for word in words):
+        raise ValueError("a word holds an address")
+    return words
+
+
+# The config is printed, logged and stored.
+Command = Annotated[
+    tuple[str, ...],
+    AfterValidator(_without_address),
+    Private(),
+    Accepts(
+        "a list of words without an address in them, which may be a secret: put that into an environment variable "
+        "where the driver runs and give $NAME as the word, or into a script"
+    ),
+]
+Variable = Annotated[
+    str,
+    Field(pattern=VARIABLE),
+    Private(),
+    Accepts("$NAME of an environment variable that holds the address where the driver runs (it may be a secret)"),
+]
 
 
 class FaultSection(Section):
@@ -49,11 +81,11 @@ class FaultSection(Section):
     another zone or placement group if Ray's labels ray.io/availability-zone and placement-group say so."""
     buddy_megabytes_per_second: PositiveFloat = 500.0
     """Of a node's network that such copies may take, in 10⁶ bytes."""
-    notify_command: tuple[str, ...] = ()
-    """Run by the driver, without a shell, for each incident, which it reads as JSON from its standard input."""
-    notify_url: str | None = None
-    """$NAME of an environment variable where the driver runs, with an address to which each incident is sent (POST,
-    JSON whose `text` is what Slack shows); null for none."""
+    notify_command: Command = ()
+    """Run by the driver, without a shell, for each incident, which it reads as JSON from its standard input. A word
+    $NAME stands for that environment variable."""
+    notify_url: Variable | None = None
+    """Where each incident is sent to (POST, JSON whose `text` is what Slack shows); null for nowhere."""
     stragglers: Literal["name", "leave"] = "name"
     """A rank that all others wait for, a fifth of the step and more over 60 steps, is named with its node. leave: the
     run also leaves that node, as one whose hardware is broken, if another is free. Native engine with FSDP2."""

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 from pydantic.fields import FieldInfo
 
 from raynium.config.schema import Config
-from raynium.config.section import Accepts, Section, Unit
+from raynium.config.section import Accepts, Private, Section, Unit
 
 # Keys that are no fields, since the resolved config has what they stand for: key → what it takes.
 BUILDS_ON = {
@@ -44,6 +44,10 @@ class SchemaField:
     @property
     def lists_sections(self) -> bool:
         return get_origin(self.type) is tuple and bool(getattr(get_args(self.type)[0], "model_fields", None))
+
+    @property
+    def is_private(self) -> bool:
+        return any(isinstance(mark, Private) for mark in self.marks)
 
     @property
     def accepted(self) -> str:

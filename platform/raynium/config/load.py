@@ -21,7 +21,7 @@ from raynium.config.plain_file import read_plain
 from raynium.config.schema import Config
 from raynium.config.section import Section
 from raynium.config.weights import Describe, take_described
-from raynium.config.yaml_text import Reading, compose, cut, place_of, read_field, read_section, shown
+from raynium.config.yaml_text import Reading, compose, cut, place_of, read_field, read_section, repeated, shown
 from raynium.errors import ConfigError
 
 Overrides = Sequence[str] | Mapping[str, Any]
@@ -349,7 +349,7 @@ def _problem_in_words(item: Any, reading: Reading) -> str | None:
         value = value[part]
     near = difflib.get_close_matches(str(value), re.findall(r"[\w.-]+", known.accepted), n=1, cutoff=0.75)
     hint = f"; did you mean {near[0]}?" if near and known.accepted.startswith("one of") else ""
-    return f"{name} is {cut(json.dumps(value))} ({reading.origins[name]}): it must be {known.accepted}{hint}"
+    return f"{name} is {repeated(name, json.dumps(value))} ({reading.origins[name]}): it must be {known.accepted}{hint}"
 
 
 def _member_in_words(item: Any, name: str, parts: list[str], reading: Reading) -> str:
@@ -360,7 +360,7 @@ def _member_in_words(item: Any, name: str, parts: list[str], reading: Reading) -
         return f"{label} is missing ({origin}): give {accepted}"
     if item["type"] == "extra_forbidden":
         return f"{label} is not a field ({origin}): there must be {accepted}"
-    return f"{label} is {cut(json.dumps(item['input']))} ({origin}): it must be {accepted}"
+    return f"{label} is {repeated(name, json.dumps(item['input']))} ({origin}): it must be {accepted}"
 
 
 def _required_in_words(section: str) -> str:

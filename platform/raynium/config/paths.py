@@ -89,12 +89,6 @@ def resolve(config: Config, *, base_folder: str | Path | None = None) -> Config:
             "tracking": tracking.model_copy(update={"uri": tracking.uri and _tracking_uri(tracking.uri, place)}),
         }
     )
-    webhook = config.fault.notify_url
-    if webhook is not None and not (webhook.startswith("$") and webhook[1:].isidentifier()):
-        problems.append(
-            "fault.notify_url must be $NAME, an environment variable where the driver runs: the config is printed, "
-            "logged and stored, and an address that takes messages is a secret. Put it into the variable"
-        )
     if problems:
         raise ConfigError(problems)
     return resolved

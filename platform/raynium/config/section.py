@@ -20,6 +20,11 @@ class Accepts:
     words: str
 
 
+@dataclass(frozen=True)
+class Private:
+    """What is given may be secret: no message repeats it."""
+
+
 PositiveInt = Annotated[int, Field(ge=1)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
@@ -62,5 +67,11 @@ class Section(BaseModel):
     """A frozen part of the config; unknown keys are refused."""
 
     model_config = ConfigDict(
-        frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False, use_attribute_docstrings=True
+        frozen=True,
+        extra="forbid",
+        protected_namespaces=(),
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+        # Our messages repeat what was given, unless it may be secret; pydantic's know no difference.
+        hide_input_in_errors=True,
     )

@@ -13,6 +13,7 @@ from typing import Any, get_args, get_origin
 import yaml
 
 from raynium.config.fields import BUILDS_ON, did_you_mean, fields_below, schema_fields, split_annotation
+from raynium.config.paths import SECRET
 
 NULLS = {"", "~", "null", "Null", "NULL"}
 BOOLEANS = {"true": True, "True": True, "TRUE": True, "false": False, "False": False, "FALSE": False}
@@ -56,8 +57,9 @@ class Reading:
             if _NO_TEXT.search(text):
                 self.refuse(
                     name,
-                    f"{name} is {text!a} ({origin}), which is not valid text: it holds bytes that are no UTF-8, or "
-                    "a null; check how it was typed, and the locale (LC_ALL=C.UTF-8 is right everywhere)",
+                    f"{name} is {repeated(name, ascii(text))} ({origin}), which is not valid text: it holds bytes "
+                    "that are no UTF-8, or a null; check how it was typed, and the locale (LC_ALL=C.UTF-8 is right "
+                    "everywhere)",
                 )
                 return
         *sections, key = name.split(".")
@@ -129,6 +131,13 @@ def shown(node: yaml.Node) -> str:
     if isinstance(node, yaml.ScalarNode):
         return "empty" if _is_null(node) else cut(repr(node.value))
     return "a list" if isinstance(node, yaml.SequenceNode) else "a section"
+
+
+def repeated(name: str, text: str) -> str:
+    """What somebody gave for a field, as a message repeats it: not at all where it may be a secret."""
+    known = schema_fields().get(name)
+    may_be_secret = SECRET.search(text) is not None or (known is not None and known.is_private)
+    return "something that is not repeated here, since it may be a secret" if may_be_secret else cut(text)
 
 
 def cut(text: str) -> str:

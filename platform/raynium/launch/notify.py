@@ -6,6 +6,7 @@ Training waits for neither, and the end of the run for CLOSE_SECONDS.
 import json
 import os
 import queue
+import re
 import subprocess
 import threading
 import urllib.error
@@ -13,7 +14,7 @@ import urllib.request
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from raynium.config.fault import FaultSection
+from raynium.config.fault import VARIABLE, FaultSection
 from raynium.errors import RunInUse, StoreError
 from raynium.run.record import RecordKeeper, RunRecord
 from raynium.terminal.report import page_of
@@ -41,7 +42,9 @@ class Notifier:
         config names. tell: a line for the user's terminal.
         """
         self._wanted = bool(fault.notify_command or fault.notify_url)
-        self._command = list(fault.notify_command)
+        words = [environment.get(word[1:]) if re.match(VARIABLE, word) else word for word in fault.notify_command]
+        unset = [name for name, word in zip(fault.notify_command, words, strict=True) if word is None]
+        self._command = [] if unset else [word for word in words if word is not None]
         self._url = None if fault.notify_url is None else environment.get(fault.notify_url.removeprefix("$"))
         self._tell = tell
         self._failed = self._closed = False
@@ -52,6 +55,8 @@ class Notifier:
         if fault.notify_url is not None and not (self._url or "").startswith(("http://", "https://")):
             self._fails(f"fault.notify_url is {fault.notify_url}, which holds no http(s) address where the driver runs")
             self._url = None
+        if unset:
+            self._fails(f"fault.notify_command has the word {unset[0]}, which is not set where the driver runs")
         # The interpreter does not wait for it: an address that is silent must not keep a driver that has ended.
         self._thread = threading.Thread(target=self._send_all, name="notify", daemon=True)
         self._thread.start()
