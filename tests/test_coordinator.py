@@ -805,6 +805,62 @@ def test_a_step_that_was_left_out_is_told_and_is_an_incident_that_cost_nothing(t
     asyncio.run(play())
 
 
+def test_bad_steps_close_together_are_one_incident_and_a_replay_of_them_or_what_the_config_left_out_is_none(
+    tmp_path: Path,
+) -> None:
+    async def play() -> None:
+        run = coordinator(tmp_path, **{"data.leave_out_steps": [3]})
+        for step in (3, 7, 8, 20, 7, 8, 20, 3, 60):
+            await run.tell(StepLeftOut(step, f"loss nan in {step}"))
+        status = await run.status(0)
+        assert len(status.events) == 9, "the log says each"
+        assert [(each.step, each.cause, each.seconds) for each in status.incidents] == [
+            (20, "loss nan in 7 (the first of 3 bad steps up to step 20)", 0.0),
+            (60, "loss nan in 60", 0.0),
+        ]
+        # A coordinator that was started again finds what it sees in a replay under the same keys.
+        other = coordinator(tmp_path)
+        await other.tell(StepLeftOut(7, "loss nan in 7"))
+        assert [each.key for each in (await other.status(0)).incidents] == [status.incidents[0].key]
+
+    asyncio.run(play())
+
+
+@pytest.mark.parametrize("tells", ["before the ranks end", "after they have", "never"])
+def test_leaps_of_one_burst_and_their_replays_are_one_incident_and_push_no_other_out(
+    tmp_path: Path, tells: str
+) -> None:
+    def leapt(step: int) -> RankExit:
+        return RankExit(1, 1, f"Spike: step {step}: loss 40", retry=True, error="Spike", undo=step)
+
+    async def play() -> None:
+        run = coordinator(tmp_path)
+        await asyncio.gather(run.join(agent(0)), run.join(agent(1)))
+        await ended(run, 1, 1, [DIED])
+        for generation, step in ((2, 202), (3, 205), (4, 207)):
+            order, _ = await asyncio.gather(run.join(agent(0)), run.join(agent(1)))
+            assert isinstance(order, Order)
+            await report(run, step - 1, {"train/loss": 2.0})
+            for known in (*order.left_out.undone, *order.left_out.suspected):
+                await run.tell(StepLeftOut(known, "left out"))
+            if tells == "before the ranks end":
+                await run.tell(StepLeftOut(step, f"rank 1: Spike: step {step}: loss 40"))
+            await ended(run, generation, 1, [leapt(step)])
+            if tells == "after they have":
+                await run.tell(StepLeftOut(step, "loss 40"))
+        assert order.left_out.suspected, "the leap has come back"
+        lasts = (await run.status(0)).incidents[-1]
+        assert lasts.seconds is None
+        await asyncio.gather(run.join(agent(0)), run.join(agent(1)))
+        await report(run, 1, {"train/loss": 2.0})
+        killed, burst = (await run.status(0)).incidents
+        assert (killed.what, burst.what, burst.key, burst.where) == ("ranks", "step", lasts.key, "")
+        assert burst.cause == "rank 1: Spike: step 202: loss 40 (the first of 3 bad steps up to step 207)"
+        assert burst.seconds is not None and burst.seconds > 0 and burst.steps == 201 + 204 + 206
+
+    asyncio.run(play())
+
+
 # ---- checkpoints --------------------------------------------------------------------------------------------------
 
 

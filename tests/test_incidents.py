@@ -81,6 +81,26 @@ def test_what_the_run_gets_on_with_costs_nothing_and_closes_nothing_else(inciden
     assert [each.seconds for each in incidents.seen()] == [1.0, 0.0]
 
 
+def test_one_that_is_seen_again_lasts_again_and_costs_the_sum(incidents: Incidents) -> None:
+    incidents.opens("step", where="", cause="leapt", step=57, key="bad-steps-57")
+    incidents.began_from(50)
+    Clock.now += 2
+    incidents.stepped()
+    Clock.now += 10
+    for _ in range(2):
+        incidents.opens("step", where="", cause="leapt twice", step=55, key="bad-steps-57")
+        incidents.began_from(47)
+        Clock.now += 1
+    # What is noted of it meanwhile does not end it.
+    incidents.notes("step", where="", cause="left out", step=49, key="bad-steps-57")
+    (lasting,) = incidents.seen()
+    assert (lasting.seconds, lasting.cause, lasting.unix) == (None, "leapt twice", 1100.0)
+    incidents.stepped()
+    incidents.notes("step", where="", cause="and one more", step=60, key="bad-steps-57")
+    (over,) = incidents.seen()
+    assert (over.seconds, over.steps, over.step, over.cause) == (4.0, 15, 60, "and one more")
+
+
 def test_a_run_of_months_keeps_the_newest(incidents: Incidents) -> None:
     for number in range(KEPT + 5):
         incidents.notes("coordinator", where="", cause=f"{number}", step=number)

@@ -64,6 +64,7 @@ class RunCoordinator:
         self._lives = Lives(
             self._config.fault,
             last_generation,
+            left_out=self._config.data.leave_out_steps,
             board=self._board,
             book=self._book,
             roster=self._roster,
@@ -169,7 +170,7 @@ class RunCoordinator:
                 self._board.tell(text)
             case protocol.StepLeftOut(step, why):
                 self._board.tell(f"BAD STEP {step}: {why}")
-                self._lives.incidents.notes("step", where="", cause=why, step=step)
+                self._lives.left_out(step, why)
             case protocol.Progressed(generation_id, step, metrics, ledger):
                 self._saves.note_evaluation(step, metrics)
                 self._book.account(generation_id, ledger, now)

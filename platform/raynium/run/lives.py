@@ -9,6 +9,7 @@ from typing import Literal
 from raynium.config.fault import FaultSection
 from raynium.config.world import World
 from raynium.health.faults import Fault
+from raynium.run.bad_steps import BadSteps
 from raynium.run.board import Board
 from raynium.run.buddies import buddies
 from raynium.run.hangs import Hang, Hangs, folder_of, with_looks
@@ -74,9 +75,10 @@ class Lives:
     """`ended` is how the run ended, and why if it failed; None while another generation may follow."""
 
     def __init__(
-        self, fault: FaultSection, last_generation: int, *, board: Board, book: CoordinatorBook, roster: Roster,
-        recovery: Recovery,
+        self, fault: FaultSection, last_generation: int, *, left_out: Collection[int], board: Board,
+        book: CoordinatorBook, roster: Roster, recovery: Recovery,
     ):  # fmt: skip
+        """left_out: steps that the config says are."""
         self.number = last_generation
         self.ended: tuple[EndKind, str | None] | None = None
         self.stop_requested = False
@@ -88,6 +90,7 @@ class Lives:
         self._fault = fault
         self._verdicts = Verdicts(fault)
         self._leaps = Leaps()
+        self._bad_steps = BadSteps(left_out)
         # Of the newest generation.
         self._hangs: Hangs | None = None
         self._stragglers: Stragglers | None = None
@@ -272,7 +275,12 @@ class Lives:
         for line in first.last_lines:
             self._board.tell(f"  rank {first.rank} | {line}")
         cause = f"rank {first.rank}: {first.cause}"
-        self._failed(current.order.generation, cause, node_rank=node_rank)
+        if first.undo is None:
+            self._failed(current.order.generation, cause, node_rank=node_rank)
+        else:
+            self._board.tell(f"generation {current.order.generation} goes back: {cause}")
+            burst = self._bad_steps.undone(first.undo, cause)
+            self.incidents.opens("step", where="", cause=str(burst), step=self._board.step, key=burst.key)
         if first.fault is not None:
             self.node_fault(current.order.generation, node_rank, first.fault)
         if first.undo is not None:
@@ -295,6 +303,12 @@ class Lives:
         world = order.world
         self._hangs = Hangs(self._fault, world_size=world.size, resume_step=order.resume_step or 0)
         self._stragglers = Stragglers(world_size=world.size, ranks_per_node=world.ranks_per_node)
+        self._bad_steps.knows((*order.left_out.undone, *order.left_out.suspected))
+
+    def left_out(self, step: int, why: str) -> None:
+        """Nothing was learned from it. Several close together are one incident, and what was known before is none."""
+        if (burst := self._bad_steps.news(step, why)) is not None:
+            self.incidents.notes("step", where="", cause=str(burst), step=step, key=burst.key)
 
     def stepped(self, seconds: float | None) -> None:
         """A step of the newest generation took so long; None: it was not told."""

@@ -43,33 +43,46 @@ class Incidents:
         self._life, self._unix, self._steady = life, unix, steady
         self._number = 0
         self._seen: dict[str, Incident] = {}
-        # Those that the run has not recovered from → when they were seen.
-        self._open: dict[str, float] = {}
+        # Those that the run has not recovered from → since when, less what they lasted before; how far the run had
+        # come; and the steps that had to be taken again before.
+        self._open: dict[str, tuple[float, int, int]] = {}
 
-    def opens(self, what: What, *, where: str, cause: str, step: int) -> None:
-        """The run does not get on."""
-        self._number += 1
-        key = f"{self._life}-{self._number}"
-        self._seen[key] = Incident(key, self._unix(), what, where, cause, step)
-        self._open[key] = self._steady()
+    def opens(self, what: What, *, where: str, cause: str, step: int, key: str | None = None) -> None:
+        """The run does not get on. key: of one that may have been seen before, and lasts again; None: it is a new one.
+
+        What it cost is the sum then, and the cause the one that is given now.
+        """
+        if key is None:
+            self._number += 1
+            key = f"{self._life}-{self._number}"
+        now, before = self._steady(), self._seen.get(key)
+        if before is None:
+            self._seen[key] = Incident(key, self._unix(), what, where, cause, step)
+            self._open[key] = now, step, 0
+        else:
+            self._seen[key] = replace(before, cause=cause, step=max(step, before.step), seconds=None)
+            self._open.setdefault(key, (now - (before.seconds or 0.0), step, before.steps))
         for old in list(self._seen)[:-KEPT]:
             del self._seen[old]
 
-    def notes(self, what: What, *, where: str, cause: str, step: int) -> None:
-        """The run gets on all the same."""
-        self.opens(what, where=where, cause=cause, step=step)
+    def notes(self, what: What, *, where: str, cause: str, step: int, key: str | None = None) -> None:
+        """The run gets on all the same. key: as above."""
+        if key in self._open:
+            return
+        before = self._seen.get(key or "")
+        self.opens(what, where=where, cause=cause, step=step, key=key)
         key, _ = self._open.popitem()
-        self._seen[key] = replace(self._seen[key], seconds=0.0)
+        self._seen[key] = replace(self._seen[key], seconds=before.seconds if before is not None else 0.0)
 
     def began_from(self, step: int) -> None:
         """Other ranks start after this step."""
-        for key in self._open:
+        for key, (_, came_to, before) in self._open.items():
             if (each := self._seen.get(key)) is not None:
-                self._seen[key] = replace(each, steps=max(0, each.step - step))
+                self._seen[key] = replace(each, steps=before + max(0, came_to - step))
 
     def stepped(self) -> None:
         """The ranks that follow have done a step."""
-        for key, since in self._open.items():
+        for key, (since, *_) in self._open.items():
             if (each := self._seen.get(key)) is not None:
                 self._seen[key] = replace(each, seconds=self._steady() - since)
         self._open.clear()
