@@ -645,6 +645,49 @@ def test_a_peer_that_was_missed_is_not_blamed_before_its_own_node_has_spoken(tmp
     asyncio.run(play())
 
 
+def test_a_generation_is_judged_by_the_newest_step_that_its_agents_know_of(tmp_path: Path) -> None:
+    """It went on from 50 and died after 57, before anything of it was told: the snapshot was good."""
+    bug = RankExit(0, 1, "IndexError: index 57 is out of range", retry=True, error="IndexError")
+
+    async def play() -> None:
+        run = coordinator(tmp_path, **{"cluster.nodes": 1, "fault.max_restarts_without_progress": 9})
+        order = await run.join(ALONE)
+        assert isinstance(order, Order)
+        images = (HeldImages("g0", 50, (0,), order.world),)
+        await run.exited(ALONE, order, NodeEnded((replace(DIED, rank=0),), step=0))
+        for generation, step in ((2, 57), (3, 57), (4, 58)):
+            order = await run.join(replace(ALONE, last_generation=generation - 1, images=images))
+            assert isinstance(order, Order) and order.resume_step == 50
+            await run.exited(ALONE, order, NodeEnded((replace(DIED, rank=0),), step=step))
+        pause = run._lives.not_before - time.monotonic()
+        status = await run.status(0)
+        assert status.step == 58 and pause <= 0, "the last one got farther than the one before"
+        assert [(each.step, each.steps) for each in status.incidents] == [(0, 0), (57, 7), (57, 7), (58, 0)]
+        assert [each.seconds is None for each in status.incidents] == [False, False, False, True]
+        for generation in (5, 6):
+            order = await run.join(replace(ALONE, last_generation=generation - 1, images=images))
+            assert isinstance(order, Order) and order.resume_step == 50
+            await run.exited(ALONE, order, NodeEnded((bug,), step=58))
+        assert "at the same place (after step 58)" in str((await run.status(0)).cause)
+
+    asyncio.run(play())
+
+
+def test_a_snapshot_whose_ranks_made_no_step_is_not_tried_again(tmp_path: Path) -> None:
+    async def play() -> None:
+        run = coordinator(tmp_path, **{"cluster.nodes": 1, "fault.max_restarts_without_progress": 9})
+        order = await run.join(ALONE)
+        assert isinstance(order, Order)
+        await run.exited(ALONE, order, NodeEnded((replace(DIED, rank=0),)))
+        images = (HeldImages("g0", 40, (0,), order.world), HeldImages("g0", 50, (0,), order.world))
+        for generation, origin in ((2, 50), (3, 40)):
+            order = await run.join(replace(ALONE, last_generation=generation - 1, images=images))
+            assert isinstance(order, Order) and order.resume_step == origin
+            await run.exited(ALONE, order, NodeEnded((replace(DIED, rank=0),), step=origin))
+
+    asyncio.run(play())
+
+
 def test_generations_of_different_node_counts_get_the_right_worlds(tmp_path: Path) -> None:
     async def play() -> None:
         run = coordinator(tmp_path, **{"fault.max_restarts_without_progress": 9})

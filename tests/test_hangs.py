@@ -1,6 +1,7 @@
 """Whether a run hangs, and who holds it up: the policy alone, on what ranks' agents would tell."""
 
 import json
+from concurrent.futures import Future
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, cast
@@ -28,8 +29,9 @@ from raynium.run.hangs import (
     artifacts_of,
     with_looks,
 )
-from raynium.run.protocol import Look, Order, RankPosition, RanksSeen
-from raynium.train.link import Phase
+from raynium.run.protocol import Look, Order, Progressed, RankPosition, RanksSeen
+from raynium.tracking.tracker import MemoryTracker
+from raynium.train.link import Phase, Stepped
 
 pytestmark = pytest.mark.quick
 
@@ -151,6 +153,42 @@ def test_a_rank_that_was_just_stopped_has_been_so_for_one_look_however_long_it_c
     assert looks(1) == RankPosition(1, "compile", False, pytest.approx(106 * look))
     halted.add(0)
     assert looks(1).still_seconds == pytest.approx(look)
+
+
+def test_a_node_knows_the_newest_step_of_its_ranks_though_it_tells_few() -> None:
+    """Those of rank 0 tell a step as done; others, that they wait for the data of the next."""
+    config = load_config("quickstart", {"cluster.accelerator": "cpu"})
+    told: list[Any] = []
+
+    def tell(event: Any) -> Future[Any]:
+        told.append(event)
+        return Future()
+
+    reports = Reports(
+        config, cast(Any, SimpleNamespace(tell=tell)), peak_flops_per_rank=lambda: None, halted=lambda _: False
+    )
+    for generation in (1, 2):
+        order = Order(World.of(config), (0,), generation, f"g{generation}", "127.0.0.1", 1, resume_step=50)
+        reports.begin_generation(order, range(2), MemoryTracker())
+        assert reports.newest_step() == 50
+        for step in range(51, 58):
+            reports.take(0, Stepped(step, {"train/loss": 2.0}))
+        reports.take(1, Phase("step", 57))
+        assert reports.newest_step() == 57
+        reports.take(1, Phase("fetch", 59))
+        assert reports.newest_step() == 58
+    # The first step of a generation is told at once.
+    assert [(each.generation_id, each.step) for each in told if isinstance(each, Progressed)] == [
+        ("g1", 51),
+        ("g2", 51),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("phase", "done"), [("start", 57), ("fetch", 56), ("step", 56), ("evaluate", 56), ("save", 57), ("upload", 57)]
+)
+def test_where_a_rank_is_says_which_step_it_has_done(phase: str, done: int) -> None:
+    assert RankPosition(57, phase).done == done
 
 
 @pytest.mark.parametrize(

@@ -397,7 +397,7 @@ class NodeAgent:
         if all(each.cause is None for each in exits) and len(exits) == len(group.ranks):
             self._saving.finish(agent, order)
         exits = self._cache.without_broken(exits)
-        ended = NodeEnded(tuple(exits), reports.end_generation(), fault)
+        ended = NodeEnded(tuple(exits), reports.end_generation(), fault, reports.newest_step())
         self.coordinator.exited(agent, order, ended).result()
 
     def _stay_with(self, group: RankGroup, agent: AgentInfo, order: Order, reports: Reports) -> None:

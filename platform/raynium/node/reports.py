@@ -103,6 +103,8 @@ class Reports:
         self._looked = now
         self._stepping_since = math.inf
         self._times = {}
+        # Its first step ends what the one before it cost, and is told at once.
+        self._last_report = -math.inf
 
     def take(self, rank: int, message: RankMessage) -> None:
         """A message of one of this node's ranks; images are somebody else's."""
@@ -191,6 +193,10 @@ class Reports:
                 self._tracker.artifact(path, text)
             except TrackingError as error:
                 logger.warning("%s does not reach MLflow: %s", path, error)
+
+    def newest_step(self) -> int:
+        """That any of this node's ranks has done, or goes on from."""
+        return max(each.done for each in self._positions.values())
 
     def end_generation(self) -> Ledger | None:
         """All is read that the ranks left. What rank 0's agent has booked of the generation."""

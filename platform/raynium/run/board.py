@@ -48,9 +48,14 @@ class Board:
 
     def report(self, step: int, metrics: Mapping[str, float], *, now: float) -> None:
         """Rank 0's numbers."""
-        self.step, self.evaluation = step, None
+        self.evaluation = None
+        self.reaches(step)
         self.metrics.update(metrics)
         self._moves(now)
+
+    def reaches(self, step: int) -> None:
+        """Some rank has done it; rank 0's numbers are told twice a second, and what comes after them not at all."""
+        self.step = max(self.step, step)
 
     def evaluates(self, done: int, total: int, *, now: float) -> None:
         """Rank 0's evaluation gets on."""
@@ -60,6 +65,7 @@ class Board:
     def positions(self, found: Mapping[int, RankPosition]) -> None:
         """Where ranks of a node are, told while no step comes."""
         self._positions.update(found)
+        self.reaches(max((each.done for each in found.values()), default=0))
 
     def check_silence(self, *, now: float) -> None:
         """Ranks run. Tells, now and then, that no step came for a while and which rank is behind."""

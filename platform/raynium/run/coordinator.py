@@ -133,6 +133,7 @@ class RunCoordinator:
             current = self._lives.of(agent, order, now=now)
             if ended.booked is not None:
                 self._book.account(order.generation_id, ended.booked, now)
+            self._lives.ended_after(current, ended.step)
             if ended.exits and current.state == "running":
                 current.hears(order.node_rank(agent), ended.exits)
             if first is not None:

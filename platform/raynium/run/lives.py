@@ -261,6 +261,13 @@ class Lives:
         """Agents are as far that a generation could be ordered, or wait for others."""
         self._book.agents_missing(now, missing=not self._roster.crew(now=now))
 
+    def ended_after(self, current: Generation, step: int) -> None:
+        """Of the ranks of one node, whose end is judged next."""
+        if current.state == "running":
+            self._board.reaches(step)
+            if step > (current.order.resume_step or 0):
+                self.incidents.stepped()
+
     def needs_more_words(self, current: Generation) -> bool:
         """Whether all that is known of its end is that ranks missed a peer, which is on another node."""
         first = current.first_cause

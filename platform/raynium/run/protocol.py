@@ -170,12 +170,14 @@ class NodeEnded:
     """How the ranks of one node ended.
 
     exits: of those that did so by themselves. booked: of the generation, by the agent that has rank 0. fault: of this
-    node, though none of its ranks died of it: they hung, or trained on.
+    node, though none of its ranks died of it: they hung, or trained on. step: the newest that any of its ranks has done
+    in this generation, which `Progressed` may not have told.
     """
 
     exits: tuple[RankExit, ...] = ()
     booked: Ledger | None = None
     fault: Fault | None = None
+    step: int = 0
 
 
 # ---- what an agent tells -------------------------------------------------------------------------------------------
@@ -230,6 +232,11 @@ class RankPosition:
         """Less is farther behind."""
         order = ("start", "group", "build", "restore", "data", "fetch", "compile", "step", "evaluate", "save", "upload")
         return self.step, order.index(self.phase) if self.phase in order else 0
+
+    @property
+    def done(self) -> int:
+        """The newest step that it has done, or goes on from."""
+        return self.step - 1 if self.phase in ("fetch", "compile", "step", "evaluate") else self.step
 
     def __str__(self) -> str:
         places = {"start": "starting", "group": "meeting the other ranks", "build": "building its engine"}
