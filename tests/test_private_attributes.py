@@ -51,6 +51,7 @@ USED = {
     "test_native_engine.py::test_every_layout_trains_as_a_plain_float64_loop_does": (
         "torch._dynamo",
         "torch._foreach_mul_",
+        "torch.distributed.distributed_c10d._set_pg_timeout",
     ),
     "test_compile_watch.py::test_a_second_shape_is_explained_and_equal_shapes_compile_nothing": (
         "torch._dynamo.backends.registry.lookup_backend",

@@ -7,7 +7,6 @@ step is over.
 """
 
 from collections.abc import Iterator
-from datetime import timedelta
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -17,15 +16,13 @@ import torch
 import torch._dynamo
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.distributed_c10d import _set_pg_timeout  # pyright: ignore[reportPrivateUsage]
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Partial, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from raynium.accelerators import Accelerator, native_fsdp
 from raynium.accelerators.cpu import usable_cores
-from raynium.accelerators.timeouts import PROCESS_GROUP_TIMEOUT_SECONDS
 from raynium.checkpoint.state import MODEL_PREFIX, Chunk
 from raynium.config.schema import Config
 from raynium.config.world import World
@@ -39,6 +36,7 @@ from raynium.engines.parallelize import (
     apply_tensor_parallel,
     fits_gathered,
     fsdp_modules,
+    mesh_of,
     parameter_names,
     wrap_blocks,
 )
@@ -383,10 +381,7 @@ class NativeEngine:
 
 
 def _mesh_place(world: World, accelerator: Accelerator) -> MeshPlace:
-    mesh = init_device_mesh(accelerator.device_type, (world.data, world.tensor), mesh_dim_names=("data", "tensor"))
-    # Groups of a mesh begin with torch's own timeout, whatever the world's is.
-    for group in mesh.get_all_groups() if accelerator.device_type in ("cpu", "cuda") else ():
-        _set_pg_timeout(timedelta(seconds=PROCESS_GROUP_TIMEOUT_SECONDS), group)
+    mesh = mesh_of(world, accelerator.device_type)
     return MeshPlace(mesh, mesh.get_local_rank("data"), world.data, mesh.get_local_rank("tensor"), world.tensor)
 
 

@@ -4,13 +4,15 @@ The mesh has two axes, ("data", "tensor"), tensor innermost: ranks of one tensor
 """
 
 from collections.abc import Iterator
+from datetime import timedelta
 from fnmatch import fnmatchcase
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
-from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import _set_pg_timeout  # pyright: ignore[reportPrivateUsage]
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.parallel import (
@@ -23,7 +25,9 @@ from torch.distributed.tensor.parallel import (
 )
 
 from raynium.accelerators import Accelerator
+from raynium.accelerators.timeouts import PROCESS_GROUP_TIMEOUT_SECONDS
 from raynium.config.schema import Config, EngineSection
+from raynium.config.world import World
 from raynium.engines.adapted_layers import split_adapted
 from raynium.engines.torch_compiles import Backend
 from raynium.models.decoder import Decoder
@@ -33,6 +37,15 @@ from raynium.models.plan import Split, tensor_parallel_plan
 
 # checkpoint_wrapper puts this into parameter names; checkpoints must not see it.
 _WRAPPER_PREFIX = "_checkpoint_wrapped_module."
+
+
+def mesh_of(world: World, device_type: str) -> DeviceMesh:
+    """All ranks, by data and tensor rank. Every rank calls it."""
+    mesh = init_device_mesh(device_type, (world.data, world.tensor), mesh_dim_names=("data", "tensor"))
+    # Its groups begin with torch's own timeout, whatever the world's is. torch can change these devices' only.
+    for group in mesh.get_all_groups() if device_type in ("cpu", "cuda") else ():
+        _set_pg_timeout(timedelta(seconds=PROCESS_GROUP_TIMEOUT_SECONDS), group)
+    return mesh
 
 
 def apply_tensor_parallel(model: Decoder, mesh: DeviceMesh) -> None:
