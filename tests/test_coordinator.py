@@ -257,7 +257,7 @@ def test_lost_nodes_are_counted_apart_from_failed_ranks_and_only_without_progres
         await run.agents_placed("once too often")
         status = await run.status(0)
         assert status.ended == "failed" and status.cause is not None
-        assert "a node agent was lost. That is loss of a node agent number 3 without a new checkpoint" in status.cause
+        assert "a node agent was lost. That is loss of a node agent number 3 without progress" in status.cause
         assert "fault.max_node_failures_without_progress=2" in status.cause
 
     asyncio.run(play())
@@ -669,6 +669,24 @@ def test_a_generation_is_judged_by_the_newest_step_that_its_agents_know_of(tmp_p
             assert isinstance(order, Order) and order.resume_step == 50
             await run.exited(ALONE, order, NodeEnded((bug,), step=58))
         assert "at the same place (after step 58)" in str((await run.status(0)).cause)
+
+    asyncio.run(play())
+
+
+def test_a_run_gets_on_through_snapshots_in_memory_between_rare_checkpoints_or_none(tmp_path: Path) -> None:
+    async def play() -> None:
+        run = coordinator(tmp_path, **{"cluster.nodes": 1, "fault.max_restarts_without_progress": 1})
+        images: tuple[HeldImages, ...] = ()
+        for generation, step in enumerate((12, 22, 32, 42, 52, 54), start=1):
+            order = await run.join(replace(ALONE, last_generation=generation - 1, images=images))
+            assert isinstance(order, Order) and order.resume_images == (images[0] if images else None)
+            await run.exited(ALONE, order, NodeEnded((replace(DIED, rank=0),), step=step))
+            images = (HeldImages(order.generation_id, step // 10 * 10, (0,), order.world),)
+        # The last two began from 40 and 50, and the next would from 50 again.
+        order = await run.join(replace(ALONE, last_generation=6, images=images))
+        assert isinstance(order, Order) and (await run.status(0)).ended is None
+        await run.exited(ALONE, order, NodeEnded((replace(DIED, rank=0),), step=54))
+        assert "failure number 2 without progress" in str((await run.status(0)).cause)
 
     asyncio.run(play())
 

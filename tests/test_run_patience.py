@@ -96,7 +96,17 @@ def test_verdicts_end_a_run_whose_failure_repeats_and_hold_back_one_that_does_no
     assert (hung.ends, hung.pause_seconds, hung.doubts_images) == (None, 8.0, False)
     verdicts = Verdicts(FaultSection(max_restarts_without_progress=0))
     ends = verdicts.hung("hang: rank 0", step=7).ends
-    assert ends is not None and ends.startswith("hang: rank 0. That is failure number 1 without a new checkpoint")
+    assert ends is not None and ends.startswith("hang: rank 0. That is failure number 1 without progress")
+
+
+def test_only_a_step_that_no_restart_takes_again_and_is_newer_than_all_such_is_progress() -> None:
+    each = patience(most=1)
+    ended = []
+    for kept in (0, 10, 20, 20, 15, 21):
+        each.keeps(kept)
+        ended.append((each.restart(step=30) is not None, each.node_failure() is not None))
+    assert [ranks for ranks, _ in ended] == [False, False, False, True, True, False]
+    assert not any(nodes for _, nodes in ended)
 
 
 def test_a_pause_is_a_number_however_often_it_failed() -> None:

@@ -43,9 +43,10 @@ class FaultSection(Section):
     """What a failure may cost before the run gives up."""
 
     max_restarts_without_progress: Failures = 3
-    """Generations that failed with no new checkpoint between."""
+    """Generations that failed with no progress between: a checkpoint, or a snapshot in memory that ranks went on from,
+    of a newer step than any before."""
     max_node_failures_without_progress: Failures = 8
-    """Lost nodes and agents with no new checkpoint between."""
+    """Lost nodes and agents with no progress between, as above."""
     upload_silence_seconds: Seconds = 300.0
     """An upload of which nothing moves for so long is given up: training goes on without it. So is a call of the run
     coordinator to the store, at most 60 s: a checkpoint is told not to be committed, the start of ranks tried again."""

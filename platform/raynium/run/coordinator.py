@@ -377,7 +377,7 @@ class RunCoordinator:
                 return await self._taken_over(error)
         async with self._changing():
             if is_newest:
-                self._lives.committed()
+                self._lives.committed(whole.step)
 
     async def _taken_over(self, error: RunInUse) -> None:
         """Another driver owns the run: nothing more is written for this one, and its ranks end."""

@@ -152,6 +152,7 @@ class Lives:
         )
         self._generations[self.number] = Generation(order, dict(enumerate(agents)))
         self._watch_ranks(order)
+        self._verdicts.keeps(origin.step or 0)
         self._roster.departs(seats)
         self._roster.may_upload(order.generation_id)
         self.incidents.began_from(origin.step or 0)
@@ -416,9 +417,9 @@ class Lives:
         if self.stop_requested:
             self.end("stopped")
 
-    def committed(self) -> None:
-        """A newer checkpoint than any before."""
-        self._verdicts.progress()
+    def committed(self, step: int) -> None:
+        """A checkpoint of this step."""
+        self._verdicts.keeps(step)
 
     def leave(self, what: What, cause: str, *, now: float) -> None:
         """The agents of this attempt go home; others go on elsewhere."""

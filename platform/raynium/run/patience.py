@@ -21,15 +21,19 @@ class Patience:
         self._fault = fault
         self._restarts = 0
         self._nodes = 0
+        # The newest step that no restart has to take again.
+        self._kept_step = -1
         # Of the failures that came at no newer step than the one before: how many, and the newest step of all.
         self._in_place = 0
         self._newest_step = -1
         # Of the last failure that may come again as it was.
         self._last: tuple[int, str] | None = None
 
-    def progress(self) -> None:
-        """A new checkpoint is committed."""
-        self._restarts = self._nodes = 0
+    def keeps(self, step: int) -> None:
+        """A restart need not take this step again: a checkpoint of it is committed, or ranks go on from a snapshot."""
+        if step > self._kept_step:
+            self._kept_step = step
+            self._restarts = self._nodes = 0
 
     def restart(self, *, step: int) -> str | None:
         """A generation failed on nodes that live, when `step` was its last. Why that was one too many; None: go on."""
@@ -77,7 +81,7 @@ def _too_many(count: int, what: str, field: str, limit: int) -> str | None:
     if count <= limit:
         return None
     return (
-        f"That is {what} number {count} without a new checkpoint between (fault.{field}_without_progress={limit}). "
-        f"Start the run again to go on from its newest checkpoint, and give a higher limit if such failures are to be "
-        f"lived with"
+        f"That is {what} number {count} without progress (fault.{field}_without_progress={limit}): no newer checkpoint "
+        "was committed between them, and no newer snapshot gone on from. Start the run again to go on from its newest "
+        "checkpoint, and give a higher limit if such failures are to be lived with"
     )

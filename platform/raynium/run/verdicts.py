@@ -34,9 +34,9 @@ class Verdicts:
         # Of failures in a row that had no other reason.
         self._cores_taken_since: float | None = None
 
-    def progress(self) -> None:
-        """A new checkpoint is committed."""
-        self._patience.progress()
+    def keeps(self, step: int) -> None:
+        """See `Patience`."""
+        self._patience.keeps(step)
 
     def agent_lost(self) -> str | None:
         """A node or its agent was lost. Why that ends the run; None: it goes on."""
