@@ -34,7 +34,7 @@ def main(run_url: str, spool: str, mlflow_uri: str, mlflow_run_id: str, host: st
         say(f"refused: {error}")
         return
     fence = Fence(store, keeper.claim_number)
-    saves = Saves(config, store, fence, life=host, tell=lambda line: None)
+    saves = Saves(config, store, fence, life=host, tell=lambda line: None, note=lambda step, cause: None)
     tracker = MlflowTracker(
         Path(spool), uri=mlflow_uri, run_id=mlflow_run_id, flush_seconds=0.05, may_send=fence.check, wait_seconds=20
     )

@@ -922,6 +922,22 @@ def test_leaps_of_one_burst_and_their_replays_are_one_incident_and_push_no_other
     asyncio.run(play())
 
 
+def test_what_breaks_beside_the_ranks_and_a_checkpoint_that_is_refused_are_incidents(tmp_path: Path) -> None:
+    async def play() -> None:
+        run = coordinator(tmp_path)
+        await run.tell(Said("the uploader died (exit code -9)", "uploader", "10.0.0.3"))
+        for rank in (0, 1):
+            await run.tell(ShardFailed(8, rank, "AccessDenied"))
+        seen = (await run.status(0)).incidents
+        assert [(each.what, each.where, each.step, each.seconds) for each in seen] == [
+            ("uploader", "10.0.0.3", 0, 0.0),
+            ("checkpoint", "", 8, 0.0),
+        ]
+        assert seen[0].cause == "the uploader died (exit code -9)" and "AccessDenied" in seen[1].cause
+
+    asyncio.run(play())
+
+
 # ---- checkpoints --------------------------------------------------------------------------------------------------
 
 

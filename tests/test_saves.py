@@ -55,9 +55,16 @@ def told() -> list[str]:
 
 
 @pytest.fixture
-def saves(store: RefusingStore, told: list[str], monkeypatch: pytest.MonkeyPatch) -> Saves:
+def noted() -> list[int]:
+    """Steps of incidents."""
+    return []
+
+
+@pytest.fixture
+def saves(store: RefusingStore, told: list[str], noted: list[int], monkeypatch: pytest.MonkeyPatch) -> Saves:
     monkeypatch.setattr("raynium.run.saves.pause_before_next_try", lambda tries, _: 0.001 if tries < 4 else None)
-    return Saves(parse_config(JOB), store, Fence(store, 1), life="a", tell=told.append)
+    config, fence = parse_config(JOB), Fence(store, 1)
+    return Saves(config, store, fence, life="a", tell=told.append, note=lambda step, cause: noted.append(step))
 
 
 def saved(
@@ -172,6 +179,18 @@ def test_shards_that_are_told_again_commit_nothing_twice(saves: Saves, store: Re
     assert len(saves.commits) == 1 and not told, "another generation's failure costs no checkpoint"
 
 
+def test_a_store_that_takes_no_checkpoint_is_one_incident_until_it_takes_one(
+    saves: Saves, store: RefusingStore, told: list[str], noted: list[int]
+) -> None:
+    store.refused_writes = 1
+    asyncio.run(saves.commit(whole(saves, store, 2), living=["g1"]))
+    saves.shard_failed(4, 0, "denied")
+    assert noted == [2] and len(told) == 2, "each step is told, and the trouble once"
+    run_out(saves, whole(saves, store, 6))
+    saves.shard_failed(8, 0, "denied")
+    assert noted == [2, 8]
+
+
 def test_failed_shards_are_told_once_a_step(saves: Saves, told: list[str]) -> None:
     for rank in (0, 1):
         saves.shard_failed(8, rank, "denied")
@@ -204,19 +223,19 @@ def test_a_last_checkpoint_that_an_earlier_coordinator_committed_is_found(
     saves: Saves, store: RefusingStore, told: list[str]
 ) -> None:
     run_out(saves, whole(saves, store, 8))
-    restarted = Saves(saves._config, store, Fence(store, 1), life="a", tell=told.append)
+    restarted = Saves(saves._config, store, Fence(store, 1), life="a", tell=told.append, note=saves._note_incident)
     assert restarted.problem(8) is not None
     asyncio.run(restarted.commit_last(8, living=[]))
     assert restarted.problem(8) is None and restarted.committed_step == 8 and restarted.committed_uri is not None
     assert "no shard of it arrived" in (restarted.problem(9) or "")
 
-    taken = Saves(saves._config, store, Fence(store, 1), life="a", tell=told.append)
+    taken = Saves(saves._config, store, Fence(store, 1), life="a", tell=told.append, note=saves._note_incident)
     run_out(taken, whole(taken, store, 8, "g2"))
     assert taken.problem(8) is None
 
     manifest = "checkpoints/step-000000008/manifest.json"
     store.replace(manifest, store.read(manifest)[:-1])
-    unlucky = Saves(saves._config, store, Fence(store, 1), life="a", tell=told.append)
+    unlucky = Saves(saves._config, store, Fence(store, 1), life="a", tell=told.append, note=saves._note_incident)
     asyncio.run(unlucky.commit_last(8, living=[]))
     assert "could not be saved: the store cannot be asked for it" in (unlucky.problem(8) or "")
 
@@ -246,7 +265,7 @@ def test_a_coordinator_that_begins_tells_the_last_commits_again_as_they_were(
 ) -> None:
     for step in (2, 4, 6, 8):
         run_out(saves, whole(saves, store, step))
-    later = Saves(saves._config, store, Fence(store, 1), life="a", tell=told.append)
+    later = Saves(saves._config, store, Fence(store, 1), life="a", tell=told.append, note=saves._note_incident)
     asyncio.run(later.catch_up())
     assert later.committed_step == 8
     assert [each.step for each in later.commits] == steps(store)[-COMMITS_TOLD_AGAIN:]

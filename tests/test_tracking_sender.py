@@ -337,6 +337,28 @@ def test_a_surprise_in_the_thread_is_shown_and_the_points_wait(store: str, tmp_p
     assert_each_step_once(store, run_id, range(1))
 
 
+def test_an_mlflow_that_stays_away_is_told_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("raynium.tracking.sender.AWAY_SECONDS", 0.2)
+    monkeypatch.setattr("raynium.tracking.sender.LAST_RETRY_SECONDS", 0.1)
+    monkeypatch.setattr("raynium.tracking.sender.FIRST_RETRY_SECONDS", 0.1)
+    told, tried = list[str](), list[None]()
+
+    def never() -> None:
+        tried.append(None)
+        raise OSError("Connection refused")
+
+    tracker = MlflowTracker(
+        tmp_path / "a", uri="http://127.0.0.1:9", run_id="id", flush_seconds=0.05, may_send=never, away=told.append
+    )
+    append(tracker, 0)
+    wait_until(lambda: bool(told), "nobody was told")
+    number = len(tried)
+    wait_until(lambda: len(tried) >= number + 3, "it is no longer tried")
+    tracker.close(timeout_seconds=CLOSE_SECONDS / 100)
+    (line,) = told
+    assert line.startswith("MLflow has taken nothing for") and "Connection refused" in line
+
+
 def test_deleted_run_is_named(store: str, tmp_path: Path):
     run_id = new_run(store, "deleted")
     with mlflow_client(store, timeout_seconds=10) as client:

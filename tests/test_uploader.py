@@ -48,7 +48,8 @@ class InThread(threading.Thread):
 
     def __init__(self, uploader: Uploader, info: ImageInfo):
         super().__init__()
-        self._upload = lambda: uploader.upload(info, generation="g1", rank=3)
+        self.deaths: list[str] = []
+        self._upload = lambda: uploader.upload(info, generation="g1", rank=3, died=self.deaths.append)
         self.entry: ShardEntry | None = None
         self.error: Exception | None = None
         self.start()
@@ -112,6 +113,8 @@ def test_an_upload_whose_process_is_killed_is_done_again_and_nothing_is_left_ove
     os.kill(first, signal.SIGKILL)
     uploading.join()
     assert uploading.entry is not None and uploader.pid() != first
+    (death,) = uploading.deaths
+    assert death == "the uploader died (exit code -9) while it saved rank 3's shard of step 7, which is uploaded again"
     assert [path.name for path in folder.iterdir()] == ["shard-00003.safetensors"]
     assert Store(tmp_path / "run").size(SHARD) == info.size
 

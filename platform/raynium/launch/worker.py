@@ -96,6 +96,7 @@ def run_agent(settings: dict[str, Any]) -> None:
             uri=settings["mlflow_uri"],
             run_id=settings["mlflow_run_id"],
             may_send=fence.check,
+            away=lambda text: coordinator.tell(Said(text, "mlflow", host)),
             wait_seconds=AGENT_BEFORE_SECONDS,
         ),
         data_places=lambda: fetch_stores(config.data, f"{scratch}/data"),

@@ -127,7 +127,7 @@ class NodeAgent:
         self._agent_id = secrets.token_hex(4)
         uploader = Uploader(run_url, silence_seconds=config.fault.upload_silence_seconds)
         per_node, num_images = config.cluster.ranks_per_node, image_slots(config.fault)
-        self._saving = Saving(coordinator, uploader, ranks_per_node=per_node, num_images=num_images)
+        self._saving = Saving(coordinator, uploader, ranks_per_node=per_node, num_images=num_images, host=node.host)
         self._cache = node_cache(accelerator, run_url, is_first=node.seat == 0, inherited=os.environ)
         self._kernel_log = KernelLog(kernel_log)
         self._diagnosis = Diagnosis(self._kernel_log)

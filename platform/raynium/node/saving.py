@@ -21,11 +21,19 @@ class Saving:
     """Of one node's ranks, over the life of its agent, whose thread calls it."""
 
     def __init__(
-        self, coordinator: Coordinator, uploader: Uploader, *, ranks_per_node: int, num_images: int = IMAGE_SLOTS
+        self,
+        coordinator: Coordinator,
+        uploader: Uploader,
+        *,
+        ranks_per_node: int,
+        num_images: int = IMAGE_SLOTS,
+        host: str = "",
     ):
+        """host: this node's, in incidents."""
         self.images = NodeImages(num_images)
         self._coordinator = coordinator
         self._uploader = uploader
+        self._host = host
         # The ranks of now, to whom images are offered, from any thread.
         self._group: RankGroup | None = None
         self._group_lock = threading.Lock()
@@ -106,7 +114,11 @@ class Saving:
     def _upload(self, rank: int, slot: int, snapshot: Snapshot, *, again: bool) -> None:
         try:
             entry: ShardEntry = self._uploader.upload(
-                snapshot.info, generation=snapshot.generation_id, rank=rank, again=again
+                snapshot.info,
+                generation=snapshot.generation_id,
+                rank=rank,
+                again=again,
+                died=lambda text: self._coordinator.tell(Said(text, "uploader", self._host)),
             )
         except Exception as error:
             # Whatever it was, this image is in memory only.

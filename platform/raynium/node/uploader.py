@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import signal
 import threading
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from multiprocessing.connection import Connection
 from typing import Any
@@ -54,16 +55,27 @@ class Uploader:
         self._silence_seconds = silence_seconds
         self._lock = threading.Lock()
         self._child: _Child | None = None
+        # An upload has succeeded since it died.
+        self._is_well = True
 
-    def upload(self, info: ImageInfo, *, generation: str, rank: int, again: bool = False) -> ShardEntry:
+    def upload(
+        self,
+        info: ImageInfo,
+        *,
+        generation: str,
+        rank: int,
+        again: bool = False,
+        died: Callable[[str], object] = logger.warning,
+    ) -> ShardEntry:
         """Returns once the shard is durable and confirmed; StoreError with the cause otherwise.
 
-        again: an earlier call failed, and may have left something at the shard's key.
+        again: an earlier call failed, and may have left something at the shard's key. died: is told in words that the
+        process has, once until an upload has succeeded again.
         """
         for attempt in range(1, ATTEMPTS + 1):
             job = {"info": info.to_json(), "generation": generation, "rank": rank, "again": again or attempt > 1}
             try:
-                return ShardEntry.from_json(self._answer(job))
+                entry = ShardEntry.from_json(self._answer(job))
             except _UploaderSilent as silence:
                 raise StoreError(
                     f"nothing of rank {rank}'s shard of step {info.step} moved for {self._silence_seconds:g} s "
@@ -71,7 +83,13 @@ class Uploader:
                     "answers, or whether somebody stopped the process"
                 ) from silence
             except _UploaderDied as death:
-                logger.warning("%s while it saved rank %d's shard of step %d", death, rank, info.step)
+                with self._lock:
+                    was_well, self._is_well = self._is_well, False
+                tell = died if was_well else logger.warning
+                tell(f"{death} while it saved rank {rank}'s shard of step {info.step}, which is uploaded again")
+            else:
+                self._is_well = True
+                return entry
         raise StoreError(
             f"the process that uploads checkpoints died {ATTEMPTS} times under rank {rank}'s shard of step {info.step} "
             "(out of memory? look for 'oom-kill' in the kernel's log)"

@@ -60,7 +60,14 @@ class RunCoordinator:
         self._orders = False
         self._recovery = Recovery(store, if_damaged=self._config.checkpoint.if_damaged, tell=self._board.tell)
         self._fence = Fence(store, claim_number)
-        self._saves = Saves(self._config, store, self._fence, life=self._board.life, tell=self._board.tell)
+        self._saves = Saves(
+            self._config,
+            store,
+            self._fence,
+            life=self._board.life,
+            tell=self._board.tell,
+            note=lambda step, cause: self._lives.incidents.notes("checkpoint", where="", cause=cause, step=step),
+        )
         self._lives = Lives(
             self._config.fault,
             last_generation,
@@ -167,8 +174,10 @@ class RunCoordinator:
     async def tell(self, event: protocol.AgentEvent) -> protocol.News:
         now, metrics_of_nodes, artifacts = time.monotonic(), dict[str, float](), dict[str, str]()
         match event:
-            case protocol.Said(text):
+            case protocol.Said(text, what, where):
                 self._board.tell(text)
+                if what is not None:
+                    self._lives.incidents.notes(what, where=where, cause=text, step=self._board.step)
             case protocol.StepLeftOut(step, why):
                 self._board.tell(f"BAD STEP {step}: {why}")
                 self._lives.left_out(step, why)
@@ -196,8 +205,7 @@ class RunCoordinator:
                 if (whole := self._saves.shard_saved(event)) is not None:
                     await self._commit(whole)
             case protocol.ShardFailed(step, rank, cause):
-                if self._saves.shard_failed(step, rank, cause):
-                    self._lives.incidents.notes("checkpoint", where="", cause=cause, step=step)
+                self._saves.shard_failed(step, rank, cause)
             case protocol.DevicesSeen(node_rank, sample):
                 metrics_of_nodes = self._board.sample(node_rank, sample, now=now)
             case protocol.NodeLeaves(node_id, why):

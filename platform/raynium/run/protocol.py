@@ -10,7 +10,7 @@ from raynium.health.faults import ACTIONS, Fault
 from raynium.health.metadata_service import Instance
 from raynium.health.neuron_monitor import DeviceSample
 from raynium.run.held_images import HeldImages
-from raynium.tracking.incidents import Incident
+from raynium.tracking.incidents import Incident, What
 from raynium.tracking.ledger import Cause, Ledger, LifeLedger
 
 EndKind = Literal["finished", "stopped", "failed"]
@@ -185,9 +185,11 @@ class NodeEnded:
 
 @dataclass(frozen=True)
 class Said:
-    """A line for the user's terminal."""
+    """A line for the user's terminal. what, where: of the incident that it tells of, which the run gets on with."""
 
     text: str
+    what: What | None = None
+    where: str = ""
 
 
 @dataclass(frozen=True)

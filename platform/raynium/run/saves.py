@@ -51,13 +51,26 @@ class WholeSave:
 class Saves:
     """What became of each save."""
 
-    def __init__(self, config: Config, store: Store, fence: Fence, *, life: str, tell: Callable[[str], None]):
-        """fence: of the driver's claim. life: the coordinator's name. tell: a line for the user's terminal."""
+    def __init__(
+        self,
+        config: Config,
+        store: Store,
+        fence: Fence,
+        *,
+        life: str,
+        tell: Callable[[str], None],
+        note: Callable[[int, str], None],
+    ):
+        """fence: of the driver's claim. life: the coordinator's name. tell: a line for the user's terminal. note: of
+        the incident that steps become no checkpoints, its first step and the cause.
+        """
         self._fence = fence
         self._life = life
         self._config = config
         self._store = store
-        self._tell = tell
+        self._tell, self._note_incident = tell, note
+        # No step has become a checkpoint since one failed.
+        self._fails = False
         # Step → eval/… metrics, until its checkpoint is committed.
         self._evaluations: dict[int, dict[str, float]] = {}
         # (generation, step) → rank → its shard, and how long that took
@@ -103,16 +116,15 @@ class Saves:
         entries = tuple(entry for entry, _ in found)
         return WholeSave(*save, shard.parent_step, entries, max(seconds for _, seconds in found), shard.world)
 
-    def shard_failed(self, step: int, rank: int, cause: str) -> bool:
-        """Told once a step, which then is true: where one shard fails, the others mostly do."""
+    def shard_failed(self, step: int, rank: int, cause: str) -> None:
+        """Told once a step: where one shard fails, the others mostly do."""
         if self.committed_step is not None and step <= self.committed_step:
             # Another generation committed it.
-            return False
+            return
         told = step in self._causes
         self._causes[step] = f"rank {rank}'s shard could not be uploaded: {cause}"
         if not told:
-            self._tell(f"checkpoint of step {step} is not saved; training goes on: {self._causes[step]}")
-        return not told
+            self._tell_failure(step)
 
     def problem(self, step: int) -> str | None:
         """Why a run that ended well at this step has no checkpoint of it; None: it has, or never saves."""
@@ -154,6 +166,7 @@ class Saves:
             self._commit_failed(whole, error)
             return False
         self._evaluations.pop(step, None)
+        self._fails = False
         if self._causes.pop(step, None) is not None:
             self._tell(f"checkpoint of step {step} is saved after all")
         newest = self.committed_step is None or step > self.committed_step
@@ -193,11 +206,18 @@ class Saves:
         if isinstance(error, StepTaken):
             self._tell(f"step {whole.step} was already committed by another generation: {error}")
             return
-        self._tell(f"checkpoint of step {whole.step} is not saved; training goes on: {self._causes[whole.step]}")
+        self._tell_failure(whole.step)
         # What is not one whole checkpoint will not become one; what the store refused it may take later
         may_succeed = isinstance(error, StoreError)
         if may_succeed and (self._uncommitted is None or whole.step > self._uncommitted.step):
             self._uncommitted = whole
+
+    def _tell_failure(self, step: int) -> None:
+        """A store that is away for hours is one incident, however many steps it costs."""
+        self._tell(f"checkpoint of step {step} is not saved; training goes on: {self._causes[step]}")
+        if not self._fails:
+            self._fails = True
+            self._note_incident(step, self._causes[step])
 
     async def _tidy_up(self, step: int, living: Sequence[str], reading: Sequence[int]) -> None:
         try:

@@ -5,8 +5,21 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 # Of what failed: ranks (of themselves, or since a peer did), node agents, the coordinator, Ray Train's controller, the
-# driver; a checkpoint that could not be saved; a step that was not learned from; the run itself, which has ended.
-What = Literal["ranks", "agents", "coordinator", "controller", "driver", "checkpoint", "step", "node", "run"]
+# driver; a checkpoint that could not be saved; a step that was not learned from; the run itself, which has ended; what
+# is beside training: a process that uploads, MLflow.
+What = Literal[
+    "ranks",
+    "agents",
+    "coordinator",
+    "controller",
+    "driver",
+    "checkpoint",
+    "step",
+    "node",
+    "run",
+    "uploader",
+    "mlflow",
+]
 
 # Of the newest, in the run record; and at once on the page and in `raynium status`.
 KEPT = 200

@@ -32,6 +32,8 @@ logger = logging.getLogger(__name__)
 MAX_POINTS_PER_REQUEST = 1000
 FIRST_RETRY_SECONDS = 0.5
 LAST_RETRY_SECONDS = 30.0
+# MLflow is away for so long before somebody is told: a restart of its server takes less.
+AWAY_SECONDS = 300.0
 # Of one metric, in memory; of more, MLflow is asked again when steps are repeated again.
 MOST_STEPS_KEPT = 10_000
 
@@ -72,6 +74,7 @@ class MetricSender:
     request_timeout_seconds: how long one request may take; a hung server costs this thread that long, nobody else.
     may_send: called before each batch. RunInUse from it ends the sending for good: the run is another process's, which
     has sent, or will compute, what waits here; the spool keeps it. Any other error is one more to try again after.
+    away: is told in words when nothing was taken for AWAY_SECONDS, once until something is.
     """
 
     def __init__(
@@ -83,9 +86,11 @@ class MetricSender:
         flush_seconds: float = 2.0,
         request_timeout_seconds: float = 10.0,
         may_send: Callable[[], None] | None = None,
+        away: Callable[[str], object] = logger.warning,
     ):
         self._spool = spool
         self._may_send = may_send
+        self._away, self._told_away = away, False
         self._uri = uri
         self._run_id = run_id
         self._flush_seconds = flush_seconds
@@ -210,6 +215,10 @@ class MetricSender:
                 expected = isinstance(error, RayniumError | OSError)
                 logger.warning("%s; metrics wait on disk and are sent later", message, exc_info=not expected)
             self._last_error = message
+            tells = not self._told_away and time.monotonic() - self._failing_since >= AWAY_SECONDS
+            self._told_away |= tells
+        if tells:
+            self._away(f"MLflow has taken nothing for {AWAY_SECONDS:.0f} s; metrics wait on disk: {message}")
 
     def _note_artifacts_away(self, error: ArtifactsAway) -> None:
         if self._artifacts_not_before == -math.inf:
@@ -221,6 +230,7 @@ class MetricSender:
             if self._failing_since is not None:
                 logger.info("MLflow answers again after %.0f s", time.monotonic() - self._failing_since)
             self._failing_since = self._last_error = None
+            self._told_away = False
 
 
 class MlflowTracker:
@@ -228,7 +238,7 @@ class MlflowTracker:
 
     spool_folder: on a local disk; the same path in every attempt on this node, so that leftovers are sent. For a
     process that still uses it `wait_seconds` are waited, then TrackingError is raised. MLflow itself may be down.
-    may_send: as of `MetricSender`.
+    may_send, away: as of `MetricSender`.
     """
 
     def __init__(
@@ -240,6 +250,7 @@ class MlflowTracker:
         flush_seconds: float = 2.0,
         request_timeout_seconds: float = 10.0,
         may_send: Callable[[], None] | None = None,
+        away: Callable[[str], object] = logger.warning,
         wait_seconds: float = 0.0,
     ):
         self._spool = MetricSpool(spool_folder, wait_seconds=wait_seconds)
@@ -251,6 +262,7 @@ class MlflowTracker:
             flush_seconds=flush_seconds,
             request_timeout_seconds=request_timeout_seconds,
             may_send=may_send,
+            away=away,
         )
 
     def append(self, metrics: Mapping[str, float], *, step: int, unix_ms: int) -> None:
