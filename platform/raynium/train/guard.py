@@ -170,14 +170,16 @@ class Guard:
         if self._spike_score is None:
             return None
         losses, norms = ([each for each in recent if math.isfinite(each)] for recent in self._recent.tolist())
-        least_loss, least_norm = max(losses, default=0.0) + NATS_ABOVE_ALL, max(norms, default=0.0) * TIMES_ALL
-        least_norm = max(least_norm, self._least_norm) if len(self._bad_around(step)) < self._most_bad else math.inf
+        least_loss = max(losses, default=0.0) + NATS_ABOVE_ALL
+        least_norm = max(max(norms, default=0.0) * TIMES_ALL, self._least_norm)
         for name, value, recent, least in (
             ("loss", result.loss, losses, least_loss),
             ("gradient norm", result.grad_norm, norms, least_norm),
         ):
             score, median = leap(value, recent)
             if score > self._spike_score and value > least:
+                if name == "gradient norm" and len(self._bad_around(step)) >= self._most_bad:
+                    return None
                 return (
                     f"the {name} lies {score:.0f} robust standard deviations above the median {median:.6g} of the last "
                     f"{RECENT_STEPS} steps (fault.spike_score={self._spike_score:g}), and above all of them"
@@ -191,8 +193,9 @@ class Guard:
         goes back must not forget why.
         """
         noted = {each for each in self._left_out[1:].tolist() if each > 0} - self._suspected
-        bad = sorted((noted | self._undone) - self._told)
-        firsts = [each for each in bad if step - BAD_AMONG < each < step]
+        near = range(step - BAD_AMONG + 1, step + BAD_AMONG)
+        bad = sorted(each for each in (noted | self._undone) - self._told if each in near)
+        firsts = [each for each in bad if each < step]
         windows = ([each for each in bad if first <= each < first + BAD_AMONG] for first in (*firsts, step))
         return max(windows, key=len)
 
