@@ -427,11 +427,11 @@ def test_an_upload_that_hangs_stops_neither_the_ranks_nor_the_end(
     play: Callable[..., Played], uninterrupted: Played
 ) -> None:
     """As on a file system that answers nobody: the process is stopped, and both of a rank's images wait for it."""
-    run = play(**{"fault.upload_silence_seconds": 0.5, "checkpoint.every_steps": 1})
+    run = play(**{"fault.upload_silence_seconds": 1, "checkpoint.every_steps": 1})
     os.kill(wait_for(run.agent.uploader_pid), signal.SIGSTOP)
     status = run.finish()
     assert (status.ended, status.committed_step) == ("finished", 12)
-    assert any("moved for 0.5 s (fault.upload_silence_seconds)" in each.text for each in status.events)
+    assert any("moved for 1 s (fault.upload_silence_seconds)" in each.text for each in status.events)
     for step, losses in run.losses().items():
         assert losses == uninterrupted.losses()[step]
 

@@ -53,7 +53,8 @@ def config(root: Path, name: str = "tiny", **changes: Any) -> Config:
 
 def test_the_short_run_has_the_runs_shapes_and_keeps_nothing(root: Path) -> None:
     run = config(root)
-    short = short_config(run)
+    # Of steps that the short run does not have, and of snapshots that it does not keep.
+    short = short_config(config(root, **{"data.leave_out_steps": [3], "fault.snapshot_every_steps": 2}))
     for section in ("cluster", "model", "data", "parallel", "engine"):
         assert getattr(short, section) == getattr(run, section), section
     assert (short.train.global_batch_size, short.train.micro_batch_size) == (8, 2)

@@ -228,7 +228,7 @@ POSITIONS = st.builds(
 )
 
 
-@given(st.lists(POSITIONS, min_size=1, max_size=5), st.one_of(st.none(), st.floats(0.1, 5000)))
+@given(st.lists(POSITIONS, min_size=1, max_size=5), st.one_of(st.none(), st.floats(1, 5000)))
 def test_whoever_is_named_is_behind_all_others_and_too_still(
     positions: list[RankPosition], hang_seconds: float | None
 ) -> None:

@@ -5,6 +5,7 @@ import re
 import pytest
 
 from raynium.config.load import load_config
+from raynium.errors import ConfigError
 from raynium.hardware.catalog import INSTANCES
 from raynium.planning.fewer_nodes import nodes_with_room
 from raynium.planning.rules import check, doubts
@@ -55,6 +56,33 @@ def test_streaming_takes_blocks_of_rows():
         "data.access is stream and data.shuffle rows: a row alone is not worth a request, so streaming takes blocks of "
         "rows: set data.shuffle to blocks, or data.access to copy"
     )
+
+
+def test_snapshots_are_kept_where_anything_is():
+    assert problems("quickstart", "fault.snapshot_every_steps=5") == []
+    assert only_problem("quickstart", "fault.snapshot_every_steps=5", "checkpoint.save=never") == (
+        "fault.snapshot_every_steps is 5 with checkpoint.save never, which keeps no snapshot either: set "
+        "fault.snapshot_every_steps to null, or checkpoint.save to steps"
+    )
+
+
+def test_steps_that_are_left_out_are_named_once_and_come():
+    steps = load_config("quickstart").train.steps
+    assert problems("quickstart", f"data.leave_out_steps=[3, {steps}]") == []
+    assert only_problem("quickstart", "data.leave_out_steps=[7, 3, 7]") == (
+        "data.leave_out_steps has 7 more than once: name each step once"
+    )
+    assert only_problem("quickstart", f"data.leave_out_steps=[3, {steps + 1}]") == (
+        f"data.leave_out_steps has {steps + 1}, and train.steps is {steps}: a step that never comes is a mistake; take "
+        "it out, or look which step was meant"
+    )
+
+
+@pytest.mark.parametrize("field", ["fault.hang_seconds", "fault.upload_silence_seconds"])
+def test_nobody_looks_for_silence_without_a_pause(field):
+    assert problems("quickstart", f"{field}=1") == []
+    with pytest.raises(ConfigError, match=rf"{field} is 1e-09 \(override.*\): it must be a number of at least 1"):
+        load_config("quickstart", [f"{field}=1e-9"])
 
 
 def test_rope_scaling_has_low_below_high():

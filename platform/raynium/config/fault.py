@@ -21,6 +21,9 @@ def _without_address(words: tuple[str, ...]) -> tuple[str, ...]:
     return words
 
 
+# Whoever waits for it looks many times within it: less than a second would keep a core busy.
+Silence = Annotated[float, Field(ge=1), Unit("seconds")]
+
 # The config is printed, logged and stored.
 Command = Annotated[
     tuple[str, ...],
@@ -47,14 +50,14 @@ class FaultSection(Section):
     of a newer step than any before."""
     max_node_failures_without_progress: Failures = 8
     """Lost nodes and agents with no progress between, as above."""
-    upload_silence_seconds: Seconds = 300.0
+    upload_silence_seconds: Silence = 300.0
     """An upload of which nothing moves for so long is given up: training goes on without it. So is a call of the run
     coordinator to the store, at most 60 s: a checkpoint is told not to be committed, the start of ranks tried again."""
     replace_seconds: Seconds = 300.0
     """A lost node is waited for so long, before the run goes on on fewer (cluster.min_nodes)."""
     stop_seconds: Seconds = 900.0
     """Ranks that have not saved and ended so long after the run was asked to stop are killed."""
-    hang_seconds: Seconds | None = None
+    hang_seconds: Silence | None = None
     """If the rank that is behind makes a step, or waits for its data, for so long, the run hangs: what every rank does
     is kept, and all start again. null: 10 times the slowest of the last 100 steps, at least 180 s, on Neuron at least
     660 s. A process that a signal has stopped is given as long in any phase; others have their own time: loading, the

@@ -14,6 +14,7 @@ from raynium.config.section import Section
 from raynium.hardware.catalog import INSTANCES, Instance
 from raynium.models.adapter import ALL_LINEAR, TARGETS, unknown_targets
 from raynium.models.plan import divided_sizes
+from raynium.planning.faults import audits, left_out, snapshots
 from raynium.planning.fewer_nodes import fewer_nodes, min_nodes
 from raynium.planning.judges import judged_by
 from raynium.planning.memory import GIB, USABLE_FRACTION, estimate_memory
@@ -433,19 +434,6 @@ def adapter(config: Config) -> Iterator[str]:
         )
 
 
-def audits(config: Config) -> Iterator[str]:
-    every, other = config.fault.audit_every_steps, None
-    if config.engine.kind == "nxd":
-        other = "engine.kind nxd, whose passes add", "engine.kind to native"
-    elif config.engine.fsdp == "simple":
-        other = "engine.fsdp simple, whose graphs add", "engine.fsdp to fsdp2"
-    if every is not None and other is not None:
-        yield (
-            f"fault.audit_every_steps is {every} with {other[0]} up the gradients of ranks before anybody can compare "
-            f"them: set {other[1]}, or fault.audit_every_steps to null"
-        )
-
-
 def _differs(section: Section, name: str) -> bool:
     return getattr(section, name) != type(section).model_fields[name].default
 
@@ -463,7 +451,7 @@ RULES = (
         tensor_parallel,
         pipeline_parallel,
     ),
-    *(batch_size, min_nodes, schedule, engine, adapter, audits),
+    *(batch_size, min_nodes, schedule, engine, adapter, audits, snapshots, left_out),
 )
 HARDWARE_RULES = (accelerator_of_instance, core_count, tensor_groups, memory_fit)
 
