@@ -267,6 +267,18 @@ def test_the_heart_beats_while_agents_still_upload(tmp_path: Path, monkeypatch: 
     assert len(beats) == 4
 
 
+def test_what_was_sent_while_the_run_goes_on_is_in_its_record_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = parse_config(job_text({"cluster.ranks_per_node": 1, "fault.notify_command": ["true"]}))
+    with Watched(tmp_path, monkeypatch, config) as watched:
+        watched.actor.on_loop.tell(Said("the uploader died", "uploader", "127.0.0.1")).result()
+        kept = wait_for(lambda: watched.keeper.record.notified)
+    incidents = watched.keeper.record.incidents or []
+    assert kept == [each["key"] for each in incidents] and len(kept) == 1
+    assert not watched.told("fault.notify_command")
+
+
 def run_without_ray(
     watched: Watched, monkeypatch: pytest.MonkeyPatch, fit: Callable[[], None], fails_with: str
 ) -> None:
