@@ -111,9 +111,10 @@ def test_a_run_goes_on_on_one_node_and_takes_the_second_again_when_it_is_back_fr
     run.stop()
     stopped = run.wait(120)
     assert (stopped.state, stopped.generation) == ("stopped", 3)
-    lost = [each for each in stopped.incidents or () if each["what"] == "agents"]
+    # The rank that missed its peer, or Ray: whoever notices first.
+    lost = [each for each in stopped.incidents or () if each["what"] in ("agents", "ranks")]
     # Of the newest snapshot the copy may have been on its way.
-    assert len(lost) == 1 and lost[0]["steps"] <= 2 * 5, lost
+    assert lost and sum(each["steps"] for each in lost) <= 2 * 5, stopped.incidents
     ours = losses(run)
     assert set(ours) == set(range(1, stopped.step + 1)) and all(len(values) == 1 for values in ours.values())
     # The samples are the same; sums of another order differ in their last bits.
