@@ -17,11 +17,11 @@ from raynium.checkpoint.state import LEFT_OUT_NAME, RECENT_NAME, Chunk
 from raynium.config.schema import Config
 from raynium.engines.base import StepResult
 
-# Of the bad steps so many are kept, the newest: more than may lie in BAD_AMONG steps. Others that are left out are not
-# among them, or a leap that came back, and took hundreds of steps along, would have those before it forgotten.
-MOST_KEPT = 256
 # fault.max_bad_steps of so many steps in a row are lived with.
 BAD_AMONG = 1000
+# Of the steps that were left out so many are kept, the newest: all of BAD_AMONG, since a leap that came back may take
+# hundreds along, and those before it must not be forgotten.
+MOST_KEPT = BAD_AMONG
 # A leap is told by so many losses and norms, once half of them are there.
 RECENT_STEPS = 100
 # Of a normal distribution the median deviation from the median times this is the standard deviation.
@@ -90,7 +90,8 @@ class Guard:
         # Losses and gradient norms of steps that were learned from, each at its step modulo RECENT_STEPS. Infinite
         # where there is none, since NaN is not equal to itself when two states are compared.
         self._recent = torch.full((2, RECENT_STEPS), math.inf, dtype=torch.float64)
-        # How many steps were left out since step 0, then the newest bad ones of them, the last one first; 0: none.
+        # How many steps were left out since step 0, then the newest of them, the last one first; 0: none. The same for a
+        # step that leapt and for one that was told to be left out, so that two such runs are equal.
         self._left_out = torch.zeros(1 + MOST_KEPT, dtype=torch.int64)
 
     @classmethod
@@ -119,7 +120,7 @@ class Guard:
         if result.updated and leapt is None:
             self._recent[:, step % RECENT_STEPS] = torch.tensor((result.loss, result.grad_norm))
             return None
-        self._left_out[0] += 1
+        self._note(step)
         if step in self._told:
             return Verdict(f"left out as data.leave_out_steps says ({numbers})")
         if step in self._suspected:
@@ -130,9 +131,6 @@ class Guard:
             why = f"{numbers}: left out, since it leapt when it was taken before"
         else:
             why = f"{numbers}: not finite, so nothing was learned from it"
-        newest = self._left_out[1:]
-        newest.copy_(newest.roll(1))
-        newest[0] = step
         bad = self._bad_around(step)
         if len(bad) <= self._most_bad:
             if leapt is None:
@@ -185,6 +183,12 @@ class Guard:
                     f"{RECENT_STEPS} steps (fault.spike_score={self._spike_score:g}), and above all of them"
                 )
         return None
+
+    def _note(self, step: int) -> None:
+        newest = self._left_out[1:]
+        newest.copy_(newest.roll(1))
+        newest[0] = step
+        self._left_out[0] += 1
 
     def _bad_around(self, step: int) -> list[int]:
         """Of BAD_AMONG steps in a row with this one among them, the bad ones, in order: of those where they are most.
