@@ -90,8 +90,8 @@ class Guard:
         # Losses and gradient norms of steps that were learned from, each at its step modulo RECENT_STEPS. Infinite
         # where there is none, since NaN is not equal to itself when two states are compared.
         self._recent = torch.full((2, RECENT_STEPS), math.inf, dtype=torch.float64)
-        # How many steps were left out since step 0, then the newest of them, the last one first; 0: none. The same for a
-        # step that leapt and for one that was told to be left out, so that two such runs are equal.
+        # How many steps were left out since step 0, then the newest of them, the last one first; 0: none. It is the
+        # same for a step that leapt and for one that was told to be left out, so that two such runs are equal.
         self._left_out = torch.zeros(1 + MOST_KEPT, dtype=torch.int64)
 
     @classmethod
