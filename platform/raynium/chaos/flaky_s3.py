@@ -171,7 +171,7 @@ class FlakyS3:
             self.seen.append(request.operation)
             await self._handle(request, client, answers)
         except (OSError, asyncio.IncompleteReadError):
-            # The client or the server went away: so will the other.
+            # The client or the server went away: so will the other, since both connections end below.
             pass
         finally:
             answers.transport.abort() if request is None else answers.close()

@@ -84,9 +84,9 @@ def run_agent(settings: dict[str, Any]) -> None:
             nodes=settings["nodes"],
             host=host,
             node_id=node_id,
-            # Where nobody answers, asking takes two seconds.
             zone=labels.get(ZONE_LABEL, ""),
             placement_group=labels.get(PLACEMENT_GROUP_LABEL, ""),
+            # Where nobody answers, asking takes two seconds.
             instance=None if config.fault.bad_instance == "keep" else this_instance(),
         ),
         accelerator=detect(config.cluster.accelerator),
