@@ -42,9 +42,10 @@ _WRAPPER_PREFIX = "_checkpoint_wrapped_module."
 def mesh_of(world: World, device_type: str) -> DeviceMesh:
     """All ranks, by data and tensor rank. Every rank calls it."""
     mesh = init_device_mesh(device_type, (world.data, world.tensor), mesh_dim_names=("data", "tensor"))
-    # Its groups begin with torch's own timeout, whatever the world's is. torch can change these devices' only.
-    for group in mesh.get_all_groups() if device_type in ("cpu", "cuda") else ():
-        _set_pg_timeout(timedelta(seconds=PROCESS_GROUP_TIMEOUT_SECONDS), group)
+    # Its groups begin with torch's own timeout, whatever the world's is. torch can change these backends' only.
+    for group in mesh.get_all_groups():
+        if dist.get_backend(group) in ("gloo", "nccl"):
+            _set_pg_timeout(timedelta(seconds=PROCESS_GROUP_TIMEOUT_SECONDS), group)
     return mesh
 
 
