@@ -20,7 +20,7 @@ from raynium.health.metadata_service import Instance, this_instance
 from raynium.health.report import NodeReport, Report
 from raynium.launch import bad_nodes as bad_nodes_module
 from raynium.launch.bad_nodes import BadNodes
-from raynium.node.readmission import REBOOT_SECONDS, RETRY_SECONDS, Readmission
+from raynium.node.readmission import REBOOT_SECONDS, Readmission
 from raynium.run.bad_nodes import mark_of, remember, remembered
 from raynium.run.protocol import AgentInfo, NodeFault, Status
 from raynium.storage.store import Store
@@ -246,11 +246,11 @@ def mark(root: Path, asked: Any = "reboot", run: str = "broke") -> None:
 def test_a_rebooted_node_runs_nothing_before_it_passes_and_only_that_lifts_its_mark(tmp_path: Path) -> None:
     mark(tmp_path)
     assert len(remembered(Store(tmp_path), now_unix=1e6, seconds=1.0)) == 1, "time alone does not"
-    node = Node(tmp_path, SICK, SICK, WELL)
+    node = Node(tmp_path, *[SICK] * 6, WELL)
     marked: list[bool] = []
     node.readmission._sleep = lambda seconds: (node.slept.append(seconds), marked.append(node.is_marked()))
     node.readmission.wait()
-    assert (node.slept, marked) == ([RETRY_SECONDS, RETRY_SECONDS], [True, True])
+    assert (node.slept, marked) == ([30, 60, 120, 240, 300, 300], [True] * 6)
     assert "does not pass its preflight: ranks: rank 1 hung" in node.lines[0] and "terminate i-0a1" in node.lines[0]
     assert node.lines[-1] == f"node {HOST} was rebooted, passes its preflight, and is admitted again"
     assert not node.is_marked() and not node.checks

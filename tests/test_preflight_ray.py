@@ -237,15 +237,19 @@ def test_a_run_leaves_a_node_that_a_verdict_names_and_stays_where_no_other_is_fr
     assert "this driver, or the cluster's head, runs there" in acts[HEAD]
 
 
+@pytest.mark.timeout(600)
 def test_a_node_that_was_rebooted_runs_ranks_again_once_it_has_passed_a_preflight(cluster: Cluster) -> None:
     """Moto reboots nothing: we do. It is run after the one above, and needs what that has left in the store."""
     mark = cluster.folder / "bad+nodes" / f"{WORKER}.json"
     assert json.loads(mark.read_text())["asked"] == "reboot"
     kill_started([cluster.worker])
     cluster.start_worker()
-    changes = {"preflight.before_run": "none", "cluster.nodes": 2}
+    changes = {"preflight.before_run": "none", "preflight.seconds": 200, "cluster.nodes": 2}
     run = Client(cluster.address).submit(cluster.job_file, overrides=changes, name="comes-back")
-    assert run.wait(200).state == "finished", run.logs()
+    try:
+        assert run.wait(500).state == "finished"
+    except TimeoutError:
+        pytest.fail(run.logs())
     assert f"node {WORKER} was rebooted, passes its preflight, and is admitted again" in run.logs()
     assert not mark.exists()
 

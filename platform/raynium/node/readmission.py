@@ -12,10 +12,10 @@ from raynium.node.preflight import NodeProbe
 from raynium.run.bad_nodes import BadNode, lift, mark_of
 from raynium.storage.store import Store
 
-# Of the time for a preflight, what the trial of the ranks may take.
-TRIAL_SHARE = 0.5
-# A node that does not pass is tried again so often; a person, or EC2, may have seen to it.
-RETRY_SECONDS = 300.0
+# A node that does not pass is tried again, at first soon, since what failed may have been a moment of its start; a person
+# or EC2 may also have seen to it. From the first to the second, doubling.
+RETRY_SECONDS = 30.0
+MOST_RETRY_SECONDS = 300.0
 # EC2 takes a node down within so long after it was asked to reboot it.
 REBOOT_SECONDS = 300.0
 
@@ -41,6 +41,7 @@ class Readmission:
 
     def wait(self) -> None:
         """Returns once the node may run ranks: at once if no mark says otherwise, else once it passes its preflight."""
+        retry_seconds = RETRY_SECONDS
         while (mark := self._mark()) is not None:
             if mark.node_id == self._node_id:
                 self._tell(f"node {self._host} waits for the reboot that run {mark.run} has asked EC2 for")
@@ -53,9 +54,10 @@ class Readmission:
                 return
             self._tell(
                 f"node {self._host} was rebooted and does not pass its preflight: {'; '.join(map(str, bad))}. It runs "
-                f"no rank, and is tried again in {RETRY_SECONDS:.0f} s. To get another, terminate {mark.instance_id}"
+                f"no rank, and is tried again in {retry_seconds:.0f} s. To get another, terminate {mark.instance_id}"
             )
-            self._sleep(RETRY_SECONDS)
+            self._sleep(retry_seconds)
+            retry_seconds = min(2 * retry_seconds, MOST_RETRY_SECONDS)
 
     def _mark(self) -> BadNode | None:
         """Of an instance that was rebooted, and is this one. What the store cannot say keeps no node away."""
@@ -91,7 +93,7 @@ def checked(config: Config, root: Store, host: str) -> list[Check]:
         probe = NodeProbe(config.model_dump(mode="json"), folder)
         found = probe.look()
         if not any(check.is_bad for check in found):
-            found += probe.trial_here(host, TRIAL_SHARE * config.preflight.seconds)
+            found += probe.trial_here(host, config.preflight.seconds)
         return found
     finally:
         root.delete_prefix(folder)
