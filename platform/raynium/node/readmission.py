@@ -12,8 +12,8 @@ from raynium.node.preflight import NodeProbe
 from raynium.run.bad_nodes import BadNode, lift, mark_of
 from raynium.storage.store import Store
 
-# A node that does not pass is tried again, at first soon, since what failed may have been a moment of its start; a person
-# or EC2 may also have seen to it. From the first to the second, doubling.
+# A node that does not pass is tried again, at first soon, since it may have been a moment of its start that failed; a
+# person or EC2 may also have seen to it. From the first to the second, doubling.
 RETRY_SECONDS = 30.0
 MOST_RETRY_SECONDS = 300.0
 # EC2 takes a node down within so long after it was asked to reboot it.
