@@ -19,7 +19,6 @@ from raynium.data.batch import IGNORED_LABEL
 from raynium.data.build.store_build import build_store
 from raynium.data.packed_index import Packable, ensure_index
 from raynium.data.packing import packer
-from raynium.data.packing import rows as packed_rows
 from raynium.data.packing.index import INDEX_NAME, PackedIndex, PartFacts, index_key
 from raynium.data.packing.packer import PackedPart, TooLong, num_parts, pack_part
 from raynium.data.packing.rows import PackedRows
@@ -219,22 +218,16 @@ def test_a_later_piece_of_a_long_document_begins_on_the_token_before_it(store: D
     assert checked > 100
 
 
-def test_rows_do_not_depend_on_how_a_store_is_cut_into_files(
-    store: DocumentStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Nor on how many of its tokens are read at once."""
+def test_rows_do_not_depend_on_how_a_store_is_cut_into_files(store: DocumentStore, tmp_path: Path) -> None:
     cut = build_store(
         tmp_path / "store", source=source(tmp_path), vocab_size=300, heldout_fraction=0.1, split_bytes=300
     )
     assert cut.manifest.identity == store.manifest.identity and len(cut.manifest.train_shards) > 10
-    whole = packed(store, section(store))
+    whole, rows = packed(store, section(store)), packed(cut, section(cut))
     expected = whole.read(np.arange(len(whole)))
-    for few_pieces in (0, 2, 100):
-        monkeypatch.setattr(packed_rows, "_FEW_PIECES", few_pieces)
-        rows = packed(cut, section(cut))
-        assert len(rows) == len(whole)
-        for name, column in rows.read(np.arange(len(rows))).items():
-            assert np.array_equal(column, expected[name]), name
+    assert len(rows) == len(whole)
+    for name, column in rows.read(np.arange(len(rows))).items():
+        assert np.array_equal(column, expected[name]), name
 
 
 def test_rows_may_be_asked_for_in_any_order_and_twice_and_from_any_part(

@@ -11,9 +11,6 @@ from raynium.data.packing.index import OpenIndex
 from raynium.data.packing.packer import Stream
 from raynium.data.records.flags import is_label, token_ids
 
-# More pieces of a row than these are read at once, with what lies between them, where that is so many tokens at most.
-_FEW_PIECES, _SPAN_TOKENS = 4, 2**21
-
 
 class PackedRows:
     """Rows of whole documents, with a column "documents": int32 [n, T], rising from 0 in each row. See `rows.Rows`.
@@ -46,12 +43,6 @@ class PackedRows:
     def spans(self, row: int) -> list[np.ndarray]:
         """The pieces of a row, each behind the token before it: as stored, mostly views. At least one."""
         read, pieces, begin, end = self._stream.read, *self._look_up(row)
-        if end - begin > 2 * _FEW_PIECES:
-            # In the order of the stream.
-            first = max(pieces[begin] - 1, 0)
-            if (reach := pieces[end - 2] + pieces[end - 1] - first) <= _SPAN_TOKENS:
-                near = read(first, reach)
-                read = lambda start, length: near[start - first : start - first + length]  # noqa: E731
         return [
             read(place - 1, pieces[at + 1] + 1)
             if (place := pieces[at])
@@ -110,40 +101,34 @@ def columns_of(
     assert not unmasked or flagged
     seq_len, end = len(filler), 0
     pieces: list[np.ndarray] = []
-    contexts: list[int] = []
     # What fills rows up, and the documents of a row after its first, by (begin, end) in the columns.
     fillers: list[tuple[int, int]] = []
     later: list[tuple[int, int, int]] = []
     for spans in rows:
+        pieces += spans
         row_end, number = end + seq_len, 0
         for span in spans:
-            contexts.append(span.item(0))
-            pieces.append(span[1:])
             begin, end = end, end + len(span) - 1
             if number:
                 later.append((begin, end, number))
             number += 1
         if end < row_end:
-            contexts.append(filler.item(0))
-            pieces.append(filler[end - row_end :])
+            pieces.append(filler[end - row_end - 1 :])
             fillers.append((end, row_end))
             later.append((end, row_end, number))
             end = row_end
-    stored, before = np.concatenate(pieces), np.array(contexts, filler.dtype)
-    ids, before = (token_ids(stored), token_ids(before)) if flagged else (stored, before)
-    lengths = np.fromiter(map(len, pieces), np.int64, len(pieces))
-    # Each label is the next one's context, but where a piece begins.
-    tokens = np.empty(len(stored), np.int64)
-    tokens[1:] = ids[:-1]
-    tokens[lengths.cumsum() - lengths] = before
-    labels = ids.astype(np.int64)
-    if flagged and not unmasked:
-        labels[~is_label(stored)] = IGNORED_LABEL
+    dtype = None if flagged else np.int64
+    tokens = np.concatenate([piece[:-1] for piece in pieces], dtype=dtype)
+    labels = stored = np.concatenate([piece[1:] for piece in pieces], dtype=dtype)
+    if flagged:
+        tokens, labels = (token_ids(column).astype(np.int64) for column in (tokens, stored))
+        if not unmasked:
+            labels[~is_label(stored)] = IGNORED_LABEL
     for begin, end in fillers:
         labels[begin:end] = IGNORED_LABEL
     columns = {"tokens": tokens, "labels": labels}
     if documents:
-        columns["documents"] = np.zeros(len(stored), np.int32)
+        columns["documents"] = np.zeros(len(labels), np.int32)
         for begin, end, number in later:
             columns["documents"][begin:end] = number
     if unmasked:
