@@ -200,8 +200,16 @@ def test_the_ledger_goes_to_mlflow_now_and_then_and_its_last_step_is_left_for_th
     wait_for(lambda: reports._goodput_metrics)
     for number in (12, 3, 4, 5):
         step(number)
-    run.coordinator.close()
     assert [step for step, _ in run.tracker.values("goodput/ratio")] == [3]
+
+    # The first save that is left out is an incident; of the others there is a line.
+    for number in (1.0, 2.0):
+        reports.take(0, Stepped(6, {"checkpoint/skipped_saves": number}))
+    status = run.status()
+    run.coordinator.close()
+    (incident,) = (each for each in status.incidents if each.what == "checkpoint")
+    assert incident.cause.startswith("step 6: no checkpoint, because earlier ones are still being uploaded")
+    assert sum("no checkpoint, because" in each.text for each in status.events) == 2
 
 
 @pytest.mark.parametrize("victim", [0, 1])

@@ -19,6 +19,7 @@ from raynium.run.hangs import (
     COMPILING_SECONDS,
     LEAST_SECONDS,
     LOADING_SECONDS,
+    MOST_SECONDS,
     REMEDIES,
     SLOWEST_STEPS,
     STEPS_KEPT,
@@ -76,8 +77,12 @@ def test_a_device_that_tells_of_a_hang_itself_is_waited_for() -> None:
 def test_what_ends_the_ranks_that_wait_comes_after_every_verdict() -> None:
     """It would end the one that is healthy, and keep nothing of the one that is not."""
     policy = hangs()
-    limits = [policy.limit_seconds(still(0, 0, phase)) for phase in PHASES]
-    assert max(limits) + 600 <= PROCESS_GROUP_TIMEOUT_SECONDS
+    policy.stepped(1e6)
+    most = FaultSection(hang_seconds=3 * 3600, upload_silence_seconds=3600)
+    longest = Hangs(most, world_size=2, resume_step=0)
+    for each in (policy, longest):
+        limits = [each.limit_seconds(still(0, 9, phase)) for phase in PHASES]
+        assert max(limits) + 600 <= PROCESS_GROUP_TIMEOUT_SECONDS
 
 
 def test_a_limit_of_the_config_is_taken_as_it_is() -> None:
@@ -252,8 +257,9 @@ def test_no_step_that_is_as_slow_as_the_last_hundred_is_a_hang(seconds: list[flo
     policy = hangs()
     for each in seconds:
         policy.stepped(each)
-    limit = policy.limit_seconds(still(0))
-    assert limit >= LEAST_SECONDS and all(limit >= SLOWEST_STEPS * each for each in seconds[-STEPS_KEPT:])
+    slowest = max(seconds[-STEPS_KEPT:], default=0.0)
+    expected = LOADING_SECONDS if not seconds else max(LEAST_SECONDS, min(SLOWEST_STEPS * slowest, MOST_SECONDS))
+    assert policy.limit_seconds(still(0)) == expected
 
 
 # ---- what is told ----------------------------------------------------------------------------------------------------

@@ -8,4 +8,4 @@ The device's own timeout names the core and the operation; the process group's n
 EXECUTION_TIMEOUT_SECONDS = 600
 # Of every collective, on all backends. Beyond every limit of a verdict (run/hangs.py): that one names the rank that is
 # behind and keeps its stacks, this one ends the ranks that wait for it.
-PROCESS_GROUP_TIMEOUT_SECONDS = 4 * 3600
+PROCESS_GROUP_TIMEOUT_SECONDS = 5 * 3600

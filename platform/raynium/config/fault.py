@@ -21,8 +21,10 @@ def _without_address(words: tuple[str, ...]) -> tuple[str, ...]:
     return words
 
 
-# Whoever waits for it looks many times within it: less than a second would keep a core busy.
-Silence = Annotated[float, Field(ge=1), Unit("seconds")]
+# Whoever waits for it looks many times within it: less than a second would keep a core busy. The most keeps a verdict
+# before the end of a collective's own patience (accelerators/timeouts.py).
+Silence = Annotated[float, Field(ge=1, le=3600), Unit("seconds")]
+LongSilence = Annotated[float, Field(ge=1, le=3 * 3600), Unit("seconds")]
 
 # The config is printed, logged and stored.
 Command = Annotated[
@@ -57,11 +59,11 @@ class FaultSection(Section):
     """A lost node is waited for so long, before the run goes on on fewer (cluster.min_nodes)."""
     stop_seconds: Seconds = 900.0
     """Ranks that have not saved and ended so long after the run was asked to stop are killed."""
-    hang_seconds: Silence | None = None
+    hang_seconds: LongSilence | None = None
     """If the rank that is behind makes a step, or waits for its data, for so long, the run hangs: what every rank does
     is kept, and all start again. null: 10 times the slowest of the last 100 steps, at least 180 s, on Neuron at least
-    660 s. A process that a signal has stopped is given as long in any phase; others have their own time: loading, the
-    first two steps and an evaluation's batch 30 minutes, a compilation 3 hours."""
+    660 s, at most 3 hours. A process that a signal has stopped is given as long in any phase; others have their own
+    time: loading, the first two steps and an evaluation's batch 30 minutes, a compilation 3 hours."""
     max_bad_steps: Annotated[int, Field(ge=0, lt=256), Unit("steps")] = 10
     """Bad steps, of any 1,000 in a row: their loss or gradient norm is not finite, or leapt and was undone. Nothing is
     learned from them and training goes on, so all ranks go back as often at most. One more ends the run, and keeps its

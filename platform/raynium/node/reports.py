@@ -220,7 +220,9 @@ class Reports:
         assert self._order is not None and self._tracker is not None, "only rank 0 tells its steps"
         if "checkpoint/skipped_saves" in metrics:
             why = "earlier ones are still being uploaded (checkpoint.if_busy=skip), or shared memory is short"
-            self._coordinator.tell(Said(f"step {step}: no checkpoint, because {why}"))
+            # The first since the start stands for all of them.
+            what = "checkpoint" if metrics["checkpoint/skipped_saves"] == 1 else None
+            self._coordinator.tell(Said(f"step {step}: no checkpoint, because {why}", what))
         metrics = metrics | {"run/generation": float(self._order.generation)}
         metrics |= self._take_device_metrics(self._order, metrics.get("throughput/mfu_with_attention"))
         self._show(step, metrics)

@@ -23,6 +23,8 @@ AFTER_THE_DEVICE_SECONDS = 60.0
 # without a word of it.
 LOADING_SECONDS = 1800.0
 COMPILING_SECONDS = 3 * 3600.0
+# As of the config's own limit.
+MOST_SECONDS = 3 * 3600.0
 WARM_UP_STEPS = 2
 
 What = Literal["stopped", "data", "collective", "compilation", "loading", "evaluation", "save", "upload"]
@@ -146,7 +148,8 @@ class Hangs:
         if self._fault.hang_seconds is not None:
             return self._fault.hang_seconds
         after_device = self._device_seconds + AFTER_THE_DEVICE_SECONDS if self._device_seconds else 0.0
-        return max(LEAST_SECONDS, after_device, SLOWEST_STEPS * max(self._step_seconds, default=0.0))
+        adapted = min(SLOWEST_STEPS * max(self._step_seconds, default=0.0), MOST_SECONDS)
+        return max(LEAST_SECONDS, after_device, adapted)
 
 
 def folder_of(generation: int) -> str:

@@ -343,6 +343,9 @@ class Lives:
             self._board.tell(f"straggler: rank {slow.rank} on node {node_rank} ({host}): {slow}")
             if self._fault.stragglers == "leave":
                 self.node_fault(seen.generation, node_rank, Fault("straggler", str(slow), "replace", "node"))
+            else:
+                cause = f"straggler: rank {slow.rank}: {slow}"
+                self.incidents.notes("node", where=host, cause=cause, step=self._board.step)
         return (self._stragglers.metrics, self._stragglers.artifacts) if seen.node_rank == 0 else ({}, {})
 
     def looked(self, taken: StacksTaken) -> Generation | None:
