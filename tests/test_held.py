@@ -233,6 +233,26 @@ def test_a_snapshot_of_which_a_part_is_lost_or_changed_is_not_begun_with(
         find_held(path)
 
 
+@pytest.mark.parametrize("left", ["half of another", "less"])
+def test_an_image_that_its_rank_was_writing_when_it_died_is_not_begun_with(
+    node: Callable[[str], Node], monkeypatch: pytest.MonkeyPatch, left: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """No buddy has it, so nothing but its header tells: checksums would be made of what is there."""
+    monkeypatch.setattr(buddies, "FETCH_SECONDS", 0.2)
+    one, of = node("one"), world(1)
+    one.begins([0, 1])
+    for rank in (0, 1):
+        written = one.writes(rank, chunks_of(state(), rank, of), of)
+    images = one.images.held()[0]
+    with open(written.info.path, "r+b") as image:
+        image.write(bytes(8))
+        image.truncate(written.info.size if left == "half of another" else 100)
+    one.begins([0, 1], keep=images)
+    with pytest.raises(CopyError, match="it has no such copy"):
+        one.buddies.gather(images, {(HOST, one.buddies.port): (0, 1)})
+    assert left == "less" or "its writer died while writing it" in caplog.text
+
+
 def is_reached(node: Node) -> bool:
     try:
         PeerFiles((HOST, node.buddies.port), SECRET).size("none")

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from raynium.checkpoint.commit import build_manifest
+from raynium.checkpoint.format.image_header import check_header
 from raynium.checkpoint.format.manifest import FileEntry, ImageInfo, ShardEntry, shard_key
 from raynium.checkpoint.held import Place, held_key, keep_held
 from raynium.config.world import World
@@ -108,6 +109,10 @@ class Buddies:
             self._drop(lambda each: keep is None or not _is(each, keep))
             own = self._images.snapshots(keep) if adopts and keep is not None else {}
             for rank, snapshot in own.items():
+                if (problem := _damage(snapshot.info)) is not None:
+                    # Checksums are made of what is adopted: then nothing would show it any more.
+                    logger.warning("%s", problem)
+                    continue
                 infos = []
                 # An upload goes on: it has opened its file.
                 for info, path in zip((snapshot.info, snapshot.replicas), self._paths(rank, ADOPTED), strict=True):
@@ -452,6 +457,16 @@ def _paced(chunks: Iterator[bytes], bytes_per_second: float) -> Iterator[bytes]:
         yield data
         sent += len(data)
         time.sleep(max(0.0, began + sent / bytes_per_second - time.monotonic()))
+
+
+def _damage(info: ImageInfo) -> Exception | None:
+    """Why an image of ranks that have ended is not that snapshot, if it is not: one that died may have been writing."""
+    try:
+        with Path(info.path).open("rb") as file:
+            check_header(info, mapped(file, info.size))
+    except (CheckpointError, OSError, ValueError) as error:
+        return error
+    return None
 
 
 def _is(snapshot: Snapshot, wanted: HeldImages) -> bool:

@@ -23,6 +23,7 @@ from typing import Literal
 
 import torch
 
+from raynium.checkpoint.format.image_header import check_header
 from raynium.checkpoint.format.manifest import ALIGNMENT_BYTES, DTYPES, ImageInfo, SavedBlock, SavedBlocks
 from raynium.checkpoint.state import Chunk
 from raynium.errors import CheckpointDamaged, CheckpointError, SnapshotMemoryShort
@@ -132,7 +133,7 @@ def read_image(info: ImageInfo, chunks: Sequence[Chunk]) -> list[Chunk]:
             pages = mmap.mmap(file.fileno(), 0)
     except (OSError, ValueError) as error:
         raise CheckpointDamaged(f"the snapshot {info.path} cannot be read: {error}") from error
-    _check_header(info, memoryview(pages))
+    check_header(info, memoryview(pages))
     blocks = {(block.name, block.offsets): block for block in info.tensors.rows()}
     left: list[Chunk] = []
     for chunk in chunks:
@@ -144,18 +145,6 @@ def read_image(info: ImageInfo, chunks: Sequence[Chunk]) -> list[Chunk]:
             source = torch.frombuffer(pages, dtype=chunk.tensor.dtype, count=chunk.tensor.numel(), offset=block.begin)
             chunk.tensor.detach().copy_(source.view(block.shape))
     return left
-
-
-def _check_header(info: ImageInfo, image: memoryview) -> None:
-    length = int.from_bytes(image[:8], "little")
-    try:
-        step = int(json.loads(bytes(image[8 : 8 + length]))["__metadata__"]["step"]) if length < len(image) else None
-    except (ValueError, KeyError):
-        step = None
-    if step != info.step or len(image) != info.size:
-        raise CheckpointDamaged(
-            f"the snapshot {info.path} is not the whole one of step {info.step}: its writer died while writing it"
-        )
 
 
 class ImageFile:
