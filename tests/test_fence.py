@@ -142,3 +142,14 @@ def test_a_watch_tells_of_a_takeover_once_and_bears_a_store_that_is_away(tmp_pat
         wait_for(lambda: told)
         time.sleep(0.05)
     assert len(told) == 1 and "taken over" in told[0]
+
+
+def test_of_several_who_could_look_only_whose_turn_it_is_does(tmp_path: Path) -> None:
+    """Rank 0 moves to another node: to a spare, or since its node was lost."""
+    store, told, has_rank_0 = Store(tmp_path), list[str](), list[bool]()
+    store.write_new(claim_key(2), OTHER)
+    with FenceWatch(Fence(store, 1), told.append, look_seconds=0.01, is_its_turn=lambda: bool(has_rank_0)):
+        time.sleep(0.1)
+        assert told == []
+        has_rank_0.append(True)
+        wait_for(lambda: told)

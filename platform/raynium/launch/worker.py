@@ -1,6 +1,5 @@
 """What Ray Train runs on each node: the node agent, and how it reaches the coordinator."""
 
-import contextlib
 import os
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -104,8 +103,8 @@ def run_agent(settings: dict[str, Any]) -> None:
         wait_for_admission=readmission.wait,
     )
     try:
-        # One node's ranks are enough: without them the others' end too.
-        with FenceWatch(fence, agent.taken_over) if seat == 0 else contextlib.nullcontext():
+        # One node's ranks are enough: without them the others' end too. Which node has rank 0 changes.
+        with FenceWatch(fence, agent.taken_over, is_its_turn=lambda: agent.node_rank == 0):
             agent.run()
     except Exception as error:
         # Ray Train starts the agents again, and shows the cause to nobody.

@@ -141,7 +141,7 @@ class NodeAgent:
             self._neuron_monitor = "neuron-monitor"
         self._last_generation = 0
         # In the newest generation; -1: this agent has run none.
-        self._node_rank = -1
+        self.node_rank = -1
         self._group: RankGroup | None = None
         # Whether the run is another driver's by now.
         self._fenced = False
@@ -237,8 +237,8 @@ class NodeAgent:
                         self._stand_by(order, image_folder)
                         continue
                     reports.recovery.begins(FORK, time.monotonic())
-                    self._node_rank = order.node_rank(agent)
-                    if self._node_rank == 0 and self._tracker is None:
+                    self.node_rank = order.node_rank(agent)
+                    if self.node_rank == 0 and self._tracker is None:
                         self._tracker = self._open_tracker()
                         self._commits = CommitLog(self.coordinator, self._tracker)
                     reports.begin_generation(order, self._ranks(order), self._tracker)
@@ -273,7 +273,7 @@ class NodeAgent:
         """The node is a spare from now on, whose memory holds what others begin with, at most; if it had rank 0,
         another has MLflow now.
         """
-        self._last_generation, self._node_rank = order.generation, -1
+        self._last_generation, self.node_rank = order.generation, -1
         self._drop_spares()
         if self._buddies is not None:
             self._buddies.begin_generation(order.lends, None, adopts=True)
@@ -306,7 +306,7 @@ class NodeAgent:
 
     def _ranks(self, order: Order) -> range:
         """That this node runs."""
-        return order.world.ranks_of(self._node_rank)
+        return order.world.ranks_of(self.node_rank)
 
     def _environments(self, order: Order) -> dict[int, dict[str, str]]:
         """Rank → its whole environment: the standard variables, and what the accelerator's libraries read."""
@@ -334,7 +334,7 @@ class NodeAgent:
         self._last_generation = order.generation
         held, where = order.resume_images, None
         if self._buddies is not None:
-            self._buddies.begin_generation(held, order.buddies[self._node_rank], adopts=order.reshapes)
+            self._buddies.begin_generation(held, order.buddies[self.node_rank], adopts=order.reshapes)
         self._saving.begin_generation(self._ranks(order), None if order.reshapes else held, image_folder)
         if self._buddies is not None and held is not None:
             if order.reshapes:
@@ -446,7 +446,7 @@ class NodeAgent:
         looks = look_at(group, lambda messages, lines: self._handle(order, reports, messages, lines))
         for rank, each in sorted(looks.items()):
             logger.warning("the run hangs, and rank %d is here: %s", rank, each.stacks)
-        told = self.coordinator.tell(StacksTaken(order.generation, self._node_rank, looks))
+        told = self.coordinator.tell(StacksTaken(order.generation, self.node_rank, looks))
         try:
             reports.keep_artifacts(told.result(2 * LOOKS_SECONDS).artifacts)
         except TimeoutError:
@@ -489,11 +489,11 @@ class NodeAgent:
             return None
 
         def publish(sample: DeviceSample) -> None:
-            if self._node_rank < 0:
+            if self.node_rank < 0:
                 # A spare's devices do nothing.
                 return
-            answer = self.coordinator.tell(DevicesSeen(self._node_rank, sample))
-            if self._node_rank == 0:
+            answer = self.coordinator.tell(DevicesSeen(self.node_rank, sample))
+            if self.node_rank == 0:
                 answer.add_done_callback(reports.keep_news)
 
         return DeviceMonitor(run_name=self.config.run.name, publish=publish, command=self._neuron_monitor)

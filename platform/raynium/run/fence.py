@@ -51,8 +51,17 @@ class FenceWatch:
     For whoever is to end then, though nobody tells it. Use as a context manager.
     """
 
-    def __init__(self, fence: Fence, on_taken: Callable[[str], None], *, look_seconds: float = LOOK_SECONDS):
+    def __init__(
+        self,
+        fence: Fence,
+        on_taken: Callable[[str], None],
+        *,
+        look_seconds: float = LOOK_SECONDS,
+        is_its_turn: Callable[[], bool] = lambda: True,
+    ):
+        """is_its_turn: asked before each look; of many that could look, one does."""
         self._fence, self._on_taken, self._look_seconds = fence, on_taken, look_seconds
+        self._is_its_turn = is_its_turn
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="claims-watch", daemon=True)
 
@@ -65,6 +74,8 @@ class FenceWatch:
 
     def _watch(self) -> None:
         while not self._closing.wait(self._look_seconds):
+            if not self._is_its_turn():
+                continue
             try:
                 self._fence.check()
             except StoreError:
