@@ -338,6 +338,16 @@ def test_stop_of_a_run_that_does_not_run_leaves_no_request(raynium: Callable[...
     assert not run.stop_requested()
 
 
+def test_stop_of_a_submitted_run_that_nobody_runs_keeps_supervisors_from_it(
+    raynium: Callable[..., Ended], run: RecordKeeper
+) -> None:
+    run.take_over(job_id="raynium-first-1")
+    die(run)
+    out = raynium("stop", "first").out
+    assert out.startswith("run first does not run: it is interrupted at step 4\nno supervisor starts it again; ")
+    assert run.stop_requested()
+
+
 def test_submit_prints_the_job_and_with_wait_its_log(
     raynium: Callable[..., Ended], run: RecordKeeper, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -238,6 +238,17 @@ def test_a_driver_that_comes_in_between_keeps_the_run(
     assert read_record(Store(tmp_path)) == faster[0].record
 
 
+def test_what_lives_in_another_container_of_this_machine_is_not_taken_for_dead(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The containers of a pod share a host's name and boot, and no pids."""
+    record = claim(Store(tmp_path), "first", CONFIG).record
+    assert record.owner.lives_here() is True and this_process() == record.owner
+    monkeypatch.setattr("raynium.storage.process.pid_namespace", lambda: "pid:[1]")
+    assert record.owner.lives_here() is None
+    assert record.owner_is_alive(record.heartbeat_unix + 1) and not record.is_orphaned(record.heartbeat_unix + 1)
+
+
 def test_a_stop_asked_of_an_earlier_owner_does_not_stop_the_next(tmp_path: Path) -> None:
     store = Store(tmp_path)
     claim(store, "first", CONFIG).update(state="failed")
@@ -254,7 +265,7 @@ def test_a_stop_asked_of_an_earlier_owner_does_not_stop_the_next(tmp_path: Path)
         (None, "the text: Input should be an object"),
         ({"step": "x"}, "step: Input should be a valid integer"),
         ({"metrics": {"train/loss": "low"}}, "metrics.train/loss: Input should be a valid number"),
-        ({"owner": {"host": "here"}}, "owner.boot_id: Field required"),
+        ({"owner": {"host": "here"}}, "owner.pid_table: Field required"),
         ({"state": "asleep"}, "state: Input should be 'preparing'"),
         ({"config": {}}, "its config has run.root = None and train.steps = None"),
         ({"config": {"run": "here", "train": {"steps": 4}}}, "'str' object has no attribute 'get'"),

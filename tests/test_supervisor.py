@@ -14,8 +14,9 @@ from tiny import job_text
 from raynium.config.load import parse_config
 from raynium.errors import LaunchError, StoreError
 from raynium.launch import supervisor as supervisor_module
+from raynium.launch.jobs import SUPERVISED
 from raynium.launch.supervisor import Supervisor
-from raynium.run.record import RunRecord, claim, read_record
+from raynium.run.record import RunRecord, claim, read_record, request_stop
 from raynium.run.supervision import (
     FIRST_PAUSE_SECONDS,
     LONGEST_PAUSE_SECONDS,
@@ -83,6 +84,8 @@ class Jobs:
         self.configs: list[str] = []
         self.refusal: Exception | None = None
         self.state = "PENDING"
+        # Submission id and metadata of jobs that somebody else has submitted.
+        self.others: list[tuple[str, Any]] = []
 
     def submit_job(self, **options: Any) -> str:
         if self.refusal is not None:
@@ -93,8 +96,11 @@ class Jobs:
 
     def list_jobs(self) -> list[Any]:
         # A driver that nobody submitted is in Ray's list too.
-        mine = [SimpleNamespace(metadata=each["metadata"], status=self._state()) for each in self.submitted]
-        return [SimpleNamespace(metadata=None, status=self._state()), *mine]
+        ids = [(each["submission_id"], each["metadata"]) for each in self.submitted]
+        return [
+            SimpleNamespace(submission_id=job_id, metadata=metadata, status=self._state())
+            for job_id, metadata in ((None, None), *self.others, *ids)
+        ]
 
     def _state(self) -> Any:
         return SimpleNamespace(value=self.state)
@@ -164,6 +170,47 @@ def test_a_job_that_died_before_it_took_its_run_is_waited_for_only_while_it_live
     jobs.state = "FAILED"
     supervisor.look()
     assert len(jobs.submitted) == 2
+
+
+def test_a_run_whose_own_job_lives_is_none_to_start_however_it_was_submitted(
+    tmp_path: Path, supervisor: Supervisor, jobs: Jobs
+) -> None:
+    """By `ray job submit`, whose driver is in another container: nothing here can look at its process."""
+    make(tmp_path / "runs", "elsewhere", owner=Owner("elsewhere", "boot pid:[1]", 1, "1"), heartbeat_unix=0.0)
+    jobs.state, jobs.others = "RUNNING", [("job-1", {})]
+    supervisor.look()
+    assert not jobs.submitted
+    jobs.others = [("job-2", {})]
+    supervisor.look()
+    assert len(jobs.submitted) == 1
+
+
+def test_a_run_that_somebody_has_stopped_is_not_started_though_nobody_lived_to_stop_it(
+    tmp_path: Path, supervisor: Supervisor, jobs: Jobs, told: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record, store = make(tmp_path / "runs", "orphan"), Store(tmp_path / "runs/orphan")
+    request_stop(store)
+    supervisor.look()
+    supervisor.look()
+    assert not jobs.submitted
+    assert told == ["run orphan is not started again: somebody has stopped it. Submit it, and it goes on"]
+    # Asked after a supervisor had submitted it: its driver stops at once.
+    assert claim(store, "orphan", record.config, supervised=True).stop_requested()
+    store.replace("run.json", record.to_json())
+
+    def unreadable(*_: object) -> None:
+        raise StoreError("s3://bucket/runs: expired")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(supervisor_module, "stop_is_asked", unreadable)
+        supervisor.look()
+    assert told[-1] == "run orphan cannot be started: s3://bucket/runs: expired" and not jobs.submitted
+    # A person starts it.
+    assert not claim(store, "orphan", record.config).stop_requested()
+    store.replace("run.json", record.to_json())
+    supervisor.look()
+    (job,) = jobs.submitted
+    assert SUPERVISED in job["metadata"]
 
 
 def test_what_hinders_a_start_is_told_once_and_tried_again(

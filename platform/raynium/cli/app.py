@@ -206,9 +206,12 @@ def stop(
     from raynium.terminal.report import report_lines
 
     run = find_run(name, root)
-    record = run.record()
-    if not record.owner_is_alive(time.time()):
-        _print(f"run {name} does not run: it is {record.shown_state(time.time())} at step {record.step:,}")
+    record, now = run.record(), time.time()
+    if not record.owner_is_alive(now):
+        _print(f"run {name} does not run: it is {record.shown_state(now)} at step {record.step:,}")
+        if record.job_id is not None and record.is_orphaned(now):
+            run.stop()
+            _print("no supervisor starts it again; start or submit it yourself, and it goes on")
         return
     run.stop()
     _print(f"asked run {name} to save and end")

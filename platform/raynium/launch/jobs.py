@@ -30,6 +30,8 @@ ADDRESS_REMEDY = (
 
 # Ray sets this for a job's driver (ray/_private/ray_constants.py); its metadata holds the submission id.
 JOB_CONFIG_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+# In the metadata of a job that a supervisor submits.
+SUPERVISED = "raynium.supervised"
 
 
 def connect_jobs(address: str) -> Any:
@@ -88,8 +90,12 @@ def _without_rays_notes() -> Iterator[None]:
             handler.setLevel(level)
 
 
-def submit_job(client: Any, name: str, config_yaml: str, *, run_url: str) -> str:
-    """Starts a resolved config as a job of the run at `run_url`; returns its submission id."""
+def submit_job(client: Any, name: str, config_yaml: str, *, run_url: str, supervised: bool = False) -> str:
+    """Starts a resolved config as a job of the run at `run_url`; returns its submission id.
+
+    supervised: see `run.record.claim`.
+    """
+    supervision = {SUPERVISED: "yes"} if supervised else {}
     with _without_rays_notes(), temporary_folder("job") as folder:
         (folder / "config.yaml").write_text(config_yaml, encoding="utf-8")
         return client.submit_job(
@@ -98,13 +104,18 @@ def submit_job(client: Any, name: str, config_yaml: str, *, run_url: str) -> str
             submission_id=f"raynium-{name}-{secrets.token_hex(3)}",
             runtime_env=runtime_env(str(folder)),
             # The job's folder is a copy without .git, its user the cluster's: say where it came from while we know.
-            metadata={"run": name, "run_url": run_url} | origin_tags(Path.cwd()),
+            metadata={"run": name, "run_url": run_url, **origin_tags(Path.cwd()), **supervision},
         )
 
 
 def job_metadata() -> dict[str, str]:
     """Inside a Ray job's driver: what was submitted with it, and its `job_submission_id`. Empty elsewhere."""
     return json.loads(os.environ.get(JOB_CONFIG_VARIABLE, "{}")).get("metadata", {})
+
+
+def is_supervised() -> bool:
+    """Inside a Ray job's driver: whether a supervisor has submitted it."""
+    return SUPERVISED in job_metadata()
 
 
 def main(arguments: list[str] | None = None) -> None:

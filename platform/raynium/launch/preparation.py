@@ -29,6 +29,7 @@ from raynium.data.runner import Runner
 from raynium.data.store import TOKENIZER_NAME, OpenStore
 from raynium.data.tokenizer import Tokenizer
 from raynium.errors import ConfigError, DataError, TrackingAway, TrackingError
+from raynium.launch.jobs import is_supervised
 from raynium.launch.notify import notifier_of, tell_end
 from raynium.models.flops import parameter_count
 from raynium.node.scratch import log_folder
@@ -152,7 +153,10 @@ def prepare(
     _meet_mlflow(uri, known=known, tell=tell)
     for note in notes:
         tell(f"note: {note}")
-    keeper = claim(store, config.run.name, config.model_dump(mode="json"), job_id=job_id, tell=tell)
+    supervised = is_supervised()
+    keeper = claim(
+        store, config.run.name, config.model_dump(mode="json"), job_id=job_id, supervised=supervised, tell=tell
+    )
     try:
         with keeper.beating():
             config = adopt_weights(config, store, past.config, tell)

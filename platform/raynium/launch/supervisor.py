@@ -12,7 +12,7 @@ from typing import Any
 from raynium.config.load import dump_yaml, parse_config
 from raynium.errors import ConfigError, LaunchError, StoreError
 from raynium.launch.jobs import connect_jobs, submit_job
-from raynium.run.record import RunRecord, read_records
+from raynium.run.record import RunRecord, read_records, stop_is_asked
 from raynium.run.supervision import MOST_STARTS, Seen, Supervision
 from raynium.storage.store import Store
 
@@ -42,11 +42,14 @@ class Supervisor:
         """Looks once, and starts what is due."""
         try:
             jobs = connect_jobs(self._address)
-            # Whatever else was submitted has no such word.
-            with_job = {each.metadata.get("run_url") for each in jobs.list_jobs() if _lives(each)}
+            living = [each for each in jobs.list_jobs() if str(each.status.value) in LIVING_JOBS]
         except (LaunchError, OSError, RuntimeError) as error:
             return self._say(self._address, f"no run can be started: {error}")
         self._told.pop(self._address, None)
+        # A job that was not submitted by us says of no run that it is its own; its driver does, in the run's record. A
+        # driver that nobody submitted is in the list too.
+        with_job = {each.metadata.get("run_url") for each in living if each.metadata}
+        with_job |= {each.submission_id for each in living}
         for root in self._roots:
             try:
                 records = read_records(root, lambda line: self._say(line, line))
@@ -62,7 +65,13 @@ class Supervisor:
         if record.job_id is None or Store(record.config["run"]["root"]).child(record.name).url != url:
             return
         orphaned = record.is_orphaned(time.time())
-        seen = Seen(url, orphaned, url in with_job, record.committed_step)
+        try:
+            if orphaned and stop_is_asked(Store(url)):
+                line = f"run {record.name} is not started again: somebody has stopped it. Submit it, and it goes on"
+                return self._say(url, line)
+        except StoreError as error:
+            return self._say(url, f"run {record.name} cannot be started: {error}")
+        seen = Seen(url, orphaned, not with_job.isdisjoint((url, record.job_id)), record.committed_step)
         match self._supervision.decide(seen, now=time.monotonic()):
             case "leave":
                 self._told.pop(url, None)
@@ -81,7 +90,7 @@ class Supervisor:
         why = record.shown_cause(time.time())
         try:
             config = parse_config(json.dumps(record.config), origin=f"the config in the record of {url}")
-            job_id = submit_job(jobs, record.name, dump_yaml(config), run_url=url)
+            job_id = submit_job(jobs, record.name, dump_yaml(config), run_url=url, supervised=True)
         except (ConfigError, LaunchError, OSError, RuntimeError) as error:
             return self._say(url, f"run {record.name} cannot be started: {error}")
         self._supervision.started(url, now=time.monotonic())
@@ -91,8 +100,3 @@ class Supervisor:
         if self._told.get(subject) != line:
             self._told[subject] = line
             self._tell(line)
-
-
-def _lives(job: Any) -> bool:
-    """Of Ray's JobDetails. A driver that was not submitted is one too, and has no metadata of ours."""
-    return bool(job.metadata) and str(job.status.value) in LIVING_JOBS

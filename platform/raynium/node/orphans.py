@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from raynium.storage.process import pid_started
+from raynium.storage.process import pid_namespace, pid_started
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +27,7 @@ LEADER_SECONDS = 10.0
 def agent_mark() -> dict[str, str]:
     """The variable for ranks of this process."""
     pid = os.getpid()
-    return {AGENT_VARIABLE: f"{_pid_namespace()}/{pid}/{pid_started(pid)}"}
+    return {AGENT_VARIABLE: f"{pid_namespace()}/{pid}/{pid_started(pid)}"}
 
 
 def end_orphans() -> list[str]:
@@ -63,7 +63,7 @@ def _kill(pid: int, *, orphans: dict[int, str]) -> None:
 
 def _orphans() -> Iterator[tuple[int, str]]:
     """(pid, command line) of each that has not ended, and is no other user's."""
-    namespace = _pid_namespace()
+    namespace = pid_namespace()
     wanted = f"{AGENT_VARIABLE}={namespace}/".encode()
     for folder in Path("/proc").glob("[0-9]*"):
         try:
@@ -77,10 +77,3 @@ def _orphans() -> Iterator[tuple[int, str]]:
             continue
         if pid_started(int(agent)) != started:
             yield int(folder.name), command[:80]
-
-
-def _pid_namespace() -> str:
-    """Of this process; a name without a slash."""
-    if platform.system() != "Linux":
-        return ""
-    return os.readlink("/proc/self/ns/pid")

@@ -273,7 +273,7 @@ class RecordKeeper:
             thread.join()
 
     def stop_requested(self) -> bool:
-        return self._store.exists(STOP_KEY)
+        return stop_is_asked(self._store)
 
 
 def refuse_live(record: RunRecord, store: Store) -> None:
@@ -292,11 +292,13 @@ def claim(
     config: dict[str, Any],
     *,
     job_id: str | None = None,
+    supervised: bool = False,
     tell: Callable[[str], None] = logger.info,
 ) -> RecordKeeper:
     """Takes the run for this process. Raises RunInUse while its owner lives, or when another driver was faster.
 
-    job_id: as in the record. tell: gets a line if an owner on another host has to be watched until it is surely dead.
+    job_id: as in the record. supervised: a supervisor starts it, which overrules nobody who wants it stopped. tell:
+    gets a line if an owner on another host has to be watched until it is surely dead.
     """
     # Listed before the record is read: whoever claims the run in between has the next number, or a record that lives.
     numbers = [int(key.rpartition("/")[2].removesuffix(".json")) for key in store.list(CLAIMS).sizes]
@@ -312,8 +314,9 @@ def claim(
         raise RunInUse(
             f"run {name!r} at {store.url} was taken by another driver a moment ago. Give another run.name, or wait"
         ) from error
-    # What was asked of an earlier owner.
-    store.delete(STOP_KEY)
+    if not supervised:
+        # What was asked of an earlier owner.
+        store.delete(STOP_KEY)
     now = time.time()
     if earlier is None:
         record = RunRecord(name, config, "preparing", owner, created_unix=now, heartbeat_unix=now, job_id=job_id)
@@ -376,5 +379,10 @@ def _with_death(earlier: RunRecord) -> list[dict[str, Any]] | None:
 
 
 def request_stop(store: Store) -> None:
-    """Asks the run's owner to save at the next step and end."""
+    """Asks the run's owner to save at the next step and end; and supervisors not to start it again."""
     store.replace(STOP_KEY, b"")
+
+
+def stop_is_asked(store: Store) -> bool:
+    """Since a person last started the run."""
+    return store.exists(STOP_KEY)

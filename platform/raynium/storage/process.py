@@ -12,28 +12,33 @@ class Owner:
     """A process, told apart from a later one with the same pid."""
 
     host: str
-    boot_id: str
+    pid_table: str
     pid: int
     pid_started: str
 
     def lives_here(self) -> bool | None:
         """Whether it lives, if it is of this host and can be looked at; None where only what it writes can tell."""
         with contextlib.suppress(OSError):
-            if self.host == socket.gethostname() and self.boot_id == boot_id():
+            if self.host == socket.gethostname() and self.pid_table == pid_table():
                 return pid_started(self.pid) == self.pid_started
         return None
 
 
 def this_process() -> Owner:
-    return Owner(socket.gethostname(), boot_id(), os.getpid(), pid_started(os.getpid()))
+    return Owner(socket.gethostname(), pid_table(), os.getpid(), pid_started(os.getpid()))
 
 
-def boot_id() -> str:
-    """Differs after each boot, so that a pid of an earlier one is nobody's."""
+def pid_table() -> str:
+    """Where a pid names one process: differs after each boot, and between the containers of one machine."""
     if platform.system() != "Linux":
         return ""
     with open("/proc/sys/kernel/random/boot_id", encoding="utf-8") as file:
-        return file.read().strip()
+        return f"{file.read().strip()} {pid_namespace()}"
+
+
+def pid_namespace() -> str:
+    """Of this process; a name without a slash."""
+    return os.readlink("/proc/self/ns/pid") if platform.system() == "Linux" else ""
 
 
 def is_halted(pid: int) -> bool:
