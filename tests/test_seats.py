@@ -21,10 +21,12 @@ class Cluster:
     room: int = 0
     seconds: float = 0.0
     asked: dict[int, tuple[int, tuple[str, ...]]] = field(default_factory=dict)
+    count: int = 0
 
     def ask(self, resources: Mapping[str, float], number: int, besides: Collection[str]) -> "Group":
-        self.asked[len(self.asked)] = number, tuple(besides)
-        return Group(self, len(self.asked) - 1, number)
+        self.count += 1
+        self.asked[self.count] = number, tuple(besides)
+        return Group(self, self.count, number)
 
 
 @dataclass
@@ -34,6 +36,8 @@ class Group:
     number: int
 
     def wait(self, seconds: float) -> bool:
+        if self.key not in self.cluster.asked:
+            raise RuntimeError("Ray knows of no such placement group")
         self.cluster.seconds += seconds
         return self.cluster.room >= self.number
 
@@ -42,7 +46,7 @@ class Group:
 def cluster(monkeypatch: pytest.MonkeyPatch) -> Cluster:
     found = Cluster()
     monkeypatch.setattr(seats_module, "_ask", found.ask)
-    monkeypatch.setattr(seats_module, "remove_placement_group", lambda group: found.asked.pop(group.key))
+    monkeypatch.setattr(seats_module, "remove_placement_group", lambda group: found.asked.pop(group.key, None))
     monkeypatch.setattr(seats_module, "free_nodes", lambda resources, besides: ["node"] * found.room)
     monkeypatch.setattr(seats_module, "patient", lambda config, go_on, tell: go_on)
     monkeypatch.setattr(seats_module.time, "monotonic", lambda: found.seconds)
@@ -80,6 +84,25 @@ def test_a_run_waits_for_all_its_nodes_and_then_starts_on_the_most_that_share_th
     assert (seats.number, seats.nodes, cluster.seconds - began) == (4, 4, 1.0)
     assert told[1:] == ["the run starts on 4 of 4 nodes (cluster.min_nodes 1): there are no more yet"]
     assert not seats.may_grow(besides=[]), "a run that lacks spares only goes on"
+
+
+@pytest.mark.parametrize("released", [True, False])
+def test_a_run_on_fewer_nodes_that_starts_again_still_grows(cluster: Cluster, released: bool) -> None:
+    """released: Ray Train's controller died, and the driver gave back all that was held; else a bad node was left."""
+    seats = Seats(CONFIG, tell=lambda text: None)
+    cluster.room = 1
+    seats.wait(besides=[], go_on=lambda: True)
+    cluster.room = 0
+    assert not seats.may_grow(besides=["a"]) and list(cluster.asked.values()) == [(4, ("a",))]
+    if released:
+        cluster.asked.clear()
+    cluster.room = 2
+    seats.wait(besides=["bad"], go_on=lambda: True)
+    assert seats.nodes == 2 and not cluster.asked, "nothing is asked for twice"
+    cluster.room = 0
+    assert not seats.may_grow(besides=["b"]) and list(cluster.asked.values()) == [(3, ("b",))]
+    cluster.room = 2
+    assert seats.may_grow(besides=["b"]) and not cluster.asked
 
 
 def test_a_run_whose_nodes_come_or_that_is_stopped_waits_no_longer(cluster: Cluster) -> None:

@@ -12,7 +12,6 @@ import secrets
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any, cast
@@ -27,6 +26,7 @@ from raynium.config.schema import Config
 from raynium.errors import ClusterLost, LaunchError, RunFailed, StoreError, TrackingError
 from raynium.launch.backend import NodeAgentConfig, ray_storage
 from raynium.launch.bad_nodes import BadNodes
+from raynium.launch.calls import Calls
 from raynium.launch.head import ClusterWatch
 from raynium.launch.nodes import (
     Waiting,
@@ -122,7 +122,7 @@ class Driver:
             self._ends_unix = datetime.fromisoformat(ends_at).timestamp() - self.config.fault.stop_seconds
         # Of the cluster, while the run is watched.
         self._cluster: ClusterWatch | None = None
-        self._calls = ThreadPoolExecutor(max_workers=1, thread_name_prefix="coordinator-calls")
+        self._calls = Calls(tell=display.line)
 
     def request_stop(self, by: str) -> None:
         """Every rank saves at the next step and ends. Safe to call from a signal handler."""
@@ -276,8 +276,8 @@ class Driver:
                 self._keep_record(keeper, status)
                 if now >= next_stop_poll:
                     next_stop_poll = now + STOP_POLL_SECONDS
-                    self._calls.submit(self._tell_drained, coordinator)
-                    self._calls.submit(self._take_more_nodes, coordinator, status)
+                    self._calls.make("nodes that somebody drains", self._tell_drained, coordinator)
+                    self._calls.make("nodes that the run lacks", self._take_more_nodes, coordinator, status)
                     if self._ends_unix is not None and time.time() >= self._ends_unix and not self._stop.is_set():
                         self.display.line(f"the nodes will be taken away at {self.config.cluster.ends_at}")
                         self.request_stop("cluster.ends_at")
@@ -292,7 +292,7 @@ class Driver:
             if self._stop.is_set() and not self._told_to_stop and self._agents_have_spoken(status):
                 self._told_to_stop = True
                 self.display.line("stopping: every rank saves at its next step, then the run ends")
-                self._calls.submit(coordinator.request_stop.remote, status.ledger.life)
+                self._calls.make("the stop", coordinator.request_stop.remote, status.ledger.life)
             waiting.look(waits=not status.running)
             time.sleep(STATUS_SECONDS)
 
@@ -347,7 +347,8 @@ class Driver:
             "its newest checkpoint. If memory ran out on this node, the kernel's log (`dmesg`) says so"
         )
         # The generation is over, and no agent of before is waited for.
-        self._calls.submit(coordinator.leave.remote, "controller", "Ray Train's controller died, and its node agents")
+        words = "controller", "Ray Train's controller died, and its node agents"
+        self._calls.make("the controller's death", coordinator.leave.remote, *words)
         release_nodes()
         with self.prepared.keeper.beating():
             self._stop.wait(pause_before_next_try(lost - 1, 0.0))
@@ -362,7 +363,7 @@ class Driver:
         if self._moving or not self._bad_nodes.are_left(new_faults, status):
             return
         self._moving = True
-        self._calls.submit(coordinator.leave.remote, *LEFT)
+        self._calls.make("the bad node", coordinator.leave.remote, *LEFT)
 
     def _take_more_nodes(self, coordinator: Any, status: Status) -> None:
         """Has a run that started on fewer nodes than wanted save, and its agents start anew, once there are more."""
@@ -385,7 +386,7 @@ class Driver:
                 cause = "the run coordinator died, and was started again"
                 self._incidents.notes("coordinator", where="", cause=cause, step=self.prepared.keeper.record.step)
                 if self._moving:
-                    self._calls.submit(coordinator.leave.remote, *LEFT)
+                    self._calls.make("the bad node", coordinator.leave.remote, *LEFT)
             self._life, self._events_seen, self._told_to_stop = status.ledger.life, 0, False
             status = self._ask(coordinator)
         if status.agents:
@@ -398,7 +399,7 @@ class Driver:
 
         Asked in a thread: when the cluster's processes are killed even a call with a timeout does not come back.
         """
-        asked = self._calls.submit(lambda: ray.get(coordinator.status.remote(self._events_seen)))
+        asked = self._calls.ask(lambda: ray.get(coordinator.status.remote(self._events_seen)))
         began, limit = time.monotonic(), CLUSTER_LOST_SECONDS if self._life else FIRST_ANSWER_SECONDS
         while True:
             if self._cluster is not None:
@@ -418,7 +419,7 @@ class Driver:
         before = status.ledger.life, keeper.hear_ledger(status.ledger)
         if before != self._before:
             self._before, self._words = before, self._words + 1
-            self._calls.submit(coordinator.ran_before.remote, self._words, before[1])
+            self._calls.make("the ledger", coordinator.ran_before.remote, self._words, before[1])
 
     def _keep_record(self, keeper: RecordKeeper, status: Status) -> None:
         """Writes what changed at once, and else a heartbeat now and then."""

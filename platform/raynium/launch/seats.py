@@ -18,7 +18,7 @@ class Seats:
         self._config, self._tell = config, tell
         self._resources = node_resources(config)
         self.number, self.nodes = config.cluster.seats, config.cluster.nodes
-        # For the nodes that lack, while the run trains on fewer.
+        # For the nodes that lack, while the run trains on fewer; of this start of the run's alone.
         self._asked: PlacementGroup | None = None
         # How many had room when the run last left its nodes for more: no others are waited for.
         self._found: int | None = None
@@ -38,6 +38,8 @@ class Seats:
         cluster = self._config.cluster
         if cluster.min_nodes is None:
             return
+        # Also where it is gone already, with all that a dead controller held: see `release_nodes`.
+        self._drop_request()
         self.number, self.nodes = cluster.seats, cluster.nodes
         waits = patient(self._config, go_on=go_on, tell=self._tell)
         limit = time.monotonic() + self._config.fault.replace_seconds
@@ -74,9 +76,14 @@ class Seats:
         nodes = nodes_with_room(self._config, self.number + more)
         if nodes is None or nodes <= self.nodes:
             return False
-        remove_placement_group(self._asked)
-        self._asked, self._found = None, self.number + more
+        self._drop_request()
+        self._found = self.number + more
         return True
+
+    def _drop_request(self) -> None:
+        if self._asked is not None:
+            remove_placement_group(self._asked)
+            self._asked = None
 
 
 def _ask(resources: dict[str, float], number: int, besides: Collection[str]) -> PlacementGroup:
