@@ -394,6 +394,8 @@ def test_what_was_packed_is_told(store: DocumentStore) -> None:
         "left_out_tokens": sum(long),
         "cut": 0,
         "cut_tokens": 0,
+        "unlearned": 0,
+        "unlearned_tokens": 0,
     }
     assert index.in_words().endswith(f", {len(long)} longer ones left out ({sum(long):,} tokens)")
 
@@ -444,7 +446,7 @@ def test_a_damaged_index_gives_out_no_row_and_says_what_to_delete(
 
 def test_an_index_of_many_parts_opens_without_reading_them(tmp_path: Path) -> None:
     """A trillion tokens are 15,000 parts."""
-    part = PartFacts(1000, 3000, 900, 0, 0, 0, 0, 0, 1, 3, 0, 7)
+    part = PartFacts(1000, 3000, 900, 0, 0, 0, 0, 0, 0, 0, 1, 3, 0, 7)
     index = PackedIndex.of([part] * 15_000, identity="", seq_len=4096, too_long="split")
     (tmp_path / INDEX_NAME).write_text(index.model_dump_json())
     assert PackedIndex.read(Store(tmp_path)) == index and index.num_rows == 15_000_000

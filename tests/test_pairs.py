@@ -321,7 +321,11 @@ def test_an_answer_may_be_cut_and_a_pair_of_which_nothing_would_be_left_goes(lon
     [
         ({"too_long": "split"}, r"data\.too_long is split, and .* holds records of 2 documents each, that are"),
         ({"too_long": "refuse"}, r"data\.too_long is\s+refuse"),
-        ({"seq_len": 2}, r"data\.seq_len = 2: no document of .* fits a row"),
+        (
+            {"seq_len": 2},
+            r"data\.seq_len = 2: no record of 2 documents of .* fits a row, the shortest has 11 tokens with its end; "
+            r"set data\.seq_len to 11 or more$",
+        ),
     ],
 )
 def test_pairs_that_do_not_fit_are_refused(long_store: DocumentStore, fields: dict[str, Any], message: str) -> None:

@@ -126,7 +126,38 @@ def test_chats_longer_than_a_row_are_counted(tmp_path, too_long, counted):
     assert isinstance(rows, PackedRows)
     # The first token of a chat is no label.
     num_labels = len(store.train_stream()) - store.manifest.train.documents
-    assert facts["cut_tokens"] + facts["left_out_tokens"] + rows.index.filled == num_labels
+    gone = facts["cut_tokens"] + facts["left_out_tokens"] + facts["unlearned_tokens"]
+    assert gone + rows.index.filled == num_labels
+
+
+@pytest.mark.parametrize("too_long", ["cut", "split"])
+def test_no_row_is_without_a_label_though_a_prompt_is_longer_than_it(tmp_path, too_long):
+    """Of which nothing would be learned in a step that counts (TRL#3942)."""
+    chats = [
+        {
+            "messages": [
+                {"role": "user", "content": "say it " * (40 if n % 3 else 1)},
+                {"role": "assistant", "content": "it " * n},
+            ]
+        }
+        for n in range(1, 40)
+    ]
+    store = chats_store(tmp_path, chats)
+    data = section(store, seq_len=32, too_long=too_long)
+    rows = open_rows(store, data)
+    labels = rows.read(np.arange(len(rows)))["labels"]
+    assert (labels != IGNORED_LABEL).any(1).all()
+    index = ensure_index(packable(store), data).index
+    assert index.unlearned > 0 and f"{index.unlearned:,} pieces without a label left out" in index.in_words()
+    documents, trained = index.documents, store.manifest.train.documents
+    if too_long == "split":
+        stored = store.train_stream().read(0, len(store.train_stream()))
+        # Of each chat all labels are learned, but where it begins: the token before it is not in its document.
+        assert (documents, int((labels != IGNORED_LABEL).sum())) == (trained, int(is_label(stored).sum()))
+    else:
+        assert 0 < documents < trained and index.cut <= documents
+    with pytest.raises(DataError, match=r"no document of .* fits a row, .* and no piece of one has a label; set data"):
+        open_rows(store, section(store, seq_len=4, too_long="cut"))
 
 
 def test_a_chat_longer_than_a_row_is_refused_where_the_config_says_so(tmp_path):

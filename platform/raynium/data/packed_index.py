@@ -158,17 +158,20 @@ def _made(
         facts = [facts for _, facts in sorted(results)]
     longest = max(each.longest for each in facts)
     if data.too_long == "refuse" and longest > data.seq_len:
+        others = "cut, leave_out or split" if store.together == 1 else "cut or leave_out"
         raise DataError(
             f"data.seq_len = {data.seq_len}: the longest document of {store.place} has {longest} tokens, and "
-            f"data.too_long is refuse; set data.seq_len to {longest} or more, or data.too_long to cut, leave_out or "
-            "split"
+            f"data.too_long is refuse; set data.seq_len to {longest} or more, or data.too_long to {others}"
         )
     index = PackedIndex.of(facts, identity=store.identity, seq_len=data.seq_len, too_long=data.too_long)
     if not index.num_rows:
         shortest = min(each.shortest for each in facts if each.shortest)
+        what = "document" if store.together == 1 else f"record of {store.together} documents"
+        without = "" if data.too_long == "leave_out" else ", and no piece of one has a label"
+        other = "" if without or store.together > 1 else ", or data.too_long to split"
         raise DataError(
-            f"data.seq_len = {data.seq_len}: no document of {store.place} fits a row, the shortest has {shortest} "
-            f"tokens with its end; set data.seq_len to {shortest} or more, or data.too_long to split"
+            f"data.seq_len = {data.seq_len}: no {what} of {store.place} fits a row, the shortest has {shortest} "
+            f"tokens with its end{without}; set data.seq_len to {shortest} or more{other}"
         )
     _keep(folder, INDEX_NAME, (index.model_dump_json() + "\n").encode())
     return index

@@ -55,6 +55,8 @@ class PartFacts(NamedTuple):
     left_out_tokens: int
     cut: int
     cut_tokens: int
+    unlearned: int
+    unlearned_tokens: int
     shortest: int
     longest: int
     filled: int
@@ -67,8 +69,8 @@ _NUM_FACTS = len(PartFacts._fields) - 1
 def part_content(part: PackedPart) -> tuple[bytes, PartFacts]:
     """The file of a part, int64: its facts, row_begins, pieces; and last the CRC64NVME of all that."""
     counted = (part.documents, part.split, part.left_out, part.left_out_tokens, part.cut, part.cut_tokens)
-    lengths = (part.shortest, part.longest)
-    facts = (len(part.row_begins) - 1, len(part.pieces), *counted, *lengths, int(part.pieces[:, 1].sum()))
+    more = (part.unlearned, part.unlearned_tokens, part.shortest, part.longest)
+    facts = (len(part.row_begins) - 1, len(part.pieces), *counted, *more, int(part.pieces[:, 1].sum()))
     arrays = (np.array(facts), part.row_begins, part.pieces)
     content = b"".join(each.astype(_INDEX_DTYPE).tobytes() for each in arrays)
     crc = checksum(content)
@@ -97,7 +99,7 @@ class PackedIndex(BaseModel):
     """`index.json`. rows, pieces: of each part; crc64nvme_of_parts: of their files, all in one text.
 
     documents: that are in rows, of them `split` in several, or `cut` to one; filled: positions of rows that hold a
-    token of a document, which of a flagged store need not be a label.
+    token of a document, which of a flagged store need not be a label. unlearned: see `PackedPart`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -116,6 +118,8 @@ class PackedIndex(BaseModel):
     left_out_tokens: Count
     cut: Count
     cut_tokens: Count
+    unlearned: Count
+    unlearned_tokens: Count
     filled: Count
 
     @property
@@ -124,7 +128,7 @@ class PackedIndex(BaseModel):
 
     @property
     def efficiency(self) -> float:
-        """Share of the positions of all rows that hold a label."""
+        """Share of the positions of all rows that hold a token of a document."""
         return self.filled / (self.num_rows * self.seq_len)
 
     @classmethod
@@ -142,6 +146,8 @@ class PackedIndex(BaseModel):
             left_out_tokens=sum(part.left_out_tokens for part in parts),
             cut=sum(part.cut for part in parts),
             cut_tokens=sum(part.cut_tokens for part in parts),
+            unlearned=sum(part.unlearned for part in parts),
+            unlearned_tokens=sum(part.unlearned_tokens for part in parts),
             filled=sum(part.filled for part in parts),
             **known,
         )
@@ -173,6 +179,8 @@ class PackedIndex(BaseModel):
             "left_out_tokens": self.left_out_tokens,
             "cut": self.cut,
             "cut_tokens": self.cut_tokens,
+            "unlearned": self.unlearned,
+            "unlearned_tokens": self.unlearned_tokens,
         }
 
     def in_words(self) -> str:
@@ -186,6 +194,8 @@ class PackedIndex(BaseModel):
             words.append(f"{self.cut:,} longer ones cut ({self.cut_tokens:,} tokens)")
         if self.left_out:
             words.append(f"{self.left_out:,} longer ones left out ({self.left_out_tokens:,} tokens)")
+        if self.unlearned:
+            words.append(f"{self.unlearned:,} pieces without a label left out ({self.unlearned_tokens:,} tokens)")
         return ", ".join(words)
 
 

@@ -18,7 +18,7 @@ import numpy as np
 from raynium.data.records.flags import begins_document, is_label
 
 # Part of an index's name: another number where the same stream would be packed, or its index written, otherwise.
-PACKER_VERSION = 3
+PACKER_VERSION = 4
 # Windows are a part, which is packed at once and is one file of the index: about so many tokens.
 PART_TOKENS = 2**26
 # Read at once in search of ends of documents: of a store in S3, in several requests.
@@ -43,7 +43,8 @@ class PackedPart(NamedTuple):
 
     row_begins: int64 [rows + 1], where the pieces of each row begin. pieces: int64 [pieces, 2], (place of the first
     label in the stream, number of labels), row by row. shortest, longest: labels of these documents; 0 where none
-    begins. cut_tokens: of documents that were cut, what was dropped.
+    begins. cut_tokens: of documents that were cut, what was dropped. unlearned: pieces of split or cut documents of a
+    flagged store that are in no row, since none of their tokens is a label.
     """
 
     row_begins: np.ndarray
@@ -54,6 +55,8 @@ class PackedPart(NamedTuple):
     left_out_tokens: int
     cut: int
     cut_tokens: int
+    unlearned: int
+    unlearned_tokens: int
     shortest: int
     longest: int
 
@@ -78,7 +81,7 @@ def pack_part(stream: Stream, part: int, *, seq_len: int, too_long: TooLong, end
     end = min(begin + _part_tokens(seq_len), len(stream))
     begins = np.concatenate([np.empty(0, np.int64), *_document_begins(stream, begin, end, end_of_document)])
     if len(begins) == 0:
-        return PackedPart(np.zeros(1, np.int64), np.empty((0, 2), np.int64), 0, 0, 0, 0, 0, 0, 0, 0)
+        return PackedPart(np.zeros(1, np.int64), np.empty((0, 2), np.int64), *[0] * 10)
     after = next((found[0] for found in _document_begins(stream, end, len(stream), end_of_document)), len(stream))
     lengths = np.diff(begins, append=after)
     if end_of_document is None:
@@ -90,9 +93,18 @@ def pack_part(stream: Stream, part: int, *, seq_len: int, too_long: TooLong, end
     cut_tokens = int((lengths[cut] - seq_len).sum())
     kept_begins, kept_lengths = begins[~left_out], np.where(cut, seq_len, lengths)[~left_out]
     pieces = _cut(kept_begins, kept_lengths, seq_len)
-    # Pieces follow their document's beginning, wherever they lie.
     counts = -(-kept_lengths // seq_len)
-    windows = np.repeat(kept_begins // window_tokens(seq_len), counts)
+    of_document = np.repeat(np.arange(len(counts)), counts)
+    unlearned = np.zeros(len(pieces), bool)
+    if end_of_document is None:
+        # Of a document that is whole some token is a label.
+        for piece in np.flatnonzero(long[~left_out][of_document]).tolist():
+            unlearned[piece] = not is_label(stream.read(*pieces[piece].tolist())).any()
+    unlearned_tokens = int(pieces[unlearned, 1].sum())
+    pieces, of_document = pieces[~unlearned], of_document[~unlearned]
+    pieces_of = np.bincount(of_document, minlength=len(counts))
+    # Pieces follow their document's beginning, wherever they lie.
+    windows = kept_begins[of_document] // window_tokens(seq_len)
     row_begins, order = [np.zeros(1, np.int64)], [np.empty(0, np.int64)]
     for first, last in _runs(windows):
         rows = _best_fit(pieces[first:last, 1], seq_len)
@@ -101,12 +113,14 @@ def pack_part(stream: Stream, part: int, *, seq_len: int, too_long: TooLong, end
     return PackedPart(
         row_begins=np.concatenate(row_begins),
         pieces=pieces[np.concatenate(order)],
-        documents=len(kept_begins),
-        split=int((kept_lengths > seq_len).sum()),
+        documents=int((pieces_of > 0).sum()),
+        split=int(((kept_lengths > seq_len) & (pieces_of > 0)).sum()),
         left_out=int(left_out.sum()),
         left_out_tokens=int(lengths[left_out].sum()),
-        cut=int(cut.sum()),
+        cut=int((cut[~left_out] & (pieces_of > 0)).sum()),
         cut_tokens=cut_tokens,
+        unlearned=int(unlearned.sum()),
+        unlearned_tokens=unlearned_tokens,
         shortest=int(lengths.min()),
         longest=int(lengths.max()),
     )
@@ -115,8 +129,8 @@ def pack_part(stream: Stream, part: int, *, seq_len: int, too_long: TooLong, end
 def pack_alone(stream: Stream, *, together: int, seq_len: int, too_long: TooLong) -> PackedPart:
     """One part of the whole flagged stream, each document in a row of its own, in the order of the stream.
 
-    together: so many neighbours stay or go as one. A cut that leaves no label of a document has it go. DataError if the
-    store is damaged.
+    together: so many neighbours stay or go as one. A cut that leaves no label of a document has it go. shortest: of
+    each of them the longest, of these the least. DataError if the store is damaged.
     """
     found = _document_begins(stream, 0, len(stream), None)
     begins = np.concatenate([np.empty(0, np.int64), *found])
@@ -140,7 +154,9 @@ def pack_alone(stream: Stream, *, together: int, seq_len: int, too_long: TooLong
         left_out_tokens=int(lengths[left_out].sum()),
         cut=int(cut.sum()),
         cut_tokens=int((lengths[cut] - seq_len).sum()),
-        shortest=int(lengths.min()),
+        unlearned=0,
+        unlearned_tokens=0,
+        shortest=int(lengths.reshape(-1, together).max(1).min()),
         longest=int(lengths.max()),
     )
 
