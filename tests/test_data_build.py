@@ -359,7 +359,10 @@ def test_a_build_that_failed_at_its_first_part_goes_on(
         broken.setattr(Part, "to_json", fail)
         build(tmp_path / "store", recipe(source), tokenizer)
     assert (tmp_path / "store/train-00000.bin").exists()
+    # As a writer leaves it that was killed.
+    (tmp_path / "store/.tmp-train-00000.bin-dead").write_bytes(b"half")
     assert build(tmp_path / "store", recipe(source), tokenizer).train.documents
+    assert not list((tmp_path / "store").glob(".tmp-*"))
 
 
 @pytest.mark.parametrize("dedup", ["none", "exact"])

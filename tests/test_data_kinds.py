@@ -171,6 +171,29 @@ def test_too_long_a_text_of_a_table_is_left_out(tmp_path: Path, monkeypatch: pyt
     ]
 
 
+def test_too_long_a_value_of_json_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(readers, "MAX_DOCUMENT_BYTES", 100)
+    texts = ["x" * 86, "x" * 91, "ü" * 60, "fine"]
+    (tmp_path / "a.json").write_text(json.dumps([{"text": text} for text in texts], ensure_ascii=False))
+    assert list(open_source(str(tmp_path)).items()) == [
+        Document("a.json:0", texts[0]),
+        LeftOut("a.json:1", "too long", 103),
+        LeftOut("a.json:2", "too long", 132),
+        Document("a.json:3", "fine"),
+    ]
+
+
+@pytest.mark.parametrize("size", [2, 65_535, 65_536, 65_537])
+@pytest.mark.parametrize("behind", ["", "\n", "\r\n" * 70_000])
+def test_white_space_behind_an_array_is_none_of_it_wherever_reads_end(tmp_path: Path, size: int, behind: str):
+    array = '[{"text": "x"}' + " " * (size - 15) + "]"
+    (tmp_path / "a.json").write_bytes((array + behind).encode())
+    assert list(open_source(str(tmp_path)).items()) == [Document("a.json:0", "x")]
+    (tmp_path / "a.json").write_bytes((array + behind + "x").encode())
+    with pytest.raises(DataError, match="text after the array's end"):
+        list(open_source(str(tmp_path)).items())
+
+
 # ---- bad input -------------------------------------------------------------------------------------------------------
 
 
@@ -183,7 +206,7 @@ def test_too_long_a_text_of_a_table_is_left_out(tmp_path: Path, monkeypatch: pyt
         ('{"text": "x"} 5', r"row 1 \(from 0\): a number, and a document is an object with its text in 'text'"),
         ('[{"content": "x"}]', r"row 0 \(from 0\): no field 'text'; there are: 'content'"),
         ('{"text": {"a": 1}}', r"row 0 \(from 0\): 'text' is an object, not a text"),
-        ("[" * 100_000, r"row 0 \(from 0\): not JSON \(maximum recursion depth.*or longer than 200 bytes"),
+        ("[" * 100_000, r"row 0 \(from 0\): not JSON \(maximum recursion depth.*or longer than 200 characters; give many documents as lines"),
         ('{"text": "' + "x" * 300, r"row 0 \(from 0\): not JSON \(Unterminated"),
     ],
 )

@@ -295,6 +295,12 @@ def test_what_is_no_file_is_no_source(tmp_path: Path):
             open_source(str(place))
 
 
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.json", "a.md.gz"])
+def test_a_file_without_text_that_is_a_source_by_itself_is_counted(tmp_path: Path, name: str):
+    (tmp_path / name).write_bytes(gzip.compress(b"") if name.endswith("gz") else b"")
+    assert list(open_source(str(tmp_path / name)).items()) == [LeftOut(name, "empty")]
+
+
 def test_a_document_that_is_too_long_is_left_out_and_never_read_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(readers, "MAX_DOCUMENT_BYTES", 100)
     (tmp_path / "a.txt").write_text("x" * 101)

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from test_preparation import JOB, Attempt
 
 from raynium.config.load import parse_config
 from raynium.config.schema import Config, DataSection
@@ -14,6 +15,7 @@ from raynium.data.batch import IGNORED_LABEL
 from raynium.data.build.store_build import build_store
 from raynium.data.evaluation import dealt_out
 from raynium.data.loader import Loader, open_loader
+from raynium.data.mixed import refuse_used_up
 from raynium.data.packed_index import ensure_index
 from raynium.data.records.formats import RecordError
 from raynium.data.records.preferences import Preferences
@@ -301,6 +303,29 @@ def test_a_pair_with_an_answer_longer_than_a_row_is_left_out_whole(long_store: D
         said(long_store, tokens, labels)[0] for tokens, labels in zip(columns["tokens"], columns["labels"], strict=True)
     ]
     assert not any("9 + 9" in text for text in texts)
+
+
+def test_an_epoch_is_all_pairs_once_and_a_store_runs_out_with_its_last_pair(
+    tmp_path: Path, long_store: DocumentStore
+) -> None:
+    """A batch is of rows, two of each pair; the order deals pairs."""
+    changes = {
+        **{"task": "dpo", "data.path": str(long_store.path), "data.seq_len": 32, "data.too_long": "leave_out"},
+        **{"data.packing": "documents", "data.records": "preferences", "model.vocab_size": 400, "train.steps": None},
+        **{"train.epochs": 1, "data.max_epochs": 1, "train.global_batch_size": 8, "train.micro_batch_size": 4},
+    }
+    attempt = Attempt(tmp_path, "pairs")
+    loader = open_loader(attempt(**changes).config, [long_store], data_rank=0, data_size=1)
+    pairs = len(open_rows(long_store, section(long_store)))
+    steps = -(-pairs // 4)
+    assert pairs % 4 and f"train: 1 epochs are {steps} steps" in attempt.told
+    seen = np.concatenate([loader.samples(step).rows for step in range(1, steps + 1)])
+    assert set(seen.tolist()) == set(range(pairs)) and len(seen) - pairs < 4
+    message = rf"runs out at step {steps} of {steps}: it has {pairs} samples of 2 rows, and the run takes {len(seen)}"
+    changes |= {"train.epochs": None, "train.steps": steps}
+    Attempt(tmp_path, "out").refused(DataError, message, **changes)
+    fits = parse_config(JOB, changes | {"train.steps": steps - 1})
+    refuse_used_up(fits, [2 * pairs], rows_per_sample=2)
 
 
 def test_an_answer_may_be_cut_and_a_pair_of_which_nothing_would_be_left_goes(long_store: DocumentStore) -> None:

@@ -53,23 +53,28 @@ def metrics_of_stores(
     return metrics
 
 
-def refuse_used_up(config: Config, num_rows: Sequence[int]) -> None:
-    """Raises DataError if the run goes through a store more than data.max_epochs times. num_rows: of each store."""
+def refuse_used_up(config: Config, num_rows: Sequence[int], *, rows_per_sample: int = 1) -> None:
+    """Raises DataError if the run goes through a store more than data.max_epochs times. num_rows: of each store.
+
+    rows_per_sample: that are learned together; the order deals samples.
+    """
     if config.data.max_epochs is None or config.train.steps is None:
         return
-    batch, steps = config.train.global_batch_size, config.train.steps
+    batch, steps = config.train.global_batch_size // rows_per_sample, config.train.steps
+    what = "rows" if rows_per_sample == 1 else f"samples of {rows_per_sample} rows"
     mixture = mixture_of(config.data, batch)
     problems = []
-    for number, (store, rows, samples) in enumerate(
+    for number, (store, of_store, samples) in enumerate(
         zip(config.data.stores, num_rows, mixture.counts(steps * batch), strict=True)
     ):
+        there = of_store // rows_per_sample
         # By the decimal that was given: of 100 rows, 0.29 are 29, and as floats 28.999….
-        most = int(Fraction(str(config.data.max_epochs)) * rows)
+        most = int(Fraction(str(config.data.max_epochs)) * there)
         if samples > most:
             step = -(-mixture.samples_with(most + 1, number, most=steps * batch) // batch)
             problems.append(
-                f"store {store.store} runs out at step {step:,} of {steps:,}: it has {rows:,} rows, and the run takes "
-                f"{samples:,} ({samples / rows:.3g} epochs)"
+                f"store {store.store} runs out at step {step:,} of {steps:,}: it has {there:,} {what}, and the run "
+                f"takes {samples:,} ({samples / there:.3g} epochs)"
             )
     if problems:
         raise DataError(
@@ -78,16 +83,17 @@ def refuse_used_up(config: Config, num_rows: Sequence[int]) -> None:
         )
 
 
-def epochs_in_words(config: Config, num_rows: Sequence[int]) -> Iterator[str]:
-    """A line for each store of a mixture: what the whole run takes of it."""
-    mixture = mixture_of(config.data, config.train.global_batch_size)
-    total = config.train.num_steps * config.train.global_batch_size
+def epochs_in_words(config: Config, num_rows: Sequence[int], *, rows_per_sample: int = 1) -> Iterator[str]:
+    """A line for each store of a mixture: what the whole run takes of it. As `refuse_used_up`."""
+    batch = config.train.global_batch_size // rows_per_sample
+    mixture, total = mixture_of(config.data, batch), config.train.num_steps * batch
     for store, rows, samples in zip(config.data.stores, num_rows, mixture.counts(total), strict=True):
-        yield f"data: {store.name}: {samples / total:.1%} of the samples, {samples / rows:.3g} epochs"
+        epochs = samples * rows_per_sample / rows
+        yield f"data: {store.name}: {samples / total:.1%} of the samples, {epochs:.3g} epochs"
 
 
 def with_steps(config: Config, rows: int) -> Config:
-    """The config with the steps that its epochs make. rows: of its one store.
+    """The config with the steps that its epochs make. rows: of its one store, both of each pair.
 
     Raises ConfigError where it has others.
     """

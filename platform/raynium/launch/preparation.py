@@ -208,7 +208,7 @@ def prepare_data(
     found = identified(config, [store.manifest.identity for store in documents])
     if config.train.epochs is not None:
         rows = open_rows(documents[0], config.data, config.data.place, config.run.place)
-        found = with_steps(found, len(rows))
+        found = with_steps(found, len(rows) * rows.rows_per_sample)
         tell(f"train: {config.train.epochs:g} epochs are {found.train.num_steps:,} steps")
         if problems := check(found):
             raise ConfigError(problems)

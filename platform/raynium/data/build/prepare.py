@@ -78,9 +78,10 @@ def prepare_stores(
             num_rows.append(stream_rows(store.manifest, data.seq_len, where=store.place))
         stores.append(store)
     _refuse_unfit_together(config, [store.manifest for store in stores])
-    refuse_used_up(config, num_rows)
+    rows_per_sample = stores[0].manifest.documents_per_record
+    refuse_used_up(config, num_rows, rows_per_sample=rows_per_sample)
     if config.data.mixture:
-        for line in epochs_in_words(config, num_rows):
+        for line in epochs_in_words(config, num_rows, rows_per_sample=rows_per_sample):
             tell(line)
     return stores
 

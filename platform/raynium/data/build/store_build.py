@@ -216,6 +216,8 @@ def _there_or_built(place: str | Path, plan: Callable[[], _Plan], how: _How) -> 
             with only_builder(store, how.tell) as check:
                 # Looked at again now that nobody else builds: another process may have been faster.
                 if find_manifest(place) is None:
+                    # Whoever built before is dead, or is to fail.
+                    store.discard_unfinished(older_than_unix=time.time())
                     _build(store, plan(), how, check)
             store.delete_prefix(BUILDING)
         except StoreError as error:

@@ -122,7 +122,7 @@ def refuse_unusable(
             if documents[0] > 1
             else "change the fraction"
         )
-        also = f", and leaves out {left_out_in_words(left_out, kept_bytes=0)}" if not kept_bytes else ""
+        also = f", and leaves out {left_out_in_words(left_out, kept_bytes=0)}" if left_out and not kept_bytes else ""
         raise DataError(
             f"data.source = {source!r} gives {documents[0]} training and {documents[1]} held-out documents "
             f"with data.heldout_fraction = {heldout_fraction}{also}. Both need at least one: give more documents "

@@ -56,6 +56,8 @@ def text_pieces(stream: BufferedReader, part: Part) -> Iterator[Item]:
         held, position = held[begins:], position + begins
     else:
         held, position = stream.read(PIECE_BYTES), 0
+    if not held and not part.begin:
+        yield LeftOut(part.file.name, "empty")
     while held and grid < part.end:
         grid += PIECE_BYTES
         held += stream.read(max(0, grid + PIECE_BYTES - position - len(held)))
@@ -142,8 +144,8 @@ def json_values(stream: BufferedReader, part: Part, wanted: Wanted) -> Iterator[
         except (ValueError, RecursionError) as error:
             tried = len(held) - at
             if tried > MAX_DOCUMENT_BYTES:
-                problem = f"{getattr(error, 'msg', error)}, or longer than {MAX_DOCUMENT_BYTES:,} bytes"
-                raise BadRecord(row, f"not JSON ({problem})") from error
+                problem = f"{getattr(error, 'msg', error)}, or longer than {MAX_DOCUMENT_BYTES:,} characters"
+                raise BadRecord(row, f"not JSON ({problem}; give many documents as lines, .jsonl)") from error
             # As much again as is held, so that a long value is not tried at every step.
             more = stream.read(max(_JSON_BYTES, tried))
             held, at = held[at:] + decode(more, final=not more), 0
@@ -153,10 +155,18 @@ def json_values(stream: BufferedReader, part: Part, wanted: Wanted) -> Iterator[
                 problem = f"not JSON ({getattr(error, 'msg', error)})" if held else "the file ends within an array"
                 raise BadRecord(row, problem) from error
         else:
-            yield _document_of(f"{part.file.name}:{row}", _text_of(value, wanted, row), ends - at)
+            name = f"{part.file.name}:{row}"
+            # More characters are more bytes; it need not be measured for each.
+            if 4 * (ends - at) > MAX_DOCUMENT_BYTES < (num_bytes := len(held[at:ends].encode(errors="replace"))):
+                yield LeftOut(name, "too long", num_bytes)
+            else:
+                yield _document_of(name, _text_of(value, wanted, row), ends - at)
             at, row = ends, row + 1
-    if held[at + 1 :].strip() or stream.read(1):
-        raise BadRecord(row, "text after the array's end")
+    held = held[at + 1 :]
+    while held or (held := decode(stream.read(_JSON_BYTES))):
+        if held.strip():
+            raise BadRecord(row, "text after the array's end")
+        held = ""
     if not row:
         yield LeftOut(part.file.name, "empty")
 
