@@ -206,7 +206,10 @@ def test_white_space_behind_an_array_is_none_of_it_wherever_reads_end(tmp_path: 
         ('{"text": "x"} 5', r"row 1 \(from 0\): a number, and a document is an object with its text in 'text'"),
         ('[{"content": "x"}]', r"row 0 \(from 0\): no field 'text'; there are: 'content'"),
         ('{"text": {"a": 1}}', r"row 0 \(from 0\): 'text' is an object, not a text"),
-        ("[" * 100_000, r"row 0 \(from 0\): not JSON \(maximum recursion depth.*or longer than 200 characters; give many documents as lines"),
+        (
+            "[" * 100_000,
+            r"row 0 \(from 0\): not JSON \(maximum recursion .* longer than 200 characters; give many .* as lines",
+        ),
         ('{"text": "' + "x" * 300, r"row 0 \(from 0\): not JSON \(Unterminated"),
     ],
 )

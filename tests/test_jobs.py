@@ -14,11 +14,10 @@ import yaml
 from raynium.config.paths import RAY_JOB_VARIABLE
 from raynium.errors import LaunchError, RunFailed
 from raynium.launch import jobs
+from raynium.launch.job_metadata import JOB_CONFIG_VARIABLE, job_metadata
 from raynium.launch.jobs import (
-    JOB_CONFIG_VARIABLE,
     connect_jobs,
     find_token,
-    job_metadata,
     main,
     runtime_env,
     submit_job,

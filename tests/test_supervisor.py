@@ -14,7 +14,7 @@ from tiny import job_text
 from raynium.config.load import parse_config
 from raynium.errors import LaunchError, StoreError
 from raynium.launch import supervisor as supervisor_module
-from raynium.launch.jobs import SUPERVISED
+from raynium.launch.job_metadata import SUPERVISED
 from raynium.launch.supervisor import Supervisor
 from raynium.run.record import RunRecord, claim, read_record, request_stop
 from raynium.run.supervision import (

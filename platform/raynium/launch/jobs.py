@@ -1,7 +1,6 @@
 """Ray jobs: how a run reaches a cluster, and what runs there."""
 
 import contextlib
-import json
 import logging
 import os
 import secrets
@@ -15,6 +14,7 @@ import raynium
 from raynium.config.local_folders import temporary_parent
 from raynium.config.proxies import astray, proxy_for, spare_loopback
 from raynium.errors import LaunchError
+from raynium.launch.job_metadata import SUPERVISED, job_metadata
 from raynium.launch.ray_environment import find_token, the_named_address
 from raynium.storage.own_folder import temporary_folder
 from raynium.terminal.streams import print_in_any_locale
@@ -27,11 +27,6 @@ ADDRESS_REMEDY = (
     "Give the address of its dashboard (`ray start --head` prints it), and if it asks for a token put that into "
     "RAY_AUTH_TOKEN or ~/.ray/auth_token"
 )
-
-# Ray sets this for a job's driver (ray/_private/ray_constants.py); its metadata holds the submission id.
-JOB_CONFIG_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
-# In the metadata of a job that a supervisor submits.
-SUPERVISED = "raynium.supervised"
 
 
 def connect_jobs(address: str) -> Any:
@@ -106,16 +101,6 @@ def submit_job(client: Any, name: str, config_yaml: str, *, run_url: str, superv
             # The job's folder is a copy without .git, its user the cluster's: say where it came from while we know.
             metadata={"run": name, "run_url": run_url, **origin_tags(Path.cwd()), **supervision},
         )
-
-
-def job_metadata() -> dict[str, str]:
-    """Inside a Ray job's driver: what was submitted with it, and its `job_submission_id`. Empty elsewhere."""
-    return json.loads(os.environ.get(JOB_CONFIG_VARIABLE, "{}")).get("metadata", {})
-
-
-def is_supervised() -> bool:
-    """Inside a Ray job's driver: whether a supervisor has submitted it."""
-    return SUPERVISED in job_metadata()
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -16,7 +16,7 @@ from raynium.config.local_folders import temporary_parent
 from raynium.config.schema import Config
 from raynium.convert.beginning import describe
 from raynium.errors import ClusterLost, RayniumError, StoreError
-from raynium.launch.jobs import job_metadata
+from raynium.launch.job_metadata import job_metadata
 from raynium.launch.preparation import checked
 from raynium.launch.run import run
 from raynium.node.compile_cache import FOLDER

@@ -29,7 +29,7 @@ from raynium.data.runner import Runner
 from raynium.data.store import TOKENIZER_NAME, OpenStore
 from raynium.data.tokenizer import Tokenizer
 from raynium.errors import ConfigError, DataError, TrackingAway, TrackingError
-from raynium.launch.jobs import is_supervised
+from raynium.launch.job_metadata import is_supervised
 from raynium.launch.notify import notifier_of, tell_end
 from raynium.models.flops import parameter_count
 from raynium.node.scratch import log_folder

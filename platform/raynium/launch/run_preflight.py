@@ -73,7 +73,7 @@ def main(arguments: list[str] | None = None) -> None:
     from raynium.config.load import load_config
     from raynium.convert.beginning import describe
     from raynium.errors import RayniumError
-    from raynium.launch.jobs import job_metadata
+    from raynium.launch.job_metadata import job_metadata
 
     print_in_any_locale()
     arguments = sys.argv[1:] if arguments is None else arguments

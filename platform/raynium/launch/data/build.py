@@ -18,7 +18,7 @@ from raynium.data.remote import find_manifest
 from raynium.data.runner import Item, Result, Runner, Shared
 from raynium.data.tokenizer import Tokenizer, beside
 from raynium.errors import ConfigError
-from raynium.launch.jobs import job_metadata
+from raynium.launch.job_metadata import job_metadata
 from raynium.launch.ray_environment import set_ray_environment
 from raynium.planning.rules import STORE_NAME
 
