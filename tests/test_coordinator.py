@@ -30,12 +30,12 @@ from raynium.run import verdicts as verdicts_module
 from raynium.run.coordinator import RunCoordinator
 from raynium.run.fence import claim_key
 from raynium.run.held_images import HeldImages
+from raynium.run.leaps import LeftOut
 from raynium.run.protocol import (
     AgentInfo,
     CannotGoOn,
     Commit,
     GoHome,
-    LeftOut,
     Look,
     NodeEnded,
     Order,

@@ -9,8 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_loop import GOOD
 
-from raynium.run.leaps import COMES_BACK_STEPS, SUSPECTED_STEPS, Leaps, Undo
-from raynium.run.protocol import LeftOut
+from raynium.run.leaps import COMES_BACK_STEPS, SUSPECTED_STEPS, Leaps, LeftOut, Undo
 from raynium.train.guard import Guard, TooManyBadSteps
 
 

@@ -330,12 +330,13 @@ class Driver:
                 coordinator.tell.remote(NodeLeaves(node_id, f"Ray drains it{when}"))
 
     def _outlives_controller(self, coordinator: Any, error: BaseException | None, status: Status) -> bool:
-        """Whether Ray Train's controller died, and another one may try.
+        """Whether Ray Train's controller died, or gave up on an agent that was lost between two looks; another may try.
 
         It is a process of 200 MB on this node, which takes its agents along. Those that the next one places begin with
         the newest checkpoint.
         """
-        if not isinstance(error, ray.exceptions.RayActorError):
+        gave_up = isinstance(error, ray.train.ControllerError)
+        if not isinstance(error.controller_failure if gave_up else error, ray.exceptions.RayActorError):
             return False
         lost, newest = self._controllers_lost
         lost = 1 + (lost if status.committed_step == newest else 0)
@@ -343,8 +344,9 @@ class Driver:
         if lost > self.config.fault.max_node_failures_without_progress:
             return False
         self.display.line(
-            "Ray Train's controller died, and with it the node agents. Another is started, and the run goes on from "
-            "its newest checkpoint. If memory ran out on this node, the kernel's log (`dmesg`) says so"
+            f"Ray Train's controller {'gave up' if gave_up else 'died'}, and with it the node agents. Another is "
+            "started, and the run goes on from its newest checkpoint. "
+            + (str(error) if gave_up else "If memory ran out on this node, the kernel's log (`dmesg`) says so")
         )
         # The generation is over, and no agent of before is waited for.
         words = "controller", "Ray Train's controller died, and its node agents"

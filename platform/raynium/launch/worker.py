@@ -91,7 +91,8 @@ def run_agent(settings: dict[str, Any]) -> None:
         accelerator=detect(config.cluster.accelerator),
         coordinator=coordinator,
         open_tracker=lambda: MlflowTracker(
-            f"{scratch}/spool/{settings['mlflow_run_id']}",
+            # Nodes of one machine, which tests have, share no disk either.
+            f"{scratch}/spool/{host}/{settings['mlflow_run_id']}",
             uri=settings["mlflow_uri"],
             run_id=settings["mlflow_run_id"],
             may_send=fence.check,

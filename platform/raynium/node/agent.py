@@ -35,6 +35,7 @@ from raynium.node.reports import CommitLog, Reports
 from raynium.node.saving import Saving
 from raynium.node.spares import Spares
 from raynium.node.uploader import Uploader
+from raynium.node.witnessed import WitnessedTracker
 from raynium.rank.plan import RankPlan
 from raynium.rank.ports import rendezvous_socket
 from raynium.run.protocol import (
@@ -136,9 +137,8 @@ class NodeAgent:
         self._secret = secret
         # If this run copies snapshots to other nodes.
         self._buddies: Buddies | None = None
-        self._neuron_monitor = neuron_monitor
-        if neuron_monitor is None and accelerator.name.startswith("neuron") and has_devices():
-            self._neuron_monitor = "neuron-monitor"
+        asks_aws = accelerator.name.startswith("neuron") and has_devices()
+        self._neuron_monitor = neuron_monitor or ("neuron-monitor" if asks_aws else None)
         self._last_generation = 0
         # In the newest generation; -1: this agent has run none.
         self.node_rank = -1
@@ -149,7 +149,7 @@ class NodeAgent:
         self._makes_spares = accelerator.device_type == "cpu" and config.engine.kind == "native"
         self._spares: Spares | None = None
         # Once this node has run rank 0.
-        self._tracker: Tracker | None = None
+        self._tracker: WitnessedTracker | None = None
         self._commits: CommitLog | None = None
 
     def run(self) -> None:
@@ -165,8 +165,7 @@ class NodeAgent:
             self._cache.sync.start()
         image_folder = own_folder(shared_memory_folder(), self.config.run.name)
         if (fault := self.config.fault).buddy_copies and self.config.cluster.nodes > 1:
-            speed = fault.buddy_megabytes_per_second * 1e6
-            images = self._saving.images
+            images, speed = self._saving.images, fault.buddy_megabytes_per_second * 1e6
             self._buddies = Buddies(self.node.host, image_folder, self._secret, images, bytes_per_second=speed)
         try:
             try:
@@ -239,7 +238,7 @@ class NodeAgent:
                     reports.recovery.begins(FORK, time.monotonic())
                     self.node_rank = order.node_rank(agent)
                     if self.node_rank == 0 and self._tracker is None:
-                        self._tracker = self._open_tracker()
+                        self._tracker = WitnessedTracker(self._open_tracker(), self.coordinator, order.resume_step)
                         self._commits = CommitLog(self.coordinator, self._tracker)
                     reports.begin_generation(order, self._ranks(order), self._tracker)
                     try:
@@ -473,6 +472,8 @@ class NodeAgent:
                 info, replicas = ImageInfo.from_json(message.info), ImageInfo.from_json(message.replicas)
                 snapshot = Snapshot(order.generation_id, order.world, order.resume_step, info, replicas)
                 self._saving.take(rank, message.slot, snapshot, upload=message.upload)
+                if self._tracker is not None:
+                    self._tracker.tell()
                 if self._buddies is not None:
                     self._buddies.offer(rank, message.slot, snapshot)
                 continue

@@ -21,6 +21,7 @@ from raynium.run.fence import Fence
 from raynium.run.hangs import artifacts_of
 from raynium.run.last_save import pause_before_next_try
 from raynium.run.lives import Generation, Lives
+from raynium.run.points import PendingPoints, PointsKept, TakesRank0
 from raynium.run.protocol import AgentInfo, GoHome, Order, StandBy, Status, Verdict
 from raynium.run.recovery import Recovery
 from raynium.run.roster import Roster
@@ -29,6 +30,7 @@ from raynium.run.verdicts import blamed
 from raynium.storage.store import Store
 from raynium.tracking.incidents import What
 from raynium.tracking.ledger import Before, CoordinatorBook, Ledger
+from raynium.tracking.tracker import Point
 
 # Of one call, with all its tries: S3 that is throttled answers within it.
 STORE_CALL_SECONDS = 60.0
@@ -51,6 +53,7 @@ class RunCoordinator:
         self._seen: tuple[object, ...] = ()
         self._tasks: set[asyncio.Task[None]] = set()
         self._board = Board(now=now)
+        self._pending_points = PendingPoints()
         self._book = CoordinatorBook(life=self._board.life, now=now)
         self._roster = Roster(
             fits=lambda nodes: World.fits(self._config, nodes=nodes),
@@ -173,6 +176,7 @@ class RunCoordinator:
 
     async def tell(self, event: protocol.AgentEvent) -> protocol.News:
         now, metrics_of_nodes, artifacts = time.monotonic(), dict[str, float](), dict[str, str]()
+        points: tuple[Point, ...] = ()
         match event:
             case protocol.Said(text, what, where):
                 self._board.tell(text)
@@ -208,6 +212,10 @@ class RunCoordinator:
                 self._saves.shard_failed(step, rank, cause)
             case protocol.DevicesSeen(node_rank, sample):
                 metrics_of_nodes = self._board.sample(node_rank, sample, now=now)
+            case PointsKept():
+                self._pending_points.keep(event)
+            case TakesRank0(step):
+                points = self._pending_points.handed_over(step)
             case protocol.NodeLeaves(node_id, why):
                 async with self._changing():
                     self._lives.node_leaves(node_id, why)
@@ -216,7 +224,7 @@ class RunCoordinator:
             case protocol.CannotGoOn(cause):
                 async with self._changing():
                     self._lives.end("failed", cause)
-        return protocol.News(self._run_ledger(), metrics_of_nodes, artifacts)
+        return protocol.News(self._run_ledger(), metrics_of_nodes, artifacts, points)
 
     # ---- driver ----------------------------------------------------------------------------------------------------
 

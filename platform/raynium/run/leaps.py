@@ -10,6 +10,21 @@ SUSPECTED_STEPS = (10, 40, 160)
 
 
 @dataclass(frozen=True)
+class LeftOut:
+    """Steps that the run leaves out, though its config does not say so, in order. undone: their loss or norm leapt when
+    they were taken before. suspected: a leap came back after them.
+    """
+
+    undone: tuple[int, ...] = ()
+    suspected: tuple[int, ...] = ()
+
+    def with_those_of(self, other: "LeftOut") -> "LeftOut":
+        undone = {*self.undone, *other.undone}
+        suspected = {*self.suspected, *other.suspected} - undone
+        return LeftOut(tuple(sorted(undone)), tuple(sorted(suspected)))
+
+
+@dataclass(frozen=True)
 class Undo:
     """leapt: the step. suspected: others that are left out with it. before: a state of this step or a later one is
     spoilt; None: none is.

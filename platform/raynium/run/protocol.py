@@ -10,8 +10,11 @@ from raynium.health.faults import ACTIONS, Fault
 from raynium.health.metadata_service import Instance
 from raynium.health.neuron_monitor import DeviceSample
 from raynium.run.held_images import HeldImages
+from raynium.run.leaps import LeftOut
+from raynium.run.points import PointsKept, TakesRank0
 from raynium.tracking.incidents import Incident, What
 from raynium.tracking.ledger import Cause, Ledger, LifeLedger
+from raynium.tracking.tracker import Point
 
 EndKind = Literal["finished", "stopped", "failed"]
 
@@ -61,21 +64,6 @@ class AgentInfo:
 
 
 @dataclass(frozen=True)
-class LeftOut:
-    """Steps that the run leaves out, though its config does not say so, in order. undone: their loss or norm leapt when
-    they were taken before. suspected: a leap came back after them (`run/leaps.py`).
-    """
-
-    undone: tuple[int, ...] = ()
-    suspected: tuple[int, ...] = ()
-
-    def with_those_of(self, other: "LeftOut") -> "LeftOut":
-        undone = {*self.undone, *other.undone}
-        suspected = {*self.suspected, *other.suspected} - undone
-        return LeftOut(tuple(sorted(undone)), tuple(sorted(suspected)))
-
-
-@dataclass(frozen=True)
 class Order:
     """Run one generation.
 
@@ -95,7 +83,7 @@ class Order:
     resume_step: int | None = None
     resume_images: HeldImages | None = None
     ledger: Ledger = field(default_factory=Ledger)
-    left_out: LeftOut = LeftOut()
+    left_out: LeftOut = field(default_factory=LeftOut)
     begins: Cause = "load"
     buddies: tuple[Address | None, ...] = ()
     copies: dict[Address, Sequence[int]] = field(default_factory=dict)
@@ -368,6 +356,8 @@ AgentEvent = (
     | ShardSaved
     | ShardFailed
     | DevicesSeen
+    | PointsKept
+    | TakesRank0
     | NodeLeaves
     | WentHome
     | CannotGoOn
@@ -377,12 +367,13 @@ AgentEvent = (
 @dataclass(frozen=True)
 class News:
     """The answer to every event, for the run's page. metrics: of all nodes, to `DevicesSeen` and node 0's `TimesSeen`.
-    artifacts: path → text, to node 0's `TimesSeen` and `StacksTaken`.
+    artifacts: path → text, to node 0's `TimesSeen` and `StacksTaken`. points: to `TakesRank0`.
     """
 
     ledger: Ledger
     metrics: dict[str, float]
     artifacts: dict[str, str] = field(default_factory=dict)
+    points: tuple[Point, ...] = ()
 
 
 @dataclass(frozen=True)

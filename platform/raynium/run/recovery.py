@@ -13,8 +13,8 @@ from raynium.checkpoint.ref import CheckpointRef
 from raynium.config.world import World
 from raynium.errors import CheckpointDamaged, StoreError
 from raynium.run.held_images import HeldImages, as_range
-from raynium.run.leaps import Undo
-from raynium.run.protocol import Address, AgentInfo, LeftOut
+from raynium.run.leaps import LeftOut, Undo
+from raynium.run.protocol import Address, AgentInfo
 from raynium.storage.backend import KeyMissing
 from raynium.storage.store import Store
 

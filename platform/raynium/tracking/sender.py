@@ -4,9 +4,10 @@ How a point arrives exactly once, whatever dies between MLflow's commit and our 
 
 - A batch of unknown outcome is sent again with the same names, steps, values *and times*; MLflow's SQL stores keep one
   row for each such quintuple (the primary key of their `metrics` table).
-- A resumed run computes some steps a second time, at another time. On connecting, the sender asks MLflow for the last
-  step of each name; a point beyond it is new. For a point at or below it, MLflow's history of that name says whether
-  that very step is there: points of an earlier agent may still be on their way, so "at or below" alone proves nothing.
+- A resumed run computes some steps a second time, at another time. On connecting, and after a silence, the sender asks
+  MLflow for the last step of each name; a point beyond it is new. For a point at or below it, MLflow's history of that
+  name says whether that very step is there: points of an earlier agent may still be on their way, so "at or below"
+  alone proves nothing.
 """
 
 import logging
@@ -34,6 +35,9 @@ FIRST_RETRY_SECONDS = 0.5
 LAST_RETRY_SECONDS = 30.0
 # MLflow is away for so long before somebody is told: a restart of its server takes less.
 AWAY_SECONDS = 300.0
+# What MLflow holds is asked again after so long without a word of it, and after a failure: the node may have been cut
+# off or frozen, and another have sent the same steps meanwhile.
+STALE_SECONDS = 5.0
 # Of one metric, in memory; of more, MLflow is asked again when steps are repeated again.
 MOST_STEPS_KEPT = 10_000
 
@@ -96,6 +100,8 @@ class MetricSender:
         self._flush_seconds = flush_seconds
         self._request_timeout_seconds = request_timeout_seconds
         self._logged: _LoggedSteps | None = None
+        # When MLflow last took something.
+        self._heard = 0.0
         self._closing = threading.Event()
         # Guards acknowledging against `close`, and the counters.
         self._mutex = threading.Lock()
@@ -145,6 +151,7 @@ class MetricSender:
             # A thread that dies of a surprise would leave points waiting unseen.
             except Exception as error:
                 self._note_failure(error)
+                self._logged = None
                 pause_seconds = retry_seconds
                 retry_seconds = min(2 * retry_seconds, LAST_RETRY_SECONDS)
                 if is_last_round:
@@ -182,7 +189,7 @@ class MetricSender:
     def _send(self, client: "MlflowClient", steps: list[SpooledStep]) -> None:
         from mlflow.entities import Metric
 
-        if self._logged is None:
+        if self._logged is None or time.monotonic() - self._heard >= STALE_SECONDS:
             self._logged = _LoggedSteps(client, self._run_id)
         points: dict[tuple[str, int], Metric] = {}
         num_points = 0
@@ -198,6 +205,7 @@ class MetricSender:
             # Dying here, or a lost answer, leaves the outcome unknown: the same points are sent again.
             # Said also where MLFLOW_ENABLE_ASYNC_LOGGING says otherwise: what is acknowledged must have arrived.
             client.log_batch(self._run_id, metrics=list(points.values()), synchronous=True)
+        self._heard = time.monotonic()
         with self._mutex:
             if self._abandoned:
                 return

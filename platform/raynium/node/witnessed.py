@@ -1,0 +1,53 @@
+"""A tracker whose pending points are known outside of its node, which may be lost with its disk."""
+
+import threading
+import time
+from collections.abc import Mapping
+
+from raynium.run.points import PointsKept, TakesRank0
+from raynium.run.protocol import Coordinator
+from raynium.tracking.tracker import Point, Tracker, TrackerStatus
+
+# The coordinator is told so often, and before a snapshot may leave the node.
+TELL_SECONDS = 1.0
+
+
+class WitnessedTracker:
+    """See `Tracker`. Threads may share it."""
+
+    def __init__(self, tracker: Tracker, coordinator: Coordinator, resume_step: int | None):
+        """tracker: new on this node. resume_step: that its ranks go on from, if any."""
+        self._tracker, self._coordinator = tracker, coordinator
+        self._lock = threading.Lock()
+        self._untold: list[Point] = []
+        self._told = 0.0
+        for point in coordinator.tell(TakesRank0(resume_step or 0)).result().points:
+            # A tracker sends nothing twice: MLflow may have got it meanwhile, and the disk here may hold it too.
+            self.append(point.metrics, step=point.step, unix_ms=point.unix_ms)
+
+    def append(self, metrics: Mapping[str, float], *, step: int, unix_ms: int) -> None:
+        self._tracker.append(metrics, step=step, unix_ms=unix_ms)
+        with self._lock:
+            self._untold.append(Point(step, unix_ms, dict(metrics)))
+        if time.monotonic() - self._told >= TELL_SECONDS:
+            self.tell()
+
+    def tell(self) -> None:
+        """All that was appended, in order. Before a snapshot may leave the node, too: who goes on from it elsewhere
+        computes no step before it.
+        """
+        with self._lock:
+            self._told = time.monotonic()
+            if self._untold:
+                kept = PointsKept(tuple(self._untold), self._tracker.status().points_pending)
+                self._coordinator.tell(kept)
+                self._untold.clear()
+
+    def artifact(self, path: str, text: str) -> None:
+        self._tracker.artifact(path, text)
+
+    def status(self) -> TrackerStatus:
+        return self._tracker.status()
+
+    def close(self, *, timeout_seconds: float) -> TrackerStatus:
+        return self._tracker.close(timeout_seconds=timeout_seconds)

@@ -1,0 +1,119 @@
+"""What of a run's points outlives the node that had them for MLflow, and that none of them is sent twice."""
+
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from waiting import wait_for
+
+from raynium.errors import StoreError
+from raynium.node import witnessed
+from raynium.node.witnessed import WitnessedTracker
+from raynium.run import points as points_module
+from raynium.run.points import PendingPoints, PointsKept, TakesRank0
+from raynium.run.protocol import AgentEvent, Coordinator, News
+from raynium.tracking.ledger import Ledger
+from raynium.tracking.runs import open_run, read_metric
+from raynium.tracking.sender import MlflowTracker
+from raynium.tracking.tracker import MemoryTracker, Point
+
+pytestmark = pytest.mark.quick
+
+
+def point(step: int, values: int = 1) -> Point:
+    return Point(step, 1000 + step, {f"metric-{number}": float(step) for number in range(values)})
+
+
+class Keeper:
+    """The coordinator's part."""
+
+    def __init__(self) -> None:
+        self.pending, self.said = PendingPoints(), list[PointsKept]()
+
+    def tell(self, event: AgentEvent) -> "Future[News]":
+        found: tuple[Point, ...] = ()
+        if isinstance(event, PointsKept):
+            self.said.append(event)
+            self.pending.keep(event)
+        elif isinstance(event, TakesRank0):
+            found = self.pending.handed_over(event.step)
+        answer = Future[News]()
+        answer.set_result(News(Ledger(), {}, points=found))
+        return answer
+
+
+@given(st.lists(st.tuples(st.integers(1, 4), st.integers(0, 3)), max_size=40), st.integers(0, 40))
+def test_whatever_mlflow_has_not_got_is_handed_over_in_its_order(
+    appended: list[tuple[int, int]], resume_step: int
+) -> None:
+    """appended: values of each step's point, and how many points MLflow has taken since the one before."""
+    pending, waiting = PendingPoints(), list[Point]()
+    for step, (values, taken) in enumerate(appended, start=1):
+        del waiting[:taken]
+        waiting.append(point(step, values))
+        pending.keep(PointsKept((waiting[-1],), sum(len(each.metrics) for each in waiting)))
+    assert list(pending.handed_over(resume_step)) == [each for each in waiting if each.step <= resume_step]
+    assert list(pending.handed_over(10**6)) == [each for each in waiting if each.step <= resume_step], "others are gone"
+
+
+def test_of_an_mlflow_that_is_away_for_long_the_newest_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(points_module, "MOST_VALUES", 6)
+    pending = PendingPoints()
+    for step in range(1, 10):
+        pending.keep(PointsKept((point(step, 2),), 2 * step))
+    assert [each.step for each in pending.handed_over(9)] == [7, 8, 9]
+
+
+def test_the_coordinator_is_told_now_and_then_and_when_a_snapshot_may_leave(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(witnessed, "TELL_SECONDS", 3600)
+    keeper, inner = Keeper(), MemoryTracker()
+    tracker = WitnessedTracker(inner, cast(Coordinator, keeper), None)
+    monkeypatch.setattr(inner, "status", lambda: cast(Any, type("Status", (), {"points_pending": 99})))
+    for step in (1, 2, 3):
+        tracker.append({"train/loss": 1.0}, step=step, unix_ms=step)
+    assert not keeper.said or [len(each.points) for each in keeper.said] == [1], "the first may be told at once"
+    tracker.tell()
+    tracker.tell()
+    assert [each.step for said in keeper.said for each in said.points] == [1, 2, 3]
+    assert [each.step for each in inner.points] == [1, 2, 3]
+    tracker.artifact("a.txt", "a")
+    assert inner.artifacts == {"a.txt": "a"}
+
+
+def test_no_point_of_a_lost_node_is_lost_and_none_of_one_that_comes_back_is_doubled(tmp_path: Path) -> None:
+    """It had rank 0 and was cut off, from MLflow first. Another goes on from step 4, of whose disk it knows nothing."""
+    uri, keeper = f"sqlite:///{tmp_path}/mlflow.db", Keeper()
+    run_id = open_run(uri, experiment="tests", run_name="cut", run_id=None, params={}, tags={}).run_id
+    is_cut = [False]
+
+    def node(name: str, resume_step: int | None) -> WitnessedTracker:
+        def may_send() -> None:
+            if name == "first" and is_cut[0]:
+                raise StoreError("no route to host")
+
+        tracker = MlflowTracker(tmp_path / name, uri=uri, run_id=run_id, flush_seconds=0.05, may_send=may_send)
+        return WitnessedTracker(tracker, cast(Coordinator, keeper), resume_step)
+
+    def append(tracker: WitnessedTracker, step: int, node: int) -> None:
+        tracker.append({"train/loss": step / 7}, step=step, unix_ms=10 * step + node)
+        tracker.tell()
+
+    first = node("first", None)
+    append(first, 1, 1)
+    wait_for(lambda: not first.status().points_pending)
+    is_cut[0] = True
+    for step in (2, 3, 4, 5, 6):
+        append(first, step, 1)
+    wait_for(lambda: first.status().last_error)
+    second = node("second", 4)
+    for step in (5, 6, 7):
+        append(second, step, 2)
+    assert second.close(timeout_seconds=60).points_pending == 0
+    whole = [(step, step / 7) for step in range(1, 8)]
+    assert [(each.step, each.value) for each in read_metric(uri, run_id, "train/loss")] == whole
+    is_cut[0] = False
+    assert first.close(timeout_seconds=60).points_pending == 0
+    assert [(each.step, each.value) for each in read_metric(uri, run_id, "train/loss")] == whole
