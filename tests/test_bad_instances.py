@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,12 @@ WELL, SICK = Check("ranks", "ok", "2", "all end"), Check("ranks", "failed", "ran
 
 def found(instance: Instance | None, node_id: str = "first-life", host: str = HOST) -> NodeFault:
     return NodeFault(3, 0, host, node_id, BROKEN, instance)
+
+
+def status(**changes: Any) -> Status:
+    """Of a run whose ranks are on the bad node, in its step 7."""
+    agents = (AgentInfo("a", 0, 1, HOST, 29500, pid=1, node_id="first-life"),)
+    return Status(1, True, None, 7, {}, None, None, agents, None, None, **changes)
 
 
 @pytest.fixture(scope="module")
@@ -71,9 +78,9 @@ class Driver:
     def finds(self, fault: NodeFault) -> str:
         """What it notes of it."""
         self.bad_nodes.remember(fault)
-        self.bad_nodes.act(step=7)
+        self.bad_nodes.act(status())
         self.bad_nodes._calls.submit(lambda: None).result(60)
-        self.bad_nodes.act(step=7)
+        self.bad_nodes.act(status())
         return self.noted
 
     @property
@@ -110,6 +117,21 @@ def test_a_bad_node_is_marked_its_instance_is_rebooted_and_the_run_notes_it(
     assert (call.caller, call.values["InstanceId.1"]) == ("driver", instance.id)
     mark = mark_of(driver.root, HOST)
     assert mark is not None and (mark.instance_id, mark.asked, mark.node_id) == (instance.id, "reboot", "first-life")
+
+
+def test_an_instance_is_not_asked_for_while_the_run_would_lose_something_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    driver, asked = Driver(tmp_path, "reboot", monkeypatch), list[str]()
+    monkeypatch.setattr(bad_nodes_module, "ask_ec2", lambda call, *, instance_id, region: asked.append(instance_id))
+    driver.bad_nodes.remember(found(Instance("i-1", "us-west-2")))
+    driver.bad_nodes.remember(replace(found(Instance("i-1", "us-west-2")), generation=4))
+    driver.bad_nodes.act(status(busy_nodes=frozenset({"first-life"})))
+    driver.bad_nodes.act(replace(status(), agents=()))
+    assert not driver.bad_nodes._asked, "a coordinator that knows of no agent does not know who is busy"
+    driver.bad_nodes.act(status(busy_nodes=frozenset({"another"})))
+    driver.bad_nodes.close(step=7)
+    assert asked == ["i-1"] and len(driver.lines) == 1, "its second fault came before it could be rebooted"
 
 
 def test_a_bad_instance_is_terminated_and_its_address_is_free_for_others(
@@ -337,9 +359,7 @@ def test_a_run_leaves_a_bad_node_if_another_is_free_and_no_spare_takes_over(
     driver, asked = Driver(tmp_path, "keep", monkeypatch), list[list[str]]()
     driver.bad_nodes.excluded = ["unfit"]
     monkeypatch.setattr(bad_nodes_module, "free_nodes", lambda resources, besides: asked.append([*besides]) or free)
-    agents = (AgentInfo("a", 0, 1, HOST, 29500, pid=1, node_id="first-life"),)
-    status = Status(1, True, None, 7, {}, None, None, agents, None, None, **changes)
-    assert driver.bad_nodes.are_left([found(None)], status) is left
+    assert driver.bad_nodes.are_left([found(None)], status(**changes)) is left
     assert driver.lines == [told] and asked in ([], [["unfit", "first-life"]])
     assert driver.bad_nodes.excluded == (["unfit", "first-life"] if left else ["unfit"])
-    assert not driver.bad_nodes.are_left([found(None)] if left else [], status) and len(driver.lines) == 1
+    assert not driver.bad_nodes.are_left([found(None)] if left else [], status(**changes)) and len(driver.lines) == 1

@@ -3,7 +3,7 @@
 import pytest
 
 from raynium.run.board import Board
-from raynium.run.protocol import RankPosition
+from raynium.run.positions import RankPosition
 
 pytestmark = pytest.mark.quick
 

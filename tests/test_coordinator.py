@@ -31,6 +31,7 @@ from raynium.run.coordinator import RunCoordinator
 from raynium.run.fence import claim_key
 from raynium.run.held_images import HeldImages
 from raynium.run.leaps import LeftOut
+from raynium.run.positions import RankPosition
 from raynium.run.protocol import (
     AgentInfo,
     CannotGoOn,
@@ -42,7 +43,6 @@ from raynium.run.protocol import (
     Outcome,
     Progressed,
     RankExit,
-    RankPosition,
     RanksSeen,
     RankTimes,
     Said,

@@ -24,6 +24,8 @@ from raynium.config.load import parse_config
 from raynium.config.schema import Config
 from raynium.errors import RunFailed, RunInUse, StoreError, TrackingError
 from raynium.health.faults import classify
+from raynium.health.metadata_service import Instance
+from raynium.launch import bad_nodes as bad_nodes_module
 from raynium.launch import driver as driver_module
 from raynium.launch import page as page_module
 from raynium.launch import stop_signals
@@ -42,9 +44,12 @@ from raynium.run.protocol import (
     Outcome,
     Progressed,
     RankExit,
+    RankTimes,
     Said,
     StandBy,
     Status,
+    TimesSeen,
+    Uploaded,
 )
 from raynium.run.record import claim
 from raynium.storage.process import Owner
@@ -309,6 +314,107 @@ def test_what_became_of_a_bad_instance_is_in_the_record_also_where_its_fault_end
     run_without_ray(watched, monkeypatch, break_and_end, fails_with="its hardware broke")
     (incident,) = [each for each in watched.keeper.record.incidents or () if each["what"] == "node"]
     assert incident["where"] == "127.0.0.1" and "it is no EC2 instance" in incident["cause"]
+
+
+class Crew:
+    """Two nodes that train, a spare if there is one, and a driver that asks EC2 to end a bad one. Seat 1 is bad."""
+
+    def __init__(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, spare: bool):
+        self.asked: list[str] = []
+        monkeypatch.setattr(
+            bad_nodes_module, "ask_ec2", lambda call, *, instance_id, region: self.asked.append(instance_id)
+        )
+        for name, answer in {"own_nodes": set(), "users_of": [], "free_nodes": []}.items():
+            monkeypatch.setattr(bad_nodes_module, name, lambda *_, answer=answer, **__: answer)
+        monkeypatch.setattr("raynium.run.saves.Saves.problem", lambda saves, step: None)
+        changes = {"cluster.nodes": 2, "cluster.ranks_per_node": 1, "cluster.spares": int(spare)}
+        changes |= {"fault.stragglers": "leave", "fault.bad_instance": "terminate"}
+        self.watched = Watched(tmp_path, monkeypatch, parse_config(job_text(changes)))
+        self.run = self.watched.actor.on_loop
+        self.agents = [
+            AgentInfo(
+                "a", seat, 2, f"127.0.0.{seat + 2}", 29500, pid=1, agent_id=f"a{seat}", node_id=f"n{seat}",
+                instance=Instance(f"i-{seat}", "us-west-2"),
+            )
+            for seat in range(2 + spare)
+        ]  # fmt: skip
+
+    def starts(self) -> Order:
+        joins = [self.run.join(each) for each in self.agents[:2]]
+        order, _ = (join.result(60) for join in joins)
+        assert isinstance(order, Order) and order.seats == (0, 1)
+        self.agents = [replace(each, last_generation=1) for each in self.agents]
+        if self.agents[2:]:
+            self.run.join(self.agents[2])
+        return order
+
+    def waits(self) -> None:
+        """The driver has looked a few times, and has not asked EC2."""
+        time.sleep(0.2)
+        assert not self.asked
+
+    def goes_on(self, *seats: int) -> None:
+        """The next generation is on these."""
+        joins = [self.run.join(each) for each in self.agents[:2]]
+        wait_for(lambda: all(join.done() for join in joins))
+        orders = [join.result() for join in joins]
+        assert {order.seats for order in orders if isinstance(order, Order)} == {seats}
+        if 1 not in seats:
+            assert orders[1] == StandBy(2)
+
+
+def test_the_ranks_of_a_straggler_save_and_go_on_on_the_spare_before_its_instance_is_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    crew = Crew(tmp_path, monkeypatch, spare=True)
+    with crew.watched:
+        order = crew.starts()
+        watching = [crew.run.watch(agent, order, stop_known=False) for agent in crew.agents[:2]]
+        for step in (20, 40, 60, 80):
+            for node_rank in (0, 1):
+                own = 0.1 + 0.5 * node_rank
+                crew.run.tell(TimesSeen(1, node_rank, {node_rank: RankTimes(step, own, own, own, 0.6)})).result(60)
+        assert [each.result(60).kind for each in watching] == ["stop", "stop"]
+        wait_for(lambda: crew.watched.told("the run goes on without 127.0.0.3: a spare takes over"))
+        crew.waits()
+        saved = [RankExit(rank, 0, None, retry=False, outcome=Outcome(81, "stopped")) for rank in (0, 1)]
+        exits = [
+            crew.run.exited(agent, order, NodeEnded((exit,)))
+            for agent, exit in zip(crew.agents[:2], saved, strict=True)
+        ]
+        for each in exits:
+            each.result(60)
+        crew.waits()
+        crew.goes_on(0, 2)
+        wait_for(lambda: crew.asked == ["i-1"])
+        assert crew.watched.told("generation 1 saves and ends: a spare takes the place of 127.0.0.3")
+
+
+@pytest.mark.parametrize("spare", [True, False])
+@pytest.mark.parametrize("overtakes", [True, False])
+def test_a_broken_node_is_ended_once_it_has_uploaded_what_it_had_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spare: bool, overtakes: bool
+) -> None:
+    """Without a spare the run stays on it, and ends with it. overtakes: that the upload has ended is heard first."""
+    crew, fault = Crew(tmp_path, monkeypatch, spare=spare), classify([], [DMA_ERROR])
+    with crew.watched:
+        order = crew.starts()
+        uploaded = Uploaded("a1", (order.generation_id,))
+        if overtakes:
+            crew.run.tell(uploaded).result(60)
+        broken = RankExit(1, 1, "its hardware broke", retry=True, fault=fault)
+        uploads = replace(crew.agents[1], uploading=(order.generation_id,))
+        crew.run.exited(uploads, order, NodeEnded((broken,))).result(60)
+        crew.agents[1] = uploads
+        wait_for(lambda: crew.watched.told("the run goes on without" if spare else "the run stays on"))
+        if not overtakes or spare:
+            crew.waits()
+        crew.run.exited(crew.agents[0], order, NodeEnded()).result(60)
+        crew.goes_on(0, 2) if spare else crew.goes_on(0, 1)
+        if not overtakes:
+            crew.waits()
+            crew.run.tell(uploaded).result(60)
+        wait_for(lambda: crew.asked == ["i-1"])
 
 
 def test_controllers_that_die_again_and_again_end_the_run_unless_it_gets_on(

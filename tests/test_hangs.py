@@ -30,7 +30,8 @@ from raynium.run.hangs import (
     artifacts_of,
     with_looks,
 )
-from raynium.run.protocol import Look, Order, Progressed, RankPosition, RanksSeen
+from raynium.run.positions import RankPosition
+from raynium.run.protocol import Look, Order, Progressed, RanksSeen
 from raynium.tracking.tracker import MemoryTracker
 from raynium.train.link import Phase, Stepped
 

@@ -28,7 +28,8 @@ from raynium.config.world import World
 from raynium.health.faults import Fault
 from raynium.run.coordinator import RunCoordinator
 from raynium.run.held_images import HeldImages
-from raynium.run.protocol import AgentInfo, NodeEnded, Order, RankExit, RankPosition, RanksSeen
+from raynium.run.positions import RankPosition
+from raynium.run.protocol import AgentInfo, NodeEnded, Order, RankExit, RanksSeen
 
 Result = TypeVar("Result")
 RANKS = 64

@@ -1,7 +1,7 @@
 """The nodes that verdicts of this run, and of others of its root, have named: remembered, left out, and cured."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from raynium.cluster.instances import ask_ec2
@@ -25,8 +25,9 @@ class BadNodes:
         self._root = Store(run.url.rpartition("/")[0])
         # Ids of nodes on which no agent is to be placed, also in a lost one's place.
         self.excluded: list[str] = []
-        # Whose instances EC2 is still to be asked about, and has been: a reboot that did not help is not repeated.
-        self._waiting: list[NodeFault] = []
+        # By id of the node, of whose instance EC2 is still to be asked.
+        self._waiting: dict[str, NodeFault] = {}
+        # Ids of instances of which it has been: a reboot that did not help is not repeated.
         self._asked: set[str] = set()
         self._answers: list[tuple[NodeFault, Future[None]]] = []
         self._calls = ThreadPoolExecutor(max_workers=1, thread_name_prefix="ec2")
@@ -87,14 +88,27 @@ class BadNodes:
         """A verdict of this run's."""
         self._mark(found)
         if self._call is not None:
-            self._waiting.append(found)
+            self._waiting[found.node_id] = found
 
-    def act(self, *, step: int) -> None:
+    def act(self, status: Status) -> None:
         """Asks EC2 to do with the instances of nodes named since as fault.bad_instance says, and tells what came of it.
 
-        Not before the run has left them, if it does. step: of the run, for its incidents.
+        Not before the run has left them, if it does, and what it has saved there is in the store. A coordinator that
+        was started again, and has heard of no agent yet, does not know.
         """
-        for found in self._waiting:
+        idle = [node_id for node_id in self._waiting if status.agents and node_id not in status.busy_nodes]
+        self._act([self._waiting.pop(node_id) for node_id in idle], status.step)
+
+    def close(self, *, step: int) -> None:
+        """Once the run has ended: what is still to be asked is asked, and answers are waited for."""
+        self._act(self._waiting.values(), step)
+        self._waiting.clear()
+        self._calls.shutdown(wait=bool(self._answers))
+        self._act([], step)
+
+    def _act(self, named: Iterable[NodeFault], step: int) -> None:
+        """step: of the run, for its incidents."""
+        for found in named:
             if (why := self._why_not(found)) is not None:
                 self._note(found, f"its instance is kept, though fault.bad_instance is {self._call}: {why}", step)
                 continue
@@ -102,16 +116,9 @@ class BadNodes:
             self._asked.add(found.instance.id)
             ask = self._calls.submit(ask_ec2, self._call, instance_id=found.instance.id, region=found.instance.region)
             self._answers.append((found, ask))
-        self._waiting.clear()
         for found, answer in [each for each in self._answers if each[1].done()]:
             self._answers.remove((found, answer))
             self._hear(found, answer, step)
-
-    def close(self, *, step: int) -> None:
-        """Once the run has ended: what is still to be asked is asked, and answers are waited for."""
-        self.act(step=step)
-        self._calls.shutdown(wait=bool(self._answers))
-        self.act(step=step)
 
     def _why_not(self, found: NodeFault) -> str | None:
         instance = found.instance

@@ -269,7 +269,7 @@ class Driver:
                 return status
             self._leave_bad_nodes(coordinator, status, new_faults)
             if not self._moving:
-                self._bad_nodes.act(step=status.step)
+                self._bad_nodes.act(status)
 
             now = time.monotonic()
             try:

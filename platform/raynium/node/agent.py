@@ -397,7 +397,7 @@ class NodeAgent:
             self._saving.finish(agent, order)
         exits = self._cache.without_broken(exits)
         ended = NodeEnded(tuple(exits), reports.end_generation(), fault, reports.newest_step())
-        self.coordinator.exited(agent, order, ended).result()
+        self._saving.tell_end(agent, order, ended)
 
     def _stay_with(self, group: RankGroup, agent: AgentInfo, order: Order, reports: Reports) -> None:
         """Until all ranks have ended, or the rest must: one failed, or the coordinator says so."""

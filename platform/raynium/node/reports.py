@@ -12,6 +12,7 @@ from dataclasses import asdict
 from raynium.config.schema import Config
 from raynium.errors import TrackingError
 from raynium.node.recovery_clock import RecoveryClock
+from raynium.run.positions import RankPosition
 from raynium.run.protocol import (
     Commit,
     Coordinator,
@@ -19,7 +20,6 @@ from raynium.run.protocol import (
     News,
     Order,
     Progressed,
-    RankPosition,
     RanksSeen,
     RankTimes,
     Said,

@@ -4,6 +4,7 @@ import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import replace
 from pathlib import Path
 
 from raynium.checkpoint.format.manifest import ShardEntry
@@ -13,7 +14,7 @@ from raynium.node.ranks import RankGroup
 from raynium.node.uploader import Uploader
 from raynium.run.held_images import HeldImages
 from raynium.run.last_save import pause_before_next_try
-from raynium.run.protocol import AgentInfo, Coordinator, Order, Said, ShardFailed, ShardSaved
+from raynium.run.protocol import AgentInfo, Coordinator, NodeEnded, Order, Said, ShardFailed, ShardSaved, Uploaded
 from raynium.train.link import IMAGE_SLOTS, ImageFree
 
 
@@ -93,6 +94,22 @@ class Saving:
             self._running = [
                 self._threads.submit(self._upload, each.rank, each.slot, each.snapshot, again=True) for each in failed
             ]
+
+    def tell_end(self, agent: AgentInfo, order: Order, ended: NodeEnded) -> None:
+        """All ranks have ended. Uploads that still run go on: the coordinator is told of them, and when they are over.
+
+        Until then a bad node's instance is not rebooted.
+        """
+        uploading = self.images.uploading()
+        running = [upload for upload in self._running if not upload.done()]
+        self._coordinator.exited(replace(agent, uploading=uploading), order, ended).result()
+
+        def tell_uploaded() -> None:
+            wait(running)
+            self._coordinator.tell(Uploaded(agent.agent_id, uploading))
+
+        if uploading:
+            threading.Thread(target=tell_uploaded, name="uploads-end", daemon=True).start()
 
     def _offer_free(self) -> None:
         with self._group_lock:

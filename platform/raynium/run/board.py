@@ -7,7 +7,8 @@ from collections.abc import Mapping
 
 from raynium.health.neuron_monitor import DeviceSample
 from raynium.health.neuron_monitor import metrics as device_metrics
-from raynium.run.protocol import Event, RankPosition
+from raynium.run.positions import RankPosition
+from raynium.run.protocol import Event
 
 EVENTS_KEPT = 1000
 # An older one is of a node whose monitor ended.

@@ -202,7 +202,9 @@ class RunCoordinator:
                     if (hung := self._lives.seen(event)) is not None:
                         self._in_task(self._end_hang(hung))
             case protocol.TimesSeen():
-                metrics_of_nodes, artifacts = self._lives.times_seen(event)
+                # A straggler's generation may be to end.
+                async with self._changing():
+                    metrics_of_nodes, artifacts = self._lives.times_seen(event)
             case protocol.StacksTaken():
                 artifacts = await self._looked(event)
             case protocol.ShardSaved():
@@ -210,6 +212,8 @@ class RunCoordinator:
                     await self._commit(whole)
             case protocol.ShardFailed(step, rank, cause):
                 self._saves.shard_failed(step, rank, cause)
+            case protocol.Uploaded(agent_id, generation_ids):
+                self._roster.uploads.ended(agent_id, generation_ids)
             case protocol.DevicesSeen(node_rank, sample):
                 metrics_of_nodes = self._board.sample(node_rank, sample, now=now)
             case PointsKept():
@@ -283,6 +287,7 @@ class RunCoordinator:
             waits_for_seats=self._roster.waits_for_seats,
             all_are_home=self._roster.all_are_home,
             has_spares=self._roster.has_enough,
+            busy_nodes=self._lives.busy_nodes,
         )
 
     # ---- inside ----------------------------------------------------------------------------------------------------

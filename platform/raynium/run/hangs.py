@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from raynium.config.fault import FaultSection
-from raynium.run.protocol import Look, RankPosition
+from raynium.run.positions import RankPosition
+from raynium.run.protocol import Look
 
 # Of the adaptive limit. The least is above the silence of a store that is an error (storage/s3_store.py, 120 s): who
 # knows most speaks first.

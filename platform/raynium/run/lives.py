@@ -123,6 +123,18 @@ class Lives:
     def node_faults(self) -> tuple[NodeFault, ...]:
         return tuple(self._verdicts.node_faults)
 
+    @property
+    def busy_nodes(self) -> frozenset[str]:
+        """Ids of nodes that the run would now lose something with: its ranks there are about to save and go on on
+        others, or what they have saved is uploaded. A bad node on which it stays is none: it would be for ever.
+        """
+        newest = self.newest
+        if newest is None or self._roster.is_left:
+            # The driver waits for the end of those who go home.
+            return frozenset()
+        leaves = newest.yields is not None or self._roster.has_enough
+        return self._roster.uploading_nodes | {agent.node_id for agent in newest.agents.values() if leaves}
+
     def are_over_for(self, agent: AgentInfo) -> bool:
         return self.ended is not None or not self._roster.is_current(agent.attempt)
 
@@ -341,11 +353,10 @@ class Lives:
             agent = current.agents.get(node_rank)
             host = "unknown" if agent is None else agent.host
             self._board.tell(f"straggler: rank {slow.rank} on node {node_rank} ({host}): {slow}")
+            cause = f"straggler: rank {slow.rank}: {slow}"
+            self.incidents.notes("node", where=host, cause=cause, step=self._board.step)
             if self._fault.stragglers == "leave":
                 self.node_fault(seen.generation, node_rank, Fault("straggler", str(slow), "replace", "node"))
-            else:
-                cause = f"straggler: rank {slow.rank}: {slow}"
-                self.incidents.notes("node", where=host, cause=cause, step=self._board.step)
         return (self._stragglers.metrics, self._stragglers.artifacts) if seen.node_rank == 0 else ({}, {})
 
     def looked(self, taken: StacksTaken) -> Generation | None:
@@ -392,6 +403,10 @@ class Lives:
             self._roster.bars(agent.seat)
             self._board.tell(f"  node {node_rank} ({found.host}) | {fault.evidence}")
             self._board.tell(str(found))
+            # Else they end already, or there is no other node.
+            if current is self.running and not current.exits and current.yields is None and self._roster.has_enough:
+                current.yields = f"a spare takes the place of {agent.host}"
+                self._board.tell(f"generation {generation} saves and ends: {current.yields}")
 
     def node_leaves(self, node_id: str, why: str) -> None:
         """The ranks save, end, and go on elsewhere; where there is no other node, on that one until it goes."""

@@ -12,6 +12,7 @@ from raynium.health.neuron_monitor import DeviceSample
 from raynium.run.held_images import HeldImages
 from raynium.run.leaps import LeftOut
 from raynium.run.points import PointsKept, TakesRank0
+from raynium.run.positions import RankPosition
 from raynium.tracking.incidents import Incident, What
 from raynium.tracking.ledger import Cause, Ledger, LifeLedger
 from raynium.tracking.tracker import Point
@@ -207,42 +208,6 @@ class Evaluates:
 
 
 @dataclass(frozen=True)
-class RankPosition:
-    """Where a rank is: the step it works on, or the phase it is in. halted: its process was stopped by a signal.
-    still_seconds: since it last told anything, or, halted, since it was stopped, as far as its agent could look.
-    """
-
-    step: int
-    phase: str = "step"
-    halted: bool = False
-    still_seconds: float = 0.0
-
-    @property
-    def progress(self) -> tuple[int, int]:
-        """Less is farther behind."""
-        order = ("start", "group", "build", "restore", "data", "fetch", "compile", "step", "evaluate", "save", "upload")
-        return self.step, order.index(self.phase) if self.phase in order else 0
-
-    @property
-    def done(self) -> int:
-        """The newest step that it has done, or goes on from."""
-        return self.step - 1 if self.phase in ("fetch", "compile", "step", "evaluate") else self.step
-
-    def __str__(self) -> str:
-        places = {"start": "starting", "group": "meeting the other ranks", "build": "building its engine"}
-        places |= {"restore": "loading its state", "data": "opening its data"}
-        places |= {
-            "fetch": f"waiting for the data of step {self.step:,}",
-            "compile": f"compiling in step {self.step:,}",
-        }
-        places |= {"upload": f"waiting with the save of step {self.step:,} for an earlier one's upload"}
-        places |= {"evaluate": f"evaluating after step {self.step:,}"}
-        places |= {"step": f"in step {self.step:,}", "save": f"saving step {self.step:,}"}
-        place = places.get(self.phase, f"in phase {self.phase!r}")
-        return f"{place}, stopped by a signal" if self.halted else place
-
-
-@dataclass(frozen=True)
 class RanksSeen:
     """Where a node's ranks are, told now and then. device_seconds: after which its devices tell of a hang; 0: never."""
 
@@ -316,6 +281,14 @@ class ShardFailed:
 
 
 @dataclass(frozen=True)
+class Uploaded:
+    """An agent uploads nothing more of these generations, which are over: its node could go now."""
+
+    agent_id: str
+    generation_ids: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class DevicesSeen:
     """One node's accelerators."""
 
@@ -355,6 +328,7 @@ AgentEvent = (
     | StacksTaken
     | ShardSaved
     | ShardFailed
+    | Uploaded
     | DevicesSeen
     | PointsKept
     | TakesRank0
@@ -468,7 +442,7 @@ class Status:
     all of this coordinator's life, oldest first.
     incidents: the same. ledger: what this life of the coordinator has booked. waits_for_seats: Ray Train is to replace
     an agent, and has not yet. all_are_home: no agent that lives has anything left to do. has_spares: for the nodes that
-    verdicts named there are others.
+    verdicts named there are others. busy_nodes: ids of those whose ranks are about to go on elsewhere, or that upload.
     """
 
     generation: int
@@ -489,3 +463,4 @@ class Status:
     waits_for_seats: bool = False
     all_are_home: bool = False
     has_spares: bool = False
+    busy_nodes: frozenset[str] = frozenset()

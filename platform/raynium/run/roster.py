@@ -8,6 +8,7 @@ memory; a spare, or who replaces a lost one, takes the place of the lost one.
 from collections.abc import Callable, Collection
 
 from raynium.run.protocol import AgentInfo
+from raynium.run.uploads import Uploads
 
 
 class Roster:
@@ -23,6 +24,8 @@ class Roster:
         self.changes = 0
         # Ids of the generations for which agents of this attempt may still upload.
         self.uploading: list[str] = []
+        # Of those, what is known to run, and to be over.
+        self.uploads = Uploads()
         self._begun: set[str] = set()
         self._past: set[str] = set()
         self._left = ""
@@ -103,6 +106,7 @@ class Roster:
         """It is alive, and of this attempt."""
         self._holders[agent.seat] = agent.agent_id
         self._lost.discard(agent.seat)
+        self.uploads.hears(agent)
 
     def joins(self, agent: AgentInfo) -> None:
         """No rank of the agent's runs any more."""
@@ -142,6 +146,11 @@ class Roster:
 
     def may_upload(self, *generation_ids: str) -> None:
         self.uploading += [each for each in generation_ids if each not in self.uploading]
+
+    @property
+    def uploading_nodes(self) -> frozenset[str]:
+        """Ids of nodes from which what generations that are over have saved is still on its way to the store."""
+        return frozenset(agent.node_id for agent in self.uploads.agents() if not self.is_past(agent))
 
     # ---- crews -------------------------------------------------------------------------------------------------------
 
