@@ -21,7 +21,8 @@ from raynium.health.metadata_service import Instance, this_instance
 from raynium.health.report import NodeReport, Report
 from raynium.launch import bad_nodes as bad_nodes_module
 from raynium.launch.bad_nodes import BadNodes
-from raynium.node.readmission import REBOOT_SECONDS, Readmission
+from raynium.node.preflight import NodeProbe, storage_checks
+from raynium.node.readmission import REBOOT_SECONDS, STORAGE, Readmission, checked
 from raynium.run.bad_nodes import mark_of, remember, remembered
 from raynium.run.protocol import AgentInfo, NodeFault, Status
 from raynium.storage.store import Store
@@ -226,9 +227,6 @@ def test_a_driver_without_credentials_is_told(tmp_path: Path, monkeypatch: pytes
 def test_a_store_that_is_away_stops_no_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     driver = Driver(tmp_path, "keep", monkeypatch)
 
-    def away(self: Store, *arguments: Any, **settings: Any) -> Any:
-        raise StoreError("no answer of S3")
-
     monkeypatch.setattr(Store, "list", away)
     driver.bad_nodes.passed(Report(1, (NodeReport("second-life", HOST, (WELL,)),), (), (), 1.0))
     assert driver.lines == ["nodes that were rebooted stay left out: no answer of S3"]
@@ -255,6 +253,7 @@ class Node:
             check=lambda config, root, host: [WELL, self.checks.pop(0)],
             ask_instance=lambda: here,
             sleep=self.slept.append,
+            clock=lambda: sum(self.slept),
         )
 
     def is_marked(self) -> bool:
@@ -309,20 +308,80 @@ def test_another_instance_with_that_address_is_taken_at_once_and_where_none_can_
     assert not unknown.checks and not unknown.is_marked()
 
 
-def test_a_store_that_is_away_keeps_no_node_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def away(self: Store, *arguments: Any, **settings: Any) -> Any:
-        raise StoreError("no answer of S3")
+def away(self: Store, *arguments: Any, **settings: Any) -> Any:
+    raise StoreError("no answer of S3")
 
+
+def test_a_mark_that_cannot_be_lifted_is_left_to_later_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     mark(tmp_path)
     node = Node(tmp_path, WELL)
-    with monkeypatch.context() as broken:
-        broken.setattr(Store, "delete", away)
-        node.readmission.wait()
-    assert node.lines[-1] == f"later runs will check node {HOST} again: no answer of S3"
-    monkeypatch.setattr(Store, "read", away)
-    node = Node(tmp_path)
+    monkeypatch.setattr(Store, "delete", away)
     node.readmission.wait()
-    assert node.lines == [f"whether node {HOST} was found bad before is not known: no answer of S3"]
+    assert node.lines[-1] == f"later runs will check node {HOST} again: no answer of S3"
+
+
+def test_a_node_of_which_the_store_does_not_say_waits_for_its_word(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One error of the store's admits no rebooted node unchecked."""
+    mark(tmp_path)
+    node = Node(tmp_path, SICK, WELL)
+    with monkeypatch.context() as broken:
+        broken.setattr(Store, "read", away)
+
+        def sleep(seconds: float) -> None:
+            node.slept.append(seconds)
+            if len(node.slept) == 3:
+                broken.undo()
+
+        node.readmission._sleep = sleep
+        node.readmission.wait()
+    assert node.slept == [2, 4, 8, 30] and not node.checks and not node.is_marked()
+    assert [line.partition(":")[0] for line in node.lines] == [
+        f"whether node {HOST} was found bad before is not known",
+        f"node {HOST} was rebooted and does not pass its preflight",
+        f"node {HOST} was rebooted, passes its preflight, and is admitted again",
+    ]
+
+
+def test_a_store_that_is_away_for_hours_keeps_no_node_away_that_passes_all_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mark(tmp_path)
+    no_store = Check("storage", "failed", "no answer of S3", "write, read and delete under run.root")
+    node = Node(tmp_path, SICK, no_store)
+    with monkeypatch.context() as broken:
+        broken.setattr(Store, "read", away)
+        node.readmission.wait()
+    asked = [2, 4, 8, 16, 32, *[60] * 8, 58]
+    assert node.slept == [*asked, 30, *asked] and sum(asked) == 600
+    assert node.lines[1].startswith(f"node {HOST} may have been rebooted and does not pass its preflight: ranks: ")
+    assert node.lines[-1] == f"node {HOST} may have been rebooted, passes its preflight, and is admitted again"
+    assert len(node.lines) == 4 and node.is_marked(), "the store has not been asked"
+    known = Node(tmp_path, no_store, WELL)
+    known.readmission.wait()
+    assert known.slept == [30], "who is known to have been bad must reach the store as well"
+
+
+def test_what_is_looked_at_on_a_node_needs_no_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its agent would die of the error, as often as a run bears."""
+    trials: list[float] = []
+
+    def look(probe: NodeProbe) -> list[Check]:
+        return storage_checks(str(tmp_path), probes=probe._probes, node="here")
+
+    monkeypatch.setattr(NodeProbe, "look", look)
+    monkeypatch.setattr(NodeProbe, "trial_here", lambda probe, host, seconds: trials.append(seconds) or [WELL])
+    config, root = parse_config(job_text({}, root=tmp_path)), Store(tmp_path)
+    assert [each.status for each in checked(config, root, HOST)] == ["ok"] * 3
+    assert not list(tmp_path.glob("preflight-*/*"))
+    for method in ("replace", "delete_prefix", "check_writable"):
+        monkeypatch.setattr(Store, method, away)
+    storage, ranks = checked(config, root, HOST)
+    assert (storage.name, storage.found, ranks) == (STORAGE, "no answer of S3", WELL)
+    assert trials == [config.preflight.seconds] * 2
+    monkeypatch.setattr(NodeProbe, "look", lambda probe: [SICK])
+    assert checked(config, root, HOST) == [SICK] and len(trials) == 2
 
 
 def test_a_preflight_before_a_run_lifts_the_marks_of_rebooted_nodes_that_pass(

@@ -71,7 +71,7 @@ def run_agent(settings: dict[str, Any]) -> None:
     coordinator = RayCoordinator(settings["coordinator"])
     # Of text, though its annotation has lists.
     labels = cast(dict[str, str], ray.get_runtime_context().get_node_labels())
-    # That a node was bad is worth less than that it starts while the store is away.
+    # Each time that it is asked.
     root = Store(settings["run_url"].rpartition("/")[0], limit_seconds=MARK_SECONDS)
     readmission = Readmission(config, root, host=host, node_id=node_id, tell=lambda text: coordinator.tell(Said(text)))
     agent = NodeAgent(
