@@ -1,27 +1,31 @@
 """Copies of snapshots between two agents' memories: real sockets and files, no ranks."""
 
+import errno
 import json
 import pickle
 import socket
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from multiprocessing.connection import Client
+from multiprocessing.connection import Client, Connection
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny import job_text
 from waiting import wait_for
 
 from raynium.checkpoint.format.manifest import ImageInfo, SavedBlocks
+from raynium.config.load import parse_config
 from raynium.config.world import World
 from raynium.node import buddies as buddies_module
-from raynium.node.buddies import Buddies, CopyError
+from raynium.node.buddies import Buddies, CopyError, buddies_of
+from raynium.node.copy_failures import FAILURES_TOLD, CopyFailures, why_not_kept
 from raynium.node.images import NodeImages, Snapshot
 from raynium.run.buddies import buddies
 from raynium.run.held_images import HeldImages
-from raynium.run.protocol import AgentInfo
+from raynium.run.protocol import AgentInfo, Said
 from raynium.run.recovery import copies_of, newest_images
 from raynium.storage import peers
 from raynium.storage.peers import CHUNK_BYTES
@@ -41,7 +45,10 @@ class Node:
         folder.mkdir()
         self.folder, self.images = folder, NodeImages()
         self.images.start_generation([0], None)
-        self.buddies = Buddies(HOST, folder, secret, self.images, bytes_per_second=bytes_per_second)
+        self.said: list[Said] = []
+        self.buddies = Buddies(
+            HOST, folder, secret, self.images, bytes_per_second=bytes_per_second, tell=self.said.append
+        )
 
     @property
     def address(self) -> tuple[str, int]:
@@ -113,6 +120,70 @@ def test_an_image_that_its_rank_writes_again_while_it_is_sent_becomes_no_copy(no
     assert second.buddies.held() == ()
     first.buddies.offer(0, 1, newer)
     wait_for(lambda: second.buddies.held() == (held(10),))
+
+
+def test_copies_that_find_no_room_again_and_again_are_told_once_until_they_do(
+    node: Callable[..., Node], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = node("first"), node("second")
+    first.buddies.begin_generation(None, second.address)
+    receive = buddies_module._receive
+    answers: list[int] = []
+
+    def no_room(connection: Connection, *_: object) -> Snapshot:
+        connection.recv_bytes()
+        answers.append(1)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def saves(steps: range, *, room: bool) -> None:
+        monkeypatch.setattr(buddies_module, "_receive", receive if room else no_room)
+        for step in steps:
+            known = len(answers)
+            first.buddies.offer(0, step % 2, first.snapshot(step, slot=step % 2))
+            wait_for(lambda: held(step) in second.buddies.held() if room else len(answers) > known)  # noqa: B023
+            wait_for(lambda: not second.buddies._coming)
+
+    saves(range(1, FAILURES_TOLD), room=False)
+    assert not first.said
+    saves(range(3, 6), room=False)
+    wait_for(lambda: first.said)
+    (said,) = first.said
+    assert (said.what, said.where) == ("node", HOST)
+    remedy = "its shared memory has no room for them; enlarge it (`raynium preflight` says to what), or set "
+    assert said.text.startswith(f"the last snapshots of rank 0 on {HOST} could not be copied to {HOST}: {remedy}fault.")
+    saves(range(6, 7), room=True)
+    saves(range(7, 10), room=False)
+    wait_for(lambda: len(first.said) == 2)
+    assert second.buddies.held() == (held(6),) and len(list(second.folder.glob("copy-*"))) == 2, "no half of a copy"
+
+
+def test_a_rank_whose_copies_succeed_hides_no_other_whose_copies_fail() -> None:
+    failures = CopyFailures()
+    told = []
+    for _ in range(FAILURES_TOLD + 1):
+        failures.copied(0)
+        told.append(failures.failed(1))
+    assert told == [False] * (FAILURES_TOLD - 1) + [True, False]
+    assert not any(failures.failed(2) for _ in range(FAILURES_TOLD)), "known of one rank"
+    failures.copied(1)
+    assert not failures.failed(2), "one of them still fails"
+    failures.copied(2)
+    assert [failures.failed(1) for _ in range(FAILURES_TOLD)] == [False] * (FAILURES_TOLD - 1) + [True]
+
+
+def test_why_a_copy_was_not_kept_is_as_it_was_unless_room_lacks() -> None:
+    assert why_not_kept(OSError(errno.EIO, "input/output error")) == "[Errno 5] input/output error"
+    assert "no room" in why_not_kept(OSError(errno.ENOMEM, "Cannot allocate memory"))
+
+
+def test_a_run_on_one_node_or_that_wants_none_makes_no_copies(tmp_path: Path) -> None:
+    for changes in ({"cluster.nodes": 1, "fault.buddy_copies": True}, {"cluster.nodes": 2}):
+        config = parse_config(job_text(changes | {"cluster.ranks_per_node": 1}))
+        assert buddies_of(config, HOST, tmp_path, SECRET, NodeImages(), pytest.fail) is None
+    config = parse_config(job_text({"cluster.nodes": 2, "cluster.ranks_per_node": 1, "fault.buddy_copies": True}))
+    made = buddies_of(config, HOST, tmp_path, SECRET, NodeImages(), pytest.fail)
+    assert made is not None and made._bytes_per_second == 5e8
+    made.close()
 
 
 def test_a_copy_that_comes_in_while_another_generation_begins_is_of_no_use(node: Callable[..., Node]) -> None:

@@ -75,7 +75,11 @@ def node(tmp_path: Path) -> Iterator[Callable[[str], Node]]:
         (tmp_path / name).mkdir()
         images = NodeImages()
         made.append(
-            Node(tmp_path / name, images, Buddies(HOST, tmp_path / name, SECRET, images, bytes_per_second=1e12))
+            Node(
+                tmp_path / name,
+                images,
+                Buddies(HOST, tmp_path / name, SECRET, images, bytes_per_second=1e12, tell=pytest.fail),
+            )
         )
         return made[-1]
 

@@ -47,8 +47,8 @@ from raynium.node.preflight import (
     TrialOrder,
     cache_folder,
     kernel_log,
+    needs_of,
     run_ranks,
-    snapshot_bytes,
     storage_checks,
 )
 from raynium.node.ranks import start_process
@@ -266,11 +266,33 @@ def test_which_folder_is_the_compile_cache(config: Config) -> None:
     assert of("neuron_xla", NEURON_COMPILE_CACHE_URL="s3://bucket/cache") is None
 
 
-def test_shared_memory_is_what_the_snapshots_take(config: Config) -> None:
+def test_shared_memory_is_what_snapshots_and_copies_take(config: Config) -> None:
+    """The same everywhere: what a preflight asks for, and in which images ranks and agents write."""
     from raynium.models.flops import parameter_count
 
+    def needs(**changes: Any) -> NodeNeeds:
+        settings = {"train.global_batch_size": 8} | {name.replace("__", "."): value for name, value in changes.items()}
+        return needs_of(parse_config(job_text(settings)), {})
+
     # Two ranks share parameters and both moments in float32; each keeps two snapshots.
-    assert snapshot_bytes(config) == pytest.approx(2 * 12 * parameter_count(config.model).total, rel=0.01)
+    state = 12 * parameter_count(config.model).total
+    assert needs().shared_memory_bytes == pytest.approx(2 * state, rel=0.01)
+    assert needs(fault__snapshot_every_steps=5).shared_memory_bytes == pytest.approx(3 * state, rel=0.01)
+    alone = needs(fault__snapshot_every_steps=5, fault__buddy_copies=True)
+    assert alone.shared_memory_bytes == pytest.approx(3 * state, rel=0.01), "nobody has copies of it"
+    # Four ranks on two nodes: each node has half of the state, and of copies as much as of its own newest two.
+    found = needs(cluster__nodes=2, fault__snapshot_every_steps=5, fault__buddy_copies=True)
+    assert found.shared_memory_bytes == pytest.approx(5 * state / 2, rel=0.01) and (found.images, found.copies) == (
+        3,
+        2,
+    )
+    check = on_host(replace(TRN2, free={"/dev/shm": 0}), replace(found, shared_memory_bytes=5 * GIB))["shared memory"]
+    assert (
+        check.is_bad
+        and check.rule == "3 snapshots of 2 rank(s) and 2 copies of as many of another node's, 5.00 GiB (estimate)"
+    )
+    assert "size=6G" in check.remedy and check.remedy.endswith("; or no copies (fault.buddy_copies)")
+    assert "fault" not in on_host(replace(TRN2, free={"/dev/shm": 0}))["shared memory"].remedy
 
 
 # ---- storage ---------------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from raynium.accelerators.cpu import CpuAccelerator
 from raynium.checkpoint.commit import commit_checkpoint
 from raynium.checkpoint.format.manifest import ImageInfo
 from raynium.checkpoint.upload import upload_shard
+from raynium.config.images import IMAGE_SLOTS
 from raynium.config.load import parse_config
 from raynium.config.schema import Config
 from raynium.config.world import World
@@ -29,7 +30,7 @@ from raynium.rank.group import wait_for_rank_0
 from raynium.rank.plan import RankPlan
 from raynium.rank.ports import free_port
 from raynium.storage.store import Store
-from raynium.train.link import IMAGE_SLOTS, ImageFree, ImageWritten
+from raynium.train.link import ImageFree, ImageWritten
 
 TESTS = Path(__file__).parent
 

@@ -54,10 +54,10 @@ from s3_server import running_s3_server
 
 from raynium.checkpoint.format.manifest import ImageInfo, SavedBlocks
 from raynium.checkpoint.state import Chunk
+from raynium.config.images import IMAGE_SLOTS
 from raynium.node.uploader import Uploader
 from raynium.rank.snapshots import Snapshots
 from raynium.train.guard import Guard
-from raynium.train.link import IMAGE_SLOTS
 from raynium.train.patience import Patience
 
 MOST_STALL = 1.15  # × one warm memcpy

@@ -15,6 +15,7 @@ from typing import Any
 from raynium.accelerators.cores import VISIBLE_CORES, parse_cores
 from raynium.accelerators.detect import findings
 from raynium.accelerators.neuron import DEFAULT_LNC, EFA_FOLDER, LNC
+from raynium.config.images import IMAGE_SLOTS
 from raynium.errors import LaunchError
 from raynium.hardware.catalog import Instance
 from raynium.health.host import Check, Host
@@ -47,6 +48,7 @@ class NodeNeeds:
 
     accelerator: settled, so never "auto". ranks: of one node. shared_memory_bytes: an estimate. disk_folders: that
     caches, spools and logs go to. instance_type: of the config. own_pids: processes of ours that may hold cores.
+    images, copies: of each rank that shared memory holds; of those of another node.
     """
 
     accelerator: str
@@ -56,6 +58,8 @@ class NodeNeeds:
     disk_folders: tuple[str, ...]
     instance_type: str | None = None
     own_pids: frozenset[int] = field(default_factory=frozenset)
+    images: int = IMAGE_SLOTS
+    copies: int = 0
 
     @property
     def on_neuron(self) -> bool:
@@ -367,11 +371,12 @@ def free_disk(host: Host, needs: NodeNeeds) -> Check:
 
 
 def shared_memory(host: Host, needs: NodeNeeds) -> Check:
-    """/dev/shm holds two snapshots of every rank of the node."""
+    """/dev/shm holds the images of every rank of the node, and the copies of another node's."""
     name = "shared memory"
     free = host.free_bytes("/dev/shm")
     need = needs.shared_memory_bytes
-    rule = f"two snapshots of {needs.ranks} rank(s), {need / GIB:.2f} GiB (estimate)"
+    copies = f" and {needs.copies} copies of as many of another node's" if needs.copies else ""
+    rule = f"{needs.images} snapshots of {needs.ranks} rank(s){copies}, {need / GIB:.2f} GiB (estimate)"
     if free is None:
         return Check(name, "skipped", "unknown", rule)
     found = f"{free / GIB:.2f} GiB free in /dev/shm"
@@ -381,6 +386,8 @@ def shared_memory(host: Host, needs: NodeNeeds) -> Check:
         f"`sudo mount -o remount,size={-(-need // GIB) + 1}G /dev/shm` (a container: --shm-size), more nodes, or a "
         "machine with more memory"
     )
+    if needs.copies:
+        remedy += "; or no copies (fault.buddy_copies)"
     return Check(name, "failed", found, rule, remedy)
 
 

@@ -18,12 +18,13 @@ from raynium.accelerators.base import Accelerator, Place
 from raynium.accelerators.detect import look
 from raynium.accelerators.timeouts import EXECUTION_TIMEOUT_SECONDS
 from raynium.checkpoint.format.manifest import ImageInfo
+from raynium.config.images import image_slots
 from raynium.config.schema import Config
 from raynium.errors import DataError
 from raynium.health.metadata_service import Instance
 from raynium.health.neuron_monitor import DeviceMonitor, DeviceSample, has_devices
 from raynium.health.notices import Notice, NoticeWatch, ask_for_notices
-from raynium.node.buddies import Buddies, CopyError
+from raynium.node.buddies import Buddies, CopyError, buddies_of
 from raynium.node.compile_cache import node_cache
 from raynium.node.diagnosis import KERNEL_LOG, Diagnosis, KernelLog, seconds_for_others
 from raynium.node.images import Snapshot
@@ -59,7 +60,7 @@ from raynium.run.protocol import (
 from raynium.storage.own_folder import drop_folder, own_folder, shared_memory_folder
 from raynium.storage.process import is_halted
 from raynium.tracking.tracker import Tracker
-from raynium.train.link import Compiled, ImageWritten, RankMessage, Stop, image_slots
+from raynium.train.link import Compiled, ImageWritten, RankMessage, Stop
 
 logger = logging.getLogger(__name__)
 
@@ -164,9 +165,8 @@ class NodeAgent:
         if self._cache.sync is not None:
             self._cache.sync.start()
         image_folder = own_folder(shared_memory_folder(), self.config.run.name)
-        if (fault := self.config.fault).buddy_copies and self.config.cluster.nodes > 1:
-            images, speed = self._saving.images, fault.buddy_megabytes_per_second * 1e6
-            self._buddies = Buddies(self.node.host, image_folder, self._secret, images, bytes_per_second=speed)
+        images, tell = self._saving.images, self.coordinator.tell
+        self._buddies = buddies_of(self.config, self.node.host, image_folder, self._secret, images, tell)
         try:
             try:
                 data_places = self._data_places()

@@ -24,21 +24,22 @@ from raynium.checkpoint.commit import build_manifest
 from raynium.checkpoint.format.image_header import check_header
 from raynium.checkpoint.format.manifest import FileEntry, ImageInfo, ShardEntry, shard_key
 from raynium.checkpoint.held import Place, held_key, keep_held
+from raynium.config.images import COPY_SLOTS, copy_slots
+from raynium.config.schema import Config
 from raynium.config.world import World
 from raynium.errors import CheckpointError
+from raynium.node.copy_failures import CopyFailures, told, why_not_kept
 from raynium.node.images import NodeImages, Snapshot
 from raynium.run.held_images import HeldImages
-from raynium.run.protocol import Address
+from raynium.run.protocol import Address, Said
 from raynium.storage.checksum import UNIT_BYTES, FileChecksums, checksum_units, list_to_text, to_text
 from raynium.storage.local_files import mapped
-from raynium.storage.peers import BROKEN, CHUNK_BYTES, admit, connect, receive, send
+from raynium.storage.peers import BROKEN, CHUNK_BYTES, admit, connect, paced, receive, send
 
 logger = logging.getLogger(__name__)
 
-# Of one rank: the newest that is complete, and the one that comes in. Beside them what this node's own rank has left,
-# which nothing that still comes in may touch.
-SLOTS = 2
-ADOPTED = SLOTS
+# A slot beside those of copies: what this node's own rank has left, which nothing that still comes in may touch.
+ADOPTED = COPY_SLOTS
 # A holder may hear of a generation a moment later than who fetches from it.
 FETCH_SECONDS = 5.0
 FETCH_PAUSE_SECONDS = 0.1
@@ -58,13 +59,32 @@ class _Absent(ValueError):
     """Who was asked has no such snapshot, or not yet."""
 
 
+def buddies_of(
+    config: Config, host: str, folder: Path, secret: bytes, images: NodeImages, tell: Callable[[Said], object]
+) -> "Buddies | None":
+    """See `Buddies`; None where the run makes no copies."""
+    if not copy_slots(config):
+        return None
+    speed = config.fault.buddy_megabytes_per_second * 1e6
+    return Buddies(host, folder, secret, images, bytes_per_second=speed, tell=tell)
+
+
 class Buddies:
     """Of one agent: what it holds for another node, and what it sends to one. Methods from the agent's thread."""
 
-    def __init__(self, host: str, folder: Path, secret: bytes, images: NodeImages, *, bytes_per_second: float):
-        """folder: shared memory of this agent, which ends with it. images: of this node's ranks."""
+    def __init__(
+        self,
+        host: str,
+        folder: Path,
+        secret: bytes,
+        images: NodeImages,
+        *,
+        bytes_per_second: float,
+        tell: Callable[[Said], object],
+    ):
+        """folder: shared memory of this agent, which ends with it. images: of this node's ranks. tell: the user."""
         self._host, self._folder, self._secret, self._images = host, folder, secret, images
-        self._bytes_per_second = bytes_per_second
+        self._bytes_per_second, self._tell, self._failures = bytes_per_second, tell, CopyFailures()
         self._lock = threading.Lock()
         # Rank → its copies here, by slot.
         self._copies: dict[int, dict[int, Snapshot]] = defaultdict(dict)
@@ -209,6 +229,10 @@ class Buddies:
             except (*BROKEN, CopyError) as error:
                 # The next snapshot is sent again, perhaps to another node; the store has the checkpoints.
                 logger.info("rank %d's snapshot of step %d was not copied: %s", rank, snapshot.info.step, error)
+                if self._failures.failed(rank):
+                    self._tell(Said(told(rank, self._host, to[0], str(error) or type(error).__name__), "node", to[0]))
+            else:
+                self._failures.copied(rank)
 
     def _send_one(self, rank: int, slot: int, snapshot: Snapshot, to: Address) -> None:
         with (
@@ -217,12 +241,17 @@ class Buddies:
         ):
             connection.send_bytes(json.dumps({"do": "put", "rank": rank} | _header(snapshot)).encode())
             sums: list[FileChecksums] = []
-            for data in _paced(_chunks(snapshot, sums), self._bytes_per_second):
-                connection.send_bytes(data)
-            if not still_there():
-                raise CopyError("its rank writes that image again")
-            self._sums[rank] = snapshot, sums[0]
-            connection.send_bytes(b"whole")
+            try:
+                for data in paced(_chunks(snapshot, sums), self._bytes_per_second):
+                    connection.send_bytes(data)
+                if not still_there():
+                    raise CopyError("its rank writes that image again")
+                self._sums[rank] = snapshot, sums[0]
+                connection.send_bytes(b"whole")
+            except OSError:
+                # Who finds no room hears no more, and has said so.
+                if not connection.poll():
+                    raise
             if (answer := connection.recv_bytes()) != b"kept":
                 raise CopyError(answer.decode(errors="replace"))
 
@@ -334,7 +363,7 @@ class Buddies:
                 connection.send_bytes(b"another copy of that rank comes in")
                 return
             self._coming.add(rank)
-            slot = min(range(SLOTS), key=lambda each: copies[each].info.step if each in copies else -1)
+            slot = min(range(COPY_SLOTS), key=lambda each: copies[each].info.step if each in copies else -1)
             copies.pop(slot, None)
             generation = self._generation
         paths = self._paths(rank, slot)
@@ -354,7 +383,7 @@ class Buddies:
                     for path in paths:
                         path.unlink(missing_ok=True)
             logger.info("a copy of rank %d's snapshot is not kept: %s", rank, error or "its sender has gone")
-            connection.send_bytes(str(error).encode())
+            connection.send_bytes(why_not_kept(error).encode())
         finally:
             with self._lock:
                 if generation == self._generation:
@@ -449,14 +478,6 @@ def _receive(connection: Connection, header: dict[str, object], paths: Sequence[
 def _lengths(size: int) -> Iterator[int]:
     """Of the messages that a file is sent in."""
     return (min(CHUNK_BYTES, size - begin) for begin in range(0, size, CHUNK_BYTES))
-
-
-def _paced(chunks: Iterator[bytes], bytes_per_second: float) -> Iterator[bytes]:
-    began, sent = time.monotonic(), 0
-    for data in chunks:
-        yield data
-        sent += len(data)
-        time.sleep(max(0.0, began + sent / bytes_per_second - time.monotonic()))
 
 
 def _damage(info: ImageInfo) -> Exception | None:

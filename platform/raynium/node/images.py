@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from raynium.checkpoint.format.manifest import ImageInfo, ShardEntry
+from raynium.config.images import IMAGE_SLOTS
 from raynium.config.world import World
 from raynium.run.held_images import HeldImages
 from raynium.storage.checksum import FileChecksums
-from raynium.train.link import IMAGE_SLOTS
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,9 @@ from typing import Any
 from raynium.accelerators import neuron, neuron_xla
 from raynium.accelerators.base import Accelerator, Place
 from raynium.accelerators.detect import detect
+from raynium.config.images import copy_slots, image_slots
 from raynium.config.local_folders import scratch_folder
 from raynium.config.schema import Config
-from raynium.config.world import World
 from raynium.errors import LaunchError, StoreError
 from raynium.health.checks import MAX_CLOCK_SECONDS, NodeNeeds, compile_cache, host_checks
 from raynium.health.host import Check, Host, Status, ThisHost
@@ -35,13 +35,13 @@ from raynium.health.trial_checks import (
 from raynium.node.diagnosis import KernelLog
 from raynium.node.orphans import end_orphans
 from raynium.node.ranks import RankGroup
-from raynium.planning.memory import estimate_memory
+from raynium.planning.memory import shared_memory_bytes
 from raynium.rank.ports import rendezvous_socket
 from raynium.rank.trial import run_trial
 from raynium.storage.backend import KeyMissing
 from raynium.storage.own_folder import temporary_folder
 from raynium.storage.store import Store
-from raynium.train.link import Phase, image_slots
+from raynium.train.link import Phase
 
 POLL_SECONDS = 0.5
 # After the first rank that failed: its peers' own reasons may follow.
@@ -75,17 +75,13 @@ def needs_of(config: Config, environment: Mapping[str, str]) -> NodeNeeds:
         accelerator=config.cluster.accelerator,
         nodes=config.cluster.nodes,
         ranks=config.cluster.ranks_per_node,
-        shared_memory_bytes=snapshot_bytes(config),
+        shared_memory_bytes=shared_memory_bytes(config),
+        images=image_slots(config.fault),
+        copies=copy_slots(config),
         disk_folders=tuple(folders),
         instance_type=config.cluster.instance_type,
         own_pids=frozenset({os.getpid(), os.getppid()}),
     )
-
-
-def snapshot_bytes(config: Config) -> int:
-    """Shared memory of one node, estimated: parameters and both moments of each rank, in every image slot."""
-    estimate = estimate_memory(config, data_parallel=World.of(config).data)
-    return image_slots(config.fault) * config.cluster.ranks_per_node * (estimate.parameters + estimate.optimizer)
 
 
 def cache_folder(config: Config, environment: Mapping[str, str]) -> str | None:

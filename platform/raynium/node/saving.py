@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from raynium.checkpoint.format.manifest import ShardEntry
+from raynium.config.images import IMAGE_SLOTS
 from raynium.errors import StoreError
 from raynium.node.images import FailedUpload, NodeImages, SavedShard, Snapshot, image_files
 from raynium.node.ranks import RankGroup
@@ -15,7 +16,7 @@ from raynium.node.uploader import Uploader
 from raynium.run.held_images import HeldImages
 from raynium.run.last_save import pause_before_next_try
 from raynium.run.protocol import AgentInfo, Coordinator, NodeEnded, Order, Said, ShardFailed, ShardSaved, Uploaded
-from raynium.train.link import IMAGE_SLOTS, ImageFree
+from raynium.train.link import ImageFree
 
 
 class Saving:

@@ -23,7 +23,9 @@ Not counted: the compiler's scratch space, collective buffers, fragmentation. `U
 
 from dataclasses import dataclass, fields, replace
 
+from raynium.config.images import copy_slots, image_slots
 from raynium.config.schema import Config, ModelSection
+from raynium.config.world import World
 from raynium.models.adapter import learns_whole
 from raynium.models.flops import learned_count, norms_per_block, parameter_count
 from raynium.models.pieces import tokens_of_a_piece
@@ -115,6 +117,15 @@ def estimate_memory(config: Config, *, data_parallel: int) -> MemoryEstimate:
         activations=_activation_bytes(config, compute_bytes),
         logits=_logit_bytes(config, compute_bytes),
     )
+
+
+def shared_memory_bytes(config: Config) -> int:
+    """Estimated bytes of one node's /dev/shm: parameters and both moments of each rank, in each of its own images and
+    of the copies that the node holds of another's.
+    """
+    estimate = estimate_memory(config, data_parallel=World.of(config).data)
+    images = image_slots(config.fault) + copy_slots(config)
+    return images * config.cluster.ranks_per_node * (estimate.parameters + estimate.optimizer)
 
 
 def _parts_of_stage(config: Config) -> ParameterParts:

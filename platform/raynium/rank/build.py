@@ -16,6 +16,7 @@ import torch.distributed as dist
 from raynium.accelerators.base import Accelerator
 from raynium.accelerators.detect import detect
 from raynium.accelerators.timeouts import PROCESS_GROUP_TIMEOUT_SECONDS
+from raynium.config.images import image_slots
 from raynium.config.schema import Config
 from raynium.config.world import World
 from raynium.data.access import open_fetched
@@ -43,7 +44,7 @@ from raynium.tasks.registry import task_of
 from raynium.train.audit import Audits
 from raynium.train.compiles import WatchedEngine
 from raynium.train.guard import Guard
-from raynium.train.link import Link, image_slots
+from raynium.train.link import Link
 from raynium.train.loop import Cadence, Outcome, Steps, train
 from raynium.train.metrics import Throughput
 from raynium.train.patience import Patience

@@ -20,11 +20,12 @@ from raynium.checkpoint.held import HeldRef
 from raynium.checkpoint.load import load_checkpoint
 from raynium.checkpoint.ref import CheckpointRef
 from raynium.checkpoint.state import MODEL_PREFIX, Chunk
+from raynium.config.images import IMAGE_SLOTS
 from raynium.engines.base import Engine
 from raynium.errors import CheckpointDamaged, CheckpointMismatch, SnapshotMemoryShort
 from raynium.models.adapter import is_adapters
 from raynium.train.guard import Guard
-from raynium.train.link import IMAGE_SLOTS, Link
+from raynium.train.link import Link
 from raynium.train.patience import Patience
 
 logger = logging.getLogger(__name__)

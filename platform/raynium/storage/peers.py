@@ -9,6 +9,7 @@ import json
 import os
 import socket
 import struct
+import time
 from collections.abc import Iterator, Mapping
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import Client, Connection, answer_challenge, deliver_challenge
@@ -106,3 +107,12 @@ def receive(connection: Connection) -> dict[str, object]:
     if not isinstance(message, dict):
         raise ValueError(f"{message!r:.50} is no message of an agent")
     return message
+
+
+def paced(chunks: Iterator[bytes], bytes_per_second: float) -> Iterator[bytes]:
+    """The same, no faster than that on the whole."""
+    began, sent = time.monotonic(), 0
+    for data in chunks:
+        yield data
+        sent += len(data)
+        time.sleep(max(0.0, began + sent / bytes_per_second - time.monotonic()))

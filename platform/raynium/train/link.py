@@ -13,16 +13,7 @@ from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
 from typing import Literal, NoReturn, Protocol, get_args
 
-from raynium.config.fault import FaultSection
-
-# Images of one rank at least: one is being uploaded, or kept for a restart, while the other is written.
-IMAGE_SLOTS = 2
-
-
-def image_slots(fault: FaultSection) -> int:
-    """Images of each rank. Snapshots between checkpoints need one more, while an older one is being uploaded."""
-    return IMAGE_SLOTS + (fault.snapshot_every_steps is not None)
-
+from raynium.config.images import IMAGE_SLOTS
 
 # Steps of which a rank tells how long they took, at once.
 STEPS_TIMED = 20
