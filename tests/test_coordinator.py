@@ -39,6 +39,7 @@ from raynium.run.protocol import (
     GoHome,
     Look,
     NodeEnded,
+    NodeLeaves,
     Order,
     Outcome,
     Progressed,
@@ -1186,6 +1187,63 @@ def test_agents_that_are_to_leave_do_so_once_their_ranks_have_saved_or_failed(tm
         assert isinstance(await waiting, GoHome)
 
     asyncio.run(play())
+
+
+def on_node(seat: int, attempt: str = "a") -> AgentInfo:
+    return replace(agent(seat, attempt), node_id=f"n{seat}")
+
+
+LEAVES = NodeLeaves("n1", "EC2 will take it")
+
+
+@pytest.mark.parametrize("when", ["before its agent joins", "while its ranks end"])
+def test_a_notice_that_finds_no_agent_is_kept_for_the_one_that_comes_and_is_one_incident(
+    tmp_path: Path, when: str
+) -> None:
+    async def play() -> None:
+        run = coordinator(tmp_path)
+        if when == "before its agent joins":
+            await run.tell(LEAVES)
+        first, _ = await asyncio.gather(run.join(on_node(0)), run.join(on_node(1)))
+        assert isinstance(first, Order) and first.seats == (0, 1), "there is no other"
+        watching = asyncio.create_task(run.watch(on_node(0), first, stop_known=False))
+        await asyncio.sleep(0)
+        assert await run.join(on_node(2)) == StandBy(1)
+        if when == "before its agent joins":
+            assert (await watching).kind == "stop", "it can be left now"
+        spare = asyncio.create_task(run.join(again(on_node(2), first)))
+        await run.exited(on_node(1), first, NodeEnded((DIED,)))
+        await watching
+        for _ in range(3):
+            await run.tell(LEAVES)
+        joining = asyncio.create_task(run.join(again(on_node(1), first)))
+        second = await run.join(again(on_node(0), first))
+        assert isinstance(second, Order) and second.seats == (0, 2) and await spare == second
+        assert await joining == StandBy(2)
+        # Ray Train starts all agents again, on the same nodes.
+        orders = [asyncio.create_task(run.join(on_node(seat, "b"))) for seat in (1, 0)]
+        assert [isinstance(await each, Order) for each in orders] == [True, True]
+        status = await run.status(0)
+        told = [event.text for event in status.events if event.text.startswith("node ")]
+        assert told == ["node 1 (127.0.0.3) will leave: EC2 will take it"]
+        assert [each.cause for each in status.incidents if each.what == "node"] == ["EC2 will take it"]
+
+    asyncio.run(asyncio.wait_for(play(), 60))
+
+
+def test_a_coordinator_that_was_started_again_hears_of_a_notice_before_it_knows_any_agent(tmp_path: Path) -> None:
+    async def play() -> None:
+        dead, run = coordinator(tmp_path), coordinator(tmp_path)
+        order, _ = await asyncio.gather(dead.join(on_node(0)), dead.join(on_node(1)))
+        assert isinstance(order, Order)
+        await dead.tell(LEAVES)
+        await run.tell(LEAVES)
+        watching = [asyncio.create_task(run.watch(on_node(seat), order, stop_known=False)) for seat in (0, 1)]
+        assert [(await each).kind for each in watching] == ["stop", "stop"]
+        keys = [each.key for life in (dead, run) for each in (await life.status(0)).incidents]
+        assert keys == ["leaves-n1", "leaves-n1"], "one incident of the run's record"
+
+    asyncio.run(asyncio.wait_for(play(), 60))
 
 
 def test_who_stands_by_lends_what_ranks_of_another_world_begin_with(tmp_path: Path) -> None:

@@ -136,6 +136,20 @@ def test_a_node_that_a_verdict_named_is_left_out_while_there_are_enough_others()
     assert run.order() == [2, 1, 3], "a bad node is better than none"
 
 
+def test_a_node_that_was_taken_for_want_of_another_is_left_once_as_many_others_are_there() -> None:
+    run = Run()
+    run.roster.bars(0)
+    run.roster.bars(1)
+    run.join(0, 1, 2)
+    assert run.order() == [0, 1, 2] and not run.roster.can_relieve()
+    run.join(3)
+    assert not run.roster.can_relieve(), "one of the two would be taken again, and again"
+    run.join(4)
+    assert run.roster.can_relieve()
+    run.join(0, 1, 2)
+    assert run.order() == [3, 4, 2] and not run.roster.can_relieve()
+
+
 def test_who_has_gone_home_is_waited_for_no_more_and_of_the_dead_nobody_knows() -> None:
     run = Run()
     run.join(0, 1, 2)

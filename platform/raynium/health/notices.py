@@ -13,9 +13,6 @@ from raynium.health.metadata_service import ADDRESS, Session
 
 logger = logging.getLogger(__name__)
 
-SPOT = "spot/instance-action"
-REBALANCE = "events/recommendations/rebalance"
-MAINTENANCE = "events/maintenance/scheduled"
 # A spot instance has two minutes from its notice on.
 POLL_SECONDS = 5.0
 
@@ -38,19 +35,42 @@ def ask_for_notices(address: str = ADDRESS) -> list[Notice] | None:
     service = Session.open(address)
     if service is None:
         return None
-    found = []
-    if (page := service.page(f"meta-data/{SPOT}")) is not None:
-        fields: dict[str, Any] = json.loads(page)
-        found.append(Notice(f"EC2 will {fields['action']} this spot instance", _unix(fields["time"])))
-    if (page := service.page(f"meta-data/{MAINTENANCE}")) is not None:
-        found += [
-            Notice(f"EC2 has scheduled {each['Code']} for this instance", _unix(each["NotBefore"]))
-            for each in json.loads(page)
-            if each.get("State") == "active"
-        ]
-    if service.page(f"meta-data/{REBALANCE}") is not None:
-        found.append(Notice("EC2 recommends to leave this spot instance", None))
+    found = list[Notice]()
+    for path, read in READERS.items():
+        if (page := service.page(f"meta-data/{path}")) is None:
+            continue
+        try:
+            found += read(page)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            # Tomorrow's EC2 may say it in other words: what is told then, and what the other pages say, is better than
+            # nothing.
+            logger.warning("a notice of EC2's could not be read: %s: %r (%s)", path, page, error)
     return found
+
+
+def _spot(page: str) -> list[Notice]:
+    fields: dict[str, Any] = json.loads(page)
+    return [Notice(f"EC2 will {fields['action']} this spot instance", _unix(fields["time"]))]
+
+
+def _maintenance(page: str) -> list[Notice]:
+    return [
+        Notice(f"EC2 has scheduled {each['Code']} for this instance", _unix(each["NotBefore"]))
+        for each in json.loads(page)
+        if each.get("State") == "active"
+    ]
+
+
+def _rebalance(page: str) -> list[Notice]:
+    return [Notice("EC2 recommends to leave this spot instance", None)]
+
+
+# Each page is there while its notice stands. The most urgent kind is first.
+READERS: dict[str, Callable[[str], list[Notice]]] = {
+    "spot/instance-action": _spot,
+    "events/maintenance/scheduled": _maintenance,
+    "events/recommendations/rebalance": _rebalance,
+}
 
 
 def _unix(text: str) -> float:
@@ -69,7 +89,10 @@ class NoticeWatch:
         *,
         poll_seconds: float = POLL_SECONDS,
     ):
-        """ask: as `ask_for_notices`. tell: given each notice once."""
+        """ask: as `ask_for_notices`. tell: given each notice again at each poll while it stands.
+
+        So also a coordinator that was started again hears of it, or one that an agent joins later.
+        """
         self._ask, self._tell, self._poll_seconds = ask, tell, poll_seconds
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="notices", daemon=True)
@@ -80,19 +103,14 @@ class NoticeWatch:
         self._thread.join(self._poll_seconds)
 
     def _watch(self) -> None:
-        told: set[Notice] = set()
+        answered = False
         while True:
-            try:
-                notices = self._ask()
-            except (ValueError, KeyError) as error:
-                # Tomorrow's EC2 may say it in other words: what is told then is better than nothing.
-                logger.warning("a notice of EC2's could not be read: %s", error)
-                notices = []
-            if notices is None:
+            notices = self._ask()
+            if notices is None and not answered:
                 return
-            for notice in notices:
-                if notice not in told:
-                    told.add(notice)
-                    self._tell(notice)
+            # One that has answered once is only slow, or busy, when it does not.
+            answered = True
+            for notice in notices or ():
+                self._tell(notice)
             if self._closing.wait(self._poll_seconds):
                 return

@@ -114,8 +114,6 @@ class Driver:
         # Controllers lost since a checkpoint, and the newest one then.
         self._controllers_lost: tuple[int, int | None] = 0, None
         self._moving = False
-        # Ids of nodes that somebody has drained, of which the coordinator was told.
-        self._drained: set[str] = set()
         # When the run is to save and stop, since its nodes will be taken away.
         self._ends_unix = None
         if (ends_at := self.config.cluster.ends_at) is not None:
@@ -322,12 +320,10 @@ class Driver:
                 return
 
     def _tell_drained(self, coordinator: Any) -> None:
-        """Of nodes that somebody has drained, each once."""
+        """Of nodes that somebody has drained: again and again, since a coordinator that starts again forgets them."""
         for node_id, until in draining_nodes().items():
-            if node_id not in self._drained:
-                self._drained.add(node_id)
-                when = f" until {datetime.fromtimestamp(until, UTC):%Y-%m-%d %H:%M:%S} UTC" if until else ""
-                coordinator.tell.remote(NodeLeaves(node_id, f"Ray drains it{when}"))
+            when = f" until {datetime.fromtimestamp(until, UTC):%Y-%m-%d %H:%M:%S} UTC" if until else ""
+            coordinator.tell.remote(NodeLeaves(node_id, f"Ray drains it{when}"))
 
     def _outlives_controller(self, coordinator: Any, error: BaseException | None, status: Status) -> bool:
         """Whether Ray Train's controller died, or gave up on an agent that was lost between two looks; another may try.

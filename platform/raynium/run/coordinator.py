@@ -104,7 +104,7 @@ class RunCoordinator:
                 return given
             self._lives.rejoined(agent, now=time.monotonic())
             self._roster.joins(agent)
-            self._lives.joined(now=time.monotonic())
+            self._lives.joined(agent, now=time.monotonic())
             self._lives.may_grow()
             while True:
                 if self._lives.are_over_for(agent) or self._roster.is_past(agent):

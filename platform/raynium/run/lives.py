@@ -85,6 +85,7 @@ class Lives:
         self.incidents = Incidents(board.life, unix=time.time, steady=time.monotonic)
         # No generation is ordered before this time.
         self.not_before = 0.0
+        self._told_leaving: set[str] = set()
         # The agents go home when the ranks that run have ended.
         self._leaves = False
         self._fault = fault
@@ -197,6 +198,7 @@ class Lives:
             current.agents[order.node_rank(agent)] = agent
             self._roster.speaks(agent)
             self._roster.may_upload(*agent.uploading)
+            self._bar_if_it_leaves(agent)
         return current
 
     # ---- how one ends ----------------------------------------------------------------------------------------------
@@ -253,11 +255,19 @@ class Lives:
         return current is not None and agent.seat not in current.order.seats and agent.last_generation < self.number
 
     def may_grow(self) -> None:
-        """Another agent waits. If the ranks that run are fewer than wanted, they save, end, and all begin together."""
+        """Another agent waits. If the ranks that run are fewer than wanted, or on a node that is bad or will leave,
+        they save, end, and all begin together.
+        """
         current = self.running
-        if current is not None and current.yields is None and self._roster.can_grow(current.order.world.nodes):
+        if current is None or current.yields is not None:
+            return
+        if self._roster.can_grow(current.order.world.nodes):
             current.yields = "there are nodes for more ranks again"
-            self._board.tell(f"generation {self.number} saves and ends: {current.yields}")
+        elif self._roster.can_relieve():
+            current.yields = "there is another node for one that is bad or will leave"
+        else:
+            return
+        self._board.tell(f"generation {self.number} saves and ends: {current.yields}")
 
     def rejoined(self, agent: AgentInfo, *, now: float) -> None:
         """The agent runs no ranks. A coordinator that has died may be the one that heard how they ended."""
@@ -270,8 +280,9 @@ class Lives:
             self._failed(self.number, cause, node_rank=node_rank)
             self.over(current, cause, now=now)
 
-    def joined(self, *, now: float) -> None:
-        """Agents are as far that a generation could be ordered, or wait for others."""
+    def joined(self, agent: AgentInfo, *, now: float) -> None:
+        """It is as far that a generation could be ordered, or waits for others."""
+        self._bar_if_it_leaves(agent)
         self._book.agents_missing(now, missing=not self._roster.crew(now=now))
 
     def ended_after(self, current: Generation, step: int) -> None:
@@ -409,17 +420,33 @@ class Lives:
                 self._board.tell(f"generation {generation} saves and ends: {current.yields}")
 
     def node_leaves(self, node_id: str, why: str) -> None:
-        """The ranks save, end, and go on elsewhere; where there is no other node, on that one until it goes."""
+        """The ranks save, end, and go on elsewhere; where there is no other node, on that one until it goes.
+
+        It is told again and again, and may be told while nobody of that node is known: who comes there is barred then.
+        """
+        if node_id in self._roster.leaving:
+            return
+        self._roster.leaving[node_id] = why
         current = self.running
-        agents = [] if current is None else [agent for agent in current.agents.values() if agent.node_id == node_id]
-        spares = [agent for agent in self._roster.ready() if agent.node_id == node_id]
-        for agent in (*agents, *spares):
-            if self._roster.bars(agent.seat):
-                self._board.tell(f"node {agent.seat} ({agent.host}) will leave: {why}")
-                self.incidents.notes("node", where=agent.host, cause=why, step=self._board.step)
-                if current is not None and agent in agents and current.yields is None:
-                    current.yields = f"{agent.host} will leave"
-                    self._board.tell(f"generation {self.number} saves and ends: {current.yields}")
+        for agent in (*self._roster.ready(), *(() if current is None else current.agents.values())):
+            self._bar_if_it_leaves(agent)
+
+    def _bar_if_it_leaves(self, agent: AgentInfo) -> None:
+        """Told once in this life."""
+        if (why := self._roster.leaving.get(agent.node_id)) is None:
+            return
+        self._roster.bars(agent.seat)
+        if agent.node_id in self._told_leaving:
+            return
+        self._told_leaving.add(agent.node_id)
+        self._board.tell(f"node {agent.seat} ({agent.host}) will leave: {why}")
+        # The key is the same in each life of the coordinator, which make one incident of it.
+        key = f"leaves-{agent.node_id}"
+        self.incidents.notes("node", where=agent.host, cause=why, step=self._board.step, key=key)
+        current = self.running
+        if current is not None and agent in current.agents.values() and current.yields is None:
+            current.yields = f"{agent.host} will leave"
+            self._board.tell(f"generation {self.number} saves and ends: {current.yields}")
 
     def over(self, current: Generation, cause: str, *, now: float) -> None:
         """The ranks are taken down; others follow unless a stop was asked for."""

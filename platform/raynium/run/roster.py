@@ -37,6 +37,8 @@ class Roster:
         self._lost: set[int] = set()
         # Seats whose nodes a verdict named, or that will leave.
         self._barred: set[int] = set()
+        # Ids of nodes that will be taken away, whichever agents of whichever attempt are or come there → why.
+        self.leaving: dict[str, str] = {}
         self._lost_agents: set[str] = set()
         self._home: set[str] = set()
         # Since when too few agents are there, all that are left being ready.
@@ -184,6 +186,12 @@ class Roster:
         wanted = next(iter(self._ready.values())).nodes
         found = self._most(min(wanted, nodes + len(self._ready)), least=nodes + 1)
         return found is not None
+
+    def can_relieve(self) -> bool:
+        """Whether a generation that runs on seats that are barred could be followed by one that does not."""
+        if self._barred.isdisjoint(self._crew):
+            return False
+        return len((self._ready.keys() | set(self._crew)) - self._barred) >= len(self._crew)
 
     def departs(self, crew: Collection[int]) -> None:
         """Those of these seats, by node rank, have their order."""
