@@ -73,7 +73,7 @@ def coordinator(folder: Path, **changes: Any) -> RunCoordinator:
 
 
 def agent(seat: int, attempt: str = "a", *, nodes: int = 2) -> AgentInfo:
-    return AgentInfo(attempt, seat, nodes, f"127.0.0.{seat + 2}", 29500 + seat, pid=1, agent_id=f"{attempt}{seat}")
+    return AgentInfo(attempt, seat, nodes, f"127.0.0.{seat + 2}", 29500 + seat, pid=1)
 
 
 ALONE = agent(0, nodes=1)
@@ -251,13 +251,13 @@ def test_lost_nodes_are_counted_apart_from_failed_ranks_and_only_without_progres
             assert isinstance(order, Order)
             if number in (1, 3, 5):  # else no third loss would be survived
                 await save(run, tmp_path, order, 2 * number)
-        await run.leave("agents", "the run leaves this node")
+        await run.leave("g", "the run leaves this node", "agents")
         await run.agents_placed("on other nodes")
         await asyncio.gather(run.join(agent(0, "on other nodes")), run.join(agent(1, "on other nodes")))
-        for attempt in ("whose agents die before they join", "likewise"):
+        for attempt in ("p: whose agents die before they join", "q: likewise"):
             await run.agents_placed(attempt)
             assert (await run.status(0)).ended is None
-        await run.agents_placed("once too often")
+        await run.agents_placed("r: once too often")
         status = await run.status(0)
         assert status.ended == "failed" and status.cause is not None
         assert "a node agent was lost. That is loss of a node agent number 3 without progress" in status.cause
@@ -282,15 +282,15 @@ def test_a_spare_takes_over_from_a_lost_agent_whose_replacement_is_the_next_spar
         spare = asyncio.create_task(run.join(again(agent(1), first)))
         watching = asyncio.create_task(run.watch(agent(0), first, stop_known=False))
         await asyncio.sleep(0)
-        await run.agents_lost("a", [2])
+        await run.agents_lost("a", {2: 0})
         assert await watching == Verdict("over", "the node agent of 127.0.0.4 was lost")
         second = await run.join(again(agent(0), first))
         assert await spare == second and isinstance(second, Order) and second.seats == (0, 1)
         # The lost one was only cut off, and comes back.
         assert isinstance(await run.join(again(agent(2), first)), GoHome)
-        await run.agents_placed("a", [2])
-        assert await run.join(replace(agent(2), agent_id="another")) == StandBy(2)
-        next_spare = asyncio.create_task(run.join(replace(agent(2), agent_id="another", last_generation=2)))
+        await run.agents_placed("a", {2: 1})
+        assert await run.join(replace(agent(2), incarnation=1)) == StandBy(2)
+        next_spare = asyncio.create_task(run.join(replace(agent(2), incarnation=1, last_generation=2)))
         await asyncio.sleep(0.01)
         status = await run.status(0)
         assert not next_spare.done() and (status.generation, status.has_spares) == (2, True)
@@ -315,11 +315,11 @@ def test_a_coordinator_that_was_started_again_finds_ranks_beside_a_spare_that_st
         await asyncio.sleep(0.01)
         assert not watching.done() and (await run.status(0)).generation == 1
         # Whoever replaces the other agent has no part in what runs: all begin anew.
-        third = asyncio.create_task(run.join(replace(agent(2), agent_id="another")))
+        third = asyncio.create_task(run.join(replace(agent(2), incarnation=1)))
         run._lives._generations[1].agents[1] = agent(2)
         await asyncio.sleep(0)
         third.cancel()
-        fourth = asyncio.create_task(run.join(replace(agent(2), agent_id="yet another")))
+        fourth = asyncio.create_task(run.join(replace(agent(2), incarnation=2)))
         assert (await watching).kind == "over"
         fourth.cancel()
         spare.cancel()
@@ -340,14 +340,14 @@ def test_a_run_goes_on_on_fewer_nodes_and_grows_at_a_checkpoint_once_one_is_back
         joining = asyncio.create_task(run.join(again(agent(0), first)))
         await asyncio.sleep(0.01)
         began = time.monotonic()
-        await run.agents_lost("a", [1])
+        await run.agents_lost("a", {1: 0})
         second = await joining
         assert isinstance(second, Order) and time.monotonic() - began >= 0.05
         told = [event.text for event in (await run.status(0)).events]
         assert "the node agent of 127.0.0.3 was lost" in told, "what rank 0 has said is only that it missed another"
         assert (second.world.nodes, second.world.num_micro_batches, second.resume_step) == (1, 4, 2)
         watching = asyncio.create_task(run.watch(again(agent(0), first), second, stop_known=False))
-        replacement = replace(agent(1), agent_id="another")
+        replacement = replace(agent(1), incarnation=1)
         assert await run.join(replacement) == StandBy(2)
         comes_back = asyncio.create_task(run.join(again(replacement, second)))
         assert (await watching).kind == "stop", "it saves first: nothing is taken twice"
@@ -1126,7 +1126,7 @@ def test_a_smaller_world_begins_with_what_the_larger_one_left_in_memory_unless_t
         run = coordinator(tmp_path, **changes)
         order, _ = await asyncio.gather(run.join(agent(0)), run.join(agent(1)))
         await save(run, tmp_path, order, 2)
-        await run.agents_lost("a", [1])
+        await run.agents_lost("a", {1: 0})
         own, copy = (HeldImages(order.generation_id, 3, (rank,), WORLD) for rank in (0, 1))
         survivor = replace(agent(0), images=(own,), copies=(copy,), buddy_port=7000, last_generation=1)
         second = await run.join(survivor)
@@ -1162,7 +1162,7 @@ def test_agents_that_are_to_leave_do_so_once_their_ranks_have_saved_or_failed(tm
         run = coordinator(tmp_path)
         order, _ = await asyncio.gather(run.join(agent(0)), run.join(agent(1)))
         watching = asyncio.create_task(watch(run))
-        await run.leave_once_saved("there are nodes for more ranks")
+        await run.leave("b", "there are nodes for more ranks")
         assert (await watching).kind == "stop"
         await save(run, tmp_path, order, 2)
         exits = [RankExit(rank, 0, None, retry=False, outcome=Outcome(2, "stopped")) for rank in (0, 1)]
@@ -1174,7 +1174,7 @@ def test_agents_that_are_to_leave_do_so_once_their_ranks_have_saved_or_failed(tm
 
         orders = await asyncio.gather(*(run.join(agent(seat, "b")) for seat in (0, 1)))
         assert [order.resume_step for order in orders if isinstance(order, Order)] == [2, 2]
-        await run.leave_once_saved("there are nodes for more ranks")
+        await run.leave("c", "there are nodes for more ranks")
         await run.exited(agent(1, "b"), order_of(run, 2), NodeEnded((DIED,)))
         assert isinstance(await run.join(agent(1, "b")), GoHome), "it need not fail again to leave"
 
@@ -1183,7 +1183,7 @@ def test_agents_that_are_to_leave_do_so_once_their_ranks_have_saved_or_failed(tm
         await run.exited(agent(0, "c", nodes=1), order_of(run, 3), NodeEnded((replace(DIED, rank=0),)))
         waiting = asyncio.create_task(run.join(agent(0, "d")))
         await asyncio.sleep(0.01)
-        await run.leave_once_saved("there are nodes for more ranks")
+        await run.leave("e", "there are nodes for more ranks")
         assert isinstance(await waiting, GoHome)
 
     asyncio.run(play())
@@ -1246,6 +1246,92 @@ def test_a_coordinator_that_was_started_again_hears_of_a_notice_before_it_knows_
     asyncio.run(asyncio.wait_for(play(), 60))
 
 
+def test_a_loss_that_is_told_before_any_agent_speaks_ends_the_generation_once_it_is_found(tmp_path: Path) -> None:
+    changes = {"cluster.min_nodes": 1, "fault.replace_seconds": 0.05}
+
+    async def play() -> None:
+        dead, run = coordinator(tmp_path), coordinator(tmp_path, **changes)
+        order, _ = await asyncio.gather(dead.join(agent(0)), dead.join(agent(1)))
+        assert isinstance(order, Order)
+        await run.agents_lost("a", {1: 0})
+        verdict = await run.watch(agent(0), order, stop_known=False)
+        assert verdict == Verdict("over", "the node agent of node 1 was lost")
+        second = await run.join(again(agent(0), order))
+        assert isinstance(second, Order) and second.seats == (0,)
+        assert [each.what for each in (await run.status(0)).incidents] == ["agents"]
+        assert isinstance(await run.join(again(agent(1), order)), GoHome), "it was only cut off"
+
+    asyncio.run(asyncio.wait_for(play(), 60))
+
+
+@pytest.mark.parametrize("speaks_first", ["an agent that waits", "one whose ranks run"])
+@pytest.mark.parametrize("what", ["agents", None])
+def test_agents_that_are_to_leave_do_so_though_their_coordinator_was_started_again_before_they_speak(
+    tmp_path: Path, what: Any, speaks_first: str
+) -> None:
+    async def play() -> None:
+        dead, run = coordinator(tmp_path), coordinator(tmp_path)
+        order, _ = await asyncio.gather(dead.join(agent(0)), dead.join(agent(1)))
+        assert isinstance(order, Order)
+        await run.leave("b", "others are to go on", what)
+        if speaks_first == "an agent that waits":
+            assert isinstance(await run.join(again(agent(2), order)), GoHome)
+        verdicts = [await run.watch(agent(seat), order, stop_known=False) for seat in (0, 1)]
+        if what is None:
+            assert [each.kind for each in verdicts] == ["stop", "stop"], "they save before"
+            await save(run, tmp_path, order, 2)
+            exits = [RankExit(rank, 0, None, retry=False, outcome=Outcome(2, "stopped")) for rank in (0, 1)]
+            await asyncio.gather(*(run.exited(agent(rank), order, NodeEnded((exits[rank],))) for rank in (0, 1)))
+        else:
+            assert verdicts == 2 * [Verdict("over", "others are to go on")]
+        for seat in (0, 1):
+            assert isinstance(await run.join(again(agent(seat), order)), GoHome)
+        orders = await asyncio.gather(*(run.join(agent(seat, "b")) for seat in (0, 1)))
+        assert [isinstance(each, Order) for each in orders] == [True, True] and (await run.status(0)).ended is None
+
+    asyncio.run(asyncio.wait_for(play(), 60))
+
+
+@pytest.mark.parametrize("call", ["join", "watch"])
+@pytest.mark.parametrize("newer", ["the seat", "the attempt"])
+@pytest.mark.parametrize("speaks", ["first", "last"])
+def test_who_comes_back_from_a_cut_off_node_displaces_nobody_after_a_coordinator_was_started_again(
+    tmp_path: Path, call: str, newer: str, speaks: str
+) -> None:
+    """It had the seat before, or is of an attempt before: either way it is the older."""
+
+    async def play() -> None:
+        dead, run, cut_off = coordinator(tmp_path), coordinator(tmp_path), agent(1)
+        first, _ = await asyncio.gather(dead.join(agent(0)), dead.join(cut_off))
+        assert isinstance(first, Order)
+        if newer == "the seat":
+            await dead.agents_lost("a", {1: 0})
+            crew = again(agent(0), first), replace(agent(1), incarnation=1)
+        else:
+            crew = agent(0, "b"), agent(1, "b")
+        second, _ = await asyncio.gather(*map(dead.join, crew))
+        assert isinstance(second, Order)
+
+        async def comes_back() -> None:
+            if call == "watch":
+                assert (await run.watch(cut_off, first, stop_known=False)).kind == "over"
+            assert isinstance(await run.join(again(cut_off, first)), GoHome)
+
+        back = asyncio.create_task(comes_back())
+        if speaks == "first":
+            await asyncio.sleep(0.01)
+        watching = [asyncio.create_task(run.watch(each, second, stop_known=False)) for each in crew]
+        await back
+        await asyncio.sleep(0.01)
+        status = await run.status(0)
+        assert (status.generation, status.running, status.agents) == (2, True, crew)
+        assert not any(each.done() for each in watching) and not status.incidents
+        for each in watching:
+            each.cancel()
+
+    asyncio.run(asyncio.wait_for(play(), 60))
+
+
 def test_who_stands_by_lends_what_ranks_of_another_world_begin_with(tmp_path: Path) -> None:
     async def play() -> None:
         run = coordinator(tmp_path, **{"cluster.min_nodes": 1, "cluster.spares": 1})
@@ -1281,7 +1367,7 @@ def test_each_second_of_a_run_is_booked_whatever_happens_to_its_generations(tmp_
         assert booked.train == 0.003 and booked.restore > 0, "the second is being restored"
         await asyncio.sleep(0.01)
         await account(run, 2, Ledger(load=0.001, train=0.001, step=10))
-        await run.leave("agents", "the run leaves this node")
+        await run.leave("b", "the run leaves this node", "agents")
         home = await run.join(ALONE)
         assert isinstance(home, GoHome) and home.ledger.restart > second.ledger.restart
         asked = time.monotonic()

@@ -573,7 +573,7 @@ def test_agents_that_are_to_leave_go_home_and_others_go_on(tmp_path: Path) -> No
         waiting = asyncio.create_task(run.join(AgentInfo("a", 1, 2, "10.0.0.3", 29501, pid=1)))
         commits = asyncio.create_task(run.commits(None))
         await asyncio.sleep(0)
-        await run.leave("agents", "the run leaves this node")
+        await run.leave("b", "the run leaves this node", "agents")
         assert isinstance(await waiting, GoHome) and await commits is None
         # One that comes late is sent home too, though now all would be there.
         assert isinstance(await run.join(AgentInfo("a", 0, 2, "10.0.0.2", 29500, pid=1)), GoHome)
@@ -593,7 +593,7 @@ def test_a_generation_that_runs_while_its_nodes_are_left_ends_and_is_no_failure(
         run = await started(tmp_path)
         watch = asyncio.create_task(run.watch(order_agent(run, 0), run._lives._generations[1].order, stop_known=False))
         await asyncio.sleep(0)
-        await run.leave("agents", "the run leaves this node")
+        await run.leave("b", "the run leaves this node", "agents")
         verdict = await watch
         assert (verdict.kind, verdict.cause) == ("over", "the run leaves this node")
         await ended(run, 1, 0, [RankExit(0, -signal.SIGKILL, "killed", retry=True)])

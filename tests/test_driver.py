@@ -164,6 +164,20 @@ def test_a_stop_reaches_ranks_whose_coordinator_was_started_again_after_they_are
         assert verdict.kind == "stop"
 
 
+def test_agents_that_are_to_leave_once_saved_do_so_though_the_coordinator_is_started_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    agent = replace(AGENT, attempt="000000-000001")
+    with Watched(tmp_path, monkeypatch) as watched:
+        order = watched.actor.on_loop.join(agent).result(60)
+        wait_for(lambda: watched.keeper.record.generation == 1)
+        watched.driver._move(watched.actor, "there are nodes for more ranks")
+        assert watched.actor.on_loop.watch(agent, order, stop_known=False).result(60).kind == "stop"
+        watched.actor.start_again()
+        wait_for(lambda: watched.driver._life_began > 0)
+        assert watched.actor.on_loop.watch(agent, order, stop_known=False).result(60).kind == "stop"
+
+
 def test_a_run_saves_and_stops_before_its_capacity_block_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ends = datetime.now(UTC) + timedelta(seconds=890)
     changes = {"cluster.ranks_per_node": 1, "cluster.ends_at": f"{ends:%Y-%m-%dT%H:%MZ}", "fault.stop_seconds": 900.0}
@@ -177,7 +191,7 @@ def test_a_node_that_is_drained_is_left_for_a_spare_after_a_save(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(driver_module, "STOP_POLL_SECONDS", 0.01)
-    drained, spare = replace(AGENT, node_id="n0"), replace(AGENT, seat=1, node_id="n1", agent_id="spare")
+    drained, spare = replace(AGENT, node_id="n0"), replace(AGENT, seat=1, node_id="n1")
     with Watched(tmp_path, monkeypatch) as watched:
         run = watched.actor.on_loop
         order = run.join(drained).result(60)
@@ -333,7 +347,7 @@ class Crew:
         self.run = self.watched.actor.on_loop
         self.agents = [
             AgentInfo(
-                "a", seat, 2, f"127.0.0.{seat + 2}", 29500, pid=1, agent_id=f"a{seat}", node_id=f"n{seat}",
+                "a", seat, 2, f"127.0.0.{seat + 2}", 29500, pid=1, node_id=f"n{seat}",
                 instance=Instance(f"i-{seat}", "us-west-2"),
             )
             for seat in range(2 + spare)
@@ -399,7 +413,7 @@ def test_a_broken_node_is_ended_once_it_has_uploaded_what_it_had_saved(
     crew, fault = Crew(tmp_path, monkeypatch, spare=spare), classify([], [DMA_ERROR])
     with crew.watched:
         order = crew.starts()
-        uploaded = Uploaded("a1", (order.generation_id,))
+        uploaded = Uploaded(crew.agents[1].agent_id, (order.generation_id,))
         if overtakes:
             crew.run.tell(uploaded).result(60)
         broken = RankExit(1, 1, "its hardware broke", retry=True, fault=fault)

@@ -64,7 +64,7 @@ class Nodes:
 
     def lose(self, seat: int) -> None:
         """As Ray would tell; the agent itself, with all that is in its memory, goes home."""
-        self.coordinator.run(lambda each: each.agents_lost("a", [seat])).result()
+        self.coordinator.run(lambda each: each.agents_lost("a", {seat: 0})).result()
 
     def status(self) -> Status:
         return self.coordinator.run(lambda each: each.status(0)).result()

@@ -19,8 +19,8 @@ from raynium.run.protocol import AgentInfo, NodeEnded, Order, ShardFailed, Uploa
 pytestmark = pytest.mark.quick
 
 WORLD = World(nodes=1, ranks_per_node=2, tensor=1, pipeline=1, num_micro_batches=1)
-ORDER = Order(WORLD, (0,), 1, "g1", "127.0.0.1", 29500)
-AGENT = AgentInfo("a", 0, 1, "127.0.0.1", 29500, pid=1, agent_id="a0")
+ORDER = Order(WORLD, (0,), (0,), 1, "g1", "127.0.0.1", 29500)
+AGENT = AgentInfo("a", 0, 1, "127.0.0.1", 29500, pid=1)
 
 
 class Words:
@@ -81,7 +81,7 @@ def test_the_coordinator_hears_what_is_still_uploaded_as_ranks_end_and_when_the_
         assert not any(isinstance(each, Uploaded) for each in words.heard)
         store.may_fail[rank].set()
         wait_for(lambda: sum(isinstance(each, ShardFailed) for each in words.heard) == rank + 1)  # noqa: B023
-    wait_for(lambda: words.heard[-1] == Uploaded("a0", ("g1",)))
+    wait_for(lambda: words.heard[-1] == Uploaded(AGENT.agent_id, ("g1",)))
 
 
 def test_nothing_is_told_of_uploads_where_none_runs(saving: tuple[Saving, Words, SlowStore]) -> None:

@@ -9,7 +9,7 @@ from raynium.run.uploads import ENDS_KEPT, Uploads
 
 pytestmark = pytest.mark.quick
 
-AGENT = AgentInfo("a", 0, 1, "127.0.0.1", 29500, pid=1, agent_id="a0")
+AGENT = AgentInfo("a", 0, 1, "127.0.0.1", 29500, pid=1)
 UPLOADS = replace(AGENT, uploading=("g1", "g2"))
 
 
@@ -18,11 +18,11 @@ def test_an_agent_uploads_until_all_of_it_is_over_whatever_it_says_late() -> Non
     uploads.hears(AGENT)
     assert not uploads.agents()
     uploads.hears(UPLOADS)
-    uploads.ended("a0", ["g1"])
+    uploads.ended(AGENT.agent_id, ["g1"])
     assert uploads.agents() == [UPLOADS]
     uploads.ended("another", ["g2"])
     assert uploads.agents() == [UPLOADS]
-    uploads.ended("a0", ["g1", "g2"])
+    uploads.ended(AGENT.agent_id, ["g1", "g2"])
     assert not uploads.agents()
     uploads.hears(UPLOADS)
     assert not uploads.agents(), "as it was when its generation began"
@@ -33,9 +33,9 @@ def test_an_agent_uploads_until_all_of_it_is_over_whatever_it_says_late() -> Non
 
 def test_an_end_that_is_heard_first_counts_and_old_ones_are_forgotten() -> None:
     uploads = Uploads()
-    uploads.ended("a0", ["g1", "g2"])
+    uploads.ended(AGENT.agent_id, ["g1", "g2"])
     uploads.hears(UPLOADS)
     assert not uploads.agents()
-    uploads.ended("a0", [f"g{number}" for number in range(3, 3 + ENDS_KEPT)])
+    uploads.ended(AGENT.agent_id, [f"g{number}" for number in range(3, 3 + ENDS_KEPT)])
     uploads.hears(UPLOADS)
     assert uploads.agents() == [UPLOADS]

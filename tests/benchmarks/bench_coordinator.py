@@ -44,9 +44,7 @@ async def measure(nodes: int, folder: Path) -> dict[str, float]:
     config = parse_config(job_text(changes, root=folder))
     world = World.of(config)
     run = RunCoordinator(config.model_dump(mode="json"), str(folder / f"run-{nodes}"), 0, 1)
-    agents = [
-        AgentInfo("a", seat, nodes, f"10.0.{seat // 256}.{seat % 256}", 29500, 1, f"a{seat}") for seat in range(nodes)
-    ]
+    agents = [AgentInfo("a", seat, nodes, f"10.0.{seat // 256}.{seat % 256}", 29500, 1) for seat in range(nodes)]
     found, began = {}, time.thread_time()
 
     def took(name: str) -> None:

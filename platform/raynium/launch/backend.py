@@ -8,7 +8,6 @@ An exception in `on_start` would leave the worker group and its placement group 
 """
 
 import os
-import secrets
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any
@@ -21,15 +20,24 @@ from ray.train.v2._internal.execution.worker_group.execution_group import Replic
 from raynium.storage.arrow import arrow_place
 from raynium.storage.store import Store
 
-# `driver.run_agent` reads it in each worker.
+# `worker.run_agent` reads both in each worker; as in AgentInfo.
 ATTEMPT_VARIABLE = "RAYNIUM_ATTEMPT"
+INCARNATION_VARIABLE = "RAYNIUM_INCARNATION"
+
+
+def trainer_name(number: int) -> str:
+    """Of a driver's Ray Train controllers, from 0 on. Sorts before the names of later ones, and of all their attempts:
+    whoever has only the two names, as a coordinator that was started again, knows which is the newer.
+    """
+    return f"{number:06d}"
 
 
 @dataclass
 class NodeAgentConfig(BackendConfig):
-    """Backend of the workers that run node agents. coordinator: of the run, a Ray actor."""
+    """Backend of the workers that run node agents. coordinator: of the run, a Ray actor. trainer: see above."""
 
     coordinator: Any
+    trainer: str
 
     @property
     def backend_cls(self) -> type["NodeAgentBackend"]:
@@ -42,14 +50,19 @@ class NodeAgentBackend(Backend):
     has_replica_groups = True
 
     def __init__(self) -> None:
+        self._attempts = 0
         self._attempt = ""
+        # Seat → how many agents had it before, in this attempt.
+        self._incarnations: Counter[int] = Counter()
 
     def on_start(self, worker_group: Any, backend_config: BackendConfig) -> None:
         assert isinstance(backend_config, NodeAgentConfig)
         if isinstance(worker_group, ReplicaGroup):
-            placed = backend_config.coordinator.agents_placed.remote(self._attempt, _seats(worker_group))
-            ray.get(placed)
-            worker_group.execute(_set_environment, {ATTEMPT_VARIABLE: self._attempt})
+            (seat,) = _seats(worker_group)
+            self._incarnations[seat] += 1
+            placed = {seat: self._incarnations[seat]}
+            ray.get(backend_config.coordinator.agents_placed.remote(self._attempt, placed))
+            worker_group.execute(_set_environment, self._environment(self._incarnations[seat]))
             return
         node_ids = worker_group.execute(_node_id)
         crowded = [node_id for node_id, count in Counter(node_ids).items() if count > 1]
@@ -60,16 +73,22 @@ class NodeAgentBackend(Backend):
                 f"Set cluster.nodes to the number of nodes that have cluster.ranks_per_node free cores",
                 worker_failures={},
             )
-        self._attempt = secrets.token_hex(4)
+        self._attempts += 1
+        self._attempt = f"{backend_config.trainer}-{self._attempts:06d}"
+        self._incarnations.clear()
         # This counts those whose agents never join, too.
         ray.get(backend_config.coordinator.agents_placed.remote(self._attempt))
-        worker_group.execute(_set_environment, {ATTEMPT_VARIABLE: self._attempt})
+        worker_group.execute(_set_environment, self._environment(0))
 
     def on_shutdown(self, worker_group: Any, backend_config: BackendConfig) -> None:
         """Of an agent that has died the others hear before Ray looks for a place for the next one."""
         assert isinstance(backend_config, NodeAgentConfig)
         if isinstance(worker_group, ReplicaGroup):
-            backend_config.coordinator.agents_lost.remote(self._attempt, _seats(worker_group))
+            lost = {seat: self._incarnations[seat] for seat in _seats(worker_group)}
+            backend_config.coordinator.agents_lost.remote(self._attempt, lost)
+
+    def _environment(self, incarnation: int) -> dict[str, str]:
+        return {ATTEMPT_VARIABLE: self._attempt, INCARNATION_VARIABLE: str(incarnation)}
 
 
 def _seats(group: ReplicaGroup) -> list[int]:

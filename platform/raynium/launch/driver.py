@@ -24,7 +24,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raynium.config.schema import Config
 from raynium.errors import ClusterLost, LaunchError, RunFailed, StoreError, TrackingError
-from raynium.launch.backend import NodeAgentConfig, ray_storage
+from raynium.launch.backend import NodeAgentConfig, ray_storage, trainer_name
 from raynium.launch.bad_nodes import BadNodes
 from raynium.launch.calls import Calls
 from raynium.launch.head import ClusterWatch
@@ -49,7 +49,7 @@ from raynium.run.last_save import pause_before_next_try
 from raynium.run.protocol import NodeFault, NodeLeaves, Status
 from raynium.run.record import RecordKeeper
 from raynium.terminal.display import Display
-from raynium.tracking.incidents import Incidents, merged, settled
+from raynium.tracking.incidents import Incidents, What, merged, settled
 from raynium.tracking.ledger import Before
 from raynium.tracking.runs import log_artifact_text
 
@@ -71,9 +71,6 @@ AGENTS_END_SECONDS = 600.0
 # Placements and starts of agents that fail, before Ray Train gives up; its default is never. It counts all of a
 # driver's life: in a month a few nodes die while agents start.
 CONTROLLER_FAILURE_LIMIT = 100
-
-# The incident that it is to start anew on other nodes.
-LEFT = "agents", "the run leaves a node that a verdict named"
 
 
 class Driver:
@@ -113,7 +110,8 @@ class Driver:
         self._trainers = 0
         # Controllers lost since a checkpoint, and the newest one then.
         self._controllers_lost: tuple[int, int | None] = 0, None
-        self._moving = False
+        # Tells a coordinator that the agents go home, and others start; None: they stay.
+        self._leave: Callable[[], object] | None = None
         # When the run is to save and stop, since its nodes will be taken away.
         self._ends_unix = None
         if (ends_at := self.config.cluster.ends_at) is not None:
@@ -148,10 +146,10 @@ class Driver:
             ):
                 status = self._watch(coordinator, fitting, keeper)
             if status.ended is not None or not (
-                self._moving or self._outlives_controller(coordinator, fitting.error, status)
+                self._leave is not None or self._outlives_controller(coordinator, fitting.error, status)
             ):
                 break
-            self._moving = False
+            self._leave = None
             self._trainers += 1
             self._wait_for_seats()
         keeper.finishing()
@@ -224,7 +222,7 @@ class Driver:
                 "scratch": self.prepared.scratch,
                 "secret": secrets.token_bytes(32),
             },
-            backend_config=NodeAgentConfig(coordinator),
+            backend_config=NodeAgentConfig(coordinator, trainer_name(self._trainers)),
             scaling_config=ray.train.ScalingConfig(
                 num_workers=number,
                 resources_per_worker=node_resources(self.config),
@@ -266,7 +264,7 @@ class Driver:
             if status.ended is not None or over:
                 return status
             self._leave_bad_nodes(coordinator, status, new_faults)
-            if not self._moving:
+            if self._leave is None:
                 self._bad_nodes.act(status)
 
             now = time.monotonic()
@@ -345,7 +343,7 @@ class Driver:
             + (str(error) if gave_up else "If memory ran out on this node, the kernel's log (`dmesg`) says so")
         )
         # The generation is over, and no agent of before is waited for.
-        words = "controller", "Ray Train's controller died, and its node agents"
+        words = trainer_name(self._trainers + 1), "Ray Train's controller died, and its node agents", "controller"
         self._calls.make("the controller's death", coordinator.leave.remote, *words)
         release_nodes()
         with self.prepared.keeper.beating():
@@ -358,18 +356,21 @@ class Driver:
 
     def _leave_bad_nodes(self, coordinator: Any, status: Status, new_faults: list[NodeFault]) -> None:
         """Has the agents start anew on other nodes, once a verdict named one of theirs and as many others are free."""
-        if self._moving or not self._bad_nodes.are_left(new_faults, status):
-            return
-        self._moving = True
-        self._calls.make("the bad node", coordinator.leave.remote, *LEFT)
+        if self._leave is None and self._bad_nodes.are_left(new_faults, status):
+            self._move(coordinator, "the run leaves a node that a verdict named", "agents")
 
     def _take_more_nodes(self, coordinator: Any, status: Status) -> None:
         """Has a run that started on fewer nodes than wanted save, and its agents start anew, once there are more."""
-        if self._moving or self._stop.is_set() or not status.running or status.waits_for_seats:
+        if self._leave is not None or self._stop.is_set() or not status.running or status.waits_for_seats:
             return
         if self._seats.may_grow(besides=[*self._excluded, *(agent.node_id for agent in status.agents)]):
-            self._moving = True
-            coordinator.leave_once_saved.remote("there are nodes for more ranks")
+            self._move(coordinator, "there are nodes for more ranks")
+
+    def _move(self, coordinator: Any, cause: str, what: What | None = None) -> None:
+        """Has the agents of this trainer go home, and start anew on other nodes. what: as in `RunCoordinator.leave`."""
+        before = trainer_name(self._trainers + 1)
+        self._leave = lambda: coordinator.leave.remote(before, cause, what)
+        self._calls.make("the agents' leave", self._leave)
 
     def _status(self, coordinator: Any) -> Status:
         """What the coordinator knows; what one that has ordered no generation yet cannot know is as in the record.
@@ -383,8 +384,8 @@ class Driver:
                 self._life_began = time.monotonic()
                 cause = "the run coordinator died, and was started again"
                 self._incidents.notes("coordinator", where="", cause=cause, step=self.prepared.keeper.record.step)
-                if self._moving:
-                    self._calls.make("the bad node", coordinator.leave.remote, *LEFT)
+                if self._leave is not None:
+                    self._calls.make("the agents' leave", self._leave)
             self._life, self._events_seen, self._told_to_stop = status.ledger.life, 0, False
             status = self._ask(coordinator)
         if status.agents:

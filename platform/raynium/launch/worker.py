@@ -12,7 +12,7 @@ import ray.train
 from raynium.accelerators.detect import detect
 from raynium.config.schema import Config
 from raynium.health.metadata_service import this_instance
-from raynium.launch.backend import ATTEMPT_VARIABLE
+from raynium.launch.backend import ATTEMPT_VARIABLE, INCARNATION_VARIABLE
 from raynium.node.agent import Node, NodeAgent
 from raynium.node.node_log import log_to_file
 from raynium.node.ranks import drop_sockets
@@ -82,6 +82,7 @@ def run_agent(settings: dict[str, Any]) -> None:
             seat=seat,
             nodes=settings["nodes"],
             host=host,
+            incarnation=int(os.environ[INCARNATION_VARIABLE]),
             node_id=node_id,
             zone=labels.get(ZONE_LABEL, ""),
             placement_group=labels.get(PLACEMENT_GROUP_LABEL, ""),

@@ -6,7 +6,6 @@ no ray: `launch/worker.py` runs it inside a Ray Train worker and hands it the co
 
 import logging
 import os
-import secrets
 import socket
 import time
 from collections.abc import Callable, Sequence
@@ -79,14 +78,14 @@ class Node:
     """Where this agent runs.
 
     attempt: one life of Ray Train's group of agents, of which `nodes` run a generation. seat: this one's place in it.
-    host: the other nodes reach it there. node_id: Ray's. instance, zone, placement_group:
-    as in AgentInfo.
+    host: the other nodes reach it there. node_id: Ray's. The others: as in AgentInfo.
     """
 
     attempt: str
     seat: int
     nodes: int
     host: str
+    incarnation: int = 0
     node_id: str = ""
     instance: Instance | None = None
     zone: str = ""
@@ -126,7 +125,6 @@ class NodeAgent:
         self._open_tracker = open_tracker
         self._data_places = data_places
         self._name = f"node {node.seat} ({node.host})"
-        self._agent_id = secrets.token_hex(4)
         uploader = Uploader(run_url, silence_seconds=config.fault.upload_silence_seconds)
         per_node, num_images = config.cluster.ranks_per_node, image_slots(config.fault)
         self._saving = Saving(coordinator, uploader, ranks_per_node=per_node, num_images=num_images, host=node.host)
@@ -189,7 +187,7 @@ class NodeAgent:
                 self._buddies.close()
             self._kernel_log.close()
             drop_folder(image_folder)
-        self.coordinator.tell(WentHome(self._agent_id)).result()
+        self.coordinator.tell(WentHome(self.node.attempt, self.node.seat, self.node.incarnation)).result()
 
     def rank_pids(self) -> list[int]:
         """Pids of the ranks that run now, in the order of their local ranks: for py-spy, gdb and tests."""
@@ -290,7 +288,7 @@ class NodeAgent:
             host=self.node.host,
             free_port=rendezvous.getsockname()[1],
             pid=os.getpid(),
-            agent_id=self._agent_id,
+            incarnation=self.node.incarnation,
             images=self._saving.images.held(),
             uploading=self._saving.images.uploading(),
             buddy_port=0 if self._buddies is None else self._buddies.port,

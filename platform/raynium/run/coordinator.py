@@ -9,7 +9,7 @@ made again: agents whose ranks run say so, and their generation goes on. What mu
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from typing import Any
 
 from raynium.config.schema import Config
@@ -18,9 +18,10 @@ from raynium.errors import CheckpointError, ConfigError, RunInUse, StoreError
 from raynium.run import protocol
 from raynium.run.board import Board
 from raynium.run.fence import Fence
+from raynium.run.generation import Generation
 from raynium.run.hangs import artifacts_of
 from raynium.run.last_save import pause_before_next_try
-from raynium.run.lives import Generation, Lives
+from raynium.run.lives import Lives
 from raynium.run.points import PendingPoints, PointsKept, TakesRank0
 from raynium.run.protocol import AgentInfo, GoHome, Order, StandBy, Status, Verdict
 from raynium.run.recovery import Recovery
@@ -83,15 +84,15 @@ class RunCoordinator:
 
     # ---- node agents -----------------------------------------------------------------------------------------------
 
-    async def agents_placed(self, attempt: str, replaced: Sequence[int] = ()) -> None:
-        """By Ray Train; they may yet die before they join. replaced: none but those of these seats."""
+    async def agents_placed(self, attempt: str, replaced: Mapping[int, int] = {}) -> None:
+        """By Ray Train; they may yet die before they join. replaced: none but these, seat → incarnation."""
         async with self._changing():
             self._lives.agents_placed(attempt, replaced=replaced, now=time.monotonic())
 
-    async def agents_lost(self, attempt: str, seats: Sequence[int]) -> None:
-        """Ray Train has noticed that the agents of these seats have died."""
+    async def agents_lost(self, attempt: str, lost: Mapping[int, int]) -> None:
+        """Ray Train has noticed that these agents have died. lost: seat → incarnation."""
         async with self._changing():
-            self._lives.agents_lost(attempt, seats, now=time.monotonic())
+            self._lives.agents_lost(attempt, lost, now=time.monotonic())
 
     async def join(self, agent: AgentInfo) -> Order | StandBy | GoHome:
         await asyncio.sleep(max(0.0, self._lives.not_before - time.monotonic()))
@@ -171,7 +172,7 @@ class RunCoordinator:
             if sent is not None:
                 self._saves.sent(sent)
             lives, saves = self._lives, self._saves
-            await self._wait(lambda: bool(saves.unsent()) or lives.ended is not None or self._roster.is_left)
+            await self._wait(lambda: bool(saves.unsent()) or lives.ended is not None or lives.have_left)
             return saves.unsent() or None
 
     async def tell(self, event: protocol.AgentEvent) -> protocol.News:
@@ -223,8 +224,8 @@ class RunCoordinator:
             case protocol.NodeLeaves(node_id, why):
                 async with self._changing():
                     self._lives.node_leaves(node_id, why)
-            case protocol.WentHome(agent_id):
-                self._roster.goes_home(agent_id)
+            case protocol.WentHome(attempt, seat, incarnation):
+                self._roster.goes_home(attempt, seat, incarnation)
             case protocol.CannotGoOn(cause):
                 async with self._changing():
                     self._lives.end("failed", cause)
@@ -249,18 +250,13 @@ class RunCoordinator:
                 self._in_task(self._end_a_stop_that_hangs())
             self._lives.request_stop()
 
-    async def leave(self, what: What, cause: str) -> None:
-        """Every agent of this attempt goes home, once its uploads are in; the driver starts others.
+    async def leave(self, before: str, cause: str, what: What | None = None) -> None:
+        """Every agent of attempts whose names sort before this goes home, once its uploads are in; others are started.
 
-        what, cause: of the incident that this is.
+        what: of the incident that this is: their ranks end at once. None: not before all have saved at the next step.
         """
         async with self._changing():
-            self._lives.leave(what, cause, now=time.monotonic())
-
-    async def leave_once_saved(self, why: str) -> None:
-        """The same, after every rank has saved at its next step."""
-        async with self._changing():
-            self._lives.leave_once_saved(why)
+            self._lives.leave(before, cause, what, now=time.monotonic())
 
     async def status(self, events_after: int) -> Status:
         """Events numbered above `events_after` come along."""

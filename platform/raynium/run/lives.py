@@ -3,8 +3,6 @@
 import secrets
 import time
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Literal
 
 from raynium.config.fault import FaultSection
 from raynium.config.world import World
@@ -12,17 +10,16 @@ from raynium.health.faults import Fault
 from raynium.run.bad_steps import BadSteps
 from raynium.run.board import Board
 from raynium.run.buddies import buddies
-from raynium.run.hangs import Hang, Hangs, folder_of, with_looks
+from raynium.run.generation import Generation
+from raynium.run.hangs import Hangs, folder_of, with_looks
 from raynium.run.held_images import HeldImages
 from raynium.run.leaps import Leaps
 from raynium.run.protocol import (
     AgentInfo,
     EndKind,
-    Look,
     NodeFault,
     Order,
     Outcome,
-    RankExit,
     RanksSeen,
     StacksTaken,
     TimesSeen,
@@ -30,45 +27,9 @@ from raynium.run.protocol import (
 from raynium.run.recovery import Origin, Recovery, copies_of
 from raynium.run.roster import Roster
 from raynium.run.stragglers import Stragglers
-from raynium.run.verdicts import Verdicts, blamed, blames_a_peer
+from raynium.run.verdicts import Verdicts, blames_a_peer
 from raynium.tracking.incidents import Incidents, What
 from raynium.tracking.ledger import CoordinatorBook
-
-
-@dataclass
-class Generation:
-    """One life of the ranks. agents: by node rank; exits: of the nodes whose ranks have all ended."""
-
-    order: Order
-    agents: dict[int, AgentInfo]
-    state: Literal["running", "over"] = "running"
-    cause: str = ""
-    # Ordered by a coordinator that has died: this one does not know all that was told of it.
-    found: bool = False
-    exits: dict[int, Sequence[RankExit]] = field(default_factory=dict)
-    # Of all nodes, as far as they have said.
-    first_cause: RankExit | None = None
-    # Why its ranks are to save and end, and others to follow; None: they go on.
-    yields: str | None = None
-    # It hangs: what the ranks of each node do, as they have told so far.
-    hang: Hang | None = None
-    looks: dict[int, Mapping[int, Look]] = field(default_factory=dict)
-
-    def hears(self, node_rank: int, exits: Sequence[RankExit]) -> None:
-        """How the ranks of a node ended."""
-        self.exits[node_rank] = exits
-        known = [] if self.first_cause is None else [self.first_cause]
-        self.first_cause = blamed([*known, *exits])
-
-    def all_have_ended(self) -> bool:
-        return len(self.exits) == self.order.world.nodes
-
-    def wants_look(self, node_rank: int) -> bool:
-        return self.hang is not None and node_rank not in self.looks
-
-    def all_have_looked(self) -> bool:
-        """Or nobody is waited for any more."""
-        return self.state == "over" or len(self.looks) == self.order.world.nodes
 
 
 class Lives:
@@ -86,8 +47,8 @@ class Lives:
         # No generation is ordered before this time.
         self.not_before = 0.0
         self._told_leaving: set[str] = set()
-        # The agents go home when the ranks that run have ended.
-        self._leaves = False
+        # Why agents were sent home last, and of which incident; None: their ranks save before.
+        self._farewell: tuple[str, What | None] = "", None
         self._fault = fault
         self._verdicts = Verdicts(fault)
         self._leaps = Leaps()
@@ -130,11 +91,16 @@ class Lives:
         others, or what they have saved is uploaded. A bad node on which it stays is none: it would be for ever.
         """
         newest = self.newest
-        if newest is None or self._roster.is_left:
+        if newest is None or self.have_left:
             # The driver waits for the end of those who go home.
             return frozenset()
         leaves = newest.yields is not None or self._roster.has_enough
         return self._roster.uploading_nodes | {agent.node_id for agent in newest.agents.values() if leaves}
+
+    @property
+    def have_left(self) -> bool:
+        """Whether agents of this attempt have nothing to do here any more."""
+        return self._roster.is_left and self.running is None
 
     def are_over_for(self, agent: AgentInfo) -> bool:
         return self.ended is not None or not self._roster.is_current(agent.attempt)
@@ -147,10 +113,11 @@ class Lives:
         # The suffix keeps two drivers apart that count from the same number.
         generation_id = f"g{self.number:05d}-{secrets.token_hex(4)}"
         begins = self._book.ordered(generation_id, now)
-        seats = tuple(agent.seat for agent in agents)
+        crew = {agent.seat: agent.incarnation for agent in agents}
         order = Order(
             world,
-            seats,
+            tuple(crew),
+            tuple(crew.values()),
             self.number,
             generation_id,
             master_host=agents[0].host,
@@ -166,7 +133,7 @@ class Lives:
         self._generations[self.number] = Generation(order, dict(enumerate(agents)))
         self._watch_ranks(order)
         self._verdicts.keeps(origin.step or 0)
-        self._roster.departs(seats)
+        self._roster.departs(crew)
         self._roster.may_upload(order.generation_id)
         self.incidents.began_from(origin.step or 0)
         self._board.generation_begins(origin.step or 0, now=now)
@@ -179,13 +146,17 @@ class Lives:
             current = Generation(order, {}, state="over", cause="it is not the run's newest any more")
             newer = order.generation > self.number and not self._roster.is_past(agent)
             if newer and all(
-                each.attempt == agent.attempt and each.last_generation < order.generation
+                each.last_generation < order.generation
                 for each in self._roster.ready()
-                if each.seat in order.seats
+                if each.attempt == agent.attempt and order.is_for(each)
             ):
+                if (older := self.running) is not None:
+                    # Told by an agent that was cut off, and was not missed yet.
+                    older.state, older.cause = "over", "a newer one runs"
                 self.greet(agent, now=now)
                 # Those that wait for an order have not had this one.
-                self._roster.departs(order.seats)
+                crew = dict(zip(order.seats, order.incarnations, strict=True))
+                self._roster.departs(crew)
                 current.state, current.found = "running", True
                 self.number = order.generation
                 self._generations[self.number] = current
@@ -194,6 +165,9 @@ class Lives:
                 self._board.generation_begins(order.resume_step or 0, now=now)
                 self._board.tell(f"the run coordinator was started again and found generation {self.number}")
                 self._book.found_running(order.generation_id, now)
+                # What was told of it before it was found.
+                self._miss(self._roster.misses(crew), now=now)
+                self._depart(now=now)
         if not self._roster.is_past(agent):
             current.agents[order.node_rank(agent)] = agent
             self._roster.speaks(agent)
@@ -206,9 +180,11 @@ class Lives:
     def greet(self, agent: AgentInfo, *, now: float) -> None:
         """Whoever was there before it is gone: of its seat, or where it is the first of another attempt, all."""
         if agent.attempt == self._roster.attempt and self._roster.replaces(agent):
-            self.agents_lost(agent.attempt, [agent.seat], now=now)
-        if self._roster.greets(agent):
-            self._leaves = False
+            self.agents_lost(agent.attempt, {agent.seat: agent.incarnation - 1}, now=now)
+        self._greet_attempt(agent.attempt, now=now)
+
+    def _greet_attempt(self, attempt: str, *, now: float) -> None:
+        if self._roster.greets(attempt):
             self._board.forget_devices()
             if (current := self.running) is not None:
                 cause = "a node agent was lost; Ray Train started the node agents again"
@@ -217,18 +193,24 @@ class Lives:
                 self.over(current, cause, now=now)
                 self._book.agents_lost()
 
-    def agents_placed(self, attempt: str, *, replaced: Collection[int] = (), now: float) -> None:
-        """By Ray Train. They may yet die before they join. replaced: only those of these seats were."""
+    def agents_placed(self, attempt: str, *, replaced: Mapping[int, int] = {}, now: float) -> None:
+        """By Ray Train. They may yet die before they join. replaced: only these were, seat → incarnation."""
         if replaced:
-            self.agents_lost(attempt, replaced, now=now)
-        if (self._roster.begins(attempt) or replaced) and (too_many := self._verdicts.agent_lost()) is not None:
+            self.agents_lost(attempt, {seat: incarnation - 1 for seat, incarnation in replaced.items()}, now=now)
+        if (replaced or self._roster.begins(attempt)) and (too_many := self._verdicts.agent_lost()) is not None:
             self.end("failed", too_many)
 
-    def agents_lost(self, attempt: str, seats: Collection[int], *, now: float) -> None:
-        """Their processes or their nodes have died. It is counted once Ray Train has placed others."""
-        if not self._roster.is_current(attempt):
-            return
-        lost, newest = self._roster.loses(seats), self.newest
+    def agents_lost(self, attempt: str, agents: Mapping[int, int], *, now: float) -> None:
+        """Their processes or their nodes have died. It is counted once Ray Train has placed others.
+
+        agents: seat → incarnation. None of that attempt may have spoken yet to a coordinator that was started again.
+        """
+        if attempt >= self._roster.attempt:
+            self._greet_attempt(attempt, now=now)
+            self._miss(self._roster.loses(agents), now=now)
+
+    def _miss(self, lost: Collection[int], *, now: float) -> None:
+        newest = self.newest
         if newest is None or not (ranks := [newest.order.seats.index(s) for s in lost if s in newest.order.seats]):
             return
         hosts = ", ".join(newest.agents[rank].host for rank in ranks if rank in newest.agents)
@@ -243,11 +225,9 @@ class Lives:
     def order_for(self, agent: AgentInfo) -> Order | None:
         """Of a generation that this agent is to run, and has not yet."""
         current = self.running
-        if current is None or agent.seat not in current.order.seats or self.number <= agent.last_generation:
+        if current is None or not current.order.is_for(agent) or self.number <= agent.last_generation:
             return None
-        known = current.agents.get(current.order.node_rank(agent))
-        # Of one that replaced another, whose death nobody has told, the ranks are not that generation's.
-        return current.order if known is None or known.agent_id == agent.agent_id else None
+        return current.order
 
     def is_passed_over(self, agent: AgentInfo) -> bool:
         """Whether others run the newest generation, of which this agent does not know."""
@@ -456,9 +436,6 @@ class Lives:
         current.first_cause = None
         current.looks = {}
         self._book.failed(now)
-        if self._leaves:
-            self._leaves = False
-            self._roster.leave()
         if self.stop_requested:
             self.end("stopped")
 
@@ -466,23 +443,27 @@ class Lives:
         """A checkpoint of this step."""
         self._verdicts.keeps(step)
 
-    def leave(self, what: What, cause: str, *, now: float) -> None:
-        """The agents of this attempt go home; others go on elsewhere."""
-        self._roster.leave()
-        if (current := self.running) is not None:
-            self.incidents.opens(what, where="", cause=cause, step=self._board.step)
-            current.state, current.cause = "over", cause
-            self._book.failed(now)
-            self._book.agents_missing(now, missing=True)
+    def leave(self, before: str, cause: str, what: What | None, *, now: float) -> None:
+        """Agents of attempts whose names sort before this go home; others go on elsewhere. what: None: the ranks that
+        run save and end first, or fail.
+        """
+        self._farewell = cause, what
+        self._roster.leave(before)
+        self._depart(now=now)
 
-    def leave_once_saved(self, why: str) -> None:
-        """The same, once the ranks that run have saved and ended, or have failed; with none at once."""
-        if (current := self.running) is None:
-            return self._roster.leave()
-        self._leaves = True
-        if current.yields is None:
-            current.yields = why
-            self._board.tell(f"generation {self.number} saves and ends: {why}")
+    def _depart(self, *, now: float) -> None:
+        """Ends the generation that runs, if its agents were sent home."""
+        (cause, what), current = self._farewell, self.running
+        if current is None or not self._roster.is_left:
+            return
+        if what is None:
+            current.yields = current.yields or cause
+            self._board.tell(f"generation {self.number} saves and ends: {cause}")
+            return
+        self.incidents.opens(what, where="", cause=cause, step=self._board.step)
+        current.state, current.cause = "over", cause
+        self._book.failed(now)
+        self._book.agents_missing(now, missing=True)
 
     def request_stop(self) -> None:
         """Every rank saves at the next step and ends. Before any rank runs, the run just ends."""

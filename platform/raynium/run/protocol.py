@@ -34,11 +34,12 @@ Address = tuple[str, int]
 class AgentInfo:
     """A node agent.
 
-    attempt: one life of the Ray Train worker group; every agent of it carries the same. seat: its place in there, which
-    one that replaces it takes. nodes: how many of the attempt's agents run a generation; the others are spares.
+    attempt: one life of the Ray Train worker group; every agent of it carries the same, and a later one's name sorts
+    after it. seat: its place in there, which one that replaces it takes; incarnation: how many agents had it before.
+    So of two that claim a seat the newer is known. nodes: how many agents run a generation; the others are spares.
     host: the address that the other nodes reach this one at. free_port: for the rendezvous, used if this is node 0.
-    agent_id: of this one life of the agent. images: what its ranks could start from without the store. machine: its
-    product name, on EC2 the instance type; "" if it shows none. node_id: Ray's, new in each life of the node; ""
+    images: what its ranks could start from without the store. machine: its product name, on EC2 the instance type; ""
+    if it shows none. node_id: Ray's, new in each life of the node; ""
     without Ray. last_generation: that it ran, since a coordinator that was started again counts on from there.
     uploading: generations for which it still uploads. buddy_port: at which it takes copies of other nodes' snapshots;
     0: at none. copies: that it has of them. instance: of EC2, if fault.bad_instance asks for it and there is one.
@@ -51,7 +52,7 @@ class AgentInfo:
     host: str
     free_port: int
     pid: int
-    agent_id: str = ""
+    incarnation: int = 0
     images: tuple[HeldImages, ...] = ()
     machine: str = ""
     node_id: str = ""
@@ -63,20 +64,26 @@ class AgentInfo:
     zone: str = ""
     placement_group: str = ""
 
+    @property
+    def agent_id(self) -> str:
+        """Of this one life of the agent."""
+        return f"{self.attempt}-{self.seat}-{self.incarnation}"
+
 
 @dataclass(frozen=True)
 class Order:
     """Run one generation.
 
-    seats: of the agents that do, by node rank. generation_id is in every key that the generation writes, so that an
-    older one can never overwrite. resume_step: None for the initial weights. resume_images: all ranks have these in
-    their nodes' memory, and need not read the store. ledger: of the whole run until now. begins: see
+    seats, incarnations: of the agents that do, by node rank. generation_id is in every key that the generation writes,
+    so that an older one can never overwrite. resume_step: None for the initial weights. resume_images: all ranks have
+    these in their nodes' memory, and need not read the store. ledger: of the whole run until now. begins: see
     `GenerationBook`. buddies: by node rank, who takes copies of its snapshots, if anybody does. copies: who has the
     images of resume_images of which ranks whose own nodes have not; of all ranks, where another world's took it.
     """
 
     world: World
     seats: tuple[int, ...]
+    incarnations: tuple[int, ...]
     generation: int
     generation_id: str
     master_host: str
@@ -93,6 +100,10 @@ class Order:
     def reshapes(self) -> bool:
         """Whether its ranks begin with what those of another world left in memory."""
         return self.resume_images is not None and self.resume_images.world != self.world
+
+    def is_for(self, agent: AgentInfo) -> bool:
+        """And not for one that had its seat before, or has it since."""
+        return agent.seat in self.seats and self.incarnations[self.node_rank(agent)] == agent.incarnation
 
     def node_rank(self, agent: AgentInfo) -> int:
         """Of an agent that runs it."""
@@ -306,9 +317,11 @@ class NodeLeaves:
 
 @dataclass(frozen=True)
 class WentHome:
-    """An agent that was told to go home has done all that it had to."""
+    """An agent that was told to go home has done all that it had to. All three: as in AgentInfo."""
 
-    agent_id: str
+    attempt: str
+    seat: int
+    incarnation: int
 
 
 @dataclass(frozen=True)

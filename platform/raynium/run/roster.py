@@ -3,9 +3,12 @@
 Each agent has a seat in Ray Train's worker group. A run may have more seats than its ranks take: the rest are spares.
 Who runs a generation is its crew, by node rank: whoever stays keeps its node rank, and with it the snapshots in its
 memory; a spare, or who replaces a lost one, takes the place of the lost one.
+
+A coordinator that was started again knows none of this. What it is told before any agent speaks counts all the same,
+and names that sort by age say who is the newer, in whatever order they speak.
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Mapping
 
 from raynium.run.protocol import AgentInfo
 from raynium.run.uploads import Uploads
@@ -26,21 +29,25 @@ class Roster:
         self.uploading: list[str] = []
         # Of those, what is known to run, and to be over.
         self.uploads = Uploads()
-        self._begun: set[str] = set()
-        self._past: set[str] = set()
-        self._left = ""
-        # Seat → the agent that waits for an order there, and → the id of the one that spoke last there.
+        # The newest that this coordinator saw Ray Train place.
+        self._placed = ""
+        # Agents of attempts whose names sort before go home.
+        self._left_before = ""
+        # Seat → the agent that waits for an order there; → the incarnation that spoke last there; → the least that is
+        # not past.
         self._ready: dict[int, AgentInfo] = {}
-        self._holders: dict[int, str] = {}
-        # Of the newest generation, by node rank.
+        self._holders: dict[int, int] = {}
+        self._least: dict[int, int] = {}
+        # Of the newest generation, by node rank; and those of them that have not spoken to this coordinator yet.
         self._crew: tuple[int, ...] = ()
+        self._silent: set[int] = set()
         self._lost: set[int] = set()
         # Seats whose nodes a verdict named, or that will leave.
         self._barred: set[int] = set()
         # Ids of nodes that will be taken away, whichever agents of whichever attempt are or come there → why.
         self.leaving: dict[str, str] = {}
-        self._lost_agents: set[str] = set()
-        self._home: set[str] = set()
+        # Seat and incarnation.
+        self._home: set[tuple[int, int]] = set()
         # Since when too few agents are there, all that are left being ready.
         self._short_since: float | None = None
 
@@ -51,64 +58,72 @@ class Roster:
 
         Ray repeats a call whose answer was lost, so the same attempt may be named again.
         """
-        replaces = attempt not in self._begun and bool(self._begun) and not self.is_left
-        self._begun.add(attempt)
-        return replaces
+        before = max(self._placed, self.attempt)
+        self._placed = max(self._placed, attempt)
+        return attempt > before != "" and before >= self._left_before
 
-    def greets(self, agent: AgentInfo) -> bool:
-        """Takes note of who calls. True: the agent is the first of a new attempt, and those before it are gone."""
-        if agent.attempt == self.attempt:
+    def greets(self, attempt: str) -> bool:
+        """Takes note of an attempt whose agents speak, or are spoken of. True: it is new; those before are gone."""
+        if attempt <= self.attempt:
             return False
-        self._past.add(self.attempt)
-        self.attempt = agent.attempt
+        self.attempt = attempt
         self.changes += 1
-        # Of a coordinator that was started again after it was placed.
-        self._begun.add(self.attempt)
-        for each in (self._ready, self._holders, self.uploading, self._lost, self._barred, self._home):
+        seats = (self._ready, self._holders, self._least, self._silent, self._lost, self._barred)
+        for each in (*seats, self.uploading, self._home):
             each.clear()
-        self._crew = ()
+        self._crew, self._short_since = (), None
         return True
 
     def is_current(self, attempt: str) -> bool:
         """Whether agents of this attempt still have something to do here."""
         return attempt == self.attempt and not self.is_left
 
-    def leave(self) -> None:
-        """This attempt's agents go home; others will go on elsewhere."""
-        self._left = self.attempt
+    def leave(self, before: str) -> None:
+        """Agents of attempts whose names sort before this go home; others will go on elsewhere."""
+        self._left_before = max(self._left_before, before)
         self.changes += 1
 
     @property
     def is_left(self) -> bool:
-        return self._left == self.attempt != ""
+        return "" < self.attempt < self._left_before
 
     # ---- agents ------------------------------------------------------------------------------------------------------
 
     def is_past(self, agent: AgentInfo) -> bool:
         """Of a node that was cut off, and that Ray took for dead."""
-        return agent.attempt in self._past or agent.agent_id in self._lost_agents
+        current = agent.attempt == self.attempt
+        return agent.attempt < self.attempt or (current and agent.incarnation < self._least.get(agent.seat, 0))
 
     def replaces(self, agent: AgentInfo) -> bool:
-        """Whether another agent held its seat until now, of whose end nobody has told."""
-        return self._holders.get(agent.seat, agent.agent_id) != agent.agent_id and agent.seat not in self._lost
+        """Whether an older one held its seat until now, of whose end nobody has told."""
+        return self._least.get(agent.seat, agent.incarnation) < agent.incarnation and agent.seat not in self._lost
 
-    def loses(self, seats: Collection[int]) -> list[int]:
-        """Their agents have died. Returns those of which it was not known."""
-        new = [seat for seat in seats if seat not in self._lost]
+    def loses(self, agents: Mapping[int, int]) -> list[int]:
+        """They have died. agents: seat → incarnation. Returns the seats of those of which it was not known."""
+        new = [seat for seat, incarnation in agents.items() if incarnation >= self._least.get(seat, 0)]
         for seat in new:
             self.changes += 1
+            self._least[seat] = agents[seat] + 1
             self._lost.add(seat)
             self._barred.discard(seat)
+            self._silent.discard(seat)
             self._ready.pop(seat, None)
-            if (holder := self._holders.pop(seat, None)) is not None:
-                self._lost_agents.add(holder)
+            self._holders.pop(seat, None)
         return new
 
+    def misses(self, crew: Mapping[int, int]) -> list[int]:
+        """The seats of these agents that are gone."""
+        return [seat for seat, incarnation in crew.items() if incarnation < self._least.get(seat, 0)]
+
     def speaks(self, agent: AgentInfo) -> None:
-        """It is alive, and of this attempt."""
-        self._holders[agent.seat] = agent.agent_id
+        """It is alive, and not past."""
+        self._holders[agent.seat] = self._least[agent.seat] = agent.incarnation
         self._lost.discard(agent.seat)
         self.uploads.hears(agent)
+        if agent.seat in self._silent:
+            # Others may be as slow, and are waited for anew.
+            self._silent.discard(agent.seat)
+            self._short_since = None
 
     def joins(self, agent: AgentInfo) -> None:
         """No rank of the agent's runs any more."""
@@ -132,9 +147,10 @@ class Roster:
         nodes = max((agent.nodes for agent in self._ready.values()), default=len(self._crew))
         return len(self._holders.keys() - self._barred) >= nodes
 
-    def goes_home(self, agent_id: str) -> None:
+    def goes_home(self, attempt: str, seat: int, incarnation: int) -> None:
         """It has done all that it had to: sent, uploaded, and given back."""
-        self._home.add(agent_id)
+        if attempt == self.attempt:
+            self._home.add((seat, incarnation))
 
     @property
     def waits_for_seats(self) -> bool:
@@ -144,7 +160,7 @@ class Roster:
     @property
     def all_are_home(self) -> bool:
         """Of those that live."""
-        return set(self._holders.values()) <= self._home
+        return self._holders.items() <= self._home
 
     def may_upload(self, *generation_ids: str) -> None:
         self.uploading += [each for each in generation_ids if each not in self.uploading]
@@ -193,20 +209,32 @@ class Roster:
             return False
         return len((self._ready.keys() | set(self._crew)) - self._barred) >= len(self._crew)
 
-    def departs(self, crew: Collection[int]) -> None:
-        """Those of these seats, by node rank, have their order."""
+    def departs(self, crew: Mapping[int, int]) -> None:
+        """They have their order, which a coordinator that has died may have given. crew: seat → incarnation, by node
+        rank.
+        """
         self._crew, self._short_since = tuple(crew), None
-        for seat in crew:
-            self._ready.pop(seat, None)
+        for seat, incarnation in crew.items():
+            if incarnation >= self._least.get(seat, 0):
+                self._least[seat] = incarnation
+                # Or one that had its seat before, and was cut off since.
+                self._ready.pop(seat, None)
+                if self._holders.get(seat) != incarnation:
+                    self._holders.pop(seat, None)
+        self._silent = crew.keys() - self._holders.keys() - self._lost
 
     def _staying(self) -> list[int]:
         return [seat for seat in self._crew if seat >= 0 and seat not in self._lost]
 
     def _size(self, now: float) -> int | None:
         # Asked at each join, of which a large run has a thousand: most know by the numbers alone.
-        if not self._ready or len(self._ready) < len(self._crew) - self._crew.count(-1) - len(self._lost):
+        gone = self._crew.count(-1) + len(self._lost) + len(self._silent)
+        if not self._ready or len(self._ready) < len(self._crew) - gone:
             return None
-        if any(seat not in self._ready for seat in self._staying()):
+        if any(seat not in self._ready and seat not in self._silent for seat in self._staying()):
+            return None
+        # Those that are silent may be lost, as a coordinator was told that has died.
+        if self._silent and not self._have_waited(now):
             return None
         wanted, here = next(iter(self._ready.values())).nodes, len(self._ready)
         if here >= wanted:
@@ -217,11 +245,15 @@ class Roster:
         # A crew that was smaller than wanted already has waited.
         if size is not None and 0 < len(self._crew) <= size:
             return size
-        if not self._lost:
-            # Ray Train places all of an attempt's agents at once: the others are starting.
+        if not self._lost and self.attempt <= self._placed:
+            # Ray Train has placed all of an attempt's agents at once: the others are starting. Of one that was placed
+            # before this coordinator began, some may have been lost before, too.
             return None
+        return size if self._have_waited(now) else None
+
+    def _have_waited(self, now: float) -> bool:
         self._short_since = now if self._short_since is None else self._short_since
-        return size if now - self._short_since >= self._replace_seconds else None
+        return now - self._short_since >= self._replace_seconds
 
     def _most(self, nodes: int, *, least: int) -> int | None:
         return next((size for size in range(nodes, least - 1, -1) if self._fits(size)), None)
