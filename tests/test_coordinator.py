@@ -1332,6 +1332,28 @@ def test_who_comes_back_from_a_cut_off_node_displaces_nobody_after_a_coordinator
     asyncio.run(asyncio.wait_for(play(), 60))
 
 
+def test_a_run_that_cannot_save_before_it_leaves_a_node_goes_on_from_what_there_is(tmp_path: Path) -> None:
+    """A store that is away at that moment ends no run that nobody asked to end."""
+
+    async def play() -> None:
+        run = coordinator(tmp_path)
+        nodes = [replace(agent(seat), node_id=f"n{seat}") for seat in range(3)]
+        order, _ = await asyncio.gather(run.join(nodes[0]), run.join(nodes[1]))
+        assert isinstance(order, Order) and await run.join(nodes[2]) == StandBy(1)
+        spare = asyncio.create_task(run.join(again(nodes[2], order)))
+        await save(run, tmp_path, order, 2)
+        await run.tell(NodeLeaves("n1", "a notice"))
+        await run.tell(ShardFailed(4, 0, "no answer of S3"))
+        exits = [RankExit(rank, 0, None, retry=False, outcome=Outcome(4, "stopped")) for rank in (0, 1)]
+        await asyncio.gather(*(run.exited(nodes[rank], order, NodeEnded((each,))) for rank, each in enumerate(exits)))
+        assert (await run.status(0)).ended is None
+        second, stands_by = await asyncio.gather(*(run.join(again(each, order)) for each in nodes[:2]))
+        assert isinstance(second, Order) and (second.seats, second.resume_step) == ((0, 2), 2)
+        assert stands_by == StandBy(2) and await spare == second
+
+    asyncio.run(play())
+
+
 def test_who_stands_by_lends_what_ranks_of_another_world_begin_with(tmp_path: Path) -> None:
     async def play() -> None:
         run = coordinator(tmp_path, **{"cluster.min_nodes": 1, "cluster.spares": 1})

@@ -473,14 +473,15 @@ class Lives:
 
     def finished(self, current: Generation, outcome: Outcome, problem: str | None, *, now: float) -> None:
         """All ranks ended as they should. problem: why the run has no checkpoint of that step."""
-        if problem is not None and current.found:
-            # Agents may have told a coordinator that died: their images are still there, and they tell it again.
+        yields = current.yields if outcome.reason == "stopped" and not self.stop_requested else None
+        if problem is not None and (yields is not None or current.found):
+            # Nobody asked the run to end. Or agents may have told a coordinator that died: their images are still
+            # there, and they tell it again.
             self.over(current, "its last checkpoint is not known to be whole", now=now)
-            return
-        if problem is None:
+        elif problem is None:
             self._board.step = outcome.step
-            if outcome.reason == "stopped" and current.yields is not None and not self.stop_requested:
-                self.over(current, current.yields, now=now)
+            if yields is not None:
+                self.over(current, yields, now=now)
             else:
                 self.end(outcome.reason, outcome.why)
         else:
