@@ -190,7 +190,7 @@ def test_the_ledger_goes_to_mlflow_now_and_then_and_its_last_step_is_left_for_th
         halted=lambda rank: False,
     )
     world = World.of(run.agent.config)
-    reports.begin_generation(Order(world, (0,), 1, "g1", "127.0.0.1", 1), world.ranks_of(0), run.tracker)
+    reports.begin_generation(Order(world, (0,), (0,), 1, "g1", "127.0.0.1", 1), world.ranks_of(0), run.tracker)
 
     def step(number: int) -> None:
         reports.take(0, Stepped(number, {"time/step_seconds": 0.001}))

@@ -60,3 +60,12 @@ def test_a_run_that_needs_bad_nodes_takes_those_that_were_named_first() -> None:
     assert left_out([older, newer], nodes, needed=3) == ({}, 2)
     assert left_out([older, newer], nodes, needed=5) == ({}, 2)
     assert left_out([], nodes, needed=1) == ({}, 0)
+
+
+def test_a_life_that_is_over_is_no_node_that_a_run_could_take() -> None:
+    """Ray shows a node that has died for a while beside the one that its instance has become."""
+    nodes = {"a": "10.0.0.1", "b": "10.0.0.2", "b again": "10.0.0.2"}
+    older, newer = bad("10.0.0.2", "b", "replace", 1.0), bad("10.0.0.1", "a", "replace", 2.0)
+    assert left_out([older, newer], nodes, needed=2) == ({}, 2)
+    assert left_out([older, newer], nodes, needed=1) == ({"a": newer}, 1)
+    assert left_out([older, newer], nodes, needed=0) == ({"a": newer, "b": older, "b again": older}, 0)

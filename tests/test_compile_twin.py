@@ -126,7 +126,7 @@ def test_a_surprise_is_told_once_for_all_ranks_of_a_node_and_never_without_end(
     config = parse_config(JOB, {"cluster.accelerator": "cpu"})
     coordinator = CoordinatorOnLoop(RunCoordinator(config.model_dump(mode="json"), str(tmp_path / "run"), 0, 1))
     reports = Reports(config, coordinator, peak_flops_per_rank=lambda: None, halted=lambda rank: False)
-    reports.begin_generation(Order(World.of(config), (0,), 1, "g1", "127.0.0.1", 1), range(2), MemoryTracker())
+    reports.begin_generation(Order(World.of(config), (0,), (0,), 1, "g1", "127.0.0.1", 1), range(2), MemoryTracker())
 
     def compiled(rank: int, step: int, *surprises: str) -> None:
         reports.take(rank, Compiled(step, 2, 4.1, list(surprises)))

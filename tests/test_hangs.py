@@ -140,7 +140,7 @@ def test_a_rank_that_was_just_stopped_has_been_so_for_one_look_however_long_it_c
     reports = Reports(config, cast(Any, coordinator), peak_flops_per_rank=lambda: None, halted=halted.__contains__)
     now = 1000.0
     monkeypatch.setattr("raynium.node.reports.time.monotonic", lambda: now)
-    reports.begin_generation(Order(World.of(config), (0,), 1, "g1", "127.0.0.1", 1), range(1), None)
+    reports.begin_generation(Order(World.of(config), (0,), (0,), 1, "g1", "127.0.0.1", 1), range(1), None)
     look = reports.positions_seconds
 
     def looks(times: int) -> RankPosition:
@@ -174,7 +174,7 @@ def test_a_node_knows_the_newest_step_of_its_ranks_though_it_tells_few() -> None
         config, cast(Any, SimpleNamespace(tell=tell)), peak_flops_per_rank=lambda: None, halted=lambda _: False
     )
     for generation in (1, 2):
-        order = Order(World.of(config), (0,), generation, f"g{generation}", "127.0.0.1", 1, resume_step=50)
+        order = Order(World.of(config), (0,), (0,), generation, f"g{generation}", "127.0.0.1", 1, resume_step=50)
         reports.begin_generation(order, range(2), MemoryTracker())
         assert reports.newest_step() == 50
         for step in range(51, 58):

@@ -1,5 +1,6 @@
 """`raynium preflight` by itself: what is refused before a cluster is started, what is said, and what is left behind."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -49,7 +50,7 @@ def test_who_waits_for_nodes_is_told_what_is_missing_and_again_when_that_has_cha
     clock = iter([0.0, 1.0, 21.0, 22.0, 42.0, 63.0, 84.0])
     found = iter(["waiting for 3", "waiting for 3", None, "waiting for 1"])
     monkeypatch.setattr("raynium.launch.nodes.time.monotonic", lambda: next(clock))
-    monkeypatch.setattr("raynium.launch.nodes.waiting_message", lambda config: next(found))
+    monkeypatch.setattr("raynium.launch.nodes.waiting_message", lambda config, besides: next(found))
     answers, told = iter([True, True, False, True, True, True]), []
     wait = patient(load_config("quickstart", ["cluster.nodes=3"]), go_on=lambda: next(answers), tell=told.append)
     assert (wait(), told) == (True, [])
@@ -79,6 +80,14 @@ def node(host: str, total: float, free: float, held: dict[str, float] | None = N
             [NodeUse("a", {"CPU": 8, "neuron_cores": 2}, {"CPU": 8, "neuron_cores": 2}, {})],
             "waiting for 1 CPU and 4 neuron_cores: 2 of 2 neuron_cores free. Only 0 of the cluster's nodes have as "
             "much at all: another must come, or set cluster.nodes and cluster.ranks_per_node to what there is",
+        ),
+        (
+            {"CPU": 1},
+            2,
+            [node("a", 2, 2), replace(node("b", 2, 2), left_out=True)],
+            "waiting for 2 nodes with 1 CPU: 1 of 2 have them free; b: left out as a bad one. Only 1 of the cluster's "
+            "nodes has as much at all: another must come, or set cluster.nodes and cluster.ranks_per_node to what "
+            "there is",
         ),
     ],
 )

@@ -244,7 +244,7 @@ class Driver:
 
     def _watch(self, coordinator: Any, fitting: "_InThread", keeper: RecordKeeper) -> Status:
         """Shows progress, keeps the record, and carries a stop request, until the run or Ray Train has ended."""
-        waiting = Waiting(self._seats.config, self.display.line)
+        waiting = Waiting(self._seats.config, self.display.line, besides=self._excluded)
         next_stop_poll = time.monotonic()
         told_store = False
         while True:

@@ -88,10 +88,10 @@ def raylet_address() -> str:
 class Waiting:
     """A wait for nodes: tells, after a while, why they do not come, and again when that has changed."""
 
-    def __init__(self, config: Config, tell: Callable[[str], None]):
-        """tell: a line for the user's terminal."""
+    def __init__(self, config: Config, tell: Callable[[str], None], *, besides: Collection[str] = ()):
+        """tell: a line for the user's terminal. besides: ids of nodes that the run does without, as of each look."""
         self._config = config
-        self._tell = tell
+        self._tell, self._besides = tell, besides
         self._told: str | None = None
         self._next = time.monotonic() + WAITING_SECONDS
 
@@ -104,15 +104,17 @@ class Waiting:
         if now < self._next:
             return
         self._next = now + WAITING_SECONDS
-        message = waiting_message(self._config)
+        message = waiting_message(self._config, besides=self._besides)
         if message is not None and message != self._told:
             self._told = message
             self._tell(message)
 
 
-def patient(config: Config, *, go_on: Callable[[], bool], tell: Callable[[str], None]) -> Callable[[], bool]:
+def patient(
+    config: Config, *, go_on: Callable[[], bool], tell: Callable[[str], None], besides: Collection[str] = ()
+) -> Callable[[], bool]:
     """`go_on`, for a wait for nodes: it also tells, if they do not come, what they are waited for."""
-    waiting = Waiting(config, tell)
+    waiting = Waiting(config, tell, besides=besides)
 
     def wait() -> bool:
         waiting.look()
@@ -123,18 +125,24 @@ def patient(config: Config, *, go_on: Callable[[], bool], tell: Callable[[str], 
 
 @dataclass(frozen=True)
 class NodeUse:
-    """A living node: of each resource what it has, and what is free or this driver's own. held: by whom, how much."""
+    """A living node: of each resource what it has, and what is free or this driver's own. held: by whom, how much.
+
+    left_out: the run does without it.
+    """
 
     host: str
     total: Mapping[str, float]
     free: Mapping[str, float]
     held: Mapping[str, Mapping[str, float]]
+    left_out: bool = False
 
     def has_free(self, asked: Mapping[str, float]) -> bool:
-        return all(self.free.get(name, 0) >= amount for name, amount in asked.items())
+        return not self.left_out and all(self.free.get(name, 0) >= amount for name, amount in asked.items())
 
     def shortage(self, asked: Mapping[str, float]) -> str:
         """`2 of 3 free, 1 held by run tiny`, of each resource that is short; its name only where several are asked."""
+        if self.left_out:
+            return "left out as a bad one"
         parts = []
         for name, amount in asked.items():
             free, total = self.free.get(name, 0), self.total.get(name, 0)
@@ -151,9 +159,12 @@ class NodeUse:
         return ", ".join(parts)
 
 
-def waiting_message(config: Config) -> str | None:
-    """What is free of what the run asks for, and who holds the rest; None: there is enough, and agents are starting."""
-    return shortage(node_resources(config), config.cluster.seats, _node_uses())
+def waiting_message(config: Config, *, besides: Collection[str] = ()) -> str | None:
+    """What is free of what the run asks for, and who holds the rest; None: there is enough, and agents are starting.
+
+    besides: ids of nodes that the run does without.
+    """
+    return shortage(node_resources(config), config.cluster.seats, _node_uses(besides))
 
 
 def shortage(asked: Mapping[str, float], num_nodes: int, nodes: Sequence[NodeUse]) -> str | None:
@@ -162,7 +173,9 @@ def shortage(asked: Mapping[str, float], num_nodes: int, nodes: Sequence[NodeUse
     if len(nodes) - len(short) >= num_nodes:
         return None
     amounts = " and ".join(f"{amount:g} {name}" for name, amount in asked.items())
-    fitting = sum(all(node.total.get(name, 0) >= amount for name, amount in asked.items()) for node in nodes)
+    fitting = sum(
+        not node.left_out and all(node.total.get(name, 0) >= amount for name, amount in asked.items()) for node in nodes
+    )
     if len(nodes) == 1 and num_nodes == 1:
         message = f"waiting for {amounts}: {nodes[0].shortage(asked)}"
     else:
@@ -204,7 +217,7 @@ def _placement_groups() -> list[Any]:
     return [PlacementGroupTableData.FromString(text) for text in table]
 
 
-def _node_uses() -> list[NodeUse]:
+def _node_uses(besides: Collection[str] = ()) -> list[NodeUse]:
     mine = ray.get_runtime_context().get_job_id()
     held: dict[str, dict[str, dict[str, float]]] = {}
     own: dict[str, dict[str, float]] = {}
@@ -231,6 +244,7 @@ def _node_uses() -> list[NodeUse]:
                 for resource in node["Resources"]
             },
             held.get(node["NodeID"], {}),
+            left_out=node["NodeID"] in besides,
         )
         for node in ray.nodes()
         if node["Alive"] and any(node["Resources"].get(resource) for resource in CORE_RESOURCES)

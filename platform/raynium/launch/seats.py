@@ -41,7 +41,7 @@ class Seats:
         # Also where it is gone already, with all that a dead controller held: see `release_nodes`.
         self._drop_request()
         self.number, self.nodes = cluster.seats, cluster.nodes
-        waits = patient(self._config, go_on=go_on, tell=self._tell)
+        waits = patient(self._config, go_on=go_on, tell=self._tell, besides=besides)
         limit = time.monotonic() + self._config.fault.replace_seconds
         # Asking is also what makes an autoscaler start nodes. What waits holds nothing.
         group = _ask(self._resources, cluster.seats, besides)

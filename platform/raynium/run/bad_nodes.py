@@ -98,7 +98,8 @@ def _key(host: str) -> str:
 def left_out(bad: Collection[BadNode], nodes: Mapping[str, str], *, needed: int) -> tuple[dict[str, BadNode], int]:
     """(id → why) of the nodes that a run does without, and how many bad ones it must take all the same. Pure.
 
-    nodes: id → host of those that it could take. The one that was named last is the first to be left out.
+    nodes: id → host of those that it could take. The one that was named last is the first to be left out. A host counts
+    once: of two nodes there, one is of a life that is over, which Ray notices within a minute.
     """
     found = {
         node_id: each
@@ -106,5 +107,7 @@ def left_out(bad: Collection[BadNode], nodes: Mapping[str, str], *, needed: int)
         for node_id, host in nodes.items()
         if each.is_this(node_id, host)
     }
-    spare = max(0, len(nodes) - needed)
-    return dict(list(found.items())[:spare]), max(0, len(found) - spare)
+    spare = max(0, len(set(nodes.values())) - needed)
+    hosts = list(dict.fromkeys(nodes[node_id] for node_id in found))
+    gone = {node_id: each for node_id, each in found.items() if nodes[node_id] in hosts[:spare]}
+    return gone, max(0, len(hosts) - spare)
