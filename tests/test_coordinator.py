@@ -1510,22 +1510,24 @@ def test_every_node_is_looked_at_before_any_rank_may_be_killed(tmp_path: Path) -
     asyncio.run(play())
 
 
-def test_a_straggler_that_is_named_is_an_incident_that_the_run_gets_on_with(tmp_path: Path) -> None:
+@pytest.mark.parametrize("action", ["name", "leave"])
+def test_a_straggler_is_named_and_an_incident_where_the_run_leaves_it(tmp_path: Path, action: str) -> None:
     def times(node_rank: int, step: int) -> TimesSeen:
         own = 0.1 + 0.5 * node_rank
         return TimesSeen(1, node_rank, {node_rank: RankTimes(step, own, own, own, 0.6)})
 
     async def play() -> None:
-        run = coordinator(tmp_path)
+        run = coordinator(tmp_path, **{"fault.stragglers": action})
         await asyncio.gather(run.join(agent(0)), run.join(agent(1)))
         for step in (20, 40, 60, 80):
             for node_rank in (0, 1):
                 await run.tell(times(node_rank, step))
         status = await run.status(0)
-        (incident,) = status.incidents
-        assert (incident.what, incident.where, incident.seconds) == ("node", "127.0.0.3", 0.0)
-        assert incident.cause.startswith("straggler: rank 1: it needs 600.0 ms of a step of 600.0 ms")
         assert any("straggler: rank 1 on node 1 (127.0.0.3): it needs" in each.text for each in status.events)
+        assert len(status.incidents) == (action == "leave")
+        for incident in status.incidents:
+            assert (incident.what, incident.where, incident.seconds) == ("node", "127.0.0.3", 0.0)
+            assert incident.cause.startswith("straggler: rank 1: it needs 600.0 ms of a step of 600.0 ms")
         assert status.running
 
     asyncio.run(play())

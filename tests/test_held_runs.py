@@ -5,6 +5,7 @@ Whatever happens to the nodes, a step's loss must have the bits that it has in r
 
 import re
 import threading
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -46,13 +47,15 @@ class Nodes:
         self.nodes, self.tracker = config.cluster.nodes, MemoryTracker()
         self.coordinator = CoordinatorOnLoop(RunCoordinator(config.model_dump(mode="json"), str(run_folder), 0, 1))
         self.threads: list[threading.Thread] = []
+        # Of each seat, how many agents it has lost.
+        self._lost: Counter[int] = Counter()
 
     def start(self, seat: int) -> None:
         """Agents of one process would share a folder of images, which has the run's name."""
         agent = NodeAgent(
             config=parse_config(JOB, self._changes | {"run.name": f"test-{len(self.threads)}"}),
             run_url=str(self._run_folder),
-            node=Node("a", seat, self.nodes, "127.0.0.1"),
+            node=Node("a", seat, self.nodes, "127.0.0.1", incarnation=self._lost[seat]),
             accelerator=detect("cpu"),
             coordinator=self.coordinator,
             open_tracker=lambda: self.tracker,
@@ -64,7 +67,8 @@ class Nodes:
 
     def lose(self, seat: int) -> None:
         """As Ray would tell; the agent itself, with all that is in its memory, goes home."""
-        self.coordinator.run(lambda each: each.agents_lost("a", {seat: 0})).result()
+        self.coordinator.run(lambda each: each.agents_lost("a", {seat: self._lost[seat]})).result()
+        self._lost[seat] += 1
 
     def status(self) -> Status:
         return self.coordinator.run(lambda each: each.status(0)).result()

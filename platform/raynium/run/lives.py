@@ -344,9 +344,9 @@ class Lives:
             agent = current.agents.get(node_rank)
             host = "unknown" if agent is None else agent.host
             self._board.tell(f"straggler: rank {slow.rank} on node {node_rank} ({host}): {slow}")
-            cause = f"straggler: rank {slow.rank}: {slow}"
-            self.incidents.notes("node", where=host, cause=cause, step=self._board.step)
             if self._fault.stragglers == "leave":
+                cause = f"straggler: rank {slow.rank}: {slow}"
+                self.incidents.notes("node", where=host, cause=cause, step=self._board.step)
                 self.node_fault(seen.generation, node_rank, Fault("straggler", str(slow), "replace", "node"))
         return (self._stragglers.metrics, self._stragglers.artifacts) if seen.node_rank == 0 else ({}, {})
 
