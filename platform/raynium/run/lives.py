@@ -457,8 +457,9 @@ class Lives:
         if current is None or not self._roster.is_left:
             return
         if what is None:
-            current.yields = current.yields or cause
-            self._board.tell(f"generation {self.number} saves and ends: {cause}")
+            if current.yields is None:
+                current.yields = cause
+                self._board.tell(f"generation {self.number} saves and ends: {cause}")
             return
         self.incidents.opens(what, where="", cause=cause, step=self._board.step)
         current.state, current.cause = "over", cause

@@ -64,17 +64,19 @@ class PartFacts(NamedTuple):
 
 
 _NUM_FACTS = len(PartFacts._fields) - 1
+# What became of the documents: of a part, and in sum of an index.
+_COUNTS = ("documents", "split", "left_out", "left_out_tokens", "cut", "cut_tokens", "unlearned", "unlearned_tokens")
 
 
 def part_content(part: PackedPart) -> tuple[bytes, PartFacts]:
     """The file of a part, int64: its facts, row_begins, pieces; and last the CRC64NVME of all that."""
-    counted = (part.documents, part.split, part.left_out, part.left_out_tokens, part.cut, part.cut_tokens)
-    more = (part.unlearned, part.unlearned_tokens, part.shortest, part.longest)
-    facts = (len(part.row_begins) - 1, len(part.pieces), *counted, *more, int(part.pieces[:, 1].sum()))
-    arrays = (np.array(facts), part.row_begins, part.pieces)
+    counts = {name: value for name, value in part._asdict().items() if name not in ("row_begins", "pieces")}
+    sizes = {"rows": len(part.row_begins) - 1, "pieces": len(part.pieces), "filled": int(part.pieces[:, 1].sum())}
+    facts = PartFacts(**sizes, **counts, crc=0)
+    arrays = (np.array(facts[:_NUM_FACTS]), part.row_begins, part.pieces)
     content = b"".join(each.astype(_INDEX_DTYPE).tobytes() for each in arrays)
-    crc = checksum(content)
-    return content + crc.to_bytes(8, "little"), PartFacts(*facts, crc)
+    facts = facts._replace(crc=checksum(content))
+    return content + facts.crc.to_bytes(8, "little"), facts
 
 
 def part_facts(content: bytes) -> PartFacts | None:
@@ -134,21 +136,14 @@ class PackedIndex(BaseModel):
     @classmethod
     def of(cls, parts: Sequence[PartFacts], **known: Any) -> Self:
         """parts: all, in their order."""
+        sums: dict[str, Any] = {name: sum(getattr(part, name) for part in parts) for name in (*_COUNTS, "filled")}
         blank = cls(
             crc64nvme="",
             packer_version=PACKER_VERSION,
             rows=[part.rows for part in parts],
             pieces=[part.pieces for part in parts],
             crc64nvme_of_parts=list_to_text([part.crc for part in parts]),
-            documents=sum(part.documents for part in parts),
-            split=sum(part.split for part in parts),
-            left_out=sum(part.left_out for part in parts),
-            left_out_tokens=sum(part.left_out_tokens for part in parts),
-            cut=sum(part.cut for part in parts),
-            cut_tokens=sum(part.cut_tokens for part in parts),
-            unlearned=sum(part.unlearned for part in parts),
-            unlearned_tokens=sum(part.unlearned_tokens for part in parts),
-            filled=sum(part.filled for part in parts),
+            **sums,
             **known,
         )
         return blank.model_copy(update={"crc64nvme": _crc(blank.model_dump())})
@@ -173,14 +168,7 @@ class PackedIndex(BaseModel):
         return {
             "rows": self.num_rows,
             "efficiency": round(self.efficiency, 6),
-            "documents": self.documents,
-            "split": self.split,
-            "left_out": self.left_out,
-            "left_out_tokens": self.left_out_tokens,
-            "cut": self.cut,
-            "cut_tokens": self.cut_tokens,
-            "unlearned": self.unlearned,
-            "unlearned_tokens": self.unlearned_tokens,
+            **{name: getattr(self, name) for name in _COUNTS},
         }
 
     def in_words(self) -> str:
