@@ -833,7 +833,7 @@ def test_an_agent_that_ray_took_for_dead_does_not_come_back(tmp_path: Path) -> N
 
 
 def test_failed_generations_leave_little_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("raynium.run.patience.LONGEST_PAUSE_SECONDS", 0.0)
+    monkeypatch.setattr("raynium.run.verdicts.patience.LONGEST_PAUSE_SECONDS", 0.0)
 
     async def play() -> None:
         run = coordinator(tmp_path, **{"cluster.nodes": 1, "fault.max_restarts_without_progress": 99})

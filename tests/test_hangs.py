@@ -15,7 +15,9 @@ from raynium.config.fault import FaultSection
 from raynium.config.load import load_config
 from raynium.config.world import World
 from raynium.node.reports import Reports
-from raynium.run.hangs import (
+from raynium.run.positions import RankPosition
+from raynium.run.protocol import Look, Order, Progressed, RanksSeen
+from raynium.run.verdicts.hangs import (
     COMPILING_SECONDS,
     LEAST_SECONDS,
     LOADING_SECONDS,
@@ -30,8 +32,6 @@ from raynium.run.hangs import (
     artifacts_of,
     with_looks,
 )
-from raynium.run.positions import RankPosition
-from raynium.run.protocol import Look, Order, Progressed, RanksSeen
 from raynium.tracking.tracker import MemoryTracker
 from raynium.train.link import Phase, Stepped
 

@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 
 from raynium.config.fault import FaultSection
 from raynium.health.faults import Fault
-from raynium.run.patience import LONGEST_PAUSE_SECONDS, Patience, comes_by_itself
 from raynium.run.protocol import RankExit
-from raynium.run.verdicts import Verdicts
+from raynium.run.verdicts.failures import Verdicts
+from raynium.run.verdicts.patience import LONGEST_PAUSE_SECONDS, Patience, comes_by_itself
 
 pytestmark = pytest.mark.quick
 

@@ -48,7 +48,7 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Cluster:
     monkeypatch.setattr(seats_module, "_ask", found.ask)
     monkeypatch.setattr(seats_module, "remove_placement_group", lambda group: found.asked.pop(group.key, None))
     monkeypatch.setattr(seats_module, "free_nodes", lambda resources, besides: ["node"] * found.room)
-    monkeypatch.setattr(seats_module, "patient", lambda config, go_on, tell: go_on)
+    monkeypatch.setattr(seats_module, "patient", lambda config, go_on, tell, besides: go_on)
     monkeypatch.setattr(seats_module.time, "monotonic", lambda: found.seconds)
     return found
 

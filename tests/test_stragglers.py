@@ -5,7 +5,7 @@ import json
 import pytest
 
 from raynium.run.protocol import RankTimes
-from raynium.run.stragglers import ARTIFACT, ROUNDS_IN_A_ROW, Straggler, Stragglers
+from raynium.run.verdicts.stragglers import ARTIFACT, ROUNDS_IN_A_ROW, Straggler, Stragglers
 
 pytestmark = pytest.mark.quick
 

@@ -234,7 +234,7 @@ class Driver:
                 # Ray would restore a run of an equal name.
                 name=f"driver-{self.prepared.keeper.claim_number:06d}-{self._trainers}",
                 failure_config=ray.train.FailureConfig(
-                    # The coordinator counts them: see run/patience.py.
+                    # The coordinator counts them: see run/verdicts/patience.py.
                     max_failures=-1,
                     controller_failure_limit=CONTROLLER_FAILURE_LIMIT,
                 ),

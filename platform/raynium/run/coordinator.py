@@ -19,7 +19,6 @@ from raynium.run import protocol
 from raynium.run.board import Board
 from raynium.run.fence import Fence
 from raynium.run.generation import Generation
-from raynium.run.hangs import artifacts_of
 from raynium.run.last_save import pause_before_next_try
 from raynium.run.lives import Lives
 from raynium.run.points import PendingPoints, PointsKept, TakesRank0
@@ -27,7 +26,8 @@ from raynium.run.protocol import AgentInfo, GoHome, Order, StandBy, Status, Verd
 from raynium.run.recovery import Recovery
 from raynium.run.roster import Roster
 from raynium.run.saves import Saves, WholeSave
-from raynium.run.verdicts import blamed
+from raynium.run.verdicts.failures import blamed
+from raynium.run.verdicts.hangs import artifacts_of
 from raynium.storage.store import Store
 from raynium.tracking.incidents import What
 from raynium.tracking.ledger import Before, CoordinatorBook, Ledger

@@ -4,9 +4,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from raynium.run.hangs import Hang
 from raynium.run.protocol import AgentInfo, Look, Order, RankExit
-from raynium.run.verdicts import blamed
+from raynium.run.verdicts.failures import blamed
+from raynium.run.verdicts.hangs import Hang
 
 
 @dataclass

@@ -7,11 +7,9 @@ from collections.abc import Collection, Mapping, Sequence
 from raynium.config.fault import FaultSection
 from raynium.config.world import World
 from raynium.health.faults import Fault
-from raynium.run.bad_steps import BadSteps
 from raynium.run.board import Board
 from raynium.run.buddies import buddies
 from raynium.run.generation import Generation
-from raynium.run.hangs import Hangs, folder_of, with_looks
 from raynium.run.held_images import HeldImages
 from raynium.run.leaps import Leaps
 from raynium.run.protocol import (
@@ -26,8 +24,10 @@ from raynium.run.protocol import (
 )
 from raynium.run.recovery import Origin, Recovery, copies_of
 from raynium.run.roster import Roster
-from raynium.run.stragglers import Stragglers
-from raynium.run.verdicts import Verdicts, blames_a_peer
+from raynium.run.verdicts.bad_steps import BadSteps
+from raynium.run.verdicts.failures import Verdicts, blames_a_peer
+from raynium.run.verdicts.hangs import Hangs, folder_of, with_looks
+from raynium.run.verdicts.stragglers import Stragglers
 from raynium.tracking.incidents import Incidents, What
 from raynium.tracking.ledger import CoordinatorBook
 

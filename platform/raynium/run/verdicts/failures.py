@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 from raynium.config.fault import FaultSection
 from raynium.health.faults import CORES_TAKEN, Fault
-from raynium.run.patience import Patience
 from raynium.run.protocol import NodeFault, RankExit
+from raynium.run.verdicts.patience import Patience
 
 # NeuronCores of a killed process come back only after 5 to 10 s (a report from the field, not measured by us). Ranks
 # that find them taken try again after a pause, and for a while that is no failure of the run.
