@@ -26,7 +26,6 @@ from raynium.errors import StoreError
 from raynium.health.faults import Fault, classify
 from raynium.rank.plan import RankPlan
 from raynium.run import recovery
-from raynium.run import verdicts as verdicts_module
 from raynium.run.coordinator import RunCoordinator
 from raynium.run.fence import claim_key
 from raynium.run.held_images import HeldImages
@@ -55,6 +54,7 @@ from raynium.run.protocol import (
     TimesSeen,
     Verdict,
 )
+from raynium.run.verdicts import failures as failures_module
 from raynium.storage.process import Owner
 from raynium.storage.store import Store
 from raynium.tracking.ledger import Before, Ledger
@@ -365,7 +365,7 @@ def test_a_run_goes_on_on_fewer_nodes_and_grows_at_a_checkpoint_once_one_is_back
 def test_cores_that_a_killed_rank_still_holds_are_waited_for_a_while(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(verdicts_module, "CORES_PAUSE_SECONDS", 0.05)
+    monkeypatch.setattr(failures_module, "CORES_PAUSE_SECONDS", 0.05)
     fault = classify(["NRT:nrt_init Logical Neuron Core(s) not available - Requested:1 Available:0"], [])
     taken = RankExit(0, 1, str(fault), retry=True, fault=fault)
 
@@ -381,7 +381,7 @@ def test_cores_that_a_killed_rank_still_holds_are_waited_for_a_while(
             failed = time.monotonic()
             await ended(run, generation, 0, [taken])
         assert (await run.join(images)).generation == 7 and time.monotonic() - failed >= 0.05
-        monkeypatch.setattr(verdicts_module, "CORES_RETURN_SECONDS", 0.0)
+        monkeypatch.setattr(failures_module, "CORES_RETURN_SECONDS", 0.0)
         await ended(run, 7, 0, [taken])
         assert isinstance(await run.join(images), GoHome)
         assert "max_restarts_without_progress=1" in str((await run.status(0)).cause)
@@ -1242,6 +1242,39 @@ def test_a_coordinator_that_was_started_again_hears_of_a_notice_before_it_knows_
         assert [(await each).kind for each in watching] == ["stop", "stop"]
         keys = [each.key for life in (dead, run) for each in (await life.status(0)).incidents]
         assert keys == ["leaves-n1", "leaves-n1"], "one incident of the run's record"
+
+    asyncio.run(asyncio.wait_for(play(), 60))
+
+
+@pytest.mark.parametrize("speaks_first", ["the driver", "the ranks' agents", "the spare"])
+def test_a_coordinator_that_was_started_again_does_without_a_node_that_a_verdict_named(
+    tmp_path: Path, speaks_first: str
+) -> None:
+    async def play() -> None:
+        dead, run = coordinator(tmp_path), coordinator(tmp_path)
+        order, _ = await asyncio.gather(dead.join(on_node(0)), dead.join(on_node(1)))
+        assert isinstance(order, Order)
+        if speaks_first == "the driver":
+            await run.knows_bad_nodes(["n1", "of another life"])
+        if speaks_first == "the spare":
+            joining = asyncio.create_task(run.join(on_node(2)))
+            await asyncio.sleep(0)
+        watching = [asyncio.create_task(run.watch(on_node(seat), order, stop_known=False)) for seat in (0, 1)]
+        await asyncio.sleep(0)
+        if speaks_first != "the spare":
+            joining = asyncio.create_task(run.join(on_node(2)))
+            await asyncio.sleep(0)
+        if speaks_first != "the driver":
+            await run.knows_bad_nodes(["n1", "of another life"])
+        assert [(await each).kind for each in watching] == ["stop", "stop"]
+        assert await joining == StandBy(1)
+        spare = asyncio.create_task(run.join(again(on_node(2), order)))
+        for seat in (0, 1):
+            await run.exited(on_node(seat), order, NodeEnded((DIED,)))
+        bad = asyncio.create_task(run.join(again(on_node(1), order)))
+        second = await run.join(again(on_node(0), order))
+        assert isinstance(second, Order) and second.seats == (0, 2) and await spare == second
+        assert await bad == StandBy(2)
 
     asyncio.run(asyncio.wait_for(play(), 60))
 

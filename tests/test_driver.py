@@ -178,6 +178,27 @@ def test_agents_that_are_to_leave_once_saved_do_so_though_the_coordinator_is_sta
         assert watched.actor.on_loop.watch(agent, order, stop_known=False).result(60).kind == "stop"
 
 
+def test_a_coordinator_that_was_started_again_hears_which_nodes_verdicts_have_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fault = classify([], [DMA_ERROR])
+    assert fault is not None
+    bad, good = replace(AGENT, node_id="n0"), replace(AGENT, seat=1, node_id="n1")
+    died = RankExit(0, -9, "was killed", retry=True, fault=fault)
+    monkeypatch.setattr(bad_nodes_module, "free_nodes", lambda *_, **__: [])
+    with Watched(tmp_path, monkeypatch) as watched:
+        order = watched.actor.on_loop.join(bad).result(60)
+        watched.actor.on_loop.exited(bad, order, NodeEnded((died,))).result(60)
+        wait_for(lambda: watched.keeper.record.node_faults is not None)
+        watched.actor.start_again()
+        wait_for(lambda: watched.driver._life_began > 0)
+        first = watched.actor.on_loop.join(replace(bad, last_generation=1)).result(60)
+        assert isinstance(first, Order) and first.seats == (0,), "there is no other"
+        watching = watched.actor.on_loop.watch(bad, first, stop_known=False)
+        assert watched.actor.on_loop.join(good).result(60) == StandBy(2)
+        assert watching.result(60).kind == "stop"
+
+
 def test_a_run_saves_and_stops_before_its_capacity_block_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ends = datetime.now(UTC) + timedelta(seconds=890)
     changes = {"cluster.ranks_per_node": 1, "cluster.ends_at": f"{ends:%Y-%m-%dT%H:%MZ}", "fault.stop_seconds": 900.0}
@@ -208,7 +229,7 @@ def test_a_node_that_is_drained_is_left_for_a_spare_after_a_save(
         assert isinstance(second, Order) and second.seats == (1,)
         assert stands_by.result(60) == StandBy(2)
         wait_for(lambda: watched.told("node 0 (127.0.0.1) will leave: Ray drains it until 2025-11-30 10:53:20 UTC"))
-        assert watched.told("generation 1 saves and ends: 127.0.0.1 will leave")
+        wait_for(lambda: watched.told("generation 1 saves and ends: 127.0.0.1 will leave"))
 
 
 def test_a_store_and_a_page_that_are_away_are_told_once_and_have_it_all_when_they_are_back(

@@ -55,7 +55,8 @@ def torchrun(job: Path, *overrides: str) -> str:
         text=True,
         timeout=240,
     )
-    assert done.returncode == 0, done.stdout + done.stderr
+    # torchrun says a page about a rank that failed, behind what the rank itself said.
+    assert done.returncode == 0, done.stdout + re.split(r"(?m)^E\d{4} ", done.stderr)[0]
     return done.stderr
 
 

@@ -5,6 +5,7 @@ restarts, no MLflow. The run's folder and its checkpoints are the same as under 
 began.
 """
 
+import faulthandler
 import logging
 import os
 import secrets
@@ -131,6 +132,7 @@ def main() -> None:
     """One rank's process; torchrun has set the standard environment."""
     if "RANK" not in os.environ or len(sys.argv) < 2:
         sys.exit("usage: torchrun --nproc-per-node RANKS -m raynium.standalone CONFIG [key=value …]")
+    faulthandler.enable()
     logging.basicConfig(level=logging.INFO, format=f"rank {os.environ['RANK']} %(levelname)s: %(message)s")
     path, *overrides = sys.argv[1:]
     try:

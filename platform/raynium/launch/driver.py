@@ -384,6 +384,8 @@ class Driver:
                 self._life_began = time.monotonic()
                 cause = "the run coordinator died, and was started again"
                 self._incidents.notes("coordinator", where="", cause=cause, step=self.prepared.keeper.record.step)
+                named = [fault.node_id for fault in self._faults_seen]
+                self._calls.make("the bad nodes", coordinator.knows_bad_nodes.remote, named)
                 if self._leave is not None:
                     self._calls.make("the agents' leave", self._leave)
             self._life, self._events_seen, self._told_to_stop = status.ledger.life, 0, False

@@ -9,7 +9,7 @@ made again: agents whose ranks run say so, and their generation goes on. What mu
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Mapping, Sequence
 from typing import Any
 
 from raynium.config.schema import Config
@@ -236,6 +236,13 @@ class RunCoordinator:
     async def ran_before(self, number: int, before: Before) -> None:
         """All of the run that was before this coordinator's life; number counts the driver's words."""
         self._book.ran_before(number, before)
+
+    async def knows_bad_nodes(self, node_ids: Collection[str]) -> None:
+        """Ids of those that this run's verdicts have named before this coordinator's life."""
+        async with self._changing():
+            self._roster.bad.update(node_ids)
+            self._lives.bar_named()
+            self._lives.may_grow()
 
     async def request_stop(self, life: str) -> None:
         """Every rank saves at the next step and ends. Before any rank runs, the run just ends.

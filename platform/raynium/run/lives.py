@@ -172,7 +172,7 @@ class Lives:
             current.agents[order.node_rank(agent)] = agent
             self._roster.speaks(agent)
             self._roster.may_upload(*agent.uploading)
-            self._bar_if_it_leaves(agent)
+            self._bar_if_named(agent)
         return current
 
     # ---- how one ends ----------------------------------------------------------------------------------------------
@@ -262,7 +262,7 @@ class Lives:
 
     def joined(self, agent: AgentInfo, *, now: float) -> None:
         """It is as far that a generation could be ordered, or waits for others."""
-        self._bar_if_it_leaves(agent)
+        self._bar_if_named(agent)
         self._book.agents_missing(now, missing=not self._roster.crew(now=now))
 
     def ended_after(self, current: Generation, step: int) -> None:
@@ -391,7 +391,7 @@ class Lives:
         fault = self._verdicts.of_node(agent.host, fault)
         found = NodeFault(generation, node_rank, agent.host, agent.node_id, fault, agent.instance)
         if self._verdicts.node_fault(found):
-            self._roster.bars(agent.seat)
+            self._roster.finds_bad(agent)
             self._board.tell(f"  node {node_rank} ({found.host}) | {fault.evidence}")
             self._board.tell(str(found))
             # Else they end already, or there is no other node.
@@ -407,16 +407,20 @@ class Lives:
         if node_id in self._roster.leaving:
             return
         self._roster.leaving[node_id] = why
+        self.bar_named()
+
+    def bar_named(self) -> None:
+        """Of all that are there: a node was named."""
         current = self.running
         for agent in (*self._roster.ready(), *(() if current is None else current.agents.values())):
-            self._bar_if_it_leaves(agent)
+            self._bar_if_named(agent)
 
-    def _bar_if_it_leaves(self, agent: AgentInfo) -> None:
-        """Told once in this life."""
-        if (why := self._roster.leaving.get(agent.node_id)) is None:
-            return
-        self._roster.bars(agent.seat)
-        if agent.node_id in self._told_leaving:
+    def _bar_if_named(self, agent: AgentInfo) -> None:
+        """By a verdict or a notice, which is told once in this life."""
+        why = self._roster.leaving.get(agent.node_id)
+        if why is not None or agent.node_id in self._roster.bad:
+            self._roster.bars(agent.seat)
+        if why is None or agent.node_id in self._told_leaving:
             return
         self._told_leaving.add(agent.node_id)
         self._board.tell(f"node {agent.seat} ({agent.host}) will leave: {why}")

@@ -46,6 +46,8 @@ class Roster:
         self._barred: set[int] = set()
         # Ids of nodes that will be taken away, whichever agents of whichever attempt are or come there → why.
         self.leaving: dict[str, str] = {}
+        # Ids of nodes that a verdict named.
+        self.bad: set[str] = set()
         # Seat and incarnation.
         self._home: set[tuple[int, int]] = set()
         # Since when too few agents are there, all that are left being ready.
@@ -140,6 +142,11 @@ class Roster:
         self._barred.add(seat)
         self.changes += not known
         return not known
+
+    def finds_bad(self, agent: AgentInfo) -> None:
+        """A verdict named its node."""
+        self.bad.add(agent.node_id)
+        self.bars(agent.seat)
 
     @property
     def has_enough(self) -> bool:
