@@ -292,6 +292,39 @@ def test_a_generation_starts_from_memory_and_copies_if_these_are_of_one_step() -
     assert newest_images((stays, SECOND), WORLD, distrusted=[("g1", 10)]) is None
 
 
+def test_who_runs_no_rank_any_more_lends_its_images_to_ranks_of_an_equal_world() -> None:
+    own, its = HeldImages("g1", 10, (0,), WORLD), HeldImages("g1", 10, (1,), WORLD)
+    stays, leaves = replace(FIRST, images=(own,)), replace(SECOND, images=(its,))
+    spare = replace(SECOND, seat=2, host="127.0.0.4")
+    ready = (stays, leaves, spare)
+    assert newest_images((stays, spare), WORLD) is None
+    whole = HeldImages("g1", 10, (0, 1), WORLD)
+    assert newest_images((stays, spare), WORLD, ready=ready) == whole
+    assert newest_images((stays, spare), WORLD, ready=ready, before=10) is None
+    assert copies_of(whole, (stays, spare), ready=ready) == {("127.0.0.3", 7001): range(1, 2)}
+    copied = replace(stays, copies=(its,))
+    assert copies_of(whole, (copied, spare), ready=(copied, leaves, spare)) == {("127.0.0.2", 7000): range(1, 2)}, (
+        "who stays is asked first"
+    )
+    deaf = replace(leaves, buddy_port=0)
+    assert newest_images((stays, spare), WORLD, ready=(stays, deaf, spare)) is None
+
+
+def test_a_spare_has_the_bytes_of_the_node_whose_place_it_takes(
+    node: Callable[..., Node], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(buddies_module, "_damage", lambda info: None)
+    leaves, spare = node("leaves"), node("spare")
+    leaves.snapshot(5, slot=0)
+    leaves.snapshot(10, slot=1)
+    leaves.buddies.begin_generation(held(10), None, adopts=True)
+    assert leaves.images.start_generation([], None) == [0]
+    spare.buddies.fetch(0, held(10), leaves.address)
+    image, replicas = (ImageInfo.from_json(text) for text in spare.images.find(held(10))[0])
+    assert (Path(image.path).read_bytes(), Path(replicas.path).read_bytes()) == (IMAGE, REPLICAS)
+    assert Path(image.path).parent == spare.folder
+
+
 def test_what_a_node_holds_takes_as_much_room_in_an_order_whatever_number_of_ranks() -> None:
     large = World(nodes=1024, ranks_per_node=64, tensor=1, pipeline=1, num_micro_batches=1)
     all_of_them = HeldImages("g1", 10, list(range(large.size)), large)

@@ -43,13 +43,15 @@ class Words:
 
 
 class SlowStore:
-    """In place of the uploader: each upload waits until it may fail."""
+    """In place of the uploader: each upload waits until it may fail, and has read its file by then."""
 
     def __init__(self) -> None:
         self.may_fail = {rank: threading.Event() for rank in range(2)}
+        self.read: list[str] = []
 
     def upload(self, info: ImageInfo, *, rank: int, **_: object) -> Any:
         assert self.may_fail[rank].wait(60)
+        self.read.append(Path(info.path).read_text())
         raise StoreError("no answer of S3")
 
     def close(self) -> None:
@@ -67,11 +69,16 @@ def saving(tmp_path: Path) -> Iterator[tuple[Saving, Words, SlowStore]]:
     saving.close()
 
 
+@pytest.fixture
+def image(tmp_path: Path) -> ImageInfo:
+    (tmp_path / "image").write_text("of step 3")
+    return ImageInfo(step=3, path=str(tmp_path / "image"), size=9, tensors=SavedBlocks.of(()))
+
+
 def test_the_coordinator_hears_what_is_still_uploaded_as_ranks_end_and_when_the_last_of_it_is_over(
-    saving: tuple[Saving, Words, SlowStore],
+    saving: tuple[Saving, Words, SlowStore], image: ImageInfo
 ) -> None:
     agent, words, store = saving
-    image = ImageInfo(step=3, path="image", size=0, tensors=SavedBlocks.of(()))
     for rank in range(2):
         agent.take(rank, 0, Snapshot("g1", WORLD, None, image, image), upload=True)
     agent.tell_end(AGENT, ORDER, NodeEnded())
@@ -88,3 +95,29 @@ def test_nothing_is_told_of_uploads_where_none_runs(saving: tuple[Saving, Words,
     agent, words, _ = saving
     agent.tell_end(AGENT, ORDER, NodeEnded())
     assert words.heard == [AGENT] and not [each for each in threading.enumerate() if each.name == "uploads-end"]
+
+
+@pytest.mark.parametrize("renamed", [True, False])
+def test_what_has_the_name_of_an_image_later_is_not_uploaded_for_it(
+    saving: tuple[Saving, Words, SlowStore], image: ImageInfo, renamed: bool
+) -> None:
+    agent, words, store = saving
+    agent.take(0, 0, Snapshot("g1", WORLD, None, image, image), upload=True)
+    path = Path(image.path)
+    if renamed:
+        path.rename(path.with_name("copy"))
+    else:
+        path.unlink()
+    path.write_text("of step 4")
+    store.may_fail[0].set()
+    wait_for(lambda: len(words.heard) == 1)
+    assert store.read == ["of step 3"] and words.heard == [ShardFailed(3, 0, "no answer of S3")]
+
+
+def test_an_image_that_is_not_there_is_told(saving: tuple[Saving, Words, SlowStore], image: ImageInfo) -> None:
+    agent, words, _ = saving
+    Path(image.path).unlink()
+    agent.take(0, 0, Snapshot("g1", WORLD, None, image, image), upload=True)
+    wait_for(lambda: len(words.heard) == 1)
+    (failed,) = words.heard
+    assert isinstance(failed, ShardFailed) and "No such file or directory" in failed.cause

@@ -134,7 +134,7 @@ class Buddies:
                     logger.warning("%s", problem)
                     continue
                 infos = []
-                # An upload goes on: it has opened its file.
+                # An upload goes on: its file is open.
                 for info, path in zip((snapshot.info, snapshot.replicas), self._paths(rank, ADOPTED), strict=True):
                     infos.append(info.model_copy(update={"path": str(Path(info.path).rename(path))}))
                 sent, sums = self._sums.get(rank, (None, None))

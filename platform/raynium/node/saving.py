@@ -1,10 +1,12 @@
 """From a rank's written image to a shard that the coordinator knows of: offers, uploads, and what is told of them."""
 
+import os
 import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import replace
+from io import FileIO
 from pathlib import Path
 
 from raynium.checkpoint.format.manifest import ShardEntry
@@ -66,7 +68,7 @@ class Saving:
         if not upload:
             return
         self._running = [upload for upload in self._running if not upload.done()]
-        self._running.append(self._threads.submit(self._upload, rank, slot, snapshot, again=False))
+        self._running.append(self._begin(rank, slot, snapshot, again=False))
 
     def finish(self, agent: AgentInfo, order: Order) -> None:
         """The ranks are through. Their last checkpoint must be in before the run may count as finished.
@@ -92,9 +94,7 @@ class Saving:
             if over.done():
                 over.result()
                 return
-            self._running = [
-                self._threads.submit(self._upload, each.rank, each.slot, each.snapshot, again=True) for each in failed
-            ]
+            self._running = [self._begin(each.rank, each.slot, each.snapshot, again=True) for each in failed]
 
     def tell_end(self, agent: AgentInfo, order: Order, ended: NodeEnded) -> None:
         """All ranks have ended. Uploads that still run go on: the coordinator is told of them, and when they are over.
@@ -129,15 +129,27 @@ class Saving:
         self.wait()
         self._uploader.close()
 
-    def _upload(self, rank: int, slot: int, snapshot: Snapshot, *, again: bool) -> None:
+    def _begin(self, rank: int, slot: int, snapshot: Snapshot, *, again: bool) -> "Future[None]":
+        """An upload, of the file that is there now: a later generation may give the name to another one."""
         try:
-            entry: ShardEntry = self._uploader.upload(
-                snapshot.info,
-                generation=snapshot.generation_id,
-                rank=rank,
-                again=again,
-                died=lambda text: self._coordinator.tell(Said(text, "uploader", self._host)),
-            )
+            image = os.open(snapshot.info.path, os.O_RDONLY)
+        except OSError as error:
+            image = error
+        return self._threads.submit(self._upload, rank, slot, snapshot, image, again=again)
+
+    def _upload(self, rank: int, slot: int, snapshot: Snapshot, image: int | OSError, *, again: bool) -> None:
+        try:
+            if isinstance(image, OSError):
+                raise image
+            with FileIO(image):
+                path = f"/proc/{os.getpid()}/fd/{image}"
+                entry: ShardEntry = self._uploader.upload(
+                    snapshot.info.model_copy(update={"path": path}),
+                    generation=snapshot.generation_id,
+                    rank=rank,
+                    again=again,
+                    died=lambda text: self._coordinator.tell(Said(text, "uploader", self._host)),
+                )
         except Exception as error:
             # Whatever it was, this image is in memory only.
             failure = str(error) if isinstance(error, StoreError) else f"{type(error).__name__}: {error}"

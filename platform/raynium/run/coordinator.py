@@ -112,8 +112,8 @@ class RunCoordinator:
                     return GoHome(self._run_ledger())
                 if (order := self._lives.order_for(agent)) is not None:
                     return order
-                if self._lives.is_passed_over(agent):
-                    return StandBy(self._lives.number, self._lives.lends)
+                if (passed := self._lives.passed_over(agent)) is not None:
+                    return StandBy(passed.generation, passed.resume_images)
                 if self._has_crew():
                     await self._order_generations()
                 else:
@@ -135,7 +135,11 @@ class RunCoordinator:
             )
             if current.state == "over" or lives.ended is not None:
                 return Verdict("over", current.cause)
-            return Verdict("look" if current.wants_look(node_rank) else "stop")
+            if current.wants_look(node_rank):
+                return Verdict("look")
+            hands_over = self._hands_over(current)
+            current.hands_over |= hands_over
+            return Verdict("stop", hands_over=hands_over)
 
     async def exited(self, agent: AgentInfo, order: Order, ended: protocol.NodeEnded) -> None:
         """One rank that should not have ended takes the generation down."""
@@ -159,12 +163,14 @@ class RunCoordinator:
         if finishes and ended.exits:
             outcome = ended.exits[0].outcome
             assert outcome is not None
+            waits = outcome.reason == "finished" or not self._hands_over(current)
             try:
-                await self._saves.commit_last(outcome.step, living=self._roster.uploading)
+                if waits:
+                    await self._saves.commit_last(outcome.step, living=self._roster.uploading)
             except RunInUse as error:
                 return await self._taken_over(error)
             async with self._changing():
-                problem = self._saves.problem(outcome.step)
+                problem = self._saves.problem(outcome.step) if waits else None
                 self._lives.finished(current, outcome, problem, now=time.monotonic())
 
     async def commits(self, sent: protocol.Commit | None) -> list[protocol.Commit] | None:
@@ -323,6 +329,11 @@ class RunCoordinator:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
+    def _hands_over(self, current: Generation) -> bool:
+        """Whether the ranks that save and end leave all to others in memory, who need not wait for the store."""
+        goes_on = current.yields is not None and not self._lives.stop_requested and not self._roster.is_left
+        return goes_on and sum(agent.buddy_port > 0 for agent in current.agents.values()) == current.order.world.nodes
+
     def _run_ledger(self) -> Ledger:
         return self._book.whole_run(time.monotonic())
 
@@ -339,7 +350,7 @@ class RunCoordinator:
             # Asked first: it notes since when too few are there, which a limit counts from.
             if self._has_crew() or (limit is None and self._roster.seconds_to_wait(now=time.monotonic()) is not None):
                 return True
-            if lives.order_for(agent) is not None or lives.is_passed_over(agent) or lives.are_over_for(agent):
+            if lives.order_for(agent) is not None or lives.passed_over(agent) is not None or lives.are_over_for(agent):
                 return True
             return self._roster.is_past(agent)
 

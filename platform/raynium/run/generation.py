@@ -15,6 +15,8 @@ class Generation:
 
     order: Order
     agents: dict[int, AgentInfo]
+    # Ids of the nodes in whose memory others' ranks may read until the first step.
+    lenders: frozenset[str] = frozenset()
     state: Literal["running", "over"] = "running"
     cause: str = ""
     # Ordered by a coordinator that has died: this one does not know all that was told of it.
@@ -24,6 +26,8 @@ class Generation:
     first_cause: RankExit | None = None
     # Why its ranks are to save and end, and others to follow; None: they go on.
     yields: str | None = None
+    # Some have been told that others go on from what these leave in memory.
+    hands_over: bool = False
     # It hangs: what the ranks of each node do, as they have told so far.
     hang: Hang | None = None
     looks: dict[int, Mapping[int, Look]] = field(default_factory=dict)

@@ -10,7 +10,6 @@ from raynium.health.faults import Fault
 from raynium.run.board import Board
 from raynium.run.buddies import buddies
 from raynium.run.generation import Generation
-from raynium.run.held_images import HeldImages
 from raynium.run.leaps import Leaps
 from raynium.run.protocol import (
     AgentInfo,
@@ -22,7 +21,7 @@ from raynium.run.protocol import (
     StacksTaken,
     TimesSeen,
 )
-from raynium.run.recovery import Origin, Recovery, copies_of
+from raynium.run.recovery import Origin, Recovery
 from raynium.run.roster import Roster
 from raynium.run.verdicts.bad_steps import BadSteps
 from raynium.run.verdicts.failures import Verdicts, blames_a_peer
@@ -76,26 +75,22 @@ class Lives:
         return (self.ended, self.stop_requested, self.number, *running, current.all_have_looked())
 
     @property
-    def lends(self) -> HeldImages | None:
-        """What ranks of the newest generation read in the memory of nodes that do not run it, too."""
-        newest = self.newest
-        return newest.order.resume_images if newest is not None and newest.order.reshapes else None
-
-    @property
     def node_faults(self) -> tuple[NodeFault, ...]:
         return tuple(self._verdicts.node_faults)
 
     @property
     def busy_nodes(self) -> frozenset[str]:
         """Ids of nodes that the run would now lose something with: its ranks there are about to save and go on on
-        others, or what they have saved is uploaded. A bad node on which it stays is none: it would be for ever.
+        others, or what they have saved is uploaded or read. A bad node on which it stays is none: it would be for ever.
         """
         newest = self.newest
         if newest is None or self.have_left:
             # The driver waits for the end of those who go home.
             return frozenset()
         leaves = newest.yields is not None or self._roster.has_enough
-        return self._roster.uploading_nodes | {agent.node_id for agent in newest.agents.values() if leaves}
+        reads = newest.state == "running" and self._board.step <= (newest.order.resume_step or 0)
+        lenders = newest.lenders if reads else frozenset[str]()
+        return self._roster.uploading_nodes | lenders | {each.node_id for each in newest.agents.values() if leaves}
 
     @property
     def have_left(self) -> bool:
@@ -128,9 +123,10 @@ class Lives:
             left_out=origin.left_out,
             begins=begins,
             buddies=buddies(agents),
-            copies=origin.holders or ({} if origin.images is None else copies_of(origin.images, agents)),
+            copies=origin.copies(agents, ready=self._roster.ready()),
         )
-        self._generations[self.number] = Generation(order, dict(enumerate(agents)))
+        lenders = frozenset(each.node_id for each in self._roster.ready() if each.address in order.copies)
+        self._generations[self.number] = Generation(order, dict(enumerate(agents)), lenders=lenders)
         self._watch_ranks(order)
         self._verdicts.keeps(origin.step or 0)
         self._roster.departs(crew)
@@ -229,10 +225,12 @@ class Lives:
             return None
         return current.order
 
-    def is_passed_over(self, agent: AgentInfo) -> bool:
-        """Whether others run the newest generation, of which this agent does not know."""
+    def passed_over(self, agent: AgentInfo) -> Order | None:
+        """Of the newest generation, if others run it and this agent does not know of it."""
         current = self.running
-        return current is not None and agent.seat not in current.order.seats and agent.last_generation < self.number
+        if current is None or agent.seat in current.order.seats or agent.last_generation >= self.number:
+            return None
+        return current.order
 
     def may_grow(self) -> None:
         """Another agent waits. If the ranks that run are fewer than wanted, or on a node that is bad or will leave,
@@ -479,9 +477,9 @@ class Lives:
     def finished(self, current: Generation, outcome: Outcome, problem: str | None, *, now: float) -> None:
         """All ranks ended as they should. problem: why the run has no checkpoint of that step."""
         yields = current.yields if outcome.reason == "stopped" and not self.stop_requested else None
-        if problem is not None and (yields is not None or current.found):
-            # Nobody asked the run to end. Or agents may have told a coordinator that died: their images are still
-            # there, and they tell it again.
+        if problem is not None and (yields is not None or current.found or current.hands_over):
+            # Nobody asked the run to end, or it was asked a moment late: what was handed over is still uploaded. Or
+            # agents may have told a coordinator that died: their images are still there, and they tell it again.
             self.over(current, "its last checkpoint is not known to be whole", now=now)
         elif problem is None:
             self._board.step = outcome.step

@@ -69,6 +69,11 @@ class AgentInfo:
         """Of this one life of the agent."""
         return f"{self.attempt}-{self.seat}-{self.incarnation}"
 
+    @property
+    def address(self) -> Address:
+        """At which it takes copies, and lends what it has."""
+        return self.host, self.buddy_port
+
 
 @dataclass(frozen=True)
 class Order:
@@ -112,7 +117,7 @@ class Order:
 
 @dataclass(frozen=True)
 class StandBy:
-    """Others run this generation: be ready for a later one, and join again. lends: what they read in its memory."""
+    """Others run this generation: be ready for a later one, and join again. lends: what they may read in its memory."""
 
     generation: int
     lends: HeldImages | None = None
@@ -129,11 +134,13 @@ class GoHome:
 class Verdict:
     """The coordinator's answer to `watch`. stop: save at the next step and end; over: kill the ranks and join again.
 
-    look: the run hangs: tell what your ranks do (`StacksTaken`), and watch again.
+    look: the run hangs: tell what your ranks do (`StacksTaken`), and watch again. hands_over: others go on from what
+    the ranks leave in memory, and wait for no upload of it.
     """
 
     kind: Literal["stop", "look", "over"]
     cause: str = ""
+    hands_over: bool = False
 
 
 @dataclass(frozen=True)

@@ -42,6 +42,10 @@ class Origin:
             return self.images.step
         return self.checkpoint.step if self.checkpoint is not None else None
 
+    def copies(self, agents: Sequence[AgentInfo], *, ready: Sequence[AgentInfo]) -> dict[Address, Sequence[int]]:
+        """As `Order` has them."""
+        return self.holders if self.images is None or self.holders else copies_of(self.images, agents, ready=ready)
+
     def __str__(self) -> str:
         if self.images is not None:
             of = f" of {self.images.world.size} ranks" if self.holders else ""
@@ -123,7 +127,7 @@ class Recovery:
 
     def _in_memory(self, agents: Sequence[AgentInfo], world: World, ready: Sequence[AgentInfo]) -> Origin:
         """The newest snapshot there; of two of one step the one that no rank needs another's image of."""
-        images = newest_images(agents, world, distrusted=self._distrusted, before=self._before)
+        images = newest_images(agents, world, ready=ready, distrusted=self._distrusted, before=self._before)
         others = newest_of_other_worlds(ready, world, distrusted=self._distrusted, before=self._before)
         if others.images is not None and (images is None or others.images.step > images.step):
             return others
@@ -207,13 +211,15 @@ def newest_images(
     agents: Sequence[AgentInfo],
     world: World,
     *,
+    ready: Sequence[AgentInfo] = (),
     distrusted: Collection[tuple[str, int]] = (),
     before: int | None = None,
 ) -> HeldImages | None:
-    """The newest snapshot that every rank of a world like this one has in its node's memory, or a copy of it in another
+    """The newest snapshot that every rank of a world like this one has in its node's memory, or somebody in another
     node's. Pure.
 
-    agents: by node rank. before: of an earlier step than this; None: of any.
+    agents: by node rank. ready: they, and those that no rank of it runs on. before: of an earlier step than this; None:
+    of any.
     """
     found: dict[tuple[str, int], set[int]] = defaultdict(set)
     for node_rank, agent in enumerate(agents):
@@ -221,6 +227,10 @@ def newest_images(
             if held.world == world and (before is None or held.step < before):
                 found[held.generation_id, held.step].update(set(held.ranks) & set(world.ranks_of(node_rank)))
         for held in agent.copies:
+            if held.world == world and (before is None or held.step < before):
+                found[held.generation_id, held.step].update(held.ranks)
+    for agent in _lending(ready, agents):
+        for held in (*agent.images, *agent.copies):
             if held.world == world and (before is None or held.step < before):
                 found[held.generation_id, held.step].update(held.ranks)
     whole = [key for key, ranks in found.items() if len(ranks) == world.size and key not in distrusted]
@@ -249,7 +259,7 @@ def newest_of_other_worlds(
     for agent, held in (*own, *copies):
         if held.world != world and (before is None or held.step < before):
             for rank in held.ranks:
-                found[held.step, held.generation_id, held.world].setdefault(rank, (agent.host, agent.buddy_port))
+                found[held.step, held.generation_id, held.world].setdefault(rank, agent.address)
     whole = [key for key, of in found.items() if len(of) == key[2].size and (key[1], key[0]) not in distrusted]
     if not whole:
         return Origin()
@@ -258,8 +268,16 @@ def newest_of_other_worlds(
     return Origin(HeldImages(generation_id, step, range(of.size), of), holders=_by_holder(found[newest]))
 
 
-def copies_of(images: HeldImages, agents: Sequence[AgentInfo]) -> dict[Address, Sequence[int]]:
-    """Who has copies of images of which ranks, of those whose own nodes lack them. Pure. agents: by node rank."""
+def _lending(ready: Sequence[AgentInfo], agents: Sequence[AgentInfo]) -> list[AgentInfo]:
+    """Who runs no rank of the next generation, and lends what its last ranks left. Pure. agents: who does."""
+    crew = {agent.agent_id for agent in agents}
+    return [agent for agent in ready if agent.buddy_port and agent.agent_id not in crew]
+
+
+def copies_of(
+    images: HeldImages, agents: Sequence[AgentInfo], *, ready: Sequence[AgentInfo] = ()
+) -> dict[Address, Sequence[int]]:
+    """Who has images of which ranks, of those whose own nodes lack them. Pure. agents, ready: as above."""
     key = images.generation_id, images.step
     own = {
         rank
@@ -270,9 +288,13 @@ def copies_of(images: HeldImages, agents: Sequence[AgentInfo]) -> dict[Address, 
     }
     return _by_holder(
         {
-            rank: (agent.host, agent.buddy_port)
-            for agent in agents
-            for held in agent.copies
+            rank: agent.address
+            for agent, found in (
+                # The last one counts: a lender may be about to leave.
+                *((agent, (*agent.images, *agent.copies)) for agent in _lending(ready, agents)),
+                *((agent, agent.copies) for agent in agents),
+            )
+            for held in found
             if (held.generation_id, held.step) == key
             for rank in held.ranks
             if rank not in own
