@@ -37,6 +37,7 @@ from raynium.run.protocol import (
     Commit,
     GoHome,
     Look,
+    MaySend,
     NodeEnded,
     NodeLeaves,
     Order,
@@ -1276,6 +1277,25 @@ def test_a_coordinator_that_was_started_again_does_without_a_node_that_a_verdict
         second = await run.join(again(on_node(0), order))
         assert isinstance(second, Order) and second.seats == (0, 2) and await spare == second
         assert await bad == StandBy(2)
+
+    asyncio.run(asyncio.wait_for(play(), 60))
+
+
+def test_who_was_lost_or_is_of_an_earlier_attempt_is_displaced(tmp_path: Path) -> None:
+    async def play() -> None:
+        run = coordinator(tmp_path)
+
+        async def displaced(*who: Any) -> bool:
+            return (await run.tell(MaySend(*who))).displaced
+
+        assert not await displaced("a", 1, 0), "a coordinator that was just started knows nobody"
+        await asyncio.gather(run.join(agent(0)), run.join(agent(1)))
+        assert not await displaced("a", 1, 0)
+        await run.agents_lost("a", {1: 0})
+        assert await displaced("a", 1, 0) and not await displaced("a", 1, 1) and not await displaced("a", 0, 0)
+        joining = [asyncio.create_task(run.join(agent(seat, "b"))) for seat in (0, 1)]
+        await asyncio.gather(*joining)
+        assert await displaced("a", 0, 0) and not await displaced("b", 0, 0)
 
     asyncio.run(asyncio.wait_for(play(), 60))
 

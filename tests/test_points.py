@@ -1,6 +1,7 @@
 """What of a run's points outlives the node that had them for MLflow, and that none of them is sent twice."""
 
 from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,13 +12,13 @@ from waiting import wait_for
 
 from raynium.errors import StoreError
 from raynium.node import witnessed
-from raynium.node.witnessed import WitnessedTracker
+from raynium.node.witnessed import WitnessedTracker, refuse_displaced
 from raynium.run import points as points_module
 from raynium.run.points import PendingPoints, PointsKept, TakesRank0
-from raynium.run.protocol import AgentEvent, Coordinator, News
+from raynium.run.protocol import AgentEvent, Coordinator, MaySend, News
 from raynium.tracking.ledger import Ledger
 from raynium.tracking.runs import open_run, read_metric
-from raynium.tracking.sender import MlflowTracker
+from raynium.tracking.sender import MlflowTracker, _LoggedSteps
 from raynium.tracking.tracker import MemoryTracker, Point
 
 pytestmark = pytest.mark.quick
@@ -32,6 +33,7 @@ class Keeper:
 
     def __init__(self) -> None:
         self.pending, self.said = PendingPoints(), list[PointsKept]()
+        self.displaced = set[MaySend]()
 
     def tell(self, event: AgentEvent) -> "Future[News]":
         found: tuple[Point, ...] = ()
@@ -41,7 +43,9 @@ class Keeper:
         elif isinstance(event, TakesRank0):
             found = self.pending.handed_over(event.step)
         answer = Future[News]()
-        answer.set_result(News(Ledger(), {}, points=found))
+        answer.set_result(
+            News(Ledger(), {}, points=found, displaced=isinstance(event, MaySend) and event in self.displaced)
+        )
         return answer
 
 
@@ -117,3 +121,34 @@ def test_no_point_of_a_lost_node_is_lost_and_none_of_one_that_comes_back_is_doub
     is_cut[0] = False
     assert first.close(timeout_seconds=60).points_pending == 0
     assert [(each.step, each.value) for each in read_metric(uri, run_id, "train/loss")] == whole
+
+
+def test_a_node_that_was_frozen_as_it_was_about_to_send_sends_nothing_once_another_took_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has asked MLflow what is there, and stands still until the other has sent the same step."""
+    uri, keeper, holds = f"sqlite:///{tmp_path}/mlflow.db", Keeper(), _LoggedSteps.holds
+    run_id = open_run(uri, experiment="tests", run_name="frozen", run_id=None, params={}, tags={}).run_id
+    coordinator = cast(Coordinator, keeper)
+
+    def node(seat: int) -> MlflowTracker:
+        who = MaySend("a", seat, 0)
+        may_send = partial(refuse_displaced, coordinator, who)
+        return MlflowTracker(tmp_path / f"{seat}", uri=uri, run_id=run_id, flush_seconds=0.05, may_send=may_send)
+
+    def stands_still(self: _LoggedSteps, *arguments: Any, **named: Any) -> bool:
+        monkeypatch.setattr(_LoggedSteps, "holds", holds)
+        found = holds(self, *arguments, **named)
+        keeper.displaced.add(MaySend("a", 0, 0))
+        second.append({"train/loss": 0.5}, step=1, unix_ms=2)
+        assert second.close(timeout_seconds=60).points_pending == 0
+        return found
+
+    second = node(1)
+    monkeypatch.setattr(_LoggedSteps, "holds", stands_still)
+    first = node(0)
+    first.append({"train/loss": 0.5}, step=1, unix_ms=1)
+    wait_for(lambda: first.status().last_error)
+    left = first.close(timeout_seconds=60)
+    assert left.points_pending == 1 and "another took its place" in str(left.last_error)
+    assert [(each.step, each.unix_ms) for each in read_metric(uri, run_id, "train/loss")] == [(1, 2)]

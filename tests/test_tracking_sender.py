@@ -343,13 +343,12 @@ def test_an_mlflow_that_stays_away_is_told_once(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr("raynium.tracking.sender.FIRST_RETRY_SECONDS", 0.1)
     told, tried = list[str](), list[None]()
 
-    def never() -> None:
+    def never(*_: object) -> None:
         tried.append(None)
         raise OSError("Connection refused")
 
-    tracker = MlflowTracker(
-        tmp_path / "a", uri="http://127.0.0.1:9", run_id="id", flush_seconds=0.05, may_send=never, away=told.append
-    )
+    monkeypatch.setattr(sender, "_LoggedSteps", never)
+    tracker = MlflowTracker(tmp_path / "a", uri="http://127.0.0.1:9", run_id="id", flush_seconds=0.05, away=told.append)
     append(tracker, 0)
     wait_until(lambda: bool(told), "nobody was told")
     number = len(tried)

@@ -17,8 +17,21 @@ from raynium.node.agent import Node, NodeAgent
 from raynium.node.node_log import log_to_file
 from raynium.node.ranks import drop_sockets
 from raynium.node.readmission import Readmission
+from raynium.node.witnessed import refuse_displaced
 from raynium.run.fence import Fence, FenceWatch
-from raynium.run.protocol import AgentEvent, AgentInfo, Commit, GoHome, News, NodeEnded, Order, Said, StandBy, Verdict
+from raynium.run.protocol import (
+    AgentEvent,
+    AgentInfo,
+    Commit,
+    GoHome,
+    MaySend,
+    News,
+    NodeEnded,
+    Order,
+    Said,
+    StandBy,
+    Verdict,
+)
 from raynium.storage.store import Store
 
 # A driver that is killed leaves an agent that Ray has yet to end, while the next driver's may start beside it: they may
@@ -69,6 +82,12 @@ def run_agent(settings: dict[str, Any]) -> None:
     host, node_id = ray.util.get_node_ip_address(), ray.get_runtime_context().get_node_id()
     log_to_file(settings["run_url"], seat)
     coordinator = RayCoordinator(settings["coordinator"])
+    who = MaySend(os.environ[ATTEMPT_VARIABLE], seat, int(os.environ[INCARNATION_VARIABLE]))
+
+    def may_send() -> None:
+        fence.check()
+        refuse_displaced(coordinator, who)
+
     # Of text, though its annotation has lists.
     labels = cast(dict[str, str], ray.get_runtime_context().get_node_labels())
     # Each time that it is asked.
@@ -78,11 +97,11 @@ def run_agent(settings: dict[str, Any]) -> None:
         config=config,
         run_url=settings["run_url"],
         node=Node(
-            attempt=os.environ[ATTEMPT_VARIABLE],
+            attempt=who.attempt,
             seat=seat,
             nodes=settings["nodes"],
             host=host,
-            incarnation=int(os.environ[INCARNATION_VARIABLE]),
+            incarnation=who.incarnation,
             node_id=node_id,
             zone=labels.get(ZONE_LABEL, ""),
             placement_group=labels.get(PLACEMENT_GROUP_LABEL, ""),
@@ -96,7 +115,7 @@ def run_agent(settings: dict[str, Any]) -> None:
             f"{scratch}/spool/{host}/{settings['mlflow_run_id']}",
             uri=settings["mlflow_uri"],
             run_id=settings["mlflow_run_id"],
-            may_send=fence.check,
+            may_send=may_send,
             away=lambda text: coordinator.tell(Said(text, "mlflow", host)),
             wait_seconds=AGENT_BEFORE_SECONDS,
         ),

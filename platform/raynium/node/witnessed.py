@@ -4,12 +4,22 @@ import threading
 import time
 from collections.abc import Mapping
 
+from raynium.errors import RunInUse
 from raynium.run.points import PointsKept, TakesRank0
-from raynium.run.protocol import Coordinator
+from raynium.run.protocol import Coordinator, MaySend
 from raynium.tracking.tracker import Point, Tracker, TrackerStatus
 
 # The coordinator is told so often, and before a snapshot may leave the node.
 TELL_SECONDS = 1.0
+
+
+def refuse_displaced(coordinator: Coordinator, agent: MaySend) -> None:
+    """Raises RunInUse where another has taken its place: that one has, or computes, all that this one has not sent."""
+    if coordinator.tell(agent).result().displaced:
+        raise RunInUse(
+            f"the node agent of seat {agent.seat} was cut off, and another took its place. Nothing is lost: that one "
+            "sends the run's points to MLflow"
+        )
 
 
 class WitnessedTracker:

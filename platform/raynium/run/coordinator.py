@@ -183,7 +183,7 @@ class RunCoordinator:
 
     async def tell(self, event: protocol.AgentEvent) -> protocol.News:
         now, metrics_of_nodes, artifacts = time.monotonic(), dict[str, float](), dict[str, str]()
-        points: tuple[Point, ...] = ()
+        points, displaced = tuple[Point, ...](), False
         match event:
             case protocol.Said(text, what, where):
                 self._board.tell(text)
@@ -227,6 +227,8 @@ class RunCoordinator:
                 self._pending_points.keep(event)
             case TakesRank0(step):
                 points = self._pending_points.handed_over(step)
+            case protocol.MaySend():
+                displaced = self._roster.is_past(event)
             case protocol.NodeLeaves(node_id, why):
                 async with self._changing():
                     self._lives.node_leaves(node_id, why)
@@ -235,7 +237,7 @@ class RunCoordinator:
             case protocol.CannotGoOn(cause):
                 async with self._changing():
                     self._lives.end("failed", cause)
-        return protocol.News(self._run_ledger(), metrics_of_nodes, artifacts, points)
+        return protocol.News(self._run_ledger(), metrics_of_nodes, artifacts, points, displaced)
 
     # ---- driver ----------------------------------------------------------------------------------------------------
 

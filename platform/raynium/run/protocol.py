@@ -323,6 +323,15 @@ class NodeLeaves:
 
 
 @dataclass(frozen=True)
+class MaySend:
+    """An agent has points for MLflow, and may have been cut off for long. All three: as in AgentInfo."""
+
+    attempt: str
+    seat: int
+    incarnation: int
+
+
+@dataclass(frozen=True)
 class WentHome:
     """An agent that was told to go home has done all that it had to. All three: as in AgentInfo."""
 
@@ -352,6 +361,7 @@ AgentEvent = (
     | DevicesSeen
     | PointsKept
     | TakesRank0
+    | MaySend
     | NodeLeaves
     | WentHome
     | CannotGoOn
@@ -362,12 +372,14 @@ AgentEvent = (
 class News:
     """The answer to every event, for the run's page. metrics: of all nodes, to `DevicesSeen` and node 0's `TimesSeen`.
     artifacts: path → text, to node 0's `TimesSeen` and `StacksTaken`. points: to `TakesRank0`.
+    displaced: to `MaySend`.
     """
 
     ledger: Ledger
     metrics: dict[str, float]
     artifacts: dict[str, str] = field(default_factory=dict)
     points: tuple[Point, ...] = ()
+    displaced: bool = False
 
 
 @dataclass(frozen=True)

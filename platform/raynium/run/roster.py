@@ -10,7 +10,7 @@ and names that sort by age say who is the newer, in whatever order they speak.
 
 from collections.abc import Callable, Mapping
 
-from raynium.run.protocol import AgentInfo
+from raynium.run.protocol import AgentInfo, MaySend
 from raynium.run.uploads import Uploads
 
 
@@ -91,7 +91,7 @@ class Roster:
 
     # ---- agents ------------------------------------------------------------------------------------------------------
 
-    def is_past(self, agent: AgentInfo) -> bool:
+    def is_past(self, agent: AgentInfo | MaySend) -> bool:
         """Of a node that was cut off, and that Ray took for dead."""
         current = agent.attempt == self.attempt
         return agent.attempt < self.attempt or (current and agent.incarnation < self._least.get(agent.seat, 0))

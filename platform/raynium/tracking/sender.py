@@ -76,8 +76,9 @@ class MetricSender:
 
     flush_seconds: how long a point waits at most while MLflow is well.
     request_timeout_seconds: how long one request may take; a hung server costs this thread that long, nobody else.
-    may_send: called before each batch. RunInUse from it ends the sending for good: the run is another process's, which
-    has sent, or will compute, what waits here; the spool keeps it. Any other error is one more to try again after.
+    may_send: called right before each request that writes. RunInUse from it ends the sending for good: the run, or this
+    place in it, is another process's, which has sent, or will compute, what waits here; the spool keeps it. Any other
+    error is one more to try again after.
     away: is told in words when nothing was taken for AWAY_SECONDS, once until something is.
     """
 
@@ -100,7 +101,7 @@ class MetricSender:
         self._flush_seconds = flush_seconds
         self._request_timeout_seconds = request_timeout_seconds
         self._logged: _LoggedSteps | None = None
-        # When MLflow last took something.
+        # When the last batch began that MLflow took.
         self._heard = 0.0
         self._closing = threading.Event()
         # Guards acknowledging against `close`, and the counters.
@@ -170,12 +171,11 @@ class MetricSender:
             artifacts = [] if wait else self._spool.read_artifacts()
             if not steps and not artifacts:
                 return
-            if self._may_send is not None:
-                self._may_send()
             with mlflow_client(self._uri, timeout_seconds=self._request_timeout_seconds) as client:
                 if steps:
                     self._send(client, steps)
                 for artifact in artifacts:
+                    self._check()
                     try:
                         log_text(client, self._run_id, path=artifact.path, text=artifact.text)
                     except ArtifactsAway as error:
@@ -189,7 +189,8 @@ class MetricSender:
     def _send(self, client: "MlflowClient", steps: list[SpooledStep]) -> None:
         from mlflow.entities import Metric
 
-        if self._logged is None or time.monotonic() - self._heard >= STALE_SECONDS:
+        began = time.monotonic()
+        if self._logged is None or began - self._heard >= STALE_SECONDS:
             self._logged = _LoggedSteps(client, self._run_id)
         points: dict[tuple[str, int], Metric] = {}
         num_points = 0
@@ -201,11 +202,13 @@ class MetricSender:
                 if identity in points or self._logged.holds(client, self._run_id, name=name, step=spooled.step):
                     continue
                 points[identity] = Metric(name, value, spooled.unix_ms, spooled.step)
+        # After what MLflow holds was asked: this process may have been frozen since.
+        self._check()
         if points:
             # Dying here, or a lost answer, leaves the outcome unknown: the same points are sent again.
             # Said also where MLFLOW_ENABLE_ASYNC_LOGGING says otherwise: what is acknowledged must have arrived.
             client.log_batch(self._run_id, metrics=list(points.values()), synchronous=True)
-        self._heard = time.monotonic()
+        self._heard = began
         with self._mutex:
             if self._abandoned:
                 return
@@ -214,6 +217,10 @@ class MetricSender:
             self._points_repeated += num_points - len(points)
         for name, step in points:
             self._logged.add(name=name, step=step)
+
+    def _check(self) -> None:
+        if self._may_send is not None:
+            self._may_send()
 
     def _note_failure(self, error: Exception) -> None:
         message = str(error) if isinstance(error, RayniumError) else f"{type(error).__name__}: {error}"
