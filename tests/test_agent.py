@@ -279,31 +279,6 @@ def test_a_run_goes_on_from_a_snapshot_that_is_no_checkpoint_and_changes_no_bit(
     assert len(reference.tracker.values("snapshot/stall_seconds")) > 10
 
 
-def test_ranks_that_hand_over_end_before_they_are_uploaded_and_the_next_ones_change_no_bit(
-    play: Callable[..., Played], uninterrupted: Played, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(RunCoordinator, "_hands_over", lambda run, generation: generation.yields is not None)
-    run = play(hold_uploads=True)
-    wait_for(lambda: run.status().running)
-
-    async def leave(coordinator: RunCoordinator) -> None:
-        async with coordinator._changing():
-            assert coordinator._lives.newest is not None
-            coordinator._lives.newest.yields = "the node leaves"
-
-    run.coordinator.run(leave).result()
-    wait_for(lambda: run.status().generation == 2)
-    assert run.agent._saving.images.uploading(), "the store has not answered yet"
-    run.let_uploads_go()
-    status = run.finish()
-    assert status.ended == "finished"
-    told = "\n".join(each.text for each in status.events)
-    (step,) = map(int, re.findall(r"generation 2: .*from the snapshot of step (\d+) in memory", told))
-    assert run.losses() == uninterrupted.losses(), "each step once"
-    kept = [each.step for each in list_checkpoints(Store(run.run_folder))]
-    assert kept == [8, 12] and step in range(1, 12)
-
-
 def test_a_snapshot_that_another_node_cannot_give_costs_a_generation_and_no_more(
     play: Callable[..., Played], monkeypatch: pytest.MonkeyPatch
 ) -> None:

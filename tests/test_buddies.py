@@ -318,7 +318,7 @@ def test_a_spare_has_the_bytes_of_the_node_whose_place_it_takes(
     leaves.snapshot(5, slot=0)
     leaves.snapshot(10, slot=1)
     leaves.buddies.begin_generation(held(10), None, adopts=True)
-    assert leaves.images.start_generation([], None) == [0]
+    assert leaves.images.start_generation([], None) == [(0, 0), (0, 1)]
     spare.buddies.fetch(0, held(10), leaves.address)
     image, replicas = (ImageInfo.from_json(text) for text in spare.images.find(held(10))[0])
     assert (Path(image.path).read_bytes(), Path(replicas.path).read_bytes()) == (IMAGE, REPLICAS)

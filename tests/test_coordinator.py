@@ -53,7 +53,6 @@ from raynium.run.protocol import (
     StandBy,
     StepLeftOut,
     TimesSeen,
-    Uploaded,
     Verdict,
 )
 from raynium.run.verdicts import failures as failures_module
@@ -1408,58 +1407,27 @@ def test_a_run_that_cannot_save_before_it_leaves_a_node_goes_on_from_what_there_
     asyncio.run(play())
 
 
-@pytest.mark.parametrize("then", ["goes on", "is stopped"])
-def test_a_node_that_leaves_hands_over_in_memory_and_nobody_waits_for_its_upload(tmp_path: Path, then: str) -> None:
+def test_a_node_that_is_left_lends_its_images_to_the_spare_and_is_busy_until_the_first_step(tmp_path: Path) -> None:
     async def play() -> None:
         run = coordinator(tmp_path)
         nodes = [replace(on_node(seat), buddy_port=7000 + seat) for seat in range(3)]
         order, _ = await asyncio.gather(run.join(nodes[0]), run.join(nodes[1]))
         assert isinstance(order, Order) and await run.join(nodes[2]) == StandBy(1)
         spare = asyncio.create_task(run.join(again(nodes[2], order)))
-        await save(run, tmp_path, order, 2)
         await run.tell(LEAVES)
-        for each in nodes[:2]:
-            assert await run.watch(each, order, stop_known=False) == Verdict("stop", hands_over=True)
-        if then == "is stopped":
-            await run.request_stop(run._board.life)
+        await save(run, tmp_path, order, 4)
         exits = [RankExit(rank, 0, None, retry=False, outcome=Outcome(4, "stopped")) for rank in (0, 1)]
-        for each, one in zip(nodes, exits, strict=False):
-            uploads = replace(each, uploading=(order.generation_id,))
-            await run.exited(uploads, order, NodeEnded((one,)))
-        if then == "is stopped":
-            assert (await run.status(0)).ended == "stopped"
-        else:
-            own = [HeldImages(order.generation_id, 4, (rank,), WORLD) for rank in (0, 1)]
-            holders = [replace(again(nodes[rank], order), images=(own[rank],)) for rank in (0, 1)]
-            second, stands_by = await asyncio.gather(*map(run.join, holders))
-            assert isinstance(second, Order) and await spare == second
-            assert (second.seats, second.resume_images) == ((0, 2), HeldImages(order.generation_id, 4, (0, 1), WORLD))
-            assert not second.reshapes and second.copies == {("127.0.0.3", 7001): range(1, 2)}
-            assert stands_by == StandBy(2, second.resume_images)
-            await run.tell(Uploaded(nodes[1].agent_id, (order.generation_id,)))
-            assert "n1" in (await run.status(0)).busy_nodes, "it is read"
-            await report(run, 5, {"train/loss": 3.0})
-            assert "n1" not in (await run.status(0)).busy_nodes
-        await save(run, tmp_path, order, 4)
-        assert (await run.status(0)).committed_step == 4, "it is still uploaded"
-
-    asyncio.run(asyncio.wait_for(play(), 60))
-
-
-def test_ranks_that_end_for_good_or_whose_nodes_keep_no_copies_are_waited_for(tmp_path: Path) -> None:
-    async def play() -> None:
-        run = coordinator(tmp_path)
-        nodes = [replace(on_node(seat), buddy_port=7000 * (1 - seat)) for seat in range(2)]
-        order, _ = await asyncio.gather(*map(run.join, nodes))
-        assert isinstance(order, Order)
-        await run.tell(LEAVES)
-        assert await run.watch(nodes[0], order, stop_known=False) == Verdict("stop"), "one keeps none"
-        with_copies = replace(nodes[1], buddy_port=7001)
-        assert await run.watch(with_copies, order, stop_known=False) == Verdict("stop", hands_over=True)
-        await save(run, tmp_path, order, 4)
-        exits = [RankExit(rank, 0, None, retry=False, outcome=Outcome(4, "finished")) for rank in (0, 1)]
         await asyncio.gather(*(run.exited(nodes[rank], order, NodeEnded((each,))) for rank, each in enumerate(exits)))
-        assert (await run.status(0)).ended == "finished"
+        own = [HeldImages(order.generation_id, 4, (rank,), WORLD) for rank in (0, 1)]
+        holders = [replace(again(nodes[rank], order), images=(own[rank],)) for rank in (0, 1)]
+        second, stands_by = await asyncio.gather(*map(run.join, holders))
+        assert isinstance(second, Order) and await spare == second
+        assert (second.seats, second.resume_images) == ((0, 2), HeldImages(order.generation_id, 4, (0, 1), WORLD))
+        assert not second.reshapes and second.copies == {("127.0.0.3", 7001): range(1, 2)}
+        assert stands_by == StandBy(2, second.resume_images)
+        assert "n1" in (await run.status(0)).busy_nodes, "it is read"
+        await report(run, 5, {"train/loss": 3.0})
+        assert "n1" not in (await run.status(0)).busy_nodes
 
     asyncio.run(asyncio.wait_for(play(), 60))
 

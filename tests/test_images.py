@@ -27,7 +27,7 @@ def test_a_rank_always_has_one_image_to_write_and_one_to_start_from() -> None:
 
     images.complete(0, 0, snapshot(10), upload=True)
     assert images.take_offers() == [] and images.held() == (HeldImages("g1", 10, (0,), WORLD),)
-    images.uploaded(0, 0, failure=None)
+    images.uploaded(images._slots[0][0], failure=None)
     assert images.take_offers() == [], "the only complete one: a restart needs it"
     images.complete(0, 1, snapshot(20), upload=True)
     assert images.take_offers() == [(0, 0)], "uploaded, and a newer one is complete"
@@ -35,7 +35,7 @@ def test_a_rank_always_has_one_image_to_write_and_one_to_start_from() -> None:
     images.complete(0, 0, snapshot(30), upload=True)
     assert images.take_offers() == [], "the upload of step 20 still runs"
     assert images.uploading() == ("g1",)
-    images.uploaded(0, 1, failure=None)
+    images.uploaded(images._slots[0][1], failure=None)
     assert images.take_offers() == [(0, 1)]
     assert {held.step for held in images.held()} == {20, 30}
 
@@ -46,7 +46,7 @@ def test_a_new_generation_keeps_what_it_starts_from_and_what_is_being_uploaded()
     images.take_offers()
     for rank in (4, 5):
         images.complete(rank, 0, snapshot(10), upload=True)
-        images.uploaded(rank, 0, failure=None)
+        images.uploaded(images._slots[rank][0], failure=None)
     images.complete(5, 1, snapshot(20), upload=True)
     kept = HeldImages("g1", 10, (0, 1, 4, 5), WORLD)
     assert set(images.held()) == {HeldImages("g1", 10, (4, 5), WORLD), HeldImages("g1", 20, (5,), WORLD)}
@@ -59,13 +59,13 @@ def test_a_new_generation_keeps_what_it_starts_from_and_what_is_being_uploaded()
         5: [10, 10],
     }
     assert images.take_offers() == [(4, 1)], "rank 5's other image is still being uploaded"
-    images.uploaded(5, 1, failure=None)
+    images.uploaded(images._slots[5][1], failure=None)
     assert images.take_offers() == [(5, 1)]
     images.complete(4, 1, snapshot(12, "g2"), upload=True)
     assert images.take_offers() == [(4, 0)]
 
-    images.start_generation([4, 5], None)
-    assert images.held() == () and sorted(images.take_offers()) == [(4, 0), (5, 0), (5, 1)]
+    assert images.start_generation([4, 5], None) == [(4, 1)] and images.uploading() == ("g2",)
+    assert images.held() == () and sorted(images.take_offers()) == [(4, 0), (4, 1), (5, 0), (5, 1)]
 
 
 def test_snapshots_between_checkpoints_go_into_the_oldest_image_while_another_is_uploaded() -> None:
@@ -81,7 +81,7 @@ def test_snapshots_between_checkpoints_go_into_the_oldest_image_while_another_is
         assert images.take_offers() == [(0, 3 - slot)]
         assert images.uploading() == ("g1",) and images.saved() == []
         assert max(held.step for held in images.held()) == step
-    images.uploaded(0, 0, failure=None)
+    images.uploaded(images._slots[0][0], failure=None)
     assert images.take_offers() == [(0, 0)]
     images.complete(0, 1, snapshot(15), upload=False)
     images.complete(0, 0, snapshot(16), upload=False)
@@ -133,7 +133,7 @@ def test_ranks_of_which_one_is_unheard_for_a_while_have_a_step_in_common(
                 node.complete(rank, slot, snapshot(of), upload=of in uploads)
                 offer(rank)
                 if of in uploads:
-                    node.uploaded(rank, slot)
+                    node.uploaded(node._slots[rank][slot])
                     offer(rank)
             del untold[rank][: hears[rank]]
         # What an untold one was written over is gone, whatever the agent believes.
@@ -154,15 +154,15 @@ def test_of_failed_uploads_the_newest_of_each_rank_may_be_tried_again() -> None:
     images.take_offers()
     for rank in (0, 1):
         images.complete(rank, 0, snapshot(10), upload=True)
-        images.uploaded(rank, 0, failure="denied")
-    assert [(each.rank, each.slot, each.failure) for each in images.failed()] == [(0, 0, "denied"), (1, 0, "denied")]
+        images.uploaded(images._slots[rank][0], failure="denied")
+    assert [(each.rank, each.failure) for each in images.failed()] == [(0, "denied"), (1, "denied")]
     assert images.take_offers() == [], "the failed ones are the newest, and the others are offered"
 
     images.complete(0, 1, snapshot(20), upload=True)
     assert [each.rank for each in images.failed()] == [1], "a newer one of rank 0 is on its way"
-    images.uploaded(0, 1, failure="denied again")
+    images.uploaded(images._slots[0][1], failure="denied again")
     assert [(each.rank, each.snapshot.info.step) for each in images.failed()] == [(0, 20), (1, 10)]
-    images.uploaded(1, 0, failure=None)
+    images.uploaded(images._slots[1][0], failure=None)
     assert [each.rank for each in images.failed()] == [0]
 
     images.start_generation([0, 1], HeldImages("g1", 20, (0,), WORLD))
@@ -170,3 +170,34 @@ def test_of_failed_uploads_the_newest_of_each_rank_may_be_tried_again() -> None:
     assert images.saved() == []
     images.start_generation([0, 1], None)
     assert images.failed() == []
+
+
+def test_an_upload_of_before_has_nothing_to_do_with_the_images_of_a_rank_that_begins_with_none() -> None:
+    """It was fetched, say: its rank writes all images anew, while the old ones are on their way to a slow store."""
+    images = NodeImages()
+    images.start_generation([0], None)
+    images.take_offers()
+    old = [images.complete(0, number, snapshot(10 + number), upload=True) for number in (0, 1)]
+    assert images.start_generation([0], HeldImages("g9", 99, (0,), WORLD)) == [(0, 0), (0, 1)], "their files are theirs"
+    images.complete(0, 0, snapshot(99, "g9"), upload=False)
+    assert images.uploading() == ("g1",) and images.take_offers() == [(0, 1)]
+    images.complete(0, 1, snapshot(100, "g9"), upload=True)
+    assert images.take_offers() == [(0, 0)]
+    newest = images.complete(0, 0, snapshot(101, "g9"), upload=True)
+    images.uploaded(old[0], failure="denied")
+    images.uploaded(old[1])
+    assert images.take_offers() == [] and images.failed() == [], "both are being uploaded"
+    images.uploaded(newest)
+    assert images.start_generation([], None) == [(0, 0), (0, 1)] and images.uploading() == ("g9",)
+
+
+def test_a_rank_that_goes_on_from_an_image_here_keeps_its_others_until_they_are_uploaded() -> None:
+    images = NodeImages()
+    images.start_generation([0], None)
+    images.take_offers()
+    old = images.complete(0, 0, snapshot(10), upload=True)
+    images.complete(0, 1, snapshot(11), upload=True)
+    assert images.start_generation([0], HeldImages("g1", 11, (0,), WORLD)) == []
+    assert images.take_offers() == []
+    images.uploaded(old)
+    assert images.take_offers() == [(0, 0)]

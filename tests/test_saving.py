@@ -71,8 +71,9 @@ def saving(tmp_path: Path) -> Iterator[tuple[Saving, Words, SlowStore]]:
 
 @pytest.fixture
 def image(tmp_path: Path) -> ImageInfo:
-    (tmp_path / "image").write_text("of step 3")
-    return ImageInfo(step=3, path=str(tmp_path / "image"), size=9, tensors=SavedBlocks.of(()))
+    path = tmp_path / "rank-00000.0.safetensors"
+    path.write_text("of step 3")
+    return ImageInfo(step=3, path=str(path), size=9, tensors=SavedBlocks.of(()))
 
 
 def test_the_coordinator_hears_what_is_still_uploaded_as_ranks_end_and_when_the_last_of_it_is_over(
@@ -121,3 +122,17 @@ def test_an_image_that_is_not_there_is_told(saving: tuple[Saving, Words, SlowSto
     wait_for(lambda: len(words.heard) == 1)
     (failed,) = words.heard
     assert isinstance(failed, ShardFailed) and "No such file or directory" in failed.cause
+
+
+@pytest.mark.parametrize("ranks", [[0, 1], []])
+def test_ranks_that_begin_with_none_of_a_nodes_images_find_no_file_that_is_uploaded(
+    saving: tuple[Saving, Words, SlowStore], image: ImageInfo, tmp_path: Path, ranks: list[int]
+) -> None:
+    """They would resize it under the uploader, or fetch another's bytes into it."""
+    agent, words, store = saving
+    agent.take(0, 0, Snapshot("g1", WORLD, None, image, image), upload=True)
+    agent.begin_generation(ranks, None, tmp_path)
+    assert not list(tmp_path.glob("rank-00000.0.*")) and agent.images.uploading() == ("g1",)
+    store.may_fail[0].set()
+    wait_for(lambda: len(words.heard) == 1)
+    assert store.read == ["of step 3"] and agent.images.uploading() == ()

@@ -379,7 +379,7 @@ class NodeAgent:
         """Stays until all ranks have ended, because they did or because the coordinator said so."""
         self._group = group
         self._saving.serve(group)
-        hands_over = self._stay_with(group, agent, order, reports)
+        self._stay_with(group, agent, order, reports)
         reports.recovery.begins(DRAIN, time.monotonic())
         # ---- take the generation down: what the dead left behind explains them -------------------------------------
         ended_by_themselves = {each.rank for each in group.ended()}
@@ -391,31 +391,30 @@ class NodeAgent:
         self._group = None
         group.close()
         # After a failure uploads go on: a checkpoint that they complete is worth having.
-        through = [each.outcome.reason for each in exits if each.cause is None and each.outcome is not None]
-        if len(through) == len(group.ranks) and not (hands_over and set(through) == {"stopped"}):
+        if all(each.cause is None for each in exits) and len(exits) == len(group.ranks):
             self._saving.finish(agent, order)
         exits = self._cache.without_broken(exits)
         ended = NodeEnded(tuple(exits), reports.end_generation(), fault, reports.newest_step())
         self._saving.tell_end(agent, order, ended)
 
-    def _stay_with(self, group: RankGroup, agent: AgentInfo, order: Order, reports: Reports) -> bool:
-        """Until all ranks have ended, or the rest must. Whether they were asked to, for others to go on from memory."""
-        stop_known, hands_over, first_death = False, False, None
+    def _stay_with(self, group: RankGroup, agent: AgentInfo, order: Order, reports: Reports) -> None:
+        """Until all ranks have ended, or the rest must: one failed, or the coordinator says so."""
+        stop_known, first_death = False, None
         verdict = self._watch(group, agent, order, stop_known=stop_known)
         poll_seconds = min(POLL_SECONDS, reports.positions_seconds)
         while group.alive():
             self._handle(order, reports, *group.poll(poll_seconds if first_death is None else SETTLE_SECONDS))
             if self._fenced:
                 logger.warning("generation %d ends: another driver has taken the run over", order.generation)
-                return False
+                return
             if verdict.done():
                 if verdict.result().kind == "over":
                     logger.info("generation %d is over: %s", order.generation, verdict.result().cause)
                     reports.recovery.failed(time.monotonic())
-                    return False
+                    return
                 if verdict.result().kind == "stop":
                     group.broadcast(Stop())
-                    stop_known, hands_over = True, verdict.result().hands_over
+                    stop_known = True
                 else:
                     self._look(group, order, reports)
                 verdict = self._watch(group, agent, order, stop_known=stop_known)
@@ -432,12 +431,11 @@ class NodeAgent:
                     for each in failed
                 )
                 if time.monotonic() - first_death >= patience:
-                    return False
+                    return
             reports.tell_positions()
             self._keep_spares(group, reports)
         if any(each.process.exitcode != 0 for each in group.ended()):
             reports.recovery.failed(time.monotonic())
-        return hands_over
 
     def _look(self, group: RankGroup, order: Order, reports: Reports) -> None:
         """The run hangs: what the ranks of all nodes do is kept, before the coordinator says that they are to die."""

@@ -37,7 +37,7 @@ class FailedUpload:
     """A rank's newest snapshot, which the store did not take."""
 
     rank: int
-    slot: int
+    slot: "Slot"
     snapshot: Snapshot
     failure: str
 
@@ -52,11 +52,10 @@ class SavedShard:
     upload_seconds: float
 
 
-@dataclass
-class _Slot:
-    """uploading: id of the generation for which an upload runs. offered: its rank may write it: the header tells.
-
-    copying: to another node, which no rank waits for.
+@dataclass(eq=False)
+class Slot:
+    """One image. uploading: id of the generation for which an upload runs. offered: its rank may write it: the header
+    tells. copying: to another node, which no rank waits for.
     """
 
     snapshot: Snapshot | None = None
@@ -75,27 +74,34 @@ class NodeImages:
 
     def __init__(self, num_images: int = IMAGE_SLOTS):
         self._num_images = num_images
-        self._slots: dict[int, list[_Slot]] = {}
-        self._newest: dict[int, _Slot] = {}
+        self._slots: dict[int, list[Slot]] = {}
+        self._newest: dict[int, Slot] = {}
+        # Of images that later generations do not know, whose uploads still run.
+        self._left: set[Slot] = set()
         self._lock = threading.Lock()
 
-    def start_generation(self, ranks: Iterable[int], keep: HeldImages | None) -> list[int]:
+    def start_generation(self, ranks: Iterable[int], keep: HeldImages | None) -> list[tuple[int, int]]:
         """No rank runs. All but `keep`, which the next ones start from, is of no use any more.
 
-        ranks: that this node runs from now on. Returns others that it ran, whose images have no use.
+        ranks: that this node runs from now on. Returns (rank, number) of images whose files nobody may have again:
+        of ranks that it runs no more, and those that are uploaded where a rank begins with none of them: whoever
+        writes, resizes or fetches a file of that name is to make a new one.
         """
-        ranks = set(ranks)
+        ranks, gone = set(ranks), list[tuple[int, int]]()
         with self._lock:
             self._newest.clear()
-            gone = [
-                rank
-                for rank, slots in self._slots.items()
-                if rank not in ranks and not any(slot.uploading for slot in slots)
-            ]
-            for rank in gone:
-                del self._slots[rank]
+            for rank, slots in list(self._slots.items()):
+                goes_on = keep is not None and rank in ranks and any(_holds(slot, keep) for slot in slots)
+                left = {number for number, slot in enumerate(slots) if slot.uploading and not goes_on}
+                self._left |= {slots[number] for number in left}
+                if rank in ranks:
+                    self._slots[rank] = [Slot() if number in left else slot for number, slot in enumerate(slots)]
+                else:
+                    left = set(range(len(slots)))
+                    del self._slots[rank]
+                gone += [(rank, number) for number in sorted(left)]
             for rank in ranks:
-                self._slots.setdefault(rank, [_Slot() for _ in range(self._num_images)])
+                self._slots.setdefault(rank, [Slot() for _ in range(self._num_images)])
             for rank, slots in self._slots.items():
                 for slot in slots:
                     slot.offered = False
@@ -105,33 +111,35 @@ class NodeImages:
                         slot.snapshot = None
             return gone
 
-    def complete(self, rank: int, slot: int, snapshot: Snapshot, *, upload: bool) -> None:
-        """The rank has written this image; upload: which begins now."""
+    def complete(self, rank: int, slot: int, snapshot: Snapshot, *, upload: bool) -> Slot:
+        """The rank has written this image; upload: which begins now, and whose end is told of what this returns."""
         with self._lock:
-            uploading = snapshot.generation_id if upload else None
-            self._slots[rank][slot] = self._newest[rank] = _Slot(snapshot, uploading=uploading)
+            found = Slot(snapshot, uploading=snapshot.generation_id if upload else None)
+            self._slots[rank][slot] = self._newest[rank] = found
+            return found
 
     @contextlib.contextmanager
     def copying(self, rank: int, slot: int, snapshot: Snapshot) -> Iterator[Callable[[], bool]]:
         """Meanwhile the rank writes this image only if it has no other. Gives whether it is still this snapshot's."""
         with self._lock:
-            found = self._slots[rank][slot] if rank in self._slots else _Slot()
+            found = self._slots[rank][slot] if rank in self._slots else Slot()
             found.copying = True
         try:
             yield lambda: found.snapshot is snapshot and not found.offered
         finally:
             found.copying = False
 
-    def uploaded(self, rank: int, slot: int, *, saved: SavedShard | None = None, failure: str | None = None) -> None:
+    def uploaded(self, slot: Slot, *, saved: SavedShard | None = None, failure: str | None = None) -> None:
         """The upload has ended: what the store has now, or why it has not."""
         with self._lock:
-            found = self._slots[rank][slot]
-            found.uploading, found.saved, found.failure = None, saved, failure
+            slot.uploading, slot.saved, slot.failure = None, saved, failure
+            self._left.discard(slot)
 
     def uploading(self) -> tuple[str, ...]:
         """Ids of the generations for which uploads run, also of those that are over."""
         with self._lock:
-            return tuple({slot.uploading for slots in self._slots.values() for slot in slots if slot.uploading})
+            slots = (*self._left, *(slot for slots in self._slots.values() for slot in slots))
+            return tuple({slot.uploading for slot in slots if slot.uploading})
 
     def saved(self) -> list[SavedShard]:
         """Of each rank's newest snapshot, if it is in the store."""
@@ -142,9 +150,9 @@ class NodeImages:
         """The ranks whose newest snapshot is in this memory only. No upload runs."""
         with self._lock:
             return [
-                FailedUpload(rank, number, slot.snapshot, slot.failure)
+                FailedUpload(rank, slot, slot.snapshot, slot.failure)
                 for rank, slots in self._slots.items()
-                for number, slot in enumerate(slots)
+                for slot in slots
                 if slot is self._newest.get(rank) and slot.snapshot is not None and slot.failure is not None
             ]
 
@@ -198,15 +206,15 @@ class NodeImages:
         return {rank: [each.info.to_json(), each.replicas.to_json()] for rank, each in found.items()}
 
 
-def image_files(folder: Path, rank: int) -> list[Path]:
-    """That a rank has written in there; see `rank/snapshots.py`."""
-    return list(folder.glob(f"rank-{rank:05d}.*"))
+def image_files(folder: Path, rank: int, number: int) -> list[Path]:
+    """Of one of a rank's images in there; see `rank/snapshots.py`."""
+    return list(folder.glob(f"rank-{rank:05d}.{number}.*"))
 
 
-def _step(slot: _Slot) -> int:
+def _step(slot: Slot) -> int:
     return -1 if slot.snapshot is None else slot.snapshot.info.step
 
 
-def _holds(slot: _Slot, wanted: HeldImages) -> bool:
+def _holds(slot: Slot, wanted: HeldImages) -> bool:
     found = slot.snapshot
     return found is not None and (found.generation_id, found.info.step) == (wanted.generation_id, wanted.step)

@@ -12,7 +12,7 @@ from pathlib import Path
 from raynium.checkpoint.format.manifest import ShardEntry
 from raynium.config.images import IMAGE_SLOTS
 from raynium.errors import StoreError
-from raynium.node.images import FailedUpload, NodeImages, SavedShard, Snapshot, image_files
+from raynium.node.images import FailedUpload, NodeImages, SavedShard, Slot, Snapshot, image_files
 from raynium.node.ranks import RankGroup
 from raynium.node.uploader import Uploader
 from raynium.run.held_images import HeldImages
@@ -48,9 +48,9 @@ class Saving:
 
     def begin_generation(self, ranks: Sequence[int], keep: HeldImages | None, folder: Path) -> None:
         """No rank runs. ranks: of this node from now on. keep: what they start from. folder: with all images."""
-        for rank in self.images.start_generation(ranks, keep):
-            # Another node has that rank now.
-            for path in image_files(folder, rank):
+        for rank, number in self.images.start_generation(ranks, keep):
+            for path in image_files(folder, rank, number):
+                # What is uploaded is open.
                 path.unlink()
         # A coordinator that was started again knows of no shard, and who starts from the last step saves it no more.
         self._running += [self._threads.submit(self._tell_saved, saved) for saved in self.images.saved()]
@@ -63,12 +63,12 @@ class Saving:
 
     def take(self, rank: int, slot: int, snapshot: Snapshot, *, upload: bool) -> None:
         """The rank has written this image, and goes on training."""
-        self.images.complete(rank, slot, snapshot, upload=upload)
+        written = self.images.complete(rank, slot, snapshot, upload=upload)
         self._offer_free()
         if not upload:
             return
         self._running = [upload for upload in self._running if not upload.done()]
-        self._running.append(self._begin(rank, slot, snapshot, again=False))
+        self._running.append(self._begin(rank, written, snapshot, again=False))
 
     def finish(self, agent: AgentInfo, order: Order) -> None:
         """The ranks are through. Their last checkpoint must be in before the run may count as finished.
@@ -129,7 +129,7 @@ class Saving:
         self.wait()
         self._uploader.close()
 
-    def _begin(self, rank: int, slot: int, snapshot: Snapshot, *, again: bool) -> "Future[None]":
+    def _begin(self, rank: int, slot: Slot, snapshot: Snapshot, *, again: bool) -> "Future[None]":
         """An upload, of the file that is there now: a later generation may give the name to another one."""
         try:
             image = os.open(snapshot.info.path, os.O_RDONLY)
@@ -137,7 +137,7 @@ class Saving:
             image = error
         return self._threads.submit(self._upload, rank, slot, snapshot, image, again=again)
 
-    def _upload(self, rank: int, slot: int, snapshot: Snapshot, image: int | OSError, *, again: bool) -> None:
+    def _upload(self, rank: int, slot: Slot, snapshot: Snapshot, image: int | OSError, *, again: bool) -> None:
         try:
             if isinstance(image, OSError):
                 raise image
@@ -153,12 +153,12 @@ class Saving:
         except Exception as error:
             # Whatever it was, this image is in memory only.
             failure = str(error) if isinstance(error, StoreError) else f"{type(error).__name__}: {error}"
-            self.images.uploaded(rank, slot, failure=failure)
+            self.images.uploaded(slot, failure=failure)
             self._offer_free()
             self._coordinator.tell(ShardFailed(snapshot.info.step, rank, failure)).result()
             return
         saved = SavedShard(rank, snapshot, entry, time.monotonic() - snapshot.taken)
-        self.images.uploaded(rank, slot, saved=saved)
+        self.images.uploaded(slot, saved=saved)
         self._offer_free()
         self._tell_saved(saved)
 

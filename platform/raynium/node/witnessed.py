@@ -14,11 +14,11 @@ TELL_SECONDS = 1.0
 
 
 def refuse_displaced(coordinator: Coordinator, agent: MaySend) -> None:
-    """Raises RunInUse where another has taken its place: that one has, or computes, all that this one has not sent."""
+    """Raises RunInUse where another has taken its place, which has, or computes, what the coordinator knew of."""
     if coordinator.tell(agent).result().displaced:
         raise RunInUse(
-            f"the node agent of seat {agent.seat} was cut off, and another took its place. Nothing is lost: that one "
-            "sends the run's points to MLflow"
+            f"the node agent of seat {agent.seat} was cut off, and another took its place: that one sends the run's "
+            "points to MLflow, and what only this node has waits here for the next agent on it"
         )
 
 

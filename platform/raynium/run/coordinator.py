@@ -135,11 +135,7 @@ class RunCoordinator:
             )
             if current.state == "over" or lives.ended is not None:
                 return Verdict("over", current.cause)
-            if current.wants_look(node_rank):
-                return Verdict("look")
-            hands_over = self._hands_over(current)
-            current.hands_over |= hands_over
-            return Verdict("stop", hands_over=hands_over)
+            return Verdict("look" if current.wants_look(node_rank) else "stop")
 
     async def exited(self, agent: AgentInfo, order: Order, ended: protocol.NodeEnded) -> None:
         """One rank that should not have ended takes the generation down."""
@@ -163,14 +159,12 @@ class RunCoordinator:
         if finishes and ended.exits:
             outcome = ended.exits[0].outcome
             assert outcome is not None
-            waits = outcome.reason == "finished" or not self._hands_over(current)
             try:
-                if waits:
-                    await self._saves.commit_last(outcome.step, living=self._roster.uploading)
+                await self._saves.commit_last(outcome.step, living=self._roster.uploading)
             except RunInUse as error:
                 return await self._taken_over(error)
             async with self._changing():
-                problem = self._saves.problem(outcome.step) if waits else None
+                problem = self._saves.problem(outcome.step)
                 self._lives.finished(current, outcome, problem, now=time.monotonic())
 
     async def commits(self, sent: protocol.Commit | None) -> list[protocol.Commit] | None:
@@ -330,11 +324,6 @@ class RunCoordinator:
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-
-    def _hands_over(self, current: Generation) -> bool:
-        """Whether the ranks that save and end leave all to others in memory, who need not wait for the store."""
-        goes_on = current.yields is not None and not self._lives.stop_requested and not self._roster.is_left
-        return goes_on and sum(agent.buddy_port > 0 for agent in current.agents.values()) == current.order.world.nodes
 
     def _run_ledger(self) -> Ledger:
         return self._book.whole_run(time.monotonic())

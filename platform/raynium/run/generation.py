@@ -26,8 +26,6 @@ class Generation:
     first_cause: RankExit | None = None
     # Why its ranks are to save and end, and others to follow; None: they go on.
     yields: str | None = None
-    # Some have been told that others go on from what these leave in memory.
-    hands_over: bool = False
     # It hangs: what the ranks of each node do, as they have told so far.
     hang: Hang | None = None
     looks: dict[int, Mapping[int, Look]] = field(default_factory=dict)

@@ -477,9 +477,9 @@ class Lives:
     def finished(self, current: Generation, outcome: Outcome, problem: str | None, *, now: float) -> None:
         """All ranks ended as they should. problem: why the run has no checkpoint of that step."""
         yields = current.yields if outcome.reason == "stopped" and not self.stop_requested else None
-        if problem is not None and (yields is not None or current.found or current.hands_over):
-            # Nobody asked the run to end, or it was asked a moment late: what was handed over is still uploaded. Or
-            # agents may have told a coordinator that died: their images are still there, and they tell it again.
+        if problem is not None and (yields is not None or current.found):
+            # Nobody asked the run to end. Or agents may have told a coordinator that died: their images are still
+            # there, and they tell it again.
             self.over(current, "its last checkpoint is not known to be whole", now=now)
         elif problem is None:
             self._board.step = outcome.step

@@ -134,13 +134,11 @@ class GoHome:
 class Verdict:
     """The coordinator's answer to `watch`. stop: save at the next step and end; over: kill the ranks and join again.
 
-    look: the run hangs: tell what your ranks do (`StacksTaken`), and watch again. hands_over: others go on from what
-    the ranks leave in memory, and wait for no upload of it.
+    look: the run hangs: tell what your ranks do (`StacksTaken`), and watch again.
     """
 
     kind: Literal["stop", "look", "over"]
     cause: str = ""
-    hands_over: bool = False
 
 
 @dataclass(frozen=True)
