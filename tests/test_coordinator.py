@@ -22,7 +22,7 @@ from raynium.checkpoint.state import Chunk
 from raynium.checkpoint.upload import upload_shard
 from raynium.config.load import parse_config
 from raynium.config.world import World
-from raynium.errors import StoreError
+from raynium.errors import RunInUse, StoreError
 from raynium.health.faults import Fault, classify
 from raynium.rank.plan import RankPlan
 from raynium.run import recovery
@@ -1025,6 +1025,36 @@ def test_a_coordinator_whose_run_was_taken_over_orders_no_generation(tmp_path: P
         assert "taken over by process 7 on elsewhere" in ((await run.status(0)).cause or "")
 
     asyncio.run(play())
+
+
+def test_a_commit_that_finds_the_run_taken_over_while_a_generation_is_ordered_ends_the_run(tmp_path: Path) -> None:
+    calls, may_end = list[None](), threading.Event()
+
+    def check() -> None:
+        calls.append(None)
+        if len(calls) == 1:
+            assert may_end.wait(60)
+            raise RunInUse("taken over by process 7")
+
+    async def play() -> None:
+        run = coordinator(tmp_path, **{"fault.max_restarts_without_progress": 9})
+        order, _ = await asyncio.gather(run.join(agent(0)), run.join(agent(1)))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(run._fence, "check", check)
+            saving = asyncio.create_task(save(run, tmp_path, order, 2))
+            while not calls:
+                await asyncio.sleep(0.01)
+            await ended(run, 1, 0, [DIED])
+            joining = [asyncio.create_task(run.join(agent(seat))) for seat in (0, 1)]
+            while not run._recovery.choosing._waiters:
+                await asyncio.sleep(0.01)
+            may_end.set()
+            await saving
+            await asyncio.gather(*joining)
+        status = await run.status(0)
+        assert (status.ended, status.cause) == ("failed", "taken over by process 7")
+
+    asyncio.run(asyncio.wait_for(play(), 60))
 
 
 def test_a_late_commit_does_not_delete_the_checkpoint_that_new_ranks_read(tmp_path: Path) -> None:

@@ -395,12 +395,13 @@ class RunCoordinator:
         if self._recovery.is_spoilt(whole.generation_id, whole.step):
             self._board.tell(f"step {whole.step} becomes no checkpoint: it was saved before a leap that came back")
             return
-        async with self._recovery.choosing:
-            living = [*self._roster.uploading, whole.generation_id]
-            try:
+        try:
+            async with self._recovery.choosing:
+                living = [*self._roster.uploading, whole.generation_id]
                 is_newest = await self._saves.commit(whole, living=living, reading=self._recovery.reading)
-            except RunInUse as error:
-                return await self._taken_over(error)
+        except RunInUse as error:
+            # Whoever orders a generation waits for `choosing` with the lock that this takes.
+            return await self._taken_over(error)
         async with self._changing():
             if is_newest:
                 self._lives.committed(whole.step)
