@@ -35,11 +35,12 @@ class LossFile(MemoryTracker):
         super().__init__()
         self._path = path
 
-    def append(self, metrics: Mapping[str, float], *, step: int, unix_ms: int) -> None:
-        super().append(metrics, step=step, unix_ms=unix_ms)
+    def append(self, metrics: Mapping[str, float], *, step: int, unix_ms: int) -> dict[str, float]:
+        accepted = super().append(metrics, step=step, unix_ms=unix_ms)
         if "train/loss" in metrics:
             with self._path.open("a") as file:
                 file.write(json.dumps([step, metrics["train/loss"]]) + "\n")
+        return accepted
 
     def artifact(self, path: str, text: str) -> None:
         file = self._path.parent / "artifacts" / path

@@ -152,3 +152,20 @@ def test_a_node_that_was_frozen_as_it_was_about_to_send_sends_nothing_once_anoth
     left = first.close(timeout_seconds=60)
     assert left.points_pending == 1 and "another took its place" in str(left.last_error)
     assert [(each.step, each.unix_ms) for each in read_metric(uri, run_id, "train/loss")] == [(1, 2)]
+
+
+def test_values_that_nothing_is_sent_of_are_not_counted_as_sent(tmp_path: Path) -> None:
+    """Of STEADY, while nothing changes: each point has some, and the oldest that waits would be taken for sent."""
+    uri, keeper = "http://127.0.0.1:9", Keeper()
+    tracker = WitnessedTracker(
+        MlflowTracker(tmp_path / "spool", uri=uri, run_id="id", flush_seconds=3600), cast(Coordinator, keeper), None
+    )
+    for step in range(1, 30):
+        tracker.append({"train/loss": 1.0, "train/left_out_steps": 0.0, "run/generation": 1.0}, step=step, unix_ms=step)
+        tracker.tell()
+    tracker.append({"run/generation": 1.0}, step=30, unix_ms=30)
+    handed_over = keeper.pending.handed_over(30)
+    assert [(each.step, list(each.metrics)) for each in handed_over] == [
+        (step, ["train/loss"]) for step in range(1, 30)
+    ]
+    tracker.close(timeout_seconds=0.1)

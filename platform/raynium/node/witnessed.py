@@ -35,12 +35,15 @@ class WitnessedTracker:
             # A tracker sends nothing twice: MLflow may have got it meanwhile, and the disk here may hold it too.
             self.append(point.metrics, step=point.step, unix_ms=point.unix_ms)
 
-    def append(self, metrics: Mapping[str, float], *, step: int, unix_ms: int) -> None:
-        self._tracker.append(metrics, step=step, unix_ms=unix_ms)
+    def append(self, metrics: Mapping[str, float], *, step: int, unix_ms: int) -> dict[str, float]:
+        # Told in the order and with the values that the tracker has: the coordinator counts what is pending by them.
         with self._lock:
-            self._untold.append(Point(step, unix_ms, dict(metrics)))
+            accepted = self._tracker.append(metrics, step=step, unix_ms=unix_ms)
+            if accepted:
+                self._untold.append(Point(step, unix_ms, accepted))
         if time.monotonic() - self._told >= TELL_SECONDS:
             self.tell()
+        return accepted
 
     def tell(self) -> None:
         """All that was appended, in order. Before a snapshot may leave the node, too: who goes on from it elsewhere

@@ -280,13 +280,14 @@ class MlflowTracker:
             away=away,
         )
 
-    def append(self, metrics: Mapping[str, float], *, step: int, unix_ms: int) -> None:
+    def append(self, metrics: Mapping[str, float], *, step: int, unix_ms: int) -> dict[str, float]:
         check_metrics(metrics)
         # Here, not where they are sent: what the spool has accepted must arrive.
         news = {name: value for name, value in metrics.items() if self._steady.get(name) != value}
         self._steady |= {name: value for name, value in news.items() if name in STEADY}
         if news:
             self._spool.append(news, step=step, unix_ms=unix_ms)
+        return news
 
     def artifact(self, path: str, text: str) -> None:
         self._spool.put_artifact(path, text)

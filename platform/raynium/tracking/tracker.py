@@ -39,10 +39,10 @@ class TrackerStatus:
 class Tracker(Protocol):
     """Where the metrics of one run go. Only the agent of rank 0's node has one."""
 
-    def append(self, metrics: Mapping[str, float], *, step: int, unix_ms: int) -> None:
+    def append(self, metrics: Mapping[str, float], *, step: int, unix_ms: int) -> dict[str, float]:
         """Accept the points of one step without waiting for any server. Those of STEADY are none while nothing changes.
 
-        Raises ValueError for a name outside METRICS or a value that is no number.
+        Returns those that are. Raises ValueError for a name outside METRICS or a value that is no number.
         """
         ...
 
@@ -74,10 +74,11 @@ class MemoryTracker:
         self.artifacts: dict[str, str] = {}
         self.closed = False
 
-    def append(self, metrics: Mapping[str, float], *, step: int, unix_ms: int) -> None:
+    def append(self, metrics: Mapping[str, float], *, step: int, unix_ms: int) -> dict[str, float]:
         assert not self.closed
         check_metrics(metrics)
         self.points.append(Point(step, unix_ms, dict(metrics)))
+        return dict(metrics)
 
     def artifact(self, path: str, text: str) -> None:
         assert not self.closed
