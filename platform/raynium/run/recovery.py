@@ -4,7 +4,7 @@ import asyncio
 import json
 import math
 from collections import defaultdict
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 
 from raynium.checkpoint.catalog import IfDamaged, resume_point, set_aside, step_folders
@@ -226,13 +226,9 @@ def newest_images(
         for held in agent.images:
             if held.world == world and (before is None or held.step < before):
                 found[held.generation_id, held.step].update(set(held.ranks) & set(world.ranks_of(node_rank)))
-        for held in agent.copies:
-            if held.world == world and (before is None or held.step < before):
-                found[held.generation_id, held.step].update(held.ranks)
-    for agent in _lending(ready, agents):
-        for held in (*agent.images, *agent.copies):
-            if held.world == world and (before is None or held.step < before):
-                found[held.generation_id, held.step].update(held.ranks)
+    for _, held in _lent(agents, ready):
+        if held.world == world and (before is None or held.step < before):
+            found[held.generation_id, held.step].update(held.ranks)
     whole = [key for key, ranks in found.items() if len(ranks) == world.size and key not in distrusted]
     if not whole:
         return None
@@ -268,10 +264,17 @@ def newest_of_other_worlds(
     return Origin(HeldImages(generation_id, step, range(of.size), of), holders=_by_holder(found[newest]))
 
 
-def _lending(ready: Sequence[AgentInfo], agents: Sequence[AgentInfo]) -> list[AgentInfo]:
-    """Who runs no rank of the next generation, and lends what its last ranks left. Pure. agents: who does."""
+def _lent(agents: Sequence[AgentInfo], ready: Sequence[AgentInfo]) -> Iterator[tuple[AgentInfo, HeldImages]]:
+    """Who has what for ranks of other nodes; last those that stay, since a lender may be about to leave. Pure.
+
+    agents: that run the next generation. ready: they, and those that do not, who lend what their last ranks left.
+    """
     crew = {agent.agent_id for agent in agents}
-    return [agent for agent in ready if agent.buddy_port and agent.agent_id not in crew]
+    for agent in ready:
+        if agent.buddy_port and agent.agent_id not in crew:
+            yield from ((agent, held) for held in (*agent.images, *agent.copies))
+    for agent in agents:
+        yield from ((agent, held) for held in agent.copies)
 
 
 def copies_of(
@@ -289,12 +292,7 @@ def copies_of(
     return _by_holder(
         {
             rank: agent.address
-            for agent, found in (
-                # The last one counts: a lender may be about to leave.
-                *((agent, (*agent.images, *agent.copies)) for agent in _lending(ready, agents)),
-                *((agent, agent.copies) for agent in agents),
-            )
-            for held in found
+            for agent, held in _lent(agents, ready)
             if (held.generation_id, held.step) == key
             for rank in held.ranks
             if rank not in own
