@@ -18,6 +18,7 @@ from raynium.config.load import parse_config
 from raynium.config.world import World
 from raynium.errors import RayniumError
 from raynium.run.fence import Fence
+from raynium.run.points import PendingPoints
 from raynium.run.protocol import ShardSaved
 from raynium.run.record import RecordKeeper, claim
 from raynium.run.saves import Saves
@@ -34,7 +35,9 @@ def main(run_url: str, spool: str, mlflow_uri: str, mlflow_run_id: str, host: st
         say(f"refused: {error}")
         return
     fence = Fence(store, keeper.claim_number)
-    saves = Saves(config, store, fence, life=host, tell=lambda line: None, note=lambda step, cause: None)
+    saves = Saves(
+        config, store, fence, PendingPoints(), life=host, tell=lambda line: None, note=lambda step, cause: None
+    )
     tracker = MlflowTracker(
         Path(spool), uri=mlflow_uri, run_id=mlflow_run_id, flush_seconds=0.05, may_send=fence.check, wait_seconds=20
     )

@@ -4,7 +4,7 @@ import contextlib
 import os
 import subprocess
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,12 +46,23 @@ def running_head(
             *("--num-cpus=4", f"--object-store-memory={100 * 2**20}"),
         ]
         address = f"http://{LOOPBACK}:{dashboard}"
-        process = start_ray([*command, *arguments], os.environ | dict(environment), log)
+        process = _started([*command, *arguments], os.environ | dict(environment), log, address)
         try:
-            wait_for(lambda: _answers(address), pause_seconds=0.5)
             yield Head(address, port, process)
         finally:
             kill_started([process])
+
+
+def _started(
+    arguments: Sequence[str], environment: Mapping[str, str], log: Path, address: str
+) -> "subprocess.Popen[bytes]":
+    """On a busy machine one of Ray's processes may give up while the others come up, and Ray ends them all."""
+    process = start_ray(arguments, environment, log)
+    wait_for(lambda: _answers(address) or process.poll() is not None, pause_seconds=0.5)
+    if process.poll() is None:
+        return process
+    kill_started([process])
+    return _started(arguments, environment, log, address)
 
 
 def _answers(address: str) -> bool:

@@ -60,7 +60,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "tracking": (),
     "run.held_images": (),
     "run.positions": (),
-    "run.points": ("tracking",),
+    "run.points": ("tracking", "storage"),
     "run.protocol": ("run.held_images", "run.positions", "run.leaps", "run.points", "health"),
     "run.fence": ("storage",),
     "run.record": ("run.fence", "tracking"),

@@ -1,8 +1,11 @@
 """A cluster whose head dies under a run: the run's record says so, and why, before anybody takes it for running."""
 
+import contextlib
 import os
 import secrets
+import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -17,8 +20,10 @@ from raynium import Client, Run, find_run
 from raynium.chaos.sessions import kill_sessions, kill_started
 from raynium.checkpoint.catalog import latest
 from raynium.checkpoint.compare import differences
+from raynium.config.local_folders import scratch_folder
 from raynium.errors import LaunchError, RunInUse, StoreError
 from raynium.rank.ports import free_port
+from raynium.run.points import read_waiting
 from raynium.run.record import OWNER_LOST_SECONDS
 from raynium.storage.store import Store
 
@@ -62,7 +67,9 @@ CHANGES = {"train.steps": 80, "train.global_batch_size": 8, "checkpoint.every_st
 
 @pytest.mark.timeout(1200)
 def test_a_new_head_takes_over_the_runs_of_a_dead_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The whole cluster is killed, head, driver and ranks; nobody types anything; no step, point or bit is another."""
+    """The whole cluster is killed, head, driver and ranks, while MLflow is away, and its disk is lost; nobody types
+    anything; no step, point or bit is another.
+    """
     build_documents(tmp_path)
     job = tmp_path / "job.yaml"
     job.write_text(job_text(CHANGES, root=tmp_path))
@@ -88,9 +95,16 @@ def test_a_new_head_takes_over_the_runs_of_a_dead_one(tmp_path: Path, monkeypatc
             run = wait_for(lambda: _submitted(address, job, "orphan"), pause_seconds=0.5)
             wait_for(lambda: any(each.step >= 10 for each in run.checkpoints()))
             record = run.record()
-            # Ray gives a driver a session of its own, and ends it a second later: on a lost machine it goes too.
-            kill_sessions([head.process.pid, os.getsid(record.owner.pid)])
+            with contextlib.closing(sqlite3.connect(tmp_path / "mlflow.db", isolation_level=None, timeout=60)) as lock:
+                lock.execute("BEGIN EXCLUSIVE")
+                newest = max(each.step for each in run.checkpoints())
+                wait_for(lambda: any(each.step >= newest + 10 for each in run.checkpoints()))
+                assert min(point.step for point in read_waiting(Store(run.url))) <= newest + 10
+                # Ray gives a driver a session of its own, and ends it a second later: on a lost machine it goes too.
+                kill_sessions([head.process.pid, os.getsid(record.owner.pid)])
             assert record.owner.lives_here() is False
+            (spool,) = scratch_folder().glob(f"spool/*/{record.mlflow_run_id}")
+            shutil.rmtree(spool)
         with running_head(tmp_path / "ray.log", environment, dashboard=dashboard):
             finished = wait_for(lambda: (found := run.record()).state == "finished" and found, seconds=400)
     except Exception as error:

@@ -1,5 +1,6 @@
 """What of a run's points outlives the node that had them for MLflow, and that none of them is sent twice."""
 
+import sqlite3
 from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
@@ -36,16 +37,14 @@ class Keeper:
         self.displaced = set[MaySend]()
 
     def tell(self, event: AgentEvent) -> "Future[News]":
-        found: tuple[Point, ...] = ()
+        found, wants_all, displaced = tuple[Point, ...](), False, isinstance(event, MaySend) and event in self.displaced
         if isinstance(event, PointsKept):
             self.said.append(event)
-            self.pending.keep(event)
+            wants_all = self.pending.keep(event)
         elif isinstance(event, TakesRank0):
             found = self.pending.handed_over(event.step)
         answer = Future[News]()
-        answer.set_result(
-            News(Ledger(), {}, points=found, displaced=isinstance(event, MaySend) and event in self.displaced)
-        )
+        answer.set_result(News(Ledger(), {}, points=found, displaced=displaced, wants_all_points=wants_all))
         return answer
 
 
@@ -75,7 +74,6 @@ def test_the_coordinator_is_told_now_and_then_and_when_a_snapshot_may_leave(monk
     monkeypatch.setattr(witnessed, "TELL_SECONDS", 3600)
     keeper, inner = Keeper(), MemoryTracker()
     tracker = WitnessedTracker(inner, cast(Coordinator, keeper), None)
-    monkeypatch.setattr(inner, "status", lambda: cast(Any, type("Status", (), {"points_pending": 99})))
     for step in (1, 2, 3):
         tracker.append({"train/loss": 1.0}, step=step, unix_ms=step)
     assert not keeper.said or [len(each.points) for each in keeper.said] == [1], "the first may be told at once"
@@ -169,3 +167,57 @@ def test_values_that_nothing_is_sent_of_are_not_counted_as_sent(tmp_path: Path) 
         (step, ["train/loss"]) for step in range(1, 30)
     ]
     tracker.close(timeout_seconds=0.1)
+
+
+def test_a_coordinator_that_was_started_again_is_told_all_that_waits_not_only_what_is_new(tmp_path: Path) -> None:
+    """Else a commit would leave the older ones to the spool of a node that may be lost after it."""
+    keeper = Keeper()
+
+    def node() -> WitnessedTracker:
+        inner = MlflowTracker(tmp_path / "spool", uri="http://127.0.0.1:9", run_id="id", flush_seconds=3600)
+        return WitnessedTracker(inner, cast(Coordinator, keeper), None)
+
+    def known() -> list[int]:
+        return [each.step for each in keeper.pending.up_to(100)]
+
+    tracker = node()
+    for step in range(1, 5):
+        tracker.append({"train/loss": step / 7}, step=step, unix_ms=step)
+    tracker.tell()
+    assert known() == [1, 2, 3, 4] and not any(said.are_all for said in keeper.said)
+
+    keeper.pending = PendingPoints()
+    tracker.append({"train/loss": 5.0}, step=5, unix_ms=5)
+    tracker.tell()
+    assert known() == [1, 2, 3, 4, 5] and [len(said.points) for said in keeper.said if said.are_all] == [5]
+    tracker.append({"train/loss": 6.0}, step=6, unix_ms=6)
+    tracker.tell()
+    assert known() == [1, 2, 3, 4, 5, 6] and len(keeper.said[-1].points) == 1, "asked for once"
+
+    # The driver died, and this node has rank 0 again: its spool knows what nobody else does.
+    tracker.close(timeout_seconds=0.1)
+    keeper.pending = PendingPoints()
+    tracker = node()
+    tracker.append({"train/loss": 7.0}, step=7, unix_ms=7)
+    tracker.tell()
+    assert known() == [1, 2, 3, 4, 5, 6, 7]
+    tracker.close(timeout_seconds=0.1)
+
+
+def test_of_very_many_that_wait_the_newest_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tracker = MlflowTracker(tmp_path / "spool", uri="http://127.0.0.1:9", run_id="id", flush_seconds=3600)
+    for step in range(1, 10):
+        tracker.append({"train/loss": step / 7, "train/grad_norm": 1.0}, step=step, unix_ms=step)
+    assert [each.step for each in tracker.waiting(most_values=5)] == [8, 9]
+    assert [each.step for each in tracker.waiting(most_values=18)] == list(range(1, 10))
+    monkeypatch.setattr(tracker._spool, "_database", cast(Any, ClosedDatabase()))
+    tracker.append({"train/loss": 1.0}, step=10, unix_ms=10)
+    assert [each.step for each in tracker.waiting(most_values=3)] == [9, 10], "one that a full disk refused"
+
+
+class ClosedDatabase:
+    def execute(self, *_: Any) -> None:
+        raise sqlite3.OperationalError("database or disk is full")
+
+    def close(self) -> None:
+        pass

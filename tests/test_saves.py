@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,9 +16,11 @@ from raynium.config.load import parse_config
 from raynium.config.world import World
 from raynium.errors import StoreError
 from raynium.run.fence import Fence
+from raynium.run.points import WAITING_NAME, PendingPoints, PointsKept
 from raynium.run.protocol import ShardSaved
 from raynium.run.saves import COMMITS_TOLD_AGAIN, MOST_COMING_IN, Saves, WholeSave
 from raynium.storage.store import Store
+from raynium.tracking.tracker import Point
 
 JOB = job_text({"train.steps": 8, "checkpoint.keep_last": 1})
 
@@ -64,7 +67,15 @@ def noted() -> list[int]:
 def saves(store: RefusingStore, told: list[str], noted: list[int], monkeypatch: pytest.MonkeyPatch) -> Saves:
     monkeypatch.setattr("raynium.run.saves.pause_before_next_try", lambda tries, _: 0.001 if tries < 4 else None)
     config, fence = parse_config(JOB), Fence(store, 1)
-    return Saves(config, store, fence, life="a", tell=told.append, note=lambda step, cause: noted.append(step))
+    return Saves(
+        config, store, fence, PendingPoints(), life="a", tell=told.append, note=lambda step, cause: noted.append(step)
+    )
+
+
+def of_another_life(saves: Saves, store: Store, told: list[str], points: PendingPoints | None = None) -> Saves:
+    """Those of a coordinator after this one."""
+    points, note = points or PendingPoints(), saves._note_incident
+    return Saves(saves._config, store, Fence(store, 1), points, life="b", tell=told.append, note=note)
 
 
 def saved(
@@ -223,19 +234,19 @@ def test_a_last_checkpoint_that_an_earlier_coordinator_committed_is_found(
     saves: Saves, store: RefusingStore, told: list[str]
 ) -> None:
     run_out(saves, whole(saves, store, 8))
-    restarted = Saves(saves._config, store, Fence(store, 1), life="a", tell=told.append, note=saves._note_incident)
+    restarted = of_another_life(saves, store, told)
     assert restarted.problem(8) is not None
     asyncio.run(restarted.commit_last(8, living=[]))
     assert restarted.problem(8) is None and restarted.committed_step == 8 and restarted.committed_uri is not None
     assert "no shard of it arrived" in (restarted.problem(9) or "")
 
-    taken = Saves(saves._config, store, Fence(store, 1), life="a", tell=told.append, note=saves._note_incident)
+    taken = of_another_life(saves, store, told)
     run_out(taken, whole(taken, store, 8, "g2"))
     assert taken.problem(8) is None
 
     manifest = "checkpoints/step-000000008/manifest.json"
     store.replace(manifest, store.read(manifest)[:-1])
-    unlucky = Saves(saves._config, store, Fence(store, 1), life="a", tell=told.append, note=saves._note_incident)
+    unlucky = of_another_life(saves, store, told)
     asyncio.run(unlucky.commit_last(8, living=[]))
     assert "could not be saved: the store cannot be asked for it" in (unlucky.problem(8) or "")
 
@@ -265,7 +276,7 @@ def test_a_coordinator_that_begins_tells_the_last_commits_again_as_they_were(
 ) -> None:
     for step in (2, 4, 6, 8):
         run_out(saves, whole(saves, store, step))
-    later = Saves(saves._config, store, Fence(store, 1), life="a", tell=told.append, note=saves._note_incident)
+    later = of_another_life(saves, store, told)
     asyncio.run(later.catch_up())
     assert later.committed_step == 8
     assert [each.step for each in later.commits] == steps(store)[-COMMITS_TOLD_AGAIN:]
@@ -280,3 +291,74 @@ def test_the_lists_for_mlflow_do_not_add_up(saves: Saves, store: RefusingStore) 
         run_out(saves, whole(saves, store, step))
     assert [(commit.number, commit.step) for commit in saves.commits] == [(1, 2), (2, 4), (3, 6)]
     assert len({id(commit.checkpoints) for commit in saves.commits}) == 1
+
+
+# ---- points that MLflow has not got -------------------------------------------------------------------------------
+
+
+def found(saves: Saves, points: PendingPoints, step: int) -> list[int]:
+    asyncio.run(saves.find_points())
+    return [each.step for each in points.handed_over(step)]
+
+
+def test_points_that_mlflow_had_not_got_at_a_commit_outlive_the_driver_that_knew_them(
+    saves: Saves, store: RefusingStore, told: list[str]
+) -> None:
+    """Its node's spool may be gone with it, or belong to a node that has not rank 0 any more."""
+    waiting = [Point(step, 1000 + step, {"train/loss": step / 7, "eval/loss": math.inf}) for step in range(3, 10)]
+    saves._points.keep(PointsKept(tuple(waiting), 14))
+    run_out(saves, whole(saves, store, 8))
+    points = PendingPoints()
+    later = of_another_life(saves, store, told, points)
+    asyncio.run(later.find_points())
+    assert list(points.handed_over(8)) == waiting[:-1], "what came after it is computed again"
+    # MLflow has got some meanwhile; the rest is known to the driver after that one.
+    points.keep(PointsKept((), 4))
+    assert found(later, points, 8) == [7, 8]
+    run_out(later, whole(later, store, 10, "g2"))
+    points = PendingPoints()
+    assert found(of_another_life(saves, store, told, points), points, 10) == [7, 8]
+
+
+def test_points_that_were_sent_since_are_not_found_any_more(
+    saves: Saves, store: RefusingStore, told: list[str]
+) -> None:
+    run_out(saves, whole(saves, store, 2))
+    assert not store.exists(WAITING_NAME), "a run whose MLflow keeps up writes none"
+    saves._points.keep(PointsKept((Point(3, 3, {"train/loss": 1.0}),), 1))
+    run_out(saves, whole(saves, store, 4))
+    saves._points.handed_over(0)
+    run_out(saves, whole(saves, store, 6))
+    points = PendingPoints()
+    assert found(of_another_life(saves, store, told, points), points, 6) == [] and not told
+
+
+@pytest.mark.parametrize(
+    "content", ["", "null", "{", "7", "[7]", "[[1, 2]]", '[["x", 2, {}]]', "[[1, 2, 3]]", "[[1, null, {}]]", "\udcff"]
+)
+def test_what_is_no_list_of_points_is_told_and_ends_nothing(
+    saves: Saves, store: RefusingStore, told: list[str], content: str
+) -> None:
+    store.replace(WAITING_NAME, content.encode(errors="surrogateescape"))
+    assert found(saves, saves._points, 9) == []
+    assert "points that MLflow had not got may be missing there" in told[0]
+    assert "waiting-points.json should hold a list of points, and cannot be read" in told[0]
+    asyncio.run(saves.find_points())
+    assert len(told) == 1
+
+
+def test_a_store_that_does_not_take_the_points_refuses_the_commit_which_is_tried_again(
+    saves: Saves, store: RefusingStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replace, refused = store.replace, [2]
+
+    def refuses(key: str, data: bytes) -> None:
+        if refused[0]:
+            refused[0] -= 1
+            raise StoreError(f"{key}: expired: renew them")
+        replace(key, data)
+
+    monkeypatch.setattr(store, "replace", refuses)
+    saves._points.keep(PointsKept((Point(3, 3, {"train/loss": 1.0}),), 1))
+    run_out(saves, whole(saves, store, 8))
+    assert saves.problem(8) is None and steps(store) == [8] and store.exists(WAITING_NAME)

@@ -3,10 +3,11 @@
 import threading
 import time
 from collections.abc import Mapping
+from concurrent.futures import Future
 
 from raynium.errors import RunInUse
-from raynium.run.points import PointsKept, TakesRank0
-from raynium.run.protocol import Coordinator, MaySend
+from raynium.run.points import MOST_VALUES, PointsKept, TakesRank0
+from raynium.run.protocol import Coordinator, MaySend, News
 from raynium.tracking.tracker import Point, Tracker, TrackerStatus
 
 # The coordinator is told so often, and before a snapshot may leave the node.
@@ -51,10 +52,24 @@ class WitnessedTracker:
         """
         with self._lock:
             self._told = time.monotonic()
-            if self._untold:
-                kept = PointsKept(tuple(self._untold), self._tracker.status().points_pending)
-                self._coordinator.tell(kept)
-                self._untold.clear()
+            if not self._untold:
+                return
+            kept = PointsKept(tuple(self._untold), self._tracker.status().points_pending)
+            self._untold.clear()
+            answer = self._coordinator.tell(kept)
+        answer.add_done_callback(self._hear)
+
+    def _hear(self, answer: "Future[News]") -> None:
+        if answer.cancelled() or answer.exception() is not None or not answer.result().wants_all_points:
+            return
+        with self._lock:
+            waiting = self._tracker.waiting(most_values=MOST_VALUES)
+            self._untold.clear()
+            # Asked after, so that what was sent meanwhile is known to be.
+            self._coordinator.tell(PointsKept(tuple(waiting), self._tracker.status().points_pending, are_all=True))
+
+    def waiting(self, *, most_values: int) -> list[Point]:
+        return self._tracker.waiting(most_values=most_values)
 
     def artifact(self, path: str, text: str) -> None:
         self._tracker.artifact(path, text)

@@ -68,6 +68,7 @@ class RunCoordinator:
             self._config,
             store,
             self._fence,
+            self._pending_points,
             life=self._board.life,
             tell=self._board.tell,
             note=lambda step, cause: self._lives.incidents.notes("checkpoint", where="", cause=cause, step=step),
@@ -177,7 +178,7 @@ class RunCoordinator:
 
     async def tell(self, event: protocol.AgentEvent) -> protocol.News:
         now, metrics_of_nodes, artifacts = time.monotonic(), dict[str, float](), dict[str, str]()
-        points, displaced = tuple[Point, ...](), False
+        points, displaced, wants_all = tuple[Point, ...](), False, False
         match event:
             case protocol.Said(text, what, where):
                 self._board.tell(text)
@@ -218,7 +219,7 @@ class RunCoordinator:
             case protocol.DevicesSeen(node_rank, sample):
                 metrics_of_nodes = self._board.sample(node_rank, sample, now=now)
             case PointsKept():
-                self._pending_points.keep(event)
+                wants_all = self._pending_points.keep(event)
             case TakesRank0(step):
                 points = self._pending_points.handed_over(step)
             case protocol.MaySend():
@@ -231,7 +232,7 @@ class RunCoordinator:
             case protocol.CannotGoOn(cause):
                 async with self._changing():
                     self._lives.end("failed", cause)
-        return protocol.News(self._run_ledger(), metrics_of_nodes, artifacts, points, displaced)
+        return protocol.News(self._run_ledger(), metrics_of_nodes, artifacts, points, displaced, wants_all)
 
     # ---- driver ----------------------------------------------------------------------------------------------------
 
@@ -387,6 +388,7 @@ class RunCoordinator:
             return 0.0
         if origin.checkpoint is not None:
             self._saves.resumed(origin.checkpoint)
+            await self._saves.find_points()
         self._lives.begin(agents, world, origin, now=time.monotonic())
         self._wake()
         return 0.0

@@ -370,7 +370,7 @@ AgentEvent = (
 class News:
     """The answer to every event, for the run's page. metrics: of all nodes, to `DevicesSeen` and node 0's `TimesSeen`.
     artifacts: path → text, to node 0's `TimesSeen` and `StacksTaken`. points: to `TakesRank0`.
-    displaced: to `MaySend`.
+    displaced: to `MaySend`. wants_all_points: to `PointsKept`.
     """
 
     ledger: Ledger
@@ -378,6 +378,7 @@ class News:
     artifacts: dict[str, str] = field(default_factory=dict)
     points: tuple[Point, ...] = ()
     displaced: bool = False
+    wants_all_points: bool = False
 
 
 @dataclass(frozen=True)

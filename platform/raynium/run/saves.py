@@ -23,6 +23,7 @@ from raynium.config.world import World
 from raynium.errors import CheckpointError, RunInUse, StoreError
 from raynium.run.fence import Fence
 from raynium.run.last_save import pause_before_next_try
+from raynium.run.points import PendingPoints, read_waiting, write_waiting
 from raynium.run.protocol import Commit, ShardSaved
 from raynium.storage.store import Store
 
@@ -56,15 +57,19 @@ class Saves:
         config: Config,
         store: Store,
         fence: Fence,
+        points: PendingPoints,
         *,
         life: str,
         tell: Callable[[str], None],
         note: Callable[[int, str], None],
     ):
-        """fence: of the driver's claim. life: the coordinator's name. tell: a line for the user's terminal. note: of
-        the incident that steps become no checkpoints, its first step and the cause.
+        """fence: of the driver's claim. points: that MLflow has not got. life: the coordinator's name. tell: a line for
+        the user's terminal. note: of the incident that steps become no checkpoints, its first step and the cause.
         """
         self._fence = fence
+        self._points = points
+        # Whether the store may have points of before, or has some of this life's.
+        self._knows_points_of_before, self._has_kept_points = False, False
         self._life = life
         self._config = config
         self._store = store
@@ -145,6 +150,7 @@ class Saves:
         """
         step = whole.step
         try:
+            await self._keep_points(step)
             reference = await asyncio.to_thread(
                 commit_checkpoint,
                 self._store,
@@ -175,6 +181,26 @@ class Saves:
         await self._tidy_up(step, living, reading)
         await self._note([reference])
         return newest
+
+    async def _keep_points(self, step: int) -> None:
+        """What MLflow has not got of what the checkpoint of this step has behind it. Raises StoreError, RunInUse."""
+        points = self._points.up_to(step)
+        if points or self._has_kept_points:
+            await asyncio.to_thread(self._fence.check)
+            await asyncio.to_thread(write_waiting, self._store, points)
+            self._has_kept_points, self._knows_points_of_before = bool(points), True
+
+    async def find_points(self) -> None:
+        """Once, before a generation goes on from a checkpoint: what a coordinator that has died knew when it was
+        committed. Training does not wait for a metric: what cannot be read is told.
+        """
+        if self._knows_points_of_before:
+            return
+        self._knows_points_of_before = True
+        try:
+            self._points.found(await asyncio.to_thread(read_waiting, self._store))
+        except StoreError as error:
+            self._tell(f"points that MLflow had not got may be missing there: {error}")
 
     async def commit_last(self, step: int, *, living: Sequence[str]) -> None:
         """At the run's end, if its last save is whole and was not committed: tries that again for a while."""

@@ -22,7 +22,7 @@ from raynium.errors import RayniumError, RunInUse
 from raynium.tracking.client import ArtifactsAway, log_text, mlflow_client
 from raynium.tracking.metrics import STEADY, check_metrics, name_in_mlflow
 from raynium.tracking.spool import MetricSpool, SpooledStep
-from raynium.tracking.tracker import TrackerStatus
+from raynium.tracking.tracker import Point, TrackerStatus
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -288,6 +288,15 @@ class MlflowTracker:
         if news:
             self._spool.append(news, step=step, unix_ms=unix_ms)
         return news
+
+    def waiting(self, *, most_values: int) -> list[Point]:
+        found, values = list[Point](), 0
+        for each in reversed(self._spool.waiting()):
+            values += len(each.metrics)
+            if values > most_values:
+                break
+            found.append(Point(each.step, each.unix_ms, each.metrics))
+        return found[::-1]
 
     def artifact(self, path: str, text: str) -> None:
         self._spool.put_artifact(path, text)

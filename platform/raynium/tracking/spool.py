@@ -163,6 +163,12 @@ class MetricSpool:
             batch.append(waiting)
         return batch
 
+    def waiting(self) -> list[SpooledStep]:
+        """All unacknowledged steps, oldest first. Any thread."""
+        with self._mutex:
+            held = list(self._held)
+        return self._steps_on_disk(before=held[0].number if held else None, limit=-1) + held
+
     def _steps_on_disk(self, *, before: int | None, limit: int) -> list[SpooledStep]:
         query = (
             "SELECT number, step, unix_ms, metrics FROM steps WHERE number > ? AND number < ? ORDER BY number LIMIT ?"

@@ -36,6 +36,15 @@ class TrackerStatus:
         )
 
 
+@dataclass(frozen=True)
+class Point:
+    """The metrics of one step, as given to `append`."""
+
+    step: int
+    unix_ms: int
+    metrics: dict[str, float]
+
+
 class Tracker(Protocol):
     """Where the metrics of one run go. Only the agent of rank 0's node has one."""
 
@@ -44,6 +53,10 @@ class Tracker(Protocol):
 
         Returns those that are. Raises ValueError for a name outside METRICS or a value that is no number.
         """
+        ...
+
+    def waiting(self, *, most_values: int) -> list[Point]:
+        """The newest of those that MLflow has not got, in their order: of no more values than this. Any thread."""
         ...
 
     def artifact(self, path: str, text: str) -> None:
@@ -55,15 +68,6 @@ class Tracker(Protocol):
     def close(self, *, timeout_seconds: float) -> TrackerStatus:
         """Try to deliver what is left; the status says what remains. Nothing may be appended afterwards."""
         ...
-
-
-@dataclass(frozen=True)
-class Point:
-    """The metrics of one step, as given to `append`."""
-
-    step: int
-    unix_ms: int
-    metrics: dict[str, float]
 
 
 class MemoryTracker:
@@ -79,6 +83,9 @@ class MemoryTracker:
         check_metrics(metrics)
         self.points.append(Point(step, unix_ms, dict(metrics)))
         return dict(metrics)
+
+    def waiting(self, *, most_values: int) -> list[Point]:
+        return []
 
     def artifact(self, path: str, text: str) -> None:
         assert not self.closed
