@@ -35,8 +35,8 @@ class LossFile(MemoryTracker):
         super().__init__()
         self._path = path
 
-    def append(self, metrics: Mapping[str, float], *, step: int, unix_ms: int) -> dict[str, float]:
-        accepted = super().append(metrics, step=step, unix_ms=unix_ms)
+    def append(self, metrics: Mapping[str, float], *, step: int, unix_ms: int, again: bool = False) -> dict[str, float]:
+        accepted = super().append(metrics, step=step, unix_ms=unix_ms, again=again)
         if "train/loss" in metrics:
             with self._path.open("a") as file:
                 file.write(json.dumps([step, metrics["train/loss"]]) + "\n")

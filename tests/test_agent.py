@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from multiprocessing import forkserver
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import psutil
 import pytest
@@ -33,13 +33,15 @@ from raynium.errors import DataError, TrackingError
 from raynium.node import orphans
 from raynium.node.agent import Node, NodeAgent
 from raynium.node.buddies import CopyError
+from raynium.node.node_zero import CommitLog, WitnessedTracker
 from raynium.node.ranks import RankGroup, start_template
-from raynium.node.reports import CommitLog, Reports
+from raynium.node.reports import Reports
 from raynium.run.coordinator import RunCoordinator
 from raynium.run.on_loop import CoordinatorOnLoop
-from raynium.run.protocol import AgentEvent, CannotGoOn, Commit, News, Order, Said, ShardSaved, Status
+from raynium.run.points import PointsKept
+from raynium.run.protocol import AgentEvent, CannotGoOn, Commit, Coordinator, News, Order, Said, ShardSaved, Status
 from raynium.storage.store import Store
-from raynium.tracking.ledger import CAUSES
+from raynium.tracking.ledger import CAUSES, Ledger
 from raynium.tracking.tracker import MemoryTracker
 from raynium.train.link import Stepped
 
@@ -306,6 +308,12 @@ def test_commits_go_on_being_written_down_after_a_disk_was_full() -> None:
             super().artifact(path, text)
 
     class Calls:
+        def tell(self, event: AgentEvent) -> "Future[News]":
+            told.append(event)
+            answer: Future[News] = Future()
+            answer.set_result(News(Ledger(), {}))
+            return answer
+
         def commits(self, sent: Commit | None) -> "Future[Any]":
             answer: Future[Any] = Future()
             after = 0 if sent is None else sent.number
@@ -313,10 +321,13 @@ def test_commits_go_on_being_written_down_after_a_disk_was_full() -> None:
             answer.set_result([Commit("a", after + 1, 10 * after, {"checkpoint/bytes": 1.0}, text)] if text else None)
             return answer
 
-    tracker = FullOnce()
-    CommitLog(Calls(), tracker).close()
+    told: list[AgentEvent] = []
+    tracker, calls = FullOnce(), cast(Coordinator, Calls())
+    CommitLog(calls, WitnessedTracker(tracker, calls, tenure=1, resume_step=None)).close()
     assert [step for step, _ in tracker.values("checkpoint/bytes")] == [0, 10]
     assert tracker.artifacts == {"checkpoints.json": "second"}
+    kept = [point.step for event in told if isinstance(event, PointsKept) for point in event.points]
+    assert kept == [0, 10], "the coordinator tells of no commit again that was answered"
 
 
 def test_a_stop_saves_at_the_next_step_and_the_next_driver_goes_on(

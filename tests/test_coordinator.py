@@ -349,7 +349,7 @@ def test_a_run_goes_on_on_fewer_nodes_and_grows_at_a_checkpoint_once_one_is_back
         assert (second.world.nodes, second.world.num_micro_batches, second.resume_step) == (1, 4, 2)
         watching = asyncio.create_task(run.watch(again(agent(0), first), second, stop_known=False))
         replacement = replace(agent(1), incarnation=1)
-        assert await run.join(replacement) == StandBy(2)
+        assert await run.join(replacement) == StandBy(2, resume_step=2)
         comes_back = asyncio.create_task(run.join(again(replacement, second)))
         assert (await watching).kind == "stop", "it saves first: nothing is taken twice"
         await save(run, tmp_path, second, 4)
@@ -1432,7 +1432,7 @@ def test_a_run_that_cannot_save_before_it_leaves_a_node_goes_on_from_what_there_
         assert (await run.status(0)).ended is None
         second, stands_by = await asyncio.gather(*(run.join(again(each, order)) for each in nodes[:2]))
         assert isinstance(second, Order) and (second.seats, second.resume_step) == ((0, 2), 2)
-        assert stands_by == StandBy(2) and await spare == second
+        assert stands_by == StandBy(2, resume_step=2) and await spare == second
 
     asyncio.run(play())
 
@@ -1454,7 +1454,7 @@ def test_a_node_that_is_left_lends_its_images_to_the_spare_and_is_busy_until_the
         assert isinstance(second, Order) and await spare == second
         assert (second.seats, second.resume_images) == ((0, 2), HeldImages(order.generation_id, 4, (0, 1), WORLD))
         assert not second.reshapes and second.copies == {("127.0.0.3", 7001): range(1, 2)}
-        assert stands_by == StandBy(2, second.resume_images)
+        assert stands_by == StandBy(2, second.resume_images, second.resume_step)
         assert "n1" in (await run.status(0)).busy_nodes, "it is read"
         await report(run, 5, {"train/loss": 3.0})
         assert "n1" not in (await run.status(0)).busy_nodes
@@ -1469,7 +1469,7 @@ def test_who_stands_by_lends_what_ranks_of_another_world_begin_with(tmp_path: Pa
         has_all = replace(agent(0), images=(HeldImages("g1", 3, (0,), old),), buddy_port=7000)
         order, _ = await asyncio.gather(run.join(has_all), run.join(agent(1)))
         assert isinstance(order, Order) and order.reshapes and order.copies == {("127.0.0.2", 7000): range(1)}
-        assert await run.join(agent(2)) == StandBy(1, order.resume_images)
+        assert await run.join(agent(2)) == StandBy(1, order.resume_images, order.resume_step)
 
     asyncio.run(play())
 

@@ -134,12 +134,11 @@ class Play:
     def wants_to_skip(self, *, upload: bool) -> bool:
         return self.busy_until > max(self.link.steps, default=0)
 
-    def save(self, step: int, *, upload: bool) -> dict[str, float]:
+    def save(self, step: int, *, upload: bool) -> None:
         self.journal.append(f"save {step}" if upload else f"keep {step}")
         self.states[step] = self.engine.state()[0].tensor.clone()
-        if not upload:
-            return {"snapshot/stall_seconds": 0.1}
-        return {"checkpoint/stall_seconds": 0.5, "checkpoint/wait_seconds": 0.0}
+        cost = {"checkpoint/stall_seconds": 0.5, "checkpoint/wait_seconds": 0.0}
+        self.link.step(step, cost if upload else {"snapshot/stall_seconds": 0.1})
 
 
 def plain(step: int) -> list[str]:

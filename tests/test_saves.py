@@ -3,6 +3,7 @@
 import asyncio
 import json
 import math
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,8 +16,9 @@ from raynium.checkpoint.format.manifest import ShardEntry
 from raynium.config.load import parse_config
 from raynium.config.world import World
 from raynium.errors import StoreError
+from raynium.run import saves as saves_module
 from raynium.run.fence import Fence
-from raynium.run.points import WAITING_NAME, PendingPoints, PointsKept
+from raynium.run.points import WAITING_FOLDER, PendingPoints, PointsKept, TakesRank0, read_waiting, write_waiting
 from raynium.run.protocol import ShardSaved
 from raynium.run.saves import COMMITS_TOLD_AGAIN, MOST_COMING_IN, Saves, WholeSave
 from raynium.storage.store import Store
@@ -72,10 +74,10 @@ def saves(store: RefusingStore, told: list[str], noted: list[int], monkeypatch: 
     )
 
 
-def of_another_life(saves: Saves, store: Store, told: list[str], points: PendingPoints | None = None) -> Saves:
+def of_another_life(saves: Saves, store: Store, told: list[str]) -> Saves:
     """Those of a coordinator after this one."""
-    points, note = points or PendingPoints(), saves._note_incident
-    return Saves(saves._config, store, Fence(store, 1), points, life="b", tell=told.append, note=note)
+    note = saves._note_incident
+    return Saves(saves._config, store, Fence(store, 1), PendingPoints(), life="b", tell=told.append, note=note)
 
 
 def saved(
@@ -296,55 +298,112 @@ def test_the_lists_for_mlflow_do_not_add_up(saves: Saves, store: RefusingStore) 
 # ---- points that MLflow has not got -------------------------------------------------------------------------------
 
 
-def found(saves: Saves, points: PendingPoints, step: int) -> list[int]:
+WAITING = [Point(step, 1000 + step, {"train/loss": step / 7, "eval/loss": math.inf}) for step in range(3, 10)]
+
+
+def found(saves: Saves, step: int, *, tenure: int = 9) -> list[Point]:
+    """By a node that takes rank 0."""
     asyncio.run(saves.find_points())
-    return [each.step for each in points.handed_over(step)]
+    return list(saves._points.handed_over(TakesRank0(tenure, step)))
 
 
 def test_points_that_mlflow_had_not_got_at_a_commit_outlive_the_driver_that_knew_them(
     saves: Saves, store: RefusingStore, told: list[str]
 ) -> None:
     """Its node's spool may be gone with it, or belong to a node that has not rank 0 any more."""
-    waiting = [Point(step, 1000 + step, {"train/loss": step / 7, "eval/loss": math.inf}) for step in range(3, 10)]
-    saves._points.keep(PointsKept(tuple(waiting), 14))
+    saves._points.keep(PointsKept(1, 1, tuple(WAITING), 14))
     run_out(saves, whole(saves, store, 8))
-    points = PendingPoints()
-    later = of_another_life(saves, store, told, points)
-    asyncio.run(later.find_points())
-    assert list(points.handed_over(8)) == waiting[:-1], "what came after it is computed again"
+    later = of_another_life(saves, store, told)
+    assert found(later, 8, tenure=2) == WAITING[:-1], "what came after it is computed again"
     # MLflow has got some meanwhile; the rest is known to the driver after that one.
-    points.keep(PointsKept((), 4))
-    assert found(later, points, 8) == [7, 8]
+    later._points.keep(PointsKept(2, 1, (), 4))
     run_out(later, whole(later, store, 10, "g2"))
-    points = PendingPoints()
-    assert found(of_another_life(saves, store, told, points), points, 10) == [7, 8]
+    assert found(of_another_life(saves, store, told), 10) == WAITING[-3:-1]
+
+
+def test_an_older_step_that_becomes_whole_late_leaves_none_out_that_the_newest_needs(
+    saves: Saves, store: RefusingStore, told: list[str]
+) -> None:
+    saves._points.keep(PointsKept(1, 1, tuple(WAITING), 14))
+    late = whole(saves, store, 4)
+    run_out(saves, whole(saves, store, 8))
+    run_out(saves, late)
+    assert found(of_another_life(saves, store, told), 8) == WAITING[:-1]
+
+
+def test_a_coordinator_that_knows_few_of_them_yet_overwrites_none(
+    saves: Saves, store: RefusingStore, told: list[str]
+) -> None:
+    """It was started again, and a commit comes before it was told all."""
+    saves._points.keep(PointsKept(1, 1, tuple(WAITING), 14))
+    run_out(saves, whole(saves, store, 8))
+    again = of_another_life(saves, store, told)
+    assert again._points.keep(PointsKept(1, 2, (Point(10, 10, {"train/loss": 1.0}),), 15))
+    run_out(again, whole(again, store, 10))
+    assert found(of_another_life(saves, store, told), 9) == WAITING
 
 
 def test_points_that_were_sent_since_are_not_found_any_more(
     saves: Saves, store: RefusingStore, told: list[str]
 ) -> None:
     run_out(saves, whole(saves, store, 2))
-    assert not store.exists(WAITING_NAME), "a run whose MLflow keeps up writes none"
-    saves._points.keep(PointsKept((Point(3, 3, {"train/loss": 1.0}),), 1))
+    assert not store.list(WAITING_FOLDER).sizes, "nothing waited"
+    saves._points.keep(PointsKept(1, 1, tuple(WAITING), 14))
     run_out(saves, whole(saves, store, 4))
-    saves._points.handed_over(0)
+    saves._points.keep(PointsKept(1, 2, (), 0))
     run_out(saves, whole(saves, store, 6))
-    points = PendingPoints()
-    assert found(of_another_life(saves, store, told, points), points, 6) == [] and not told
+    assert found(of_another_life(saves, store, told), 6) == [] and not told
+
+
+def test_a_driver_that_comes_back_from_the_dead_overwrites_only_what_it_has_left(store: RefusingStore) -> None:
+    for claim, points in ((1, WAITING[:1]), (3, WAITING[:3]), (2, [])):
+        write_waiting(store, claim, points)
+    assert read_waiting(store) == WAITING[:3]
+    assert [*store.list(WAITING_FOLDER).sizes] == [f"{WAITING_FOLDER}/000000003.json"], "those of before are gone"
+    store.deletes = False
+    write_waiting(store, 4, WAITING)
+    assert read_waiting(store) == WAITING, "that they stay harms nobody"
 
 
 @pytest.mark.parametrize(
-    "content", ["", "null", "{", "7", "[7]", "[[1, 2]]", '[["x", 2, {}]]', "[[1, 2, 3]]", "[[1, null, {}]]", "\udcff"]
+    "content",
+    [
+        *("", "null", "{", "7", "[7]", "[[1, 2]]", '[["x", 2, {"train/loss": 1.0}]]', "[[1, 2, 3]]", "[[1, 2, {}]]"),
+        *('[[1, null, {"train/loss": 1.0}]]', '[[-1, 2, {"train/loss": 1.0}]]', '[[1, 2, {"x": 1.0}]]'),
+        *('[[1, 2, {"train/loss": "x"}]]', "\udcff"),
+    ],
 )
 def test_what_is_no_list_of_points_is_told_and_ends_nothing(
     saves: Saves, store: RefusingStore, told: list[str], content: str
 ) -> None:
-    store.replace(WAITING_NAME, content.encode(errors="surrogateescape"))
-    assert found(saves, saves._points, 9) == []
-    assert "points that MLflow had not got may be missing there" in told[0]
-    assert "waiting-points.json should hold a list of points, and cannot be read" in told[0]
-    asyncio.run(saves.find_points())
-    assert len(told) == 1
+    store.replace(f"{WAITING_FOLDER}/000000001.json", content.encode(errors="surrogateescape"))
+    assert found(saves, 9) == []
+    assert "points that MLflow had not got are missing there" in told[0]
+    assert "waiting-points/000000001.json should hold a list of points, and cannot be read" in told[0]
+    run_out(saves, whole(saves, store, 8))
+    assert len(told) == 1 and steps(store) == [8]
+
+
+def test_a_store_that_is_away_is_asked_again_for_the_points_before_they_are_overwritten(
+    saves: Saves, store: RefusingStore, told: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saves._points.keep(PointsKept(1, 1, tuple(WAITING), 14))
+    run_out(saves, whole(saves, store, 8))
+    later, read = of_another_life(saves, store, told), saves_module.read_waiting
+
+    def silent(_: Store) -> list[Point]:
+        time.sleep(0.5)
+        raise StoreError("allow s3:ListBucket")
+
+    monkeypatch.setattr(saves_module, "read_waiting", silent)
+    assert found(later, 8, tenure=1) == [] and "may come late: allow s3:ListBucket" in told[-1]
+    monkeypatch.setattr(saves_module, "POINTS_SECONDS", 0.01)
+    assert found(later, 8, tenure=2) == [] and "may come late: the store is silent" in told[-1]
+    later._points.keep(PointsKept(2, 1, (Point(9, 9, {"train/loss": 1.0}),), 1))
+    assert not asyncio.run(later.commit(whole(later, store, 10), living=["g1"])), "it would overwrite them"
+    monkeypatch.setattr(saves_module, "read_waiting", read)
+    assert asyncio.run(later.commit(whole(later, store, 12), living=["g1"]))
+    assert found(of_another_life(saves, store, told), 8) == WAITING[:-1]
 
 
 def test_a_store_that_does_not_take_the_points_refuses_the_commit_which_is_tried_again(
@@ -359,6 +418,6 @@ def test_a_store_that_does_not_take_the_points_refuses_the_commit_which_is_tried
         replace(key, data)
 
     monkeypatch.setattr(store, "replace", refuses)
-    saves._points.keep(PointsKept((Point(3, 3, {"train/loss": 1.0}),), 1))
+    saves._points.keep(PointsKept(1, 1, tuple(WAITING), 14))
     run_out(saves, whole(saves, store, 8))
-    assert saves.problem(8) is None and steps(store) == [8] and store.exists(WAITING_NAME)
+    assert saves.problem(8) is None and steps(store) == [8] and read_waiting(store) == WAITING

@@ -188,7 +188,7 @@ def test_full_disk_holds_points_in_memory_and_writes_them_later(open_spool, capl
         for step in range(50):
             append(spool, step)
         assert 0 < len(spool._held) < 50
-        assert drained(spool, acknowledge=False) == list(range(50 - len(spool._held)))
+        assert drained(spool, acknowledge=False) == list(range(50)), "from disk and from memory"
     assert caplog.text.count("kept in memory") == 1
     append(spool, 50)
     assert steps_waiting(open_spool()) == list(range(51))
@@ -370,3 +370,17 @@ def test_a_process_killed_while_appending_loses_no_returned_append(tmp_path: Pat
     steps = steps_waiting(spool)
     assert steps == list(range(len(steps)))
     assert len(steps) >= last_reported
+
+
+def test_the_newest_that_wait_are_read_without_the_others(open_spool) -> None:
+    spool = open_spool()
+    for step in range(200):
+        append(spool, step)
+    points = len(spool.read_steps(max_points=1)[0].metrics)
+    assert [each.step for each in spool.newest(max_points=3 * points + points - 1)] == [197, 198, 199]
+    spool.acknowledge_steps(spool.read_steps(max_points=198 * points))
+    assert [each.step for each in spool.newest(max_points=10**6)] == [198, 199]
+    spool._file.unlink()
+    spool._file.mkdir()
+    with pytest.raises(TrackingError, match=r"cannot read .*queue.db.*See to the disk that it is on"):
+        spool.newest(max_points=9)

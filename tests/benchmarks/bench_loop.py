@@ -226,7 +226,7 @@ class _NoSnapshots:
     def wants_to_skip(self, *, upload: bool) -> bool:
         return False
 
-    def save(self, step: int, *, upload: bool) -> dict[str, float]:
+    def save(self, step: int, *, upload: bool) -> None:
         raise AssertionError("this run saves nothing")
 
 

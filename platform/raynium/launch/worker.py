@@ -15,9 +15,9 @@ from raynium.health.metadata_service import this_instance
 from raynium.launch.backend import ATTEMPT_VARIABLE, INCARNATION_VARIABLE
 from raynium.node.agent import Node, NodeAgent
 from raynium.node.node_log import log_to_file
+from raynium.node.node_zero import refuse_displaced
 from raynium.node.ranks import drop_sockets
 from raynium.node.readmission import Readmission
-from raynium.node.witnessed import refuse_displaced
 from raynium.run.fence import Fence, FenceWatch
 from raynium.run.protocol import (
     AgentEvent,

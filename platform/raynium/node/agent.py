@@ -28,14 +28,14 @@ from raynium.node.compile_cache import node_cache
 from raynium.node.diagnosis import KERNEL_LOG, Diagnosis, KernelLog, seconds_for_others
 from raynium.node.images import Snapshot
 from raynium.node.looking import look_at
+from raynium.node.node_zero import NodeZero
 from raynium.node.orphans import end_orphans
 from raynium.node.ranks import RankGroup, start_template, wait_for_template
 from raynium.node.recovery_clock import AGREE, DRAIN, FORK
-from raynium.node.reports import CommitLog, Reports
+from raynium.node.reports import Reports
 from raynium.node.saving import Saving
 from raynium.node.spares import Spares
 from raynium.node.uploader import Uploader
-from raynium.node.witnessed import WitnessedTracker
 from raynium.rank.plan import RankPlan
 from raynium.rank.ports import rendezvous_socket
 from raynium.run.protocol import (
@@ -69,8 +69,6 @@ POLL_SECONDS = 1.0
 SETTLE_SECONDS = 0.01
 # Ranks have got on for so long before others are made ready to take their places.
 SPARES_AFTER_SECONDS = 1.0
-# Then the rest stays in the spool, and the next attempt on this node sends it.
-TRACKER_CLOSE_SECONDS = 30.0
 
 
 @dataclass(frozen=True)
@@ -122,7 +120,7 @@ class NodeAgent:
         self.node = node
         self.accelerator = accelerator
         self.coordinator = coordinator
-        self._open_tracker = open_tracker
+        self._node_zero = NodeZero(coordinator, open_tracker)
         self._data_places = data_places
         self._name = f"node {node.seat} ({node.host})"
         uploader = Uploader(run_url, silence_seconds=config.fault.upload_silence_seconds)
@@ -147,9 +145,6 @@ class NodeAgent:
         # On a device they could hold neither cores nor device memory, which is what a start there waits for.
         self._makes_spares = accelerator.device_type == "cpu" and config.engine.kind == "native"
         self._spares: Spares | None = None
-        # Once this node has run rank 0.
-        self._tracker: WitnessedTracker | None = None
-        self._commits: CommitLog | None = None
 
     def run(self) -> None:
         """Returns when the run has ended, however it ended; the coordinator knows how."""
@@ -175,10 +170,9 @@ class NodeAgent:
             try:
                 self._run_generations(data_places, image_folder)
             finally:
-                if self._tracker is not None:
-                    left = self._tracker.close(timeout_seconds=TRACKER_CLOSE_SECONDS)
-                    if left.points_pending or left.artifacts_pending:
-                        self.coordinator.tell(Said(str(left))).result()
+                if self._node_zero.tracker is not None:
+                    self._saving.wait()
+                self._node_zero.close()
         finally:
             if self._cache.sync is not None:
                 self._cache.sync.close()
@@ -235,10 +229,10 @@ class NodeAgent:
                         continue
                     reports.recovery.begins(FORK, time.monotonic())
                     self.node_rank = order.node_rank(agent)
-                    if self.node_rank == 0 and self._tracker is None:
-                        self._tracker = WitnessedTracker(self._open_tracker(), self.coordinator, order.resume_step)
-                        self._commits = CommitLog(self.coordinator, self._tracker)
-                    reports.begin_generation(order, self._ranks(order), self._tracker)
+                    follows = order.generation == self._last_generation + 1
+                    self._last_generation = order.generation
+                    self._node_zero.begins(order, has_rank0=self.node_rank == 0, follows=follows)
+                    reports.begin_generation(order, self._ranks(order), self._node_zero.tracker)
                     try:
                         group = self._fork(order, rendezvous, data_places=data_places, image_folder=image_folder)
                     except CopyError as error:
@@ -247,16 +241,12 @@ class NodeAgent:
                         self.coordinator.exited(agent, order, ended).result()
                         continue
                 self._run_generation(group, agent, order, reports)
-            if self._tracker is not None:
-                self._tracker.append(order.ledger.metrics(), step=order.ledger.step, unix_ms=int(time.time() * 1000))
+            self._node_zero.ends(order.ledger)
         finally:
             notices.close()
             self._drop_spares()
             if devices is not None:
                 devices.close()
-            if self._commits is not None:
-                self._saving.wait()
-                self._commits.close()
 
     def _wait_for_template(self) -> None:
         """Nothing counts on this node before it can fork: as a spare it would cost the others its imports."""
@@ -275,10 +265,7 @@ class NodeAgent:
         if self._buddies is not None:
             self._buddies.begin_generation(order.lends, None, adopts=True)
         self._saving.begin_generation((), None, image_folder)
-        if self._tracker is not None and self._commits is not None:
-            self._commits.abandon()
-            self._tracker.close(timeout_seconds=TRACKER_CLOSE_SECONDS)
-            self._tracker = self._commits = None
+        self._node_zero.gives_up(order.resume_step)
 
     def _info(self, rendezvous: socket.socket) -> AgentInfo:
         return AgentInfo(
@@ -328,7 +315,6 @@ class NodeAgent:
     def _fork(
         self, order: Order, rendezvous: socket.socket, *, data_places: list[str], image_folder: Path
     ) -> RankGroup:
-        self._last_generation = order.generation
         held, where = order.resume_images, None
         if self._buddies is not None:
             self._buddies.begin_generation(held, order.buddies[self.node_rank], adopts=order.reshapes)
@@ -394,6 +380,8 @@ class NodeAgent:
         if all(each.cause is None for each in exits) and len(exits) == len(group.ranks):
             self._saving.finish(agent, order)
         exits = self._cache.without_broken(exits)
+        # The next generation may have it elsewhere.
+        self._node_zero.tell()
         ended = NodeEnded(tuple(exits), reports.end_generation(), fault, reports.newest_step())
         self._saving.tell_end(agent, order, ended)
 
@@ -469,9 +457,8 @@ class NodeAgent:
             if isinstance(message, ImageWritten):
                 info, replicas = ImageInfo.from_json(message.info), ImageInfo.from_json(message.replicas)
                 snapshot = Snapshot(order.generation_id, order.world, order.resume_step, info, replicas)
+                self._node_zero.tell()
                 self._saving.take(rank, message.slot, snapshot, upload=message.upload)
-                if self._tracker is not None:
-                    self._tracker.tell()
                 if self._buddies is not None:
                     self._buddies.offer(rank, message.slot, snapshot)
                 continue

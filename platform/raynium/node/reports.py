@@ -3,7 +3,6 @@
 import logging
 import math
 import re
-import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
@@ -14,7 +13,6 @@ from raynium.errors import TrackingError
 from raynium.node.recovery_clock import RecoveryClock
 from raynium.run.positions import RankPosition
 from raynium.run.protocol import (
-    Commit,
     Coordinator,
     Evaluates,
     News,
@@ -39,7 +37,6 @@ REPORT_SECONDS = 0.5
 LEDGER_SECONDS = 10.0
 # Nor is an artifact of the ranks' step times.
 TIMES_SECONDS = 10.0
-COMMIT_LOG_CLOSE_SECONDS = 10.0
 # Where the ranks are is told so often, and where fault.hang_seconds is short, so often within it.
 POSITIONS_SECONDS = 5.0
 POSITIONS_IN_A_LIMIT = 20
@@ -269,42 +266,3 @@ class Reports:
                 self._compiles_told.add(told)
                 more = " (more are in the log only)" if len(self._compiles_told) == COMPILES_TOLD else ""
                 self._coordinator.tell(Said(said + more))
-
-
-class CommitLog:
-    """Writes each commit into MLflow: its numbers at its step, and the list of the run's checkpoints as an artifact."""
-
-    def __init__(self, coordinator: Coordinator, tracker: Tracker):
-        self._coordinator = coordinator
-        self._tracker = tracker
-        self._abandoned = False
-        self._thread = threading.Thread(target=self._follow, name="commit-log", daemon=True)
-        self._thread.start()
-
-    def abandon(self) -> None:
-        """Another node's writes them down from now on: what this one may still be answered is told to that one too."""
-        self._abandoned = True
-
-    def close(self) -> None:
-        """Once the run has ended: returns when the last commit is written down, or the coordinator is out of reach."""
-        self._thread.join(COMMIT_LOG_CLOSE_SECONDS)
-
-    def _follow(self) -> None:
-        sent: Commit | None = None
-        while True:
-            try:
-                commits = self._coordinator.commits(sent).result()
-            except Exception as error:
-                # Ray's own errors, which this file must not import: the coordinator is gone.
-                logger.warning("checkpoints are no longer written into MLflow: %s", error)
-                return
-            if commits is None or self._abandoned:
-                return
-            for commit in commits:
-                sent = commit
-                self._tracker.append(commit.metrics, step=commit.step, unix_ms=int(time.time() * 1000))
-                try:
-                    self._tracker.artifact("checkpoints.json", commit.checkpoints)
-                except TrackingError as error:
-                    # The disk is full: the next commit's list holds this one too.
-                    logger.warning("the list of checkpoints does not reach MLflow: %s", error)

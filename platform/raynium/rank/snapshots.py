@@ -40,8 +40,8 @@ class NoSnapshots:
     def wants_to_skip(self, *, upload: bool) -> bool:
         return False
 
-    def save(self, step: int, *, upload: bool) -> dict[str, float]:
-        return {}
+    def save(self, step: int, *, upload: bool) -> None:
+        pass
 
 
 class Snapshots:
@@ -98,8 +98,8 @@ class Snapshots:
             return True
         return (self._if_busy == "skip" or not upload) and not self._link.has_free_image()
 
-    def save(self, step: int, *, upload: bool) -> dict[str, float]:
-        """Copies the state into a free image and hands it to the agent; returns what it cost.
+    def save(self, step: int, *, upload: bool) -> None:
+        """Copies the state into a free image, reports what that cost, and hands the image to the agent.
 
         Waits only if all images are still being uploaded. All ranks call it after the same step, without talking.
         """
@@ -115,10 +115,12 @@ class Snapshots:
         stall_seconds = time.perf_counter() - began
         info = self._plan.info(step=step, path=self._images[slot].path, stall_seconds=stall_seconds)
         replicas = self._replica_plan.info(step=step, path=self._replicas[slot].path)
+        cost = {"snapshot/stall_seconds": stall_seconds}
+        if upload:
+            cost = {"checkpoint/stall_seconds": stall_seconds, "checkpoint/wait_seconds": free - began}
+        # Before the image leaves: whoever goes on from it does not take this step again.
+        self._link.step(step, cost)
         self._link.image(slot, info.to_json(), replicas.to_json(), upload=upload)
-        if not upload:
-            return {"snapshot/stall_seconds": stall_seconds}
-        return {"checkpoint/stall_seconds": stall_seconds, "checkpoint/wait_seconds": free - began}
 
     def _take_memory(self) -> SnapshotMemoryShort | None:
         """All images; what they lack otherwise."""

@@ -114,7 +114,7 @@ class RunCoordinator:
                 if (order := self._lives.order_for(agent)) is not None:
                     return order
                 if (passed := self._lives.passed_over(agent)) is not None:
-                    return StandBy(passed.generation, passed.resume_images)
+                    return StandBy(passed.generation, passed.resume_images, passed.resume_step)
                 if self._has_crew():
                     await self._order_generations()
                 else:
@@ -220,8 +220,9 @@ class RunCoordinator:
                 metrics_of_nodes = self._board.sample(node_rank, sample, now=now)
             case PointsKept():
                 wants_all = self._pending_points.keep(event)
-            case TakesRank0(step):
-                points = self._pending_points.handed_over(step)
+            case TakesRank0():
+                await self._saves.find_points()
+                points = self._pending_points.handed_over(event)
             case protocol.MaySend():
                 displaced = self._roster.is_past(event)
             case protocol.NodeLeaves(node_id, why):
@@ -388,7 +389,6 @@ class RunCoordinator:
             return 0.0
         if origin.checkpoint is not None:
             self._saves.resumed(origin.checkpoint)
-            await self._saves.find_points()
         self._lives.begin(agents, world, origin, now=time.monotonic())
         self._wake()
         return 0.0

@@ -4,30 +4,35 @@ The coordinator knows them, and the store does from each commit on: who goes on 
 and on whatever nodes, sends them.
 """
 
+import contextlib
 import json
 from collections import deque
-from collections.abc import Sequence
-from dataclasses import astuple, dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
-from raynium.errors import StoreError
+from raynium.errors import CheckpointDamaged, StoreError
 from raynium.storage.backend import KeyMissing
 from raynium.storage.store import Store
 from raynium.tracking.metrics import check_metrics
 from raynium.tracking.tracker import Point
 
-# In the run's store: those of the newest commit.
-WAITING_NAME = "waiting-points.json"
+# In the run's store: those of the newest commit of each driver. One that comes back from the dead overwrites its own.
+WAITING_FOLDER = "waiting-points"
 # Values of metrics, some megabytes: of a run whose MLflow is away for long, the newest.
 MOST_VALUES = 50_000
 
 
 @dataclass(frozen=True)
 class PointsKept:
-    """Of rank 0's node, in the order in which it took them. pending: values that it has for MLflow, these too.
+    """Of rank 0's node, in the order in which it took them.
 
-    are_all: the newest MOST_VALUES of them are these; else those before are known, or are asked for.
+    tenure: the first generation of those in a row in which it has rank 0. number: of this word in the tenure, from 1
+    on; words may overtake each other, and be said again. pending: values that it has for MLflow, these too. are_all:
+    before these nothing waits, but for what is older than MOST_VALUES; else what does was told, or is asked for.
     """
 
+    tenure: int
+    number: int
     points: tuple[Point, ...]
     pending: int
     are_all: bool = False
@@ -37,6 +42,7 @@ class PointsKept:
 class TakesRank0:
     """A node that begins to send to MLflow asks for what was not sent. step: that its ranks go on from."""
 
+    tenure: int
     step: int
 
 
@@ -44,63 +50,95 @@ class PendingPoints:
     """What the coordinator knows of them."""
 
     def __init__(self) -> None:
-        self._points = deque[Point]()
+        # Each with the number of the word that told it; 0: an earlier tenure's, or the store's.
+        self._points = deque[tuple[int, Point]]()
         self._values = 0
-        # Of the node that has rank 0.
+        self._tenure = self._newest = 0
+        self._pending = 0
+        # In this tenure.
         self._has_asked_for_all = False
 
-    def up_to(self, step: int) -> tuple[Point, ...]:
-        """Those that a state of this step has behind it."""
-        return tuple(point for point in self._points if point.step <= step)
+    def all(self) -> tuple[Point, ...]:
+        """Oldest first."""
+        return tuple(point for _, point in self._points)
 
     def found(self, points: Sequence[Point]) -> None:
         """In the store, where a coordinator before this one has left them."""
-        self._points.extendleft(reversed(points))
-        self._values += sum(len(point.metrics) for point in points)
+        self._become([*((0, point) for point in points), *self._points])
 
     def keep(self, kept: PointsKept) -> bool:
         """What is older than all that is pending, MLflow has. True: there are some that were not told here, because
         this coordinator is younger than they, or an agent before that one took them: it is to tell all.
         """
-        if kept.are_all:
-            self._points.clear()
-            self._values = 0
-        for point in kept.points:
-            self._points.append(point)
-            self._values += len(point.metrics)
-        most = min(kept.pending, MOST_VALUES)
-        while self._points and self._values - len(self._points[0].metrics) >= most:
-            self._values -= len(self._points.popleft().metrics)
+        if kept.tenure < self._tenure:
+            return False
+        if kept.tenure > self._tenure:
+            self._begins(kept.tenure)
+        told = [(kept.number, point) for point in kept.points]
+        if kept.number > self._newest and not kept.are_all:
+            self._points.extend(told)
+            self._values += _values(told)
+        else:
+            others = [each for each in self._points if each[0] != kept.number]
+            later = [each for each in others if each[0] > kept.number]
+            before = [] if kept.are_all else [each for each in others if each[0] < kept.number]
+            self._become([*before, *told, *later])
+        if kept.number > self._newest:
+            self._newest, self._pending = kept.number, kept.pending
+        most = min(self._pending, MOST_VALUES)
+        while self._points and self._values - len(self._points[0][1].metrics) >= most:
+            self._values -= len(self._points.popleft()[1].metrics)
         asks = self._values < most and not self._has_asked_for_all
         self._has_asked_for_all |= asks
         return asks
 
-    def handed_over(self, step: int) -> tuple[Point, ...]:
-        """To whoever goes on from this step; what came after it is computed again, and belongs to nobody any more."""
-        self._has_asked_for_all = False
-        self._points = deque(self.up_to(step))
-        self._values = sum(len(point.metrics) for point in self._points)
-        return tuple(self._points)
+    def handed_over(self, takes: TakesRank0) -> tuple[Point, ...]:
+        """What came after the step that is gone on from is computed again, and belongs to nobody any more."""
+        if takes.tenure < self._tenure:
+            return ()
+        found = [point for point in self.all() if point.step <= takes.step]
+        self._begins(takes.tenure)
+        self._become((0, point) for point in found)
+        return tuple(found)
+
+    def _begins(self, tenure: int) -> None:
+        self._become([each for each in self._points if each[0] == 0])
+        self._tenure, self._newest, self._pending, self._has_asked_for_all = tenure, 0, 0, False
+
+    def _become(self, points: Iterable[tuple[int, Point]]) -> None:
+        self._points = deque(points)
+        self._values = _values(self._points)
 
 
-def write_waiting(store: Store, points: Sequence[Point]) -> None:
-    """Before the commit whose state they belong to. Raises StoreError."""
-    store.replace(WAITING_NAME, json.dumps([astuple(point) for point in points]).encode())
+def _values(points: Iterable[tuple[int, Point]]) -> int:
+    return sum(len(point.metrics) for _, point in points)
+
+
+def write_waiting(store: Store, claim_number: int, points: Sequence[Point]) -> None:
+    """Before the commit whose state they belong to. claim_number: of the driver. Raises StoreError."""
+    told = [(point.step, point.unix_ms, point.metrics) for point in points]
+    store.replace(f"{WAITING_FOLDER}/{claim_number:09d}.json", json.dumps(told).encode())
 
 
 def read_waiting(store: Store) -> list[Point]:
-    """Raises StoreError, also for what nobody of ours has written."""
+    """Of the newest driver that has left any; those of others are deleted. Raises StoreError, and CheckpointDamaged for
+    what nobody of ours has written.
+    """
+    *older, newest = ("", *sorted(store.list(WAITING_FOLDER).sizes))
     try:
-        points = [Point(*each) for each in json.loads(store.read(WAITING_NAME))]
+        points = [Point(*each) for each in json.loads(store.read(newest))] if newest else []
         for point in points:
             check_metrics(point.metrics)
             if not min(point.step, point.unix_ms) >= 0:
                 raise ValueError(f"{point} has a negative number")
-        return points
     except KeyMissing:
         return []
     except (ValueError, TypeError, AttributeError) as error:
-        raise StoreError(
-            f"{store.uri(WAITING_NAME)} should hold a list of points, and cannot be read ({error}). The next commit "
+        raise CheckpointDamaged(
+            f"{store.uri(newest)} should hold a list of points, and cannot be read ({error}). The next commit "
             "replaces it"
         ) from error
+    for key in older[1:]:
+        with contextlib.suppress(StoreError):
+            store.delete(key)
+    return points

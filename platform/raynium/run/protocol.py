@@ -117,10 +117,13 @@ class Order:
 
 @dataclass(frozen=True)
 class StandBy:
-    """Others run this generation: be ready for a later one, and join again. lends: what they may read in its memory."""
+    """Others run this generation: be ready for a later one, and join again. lends: what they may read in its memory.
+    resume_step: as of the order.
+    """
 
     generation: int
     lends: HeldImages | None = None
+    resume_step: int | None = None
 
 
 @dataclass(frozen=True)
@@ -369,8 +372,8 @@ AgentEvent = (
 @dataclass(frozen=True)
 class News:
     """The answer to every event, for the run's page. metrics: of all nodes, to `DevicesSeen` and node 0's `TimesSeen`.
-    artifacts: path → text, to node 0's `TimesSeen` and `StacksTaken`. points: to `TakesRank0`.
-    displaced: to `MaySend`. wants_all_points: to `PointsKept`.
+    artifacts: path → text, to node 0's `TimesSeen` and `StacksTaken`. points: to `TakesRank0`. displaced: to `MaySend`.
+    wants_all_points: to `PointsKept`.
     """
 
     ledger: Ledger

@@ -20,17 +20,18 @@ from raynium.checkpoint.retention import Retention, apply_retention
 from raynium.checkpoint.state import checkpoint_state
 from raynium.config.schema import Config
 from raynium.config.world import World
-from raynium.errors import CheckpointError, RunInUse, StoreError
+from raynium.errors import CheckpointDamaged, CheckpointError, RunInUse, StoreError
 from raynium.run.fence import Fence
 from raynium.run.last_save import pause_before_next_try
 from raynium.run.points import PendingPoints, read_waiting, write_waiting
 from raynium.run.protocol import Commit, ShardSaved
 from raynium.storage.store import Store
 
-# A checkpoint keeps those of its step.
 # Saves whose shards still come in. A rank has two images, so a generation has no more than three; what is older lacks a
 # shard that failed or whose rank died, and the checksums of a terabyte's shards take hundreds of megabytes
 MOST_COMING_IN = 8
+# A node that takes rank 0 waits no longer for what the store has for it.
+POINTS_SECONDS = 10.0
 # Commits of an earlier coordinator that a new one tells again, since it may have died before they were sent to MLflow,
 # which keeps a point once. No more were on their way: a rank's images are two.
 COMMITS_TOLD_AGAIN = 3
@@ -68,8 +69,9 @@ class Saves:
         """
         self._fence = fence
         self._points = points
-        # Whether the store may have points of before, or has some of this life's.
+        # Whether those of before are read from the store, and it has some of this life's.
         self._knows_points_of_before, self._has_kept_points = False, False
+        self._points_lock = asyncio.Lock()
         self._life = life
         self._config = config
         self._store = store
@@ -150,7 +152,7 @@ class Saves:
         """
         step = whole.step
         try:
-            await self._keep_points(step)
+            await self._keep_points()
             reference = await asyncio.to_thread(
                 commit_checkpoint,
                 self._store,
@@ -182,25 +184,37 @@ class Saves:
         await self._note([reference])
         return newest
 
-    async def _keep_points(self, step: int) -> None:
-        """What MLflow has not got of what the checkpoint of this step has behind it. Raises StoreError, RunInUse."""
-        points = self._points.up_to(step)
-        if points or self._has_kept_points:
-            await asyncio.to_thread(self._fence.check)
-            await asyncio.to_thread(write_waiting, self._store, points)
-            self._has_kept_points, self._knows_points_of_before = bool(points), True
-
     async def find_points(self) -> None:
-        """Once, before a generation goes on from a checkpoint: what a coordinator that has died knew when it was
-        committed. Training does not wait for a metric: what cannot be read is told.
+        """Before they are handed over: what a coordinator that has died knew at its last commit.
+
+        Ranks do not wait long for a metric: of a store that is away or silent it is asked again before the next commit.
         """
+        try:
+            await asyncio.wait_for(self._read_points(), POINTS_SECONDS)
+        except (StoreError, TimeoutError) as error:
+            self._tell(f"points that MLflow had not got may come late: {str(error) or 'the store is silent'}")
+
+    async def _read_points(self) -> None:
         if self._knows_points_of_before:
             return
-        self._knows_points_of_before = True
-        try:
-            self._points.found(await asyncio.to_thread(read_waiting, self._store))
-        except StoreError as error:
-            self._tell(f"points that MLflow had not got may be missing there: {error}")
+        async with self._points_lock:
+            if self._knows_points_of_before:
+                return
+            try:
+                self._points.found(await asyncio.to_thread(read_waiting, self._store))
+            except CheckpointDamaged as error:
+                self._tell(f"points that MLflow had not got are missing there: {error}")
+            self._knows_points_of_before = True
+
+    async def _keep_points(self) -> None:
+        """What MLflow has not got goes into the store before what is gone on from. Raises StoreError, RunInUse."""
+        await self._read_points()
+        async with self._points_lock:
+            points = self._points.all()
+            if points or self._has_kept_points:
+                await asyncio.to_thread(self._fence.check)
+                await asyncio.to_thread(write_waiting, self._store, self._fence.number, points)
+                self._has_kept_points = bool(points)
 
     async def commit_last(self, step: int, *, living: Sequence[str]) -> None:
         """At the run's end, if its last save is whole and was not committed: tries that again for a while."""

@@ -104,6 +104,7 @@ class MetricSender:
         # When the last batch began that MLflow took.
         self._heard = 0.0
         self._closing = threading.Event()
+        self._drop_after: int | None = None
         # Guards acknowledging against `close`, and the counters.
         self._mutex = threading.Lock()
         self._abandoned = False
@@ -130,8 +131,9 @@ class MetricSender:
                 failing_seconds=failing_seconds,
             )
 
-    def close(self, *, timeout_seconds: float) -> TrackerStatus:
+    def close(self, *, timeout_seconds: float, drop_after: int | None = None) -> TrackerStatus:
         """Send what is left, for `timeout_seconds` at most. The spool keeps the rest for the next process."""
+        self._drop_after = drop_after
         self._closing.set()
         self._thread.join(timeout_seconds)
         with self._mutex:
@@ -196,6 +198,8 @@ class MetricSender:
         num_points = 0
         for spooled in steps:
             num_points += len(spooled.metrics)
+            if self._drop_after is not None and spooled.step > self._drop_after:
+                continue
             for own_name, value in spooled.metrics.items():
                 name = name_in_mlflow(own_name)
                 identity = (name, spooled.step)
@@ -280,23 +284,18 @@ class MlflowTracker:
             away=away,
         )
 
-    def append(self, metrics: Mapping[str, float], *, step: int, unix_ms: int) -> dict[str, float]:
+    def append(self, metrics: Mapping[str, float], *, step: int, unix_ms: int, again: bool = False) -> dict[str, float]:
         check_metrics(metrics)
         # Here, not where they are sent: what the spool has accepted must arrive.
-        news = {name: value for name, value in metrics.items() if self._steady.get(name) != value}
+        news = {name: value for name, value in metrics.items() if again or self._steady.get(name) != value}
         self._steady |= {name: value for name, value in news.items() if name in STEADY}
         if news:
             self._spool.append(news, step=step, unix_ms=unix_ms)
         return news
 
     def waiting(self, *, most_values: int) -> list[Point]:
-        found, values = list[Point](), 0
-        for each in reversed(self._spool.waiting()):
-            values += len(each.metrics)
-            if values > most_values:
-                break
-            found.append(Point(each.step, each.unix_ms, each.metrics))
-        return found[::-1]
+        found = self._spool.newest(max_points=most_values)
+        return [Point(each.step, each.unix_ms, each.metrics) for each in found]
 
     def artifact(self, path: str, text: str) -> None:
         self._spool.put_artifact(path, text)
@@ -304,7 +303,7 @@ class MlflowTracker:
     def status(self) -> TrackerStatus:
         return self._sender.status()
 
-    def close(self, *, timeout_seconds: float) -> TrackerStatus:
-        status = self._sender.close(timeout_seconds=timeout_seconds)
+    def close(self, *, timeout_seconds: float, drop_after: int | None = None) -> TrackerStatus:
+        status = self._sender.close(timeout_seconds=timeout_seconds, drop_after=drop_after)
         self._spool.close()
         return status

@@ -21,10 +21,12 @@ import sqlite3
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
+from typing import Literal
 
 from raynium.errors import TrackingError
 from raynium.tracking.metrics import check_metrics
@@ -156,27 +158,41 @@ class MetricSpool:
         batch: list[SpooledStep] = []
         num_points = 0
         # Whatever is older than the held steps is on disk, and goes first.
-        for waiting in self._steps_on_disk(before=held[0].number if held else None, limit=max_points) or held:
-            num_points += len(waiting.metrics)
-            if batch and num_points > max_points:
-                break
-            batch.append(waiting)
+        with closing(self._steps_on_disk(before=held[0].number if held else None)) as on_disk:
+            for waiting in chain(on_disk, held):
+                num_points += len(waiting.metrics)
+                if batch and num_points > max_points:
+                    break
+                batch.append(waiting)
         return batch
 
-    def waiting(self) -> list[SpooledStep]:
-        """All unacknowledged steps, oldest first. Any thread."""
+    def newest(self, *, max_points: int) -> list[SpooledStep]:
+        """The newest unacknowledged steps, of no more points than this, oldest first. Any thread.
+
+        Raises TrackingError where the disk does not give them.
+        """
         with self._mutex:
             held = list(self._held)
-        return self._steps_on_disk(before=held[0].number if held else None, limit=-1) + held
+        found: deque[SpooledStep] = deque()
+        try:
+            with closing(self._steps_on_disk(before=held[0].number if held else None, order="DESC")) as older:
+                for waiting in chain(reversed(held), older):
+                    max_points -= len(waiting.metrics)
+                    if max_points < 0:
+                        break
+                    found.appendleft(waiting)
+        except sqlite3.Error as error:
+            raise TrackingError(f"cannot read {self._file}: {error}. See to the disk that it is on") from error
+        return list(found)
 
-    def _steps_on_disk(self, *, before: int | None, limit: int) -> list[SpooledStep]:
+    def _steps_on_disk(self, *, before: int | None, order: Literal["ASC", "DESC"] = "ASC") -> Generator[SpooledStep]:
         query = (
-            "SELECT number, step, unix_ms, metrics FROM steps WHERE number > ? AND number < ? ORDER BY number LIMIT ?"
+            f"SELECT number, step, unix_ms, metrics FROM steps WHERE number > ? AND number < ? ORDER BY number {order}"
         )
         first = self._acknowledged["steps"]
         with closing(sqlite3.connect(self._file)) as reader:
-            rows = reader.execute(query, (first, before or 2**62, limit)).fetchall()
-        return [SpooledStep(number, step, unix_ms, json.loads(metrics)) for number, step, unix_ms, metrics in rows]
+            for number, step, unix_ms, metrics in reader.execute(query, (first, before or 2**62)):
+                yield SpooledStep(number, step, unix_ms, json.loads(metrics))
 
     def acknowledge_steps(self, steps: Sequence[SpooledStep]) -> None:
         """MLflow has these, which `read_steps` returned: forget them, here and on disk."""

@@ -48,15 +48,19 @@ class Point:
 class Tracker(Protocol):
     """Where the metrics of one run go. Only the agent of rank 0's node has one."""
 
-    def append(self, metrics: Mapping[str, float], *, step: int, unix_ms: int) -> dict[str, float]:
-        """Accept the points of one step without waiting for any server. Those of STEADY are none while nothing changes.
+    def append(self, metrics: Mapping[str, float], *, step: int, unix_ms: int, again: bool = False) -> dict[str, float]:
+        """Accept the points of one step without waiting for any server. Those of STEADY are none while nothing changes,
+        unless another tracker accepted them before.
 
         Returns those that are. Raises ValueError for a name outside METRICS or a value that is no number.
         """
         ...
 
     def waiting(self, *, most_values: int) -> list[Point]:
-        """The newest of those that MLflow has not got, in their order: of no more values than this. Any thread."""
+        """The newest of those that MLflow has not got, in their order: of no more values than this.
+
+        Any thread. Raises TrackingError where a disk does not give them.
+        """
         ...
 
     def artifact(self, path: str, text: str) -> None:
@@ -65,8 +69,11 @@ class Tracker(Protocol):
 
     def status(self) -> TrackerStatus: ...
 
-    def close(self, *, timeout_seconds: float) -> TrackerStatus:
-        """Try to deliver what is left; the status says what remains. Nothing may be appended afterwards."""
+    def close(self, *, timeout_seconds: float, drop_after: int | None = None) -> TrackerStatus:
+        """Try to deliver what is left; the status says what remains. Nothing may be appended afterwards.
+
+        drop_after: another tracker has the steps after this one.
+        """
         ...
 
 
@@ -78,7 +85,7 @@ class MemoryTracker:
         self.artifacts: dict[str, str] = {}
         self.closed = False
 
-    def append(self, metrics: Mapping[str, float], *, step: int, unix_ms: int) -> dict[str, float]:
+    def append(self, metrics: Mapping[str, float], *, step: int, unix_ms: int, again: bool = False) -> dict[str, float]:
         assert not self.closed
         check_metrics(metrics)
         self.points.append(Point(step, unix_ms, dict(metrics)))
@@ -99,6 +106,6 @@ class MemoryTracker:
         num_points = sum(len(point.metrics) for point in self.points)
         return TrackerStatus(points_appended=num_points, points_sent=num_points)
 
-    def close(self, *, timeout_seconds: float) -> TrackerStatus:
+    def close(self, *, timeout_seconds: float, drop_after: int | None = None) -> TrackerStatus:
         self.closed = True
         return self.status()

@@ -57,8 +57,8 @@ class Snapshots(Protocol):
         """Whether this rank would rather leave out a save that came now."""
         ...
 
-    def save(self, step: int, *, upload: bool) -> dict[str, float]:
-        """Hands over a snapshot; returns metrics of what it cost. All ranks call it after the same step.
+    def save(self, step: int, *, upload: bool) -> None:
+        """Reports what a snapshot cost, and hands it over. All ranks call it after the same step.
 
         upload: it becomes a checkpoint; else it is for a restart from memory.
         """
@@ -172,7 +172,7 @@ def train(
             link.step(step, {"checkpoint/skipped_saves": float(skipped_saves)})
         elif last or upload or (cadence.snapshots(step) and not result.agreed.skip_save):
             link.phase("save", step)
-            link.step(step, snapshots.save(step, upload=last or upload))
+            snapshots.save(step, upload=last or upload)
 
         # ---- stop: agreed inside the step's all-reduce, so all ranks leave at the same step ---------------------
         if last and step < cadence.total_steps:
