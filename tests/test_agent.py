@@ -323,7 +323,7 @@ def test_commits_go_on_being_written_down_after_a_disk_was_full() -> None:
 
     told: list[AgentEvent] = []
     tracker, calls = FullOnce(), cast(Coordinator, Calls())
-    CommitLog(calls, WitnessedTracker(tracker, calls, tenure=1, resume_step=None)).close()
+    CommitLog(calls, WitnessedTracker(tracker, calls, tenure=("a", 1), resume_step=None)).close()
     assert [step for step, _ in tracker.values("checkpoint/bytes")] == [0, 10]
     assert tracker.artifacts == {"checkpoints.json": "second"}
     kept = [point.step for event in told if isinstance(event, PointsKept) for point in event.points]

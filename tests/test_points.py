@@ -1,5 +1,6 @@
 """What of a run's points outlives the node that had them for MLflow, and that none of them is sent twice."""
 
+import math
 import sqlite3
 import threading
 from concurrent.futures import Future
@@ -20,7 +21,7 @@ from raynium.errors import StoreError
 from raynium.node import node_zero
 from raynium.node.node_zero import NodeZero, WitnessedTracker, refuse_displaced
 from raynium.run import points as points_module
-from raynium.run.points import PendingPoints, PointsKept, TakesRank0
+from raynium.run.points import PendingPoints, PointsKept, TakesRank0, Tenure
 from raynium.run.protocol import AgentEvent, Commit, Coordinator, MaySend, News, Order
 from raynium.tracking.ledger import Ledger
 from raynium.tracking.runs import open_run, read_metric
@@ -39,6 +40,10 @@ def point(step: int, values: int = 1) -> Point:
 def point_of(step: int) -> Point:
     """As a tracker of these tests is given it."""
     return Point(step, step, {"train/loss": step / 7})
+
+
+def tenure(generation: int) -> Tenure:
+    return "a", generation
 
 
 def order(generation: int, resume_step: int | None) -> Order:
@@ -66,6 +71,7 @@ class Keeper:
         if isinstance(event, PointsKept):
             self.said.append(event)
             wants_all = self.pending.keep(event)
+            found = self.pending.found()
         elif isinstance(event, TakesRank0):
             found = self.pending.handed_over(event)
         answer = Future[News]()
@@ -82,10 +88,11 @@ def test_whatever_mlflow_has_not_got_is_handed_over_in_its_order(
     for step, (values, taken) in enumerate(appended, start=1):
         del waiting[:taken]
         waiting.append(point(step, values))
-        assert not pending.keep(PointsKept(1, step, (waiting[-1],), values_of(waiting)))
+        word = PointsKept(tenure(1), step, (waiting[-1],), values_of(waiting), are_all=step == 1)
+        assert not pending.keep(word), "it knows all"
     wanted = [each for each in waiting if each.step <= resume_step]
-    assert list(pending.handed_over(TakesRank0(2, resume_step))) == wanted
-    assert list(pending.handed_over(TakesRank0(3, 10**6))) == wanted, "others are gone"
+    assert list(pending.handed_over(TakesRank0(tenure(2), resume_step))) == wanted
+    assert list(pending.handed_over(TakesRank0(tenure(3), 10**6))) == wanted, "others are gone"
 
 
 @given(
@@ -103,7 +110,9 @@ def test_words_that_overtake_each_other_or_are_said_again_are_taken_as_they_were
         # Each third tells all, as when a coordinator was started again.
         are_all = step % 3 == 0
         words.append(
-            PointsKept(1, step, tuple(waiting) if are_all else (waiting[-1],), values_of(waiting), are_all=are_all)
+            PointsKept(
+                tenure(1), step, tuple(waiting) if are_all else (waiting[-1],), values_of(waiting), are_all=are_all
+            )
         )
     said = [*words, *(words[number] for number in again if number < len(words))]
     order.shuffle(said)
@@ -117,14 +126,14 @@ def test_of_an_mlflow_that_is_away_for_long_the_newest_are_kept(monkeypatch: pyt
     monkeypatch.setattr(points_module, "MOST_VALUES", 6)
     pending = PendingPoints()
     for step in range(1, 10):
-        pending.keep(PointsKept(1, step, (point(step, 2),), 2 * step))
-    assert [each.step for each in pending.handed_over(TakesRank0(2, 9))] == [7, 8, 9]
+        pending.keep(PointsKept(tenure(1), step, (point(step, 2),), 2 * step))
+    assert [each.step for each in pending.handed_over(TakesRank0(tenure(2), 9))] == [7, 8, 9]
 
 
 def test_the_coordinator_is_told_now_and_then_and_when_a_snapshot_may_leave(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(node_zero, "TELL_SECONDS", 3600)
     keeper, inner = Keeper(), MemoryTracker()
-    tracker = WitnessedTracker(inner, cast(Coordinator, keeper), tenure=1, resume_step=None)
+    tracker = WitnessedTracker(inner, cast(Coordinator, keeper), tenure=tenure(1), resume_step=None)
     for step in (1, 2, 3):
         tracker.append({"train/loss": 1.0}, step=step, unix_ms=step)
     assert [each.are_all for each in keeper.said] == [True], "what an agent before it has left here"
@@ -148,8 +157,8 @@ def test_no_point_of_a_lost_node_is_lost_and_none_of_one_that_comes_back_is_doub
                 raise StoreError("no route to host")
 
         tracker = MlflowTracker(tmp_path / name, uri=uri, run_id=run_id, flush_seconds=0.05, may_send=may_send)
-        tenure = 1 if name == "first" else 2
-        return WitnessedTracker(tracker, cast(Coordinator, keeper), tenure=tenure, resume_step=resume_step)
+        turn = tenure(1 if name == "first" else 2)
+        return WitnessedTracker(tracker, cast(Coordinator, keeper), tenure=turn, resume_step=resume_step)
 
     def append(tracker: WitnessedTracker, step: int, node: int) -> None:
         tracker.append({"train/loss": step / 7}, step=step, unix_ms=10 * step + node)
@@ -210,14 +219,14 @@ def test_values_that_nothing_is_sent_of_are_not_counted_as_sent(tmp_path: Path) 
     tracker = WitnessedTracker(
         MlflowTracker(tmp_path / "spool", uri=uri, run_id="id", flush_seconds=3600),
         cast(Coordinator, keeper),
-        tenure=1,
+        tenure=tenure(1),
         resume_step=None,
     )
     for step in range(1, 30):
         tracker.append({"train/loss": 1.0, "train/left_out_steps": 0.0, "run/generation": 1.0}, step=step, unix_ms=step)
         tracker.tell()
     tracker.append({"run/generation": 1.0}, step=30, unix_ms=30)
-    handed_over = keeper.pending.handed_over(TakesRank0(2, 30))
+    handed_over = keeper.pending.handed_over(TakesRank0(tenure(2), 30))
     assert [(each.step, list(each.metrics)) for each in handed_over] == [
         (step, ["train/loss"]) for step in range(1, 30)
     ]
@@ -231,7 +240,7 @@ def test_a_coordinator_that_was_started_again_is_told_all_that_waits_not_only_wh
     def node() -> WitnessedTracker:
         inner = MlflowTracker(tmp_path / "spool", uri="http://127.0.0.1:9", run_id="id", flush_seconds=3600)
         tenures.append(len(tenures) + 1)
-        return WitnessedTracker(inner, cast(Coordinator, keeper), tenure=tenures[-1], resume_step=None)
+        return WitnessedTracker(inner, cast(Coordinator, keeper), tenure=tenure(tenures[-1]), resume_step=None)
 
     def known() -> list[int]:
         return [each.step for each in keeper.pending.all()]
@@ -261,33 +270,76 @@ def test_who_takes_rank_0_is_known_to_have_all_that_it_was_handed_before_its_ran
     """It may be lost while they do, and a checkpoint of before may become whole then."""
     keeper = Keeper()
     waiting = tuple(point_of(step) for step in range(2, 6))
-    keeper.pending.keep(PointsKept(1, 1, waiting, 4))
-    for tenure, folder in enumerate("bc", start=2):
+    keeper.pending.keep(PointsKept(tenure(1), 1, waiting, 4))
+    for turn, folder in enumerate("bc", start=2):
         inner = MlflowTracker(tmp_path / folder, uri="http://127.0.0.1:9", run_id="id", flush_seconds=3600)
-        tracker = WitnessedTracker(inner, cast(Coordinator, keeper), tenure=tenure, resume_step=4)
+        tracker = WitnessedTracker(inner, cast(Coordinator, keeper), tenure=tenure(turn), resume_step=4)
         assert keeper.pending.all() == tuple(tracker.waiting(most_values=100)) == waiting[:3]
         tracker.close(timeout_seconds=0.1)
 
 
 def test_a_node_that_has_not_rank_0_any_more_is_not_listened_to() -> None:
     pending = PendingPoints()
-    pending.keep(PointsKept(1, 1, (point(1), point(2)), 2))
-    assert pending.handed_over(TakesRank0(5, 2)) == (point(1), point(2))
-    assert not pending.keep(PointsKept(1, 2, (point(3),), 9))
-    assert not pending.keep(PointsKept(1, 3, (), 0, are_all=True))
-    assert pending.handed_over(TakesRank0(4, 9)) == ()
+    pending.keep(PointsKept(tenure(1), 1, (point(1), point(2)), 2))
+    assert pending.handed_over(TakesRank0(tenure(5), 2)) == (point(1), point(2))
+    assert not pending.keep(PointsKept(tenure(1), 2, (point(3),), 9))
+    assert not pending.keep(PointsKept(tenure(1), 3, (), 0, are_all=True))
+    assert pending.handed_over(TakesRank0(tenure(4), 9)) == ()
     assert pending.all() == (point(1), point(2))
-    # A coordinator that was started again hears of tenures it did not give.
-    assert not pending.keep(PointsKept(6, 4, (point(4),), 1)) and pending.all() == (point(4),)
+    # A coordinator that was started again hears of tenures it did not give, and not from their beginning.
+    assert pending.keep(PointsKept(tenure(6), 4, (point(4),), 1)) and pending.all() == (point(4),)
+    assert not pending.keep(PointsKept(tenure(6), 5, (point(5),), 2)), "it has asked"
+    # Generations of a coordinator that was started again may count from before, attempts do not.
+    assert pending.handed_over(TakesRank0(("b", 1), 9)) == (point(4), point(5))
+
+
+def test_what_the_store_gives_late_reaches_the_node_that_has_rank_0() -> None:
+    pending = PendingPoints()
+    assert pending.handed_over(TakesRank0(tenure(2), 2)) == (), "the store was silent"
+    pending.finds([point(1), point(2), point(3)])
+    pending.keep(PointsKept(tenure(2), 1, (point(4),), 1, are_all=True))
+    assert pending.all() == (point(1), point(2), point(3), point(4)), "for a commit before that"
+    assert pending.found() == (point(1), point(2)), "the third was computed again"
+    assert pending.found() == () and pending.all() == (point(4),)
+    # A coordinator that was started again does not know from where the node went on.
+    pending = PendingPoints()
+    pending.keep(PointsKept(tenure(2), 9, (point(4),), 1))
+    pending.finds([point(3)])
+    assert pending.found() == (point(3),)
+
+
+def test_what_comes_late_is_taken_by_the_node_and_known_to_be(tmp_path: Path) -> None:
+    keeper = Keeper()
+    inner = MlflowTracker(tmp_path / "spool", uri="http://127.0.0.1:9", run_id="id", flush_seconds=3600)
+    tracker = WitnessedTracker(inner, cast(Coordinator, keeper), tenure=tenure(2), resume_step=3)
+    keeper.pending.finds([point_of(2), point_of(3)])
+    for step in (4, 5):
+        tracker.append({"train/loss": step / 7}, step=step, unix_ms=step)
+        tracker.tell()
+    assert sorted(each.step for each in tracker.waiting(most_values=9)) == [2, 3, 4, 5]
+    assert keeper.pending.all() == tuple(tracker.waiting(most_values=9))
+    tracker.close(timeout_seconds=0.1)
+
+
+def test_agents_that_die_again_and_again_on_one_disk_leave_each_point_there_once(tmp_path: Path) -> None:
+    keeper = Keeper()
+    for life in range(1, 6):
+        inner = MlflowTracker(tmp_path / "spool", uri="http://127.0.0.1:9", run_id="id", flush_seconds=3600)
+        tracker = WitnessedTracker(inner, cast(Coordinator, keeper), tenure=tenure(life), resume_step=life)
+        tracker.append({"train/loss": math.nan}, step=life, unix_ms=life)
+        tracker.tell()
+        assert [each.step for each in tracker.waiting(most_values=99)] == list(range(1, life + 1))
+        assert [each.step for each in keeper.pending.all()] == list(range(1, life + 1))
+        tracker.close(timeout_seconds=0.1)
 
 
 def test_a_level_that_went_back_to_where_it_began_is_sent_by_whoever_it_is_handed_to(tmp_path: Path) -> None:
     """For a tracker that begins, what all runs begin with is no news."""
     keeper = Keeper()
     level = Point(3, 3, {"train/left_out_steps": 0.0})
-    keeper.pending.keep(PointsKept(1, 1, (level,), 1))
+    keeper.pending.keep(PointsKept(tenure(1), 1, (level,), 1))
     inner = MlflowTracker(tmp_path / "spool", uri="http://127.0.0.1:9", run_id="id", flush_seconds=3600)
-    tracker = WitnessedTracker(inner, cast(Coordinator, keeper), tenure=2, resume_step=3)
+    tracker = WitnessedTracker(inner, cast(Coordinator, keeper), tenure=tenure(2), resume_step=3)
     assert tracker.waiting(most_values=9) == [level]
     tracker.close(timeout_seconds=0.1)
 
@@ -304,7 +356,7 @@ def test_a_node_that_gives_rank_0_up_sends_no_step_that_others_take_again(tmp_pa
     def open_tracker() -> MlflowTracker:
         return MlflowTracker(tmp_path / "spool", uri=uri, run_id=run_id, flush_seconds=0.05, may_send=may_send)
 
-    node = NodeZero(cast(Coordinator, keeper), open_tracker)
+    node = NodeZero(cast(Coordinator, keeper), open_tracker, "a")
     node.begins(order(1, None), has_rank0=True, follows=True)
     assert node.tracker is not None
     for step in (1, 2, 3):
@@ -316,6 +368,26 @@ def test_a_node_that_gives_rank_0_up_sends_no_step_that_others_take_again(tmp_pa
     assert [(each.step, each.unix_ms) for each in read_metric(uri, run_id, "train/loss")] == [(1, 1), (2, 2)]
 
 
+def test_nor_does_it_when_it_has_rank_0_again_and_mlflow_was_away_all_the_time(tmp_path: Path) -> None:
+    keeper = Keeper()
+
+    def open_tracker() -> MlflowTracker:
+        return MlflowTracker(tmp_path / "spool", uri="http://127.0.0.1:9", run_id="id", flush_seconds=3600)
+
+    node = NodeZero(cast(Coordinator, keeper), open_tracker, "a")
+    node.begins(order(1, None), has_rank0=True, follows=True)
+    assert node.tracker is not None
+    for step in (1, 2, 3):
+        node.tracker.append({"train/loss": step / 7}, step=step, unix_ms=step)
+    node.gives_up(2, seconds=0.1)
+    keeper.pending.handed_over(TakesRank0(tenure(2), 2))
+    # What the other one had of steps 3 and 4 it has lost with its disk.
+    node.begins(order(3, 4), has_rank0=True, follows=True)
+    assert node.tracker is not None
+    assert [each.step for each in node.tracker.waiting(most_values=9)] == [1, 2]
+    node.gives_up(None, seconds=0.1)
+
+
 def test_a_node_that_missed_who_had_rank_0_before_is_handed_over_what_waits_anew(tmp_path: Path) -> None:
     keeper = Keeper()
     folders = iter("abcd")
@@ -323,14 +395,14 @@ def test_a_node_that_missed_who_had_rank_0_before_is_handed_over_what_waits_anew
     def open_tracker() -> MlflowTracker:
         return MlflowTracker(tmp_path / next(folders), uri="http://127.0.0.1:9", run_id="id", flush_seconds=3600)
 
-    node = NodeZero(cast(Coordinator, keeper), open_tracker)
+    node = NodeZero(cast(Coordinator, keeper), open_tracker, "a")
     node.begins(order(1, None), has_rank0=True, follows=True)
     first = node.tracker
     node.begins(order(2, 4), has_rank0=True, follows=True)
     assert node.tracker is first is not None
     # Another one had it in generation 3, and died before this one could be told.
-    keeper.pending.handed_over(TakesRank0(3, 4))
-    keeper.pending.keep(PointsKept(3, 1, (point_of(5), point_of(6)), 2))
+    keeper.pending.handed_over(TakesRank0(tenure(3), 4))
+    keeper.pending.keep(PointsKept(tenure(3), 1, (point_of(5), point_of(6)), 2))
     node.begins(order(4, 5), has_rank0=True, follows=False)
     assert node.tracker is not None and node.tracker is not first
     assert node.tracker.waiting(most_values=9) == [point_of(5)]

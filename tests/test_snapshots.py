@@ -9,7 +9,7 @@ import torch.distributed as dist
 from raynium.engines.base import FakeEngine
 from raynium.errors import SnapshotMemoryShort
 from raynium.rank import snapshots as snapshots_module
-from raynium.rank.snapshots import Snapshots
+from raynium.rank.snapshots import NoSnapshots, Snapshots
 from raynium.train.guard import Guard
 from raynium.train.link import MemoryLink
 from raynium.train.patience import Patience
@@ -58,6 +58,30 @@ def test_a_run_that_goes_on_leaves_saves_out_until_there_is_memory(
     assert not snapshots.wants_to_skip(upload=True), "what it has it keeps"
     snapshots.save(6, upload=True)
     assert len(link.images) == 1
+    assert link.steps[6].keys() == {"checkpoint/stall_seconds", "checkpoint/wait_seconds"}
+
+
+def test_what_a_save_cost_is_told_before_its_image_may_leave_the_node(tmp_path: Path) -> None:
+    """Whoever goes on from it does not take the step again."""
+    told = list[str]()
+
+    class Link(MemoryLink):
+        def step(self, step: int, metrics: dict[str, float]) -> None:
+            told.append(f"{step}: {', '.join(metrics)}")
+
+        def image(self, slot: int, info: str, replicas: str, *, upload: bool) -> None:
+            told.append("image")
+
+    snapshots = Snapshots(FakeEngine(), Link(), tmp_path, Guard(), Patience(), if_busy="wait")
+    snapshots.save(3, upload=False)
+    assert told == ["3: snapshot/stall_seconds", "image"]
+
+
+def test_ranks_that_save_nothing_do_not_seem_to_save() -> None:
+    link = MemoryLink()
+    link.phase("save", 3)
+    NoSnapshots(link).save(3, upload=True)
+    assert link.phases[-1] == ("fetch", 4)
 
 
 def test_a_run_that_goes_on_without_memory_for_too_long_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -120,7 +120,7 @@ class NodeAgent:
         self.node = node
         self.accelerator = accelerator
         self.coordinator = coordinator
-        self._node_zero = NodeZero(coordinator, open_tracker)
+        self._node_zero = NodeZero(coordinator, open_tracker, node.attempt)
         self._data_places = data_places
         self._name = f"node {node.seat} ({node.host})"
         uploader = Uploader(run_url, silence_seconds=config.fault.upload_silence_seconds)
@@ -170,8 +170,7 @@ class NodeAgent:
             try:
                 self._run_generations(data_places, image_folder)
             finally:
-                if self._node_zero.tracker is not None:
-                    self._saving.wait()
+                self._saving.wait()
                 self._node_zero.close()
         finally:
             if self._cache.sync is not None:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 
 from raynium.errors import RunInUse, TrackingError
-from raynium.run.points import MOST_VALUES, PointsKept, TakesRank0
+from raynium.run.points import MOST_VALUES, PointsKept, TakesRank0, Tenure
 from raynium.run.protocol import Commit, Coordinator, MaySend, News, Order, Said
 from raynium.tracking.ledger import Ledger
 from raynium.tracking.tracker import Point, Tracker, TrackerStatus
@@ -27,9 +27,9 @@ COMMIT_LOG_CLOSE_SECONDS = 10.0
 class NodeZero:
     """Of one node, over the life of its agent, whose thread calls it."""
 
-    def __init__(self, coordinator: Coordinator, open_tracker: Callable[[], Tracker]):
-        """open_tracker is called once this node is to run rank 0."""
-        self._coordinator, self._open_tracker = coordinator, open_tracker
+    def __init__(self, coordinator: Coordinator, open_tracker: Callable[[], Tracker], attempt: str):
+        """open_tracker is called each time that this node takes rank 0. attempt: as in AgentInfo."""
+        self._coordinator, self._open_tracker, self._attempt = coordinator, open_tracker, attempt
         # While this node has rank 0.
         self.tracker: WitnessedTracker | None = None
         self._commits: CommitLog | None = None
@@ -42,8 +42,9 @@ class NodeZero:
             # The ranks wait for it.
             self.gives_up(order.resume_step, seconds=0.0)
         if has_rank0 and self.tracker is None:
+            tenure = self._attempt, order.generation
             self.tracker = WitnessedTracker(
-                self._open_tracker(), self._coordinator, tenure=order.generation, resume_step=order.resume_step
+                self._open_tracker(), self._coordinator, tenure=tenure, resume_step=order.resume_step
             )
             self._commits = CommitLog(self._coordinator, self.tracker)
 
@@ -64,7 +65,7 @@ class NodeZero:
             self.tracker.tell()
 
     def ends(self, ledger: Ledger) -> None:
-        """The run has ended. ledger: of all of it."""
+        """No order comes any more. ledger: of the whole run."""
         if self.tracker is not None:
             self.tracker.append(ledger.metrics(), step=ledger.step, unix_ms=int(time.time() * 1000))
 
@@ -91,17 +92,15 @@ def refuse_displaced(coordinator: Coordinator, agent: MaySend) -> None:
 class WitnessedTracker:
     """A tracker whose pending points the coordinator knows. See `Tracker`. Threads may share it."""
 
-    def __init__(self, tracker: Tracker, coordinator: Coordinator, *, tenure: int, resume_step: int | None):
-        """tracker: new on this node. tenure: the generation. resume_step: that its ranks go on from, if any."""
+    def __init__(self, tracker: Tracker, coordinator: Coordinator, *, tenure: Tenure, resume_step: int | None):
+        """tracker: new on this node. resume_step: that its ranks go on from, if any."""
         self._tracker, self._coordinator, self._tenure = tracker, coordinator, tenure
         self._lock = threading.Lock()
         self._untold: list[Point] = []
         self._told, self._number = 0.0, 0
-        for point in coordinator.tell(TakesRank0(tenure, resume_step or 0)).result().points:
-            # A tracker sends nothing twice: MLflow may have got it meanwhile, and the disk here may hold it too.
-            tracker.append(point.metrics, step=point.step, unix_ms=point.unix_ms, again=True)
-        # An agent before this one may have left more here.
+        # An agent before this one may have left some here.
         self._tells_all = True
+        self._handed = coordinator.tell(TakesRank0(tenure, resume_step or 0)).result().points
         self.tell()
 
     def append(self, metrics: Mapping[str, float], *, step: int, unix_ms: int, again: bool = False) -> dict[str, float]:
@@ -122,8 +121,10 @@ class WitnessedTracker:
             self._told = time.monotonic()
             points, are_all = self._untold, False
             if self._tells_all:
-                points, are_all = self._all_that_waits()
                 self._tells_all = False
+                self._take_handed()
+                if (waiting := self._read()) is not None:
+                    points, are_all = waiting, True
             elif not points:
                 return
             self._number += 1
@@ -133,17 +134,31 @@ class WitnessedTracker:
             self._untold = []
         answer.add_done_callback(self._hear)
 
-    def _all_that_waits(self) -> tuple[list[Point], bool]:
+    def _take_handed(self) -> None:
+        """Into the tracker, but for what an agent before this one took here itself: each would be told twice.
+
+        A tracker sends nothing twice, and MLflow may have got it meanwhile.
+        """
+        handed, self._handed = self._handed, ()
+        held = {_identity(point) for point in self._read() or ()} if handed else set()
+        for point in handed:
+            if _identity(point) not in held:
+                self._tracker.append(point.metrics, step=point.step, unix_ms=point.unix_ms, again=True)
+
+    def _read(self) -> list[Point] | None:
         try:
-            return self._tracker.waiting(most_values=MOST_VALUES), True
+            return self._tracker.waiting(most_values=MOST_VALUES)
         except TrackingError as error:
-            logger.warning("a node that took rank 0 of this one would lack what waits for MLflow here: %s", error)
-            return self._untold, False
+            logger.warning("what waits for MLflow here would be lost with this node: %s", error)
+            return None
 
     def _hear(self, answer: "Future[News]") -> None:
         # In a thread that others' answers wait for.
-        if not answer.cancelled() and answer.exception() is None and answer.result().wants_all_points:
-            self._tells_all = True
+        if answer.cancelled() or answer.exception() is not None:
+            return
+        news = answer.result()
+        self._handed += news.points
+        self._tells_all |= news.wants_all_points or bool(news.points)
 
     def waiting(self, *, most_values: int) -> list[Point]:
         return self._tracker.waiting(most_values=most_values)
@@ -156,6 +171,10 @@ class WitnessedTracker:
 
     def close(self, *, timeout_seconds: float, drop_after: int | None = None) -> TrackerStatus:
         return self._tracker.close(timeout_seconds=timeout_seconds, drop_after=drop_after)
+
+
+def _identity(point: Point) -> tuple[int, int, frozenset[str]]:
+    return point.step, point.unix_ms, frozenset(point.metrics)
 
 
 class CommitLog:
@@ -178,7 +197,7 @@ class CommitLog:
 
     def _follow(self) -> None:
         sent: Commit | None = None
-        while True:
+        while not self._abandoned:
             try:
                 commits = self._coordinator.commits(sent).result()
             except Exception as error:

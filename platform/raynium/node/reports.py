@@ -43,7 +43,7 @@ POSITIONS_IN_A_LIMIT = 20
 
 
 class Reports:
-    """Of one node, over the life of its agent. Only one that has, or had, rank 0 has a tracker."""
+    """Of one node, over the life of its agent. Only one that has rank 0 has a tracker."""
 
     def __init__(
         self,

@@ -124,7 +124,7 @@ def run(plan: RankPlan, link: Link) -> Outcome:
         guard=guard,
         evidence=_evidence(plan, engine, loader, documents),
         patience=patience,
-        snapshots=snapshots if config.checkpoint.save == "steps" else NoSnapshots(),
+        snapshots=snapshots if config.checkpoint.save == "steps" else NoSnapshots(link),
         throughput=_throughput(config, plan.world, accelerator, task),
         link=link,
     )

@@ -21,17 +21,20 @@ WAITING_FOLDER = "waiting-points"
 # Values of metrics, some megabytes: of a run whose MLflow is away for long, the newest.
 MOST_VALUES = 50_000
 
+# Of a node that has rank 0, in some generations in a row: its agent's attempt and the first of them. It sorts by age.
+Tenure = tuple[str, int]
+
 
 @dataclass(frozen=True)
 class PointsKept:
     """Of rank 0's node, in the order in which it took them.
 
-    tenure: the first generation of those in a row in which it has rank 0. number: of this word in the tenure, from 1
-    on; words may overtake each other, and be said again. pending: values that it has for MLflow, these too. are_all:
-    before these nothing waits, but for what is older than MOST_VALUES; else what does was told, or is asked for.
+    tenure: see `Tenure`. number: of this word in it, from 1 on; words may overtake each other, and be said again.
+    pending: values that it has for MLflow, these too. are_all: before these nothing waits, but for what is older than
+    MOST_VALUES; else what does was told, or is asked for.
     """
 
-    tenure: int
+    tenure: Tenure
     number: int
     points: tuple[Point, ...]
     pending: int
@@ -42,7 +45,7 @@ class PointsKept:
 class TakesRank0:
     """A node that begins to send to MLflow asks for what was not sent. step: that its ranks go on from."""
 
-    tenure: int
+    tenure: Tenure
     step: int
 
 
@@ -50,21 +53,29 @@ class PendingPoints:
     """What the coordinator knows of them."""
 
     def __init__(self) -> None:
-        # Each with the number of the word that told it; 0: an earlier tenure's, or the store's.
+        # Each with the number of the word that told it; 0: handed over to this tenure.
         self._points = deque[tuple[int, Point]]()
         self._values = 0
-        self._tenure = self._newest = 0
-        self._pending = 0
-        # In this tenure.
-        self._has_asked_for_all = False
+        # In the store found, and handed over to nobody yet.
+        self._found: tuple[Point, ...] = ()
+        self._tenure: Tenure = "", 0
+        # That it goes on from; None: a coordinator before this one was told.
+        self._step: int | None = None
+        self._newest = self._pending = 0
+        self._knows_all = self._has_asked = False
 
     def all(self) -> tuple[Point, ...]:
         """Oldest first."""
-        return tuple(point for _, point in self._points)
+        return (*self._found, *(point for _, point in self._points))
 
-    def found(self, points: Sequence[Point]) -> None:
+    def finds(self, points: Sequence[Point]) -> None:
         """In the store, where a coordinator before this one has left them."""
-        self._become([*((0, point) for point in points), *self._points])
+        self._found = tuple(points)
+
+    def found(self) -> tuple[Point, ...]:
+        """For the node that has rank 0, once: after it took it the store was silent, or had to be asked anew."""
+        found, self._found = self._found, ()
+        return tuple(point for point in found if self._step is None or point.step <= self._step)
 
     def keep(self, kept: PointsKept) -> bool:
         """What is older than all that is pending, MLflow has. True: there are some that were not told here, because
@@ -74,6 +85,7 @@ class PendingPoints:
             return False
         if kept.tenure > self._tenure:
             self._begins(kept.tenure)
+        self._knows_all |= kept.are_all
         told = [(kept.number, point) for point in kept.points]
         if kept.number > self._newest and not kept.are_all:
             self._points.extend(told)
@@ -88,8 +100,8 @@ class PendingPoints:
         most = min(self._pending, MOST_VALUES)
         while self._points and self._values - len(self._points[0][1].metrics) >= most:
             self._values -= len(self._points.popleft()[1].metrics)
-        asks = self._values < most and not self._has_asked_for_all
-        self._has_asked_for_all |= asks
+        lacks = not self._knows_all or (self._values < most and not kept.are_all)
+        asks, self._has_asked = lacks and not self._has_asked, self._has_asked or lacks
         return asks
 
     def handed_over(self, takes: TakesRank0) -> tuple[Point, ...]:
@@ -98,12 +110,14 @@ class PendingPoints:
             return ()
         found = [point for point in self.all() if point.step <= takes.step]
         self._begins(takes.tenure)
+        self._step, self._found = takes.step, ()
         self._become((0, point) for point in found)
         return tuple(found)
 
-    def _begins(self, tenure: int) -> None:
+    def _begins(self, tenure: Tenure) -> None:
         self._become([each for each in self._points if each[0] == 0])
-        self._tenure, self._newest, self._pending, self._has_asked_for_all = tenure, 0, 0, False
+        self._tenure, self._step, self._newest, self._pending = tenure, None, 0, 0
+        self._knows_all = self._has_asked = False
 
     def _become(self, points: Iterable[tuple[int, Point]]) -> None:
         self._points = deque(points)
@@ -124,9 +138,12 @@ def read_waiting(store: Store) -> list[Point]:
     """Of the newest driver that has left any; those of others are deleted. Raises StoreError, and CheckpointDamaged for
     what nobody of ours has written.
     """
-    *older, newest = ("", *sorted(store.list(WAITING_FOLDER).sizes))
+    keys = sorted(store.list(WAITING_FOLDER).sizes)
+    if not keys:
+        return []
+    newest = keys.pop()
     try:
-        points = [Point(*each) for each in json.loads(store.read(newest))] if newest else []
+        points = [Point(*each) for each in json.loads(store.read(newest))]
         for point in points:
             check_metrics(point.metrics)
             if not min(point.step, point.unix_ms) >= 0:
@@ -138,7 +155,7 @@ def read_waiting(store: Store) -> list[Point]:
             f"{store.uri(newest)} should hold a list of points, and cannot be read ({error}). The next commit "
             "replaces it"
         ) from error
-    for key in older[1:]:
+    for key in keys:
         with contextlib.suppress(StoreError):
             store.delete(key)
     return points

@@ -372,8 +372,8 @@ AgentEvent = (
 @dataclass(frozen=True)
 class News:
     """The answer to every event, for the run's page. metrics: of all nodes, to `DevicesSeen` and node 0's `TimesSeen`.
-    artifacts: path → text, to node 0's `TimesSeen` and `StacksTaken`. points: to `TakesRank0`. displaced: to `MaySend`.
-    wants_all_points: to `PointsKept`.
+    artifacts: path → text, to node 0's `TimesSeen` and `StacksTaken`. points: to `TakesRank0`, and late ones to
+    `PointsKept`, as wants_all_points. displaced: to `MaySend`.
     """
 
     ledger: Ledger

@@ -69,7 +69,7 @@ class Saves:
         """
         self._fence = fence
         self._points = points
-        # Whether those of before are read from the store, and it has some of this life's.
+        # Whether those of before are read from the store, and it may have some.
         self._knows_points_of_before, self._has_kept_points = False, False
         self._points_lock = asyncio.Lock()
         self._life = life
@@ -187,7 +187,7 @@ class Saves:
     async def find_points(self) -> None:
         """Before they are handed over: what a coordinator that has died knew at its last commit.
 
-        Ranks do not wait long for a metric: of a store that is away or silent it is asked again before the next commit.
+        Ranks do not wait long for a metric: a store that is away or silent is asked again before the next commit.
         """
         try:
             await asyncio.wait_for(self._read_points(), POINTS_SECONDS)
@@ -200,8 +200,11 @@ class Saves:
         async with self._points_lock:
             if self._knows_points_of_before:
                 return
+            self._has_kept_points = True
             try:
-                self._points.found(await asyncio.to_thread(read_waiting, self._store))
+                found = await asyncio.to_thread(read_waiting, self._store)
+                self._points.finds(found)
+                self._has_kept_points = bool(found)
             except CheckpointDamaged as error:
                 self._tell(f"points that MLflow had not got are missing there: {error}")
             self._knows_points_of_before = True

@@ -198,8 +198,6 @@ class MetricSender:
         num_points = 0
         for spooled in steps:
             num_points += len(spooled.metrics)
-            if self._drop_after is not None and spooled.step > self._drop_after:
-                continue
             for own_name, value in spooled.metrics.items():
                 name = name_in_mlflow(own_name)
                 identity = (name, spooled.step)
@@ -208,7 +206,9 @@ class MetricSender:
                 points[identity] = Metric(name, value, spooled.unix_ms, spooled.step)
         # After what MLflow holds was asked: this process may have been frozen since.
         self._check()
-        if points:
+        if (last := self._drop_after) is not None:
+            points = {identity: point for identity, point in points.items() if point.step <= last}
+        if points and not self._abandoned:
             # Dying here, or a lost answer, leaves the outcome unknown: the same points are sent again.
             # Said also where MLFLOW_ENABLE_ASYNC_LOGGING says otherwise: what is acknowledged must have arrived.
             client.log_batch(self._run_id, metrics=list(points.values()), synchronous=True)
@@ -305,5 +305,7 @@ class MlflowTracker:
 
     def close(self, *, timeout_seconds: float, drop_after: int | None = None) -> TrackerStatus:
         status = self._sender.close(timeout_seconds=timeout_seconds, drop_after=drop_after)
+        if drop_after is not None:
+            self._spool.drop_after(drop_after)
         self._spool.close()
         return status

@@ -221,6 +221,15 @@ class MetricSpool:
         except sqlite3.Error as error:
             self._warn_disk(f"{error}; after a crash, points will be sent again and dropped as repeats")
 
+    def drop_after(self, step: int) -> None:
+        """Nobody is to send the steps after this one. No other thread reads or acknowledges any more."""
+        with self._mutex:
+            self._held = deque(each for each in self._held if each.step <= step)
+            try:
+                self._database.execute("DELETE FROM steps WHERE step > ?", (step,))
+            except sqlite3.Error as error:
+                self._warn_disk(f"{error}; steps that were taken again may be sent as they were at first")
+
     # ---- opening and closing ---------------------------------------------------------------------------------------
 
     def close(self) -> None:
