@@ -1262,6 +1262,40 @@ def test_a_notice_that_finds_no_agent_is_kept_for_the_one_that_comes_and_is_one_
     asyncio.run(asyncio.wait_for(play(), 60))
 
 
+@pytest.mark.parametrize("bad", [False, True])
+def test_a_node_whose_notice_was_withdrawn_runs_ranks_again_unless_a_verdict_named_it(
+    tmp_path: Path, bad: bool
+) -> None:
+    async def play() -> None:
+        run = coordinator(tmp_path)
+        await run.tell(LEAVES)
+        if bad:
+            await run.knows_bad_nodes(["n1"])
+        first, _ = await asyncio.gather(run.join(on_node(0)), run.join(on_node(2)))
+        assert isinstance(first, Order) and await run.join(on_node(1)) == StandBy(1)
+        stands_by = asyncio.create_task(run.join(again(on_node(1), first)))
+        await asyncio.sleep(0)
+        for _ in range(2):
+            await run.tell(NodeLeaves("n1", None))
+        await run.exited(on_node(2), first, NodeEnded((DIED,)))
+        # The other one's node is lost.
+        await run.agents_lost("a", {2: 0})
+        joining = asyncio.create_task(run.join(replace(on_node(2), incarnation=1, node_id="n3")))
+        await asyncio.sleep(0.01)
+        second = await run.join(again(on_node(0), first))
+        assert isinstance(second, Order) and second.seats == ((0, 2) if bad else (0, 1))
+        assert await (joining if bad else stands_by) == second
+        await run.tell(LEAVES)
+        texts = [event.text for event in (await run.status(0)).events]
+        said = [text for text in texts if text.startswith("node 1")]
+        leaves = "node 1 (127.0.0.3) will leave: EC2 will take it"
+        assert said == [leaves, "node 1 (127.0.0.3) stays: its notice was withdrawn", leaves]
+        stands_by.cancel()
+        joining.cancel()
+
+    asyncio.run(asyncio.wait_for(play(), 60))
+
+
 def test_a_coordinator_that_was_started_again_hears_of_a_notice_before_it_knows_any_agent(tmp_path: Path) -> None:
     async def play() -> None:
         dead, run = coordinator(tmp_path), coordinator(tmp_path)

@@ -538,3 +538,20 @@ def test_the_coordinator_lives_and_dies_with_the_drivers_node(monkeypatch: pytes
     finally:
         ray.shutdown()
         cluster.shutdown()
+
+
+@pytest.mark.parametrize("knows", [True, False])
+def test_an_agent_that_ray_train_never_placed_is_not_waited_for_long_at_the_end(
+    monkeypatch: pytest.MonkeyPatch, knows: bool
+) -> None:
+    """Its coordinator was started again, and may not have been told of the one that is lost."""
+    monkeypatch.setattr(driver_module, "AGENTS_HOME_SECONDS", 0.02)
+    monkeypatch.setattr(driver_module, "AGENTS_END_SECONDS", 60.0)
+    looks = [SimpleNamespace(waits_for_seats=False, all_are_home=home) for home in (False, True, False)]
+    home = SimpleNamespace(waits_for_seats=knows, all_are_home=True)
+    joined = list[float]()
+    fitting = SimpleNamespace(is_alive=lambda: True, join=joined.append)
+    driver = SimpleNamespace(_status=lambda _: looks.pop(0) if looks else home)
+    began = time.monotonic()
+    Driver._wait_for_agents(cast(Driver, driver), None, cast(Any, fitting))
+    assert not looks and (len(joined) == 4 if knows else time.monotonic() - began >= 0.02)

@@ -37,7 +37,7 @@ def test_an_instance_that_stays_has_none_and_outside_of_ec2_nobody_is_asked_agai
         assert ask_for_notices(address) == []
     assert ask_for_notices(address) is None
     asked: list[None] = []
-    watch = NoticeWatch(lambda: asked.append(None), lambda notice: None, poll_seconds=0.001)
+    watch = NoticeWatch(lambda: asked.append(None), lambda notice: None, lambda: None, poll_seconds=0.001)
     watch._thread.join(10)
     assert len(asked) == 1
     watch.close()
@@ -53,7 +53,7 @@ def test_a_notice_is_told_at_each_poll_while_it_stands_and_a_page_that_cannot_be
         return ask_for_notices(address)
 
     with metadata_service(pages=pages) as address:
-        watch = NoticeWatch(lambda: ask(address, pages), told.append, poll_seconds=0.01)
+        watch = NoticeWatch(lambda: ask(address, pages), told.append, lambda: None, poll_seconds=0.01)
         asked.acquire()
         pages["/latest/meta-data/spot/instance-action"] = "tomorrow"
         for _ in range(3):
@@ -76,7 +76,18 @@ def test_a_maintenance_page_in_other_words_does_not_hide_the_spot_notice_of_the_
 def test_a_poll_without_an_answer_does_not_end_a_watch_that_was_answered_before() -> None:
     answers: list[list[Notice] | None] = [[], None, None, [SPOT]]
     told: list[Notice] = []
-    watch = NoticeWatch(lambda: answers.pop(0) if answers else None, told.append, poll_seconds=0.001)
+    watch = NoticeWatch(lambda: answers.pop(0) if answers else None, told.append, lambda: None, poll_seconds=0.001)
     wait_for(lambda: bool(told))
     watch.close()
     assert told == [SPOT]
+
+
+def test_a_notice_that_stands_no_more_is_told_to_be_withdrawn_once_and_not_for_a_page_that_was_missing() -> None:
+    answers: list[list[Notice] | None] = [[], [REBOOT], [], None, [], [REBOOT], [], None, [], [], [], []]
+    told: list[Notice | None] = []
+    watch = NoticeWatch(
+        lambda: answers.pop(0) if answers else None, told.append, lambda: told.append(None), poll_seconds=0.001
+    )
+    wait_for(lambda: not answers)
+    watch.close()
+    assert told == [REBOOT, REBOOT, None]

@@ -15,6 +15,8 @@ logger = logging.getLogger(__name__)
 
 # A spot instance has two minutes from its notice on.
 POLL_SECONDS = 5.0
+# A page may be missing once.
+POLLS_WITHOUT = 3
 
 
 @dataclass(frozen=True)
@@ -86,14 +88,16 @@ class NoticeWatch:
         self,
         ask: Callable[[], list[Notice] | None],
         tell: Callable[[Notice], object],
+        withdrawn: Callable[[], object],
         *,
         poll_seconds: float = POLL_SECONDS,
     ):
         """ask: as `ask_for_notices`. tell: given each notice again at each poll while it stands.
 
-        So also a coordinator that was started again hears of it, or one that an agent joins later.
+        So also a coordinator that was started again hears of it, or one that an agent joins later. withdrawn: called
+        when none stands any more, as of a maintenance that was cancelled.
         """
-        self._ask, self._tell, self._poll_seconds = ask, tell, poll_seconds
+        self._ask, self._tell, self._withdrawn, self._poll_seconds = ask, tell, withdrawn, poll_seconds
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="notices", daemon=True)
         self._thread.start()
@@ -103,14 +107,22 @@ class NoticeWatch:
         self._thread.join(self._poll_seconds)
 
     def _watch(self) -> None:
-        answered = False
+        # polls: since one stood; None: none has.
+        answered, polls = False, None
         while True:
             notices = self._ask()
             if notices is None and not answered:
                 return
             # One that has answered once is only slow, or busy, when it does not.
             answered = True
-            for notice in notices or ():
-                self._tell(notice)
+            if notices:
+                polls = 0
+                for notice in notices:
+                    self._tell(notice)
+            elif notices is not None and polls is not None:
+                polls += 1
+                if polls == POLLS_WITHOUT:
+                    self._withdrawn()
+                    polls = None
             if self._closing.wait(self._poll_seconds):
                 return

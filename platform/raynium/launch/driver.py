@@ -66,6 +66,8 @@ CLUSTER_LOST_SECONDS = 30.0
 FIRST_ANSWER_SECONDS = 180.0
 # After a failure, agents still upload the last checkpoint before it.
 AGENTS_END_SECONDS = 600.0
+# All that have spoken are through, and others would have spoken by then: Ray Train waits for one that it never placed.
+AGENTS_HOME_SECONDS = 30.0
 
 
 # Placements and starts of agents that fail, before Ray Train gives up; its default is never. It counts all of a
@@ -305,7 +307,7 @@ class Driver:
 
     def _wait_for_agents(self, coordinator: Any, fitting: "_InThread") -> None:
         """They still send metrics and give back memory. Ray Train may wait for a node for one that it is to replace."""
-        deadline = time.monotonic() + AGENTS_END_SECONDS
+        deadline, home_since = time.monotonic() + AGENTS_END_SECONDS, math.inf
         while fitting.is_alive() and time.monotonic() < deadline:
             fitting.join(STATUS_SECONDS)
             try:
@@ -314,7 +316,11 @@ class Driver:
                 # The run has ended: nothing is lost with it.
                 self.display.line(str(error))
                 return
-            if status.waits_for_seats and status.all_are_home:
+            home_since = min(home_since, time.monotonic()) if status.all_are_home else math.inf
+            if status.all_are_home and status.waits_for_seats:
+                return
+            # A coordinator that was started again may not know for whom Ray Train waits.
+            if time.monotonic() - home_since >= AGENTS_HOME_SECONDS:
                 return
 
     def _tell_drained(self, coordinator: Any) -> None:

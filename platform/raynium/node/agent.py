@@ -209,9 +209,11 @@ class NodeAgent:
             device_seconds=EXECUTION_TIMEOUT_SECONDS if self.accelerator.name.startswith("neuron") else 0.0,
         )
         devices = self._watch_devices(reports)
-        notices = NoticeWatch(
-            self._ask_for_notices, lambda notice: self.coordinator.tell(NodeLeaves(self.node.node_id, str(notice)))
-        )
+
+        def leaves(why: Notice | None) -> None:
+            self.coordinator.tell(NodeLeaves(self.node.node_id, str(why) if why is not None else None))
+
+        notices = NoticeWatch(self._ask_for_notices, leaves, lambda: leaves(None))
         try:
             if self._cache.sync is not None:
                 self._cache.sync.wait_filled()

@@ -245,7 +245,7 @@ class RunCoordinator:
     async def knows_bad_nodes(self, node_ids: Collection[str]) -> None:
         """Ids of those that this run's verdicts have named before this coordinator's life."""
         async with self._changing():
-            self._roster.bad.update(node_ids)
+            self._lives.named.bad.update(node_ids)
             self._lives.bar_named()
             self._lives.may_grow()
 

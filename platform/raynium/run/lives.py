@@ -11,6 +11,7 @@ from raynium.run.board import Board
 from raynium.run.buddies import buddies
 from raynium.run.generation import Generation
 from raynium.run.leaps import Leaps
+from raynium.run.named_nodes import NamedNodes
 from raynium.run.protocol import (
     AgentInfo,
     EndKind,
@@ -45,7 +46,6 @@ class Lives:
         self.incidents = Incidents(board.life, unix=time.time, steady=time.monotonic)
         # No generation is ordered before this time.
         self.not_before = 0.0
-        self._told_leaving: set[str] = set()
         # Why agents were sent home last, and of which incident; None: their ranks save before.
         self._farewell: tuple[str, What | None] = "", None
         self._fault = fault
@@ -57,6 +57,7 @@ class Lives:
         self._stragglers: Stragglers | None = None
         self._generations: dict[int, Generation] = {}
         self._board, self._book, self._roster, self._recovery = board, book, roster, recovery
+        self.named = NamedNodes(roster, board, self.incidents)
 
     @property
     def newest(self) -> Generation | None:
@@ -168,7 +169,7 @@ class Lives:
             current.agents[order.node_rank(agent)] = agent
             self._roster.speaks(agent)
             self._roster.may_upload(*agent.uploading)
-            self._bar_if_named(agent)
+            self.named.bar(agent, self.running)
         return current
 
     # ---- how one ends ----------------------------------------------------------------------------------------------
@@ -260,7 +261,7 @@ class Lives:
 
     def joined(self, agent: AgentInfo, *, now: float) -> None:
         """It is as far that a generation could be ordered, or waits for others."""
-        self._bar_if_named(agent)
+        self.named.bar(agent, self.running)
         self._book.agents_missing(now, missing=not self._roster.crew(now=now))
 
     def ended_after(self, current: Generation, step: int) -> None:
@@ -389,7 +390,8 @@ class Lives:
         fault = self._verdicts.of_node(agent.host, fault)
         found = NodeFault(generation, node_rank, agent.host, agent.node_id, fault, agent.instance)
         if self._verdicts.node_fault(found):
-            self._roster.finds_bad(agent)
+            self.named.bad.add(agent.node_id)
+            self._roster.bars(agent.seat)
             self._board.tell(f"  node {node_rank} ({found.host}) | {fault.evidence}")
             self._board.tell(str(found))
             # Else they end already, or there is no other node.
@@ -397,38 +399,22 @@ class Lives:
                 current.yields = f"a spare takes the place of {agent.host}"
                 self._board.tell(f"generation {generation} saves and ends: {current.yields}")
 
-    def node_leaves(self, node_id: str, why: str) -> None:
-        """The ranks save, end, and go on elsewhere; where there is no other node, on that one until it goes.
-
-        It is told again and again, and may be told while nobody of that node is known: who comes there is barred then.
-        """
-        if node_id in self._roster.leaving:
-            return
-        self._roster.leaving[node_id] = why
-        self.bar_named()
+    def node_leaves(self, node_id: str, why: str | None) -> None:
+        """The ranks save, end, and go on elsewhere. None: what was said of it before was withdrawn."""
+        if why is None:
+            self.named.stays(node_id, self._known())
+            self.may_grow()
+        elif self.named.leaves(node_id, why):
+            self.bar_named()
 
     def bar_named(self) -> None:
         """Of all that are there: a node was named."""
-        current = self.running
-        for agent in (*self._roster.ready(), *(() if current is None else current.agents.values())):
-            self._bar_if_named(agent)
+        for agent in self._known():
+            self.named.bar(agent, self.running)
 
-    def _bar_if_named(self, agent: AgentInfo) -> None:
-        """By a verdict or a notice, which is told once in this life."""
-        why = self._roster.leaving.get(agent.node_id)
-        if why is not None or agent.node_id in self._roster.bad:
-            self._roster.bars(agent.seat)
-        if why is None or agent.node_id in self._told_leaving:
-            return
-        self._told_leaving.add(agent.node_id)
-        self._board.tell(f"node {agent.seat} ({agent.host}) will leave: {why}")
-        # The key is the same in each life of the coordinator, which make one incident of it.
-        key = f"leaves-{agent.node_id}"
-        self.incidents.notes("node", where=agent.host, cause=why, step=self._board.step, key=key)
+    def _known(self) -> list[AgentInfo]:
         current = self.running
-        if current is not None and agent in current.agents.values() and current.yields is None:
-            current.yields = f"{agent.host} will leave"
-            self._board.tell(f"generation {self.number} saves and ends: {current.yields}")
+        return [*self._roster.ready(), *(() if current is None else current.agents.values())]
 
     def over(self, current: Generation, cause: str, *, now: float) -> None:
         """The ranks are taken down; others follow unless a stop was asked for."""

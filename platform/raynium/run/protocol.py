@@ -317,10 +317,10 @@ class DevicesSeen:
 
 @dataclass(frozen=True)
 class NodeLeaves:
-    """Somebody who must know has said that this node will be taken away. node_id: as in AgentInfo."""
+    """Somebody who must know has said that this node will be taken away. why: None: or not any more."""
 
     node_id: str
-    why: str
+    why: str | None
 
 
 @dataclass(frozen=True)

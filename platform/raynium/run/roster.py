@@ -42,12 +42,8 @@ class Roster:
         self._crew: tuple[int, ...] = ()
         self._silent: set[int] = set()
         self._lost: set[int] = set()
-        # Seats whose nodes a verdict named, or that will leave.
+        # Seats whose nodes were named, see `NamedNodes`.
         self._barred: set[int] = set()
-        # Ids of nodes that will be taken away, whichever agents of whichever attempt are or come there → why.
-        self.leaving: dict[str, str] = {}
-        # Ids of nodes that a verdict named.
-        self.bad: set[str] = set()
         # Seat and incarnation.
         self._home: set[tuple[int, int]] = set()
         # Since when too few agents are there, all that are left being ready.
@@ -143,10 +139,10 @@ class Roster:
         self.changes += not known
         return not known
 
-    def finds_bad(self, agent: AgentInfo) -> None:
-        """A verdict named its node."""
-        self.bad.add(agent.node_id)
-        self.bars(agent.seat)
+    def frees(self, seat: int) -> None:
+        """It may run ranks as any other."""
+        self.changes += seat in self._barred
+        self._barred.discard(seat)
 
     @property
     def has_enough(self) -> bool:
