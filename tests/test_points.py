@@ -71,7 +71,7 @@ class Keeper:
         if isinstance(event, PointsKept):
             self.said.append(event)
             wants_all = self.pending.keep(event)
-            found = self.pending.found()
+            found = self.pending.found(event.tenure)
         elif isinstance(event, TakesRank0):
             found = self.pending.handed_over(event)
         answer = Future[News]()
@@ -299,13 +299,14 @@ def test_what_the_store_gives_late_reaches_the_node_that_has_rank_0() -> None:
     pending.finds([point(1), point(2), point(3)])
     pending.keep(PointsKept(tenure(2), 1, (point(4),), 1, are_all=True))
     assert pending.all() == (point(1), point(2), point(3), point(4)), "for a commit before that"
-    assert pending.found() == (point(1), point(2)), "the third was computed again"
-    assert pending.found() == () and pending.all() == (point(4),)
+    assert pending.found(tenure(1)) == (), "it has not rank 0 any more"
+    assert pending.found(tenure(2)) == (point(1), point(2)), "the third was computed again"
+    assert pending.found(tenure(2)) == () and pending.all() == (point(4),)
     # A coordinator that was started again does not know from where the node went on.
     pending = PendingPoints()
     pending.keep(PointsKept(tenure(2), 9, (point(4),), 1))
     pending.finds([point(3)])
-    assert pending.found() == (point(3),)
+    assert pending.found(tenure(2)) == (point(3),)
 
 
 def test_what_comes_late_is_taken_by_the_node_and_known_to_be(tmp_path: Path) -> None:

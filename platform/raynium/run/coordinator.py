@@ -220,7 +220,7 @@ class RunCoordinator:
                 metrics_of_nodes = self._board.sample(node_rank, sample, now=now)
             case PointsKept():
                 wants_all = self._pending_points.keep(event)
-                points = self._pending_points.found()
+                points = self._pending_points.found(event.tenure)
             case TakesRank0():
                 await self._saves.find_points()
                 points = self._pending_points.handed_over(event)

@@ -56,7 +56,7 @@ class PendingPoints:
         # Each with the number of the word that told it; 0: handed over to this tenure.
         self._points = deque[tuple[int, Point]]()
         self._values = 0
-        # In the store found, and handed over to nobody yet.
+        # In the store, and handed over to nobody yet.
         self._found: tuple[Point, ...] = ()
         self._tenure: Tenure = "", 0
         # That it goes on from; None: a coordinator before this one was told.
@@ -72,8 +72,12 @@ class PendingPoints:
         """In the store, where a coordinator before this one has left them."""
         self._found = tuple(points)
 
-    def found(self) -> tuple[Point, ...]:
-        """For the node that has rank 0, once: after it took it the store was silent, or had to be asked anew."""
+    def found(self, tenure: Tenure) -> tuple[Point, ...]:
+        """For the node that has rank 0, once, if it is in this tenure: the store was silent when it began, or was asked
+        anew since.
+        """
+        if tenure != self._tenure:
+            return ()
         found, self._found = self._found, ()
         return tuple(point for point in found if self._step is None or point.step <= self._step)
 
