@@ -17,6 +17,7 @@ install)
     sudo tee /etc/systemd/system/raynium-mlflow.service >/dev/null <<UNIT
 [Unit]
 Description=MLflow of the Raynium cluster
+Wants=network-online.target
 After=network-online.target
 [Service]
 User=$(id -un)

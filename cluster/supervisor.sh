@@ -11,6 +11,7 @@ root=${2:?$usage}
 sudo tee /etc/systemd/system/raynium-supervisor.service >/dev/null <<UNIT
 [Unit]
 Description=Supervisor of the Raynium cluster's runs
+Wants=network-online.target
 After=network-online.target
 [Service]
 User=$(id -un)

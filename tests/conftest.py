@@ -19,12 +19,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 from s3_server import S3Server, running_s3_server
 from tiny import build_documents
 
 # Threads that wait for each other by spinning take the cores that tests, ranks and servers share. Changes no result
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# No test fails for its time: a busy machine may take any.
+hypothesis.settings.register_profile("raynium", deadline=None)
+hypothesis.settings.load_profile("raynium")
 
 
 # Given to the workers first, the longest before all: what begins late would hold up the end.

@@ -73,7 +73,8 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "node.images": ("run", "train"),
     "node.node_zero": ("run", "tracking"),
     "node.copy_failures": (),
-    "node.buddies": ("node.images", "node.copy_failures"),
+    "node.copy_queue": ("node.images",),
+    "node.buddies": ("node.copy_queue", "node.copy_failures"),
     "node": (
         *("node.diagnosis", "node.buddies", "node.compile_cache", "node.node_zero"),
         *("rank", "run.bad_nodes", "planning"),
@@ -85,6 +86,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "launch.notify": ("terminal",),
     "run.bad_nodes": ("run",),
     "launch.tasks": (),
+    "launch.nodes": (),
     "launch.ray_environment": ("node",),
     "launch.job_metadata": (),
     "launch.preparation": ("node", "convert", "data.build", "launch.notify", "launch.job_metadata"),
@@ -100,6 +102,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "data.build",
         "launch.preparation",
         "launch.tasks",
+        "launch.nodes",
     ),
     "launch.data": ("launch",),
     "standalone": ("launch",),
@@ -122,7 +125,7 @@ MAY_IMPORT = {room: _reachable(room) for room in ROOMS}
 # Library → the rooms that may import it. The Neuron libraries load device runtimes, so only inside functions.
 NEURON_LIBRARIES = {"torch_neuronx", "torch_xla", "neuronx_distributed", "libneuronxla"}
 HOMES = {
-    "ray": {"launch", "launch.tasks", "launch.data"},
+    "ray": {"launch", "launch.tasks", "launch.nodes", "launch.data"},
     "mlflow": {"tracking"},
     "s3fs": {"storage"},
     "fsspec": {"storage"},

@@ -4,6 +4,7 @@ import errno
 import json
 import pickle
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -22,7 +23,7 @@ from raynium.config.world import World
 from raynium.node import buddies as buddies_module
 from raynium.node.buddies import Buddies, CopyError, buddies_of
 from raynium.node.copy_failures import FAILURES_TOLD, CopyFailures, why_not_kept
-from raynium.node.images import NodeImages, Snapshot
+from raynium.node.images import Hold, NodeImages, Snapshot
 from raynium.run.buddies import buddies
 from raynium.run.held_images import HeldImages
 from raynium.run.protocol import AgentInfo, Said
@@ -41,10 +42,12 @@ IMAGE, REPLICAS = bytes(range(251)) * (CHUNK_BYTES // 200), b"r" * 1000
 class Node:
     """One agent's memory."""
 
-    def __init__(self, folder: Path, *, secret: bytes = SECRET, bytes_per_second: float = 1e12):
+    def __init__(
+        self, folder: Path, *, secret: bytes = SECRET, bytes_per_second: float = 1e12, ranks: int = 1, slots: int = 2
+    ):
         folder.mkdir()
-        self.folder, self.images = folder, NodeImages()
-        self.images.start_generation([0], None)
+        self.folder, self.images = folder, NodeImages(slots)
+        self.images.start_generation(range(ranks), None)
         self.said: list[Said] = []
         self.buddies = Buddies(
             HOST, folder, secret, self.images, bytes_per_second=bytes_per_second, tell=self.said.append
@@ -54,16 +57,16 @@ class Node:
     def address(self) -> tuple[str, int]:
         return HOST, self.buddies.port
 
-    def snapshot(self, step: int, *, slot: int = 0, generation: str = "g1") -> Snapshot:
-        """Of rank 0, which has just written it."""
+    def snapshot(self, step: int, *, slot: int = 0, generation: str = "g1", rank: int = 0) -> Snapshot:
+        """Of a rank that has just written it."""
         infos = []
         for name, data in (("image", IMAGE), ("replicas", REPLICAS)):
-            path = self.folder / f"{name}.{slot}"
+            path = self.folder / f"{name}-{rank}.{slot}"
             path.write_bytes(data)
             infos.append(ImageInfo(step=step, path=str(path), size=len(data), tensors=SavedBlocks.of(())))
         self.images.take_offers()
         written = Snapshot(generation, WORLD, 3, *infos)
-        self.images.complete(0, slot, written, upload=False)
+        self.images.complete(rank, slot, written, upload=False)
         return written
 
 
@@ -120,6 +123,29 @@ def test_an_image_that_its_rank_writes_again_while_it_is_sent_becomes_no_copy(no
     assert second.buddies.held() == ()
     first.buddies.offer(0, 1, newer)
     wait_for(lambda: second.buddies.held() == (held(10),))
+
+
+def test_a_buddy_has_all_ranks_of_a_step_though_newer_ones_come_while_they_are_sent(node: Callable[..., Node]) -> None:
+    first, second = node("first", ranks=3, slots=3), node("second")
+    taken, send_one, all_wait = list[int](), first.buddies._send_one, threading.Event()
+
+    def newer_come(rank: int, hold: Hold, to: tuple[str, int]) -> None:
+        taken.append(hold.step)
+        if len(taken) == 1:
+            assert all_wait.wait(60)
+            for each in range(3):
+                first.buddies.offer(each, 1, first.snapshot(10, slot=1, rank=each))
+        send_one(rank, hold, to)
+
+    first.buddies._send_one = newer_come
+    first.buddies.begin_generation(None, second.address)
+    for rank in range(3):
+        first.buddies.offer(rank, 0, first.snapshot(5, rank=rank))
+    all_wait.set()
+    wait_for(lambda: len(taken) == 6)
+    assert taken == [5, 5, 5, 10, 10, 10]
+    wait_for(lambda: HeldImages("g1", 10, (0, 1, 2), WORLD) in second.buddies.held())
+    assert HeldImages("g1", 5, (0, 1, 2), WORLD) in second.buddies.held()
 
 
 def test_copies_that_find_no_room_again_and_again_are_told_once_until_they_do(

@@ -44,7 +44,8 @@ POD = {"serviceAccountName", "nodeSelector", "containers", "tolerations"}
 
 def config(**changes: Any) -> Config:
     named = {"instance_type": "trn2.48xlarge", "accelerator": "neuron", "ranks_per_node": 64, "nodes": 4, **changes}
-    return parse_config(job_text({f"cluster.{name}": value for name, value in named.items()}, root="s3://bucket/runs"))
+    changes = {f"cluster.{name}": value for name, value in named.items()} | {"tracking.uri": "http://mlflow:5000"}
+    return parse_config(job_text(changes, root="s3://bucket/runs"))
 
 
 def rendered(pods: Pods = PODS, **changes: Any) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -184,12 +185,21 @@ def test_all_problems_come_at_once(tmp_path: Path) -> None:
     local = parse_config(job_text({}, root=tmp_path))
     with pytest.raises(ConfigError, match=rf"run.root is {tmp_path}, which pods do not share: set s3://") as refused:
         render_kuberay(local, replace(PODS, redis="nowhere"))
-    assert len(refused.value.problems) == 3
+    assert len(refused.value.problems) == 4
+    assert any("tracking.uri is null, and pods share no disk" in problem for problem in refused.value.problems)
 
 
 def test_the_command_writes_it(tmp_path: Path) -> None:
     (tmp_path / "job.yaml").write_text(job_text({"cluster.instance_type": "m7i.2xlarge"}, root="s3://bucket/runs"))
-    command = ["cluster", "kuberay", str(tmp_path / "job.yaml"), "cluster.nodes=3", "--image", "raynium:1"]
+    command = [
+        "cluster",
+        "kuberay",
+        str(tmp_path / "job.yaml"),
+        "cluster.nodes=3",
+        "--image",
+        "raynium:1",
+        "tracking.uri=http://mlflow:5000",
+    ]
     done = CliRunner().invoke(app, [*command, "--redis", "redis:6379", "--output", str(tmp_path / "ray/cluster.yaml")])
     assert done.exit_code == 0, done.output
     cluster, _ = yaml.safe_load_all((tmp_path / "ray/cluster.yaml").read_text())

@@ -95,12 +95,13 @@ def test_an_image_that_is_copied_to_another_node_is_written_only_if_there_is_no_
     images.take_offers()
     copied = snapshot(10)
     images.complete(0, 0, copied, upload=False)
-    with images.copying(0, 0, copied) as still_there:
-        for step, slot in ((11, 1), (12, 2), (13, 1)):
-            images.complete(0, slot, snapshot(step), upload=step == 13)
-            assert all(number != 0 for _, number in images.take_offers()) and still_there()
-        images.complete(0, 2, snapshot(14), upload=False)
-        assert images.take_offers() == [(0, 0)] and not still_there()
+    hold = images.hold(0, 0, copied)
+    for step, slot in ((11, 1), (12, 2), (13, 1)):
+        images.complete(0, slot, snapshot(step), upload=step == 13)
+        assert all(number != 0 for _, number in images.take_offers()) and hold.is_there()
+    images.complete(0, 2, snapshot(14), upload=False)
+    assert images.take_offers() == [(0, 0)] and not hold.is_there()
+    hold.release()
     images.complete(0, 0, snapshot(15), upload=False)
     assert images.take_offers() == [(0, 2)]
 

@@ -1,4 +1,5 @@
-"""Nodes that come and go, on a real Ray cluster: nobody types anything, and no bit and no point differs.
+"""Nodes that come and go, on a real Ray cluster: nobody types anything, and no bit and no point differs
+where the world is the same.
 
 One node is a head without room for ranks; the others have room for one rank each.
 """

@@ -185,6 +185,22 @@ def test_a_run_whose_own_job_lives_is_none_to_start_however_it_was_submitted(
     assert len(jobs.submitted) == 1
 
 
+def test_a_job_that_a_new_head_lists_as_running_for_a_dead_one_is_not_waited_for_for_ever(
+    tmp_path: Path, supervisor: Supervisor, jobs: Jobs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(tmp_path / "runs", "listed", owner=Owner("elsewhere", "boot pid:[1]", 1, "1"), heartbeat_unix=0.0)
+    jobs.state, jobs.others = "RUNNING", [("job-1", {"run_url": Store(tmp_path / "runs/listed").url})]
+    supervisor.look()
+    assert not jobs.submitted
+    monkeypatch.setattr(supervisor_module, "SILENT_JOB_SECONDS", 0.0)
+    supervisor.look()
+    assert len(jobs.submitted) == 1
+    # Another job of the run is waited for, whatever its own is.
+    jobs.others.append(("job-3", {"run_url": Store(tmp_path / "runs/listed").url}))
+    supervisor.look()
+    assert len(jobs.submitted) == 1
+
+
 def test_a_run_that_somebody_has_stopped_is_not_started_though_nobody_lived_to_stop_it(
     tmp_path: Path, supervisor: Supervisor, jobs: Jobs, told: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

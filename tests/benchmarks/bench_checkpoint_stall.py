@@ -116,6 +116,9 @@ class UploadLink:
             self._freed.wait_for(self.has_free_image)
             return min(self._free)
 
+    def step(self, step: int, metrics: dict[str, float]) -> None:
+        pass
+
     def image(self, slot: int, info: str, replicas: str, *, upload: bool) -> None:
         self._free.remove(slot)
         self._agent.send((slot, info))

@@ -3,9 +3,9 @@
 Fake agents of nodes with 64 ranks each join, watch their generation, lose one rank, say how theirs ended, and join
 again with their snapshots: the coordinator itself, on its own loop, without Ray's calls between. Seconds are of its
 thread's processor time. "First": from the first agent that joins until all have their order; "change": from the word
-that a rank has died until all have the next order; "saved": every rank's word that its shard is in the store; "seen":
-one round of every rank's position. Twice the agents should cost twice as much: passes if the largest number changes
-its generation within 1 s, and no step takes more than thrice what half the agents take.
+that a rank has died until all have the next order; "seen": one round of every rank's position. Twice the agents should
+cost twice as much: passes if the largest number changes its generation within 1 s, and no step takes more than thrice
+what half the agents take.
 """
 
 import asyncio

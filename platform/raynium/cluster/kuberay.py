@@ -61,6 +61,10 @@ def _problems(config: Config, pods: Pods) -> list[str]:
         problems.append(f"cluster.instance_type is {cluster.instance_type}; set one of {', '.join(types)}")
     if not config.run.root.startswith("s3://"):
         problems.append(f"run.root is {config.run.root}, which pods do not share: set s3://BUCKET/FOLDER")
+    if config.tracking.uri is None:
+        problems.append(
+            "tracking.uri is null, and pods share no disk for MLflow's database: set a server's http:// URL"
+        )
     for name in ("name", "service_account", "token_secret", "redis_secret"):
         if not _NAME.fullmatch(getattr(pods, name)):
             problems.append(

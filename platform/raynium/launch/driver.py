@@ -31,6 +31,7 @@ from raynium.launch.head import ClusterWatch
 from raynium.launch.nodes import (
     Waiting,
     draining_nodes,
+    end_controllers,
     label_selector,
     name_job,
     node_resources,
@@ -68,6 +69,8 @@ FIRST_ANSWER_SECONDS = 180.0
 AGENTS_END_SECONDS = 600.0
 # All that have spoken are through, and others would have spoken by then: Ray Train waits for one that it never placed.
 AGENTS_HOME_SECONDS = 30.0
+# Until who waits for a killed actor hears of it.
+CONTROLLER_ENDS_SECONDS = 20.0
 
 
 # Placements and starts of agents that fail, before Ray Train gives up; its default is never. It counts all of a
@@ -166,6 +169,10 @@ class Driver:
                 keeper.update(incidents=self._incidents_with(status) or None)
             cause = status.cause or f"Ray Train ended the run: {fitting.error}"
             raise RunFailed(f"run {self.config.run.name!r} failed at step {status.step}: {cause}")
+        if fitting.is_alive():
+            # Ray ends a process, with an error, of which a thread still asks something once it is shut down.
+            end_controllers()
+            fitting.join(CONTROLLER_ENDS_SECONDS)
         return status
 
     def _wait_for_seats(self) -> None:

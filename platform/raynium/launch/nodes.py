@@ -7,7 +7,11 @@ from typing import Any
 
 import ray
 from ray._private.state import available_resources_per_node, state
-from ray.core.generated.gcs_pb2 import PlacementGroupTableData  # pyright: ignore[reportAttributeAccessIssue]
+from ray._private.worker import global_worker
+from ray.core.generated.gcs_pb2 import (  # pyright: ignore[reportAttributeAccessIssue]
+    ActorTableData,  # pyright: ignore[reportAttributeAccessIssue]
+    PlacementGroupTableData,  # pyright: ignore[reportAttributeAccessIssue]
+)
 from ray.experimental.internal_kv import _internal_kv_get, _internal_kv_put
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 
@@ -210,6 +214,18 @@ def release_nodes() -> None:
     for group in _placement_groups():
         if group.creator_job_id.hex() == mine and group.state != PlacementGroupTableData.REMOVED:
             remove_placement_group(PlacementGroup(ray.PlacementGroupID(group.placement_group_id)))
+
+
+def end_controllers() -> None:
+    """Of this driver's Ray Train that live: one may wait for ever for a node. `fit()` raises then."""
+    mine = ray.get_runtime_context().get_job_id()
+    for text in state._connect_and_get_accessor().get_actor_table(None, None):
+        actor = ActorTableData.FromString(text)
+        is_controller = actor.class_name == "TrainController" and actor.job_id.hex() == mine
+        if is_controller and actor.state == ActorTableData.ALIVE:
+            global_worker.core_worker.kill_actor(  # pyright: ignore[reportAttributeAccessIssue]
+                ray.ActorID(actor.actor_id), True
+            )
 
 
 def _placement_groups() -> list[Any]:

@@ -28,8 +28,9 @@ from raynium.config.images import COPY_SLOTS, copy_slots
 from raynium.config.schema import Config
 from raynium.config.world import World
 from raynium.errors import CheckpointError
-from raynium.node.copy_failures import CopyFailures, told, why_not_kept
-from raynium.node.images import NodeImages, Snapshot
+from raynium.node.copy_failures import WRITTEN_AGAIN, CopyFailures, told, why_not_kept
+from raynium.node.copy_queue import CopyQueue
+from raynium.node.images import Hold, NodeImages, Snapshot
 from raynium.run.held_images import HeldImages
 from raynium.run.protocol import Address, Said
 from raynium.storage.checksum import UNIT_BYTES, FileChecksums, checksum_units, list_to_text, to_text
@@ -99,8 +100,7 @@ class Buddies:
         # Counts generations: what comes in across the end of one is of no use.
         self._generation = 0
         self._to: Address | None = None
-        # Rank → its newest snapshot, which is to be sent.
-        self._waiting: dict[int, tuple[int, Snapshot]] = {}
+        self._queue = CopyQueue()
         self._changed = threading.Condition(self._lock)
         self._closed = False
         # Without its key: whoever connects and says nothing would hold up all others.
@@ -122,7 +122,7 @@ class Buddies:
         """
         with self._changed:
             self._to, self._generation = to, self._generation + 1
-            self._waiting.clear()
+            self._queue.clear()
             self._coming.clear()
             self._steps.clear()
             self._described.clear()
@@ -152,9 +152,9 @@ class Buddies:
         return tuple(HeldImages(name, step, ranks, world) for (name, step, world), ranks in found.items())
 
     def offer(self, rank: int, slot: int, snapshot: Snapshot) -> None:
-        """This rank's newest snapshot. An older one that still waits is not sent any more."""
+        """This rank's newest snapshot. An older one that still waits is sent only to make its step whole."""
         with self._changed:
-            self._waiting[rank] = slot, snapshot
+            self._queue.offer(rank, self._images.hold(rank, slot, snapshot))
             self._changed.notify_all()
             self._steps.add(snapshot.info.step)
             if len(self._steps) == 2:
@@ -218,34 +218,38 @@ class Buddies:
     def _send_all(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._closed or (self._waiting and self._to is not None))
+                self._changed.wait_for(lambda: self._closed or (self._queue and self._to is not None))
                 if self._closed:
                     return
-                rank = next(iter(self._waiting))
-                (slot, snapshot), to = self._waiting.pop(rank), self._to
+                (rank, hold), to = self._queue.take(), self._to
             assert to is not None
             try:
-                self._send_one(rank, slot, snapshot, to)
+                self._send_one(rank, hold, to)
             except (*BROKEN, CopyError) as error:
                 # The next snapshot is sent again, perhaps to another node; the store has the checkpoints.
-                logger.info("rank %d's snapshot of step %d was not copied: %s", rank, snapshot.info.step, error)
+                logger.info("rank %d's snapshot of step %d was not copied: %s", rank, hold.step, error)
+                if not hold.is_there():
+                    with self._lock:
+                        self._queue.give_up(hold.step)
                 if self._failures.failed(rank):
                     self._tell(Said(told(rank, self._host, to[0], str(error) or type(error).__name__), "node", to[0]))
             else:
                 self._failures.copied(rank)
+            finally:
+                hold.release()
 
-    def _send_one(self, rank: int, slot: int, snapshot: Snapshot, to: Address) -> None:
-        with (
-            self._images.copying(rank, slot, snapshot) as still_there,
-            contextlib.closing(connect(to, self._secret)) as connection,
-        ):
+    def _send_one(self, rank: int, hold: Hold, to: Address) -> None:
+        snapshot = hold.snapshot
+        if not hold.is_there():
+            raise CopyError(WRITTEN_AGAIN)
+        with contextlib.closing(connect(to, self._secret)) as connection:
             connection.send_bytes(json.dumps({"do": "put", "rank": rank} | _header(snapshot)).encode())
             sums: list[FileChecksums] = []
             try:
                 for data in paced(_chunks(snapshot, sums), self._bytes_per_second):
                     connection.send_bytes(data)
-                if not still_there():
-                    raise CopyError("its rank writes that image again")
+                if not hold.is_there():
+                    raise CopyError(WRITTEN_AGAIN)
                 self._sums[rank] = snapshot, sums[0]
                 connection.send_bytes(b"whole")
             except OSError:
@@ -284,8 +288,10 @@ class Buddies:
                     self._describe(connection, asked)
                 case "read":
                     self._read(connection, asked)
-                case _:
+                case "put":
                     self._keep(connection, asked)
+                case _:
+                    logger.warning("another agent asked for %r, which this one does not know", asked["do"])
 
     def _give(self, connection: Connection, asked: dict[str, object]) -> None:
         try:

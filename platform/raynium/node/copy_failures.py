@@ -5,6 +5,10 @@ import errno
 # Snapshots of one rank in a row, before the user is told. One is nothing: its rank wrote it again while it was sent, or
 # a generation ended.
 FAILURES_TOLD = 3
+WRITTEN_AGAIN = (
+    "its rank writes that image again before all of the node's are sent: raise fault.buddy_megabytes_per_second, or "
+    "save less often"
+)
 
 
 class CopyFailures:

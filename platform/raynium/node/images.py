@@ -1,10 +1,9 @@
 """Snapshot images: memory of the node that outlives a rank and ends with its agent, and which of them holds what."""
 
-import contextlib
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -55,7 +54,7 @@ class SavedShard:
 @dataclass(eq=False)
 class Slot:
     """One image. uploading: id of the generation for which an upload runs. offered: its rank may write it: the header
-    tells. copying: to another node, which no rank waits for.
+    tells. copying: to another node, or it is to be; no rank waits for that.
     """
 
     snapshot: Snapshot | None = None
@@ -64,6 +63,25 @@ class Slot:
     failure: str | None = None
     offered: bool = False
     copying: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Hold:
+    """An image that waits to be copied to another node, or is."""
+
+    slot: Slot
+    snapshot: Snapshot
+
+    @property
+    def step(self) -> int:
+        return self.snapshot.info.step
+
+    def is_there(self) -> bool:
+        """Whether the image is still this snapshot's."""
+        return self.slot.snapshot is self.snapshot and not self.slot.offered
+
+    def release(self) -> None:
+        self.slot.copying = False
 
 
 class NodeImages:
@@ -118,16 +136,12 @@ class NodeImages:
             self._slots[rank][slot] = self._newest[rank] = found
             return found
 
-    @contextlib.contextmanager
-    def copying(self, rank: int, slot: int, snapshot: Snapshot) -> Iterator[Callable[[], bool]]:
-        """Meanwhile the rank writes this image only if it has no other. Gives whether it is still this snapshot's."""
+    def hold(self, rank: int, slot: int, snapshot: Snapshot) -> Hold:
+        """Until it is released the rank writes this image only if it has no other."""
         with self._lock:
             found = self._slots[rank][slot] if rank in self._slots else Slot()
             found.copying = True
-        try:
-            yield lambda: found.snapshot is snapshot and not found.offered
-        finally:
-            found.copying = False
+            return Hold(found, snapshot)
 
     def uploaded(self, slot: Slot, *, saved: SavedShard | None = None, failure: str | None = None) -> None:
         """The upload has ended: what the store has now, or why it has not."""

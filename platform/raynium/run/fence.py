@@ -2,8 +2,8 @@
 
 A claim is created exclusively and never taken back, so the highest number is the owner's, and whoever holds a lower one
 is fenced for ever, however it was kept from noticing. Whoever writes for the run looks for the next claim right before
-it does: the driver before each record and page, the coordinator before each manifest, node 0's agent before each batch
-of metrics. No clocks are compared, and one that cannot look does not write.
+it does: the driver before each record, and every few seconds for its page, the coordinator before each manifest, the
+agent of rank 0 before each batch of metrics. No clocks are compared, and one that cannot look does not write.
 """
 
 import json
