@@ -13,8 +13,9 @@ all else another one, as on a node whose ranks do not compute on all of its core
 of a run: the supervisor starts it again on the next one.
 
 Passes if the next step comes within 6 s of a lost agent or node (median; where the run goes on on fewer: after the time
-that was set; where an agent has to be started: 1.15 times as late as Ray Train's own restart at most), growing back stops the run for no longer than that, copies make a step at most 2 % slower, and from a new head on the
-next step takes at most 1.2 times as long as the first one of a run that is submitted to one.
+that was set; where an agent has to be started: 1.15 times as late as Ray Train's own restart at most), growing back
+stops the run for no longer than that, copies make a step at most 2 % slower, and from a new head on the next step takes
+at most 1.2 times as long as the first one of a run that is submitted to one.
 """
 
 import contextlib
