@@ -43,6 +43,9 @@ USED = {
         "ray.experimental.internal_kv._internal_kv_put",
         "state._connect_and_get_accessor",
     ),
+    "test_end_of_driver.py::test_a_driver_whose_ray_train_still_waits_ends_as_it_should": (
+        "ray._private.worker.global_worker",
+    ),
     "test_ray_environment.py::test_what_ray_prints_of_its_processes_is_logged_and_not_shown": (
         "ray._private",
         "ray._private.worker",
