@@ -301,6 +301,10 @@ def test_the_lists_for_mlflow_do_not_add_up(saves: Saves, store: RefusingStore) 
 WAITING = [Point(step, 1000 + step, {"train/loss": step / 7, "eval/loss": math.inf}) for step in range(3, 10)]
 
 
+def some_wait(saves: Saves) -> None:
+    saves._points.keep(PointsKept(("a", 1), 1, tuple(WAITING), 14))
+
+
 def found(saves: Saves, step: int, *, tenure: int = 9) -> list[Point]:
     """By a node that takes rank 0."""
     asyncio.run(saves.find_points())
@@ -311,7 +315,7 @@ def test_points_that_mlflow_had_not_got_at_a_commit_outlive_the_driver_that_knew
     saves: Saves, store: RefusingStore, told: list[str]
 ) -> None:
     """Its node's spool may be gone with it, or belong to a node that has not rank 0 any more."""
-    saves._points.keep(PointsKept(("a", 1), 1, tuple(WAITING), 14))
+    some_wait(saves)
     run_out(saves, whole(saves, store, 8))
     later = of_another_life(saves, store, told)
     assert found(later, 8, tenure=2) == WAITING[:-1], "what came after it is computed again"
@@ -324,7 +328,7 @@ def test_points_that_mlflow_had_not_got_at_a_commit_outlive_the_driver_that_knew
 def test_an_older_step_that_becomes_whole_late_leaves_none_out_that_the_newest_needs(
     saves: Saves, store: RefusingStore, told: list[str]
 ) -> None:
-    saves._points.keep(PointsKept(("a", 1), 1, tuple(WAITING), 14))
+    some_wait(saves)
     late = whole(saves, store, 4)
     run_out(saves, whole(saves, store, 8))
     run_out(saves, late)
@@ -335,7 +339,7 @@ def test_a_coordinator_that_knows_few_of_them_yet_overwrites_none(
     saves: Saves, store: RefusingStore, told: list[str]
 ) -> None:
     """It was started again, and a commit comes before it was told all."""
-    saves._points.keep(PointsKept(("a", 1), 1, tuple(WAITING), 14))
+    some_wait(saves)
     run_out(saves, whole(saves, store, 8))
     again = of_another_life(saves, store, told)
     assert again._points.keep(PointsKept(("a", 1), 2, (Point(10, 10, {"train/loss": 1.0}),), 15))
@@ -348,7 +352,7 @@ def test_points_that_were_sent_since_are_not_found_any_more(
 ) -> None:
     run_out(saves, whole(saves, store, 2))
     assert not store.list(WAITING_FOLDER).sizes, "nothing waited"
-    saves._points.keep(PointsKept(("a", 1), 1, tuple(WAITING), 14))
+    some_wait(saves)
     run_out(saves, whole(saves, store, 4))
     saves._points.keep(PointsKept(("a", 1), 2, (), 0))
     run_out(saves, whole(saves, store, 6))
@@ -387,7 +391,7 @@ def test_what_is_no_list_of_points_is_told_and_ends_nothing(
 def test_a_store_that_is_away_is_asked_again_for_the_points_before_they_are_overwritten(
     saves: Saves, store: RefusingStore, told: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    saves._points.keep(PointsKept(("a", 1), 1, tuple(WAITING), 14))
+    some_wait(saves)
     run_out(saves, whole(saves, store, 8))
     later, read = of_another_life(saves, store, told), saves_module.read_waiting
 
@@ -418,6 +422,6 @@ def test_a_store_that_does_not_take_the_points_refuses_the_commit_which_is_tried
         replace(key, data)
 
     monkeypatch.setattr(store, "replace", refuses)
-    saves._points.keep(PointsKept(("a", 1), 1, tuple(WAITING), 14))
+    some_wait(saves)
     run_out(saves, whole(saves, store, 8))
     assert saves.problem(8) is None and steps(store) == [8] and read_waiting(store) == WAITING

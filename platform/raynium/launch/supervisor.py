@@ -6,7 +6,7 @@ does. Two supervisors, or one and a person, may submit the same run: the claim s
 
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from raynium.config.load import dump_yaml, parse_config
@@ -21,6 +21,9 @@ LIVING_JOBS = ("PENDING", "RUNNING")
 # A head that comes back with its tables (Redis) lists the jobs of the dead one as running until somebody submits one.
 # A driver that has said nothing to the run's store for so long is taken for dead; if it is not, it is fenced.
 SILENT_JOB_SECONDS = 600.0
+
+# Its submission id, which a driver that nobody submitted has not; and its run, if it says so.
+JobOf = tuple[str | None, str | None]
 
 
 class Supervisor:
@@ -53,7 +56,7 @@ class Supervisor:
         self._told.pop(self._address, None)
         # A job that was not submitted by us says of no run that it is its own; its driver does, in the run's record. A
         # driver that nobody submitted is in the list too.
-        with_job = {each.submission_id: (each.metadata or {}).get("run_url") for each in living}
+        with_job = [(each.submission_id, (each.metadata or {}).get("run_url")) for each in living]
         for root in self._roots:
             try:
                 records = read_records(root, lambda line: self._say(line, line))
@@ -64,8 +67,8 @@ class Supervisor:
             for record in records:
                 self._look_at(record, root.child(record.name).url, with_job, jobs)
 
-    def _look_at(self, record: RunRecord, url: str, with_job: Mapping[str, str | None], jobs: Any) -> None:
-        """with_job: living job → its run, if it says so."""
+    def _look_at(self, record: RunRecord, url: str, with_job: Sequence[JobOf], jobs: Any) -> None:
+        """with_job: the living jobs."""
         # What `raynium train` started somewhere is no job of a cluster, and a copy of a run is not the run.
         if record.job_id is None or Store(record.config["run"]["root"]).child(record.name).url != url:
             return
@@ -76,7 +79,7 @@ class Supervisor:
                 return self._say(url, line)
         except StoreError as error:
             return self._say(url, f"run {record.name} cannot be started: {error}")
-        has_job = any(job != record.job_id and of == url for job, of in with_job.items())
+        has_job = any(job != record.job_id and of == url for job, of in with_job)
         seen = Seen(url, orphaned, has_job or self._own_job_lives(record, url, with_job), record.committed_step)
         match self._supervision.decide(seen, now=time.monotonic()):
             case "leave":
@@ -92,13 +95,11 @@ class Supervisor:
             case "wait":
                 pass
 
-    def _own_job_lives(self, record: RunRecord, url: str, with_job: Mapping[str, str | None]) -> bool:
-        if record.job_id not in with_job:
+    def _own_job_lives(self, record: RunRecord, url: str, with_job: Sequence[JobOf]) -> bool:
+        is_listed = any(job == record.job_id for job, _ in with_job)
+        if not is_listed or not record.is_orphaned(time.time()):
             self._silent_since.pop(url, None)
-            return False
-        if not record.is_orphaned(time.time()):
-            self._silent_since.pop(url, None)
-            return True
+            return is_listed
         return time.monotonic() - self._silent_since.setdefault(url, time.monotonic()) < SILENT_JOB_SECONDS
 
     def _start(self, record: RunRecord, url: str, jobs: Any) -> None:
